@@ -1,0 +1,41 @@
+"""Exceptions that a user may see. Each message is one line and says what to do next."""
+
+
+class VLoRAError(Exception):
+    """Base of every error this package raises for bad input or a bad environment."""
+
+
+class AdapterError(VLoRAError):
+    """An adapter cannot be read, or uses a feature that has no exact low-rank form."""
+
+
+class TaskIdError(VLoRAError):
+    """A task id is empty, too long or holds control characters."""
+
+
+class CheckpointError(VLoRAError):
+    """A checkpoint cannot be read, is damaged or contradicts itself."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """The checkpoint was written by a newer format than this version reads."""
+
+
+class TaskNotFoundError(CheckpointError):
+    """The checkpoint holds no task of that name."""
+
+
+class OutputError(VLoRAError):
+    """The output exists already, is not ours to replace, or cannot be written."""
+
+
+class BudgetError(VLoRAError):
+    """No allowed representation meets the asked size or error."""
+
+
+class ModelMismatchError(VLoRAError):
+    """The served model lacks a module of the checkpoint, or has it in another shape."""
+
+
+class IncompatibleVLLMError(VLoRAError):
+    """The installed vLLM is not one this plugin was checked on."""

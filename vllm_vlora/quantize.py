@@ -1,0 +1,338 @@
+"""Matrices packed row by row: plain floats, int8 and NF4.
+
+Every row is packed on its own, so the packing of the first ``r`` rows is the first ``r`` rows of
+the packing: a task may be cut to a smaller rank, or a basis to fewer components, without
+unpacking.
+
+==========  ==========================================  ===========================================
+format      parts (each ``[rows, ...]``)                value of element ``[i, j]``
+==========  ==========================================  ===========================================
+float32,    ``values`` ``[cols]``                       ``values[i, j]``
+float16,
+bfloat16
+int8        ``codes`` int8 ``[cols]``,                  ``codes[i, j] * scales[i, 0]``
+            ``scales`` float32 ``[1]``
+nf4         ``codes`` uint8 ``[32 * blocks]``,          ``NF4_CODEBOOK[code] * scales[i, j // 64]``
+            ``scales`` float32 ``[blocks]``
+nf4-dq      ``codes`` as nf4, ``scale_codes`` uint8     as nf4, with ``scales[i, b] = lo + step *
+            ``[blocks]``, ``scale_range`` float32       scale_codes[i, b]`` and ``lo, step =
+            ``[ceil(blocks / 256), 2]``                 scale_range[i, b // 256]``
+==========  ==========================================  ===========================================
+
+``blocks = ceil(cols / 64)``; the last block of a row is padded with zeros. A byte of NF4 codes
+holds the earlier value in its high nibble, as bitsandbytes writes it.
+
+Rounding points, which every kernel that reads a packed matrix shares: a value is *one* float32
+product, ``float32(code value) * float32(scale)``, and a rounding to the wanted dtype comes after
+it. The scale of nf4-dq has no rounding point inside its product: ``step`` keeps 16 significant
+bits, so ``step * code`` is exact in float32, with or without a fused multiply-add.
+
+Sources: NF4 and double quantisation, Dettmers et al., *QLoRA*, NeurIPS 2023 (arXiv 2305.14314);
+the float32 code values and decision thresholds are those of bitsandbytes (``dQuantizeNF4``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+
+FORMATS = ("float32", "float16", "bfloat16", "int8", "nf4", "nf4-dq")
+NF4_BLOCK = 64
+SCALE_BLOCK = 256
+
+NF4_CODEBOOK = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The value of each 4-bit code: quantiles of the normal distribution, as float32 values."""
+
+NF4_THRESHOLDS = (
+    -0.8480964004993439,
+    -0.6106329262256622,
+    -0.4599952697753906,
+    -0.33967943489551544,
+    -0.23460740596055984,
+    -0.13791173323988914,
+    -0.045525018125772476,
+    0.03979014977812767,
+    0.1202552504837513,
+    0.2035212516784668,
+    0.2920137718319893,
+    0.3893125355243683,
+    0.5016634166240692,
+    0.6427869200706482,
+    0.8614784181118011,
+)
+"""The code of ``x`` in [-1, 1] is the number of thresholds that ``x`` is strictly above."""
+
+FLOAT_DTYPES = MappingProxyType(
+    {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+)
+"""The formats that store values as they are, and the dtype of their one part."""
+
+_ZERO_CODE = 7
+_INT8_MAX = 127
+# The greatest float32 whose 127-fold is still finite: with a larger scale the code 127 of a row
+# that holds values near float32's maximum would come back as infinity.
+_INT8_SCALE_MAX = 132104.046875 * 2.0**104
+# Elements quantised at a time: the temporaries of one chunk take some 20 MiB, whatever the matrix.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A ``rows x cols`` matrix whose rows are packed independently.
+
+    Attributes:
+        format: one of :data:`FORMATS`.
+        rows: number of rows.
+        cols: number of columns (of the matrix, without the padding of NF4).
+        parts: part name -> tensor ``[rows, ...]``; see :func:`part_specs`.
+
+    Raises:
+        ValueError: the parts are not those of the format, or differ from it in shape, dtype or
+            device.
+    """
+
+    format: str
+    rows: int
+    cols: int
+    parts: dict[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        specs = part_specs(self.format, self.cols)
+        if self.parts.keys() != specs.keys():
+            raise ValueError(
+                f"a {self.format} matrix has the parts {sorted(specs)}, got {sorted(self.parts)}"
+            )
+        for name, (dtype, row_shape) in specs.items():
+            part = self.parts[name]
+            shape = (self.rows, *row_shape)
+            if part.dtype != dtype or tuple(part.shape) != shape:
+                raise ValueError(
+                    f"part {name!r} of a {self.rows} x {self.cols} {self.format} matrix is {dtype} "
+                    f"{list(shape)}, got {part.dtype} {list(part.shape)}"
+                )
+            if part.device != self.device:
+                raise ValueError(
+                    f"part {name!r} is on {part.device}, other parts are on {self.device}: move "
+                    "them to one device"
+                )
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds every part."""
+        return next(iter(self.parts.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    def to(self, device: torch.device | str) -> PackedMatrix:
+        """The same matrix on ``device``; shares memory when it is there already."""
+        parts = {name: part.to(device) for name, part in self.parts.items()}
+        return PackedMatrix(self.format, self.rows, self.cols, parts)
+
+    def row_slice(self, start: int, stop: int) -> PackedMatrix:
+        """Rows ``start`` to ``stop`` (exclusive) as a view; ValueError when they do not exist."""
+        if not 0 <= start <= stop <= self.rows:
+            raise ValueError(f"rows {start}:{stop} are not within 0:{self.rows}")
+        parts = {name: part[start:stop] for name, part in self.parts.items()}
+        return PackedMatrix(self.format, stop - start, self.cols, parts)
+
+
+def part_specs(format: str, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Each part of a ``format`` matrix with ``cols`` columns: its dtype and the shape of a row.
+
+    Raises:
+        ValueError: an unknown format or a negative number of columns.
+    """
+    if cols < 0:
+        raise ValueError(f"a matrix cannot have {cols} columns")
+    if format in FLOAT_DTYPES:
+        return {"values": (FLOAT_DTYPES[format], (cols,))}
+    if format == "int8":
+        return {"codes": (torch.int8, (cols,)), "scales": (torch.float32, (1,))}
+    blocks = -(-cols // NF4_BLOCK)
+    codes = (torch.uint8, (blocks * NF4_BLOCK // 2,))
+    if format == "nf4":
+        return {"codes": codes, "scales": (torch.float32, (blocks,))}
+    if format == "nf4-dq":
+        return {
+            "codes": codes,
+            "scale_codes": (torch.uint8, (blocks,)),
+            "scale_range": (torch.float32, (-(-blocks // SCALE_BLOCK), 2)),
+        }
+    raise ValueError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+
+
+def row_nbytes(format: str, cols: int) -> int:
+    """Bytes that one row of ``cols`` columns takes in ``format``."""
+    total = 0
+    for dtype, shape in part_specs(format, cols).values():
+        total += dtype.itemsize * torch.Size(shape).numel()
+    return total
+
+
+def pack(matrix: torch.Tensor, format: str) -> PackedMatrix:
+    """Pack ``matrix`` ``[rows, cols]`` (any floating dtype), each row on its own.
+
+    The quantised formats start from the float32 values. With ``amax`` the largest magnitude of
+    the row or block:
+
+    - int8: ``scale = amax / 127``, ``code = round(x / scale)`` (ties to even); the error of a
+      value is at most ``scale / 2``.
+    - nf4: ``scale = amax``, ``code`` by :data:`NF4_THRESHOLDS` on ``x / amax``; the error is at
+      most half the widest gap of the codebook, 0.152 ``amax``. (bitsandbytes' GPU kernel
+      multiplies by the rounded ``1 / amax``, which may differ by one code where ``x / amax`` is
+      within a rounding of a threshold; the division also serves denormal ``amax``.)
+    - nf4-dq: the codes are those of nf4, chosen with the true ``amax`` as in QLoRA; the scales
+      are then stored as 8-bit steps between the least and the greatest of each 256.
+
+    Zeros, and so all-zero rows, come back as exact zeros in every format except that the smallest
+    float32 denormals lose precision and may become zero.
+
+    Raises:
+        ValueError: not a 2-D floating tensor, an unknown format, a value that is NaN or infinite,
+            or one that is too large for the format.
+    """
+    if matrix.dim() != 2 or not matrix.is_floating_point():
+        raise ValueError(
+            f"pack needs a 2-D floating-point matrix, got {matrix.dtype} {list(matrix.shape)}"
+        )
+    rows, cols = matrix.shape
+    specs = part_specs(format, cols)
+    matrix = matrix.detach()
+    parts = {
+        name: torch.empty((rows, *shape), dtype=dtype, device=matrix.device)
+        for name, (dtype, shape) in specs.items()
+    }
+    if cols > 0:
+        step = max(1, _CHUNK_ELEMENTS // cols)
+        for start in range(0, rows, step):
+            chunk = matrix[start : start + step]
+            for name, part in _pack_rows(chunk, format).items():
+                parts[name][start : start + step] = part
+    return PackedMatrix(format, rows, cols, parts)
+
+
+def unpack(
+    packed: PackedMatrix,
+    dtype: torch.dtype = torch.float32,
+    start: int = 0,
+    stop: int | None = None,
+) -> torch.Tensor:
+    """Columns ``start`` to ``stop`` (all by default) of the matrix, ``[rows, stop - start]``.
+
+    A float format asked for in its own dtype is a view of the packed values, not a copy.
+
+    Raises:
+        ValueError: the columns do not exist.
+    """
+    stop = packed.cols if stop is None else stop
+    if not 0 <= start <= stop <= packed.cols:
+        raise ValueError(f"columns {start}:{stop} are not within 0:{packed.cols}")
+    parts = packed.parts
+    if packed.format in FLOAT_DTYPES:
+        return parts["values"][:, start:stop].to(dtype)
+    if packed.format == "int8":
+        return (parts["codes"][:, start:stop].float() * parts["scales"]).to(dtype)
+    return _unpack_nf4(packed, start, stop).to(dtype)
+
+
+def _pack_rows(matrix: torch.Tensor, format: str) -> dict[str, torch.Tensor]:
+    if not torch.isfinite(matrix).all():
+        raise ValueError("the matrix holds NaN or infinite values, which cannot be packed")
+    values = matrix.to(FLOAT_DTYPES.get(format, torch.float32))
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"the matrix holds values too large for {format} (largest magnitude "
+            f"{matrix.abs().max().item():g}): pack it in a wider format"
+        )
+    if format in FLOAT_DTYPES:
+        return {"values": values}
+    if format == "int8":
+        return _pack_int8(values)
+    codes, scales = _pack_nf4(values)
+    if format == "nf4":
+        return {"codes": codes, "scales": scales}
+    scale_codes, scale_range = _pack_scales(scales)
+    return {"codes": codes, "scale_codes": scale_codes, "scale_range": scale_range}
+
+
+def _pack_int8(values: torch.Tensor) -> dict[str, torch.Tensor]:
+    scales = (values.abs().amax(dim=1, keepdim=True) / _INT8_MAX).clamp_(max=_INT8_SCALE_MAX)
+    # A zero scale (a zero row, or an amax that underflows) gives x / 0; such rows have code 0.
+    codes = torch.where(scales > 0, values / scales, 0.0).round_()
+    return {"codes": codes.clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8), "scales": scales}
+
+
+def _pack_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, cols = values.shape
+    blocks = F.pad(values, (0, -cols % NF4_BLOCK)).view(rows, -1, NF4_BLOCK)
+    scales = blocks.abs().amax(dim=2)
+    thresholds = torch.tensor(NF4_THRESHOLDS, dtype=torch.float32, device=values.device)
+    codes = torch.bucketize(blocks / scales.unsqueeze(2), thresholds, out_int32=True)
+    # In a block of zeros x / amax is NaN, which has no place among the thresholds.
+    codes = torch.where(scales.unsqueeze(2) > 0, codes.to(torch.uint8), _ZERO_CODE)
+    codes = codes.to(torch.uint8).view(rows, -1, 2)
+    return (codes[..., 0] << 4) | codes[..., 1], scales
+
+
+def _pack_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, count = scales.shape
+    padding = -count % SCALE_BLOCK
+    # Padded with copies of a scale, so that the least and the greatest are those of real scales.
+    padded = torch.cat([scales, scales[:, -1:].expand(rows, padding)], dim=1)
+    groups = padded.view(rows, -1, SCALE_BLOCK).double()
+    low, high = groups.aminmax(dim=2)
+    # Cut to 16 significant bits: code * step is then exact in float32, so that a fused
+    # multiply-add and a product followed by a sum give the same scale on every device.
+    step = ((high - low) / 255).view(torch.int64).bitwise_and_(-(1 << 37)).view(torch.float64)
+    step = step.float().double()
+    codes = torch.where(step.unsqueeze(2) > 0, (groups - low.unsqueeze(2)) / step.unsqueeze(2), 0.0)
+    codes = codes.round_().clamp_(0, 255).to(torch.uint8).view(rows, -1)[:, :count]
+    return codes, torch.stack([low, step], dim=2).float()
+
+
+def nf4_scales(packed: PackedMatrix) -> torch.Tensor:
+    """The float32 scale of each block, ``[rows, blocks]``, of an nf4 or nf4-dq matrix."""
+    if packed.format == "nf4":
+        return packed.parts["scales"]
+    codes, ranges = packed.parts["scale_codes"], packed.parts["scale_range"]
+    low, step = (
+        ranges[:, :, side].repeat_interleave(SCALE_BLOCK, dim=1)[:, : codes.shape[1]]
+        for side in (0, 1)
+    )
+    return torch.addcmul(low, codes.float(), step)
+
+
+def _unpack_nf4(packed: PackedMatrix, start: int, stop: int) -> torch.Tensor:
+    first, last = start // NF4_BLOCK, -(-stop // NF4_BLOCK)
+    half = NF4_BLOCK // 2
+    codes = packed.parts["codes"][:, first * half : last * half].int()
+    book = torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=codes.device)
+    # One look-up gives the two values of a byte: row b of the table is (high nibble, low nibble).
+    pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)
+    values = F.embedding(codes, pairs).view(packed.rows, last - first, NF4_BLOCK)
+    values = values * nf4_scales(packed)[:, first:last].unsqueeze(2)
+    offset = first * NF4_BLOCK
+    return values.flatten(1)[:, start - offset : stop - offset]
