@@ -1,5 +1,65 @@
-"""Compress LoRA adapters into one checkpoint and serve every task of it from vLLM."""
+"""Compress LoRA adapters into one checkpoint and serve every task of it from vLLM.
+
+Names are imported on first use: ``import vllm_vlora`` alone imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from vllm_vlora._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
+    from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.compress import CompressOptions, CompressReport, compress
+    from vllm_vlora.errors import VLoRAError
+    from vllm_vlora.export import export_all, export_task
+    from vllm_vlora.plugin.requests import lora_request
+    from vllm_vlora.validate import validate
+
+_HOME = {
+    "Adapter": "adapters",
+    "open_adapter": "adapters",
+    "save_adapter": "adapters",
+    "Checkpoint": "checkpoint",
+    "CompressOptions": "compress",
+    "CompressReport": "compress",
+    "compress": "compress",
+    "VLoRAError": "errors",
+    "export_all": "export",
+    "export_task": "export",
+    "lora_request": "plugin.requests",
+    "validate": "validate",
+}
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "CompressOptions",
+    "CompressReport",
+    "VLoRAError",
+    "__version__",
+    "compress",
+    "export_all",
+    "export_task",
+    "lora_request",
+    "open_adapter",
+    "save_adapter",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vllm_vlora' has no attribute {name!r}")
+    value = getattr(import_module(f"vllm_vlora.{_HOME[name]}"), name)
+    # The functions `compress` and `validate` share their module's name, and importing a submodule
+    # binds it on the package: the binding here, made after that import, is the one that stays.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

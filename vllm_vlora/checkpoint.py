@@ -1,6 +1,6 @@
 """Checkpoint format 1: what lies on disk, how it is written and how it is read back.
 
-    CKPT/vlora_config.json       the manifest: version, base model, modules with shapes, file digests
+    CKPT/vlora_config.json       the manifest: version, base model, module shapes, file digests
     CKPT/basis*.safetensors      shared bases (Hub sharding convention with an index when large)
     CKPT/tasks.json              task id -> file, digest, segments, measured error, adapter_config
     CKPT/tasks/*.safetensors     one file a task, named by ``task_ids.encode_task_id``
@@ -12,7 +12,8 @@ after another, in the order of the task's segments, in one flat tensor per
 shape, so a task of two hundred modules is a handful of tensors. ``docs/format.md`` has the whole
 layout.
 
-Everything read is checked: names, sizes, dtypes, finite values, digests, and that paths stay inside.
+Everything read is checked: names, sizes, dtypes, finite values, digests, and that paths stay
+inside.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ import safetensors.torch
 import torch
 
 from vllm_vlora._version import __version__
-from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
+from vllm_vlora.errors import (
+    CheckpointError,
+    CheckpointVersionError,
+    TaskIdError,
+    TaskNotFoundError,
+)
 from vllm_vlora.hub import resolve_snapshot
 from vllm_vlora.quantize import FORMATS, PackedMatrix, part_specs
 from vllm_vlora.task_ids import encode_task_id, validate_task_id
@@ -46,18 +52,22 @@ EXTRA_PREFIX = "extra."
 # A shard is serialised in memory before it is written, so its size bounds the writer's memory.
 BASIS_SHARD_BYTES = 1 << 30
 
+# In the order in which safetensors lays the tensors of a file out, then by name.
 _SAFETENSORS_DTYPES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPE_ORDER = {dtype: place for place, dtype in enumerate(_SAFETENSORS_DTYPES)}
 
 
 class BasisSpec(msgspec.Struct, forbid_unknown_fields=True):
@@ -101,9 +111,9 @@ class Segment(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """How one module of one task is stored.
 
     ``private``: delta_W = scale * B A, side A (rank x d_in), side B transposed (rank x d_out).
-    ``joint``, core ``factors``: delta_W = scale * U L_B L_A V, side A is L_A (rank x k_in), side B is
-    L_B transposed (rank x k_out). ``joint``, core ``dense``: side C is the core (k_out x k_in), whose
-    rank is ``rank``. ``error`` is the measured ||delta_W' - delta_W||_F / ||delta_W||_F.
+    ``joint``, core ``factors``: delta_W = scale * U L_B L_A V, side A is L_A (rank x k_in), side B
+    is L_B transposed (rank x k_out). ``joint``, core ``dense``: side C is the core (k_out x k_in),
+    whose rank is ``rank``. ``error`` is the measured ||delta_W' - delta_W||_F / ||delta_W||_F.
     """
 
     module: int
@@ -156,7 +166,7 @@ class StoredModule:
 
 @dataclass(frozen=True)
 class Basis:
-    """A module's shared basis: ``u`` holds U transposed (k_out x d_out), ``v`` holds V (k_in x d_in)."""
+    """A module's shared basis: ``u`` is U transposed (k_out x d_out), ``v`` is V (k_in x d_in)."""
 
     u: PackedMatrix
     v: PackedMatrix
@@ -201,7 +211,7 @@ def safetensors_nbytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]
     """Bytes of a safetensors file with these tensors: length word, padded JSON header, data."""
     header, offset = {}, 0
     for name, (dtype, shape) in sorted(
-        tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])
+        tensors.items(), key=lambda item: (_DTYPE_ORDER[item[1][0]], item[0])
     ):
         size = math.prod(shape) * dtype.itemsize
         header[name] = {
@@ -210,7 +220,7 @@ def safetensors_nbytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]
             "data_offsets": [offset, offset + size],
         }
         offset += size
-    text = len(json.dumps(header, separators=(",", ":")).encode())
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + (text + 7) // 8 * 8 + offset
 
 
@@ -251,9 +261,9 @@ def _basis_tensors(
 class CheckpointWriter:
     """Writes one checkpoint into ``folder``, which ``atomic.publish_folder`` then puts in place.
 
-    Call ``add_module`` for every module (with its basis, if it has one), ``add_task`` for every task
-    and ``finish`` last: the manifest is the last file written. Tensors are written as they come, so
-    memory is one basis shard and one task.
+    Call ``add_module`` for every module (with its basis, if it has one), ``add_task`` for every
+    task and ``finish`` last: the manifest is the last file written. Tensors are written as they
+    come, so memory is one basis shard and one task.
     """
 
     folder: Path
@@ -295,7 +305,8 @@ class CheckpointWriter:
     ) -> TaskRecord:
         """Write one task's file and remember its record."""
         assert task_id not in self.tasks, f"task {task_id!r} added twice"
-        segments, chunks = [], {}
+        segments: list[Segment] = []
+        chunks: dict[str, list[torch.Tensor]] = {}
         for name, stored in modules.items():
             segment = Segment(
                 self._index[name],
@@ -326,9 +337,7 @@ class CheckpointWriter:
             segments=segments,
             adapter_config=adapter_config,
             source=source,
-            extra={
-                k: (_SAFETENSORS_DTYPES[t.dtype], list(t.shape)) for k, t in extra.items()
-            },
+            extra={k: (_SAFETENSORS_DTYPES[t.dtype], list(t.shape)) for k, t in extra.items()},
         )
         return self.tasks[task_id]
 
@@ -460,10 +469,10 @@ class Checkpoint:
         )
 
     def digest(self, task_id: str) -> str:
-        """Identity of a task's weights: 32 hex digits over its record, and its basis if it uses one.
+        """Identity of a task's weights: 32 hex digits over its record and its basis, if any.
 
-        Two tasks with the same digest have the same weights; a task re-published with other weights,
-        ranks, scales or basis has another digest.
+        Two tasks with the same digest have the same weights; a task re-published with other
+        weights, ranks, scales or basis has another digest.
         """
         record = self.record(task_id)
         content = msgspec.json.encode(
@@ -473,8 +482,12 @@ class Checkpoint:
             content += self._basis_digest.encode()
         return hashlib.sha256(content).hexdigest()[:32]
 
-    def load_task(self, task_id: str) -> StoredTask:
-        """Read one task whole, on the CPU, checked."""
+    def load_task(self, task_id: str, device: torch.device | str = "cpu") -> StoredTask:
+        """Read one task whole, checked, with its packed matrices on ``device``.
+
+        The matrices of a task are views of a handful of flat tensors, so a device gets a handful of
+        copies, whatever the number of modules.
+        """
         record = self.record(task_id)
         path = self.path / record.file
         tensors = _load_checked(path, FileRef(record.file, record.sha256, record.nbytes))
@@ -482,6 +495,7 @@ class Checkpoint:
         flat = {name: tensors.pop(name, None) for name in expected}
         for name, (dtype, size) in expected.items():
             _check_tensor(path, name, flat[name], dtype, (size,))
+            flat[name] = flat[name].to(device)  # type: ignore[union-attr]
         extra = {}
         for name, (dtype_name, shape) in record.extra.items():
             tensor = tensors.pop(EXTRA_PREFIX + name, None)
@@ -493,7 +507,7 @@ class Checkpoint:
         return StoredTask(task_id, self.digest(task_id), modules, extra)  # type: ignore[arg-type]
 
     def bases(self) -> Iterator[tuple[str, Basis]]:
-        """Yield (module name, basis) for every module that has one, one shard in memory at a time."""
+        """Yield (module name, basis) for every module that has one; holds one shard at a time."""
         wanted = {m.name: m for m in self.modules if m.basis is not None}
         held: dict[str, torch.Tensor] = {}
         for ref in self.config.basis:
@@ -583,9 +597,9 @@ def _read_config(path: Path) -> Config:
 def _check_version(file: Path, data: bytes) -> None:
     try:
         version = json.loads(data).get("format_version")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a JSON object ({error})") from error
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise CheckpointError(f"{file}: format_version must be a whole number, got {version!r}")
     if version > FORMAT_VERSION:
         raise CheckpointVersionError(
@@ -616,8 +630,15 @@ def _read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
     data = _read_checked(file, config.tasks)
     tasks = _decode(file, data, dict[str, TaskRecord])
     for task_id, record in tasks.items():
-        validate_task_id(task_id)
-        _check_inside(file, record.file)
+        try:
+            validate_task_id(task_id)
+        except TaskIdError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        for name, (dtype, _) in record.extra.items():
+            if dtype not in _SAFETENSORS_DTYPES.values():
+                raise CheckpointError(
+                    f"{file}: task {task_id!r}, tensor {name!r}: unknown dtype {dtype!r}"
+                )
         if record.file != f"{TASKS_FOLDER}/{encode_task_id(task_id)}.safetensors":
             raise CheckpointError(f"{file}: task {task_id!r} names a foreign file {record.file!r}")
         _check_segments(file, task_id, record, config.modules)
@@ -662,14 +683,14 @@ def _segment_fault(segment: Segment, module: ModuleSpec) -> str | None:
 
 def _check_inside(file: Path, name: str) -> None:
     parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or "\\" in name:
+    if not parts or Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
         raise CheckpointError(f"{file}: path {name!r} leaves the checkpoint")
 
 
 def _decode(file: Path, data: bytes, kind: Any) -> Any:
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
@@ -722,12 +743,11 @@ def _check_tensor(
             f"{path}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
             f"{dtype} {shape}"
         )
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    # One-byte floats have no isfinite of their own.
+    values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    if not bool(torch.isfinite(values).all()):
         raise CheckpointError(f"{path}: tensor {name!r} holds NaN or infinity")
 
 
 def _dtype_of(name: str) -> torch.dtype:
-    for dtype, known in _SAFETENSORS_DTYPES.items():
-        if known == name:
-            return dtype
-    raise CheckpointError(f"unknown tensor dtype {name!r}")
+    return next(dtype for dtype, known in _SAFETENSORS_DTYPES.items() if known == name)

