@@ -32,6 +32,7 @@ _RENAME_EXCHANGE = 2
 _EXCHANGE_UNSUPPORTED = frozenset(
     {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}
 )
+_WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 # A folder is created a moment before it is locked; younger ones are therefore never stale.
 _STALE_AFTER_SECONDS = 60.0
 
@@ -65,7 +66,7 @@ def publish_folder(
     try:
         with _write_errors(target, temporary):
             yield temporary
-            _fsync_tree(temporary)
+            _finish_tree(temporary)
         _check_replaceable(target, force, owned)
         with _write_errors(target, target.parent):
             _move_into_place(temporary, target)
@@ -147,7 +148,9 @@ def _write_errors(target: Path, inside: Path) -> Iterator[None]:
 
 def _concerns(error: OSError, inside: Path) -> bool:
     if error.filename is None:
-        return True
+        # write() and fsync() name no file. Network libraries raise OSErrors without a name too,
+        # but never with these numbers.
+        return error.errno in _WRITE_ERRNOS
     if not isinstance(error.filename, str | bytes | os.PathLike):
         return False
     named = Path(os.path.realpath(os.fsdecode(error.filename)))
@@ -198,11 +201,18 @@ def _remove_if_stale(path: Path) -> None:
         os.close(lock)
 
 
-def _fsync_tree(root: Path) -> None:
+def _finish_tree(root: Path) -> None:
+    """Flush every file and folder, and let those read the files who may read the folder.
+
+    safetensors creates its files for the owner alone (mode 0600), but a service often runs as
+    another user. The mode of ``root`` carries the umask, which cannot be read safely in threads.
+    """
+    readable = root.stat().st_mode & 0o444
     for folder, _, files in os.walk(root, onerror=_raise):
         for file in files:
             path = Path(folder, file)
             if not path.is_symlink():
+                path.chmod(stat.S_IMODE(path.stat().st_mode) | readable)
                 _fsync(path)
         _fsync(Path(folder))
 

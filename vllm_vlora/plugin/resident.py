@@ -41,7 +41,8 @@ class ResidentCheckpoint:
         self.device = device
         self.engine_names = {m.name: engine_name(m.name) for m in checkpoint.modules}
         self.bases: dict[str, Basis] = {
-            name: Basis(basis.u.to(device), basis.v.to(device)) for name, basis in checkpoint.bases()
+            name: Basis(basis.u.to(device), basis.v.to(device))
+            for name, basis in checkpoint.bases()
         }
         self.tasks: dict[str, ResidentTask] = {}
         for task_id in checkpoint.tasks:

@@ -145,7 +145,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
 def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def load(self: WorkerLoRAManager, lora_request: LoRARequest) -> LoRAModel:
+    def load(self: Any, lora_request: LoRARequest) -> LoRAModel:
         if parse_task_path(lora_request.lora_path) is None:
             return original(self, lora_request)
         return self._adapter_manager.task_model(lora_request)
@@ -168,7 +168,7 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _create_lora_manager(original: Callable[..., Any], checkpoint: str) -> Callable[..., Any]:
     @functools.wraps(original)
-    def create(self: LRUCacheWorkerLoRAManager, *args: Any, **kwargs: Any) -> Any:
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = original(self, *args, **kwargs)
         # Before vLLM measures free memory, so that the KV cache is sized around it.
         self._adapter_manager.preload(checkpoint)
@@ -227,8 +227,8 @@ def _linear_layouts(names: list[str], layer: Any) -> list[SliceLayout]:
     return [
         SliceLayout(
             name,
-            lambda slot, a=a: a[slot, 0],
-            lambda slot, b=b: b[slot, 0].T,
+            functools.partial(_slot_rows, a),
+            functools.partial(_slot_columns, b),
             d_in,
             d_out,
             index_runs(kept_a[i]),
@@ -236,6 +236,14 @@ def _linear_layouts(names: list[str], layer: Any) -> list[SliceLayout]:
         )
         for i, (name, (a, b), (d_in, d_out)) in enumerate(zip(names, stacks, full))
     ]
+
+
+def _slot_rows(stack: torch.Tensor, slot: int) -> torch.Tensor:
+    return stack[slot, 0]
+
+
+def _slot_columns(stack: torch.Tensor, slot: int) -> torch.Tensor:
+    return stack[slot, 0].T
 
 
 def _full_shape(layer: Any, index: int, width_in: int, width_out: int) -> tuple[int, int]:
@@ -269,8 +277,8 @@ def _logits_layout(name: str, layer: Any) -> SliceLayout:
     d_in, d_out = a.shape[3], b.shape[2]
     return SliceLayout(
         name,
-        lambda slot: a[slot, 0],
-        lambda slot: b[slot, 0].T,
+        functools.partial(_slot_rows, a),
+        functools.partial(_slot_columns, b),
         d_in,
         d_out,
         (Run(0, 0, d_in),),
@@ -286,7 +294,7 @@ def _embedding_layout(name: str, layer: Any) -> SliceLayout:
     return SliceLayout(
         name,
         lambda slot: a[slot].T,
-        lambda slot: b[slot, 0].T,
+        functools.partial(_slot_columns, b),
         d_in,
         d_out,
         (Run(0, 0, d_in),),
@@ -325,7 +333,7 @@ def _check_extra(state: ResidentCheckpoint, task: ResidentTask, manager: TaskLoR
         if is_base_embedding_weights(name):
             continue  # An unchanged copy of base weights; stock vLLM leaves it out as well.
         module = name.split(".")[-2] if "." in name else name
-        supported = getattr(manager, "supported_modules_to_save", set())
+        supported: set[str] = getattr(manager, "supported_modules_to_save", set())
         if module not in supported:
             raise ModelMismatchError(
                 f"{state.checkpoint.path}: task {task.task_id!r} carries {name}, which this vLLM "
@@ -459,7 +467,9 @@ def _patches(
     ]
     if checkpoint is not None:
         patches.append((lru, "create_lora_manager", _create_lora_manager(create, checkpoint)))
-        patches.append((OpenAIServingModels, "init_static_loras", _init_static_loras(init, requests)))
+        patches.append(
+            (OpenAIServingModels, "init_static_loras", _init_static_loras(init, requests))
+        )
     return patches
 
 

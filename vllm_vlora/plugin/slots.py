@@ -104,7 +104,7 @@ class SlotWriter:
         if views is None:
             views = [(layout.a(slot), layout.b(slot)) for layout in self.layouts]
             self._views[slot] = views
-        jobs = []
+        jobs: list[MaterializeJob] = []
         for layout, (view_a, view_b) in zip(self.layouts, views):
             sources = task.sources.get(layout.name)
             if sources is None:
@@ -116,9 +116,7 @@ class SlotWriter:
         materialize(jobs)
 
 
-def _jobs(
-    view: torch.Tensor, source: SideSource, runs: Iterable[Run]
-) -> Iterator[MaterializeJob]:
+def _jobs(view: torch.Tensor, source: SideSource, runs: Iterable[Run]) -> Iterator[MaterializeJob]:
     runs = tuple(runs)
     for run in runs:
         out = view
@@ -138,5 +136,3 @@ def _check_shape(where: str, module: ModuleSpec, layout: SliceLayout) -> None:
             f"{where}: module {module.name} is {have[0]} x {have[1]} (d_out x d_in) in the checkpoint "
             f"and {want[0]} x {want[1]} in the served model; the checkpoint is of another model"
         )
-
-

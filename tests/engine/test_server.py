@@ -1,0 +1,188 @@
+"""The real ``vllm serve`` with the plugin, asked through the OpenAI client."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from engine_world import ADAPTERS, ENGINE_ENVIRONMENT, MAX_TOKENS, PROMPTS, World, exact
+
+pytestmark = pytest.mark.engine
+
+
+class Server:
+    """A ``vllm serve`` process on a free port of this machine."""
+
+    def __init__(self, world: World, log: Path, checkpoint: Path, **environment: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        arguments = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+                     "--max-model-len", "256", "--max-num-seqs", "32", "--enforce-eager",
+                     "--enable-lora", "--max-loras", "3", "--max-lora-rank", "16",
+                     "--served-model-name", "base",
+                     "--lora-modules", f"ordinary={world.ordinary}"]  # fmt: skip
+        vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                [*vllm, str(world.model), *arguments],
+                env={**os.environ, **ENGINE_ENVIRONMENT, **environment,
+                     "VLLM_VLORA_CHECKPOINT": str(checkpoint)},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def wait(self, seconds: float = 240) -> bool:
+        """Whether the server answered before it ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    return True
+            except httpx.TransportError:
+                pass  # not listening yet
+            time.sleep(0.5)
+        return False
+
+    def text(self, model: str, prompt: list[int]) -> str:
+        done = self.client.completions.create(
+            model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        return done.choices[0].text
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world: World) -> Path:
+    return exact(world, "private")
+
+
+@pytest.fixture(scope="module")
+def server(world: World, checkpoint: Path) -> Iterator[Server]:
+    server = Server(world, world.root / "server.log", checkpoint)
+    assert server.wait(), server.log.read_text()[-4000:]
+    yield server
+    server.stop()
+
+
+def _words(tokens: list[int]) -> list[str]:
+    return [f"w{token}" for token in tokens]
+
+
+def _ids(text: str) -> list[str]:
+    return re.findall(r"w\d+", text)
+
+
+def test_every_task_is_listed_without_opening_the_load_routes(server: Server) -> None:
+    models = {model.id: model for model in server.client.models.list().data}
+    assert set(models) == {"base", "ordinary", *ADAPTERS}
+    for route in ("load_lora_adapter", "unload_lora_adapter"):
+        answer = httpx.post(f"{server.url}/v1/{route}", json={"lora_name": "x", "lora_path": "/x"})
+        assert answer.status_code == 404
+
+
+def test_all_kinds_of_requests_at_once(server: Server, world: World) -> None:
+    names = ["base", "ordinary", *ADAPTERS]
+    items = [(name, number) for number in range(len(PROMPTS)) for name in names]
+    with ThreadPoolExecutor(len(items)) as pool:
+        texts = list(pool.map(lambda item: server.text(item[0], PROMPTS[item[1]]), items))
+    for (name, number), text in zip(items, texts):
+        assert _ids(text) == _words(world.reference[name][number]), (name, number)
+
+
+@pytest.mark.parametrize("name", ["nobody", "../../etc/passwd", "x" * 300, "é"])
+def test_an_unknown_task_is_a_404_in_the_apis_own_form(server: Server, name: str) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist") as caught:
+        server.text(name, PROMPTS[0])
+    assert caught.value.body["type"] == "NotFoundError"  # type: ignore[index]
+    assert server.text("base", PROMPTS[0])
+
+
+def test_the_checkpoint_may_vanish_while_the_server_runs(
+    server: Server, world: World, checkpoint: Path
+) -> None:
+    """Everything is resident: nothing is read from disk when a request switches task."""
+    aside = shutil.move(checkpoint, checkpoint.with_name("aside"))
+    try:
+        for name in ADAPTERS:
+            text = server.text(name, PROMPTS[2])
+            assert _ids(text) == _words(world.reference[name][2])
+    finally:
+        shutil.move(aside, checkpoint)
+
+
+def test_runtime_updating_resolves_and_renews_tasks(world: World, tmp_path: Path) -> None:
+    """With VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: a new task is found, a re-published one renewed."""
+    first, second, *_ = ADAPTERS
+    path = world.compress("live", {"task": world.adapters[first]}, ratio=0.1)
+    server = Server(world, tmp_path / "log", path, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
+    try:
+        assert server.wait(), server.log.read_text()[-4000:]
+        assert _ids(server.text("task", PROMPTS[0])) == _words(world.reference[first][0])
+        world.compress(
+            "live",
+            {"task": world.adapters[second], "new": world.adapters[first]},
+            force=True,
+            ratio=0.1,
+        )
+        assert _ids(server.text("new", PROMPTS[0])) == _words(world.reference[first][0])
+        answer = httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "task"})
+        assert answer.status_code == 200
+        assert _ids(server.text("task", PROMPTS[0])) == _words(world.reference[second][0])
+        with pytest.raises(openai.NotFoundError):
+            server.text("nobody", PROMPTS[0])
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("fault", ["another model", "rank", "future format"])
+def test_a_checkpoint_the_engine_cannot_take_stops_the_start_by_name(
+    world: World, tmp_path: Path, fault: str
+) -> None:
+    from engine_world import make_adapter, make_model
+
+    if fault == "another model":
+        model = make_model(tmp_path / "other", hidden=64, seed=5)
+        adapter = make_adapter(model, tmp_path / "a", 6, r=2, target_modules=["q_proj"])
+        message = "module model.layers.0.self_attn.q_proj is 64 x 64"
+    else:
+        adapter = make_adapter(world.model, tmp_path / "a", 6, r=32, target_modules=["q_proj"])
+        message = "task 'task' has rank 32, the engine allows 16; start vLLM with --max-lora-rank"
+    path = world.compress(f"bad-{fault}", {"task": adapter}, ratio=0.1)
+    if fault == "future format":
+        manifest = path / "vlora_config.json"
+        manifest.write_text(
+            manifest.read_text().replace('"format_version": 1', '"format_version": 9')
+        )
+        message = "format version 9 is newer"
+    server = Server(world, tmp_path / "log", path)
+    try:
+        assert not server.wait()
+        assert message in server.log.read_text()
+    finally:
+        server.stop()

@@ -1,0 +1,205 @@
+"""A tiny Llama in float32, real PEFT adapters of it, checkpoints of them, and stock vLLM's tokens.
+
+Stock vLLM runs in a process of its own with plugins off, one request at a time: on CPU its mixed
+batches give base requests the last slot's adapter, so they are no reference. The base model's tokens
+come from an engine without LoRA for the same reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ENGINE_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+ENGINE_ARGUMENTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 32,
+}
+# r, alpha, modules, and the rest of LoraConfig: every kind of layer, packed or not, mixed ranks.
+ADAPTERS: dict[str, dict] = {
+    "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "everything": {
+        "r": 8,
+        "lora_alpha": 12,
+        "target_modules": [
+            *("q_proj", "k_proj", "v_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ],
+        "rank_pattern": {"o_proj": 3},
+        "alpha_pattern": {"down_proj": 5},
+    },
+    "rslora": {"r": 2, "lora_alpha": 3, "target_modules": ["o_proj"], "use_rslora": True},
+    "half-packed": {"r": 16, "lora_alpha": 16, "target_modules": ["gate_proj", "k_proj"]},
+    "output head/ü": {"r": 4, "lora_alpha": 8, "target_modules": ["up_proj", "lm_head"]},
+    "embedding": {"r": 8, "lora_alpha": 8, "target_modules": ["embed_tokens", "q_proj"]},
+}
+ORDINARY = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+PROMPTS = [[(7 * i + 3 * j) % 250 + 1 for j in range(9 + 4 * i)] for i in range(3)]
+MAX_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class World:
+    """Where everything lies, and what stock vLLM answered: name -> a token list per prompt."""
+
+    root: Path
+    model: Path
+    adapters: dict[str, Path]
+    ordinary: Path
+    reference: dict[str, list[list[int]]]
+    compress: Callable[..., Path]
+
+
+def make_model(folder: Path, hidden: int = 128, seed: int = 0) -> Path:
+    """A two-layer Llama whose greedy tokens differ between adapters, with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(3)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", unk_token="w1")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(model: Path, folder: Path, seed: int, **config: object) -> Path:
+    """A PEFT folder with random factors large enough to change the tokens."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(model), LoraConfig(**config))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.25)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def run_stock(script: str, *arguments: str) -> dict:
+    """Run a snippet that prints one JSON line, with vLLM's plugins off."""
+    environment = {**os.environ, **ENGINE_ENVIRONMENT, "VLLM_PLUGINS": ""}
+    environment.pop("VLLM_VLORA_CHECKPOINT", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[-1][len("RESULT ") :])
+
+
+STOCK = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+def main():
+    job = json.loads(sys.argv[1])
+    lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 16} if job["adapters"] else {}
+    llm = LLM(job["model"], **lora, **job["arguments"])
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+    answers = {}
+    for number, (name, path) in enumerate((job["adapters"] or {"base": None}).items(), 1):
+        request = LoRARequest(name, number, path) if path else None
+        answers[name] = [
+            list(llm.generate([{"prompt_token_ids": prompt}], sampling, lora_request=request,
+                              use_tqdm=False)[0].outputs[0].token_ids)
+            for prompt in job["prompts"]
+        ]
+    print("RESULT " + json.dumps(answers), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def stock_tokens(
+    model: Path, adapters: dict[str, Path], prompts: list[list[int]]
+) -> dict[str, list[list[int]]]:
+    """Stock vLLM's greedy tokens: of the base model when ``adapters`` is empty."""
+    job = {
+        "model": str(model),
+        "adapters": {name: str(path) for name, path in adapters.items()},
+        "arguments": ENGINE_ARGUMENTS,
+        "max_tokens": MAX_TOKENS,
+        "prompts": prompts,
+    }
+    return run_stock(STOCK, json.dumps(job))
+
+
+def make_world(root: Path) -> World:
+    """Model, adapters and references under ``root``; takes about a minute."""
+    from vllm_vlora.compression import CompressOptions, compress
+
+    from vllm_vlora.adapters import open_adapter
+
+    model = make_model(root / "model")
+    adapters = {
+        name: make_adapter(model, root / "adapters" / str(i), 100 + i, **config)
+        for i, (name, config) in enumerate(ADAPTERS.items())
+    }
+    ordinary = make_adapter(model, root / "ordinary", 900, **ORDINARY)
+    reference = stock_tokens(model, {}, PROMPTS)
+    reference |= stock_tokens(model, {**adapters, "ordinary": ordinary}, PROMPTS)
+    assert len({tuple(t) for answers in reference.values() for t in answers}) == 3 * 8
+
+    def make(name: str, tasks: dict[str, Path], force: bool = False, **options: object) -> Path:
+        opened = {task: open_adapter(path) for task, path in tasks.items()}
+        compress(opened, root / name, CompressOptions(**options), force=force)
+        return root / name
+
+    return World(root, model, adapters, ordinary, reference, make)
+
+
+def exact(world: World, representation: str) -> Path:
+    """A checkpoint of all adapters that loses nothing but float32 rounding."""
+    if representation == "joint":
+        options: dict = {"num_components": 256}
+    else:
+        options = {"ratio": 0.1}
+    return world.compress(
+        f"exact-{representation}",
+        world.adapters,
+        representation=representation,
+        quantize="none",
+        **options,
+    )

@@ -1,0 +1,371 @@
+"""Publishing: whatever goes wrong, the old folder or the new one is there, whole."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_vlora import atomic
+from vllm_vlora.atomic import publish_folder, write_file_atomic
+from vllm_vlora.errors import OutputError
+
+
+def ours(path: Path) -> bool:
+    return (path / "a.txt").exists()
+
+
+def never(path: Path) -> bool:
+    return False
+
+
+def publish(target: Path, text: str, *, force: bool = False) -> None:
+    with publish_folder(target, force=force, owned=ours) as folder:
+        (folder / "a.txt").write_text(text)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b.txt").write_text(text)
+
+
+def content(target: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(target)): path.read_text()
+        for path in sorted(target.rglob("*"))
+        if path.is_file()
+    }
+
+
+def whole(text: str) -> dict[str, str]:
+    return {"a.txt": text, "sub/b.txt": text}
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def either_rename(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "two renames":
+        monkeypatch.setattr(atomic, "_exchange", lambda left, right: False)
+
+
+def test_publishes_a_new_folder_and_its_parents(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "ckpt"
+    publish(target, "new")
+    assert content(target) == whole("new")
+    assert os.listdir(target.parent) == ["ckpt"]
+
+
+def test_an_empty_folder_is_filled_without_force(tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+    target.mkdir()
+    publish(target, "new")
+    assert content(target) == whole("new")
+
+
+@pytest.mark.usefixtures("either_rename")
+def test_force_replaces_a_folder_of_ours(tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    (target / "stale.txt").write_text("gone afterwards")
+    publish(target, "new", force=True)
+    assert content(target) == whole("new")
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    with pytest.raises(OutputError, match="not empty"):
+        publish(target, "new")
+    assert content(target) == whole("old")
+
+
+def test_force_never_replaces_what_is_not_ours(tmp_path: Path) -> None:
+    target = tmp_path / "photos"
+    target.mkdir()
+    (target / "cat.jpg").write_text("cat")
+    with pytest.raises(OutputError, match="did not write"):
+        publish(target, "new", force=True)
+    assert content(target) == {"cat.jpg": "cat"}
+    assert os.listdir(tmp_path) == ["photos"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path, force: bool) -> None:
+    target = tmp_path / "ckpt"
+    target.write_text("a file")
+    with pytest.raises(OutputError, match="not a folder"):
+        publish(target, "new", force=force)
+    assert target.read_text() == "a file"
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    publish(tmp_path / "v1", "old")
+    link = tmp_path / "current"
+    link.symlink_to("v1")
+    publish(link, "new", force=True)
+    assert link.is_symlink()
+    assert content(tmp_path / "v1") == whole("new")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_exception_leaves_the_old_folder_and_nothing_else(
+    tmp_path: Path, kind: type[BaseException]
+) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+
+    def fail() -> None:
+        with publish_folder(target, force=True, owned=ours) as folder:
+            (folder / "a.txt").write_text("half")
+            raise kind
+
+    with pytest.raises(kind):
+        fail()
+    assert content(target) == whole("old")
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_errors_of_reading_inputs_are_not_called_write_errors(tmp_path: Path) -> None:
+    def read_missing() -> None:
+        with publish_folder(tmp_path / "ckpt", force=False, owned=ours):
+            (tmp_path / "input.json").read_text()
+
+    def lose_connection() -> None:
+        with publish_folder(tmp_path / "ckpt", force=False, owned=ours):
+            raise ConnectionError("no route")
+
+    with pytest.raises(FileNotFoundError):
+        read_missing()
+    with pytest.raises(ConnectionError):
+        lose_connection()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_filled_meanwhile_by_another_process_stays(tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+
+    def race() -> None:
+        with publish_folder(target, force=False, owned=never) as folder:
+            (folder / "a.txt").write_text("ours")
+            target.mkdir()
+            (target / "theirs.txt").write_text("theirs")
+
+    with pytest.raises(OutputError):
+        race()
+    assert content(target) == {"theirs.txt": "theirs"}
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def raise_full(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_full_disk_at_the_end_is_an_output_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    monkeypatch.setattr(os, call, raise_full)
+    with pytest.raises(OutputError, match=r"ckpt.*No space left"):
+        publish(target, "new", force=True)
+    assert content(target) == whole("old")
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_a_failed_second_rename_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    rename = os.rename
+
+    def fail_into_place(source: Path, destination: Path) -> None:
+        if str(source).endswith(".tmp") and not target.exists():
+            raise_full()
+        rename(source, destination)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda left, right: False)
+    monkeypatch.setattr(os, "rename", fail_into_place)
+    with pytest.raises(OutputError):
+        publish(target, "new", force=True)
+    assert content(target) == whole("old")
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mounted)]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    if done.returncode:
+        pytest.skip("may not mount a tmpfs here")
+    yield mounted
+    subprocess.run(["umount", str(mounted)], check=True)
+
+
+def write_plain(path: Path) -> None:
+    path.write_bytes(bytes(1 << 20))
+
+
+def write_safetensors(path: Path) -> None:
+    save_file({"x": torch.zeros(1 << 18)}, path)
+
+
+@pytest.mark.parametrize("write", [write_plain, write_safetensors])
+def test_a_really_full_disk(small_disk: Path, write: Callable[[Path], None]) -> None:
+    target = small_disk / "ckpt"
+    publish(target, "old")
+
+    def overfill() -> None:
+        with publish_folder(target, force=True, owned=ours) as folder:
+            write(folder / "big")
+
+    with pytest.raises(OutputError, match=r"ckpt.*No space left"):
+        overfill()
+    assert content(target) == whole("old")
+    assert os.listdir(small_disk) == ["ckpt"]
+    with pytest.raises(OutputError, match="No space left"):
+        write_file_atomic(small_disk / "file", bytes(1 << 20))
+    assert os.listdir(small_disk) == ["ckpt"]
+    publish(target, "new", force=True)
+    assert content(target) == whole("new")
+
+
+def test_safetensors_files_are_readable_for_those_who_may_read_the_folder(tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+    with publish_folder(target, force=False, owned=ours) as folder:
+        save_file({"x": torch.ones(2)}, folder / "x.safetensors")
+    file = target / "x.safetensors"
+    assert file.stat().st_mode & 0o444 == target.stat().st_mode & 0o444
+    assert torch.equal(load_file(file)["x"], torch.ones(2))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vllm_vlora import atomic
+
+die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+moment = sys.argv[2]
+if moment == "fsync":
+    atomic._fsync = die
+if moment == "before the move":
+    atomic._move_into_place = die
+if moment == "after the move":
+    atomic._remove_old = die
+with atomic.publish_folder(Path(sys.argv[1]), force=True, owned=lambda path: True) as folder:
+    (folder / "a.txt").write_text("new")
+    if moment == "writing":
+        die()
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.txt").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "fsync", "before the move", "after the move"])
+def test_a_kill_leaves_old_or_new_and_the_next_run_cleans_up(tmp_path: Path, moment: str) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(target), moment], check=False, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert content(target) == whole("new" if moment == "after the move" else "old")
+
+    (leftover,) = set(os.listdir(tmp_path)) - {"ckpt"}
+    publish(target, "next", force=True)
+    assert content(target) == whole("next")
+    # A young folder may belong to a run that has not locked it yet.
+    assert leftover in os.listdir(tmp_path)
+
+    hour_ago = time.time() - 3600
+    os.utime(tmp_path / leftover, (hour_ago, hour_ago))
+    publish(target, "last", force=True)
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_the_folder_of_a_living_run_is_not_taken_for_stale(tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+    with publish_folder(target, force=False, owned=ours) as folder:
+        (folder / "a.txt").write_text("slow")
+        hour_ago = time.time() - 3600
+        os.utime(folder, (hour_ago, hour_ago))
+        publish(tmp_path / "ckpt", "fast")
+        assert folder.exists()
+        os.rename(target, tmp_path / "moved")
+    assert content(target) == {"a.txt": "slow"}
+
+
+def test_nothing_unlocked_with_another_name_is_removed(tmp_path: Path) -> None:
+    hour_ago = time.time() - 3600
+    for name in (".ckpt.tmp", "ckpt.0123456789abcdef.tmp", ".other.0123456789abcdef.tmp"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (hour_ago, hour_ago))
+    publish(tmp_path / "ckpt", "new")
+    assert len(os.listdir(tmp_path)) == 4
+
+
+def test_publishing_where_folders_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    publish(tmp_path / "ckpt", "new")
+    assert content(tmp_path / "ckpt") == whole("new")
+
+
+def test_no_descriptor_leaks(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for index in range(20):
+        publish(tmp_path / "ckpt", str(index), force=True)
+        with pytest.raises(OutputError):
+            publish(tmp_path / "ckpt", str(index))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_write_file_replaces_whole(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_file_atomic(file, b"old")
+    write_file_atomic(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_write_file_that_fails_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.json"
+    write_file_atomic(file, b"old")
+    monkeypatch.setattr(os, "fsync", raise_full)
+    with pytest.raises(OutputError, match=r"x\.json.*No space left"):
+        write_file_atomic(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize("target", ["file/ckpt", "/proc/ckpt"])
+def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path, target: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OutputError, match="cannot"):
+        publish(tmp_path / target, "new")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_file_atomic(tmp_path / target, b"new")
+
+
+def test_the_root_is_no_output_folder() -> None:
+    with pytest.raises(OutputError, match="cannot be an output folder"):
+        publish(Path("/"), "new", force=True)

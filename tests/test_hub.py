@@ -1,0 +1,218 @@
+"""Finding folders and Hub repositories, without the network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from vllm_vlora.errors import AdapterError, CheckpointError
+from vllm_vlora.hub import ref_name, resolve_snapshot
+
+COMMIT = "1" * 40
+FILES = {"adapter_config.json": b'{"r": 8}', "weights.bin": b"not wanted"}
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Answers as the Hub does for org/adapter; org/gated is gated, everything else is missing."""
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        if "org/gated" in path:
+            self.reply(403, b"{}", body, {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/api/models/org/adapter/revision/missing"):
+            self.reply(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
+        elif path.startswith("/api/models/org/adapter/tree/"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": self.etag(data)}
+                for name, data in FILES.items()
+            ]
+            self.reply(200, json.dumps(tree).encode(), body)
+        elif path.startswith("/api/models/org/adapter"):
+            siblings = [{"rfilename": name} for name in FILES]
+            info = {"id": "org/adapter", "sha": COMMIT, "siblings": siblings}
+            self.reply(200, json.dumps(info).encode(), body)
+        elif path.startswith("/org/adapter/resolve/") and path.rpartition("/")[2] in FILES:
+            data = FILES[path.rpartition("/")[2]]
+            self.reply(200, data, body, {"ETag": f'"{self.etag(data)}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.reply(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
+
+    @staticmethod
+    def etag(data: bytes) -> str:
+        return hashlib.sha1(data).hexdigest()
+
+    def reply(
+        self, status: int, data: bytes, body: bool, headers: dict[str, str] | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def resolve_in_subprocess(ref: str, home: Path, **environment: str) -> tuple[bool, str]:
+    """huggingface_hub reads its environment at import, so each case has a process of its own."""
+    program = (
+        "import sys\n"
+        "from vllm_vlora.errors import AdapterError\n"
+        "from vllm_vlora.hub import resolve_snapshot\n"
+        "try:\n"
+        "    print(resolve_snapshot(sys.argv[1], what='adapter', error=AdapterError,\n"
+        "                           allow_patterns=['*.json']))\n"
+        "except AdapterError as error:\n"
+        "    print(error)\n"
+        "    sys.exit(7)\n"
+    )
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HF_") and not name.lower().endswith("_proxy")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program, ref],
+        env={**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode in (0, 7), done.stderr
+    return done.returncode == 0, done.stdout.strip()
+
+
+def test_downloads_a_repository_then_serves_it_offline(endpoint: str, tmp_path: Path) -> None:
+    found, folder = resolve_in_subprocess("org/adapter", tmp_path, HF_ENDPOINT=endpoint)
+    assert found, folder
+    assert Path(folder, "adapter_config.json").read_bytes() == FILES["adapter_config.json"]
+    assert not Path(folder, "weights.bin").exists()
+
+    found, again = resolve_in_subprocess("org/adapter", tmp_path, HF_HUB_OFFLINE="1")
+    assert (found, again) == (True, folder)
+
+
+@pytest.mark.parametrize(
+    ("ref", "said"),
+    [
+        ("org/missing", "no such repository"),
+        ("org/gated", "gated"),
+        ("org/adapter@missing", "no such revision"),
+        ("org/a--b", "not a valid Hub id"),
+    ],
+)
+def test_hub_errors_are_one_clear_line(endpoint: str, tmp_path: Path, ref: str, said: str) -> None:
+    found, message = resolve_in_subprocess(ref, tmp_path, HF_ENDPOINT=endpoint)
+    assert not found
+    assert said in message
+    assert repr(ref) in message
+    assert len(message.splitlines()) == 1
+
+
+def test_offline_and_unreachable_are_told_apart(tmp_path: Path) -> None:
+    found, message = resolve_in_subprocess("org/adapter", tmp_path, HF_HUB_OFFLINE="1")
+    assert not found
+    assert "HF_HUB_OFFLINE" in message
+    found, message = resolve_in_subprocess(
+        "org/adapter", tmp_path, HF_ENDPOINT="http://127.0.0.1:9"
+    )
+    assert not found
+    assert "cannot be reached" in message
+
+
+def test_a_folder_is_returned_absolute_and_wins_over_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    expected = tmp_path / "org" / "adapter"
+    for ref in ("org/adapter", Path("org/adapter"), "org/../org/adapter", str(expected)):
+        assert resolve_snapshot(ref, what="adapter", error=AdapterError) == expected
+        assert ref_name(ref) == "adapter"
+
+
+def test_a_linked_folder_keeps_the_name_the_user_wrote(tmp_path: Path) -> None:
+    (tmp_path / "3f2a").mkdir()
+    (tmp_path / "french").symlink_to("3f2a")
+    assert resolve_snapshot(tmp_path / "french", what="x", error=AdapterError).name == "french"
+    assert ref_name(tmp_path / "french") == "french"
+
+
+@pytest.mark.parametrize(
+    "ref",
+    ["nothing", "/no/such/folder", "./org/x", "a/b/c", "", "a b/c", "~nobody-here/x", "x" * 5000],
+)
+def test_what_is_neither_folder_nor_id_never_reaches_the_hub(
+    ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"checkpoint '.*': no such folder"):
+        resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.touch()
+    with pytest.raises(AdapterError, match="is a file"):
+        resolve_snapshot(file, what="adapter", error=AdapterError)
+
+
+def test_revision_and_patterns_reach_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repo: str, **kwargs: object) -> str:
+        asked.append((repo, kwargs))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = resolve_snapshot(
+        "org/name.v1@refs/pr/3", what="adapter", error=AdapterError, allow_patterns=["*.json"]
+    )
+    assert found == tmp_path
+    assert asked == [("org/name.v1", {"revision": "refs/pr/3", "allow_patterns": ["*.json"]})]
+    assert ref_name("org/name.v1@refs/pr/3") == "name.v1"
+
+
+def test_a_full_cache_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*args: object, **kwargs: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(AdapterError, match="HF_HOME"):
+        resolve_snapshot("org/name", what="adapter", error=AdapterError)

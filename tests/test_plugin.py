@@ -1,0 +1,261 @@
+"""The plugin's parts that need no engine: identity, version guard, seams, slot layouts."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter
+from vllm_vlora.plugin.identity import parse_task_path, task_ids_to_int, task_path
+from vllm_vlora.plugin.resident import ResidentCheckpoint
+from vllm_vlora.plugin.slots import Run, SliceLayout, SlotWriter, index_runs
+from vllm_vlora.quantize import pack
+from vllm_vlora.representations import decode, encode_joint, encode_private
+
+
+def _checkpoint(folder: Path, seed: int = 0, tasks: int = 3) -> Checkpoint:
+    """A joint module ``up`` (96 x 64) and a private module ``down`` (64 x 96)."""
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir(exist_ok=True)
+    writer = CheckpointWriter(folder, None)
+    u = torch.linalg.qr(torch.randn(96, 12, generator=generator))[0].T.contiguous()
+    v = torch.linalg.qr(torch.randn(64, 12, generator=generator))[0].T.contiguous()
+    writer.add_module("up", 64, 96, basis=Basis(pack(u, "float32"), pack(v, "float32")))
+    writer.add_module("down", 96, 64)
+    for number in range(tasks):
+        a, b = torch.randn(4, 64, generator=generator), torch.randn(96, 4, generator=generator)
+        modules = {"up": encode_joint(a, b, 2.0, u, v, "float32")}
+        if number != 1:  # one task leaves a module out
+            modules["down"] = encode_private(b.T.contiguous(), a.T.contiguous(), 0.5, "nf4")
+        writer.add_task(f"task/{number}", modules, original_nbytes=1, error=0.0, adapter_config={})
+    writer.finish("card")
+    return Checkpoint.open(folder)
+
+
+def test_a_path_names_its_checkpoint_its_file_and_its_content(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path / "with @ and spaces")
+    path = task_path(checkpoint, "task/1")
+    assert parse_task_path(str(path)) == path
+    assert path.checkpoint == checkpoint.path
+    assert (path.checkpoint / path.file).is_file()
+    assert path.digest == checkpoint.digest("task/1")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/adapters/sql", "org/name", "org/name@main", "/a/tasks/x.safetensors", "", "@" + "0" * 32,
+     "/a/tasks/x.safetensors@" + "g" * 32, "/a/x.safetensors@" + "0" * 32],
+)  # fmt: skip
+def test_other_paths_are_left_to_vllm(path: str) -> None:
+    assert parse_task_path(path) is None
+
+
+def test_ids_are_distinct_stable_and_fit_int32(tmp_path: Path) -> None:
+    first = task_ids_to_int(_checkpoint(tmp_path / "a"))
+    again = task_ids_to_int(_checkpoint(tmp_path / "b"))
+    other = task_ids_to_int(_checkpoint(tmp_path / "c", seed=1))
+    assert first == again
+    assert not set(first.values()) & set(other.values())
+    assert len(set(first.values())) == 3
+    assert all(1 << 20 <= number < 1 << 31 for number in first.values())
+
+
+def test_ids_of_equal_weights_are_distinct(tmp_path: Path) -> None:
+    folder = tmp_path / "twins"
+    folder.mkdir()
+    writer = CheckpointWriter(folder, None)
+    writer.add_module("m", 8, 8)
+    stored = encode_private(torch.ones(1, 8), torch.ones(8, 1), 1.0, "float32")
+    for name in ("one", "two"):
+        writer.add_task(name, {"m": stored}, original_nbytes=1, error=0.0, adapter_config={})
+    writer.finish("card")
+    assert len(set(task_ids_to_int(Checkpoint.open(folder)).values())) == 2
+
+
+def test_index_runs_cover_what_a_rank_holds() -> None:
+    assert index_runs(torch.arange(5)) == (Run(0, 0, 5),)
+    merged = torch.cat([torch.arange(4, 8), torch.arange(12, 16)])
+    assert index_runs(merged) == (Run(4, 0, 4), Run(12, 4, 4))
+
+
+@pytest.mark.parametrize("rank_of_two", [None, 0, 1])
+def test_the_writer_fills_slots_with_what_the_task_decodes_to(
+    tmp_path: Path, rank_of_two: int | None
+) -> None:
+    """Slots of a merged column-parallel ``up`` (two halves a rank) and a row-parallel ``down``."""
+    checkpoint = _checkpoint(tmp_path / "ck")
+    state = ResidentCheckpoint(checkpoint, torch.device("cpu"), lambda name: name)
+    if rank_of_two is None:
+        rows_up, columns_down = torch.arange(96), torch.arange(96)
+    else:
+        start = 24 * rank_of_two
+        rows_up = torch.cat([torch.arange(start, start + 24), torch.arange(48 + start, 72 + start)])
+        columns_down = torch.arange(48 * rank_of_two, 48 * (rank_of_two + 1))
+    slots, rank = 2, 8
+    up_a = torch.full((slots, 1, rank, 64), torch.nan)
+    up_b = torch.full((slots, 1, len(rows_up), rank), torch.nan)
+    down_a = torch.full((slots, 1, rank, len(columns_down)), torch.nan)
+    down_b = torch.full((slots, 1, 64, rank), torch.nan)
+    writer = SlotWriter(
+        [
+            SliceLayout("up", lambda s: up_a[s, 0], lambda s: up_b[s, 0].T, 64, 96,
+                        index_runs(torch.arange(64)), index_runs(rows_up)),
+            SliceLayout("down", lambda s: down_a[s, 0], lambda s: down_b[s, 0].T, 96, 64,
+                        index_runs(columns_down), index_runs(torch.arange(64))),
+        ],
+        rank,
+    )  # fmt: skip
+    writer.check(state)
+    bases = dict(checkpoint.bases())
+    for task_id in ("task/0", "task/1"):
+        writer.write(1, state.tasks[str(task_path(checkpoint, task_id))])
+        stored = checkpoint.load_task(task_id).modules
+        a, b = decode(stored["up"], bases["up"])
+        torch.testing.assert_close(up_a[1, 0, :4], a)
+        torch.testing.assert_close(up_b[1, 0, :, :4], b[rows_up])
+        assert not up_a[1, 0, 4:].any()
+        assert not up_b[1, 0, :, 4:].any()
+        if "down" in stored:
+            a, b = decode(stored["down"], None)
+            torch.testing.assert_close(down_a[1, 0, :4], a[:, columns_down])
+            torch.testing.assert_close(down_b[1, 0, :, :4], b)
+        else:
+            assert not down_a[1].any()
+            assert not down_b[1].any()
+    assert up_a[0].isnan().all(), "another slot was touched"
+
+
+def test_resident_bytes_count_packed_storage_once(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path / "ck")
+    state = ResidentCheckpoint(checkpoint, torch.device("cpu"), lambda name: name)
+    basis = (96 + 64) * 12 * 4
+    cores = 3 * 4 * (12 + 12) * 4
+    nf4 = (
+        2 * 4 * (64 // 2 + 64 // 64 * 4 + 2 * 64 // 2 + 2 * 4)
+    )  # rows of 64 and of 96 (two blocks)
+    assert basis + cores + nf4 <= state.nbytes <= 1.1 * (basis + cores + nf4)
+
+
+SEAMS = "vllm_vlora.plugin.seams"
+
+
+def _gone(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A change that removes ``module:attribute`` from vLLM."""
+    module, attribute = name.split(":")
+
+    def change(patch: pytest.MonkeyPatch) -> None:
+        owner: Any = importlib.import_module(module)
+        *path, last = attribute.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        patch.delattr(owner, last)
+
+    return change
+
+
+def _other_arguments(patch: pytest.MonkeyPatch) -> None:
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    patch.setattr(WorkerLoRAManager, "_load_adapter", lambda self, request, more: None)
+
+
+def _version(number: str) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr("vllm_vlora.plugin._vllm_version", lambda: number)
+
+
+@pytest.fixture
+def patchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Callable[[], dict], list[str]]]:
+    """What the plugin patches, restored afterwards, and the lines it logs."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    owners = [WorkerLoRAManager, LRUCacheWorkerLoRAManager, OpenAIServingModels, LLMEngine,
+              kv_cache_utils]  # fmt: skip
+
+    def state() -> dict:
+        return {(o.__name__, name): value for o in owners for name, value in vars(o).items()}
+
+    before = [dict(vars(owner)) for owner in owners]
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.plugins.vlora")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    monkeypatch.delenv("VLLM_VLORA_CHECKPOINT", raising=False)
+    monkeypatch.delitem(sys.modules, SEAMS, raising=False)
+    monkeypatch.delattr("vllm_vlora.plugin.seams", raising=False)
+    yield state, lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    for owner, names in zip(owners, before):
+        for name, value in list(vars(owner).items()):
+            if name not in names:
+                delattr(owner, name)
+            elif value is not names[name]:
+                setattr(owner, name, names[name])
+
+
+def test_a_known_vllm_is_patched_once(
+    patchable: tuple[Callable[[], dict], list[str]],
+) -> None:
+    from vllm_vlora.plugin import register
+
+    state, lines = patchable
+    before = state()
+    register()
+    once = state()
+    register()
+    assert once != before
+    assert state() == once
+    assert all("installed in process" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (_version("0.27.1"), "vLLM 0.27.1 is not between"),
+        (_version("0.33.0"), "VLLM_VLORA_ALLOW_UNTESTED"),
+        (_other_arguments, "_load_adapter takes"),
+        (_gone("vllm.lora.model_manager:LoRAModelManager._create_lora_modules"), "does not exist"),
+        (_gone("vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys"), "does not exist"),
+        (_gone("vllm.lora.utils:parse_fine_tuned_lora_name"), "is gone"),
+    ],
+)
+def test_an_unknown_vllm_is_left_as_it_is(
+    patchable: tuple[Callable[[], dict], list[str]],
+    change: Callable[[pytest.MonkeyPatch], None],
+    line: str,
+) -> None:
+    from vllm_vlora.plugin import register
+
+    state, lines = patchable
+    with pytest.MonkeyPatch.context() as patch:
+        change(patch)
+        before = state()
+        register()
+        assert state() == before
+    assert len(lines) == 1
+    assert lines[0].startswith("vllm-vlora: not installed, vLLM runs without it")
+    assert line in lines[0]
+
+
+def test_a_checkpoint_that_does_not_exist_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vllm_vlora.errors import CheckpointError
+    from vllm_vlora.plugin import register
+
+    monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        register()

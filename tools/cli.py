@@ -1,0 +1,433 @@
+"""The command line. Torch and the library are imported by the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vllm_vlora._version import __version__
+from vllm_vlora.errors import BudgetError, VLoRAError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from vllm_vlora.compress import CompressReport
+
+EXIT_CHECK_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+# Tables in a file or a pipe are as wide as they need to be: nothing is cut.
+_UNLIMITED_WIDTH = 10_000
+
+app = typer.Typer(
+    name="vllm-vlora",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Representation(str, Enum):
+    """How tasks are stored."""
+
+    auto = "auto"
+    joint = "joint"
+    private = "private"
+
+
+class Quantize(str, Enum):
+    """Number format of what is stored per task."""
+
+    auto = "auto"
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class Dtype(str, Enum):
+    """Floating-point format of what is not quantised."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        envvar="VLLM_VLORA_DEBUG",
+        help="Show the traceback of an error.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+CheckpointRef = Annotated[
+    str, typer.Argument(metavar="CKPT", help="The checkpoint: a folder or a Hub id.")
+]
+
+
+def main() -> None:
+    """Run the command line; see the module's exit codes."""
+    # Docker and schedulers end a program with SIGTERM; as an exception it removes half a folder.
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        # A task may be called anything; a terminal that cannot show it must not end the program.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    app()
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-vlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def vllm_vlora(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Compress LoRA adapters into one checkpoint that vLLM serves whole.
+
+    [bold]Example[/bold]
+
+    vllm-vlora compress adapters/ -o ckpt --ratio 6
+
+    vllm-vlora info ckpt
+
+    VLLM_VLORA_CHECKPOINT=ckpt vllm serve BASE_MODEL --enable-lora
+
+    Exit codes: 0 done; 1 the check failed, or the budget cannot be met; 2
+    the call or its input is wrong.
+    """
+
+
+@app.command()
+def compress(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="CKPT", help="The folder to write.")
+    ],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=PATH",
+            help="Give the adapter at PATH the task id ID instead of its folder's name. "
+            "May be repeated.",
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="Be at least R times smaller than the adapters at 16 bits."),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="E", help="Be as small as a relative error of E in the worst task allows."
+        ),
+    ] = None,
+    num_components: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Make every shared basis K wide (implies joint)."),
+    ] = None,
+    representation: Annotated[
+        Representation,
+        typer.Option(help="Share a basis, do not, or let measured error choose."),
+    ] = Representation.auto,
+    quantize: Annotated[
+        Quantize, typer.Option(help="Number format of private factors and shared bases.")
+    ] = Quantize.auto,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            metavar="FLOAT",
+            help="float32, float16 or bfloat16, where nothing is quantised. "
+            "Default: the adapters' own.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compress adapters of one base model into one checkpoint.
+
+    Give at most one budget: --ratio, --max-error or --num-components;
+    without one the ratio is 3.5. Adapters may differ in rank, alpha and
+    target modules. The checkpoint appears only when it is whole: an
+    interrupted run leaves an old one as it was.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora compress adapters/ -o ckpt --ratio 6
+
+    vllm-vlora compress sql/ org/chat-lora -o ckpt --max-error 0.1
+
+    vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
+    """
+    with _reported(verbose):
+        from vllm_vlora.checkpoint import Checkpoint
+        from vllm_vlora.compress import CompressOptions
+        from vllm_vlora.compress import compress as run
+        from vllm_vlora.tools import summary as show
+        from vllm_vlora.tools.inputs import collect, expansions
+
+        options = CompressOptions(
+            representation=representation.value,
+            ratio=ratio,
+            max_error=max_error,
+            num_components=num_components,
+            quantize=quantize.value,
+            dtype=dtype.value if dtype else None,
+        )
+        messages = _console(stderr=True)
+        refs: list[str] = []
+        for given, found in expansions(adapters or []):
+            if found != [given]:
+                show.line(messages, f"{given} is a folder of adapters: {len(found)} found")
+            refs += found
+        collected = collect(refs, name or [])
+        with _progress(messages) as advance:
+            report = run(collected, output, options, force=force, progress=advance)
+        for warning in report.warnings:
+            show.line(messages, f"Warning: {warning}", style="yellow")
+        data = show.summarize(Checkpoint.open(output), str(output))
+        data["candidates"] = _candidates(report)
+        data["seconds"] = report.seconds
+        if as_json:
+            _print_json(data)
+            return
+        console = _console()
+        show.print_tasks(console, data)
+        show.print_candidates(console, data, chosen=(report.representation, report.format))
+        show.line(console, f"Wrote {data['checkpoint']} in {report.seconds:.1f} s.")
+        show.print_serving(console, data)
+
+
+@app.command()
+def info(
+    checkpoint: CheckpointRef,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a checkpoint holds and how to serve it.
+
+    Reads the two JSON files only; `validate` reads everything.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora info ckpt
+
+    vllm-vlora info org/checkpoint --json
+    """
+    with _reported(verbose):
+        from vllm_vlora.checkpoint import Checkpoint
+        from vllm_vlora.tools import summary as show
+
+        data = show.summarize(Checkpoint.open(checkpoint), checkpoint)
+        if as_json:
+            _print_json(data)
+            return
+        console = _console()
+        show.print_overview(console, data)
+        show.print_modules(console, data)
+        show.print_tasks(console, data)
+        show.print_serving(console, data)
+
+
+@app.command()
+def validate(
+    checkpoint: CheckpointRef,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read every file of a checkpoint and report what is wrong with it.
+
+    Exit code 0: sound. 1: problems found, one line each. 2: there is no
+    checkpoint there, or a newer version wrote it.
+
+    [bold]Example[/bold]
+
+    vllm-vlora validate ckpt && rsync -a ckpt server:/models/
+    """
+    with _reported(verbose):
+        from vllm_vlora.tools import summary as show
+        from vllm_vlora.validate import validate as run
+
+        with _progress(_console(stderr=True)) as advance:
+            problems = run(checkpoint, progress=lambda _, done, all_: advance("read", done, all_))
+        if as_json:
+            _print_json({"checkpoint": checkpoint, "sound": not problems, "problems": problems})
+        else:
+            console = _console()
+            for problem in problems:
+                show.line(console, problem)
+            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+            show.line(console, f"{checkpoint}: {count if problems else 'sound'}", style="bold")
+        if problems:
+            raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointRef,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TASK", help="The tasks to take out.", show_default=False),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Take every task out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace existing adapter folders.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn tasks back into standard PEFT folders.
+
+    PEFT and vLLM load them without this package. One TASK makes DIR itself
+    the adapter; several, or --all, make DIR/NAME for each, NAME being the
+    task id in a form that every file system allows.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora export ckpt summarize -o summarize-lora
+
+    vllm-vlora export ckpt --all -o adapters/
+    """
+    if everything == bool(tasks):
+        raise typer.BadParameter("name the tasks to export, or give --all", param_hint="TASK")
+    with _reported(verbose):
+        from vllm_vlora.checkpoint import Checkpoint
+        from vllm_vlora.export import export_all, export_task
+        from vllm_vlora.tools import summary as show
+
+        opened = Checkpoint.open(checkpoint)
+        wanted = list(dict.fromkeys(tasks or opened.tasks))
+        if len(wanted) == 1 and not everything:
+            folders = {wanted[0]: export_task(opened, wanted[0], output, force=force)}
+        else:
+            with _progress(_console(stderr=True)) as advance:
+                folders = export_all(
+                    opened,
+                    wanted,
+                    output,
+                    force=force,
+                    progress=lambda _, done, total: advance("export", done, total),
+                )
+        console = _console()
+        for task_id, folder in folders.items():
+            show.line(console, f"{task_id} -> {folder}")
+
+
+def _candidates(report: CompressReport) -> list[dict[str, Any]]:
+    """What ``auto`` measured, as JSON data."""
+    return [
+        {
+            "representation": candidate.representation,
+            "format": candidate.format,
+            "bytes": candidate.nbytes,
+            "mean_error": candidate.mean_error,
+            "worst_error": candidate.worst_error,
+        }
+        for candidate in report.candidates
+    ]
+
+
+@contextmanager
+def _reported(verbose: bool) -> Iterator[None]:
+    """Turn an error that the user can mend into one red line and an exit code."""
+    try:
+        yield
+    except (VLoRAError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        if verbose:
+            traceback.print_exc()
+        _fail(str(error))
+        code = EXIT_CHECK_FAILED if isinstance(error, BudgetError) else EXIT_WRONG_INPUT
+        raise typer.Exit(code) from error
+    except KeyboardInterrupt as error:
+        if verbose:
+            traceback.print_exc()
+        _fail("interrupted; nothing was left half written")
+        raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def _fail(message: str) -> None:
+    text = Text("Error: " + " ".join(message.splitlines()), style="red")
+    _console(stderr=True).print(text, soft_wrap=True)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _UNLIMITED_WIDTH
+    return console
+
+
+class _Advance:
+    """Shows the stages of a long run: a bar on a terminal, a line a stage elsewhere."""
+
+    def __init__(self, console: Console, progress: Progress | None) -> None:
+        self._console = console
+        self._progress = progress
+        self._stage: str | None = None
+        self._task: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            if self._progress is None:
+                self._console.print(f"{stage} ...")
+            else:
+                self._task = self._progress.add_task(stage, total=total)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[_Advance]:
+    if not console.is_terminal:
+        yield _Advance(console, None)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield _Advance(console, progress)
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))

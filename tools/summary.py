@@ -1,0 +1,228 @@
+"""What is said about a checkpoint: as plain data for ``--json`` and as tables for a person."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_vlora.card import format_bytes, format_ratio, serve_command, serving_rank
+
+if TYPE_CHECKING:
+    from vllm_vlora.checkpoint import Checkpoint
+
+
+def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
+    """Everything ``info`` shows, as JSON data; sizes in bytes, errors relative (Frobenius)."""
+    where = str(Path(ref).expanduser().absolute()) if Path(ref).expanduser().is_dir() else ref
+    tasks = [_summarize_task(checkpoint, task_id) for task_id in checkpoint.tasks]
+    errors = [task["error"] for task in tasks]
+    return {
+        "checkpoint": where,
+        "format_version": checkpoint.config.format_version,
+        "created_by": checkpoint.config.created_by,
+        "base_model": checkpoint.base_model,
+        "original_bytes": checkpoint.original_nbytes,
+        "bytes": checkpoint.nbytes,
+        "basis_bytes": checkpoint.basis_nbytes,
+        "ratio": checkpoint.original_nbytes / checkpoint.nbytes if checkpoint.nbytes else None,
+        "mean_error": sum(errors) / len(errors) if errors else None,
+        "worst_error": max(errors, default=None),
+        "max_rank": checkpoint.max_rank,
+        "max_lora_rank": serving_rank(checkpoint.max_rank),
+        "serve": serve_command(where, checkpoint.base_model, checkpoint.max_rank),
+        "tasks": tasks,
+        "modules": [
+            {
+                "name": module.name,
+                "kind": module.kind,
+                "d_in": module.d_in,
+                "d_out": module.d_out,
+                "basis": module.basis
+                and {
+                    "k_out": module.basis.k_out,
+                    "k_in": module.basis.k_in,
+                    "format": module.basis.format,
+                },
+            }
+            for module in checkpoint.modules
+        ],
+    }
+
+
+def _summarize_task(checkpoint: Checkpoint, task_id: str) -> dict[str, Any]:
+    record = checkpoint.record(task_id)
+    ranks = [segment.rank for segment in record.segments]
+    stored = Counter(f"{segment.representation} {segment.format}" for segment in record.segments)
+    size = checkpoint.lora_nbytes(task_id)
+    return {
+        "task": task_id,
+        "source": record.source,
+        "file": record.file,
+        "digest": checkpoint.digest(task_id),
+        "original_bytes": record.original_nbytes,
+        "bytes": size,
+        "extra_bytes": record.nbytes - size,
+        "ratio": record.original_nbytes / size if size else None,
+        "error": record.error,
+        "min_rank": min(ranks, default=0),
+        "max_rank": max(ranks, default=0),
+        "modules": len(ranks),
+        "stored_as": dict(stored.most_common()),
+    }
+
+
+def print_tasks(console: Console, summary: dict[str, Any]) -> None:
+    """The table of tasks, with the shared bases and the total below."""
+    table = Table(header_style="bold", show_footer=False)
+    table.add_column("Task", overflow="fold")
+    for column in ("Before", "Stored", "Ratio", "Rank"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("Stored as", overflow="fold")
+    table.add_column("Error", justify="right", no_wrap=True)
+    for task in summary["tasks"]:
+        table.add_row(
+            Text(task["task"]),
+            format_bytes(task["original_bytes"]),
+            format_bytes(task["bytes"]),
+            format_ratio(task["original_bytes"], task["bytes"]),
+            _range(task["min_rank"], task["max_rank"]),
+            _stored_as(task["stored_as"]),
+            f"{task['error']:.4f}",
+        )
+    table.add_section()
+    if summary["basis_bytes"]:
+        table.add_row("shared bases", "", format_bytes(summary["basis_bytes"]), "", "", "", "")
+    table.add_row(
+        "total",
+        format_bytes(summary["original_bytes"]),
+        format_bytes(summary["bytes"]),
+        format_ratio(summary["original_bytes"], summary["bytes"]),
+        str(summary["max_rank"]),
+        "",
+        "-" if summary["mean_error"] is None else f"{summary['mean_error']:.4f}",
+        style="bold",
+    )
+    console.print(table)
+    line(
+        console,
+        "Before: the adapters' LoRA weights at 16 bits each. Stored: safetensors files without "
+        "classifier heads. Error: relative, Frobenius; in total the mean.",
+        style="dim",
+    )
+
+
+def print_modules(console: Console, summary: dict[str, Any]) -> None:
+    """The adapted modules, those of one name and shape in one row."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for module in summary["modules"]:
+        leaf = module["name"].rsplit(".", 1)[-1]
+        groups.setdefault((leaf, module["kind"], module["d_out"], module["d_in"]), []).append(
+            module
+        )
+    table = Table(header_style="bold")
+    table.add_column("Module", overflow="fold")
+    table.add_column("Count", justify="right")
+    table.add_column("Kind")
+    table.add_column("Shape", justify="right", no_wrap=True)
+    table.add_column("Basis k_out x k_in", justify="right")
+    table.add_column("Basis format")
+    for (leaf, kind, d_out, d_in), modules in groups.items():
+        bases = [module["basis"] for module in modules if module["basis"]]
+        table.add_row(
+            Text(leaf),
+            str(len(modules)),
+            kind,
+            f"{d_out} x {d_in}",
+            _basis_extent(bases, len(modules)),
+            ", ".join(sorted({basis["format"] for basis in bases})) or "-",
+        )
+    console.print(table)
+
+
+def print_candidates(console: Console, summary: dict[str, Any], chosen: tuple[str, str]) -> None:
+    """What was measured before the choice, the chosen one marked."""
+    if len(summary["candidates"]) < 2:
+        return
+    table = Table(
+        title=f"Measured: {chosen[0]} {chosen[1]} keeps most",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+    )
+    table.add_column("")
+    for column in ("Representation", "Format"):
+        table.add_column(column)
+    for column in ("Size", "Mean error", "Worst error"):
+        table.add_column(column, justify="right")
+    for candidate in summary["candidates"]:
+        is_chosen = (candidate["representation"], candidate["format"]) == chosen
+        table.add_row(
+            "chosen" if is_chosen else "",
+            candidate["representation"],
+            candidate["format"],
+            format_bytes(candidate["bytes"]),
+            f"{candidate['mean_error']:.4f}",
+            f"{candidate['worst_error']:.4f}",
+            style="bold" if is_chosen else "",
+        )
+    console.print(table)
+
+
+def print_overview(console: Console, summary: dict[str, Any]) -> None:
+    """Where the checkpoint is, what it is for and how large it is."""
+    line(console, f"Checkpoint     {summary['checkpoint']}")
+    line(console, f"Base model     {summary['base_model'] or 'not recorded'}")
+    line(
+        console,
+        f"Written by     {summary['created_by']} (format {summary['format_version']})",
+    )
+    line(
+        console,
+        f"Size           {format_bytes(summary['bytes'])}, before "
+        f"{format_bytes(summary['original_bytes'])} "
+        f"({format_ratio(summary['original_bytes'], summary['bytes'])}); shared bases "
+        f"{format_bytes(summary['basis_bytes'])}",
+    )
+
+
+def print_serving(console: Console, summary: dict[str, Any]) -> None:
+    """The line that serves the checkpoint."""
+    line(console, "Serve every task:", style="bold")
+    line(console, f"  {summary['serve']}")
+    if summary["max_lora_rank"] is None:
+        line(
+            console,
+            f"  vLLM serves ranks up to 512; this checkpoint has rank {summary['max_rank']}: "
+            "compress it to a smaller one",
+            style="yellow",
+        )
+
+
+def line(console: Console, text: str, style: str = "") -> None:
+    """Print one line as it is: no markup, no highlighting, no wrapping that would break a paste."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _stored_as(counts: dict[str, int]) -> str:
+    formats: dict[str, list[str]] = {}
+    for name in counts:
+        representation, format = name.split(" ")
+        formats.setdefault(representation, []).append(format)
+    return ", ".join(f"{name} {'/'.join(kinds)}" for name, kinds in formats.items())
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _basis_extent(bases: list[dict[str, Any]], count: int) -> str:
+    if not bases:
+        return "-"
+    k_out, k_in = ([basis[key] for basis in bases] for key in ("k_out", "k_in"))
+    text = f"{_range(min(k_out), max(k_out))} x {_range(min(k_in), max(k_in))}"
+    return text if len(bases) == count else f"{text} ({len(bases)} of {count})"

@@ -1,0 +1,609 @@
+"""Read and write LoRA adapters in PEFT's format: ``adapter_config.json`` + ``.safetensors``.
+
+For a module with base weight W (d_out x d_in) an adapter adds
+
+    delta_W = s B A,    A [r, d_in],  B [d_out, r],    s = alpha / r  (alpha / sqrt(r) with rsLoRA)
+
+An embedding of num_embeddings tokens in embedding_dim dimensions has d_in = num_embeddings and
+d_out = embedding_dim. Adapters with a feature that has no such form are refused by name; nothing
+is ever ignored in silence.
+
+Sources: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732; PEFT's checkpoint format,
+https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vllm_vlora.atomic import publish_folder
+from vllm_vlora.errors import AdapterError
+from vllm_vlora.hub import ref_name, resolve_snapshot
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+KINDS = ("linear", "embedding")
+
+Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+_PREFIX = "base_model.model."
+# What PEFT's save_pretrained writes; anything else in a folder is somebody's own file.
+_PEFT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, "README.md"})
+
+_LORA_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])"
+    r"(?:\.default)?(?:\.weight)?"
+)
+_LORA_BIAS_KEY = re.compile(r".+\.lora_B(?:\.default)?\.bias")
+_LORA_LIKE_KEY = re.compile(r"(^|.*\.)lora[_.].*")
+
+_LORA_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EXTRA_DTYPES = _LORA_DTYPES | {
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# Options that change the forward pass, the modules or the base weights into something other than
+# W + s B A. A falsy value means the option is off.
+_REFUSED_OPTIONS = {
+    "use_dora": "DoRA rescales the whole weight",
+    "lora_bias": "a bias on lora_B is not a low-rank weight update",
+    "use_qalora": "QALoRA pools the input of lora_A",
+    "use_bdlora": "BD-LoRA has block-diagonal factors",
+    "alora_invocation_tokens": "aLoRA applies the adapter to some tokens only",
+    "layer_replication": "layer replication changes the model's layers",
+    "target_parameters": "LoRA on bare parameters (fused MoE experts) is not a module's update",
+    "trainable_token_indices": "trained tokens replace rows of the embedding",
+    "arrow_config": "Arrow routes between several adapters",
+    "kasa_config": "KaSA truncates the base weights",
+    "monteclora_config": "MonteCLoRA samples its weights",
+    "velora_config": "VeLoRA is not supported",
+}
+# These only choose the first values of A and B, so a saved adapter is plain LoRA. The others
+# (pissa, olora, corda, loftq) also change the base weights. The rule is vLLM's and PEFT's.
+_PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+# PEFT trains these heads along with any adapter of the task type, listed or not.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class LoRAModule:
+    """One adapted module, as its header and the config describe it.
+
+    Attributes:
+        name: path of the module in the base model, "model.layers.0.self_attn.q_proj".
+        rank: r, as its tensors have it.
+        alpha: alpha of this module (``alpha_pattern``, else ``lora_alpha``).
+        scale: s, to be multiplied with B A.
+        d_in: columns of A; the number of embeddings for an embedding.
+        d_out: rows of B; the embedding dimension for an embedding.
+        dtype: of the factors; where A and B differ, the type that holds both.
+        kind: "linear" or "embedding".
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    scale: float
+    d_in: int
+    d_out: int
+    dtype: torch.dtype
+    kind: str
+
+    @property
+    def numel(self) -> int:
+        """Number of LoRA weights: r (d_in + d_out)."""
+        return self.rank * (self.d_in + self.d_out)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An opened adapter. Only headers were read; weights are read when asked for.
+
+    No file stays open, so thousands of adapters can be held.
+
+    Attributes:
+        path: the folder.
+        name: last part of the folder's path or of the Hub id.
+        config: ``adapter_config.json`` as read.
+        modules: the adapted modules, sorted by name.
+        extra: dtype and shape of every tensor that is not LoRA (classifier heads and other
+            ``modules_to_save``, embeddings saved whole), under its name in the file.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    modules: dict[str, LoRAModule]
+    extra: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    _keys: dict[str, tuple[str, str]] = field(repr=False)
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model's id or path, where the config names one."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def original_nbytes(self) -> int:
+        """Bytes of the LoRA weights at 16 bits each, whatever type they are stored in."""
+        return 2 * sum(module.numel for module in self.modules.values())
+
+    def factors(self, name: str) -> Factors:
+        """Return (A [r, d_in], B [d_out, r]) of a module: as stored, in their own dtype, unscaled.
+
+        Each call parses the file's header; :meth:`iter_factors` does so once for many modules.
+
+        Raises:
+            KeyError: the adapter has no such module.
+            AdapterError: a value is NaN or infinite, or the file changed since it was opened.
+        """
+        module = self.modules[name]
+        with _open_weights(self.path / WEIGHTS_FILE) as file:
+            return self._read_factors(file, module)
+
+    def iter_factors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Factors]]:
+        """Yield (name, (A, B)) for the named modules, or all, opening the file once.
+
+        Raises:
+            KeyError, AdapterError: as :meth:`factors`.
+        """
+        chosen = [self.modules[name] for name in (self.modules if names is None else names)]
+        with _open_weights(self.path / WEIGHTS_FILE) as file:
+            for module in chosen:
+                yield module.name, self._read_factors(file, module)
+
+    def extra_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of :attr:`extra`.
+
+        Raises:
+            AdapterError: a value is NaN or infinite, or the file changed since it was opened.
+        """
+        if not self.extra:
+            return {}
+        with _open_weights(self.path / WEIGHTS_FILE) as file:
+            return {key: self._read(file, key, shape) for key, (_, shape) in self.extra.items()}
+
+    def _read_factors(self, file: Any, module: LoRAModule) -> Factors:
+        key_a, key_b = self._keys[module.name]
+        a = self._read(file, key_a, (module.rank, module.d_in))
+        return a, self._read(file, key_b, (module.d_out, module.rank))
+
+    def _read(self, file: Any, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+        try:
+            tensor = file.get_tensor(key)
+        except SafetensorError as error:
+            raise AdapterError(f"{self.path}: cannot read tensor {key!r}: {error}") from error
+        if tuple(tensor.shape) != shape:
+            raise AdapterError(f"{self.path}: tensor {key!r} changed while it was read; run again")
+        _check_finite(tensor, key, str(self.path))
+        # safetensors maps the file anew for every opening; a tensor that kept its mapping would
+        # let a large collection reach the system's limit of maps (65530).
+        return tensor.clone()
+
+
+def open_adapter(ref: str | Path) -> Adapter:
+    """Open a PEFT LoRA adapter: a local folder, or a Hub id ("org/name", "org/name@revision").
+
+    Checks the config and the header of the weights file, and reads no weights.
+
+    Raises:
+        AdapterError: it cannot be found or read, contradicts itself, or uses a feature with no
+            exact low-rank form (DoRA, LoHa, convolutions, pickled weights, ...); one line that
+            names the adapter, the offending thing and what to do.
+    """
+    folder = resolve_snapshot(
+        ref, what="adapter", error=AdapterError, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
+    )
+    config = _read_config(folder)
+    _check_config(config, str(folder))
+    header = _read_header(folder)
+    pairs, extra_keys = _sort_keys(header, config, str(folder))
+    if not pairs:
+        raise AdapterError(f"{folder}: {WEIGHTS_FILE} holds no LoRA tensors; nothing to read")
+    modules = {
+        name: _describe_module(name, pairs[name], header, config, str(folder))
+        for name in sorted(pairs)
+    }
+    return Adapter(
+        path=folder,
+        name=ref_name(ref),
+        config=config,
+        modules=modules,
+        extra={key: _describe_extra(key, header[key], str(folder)) for key in sorted(extra_keys)},
+        _keys={name: (pairs[name].keys["A"], pairs[name].keys["B"]) for name in modules},
+    )
+
+
+def save_adapter(
+    out_dir: str | Path,
+    config: Mapping[str, Any],
+    factors: Mapping[str, Factors] | Iterable[tuple[str, Factors]],
+    kinds: Mapping[str, str] | None = None,
+    extra: Mapping[str, torch.Tensor] | None = None,
+    *,
+    force: bool = False,
+) -> Path:
+    """Write a standard PEFT folder, atomically, that PEFT and vLLM load.
+
+    Args:
+        out_dir: the folder to publish.
+        config: its ``adapter_config.json``. ``r``, ``lora_alpha``, ``rank_pattern`` and
+            ``alpha_pattern`` must describe the factors: PEFT takes rank and scale from them.
+        factors: module name -> (A [r, d_in], B [d_out, r]), unscaled; any strides and device.
+        kinds: module name -> "linear" or "embedding"; linear where it is not named.
+        extra: tensors that are not LoRA, under PEFT's names ("base_model.model.score.weight").
+        force: replace a folder that holds a PEFT adapter and nothing else.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        AdapterError: the factors contradict each other or the config, or are not finite.
+        OutputError: the folder exists and may not be replaced, or cannot be written.
+    """
+    out_dir = Path(out_dir).absolute()
+    config = dict(config)
+    _check_config(config, str(out_dir))
+    pairs = factors.items() if isinstance(factors, Mapping) else factors
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (a, b) in pairs:
+        kind = (kinds or {}).get(name, "linear")
+        _check_factors(name, a, b, kind, config, str(out_dir))
+        for key, tensor in zip(_module_keys(name, kind), (a, b), strict=True):
+            _add_tensor(tensors, key, tensor, str(out_dir))
+    if not tensors:
+        raise AdapterError(f"{out_dir}: the adapter has no modules; nothing to write")
+    for key, tensor in (extra or {}).items():
+        _add_tensor(tensors, key, tensor, str(out_dir))
+    # Only the top level is sorted: of two patterns that match a module PEFT takes the first.
+    text = json.dumps(dict(sorted(config.items())), indent=2, ensure_ascii=False) + "\n"
+    with publish_folder(out_dir, force=force, owned=_is_peft_folder) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    return out_dir
+
+
+def lora_scale(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, float]:
+    """Return (alpha, s) of the module ``name`` with ``rank``, by PEFT's rules.
+
+    s = alpha / rank, or alpha / sqrt(rank) with ``use_rslora``; alpha is that of the first key of
+    ``alpha_pattern`` that matches the name, else ``lora_alpha``.
+    """
+    alpha = _match_pattern(config.get("alpha_pattern"), name)
+    alpha = float(config["lora_alpha"] if alpha is None else alpha)
+    return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def lora_rank(config: Mapping[str, Any], name: str) -> int:
+    """Return the rank PEFT gives the module ``name``: by ``rank_pattern``, else ``r``."""
+    rank = _match_pattern(config.get("rank_pattern"), name)
+    return int(config["r"] if rank is None else rank)
+
+
+def _match_pattern(pattern: Mapping[str, Any] | None, name: str) -> Any:
+    """PEFT's ``get_pattern_key``: a key is a regular expression for the end of a dotted name."""
+    for key, value in (pattern or {}).items():
+        if _pattern(key).match(name):
+            return value
+    return None
+
+
+# EVA writes one key per module, more than re's own cache of 512 holds for a large model.
+@lru_cache(maxsize=8192)
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+@dataclass
+class _Pair:
+    kind: str
+    keys: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Header:
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{folder}: no {CONFIG_FILE}; give a folder that PEFT's save_pretrained wrote"
+        ) from error
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise AdapterError(f"{path}: not valid JSON ({error}); copy the adapter again") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: holds no JSON object; copy the adapter again")
+    return config
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise AdapterError(
+            f"{where}: peft_type is {peft_type!r}; only 'LORA' adapters have the form s B A"
+        )
+    for option, reason in _REFUSED_OPTIONS.items():
+        if config.get(option):
+            raise AdapterError(
+                f"{where}: {option} is set, which is not supported: {reason}; "
+                "use a plain LoRA adapter"
+            )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        raise AdapterError(
+            f"{where}: init_lora_weights={init!r} changes the base weights; convert the adapter "
+            "with PEFT's path_initial_model_for_weight_conversion, or set it to true if the base "
+            "model already holds the changed weights"
+        )
+    _check_rank_value(config.get("r"), "r", where)
+    _check_alpha_value(config.get("lora_alpha"), "lora_alpha", where)
+    for option, check in (
+        ("rank_pattern", _check_rank_value),
+        ("alpha_pattern", _check_alpha_value),
+    ):
+        pattern = config.get(option) or {}
+        if not isinstance(pattern, Mapping):
+            raise AdapterError(f"{where}: {option} is not an object; correct {CONFIG_FILE}")
+        for key, value in pattern.items():
+            check(value, f"{option}[{key!r}]", where)
+            try:
+                _pattern(key)
+            except re.error as error:
+                raise AdapterError(
+                    f"{where}: {option} has the key {key!r}, which is no regular expression: "
+                    f"{error}; correct {CONFIG_FILE}"
+                ) from error
+
+
+def _check_rank_value(value: Any, option: str, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise AdapterError(
+            f"{where}: {option} is {_shown(value)}, but a rank is a whole number above 0; "
+            f"correct {CONFIG_FILE}"
+        )
+
+
+def _check_alpha_value(value: Any, option: str, where: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise AdapterError(
+            f"{where}: {option} is {_shown(value)}, but alpha is a number; correct {CONFIG_FILE}"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else repr(value)
+
+
+def _open_weights(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise AdapterError(_missing_weights(path.parent)) from error
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{path}: not a whole safetensors file ({error}); copy or download it again"
+        ) from error
+
+
+def _missing_weights(folder: Path) -> str:
+    hint = (
+        "a .bin file is pickle, which can run code when it is read, so it is refused; convert it: "
+        "load the adapter with PEFT and call save_pretrained(folder, safe_serialization=True)"
+    )
+    if (folder / "adapter_model.bin").exists():
+        return f"{folder}: only adapter_model.bin, no {WEIGHTS_FILE}; {hint}"
+    return f"{folder}: no {WEIGHTS_FILE}; where there is only a .bin: {hint}"
+
+
+def _read_header(folder: Path) -> dict[str, _Header]:
+    with _open_weights(folder / WEIGHTS_FILE) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {
+            key: _Header(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()
+        }
+
+
+def _sort_keys(
+    header: Mapping[str, _Header], config: Mapping[str, Any], where: str
+) -> tuple[dict[str, _Pair], list[str]]:
+    """Tell LoRA tensors, paired by module, from extra ones; refuse what is neither."""
+    pairs: dict[str, _Pair] = {}
+    extra = []
+    for key in header:
+        match = _LORA_KEY.fullmatch(key)
+        if match is None:
+            _check_extra_key(key, config, where)
+            extra.append(key)
+            continue
+        kind = "embedding" if match["embedding"] else "linear"
+        pair = pairs.setdefault(match["module"], _Pair(kind, {}))
+        if pair.kind != kind or match["side"] in pair.keys:
+            other = next(iter(pair.keys.values()))
+            raise AdapterError(
+                f"{where}: tensors {other!r} and {key!r} name the same module twice; "
+                "remove one of them"
+            )
+        pair.keys[match["side"]] = key
+    for name, pair in pairs.items():
+        for side, other in (("A", "B"), ("B", "A")):
+            if side not in pair.keys:
+                raise AdapterError(
+                    f"{where}: module {name!r} has lora_{other} but no lora_{side}; "
+                    "the file is incomplete, save the adapter again"
+                )
+    return pairs, extra
+
+
+def _check_extra_key(key: str, config: Mapping[str, Any], where: str) -> None:
+    if "lora_magnitude_vector" in key:
+        raise AdapterError(f"{where}: tensor {key!r} belongs to DoRA, which is not supported")
+    if _LORA_BIAS_KEY.fullmatch(key):
+        raise AdapterError(f"{where}: tensor {key!r} is a LoRA bias, which is not supported")
+    if "trainable_tokens" in key:
+        raise AdapterError(
+            f"{where}: tensor {key!r} belongs to trainable tokens, which are not supported"
+        )
+    if _LORA_LIKE_KEY.fullmatch(key):
+        raise AdapterError(
+            f"{where}: tensor {key!r} is no PEFT LoRA tensor this version knows; "
+            "convert the adapter to PEFT's names (lora_A, lora_B)"
+        )
+    bias = config.get("bias") or "none"
+    if bias != "none" and key.endswith(".bias") and not _is_saved_module(key, config):
+        raise AdapterError(
+            f"{where}: bias={bias!r} and tensor {key!r}: trained biases of the base model are not "
+            "supported; train with bias='none'"
+        )
+
+
+def _is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor lies in one of ``modules_to_save`` (PEFT matches the end of a name)."""
+    saved = config.get("modules_to_save") or []
+    heads = [saved] if isinstance(saved, str) else [*saved]
+    heads += _TASK_HEADS.get(str(config.get("task_type")), ())
+    parts = key.split(".")
+    parents = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return any(parent.endswith(head) for parent in parents for head in heads)
+
+
+def _describe_module(
+    name: str,
+    pair: _Pair,
+    header: Mapping[str, _Header],
+    config: Mapping[str, Any],
+    where: str,
+) -> LoRAModule:
+    dtypes = []
+    for key in pair.keys.values():
+        dtype = _LORA_DTYPES.get(header[key].dtype)
+        if dtype is None:
+            raise AdapterError(
+                f"{where}: tensor {key!r} has dtype {header[key].dtype}; LoRA weights must be "
+                "float32, float16 or bfloat16"
+            )
+        dtypes.append(dtype)
+    shape_a, shape_b = header[pair.keys["A"]].shape, header[pair.keys["B"]].shape
+    _check_shapes(name, shape_a, shape_b, config, where)
+    rank = shape_a[0]
+    alpha, scale = lora_scale(config, name, rank)
+    return LoRAModule(
+        name=name,
+        rank=rank,
+        alpha=alpha,
+        scale=scale,
+        d_in=shape_a[1],
+        d_out=shape_b[0],
+        dtype=torch.promote_types(*dtypes),
+        kind=pair.kind,
+    )
+
+
+def _check_shapes(
+    name: str,
+    shape_a: tuple[int, ...],
+    shape_b: tuple[int, ...],
+    config: Mapping[str, Any],
+    where: str,
+) -> None:
+    shown = f"module {name!r} has lora_A {list(shape_a)} and lora_B {list(shape_b)}"
+    if len(shape_a) > 2 or len(shape_b) > 2:
+        raise AdapterError(f"{where}: {shown}; LoRA on convolutions is not supported")
+    if len(shape_a) < 2 or len(shape_b) < 2 or 0 in shape_a or 0 in shape_b:
+        raise AdapterError(
+            f"{where}: {shown}, not two matrices; sharded training must gather the weights "
+            "before it saves them"
+        )
+    if shape_a[0] != shape_b[1]:
+        raise AdapterError(f"{where}: {shown}, whose ranks differ; save the adapter again")
+    if shape_a[0] != lora_rank(config, name):
+        raise AdapterError(
+            f"{where}: {shown}, rank {shape_a[0]}, but {CONFIG_FILE} says rank "
+            f"{lora_rank(config, name)}; correct r or rank_pattern"
+        )
+
+
+def _describe_extra(key: str, header: _Header, where: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    dtype = _EXTRA_DTYPES.get(header.dtype)
+    if dtype is None:
+        raise AdapterError(f"{where}: tensor {key!r} has the unsupported dtype {header.dtype}")
+    return dtype, header.shape
+
+
+def _check_finite(tensor: torch.Tensor, key: str, where: str) -> None:
+    # One-byte floats have no isfinite of their own.
+    values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    if not bool(torch.isfinite(values).all()):
+        raise AdapterError(
+            f"{where}: tensor {key!r} holds NaN or infinite values; the training diverged or the "
+            "file is damaged"
+        )
+
+
+def _check_factors(
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    kind: str,
+    config: Mapping[str, Any],
+    where: str,
+) -> None:
+    if kind not in KINDS:
+        raise AdapterError(f"{where}: module {name!r} has kind {kind!r}; give one of {KINDS}")
+    for side, tensor in (("A", a), ("B", b)):
+        if tensor.dtype not in _LORA_DTYPES.values():
+            raise AdapterError(
+                f"{where}: lora_{side} of module {name!r} has dtype {tensor.dtype}; LoRA weights "
+                "must be float32, float16 or bfloat16"
+            )
+    _check_shapes(name, tuple(a.shape), tuple(b.shape), config, where)
+
+
+def _module_keys(name: str, kind: str) -> tuple[str, str]:
+    # PEFT holds embedding factors as bare parameters, so their names have no ".weight".
+    if kind == "embedding":
+        return f"{_PREFIX}{name}.lora_embedding_A", f"{_PREFIX}{name}.lora_embedding_B"
+    return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
+
+
+def _add_tensor(
+    tensors: dict[str, torch.Tensor], key: str, tensor: torch.Tensor, where: str
+) -> None:
+    if key in tensors:
+        raise AdapterError(f"{where}: tensor {key!r} is given twice; name each module once")
+    _check_finite(tensor, key, where)
+    # A copy, since safetensors refuses tensors that share memory (factors cut from one basis).
+    tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _is_peft_folder(folder: Path) -> bool:
+    names = {entry.name for entry in folder.iterdir()}
+    return CONFIG_FILE in names and names <= _PEFT_FILES

@@ -1,0 +1,236 @@
+"""Take a task out of a checkpoint: a standard PEFT folder that PEFT and stock vLLM load.
+
+A task whose every module is *kept as it was* (private factors in a floating-point format, with the
+rank and the scale that its own ``adapter_config`` gives) is written back bit for bit, with that
+config. Any other task gets a config that describes the decoded factors:
+
+- ``r`` is the most common rank; the others stand in ``rank_pattern`` under full module names.
+- One scale s serves all modules, the most common one; B of a module with another scale is
+  multiplied with scale / s. With s = alpha_m / r_m everywhere, versions of vLLM that ignore
+  ``rank_pattern`` and ``alpha_pattern`` and take lora_alpha / r for every module are right too.
+- ``target_modules`` lists the full names of exactly the adapted modules.
+
+Factors stored in a floating-point format are written in that format's dtype, quantised ones in
+bfloat16: its rounding (2**-9 relative) is far below what the quantisation lost, and vLLM casts an
+adapter to the model's 16-bit type anyway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_vlora.adapters import Factors, lora_rank, lora_scale, save_adapter
+from vllm_vlora.checkpoint import Basis, Checkpoint, StoredTask
+from vllm_vlora.errors import CheckpointError, OutputError
+from vllm_vlora.quantize import FLOAT_DTYPES
+from vllm_vlora.representations import side_sources
+from vllm_vlora.task_ids import encode_task_id
+
+_QUANTIZED_DTYPE = torch.bfloat16
+
+
+def export_task(
+    checkpoint: Checkpoint,
+    task_id: str,
+    output: str | Path,
+    *,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write one task as the PEFT folder ``output``, atomically.
+
+    Args:
+        force: replace a folder that holds a PEFT adapter and nothing else.
+        dtype: of the LoRA factors; None picks it per module (see the module's docstring).
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        TaskNotFoundError, CheckpointError: no such task, or the checkpoint is damaged.
+        OutputError: the folder may not be replaced or cannot be written.
+    """
+    wanted = _joint_modules(checkpoint, [task_id])
+    bases = {name: basis for name, basis in checkpoint.bases() if name in wanted} if wanted else {}
+    return _export(checkpoint, task_id, bases, Path(output), force, dtype)
+
+
+def export_all(
+    checkpoint: Checkpoint,
+    task_ids: Iterable[str],
+    output: str | Path,
+    *,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Path]:
+    """Write tasks as the PEFT folders ``output/<portable name>``, each atomically.
+
+    The name is :func:`task_ids.encode_task_id` of the task id. The bases are read once and held in
+    their stored form. Unknown tasks and folders in the way are found before anything is written.
+
+    Args:
+        progress: called with (task id, tasks done, all tasks).
+
+    Returns:
+        Task id -> folder, in the order given, each task once.
+
+    Raises:
+        As :func:`export_task`.
+    """
+    folders = {task: Path(output).absolute() / encode_task_id(task) for task in task_ids}
+    wanted = _joint_modules(checkpoint, folders)
+    if not force:
+        for folder in folders.values():
+            _check_absent(folder)
+    bases = {name: basis for name, basis in checkpoint.bases() if name in wanted} if wanted else {}
+    for done, (task_id, folder) in enumerate(folders.items(), 1):
+        _export(checkpoint, task_id, bases, folder, force, dtype)
+        if progress is not None:
+            progress(task_id, done, len(folders))
+    return folders
+
+
+def _joint_modules(checkpoint: Checkpoint, task_ids: Iterable[str]) -> set[str]:
+    """Names of the modules whose basis these tasks need."""
+    return {
+        checkpoint.modules[segment.module].name
+        for task_id in task_ids
+        for segment in checkpoint.record(task_id).segments
+        if segment.representation == "joint"
+    }
+
+
+def _check_absent(folder: Path) -> None:
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise OutputError(f"cannot look into {folder}: {error.strerror}") from error
+    if taken:
+        raise OutputError(
+            f"{folder} exists and is not empty; choose another path or replace it with force"
+        )
+
+
+def _export(
+    checkpoint: Checkpoint,
+    task_id: str,
+    bases: Mapping[str, Basis],
+    output: Path,
+    force: bool,
+    dtype: torch.dtype | None,
+) -> Path:
+    task = checkpoint.load_task(task_id)
+    if not task.modules:
+        raise CheckpointError(f"{checkpoint.path}: task {task_id!r} adapts no module")
+    original = checkpoint.record(task_id).adapter_config
+    if _kept_as_it_was(task, original):
+        config, scale = original, None
+    else:
+        scale = _common_scale(task)
+        config = _new_config(task, original, scale, checkpoint.base_model)
+    return save_adapter(
+        output,
+        config,
+        _factors(task, bases, scale, dtype),
+        {module.name: module.kind for module in checkpoint.modules},
+        task.extra,
+        force=force,
+    )
+
+
+def _kept_as_it_was(task: StoredTask, config: Mapping[str, Any]) -> bool:
+    """Whether ``config`` gives every stored module its rank and scale, so that it may stay."""
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
+        return False
+    try:
+        return all(
+            stored.representation == "private"
+            and stored.format in FLOAT_DTYPES
+            and stored.rank == lora_rank(config, name)
+            and stored.scale == lora_scale(config, name, stored.rank)[1]
+            for name, stored in task.modules.items()
+        )
+    # A config without these numbers, or with patterns that are none, describes nothing.
+    except (KeyError, TypeError, ValueError, AttributeError, re.error):
+        return False
+
+
+def _common_scale(task: StoredTask) -> float:
+    """The most common scale other than zero; 1 if there is none."""
+    counts = Counter(stored.scale for stored in task.modules.values() if stored.scale != 0.0)
+    return counts.most_common(1)[0][0] if counts else 1.0
+
+
+def _factors(
+    task: StoredTask,
+    bases: Mapping[str, Basis],
+    scale: float | None,
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Factors]]:
+    """Yield (name, (A, B)) with delta_W = scale * B A; ``scale`` None: each module's own."""
+    for name, stored in task.modules.items():
+        source_a, source_b = side_sources(stored, bases.get(name))
+        remaining = stored.scale / scale if scale is not None else 1.0
+        b = dataclasses.replace(source_b, scale=remaining).to_dense().T
+        wanted = dtype or FLOAT_DTYPES.get(stored.format, _QUANTIZED_DTYPE)
+        yield name, (_cast(task, name, source_a.to_dense(), wanted), _cast(task, name, b, wanted))
+
+
+def _cast(task: StoredTask, name: str, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    result = matrix.to(dtype)
+    if not bool(torch.isfinite(result).all()):
+        raise CheckpointError(
+            f"task {task.task_id!r}, module {name}: values up to {matrix.abs().max():.3g} do not "
+            f"fit {dtype}; export with dtype float32"
+        )
+    return result
+
+
+def _new_config(
+    task: StoredTask, original: Mapping[str, Any], scale: float, base_model: str | None
+) -> dict[str, Any]:
+    """``original`` with ranks, alphas and targets that describe the decoded factors."""
+    ranks = {name: stored.rank for name, stored in task.modules.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    patterns = _rank_pattern(ranks, rank)
+    config = {"task_type": None, "bias": "none", **original}
+    config.update(
+        peft_type="LORA",
+        r=rank,
+        lora_alpha=_number(scale * rank),
+        rank_pattern=patterns,
+        alpha_pattern={name: _number(scale * value) for name, value in patterns.items()},
+        use_rslora=False,
+        target_modules=sorted(ranks),
+        # Full names select the modules; these would select among them a second time.
+        layers_to_transform=None,
+        layers_pattern=None,
+        exclude_modules=None,
+    )
+    if not config.get("base_model_name_or_path"):
+        config["base_model_name_or_path"] = base_model
+    return config
+
+
+def _rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
+    """Full module name -> rank where it is not ``default``.
+
+    PEFT lets the first key win that matches the *end* of a module's name, so longer names come
+    first, and a module of the default rank is named where a shorter key would match it.
+    """
+    special = {name for name, rank in ranks.items() if rank != default}
+    shadowed = {name for name in ranks if any(name.endswith(f".{key}") for key in special)}
+    return {name: ranks[name] for name in sorted(special | shadowed, key=lambda n: (-len(n), n))}
+
+
+def _number(value: float) -> int | float:
+    """PEFT declares alpha as a whole number, and usually it is one."""
+    return int(value) if value == int(value) else value
