@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vllm_vlora import __version__
 from vllm_vlora.adapters import open_adapter, save_adapter
+from vllm_vlora.card import format_bytes, serving_rank
 from vllm_vlora.checkpoint import CONFIG_FILE, Checkpoint
 from vllm_vlora.compress import DEFAULT_RATIO
 from vllm_vlora.task_ids import encode_task_id
@@ -192,11 +194,361 @@ def test_options_reach_the_library(
 
 def test_names_rename_and_add(adapters: Path, tmp_path: Path) -> None:
     other = make_adapter(tmp_path / "run" / "sql", seed=9)
+    third = make_adapter(tmp_path / "third", seed=10)
     message = error_line("compress", adapters, other, "-o", tmp_path / "ckpt")
     assert "'sql'" in message
     assert f"--name NEW_ID={other}" in message
+    renamed = f"{tmp_path}/adapters/../run/sql/"
     invoke(
         *("compress", adapters, other, "-o", tmp_path / "ckpt", "--max-error", "0"),
-        *("--name", f"org/sql={other}", "--name", f"again=x={tmp_path}/adapters/../run/sql/"),
-        *("--name", f"more={make_adapter(tmp_path / 'third')}"),
-    , code=2)
+        *("--name", f"org/sql={renamed}", "--name", f"more={third}"),
+    )
+    checkpoint = Checkpoint.open(tmp_path / "ckpt")
+    assert set(checkpoint.tasks) == {"sql", "chat", "Zürich 東京", "org/sql", "more"}
+    invoke("export", tmp_path / "ckpt", "org/sql", "-o", tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj"
+    got, want = open_adapter(tmp_path / "out").factors(name), open_adapter(other).factors(name)
+    assert torch.equal(got[0], want[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "no adapter given"),
+        (["nowhere/at/all"], "nowhere/at/all"),
+        (["{sql}", "{sql}/"], "given twice"),
+        (["--name", "sql"], "ID=PATH"),
+        (["--name", "={sql}"], "ID=PATH"),
+        (["--name", "x" * 300 + "={sql}"], "300 characters"),
+        (["--name", "a\nb={sql}"], "U+000A"),
+        (["--name", "x={sql}", "--name", "x={chat}"], "'x'"),
+        (["{sql}", "--ratio", "2", "--max-error", "0.1"], "contradict"),
+        (["{sql}", "--ratio", "0"], "ratio"),
+        (["{sql}", "--ratio", "nan"], "ratio"),
+        (["{sql}", "--max-error", "-1"], "max_error"),
+        (["{sql}", "--num-components", "0"], "num_components"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(
+    adapters: Path, tmp_path: Path, args: list[str], words: str
+) -> None:
+    filled = [arg.format(sql=adapters / "sql", chat=adapters / "chat") for arg in args]
+    assert words in error_line("compress", *filled, "-o", tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_calls_that_the_parser_refuses(adapters: Path) -> None:
+    assert "--output" in usage_error("compress", adapters)
+    assert "flat" in usage_error("compress", adapters, "-o", "x", "--representation", "flat")
+    assert "nonsense" in usage_error("nonsense")
+    assert "--all" in usage_error("export", "ckpt", "-o", "x")
+    assert "--all" in usage_error("export", "ckpt", "task", "--all", "-o", "x")
+
+
+def test_adapters_that_cannot_be_compressed_are_refused_by_name(
+    adapters: Path, tmp_path: Path
+) -> None:
+    dora = make_adapter(tmp_path / "dora")
+    edit_config(dora, use_dora=True)
+    assert "DoRA" in error_line("compress", adapters, dora, "-o", tmp_path / "ckpt")
+    loha = make_adapter(tmp_path / "loha")
+    edit_config(loha, peft_type="LOHA")
+    assert "LOHA" in error_line("compress", loha, "-o", tmp_path / "ckpt")
+    cut = make_adapter(tmp_path / "cut")
+    weights = cut / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    assert str(cut) in error_line("compress", cut, "-o", tmp_path / "ckpt")
+    nan = make_adapter(tmp_path / "nan")
+    data = bytearray((nan / "adapter_model.safetensors").read_bytes())
+    data[-2:] = b"\xc0\x7f"
+    (nan / "adapter_model.safetensors").write_bytes(data)
+    assert str(nan) in error_line("compress", adapters, nan, "-o", tmp_path / "ckpt")
+    other = make_adapter(tmp_path / "other", size=64)
+    assert "64 x 64" in error_line("compress", adapters, other, "-o", tmp_path / "ckpt")
+    (tmp_path / "empty").mkdir()
+    assert "adapter_config.json" in error_line(
+        "compress", tmp_path / "empty", "-o", tmp_path / "ckpt"
+    )
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_budget_that_cannot_be_met_is_a_failed_check(adapters: Path, tmp_path: Path) -> None:
+    message = error_line("compress", adapters, "-o", tmp_path / "ckpt", "--ratio", "1e6", code=1)
+    assert "ratio" in message
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_an_existing_output_is_replaced_only_with_force_and_only_if_ours(
+    adapters: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "ckpt"
+    invoke("compress", adapters / "sql", "-o", output)
+    before = same_files(output)
+    assert "exists" in error_line("compress", adapters / "chat", "-o", output)
+    assert same_files(output) == before
+    invoke("compress", adapters / "chat", "-o", output, "--force")
+    assert set(Checkpoint.open(output).tasks) == {"chat"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert str(tmp_path / "mine") in error_line(
+        "compress", adapters, "-o", tmp_path / "mine", "--force"
+    )
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_card_is_one_the_hub_reads(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "a", base_model_name_or_path="org/base: #1|x")
+    invoke("compress", "--name", f"a|b *c* ~d~={adapter}", "-o", tmp_path / "local")
+    card = ModelCard.load(tmp_path / "local" / "README.md")
+    assert card.data.library_name == "vllm-vlora"
+    assert card.data.tags == ["lora", "vllm", "peft"]
+    # A path or the like in this field makes the Hub refuse the upload.
+    assert card.data.base_model is None
+    rows = [line for line in card.text.splitlines() if r"a\|b \*c\* \~d\~" in line]
+    assert len(rows) == 1
+    invoke("compress", make_adapter(tmp_path / "b"), "-o", tmp_path / "hub")
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert card.data.base_model == "org/base"
+    assert "vllm serve org/base --enable-lora --max-lora-rank 8" in card.text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (9_994, "9.99 kB"),
+        (9_996, "10.0 kB"),
+        (99_960, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (5 * 10**15, "5000 TB"),
+    ],
+)
+def test_sizes_have_three_digits(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+def test_a_rank_that_vllm_cannot_hold_is_said(tmp_path: Path) -> None:
+    assert [serving_rank(rank) for rank in (1, 2, 8, 9, 320, 321, 512, 513)] == [
+        *(1, 8, 8, 16, 320, 512, 512, None)
+    ]
+    adapter = make_adapter(tmp_path / "a", rank=600, size=600)
+    output = tmp_path / "ckpt"
+    result = invoke("compress", adapter, "-o", output, "--max-error", "0")
+    assert "up to 512" in result.stdout
+    assert json.loads(invoke("info", output, "--json").stdout)["max_lora_rank"] is None
+
+
+def test_different_base_models_are_a_warning(tmp_path: Path) -> None:
+    one = make_adapter(tmp_path / "one")
+    two = make_adapter(tmp_path / "two", base_model_name_or_path="/models/copy")
+    result = invoke("compress", one, two, "-o", tmp_path / "ckpt")
+    assert "Warning: " in result.stderr
+    assert "/models/copy" in result.stderr
+
+
+def test_verbose_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = runner.invoke(app, ["info", str(tmp_path), "--verbose"])
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    monkeypatch.setenv("VLLM_VLORA_DEBUG", "1")
+    assert "Traceback" in runner.invoke(app, ["info", str(tmp_path)]).stderr
+
+
+# --- info, validate, export ----------------------------------------------------------------------
+
+
+def test_info_says_what_is_there_and_how_to_serve_it(shared: Path) -> None:
+    text = invoke("info", shared).stdout
+    for words in ("../../etc/x", "a/b", "a_b", "Ünïcode [red]", "q_proj", "96 x 96", "org/base"):
+        assert words in text
+    assert (
+        f"VLLM_VLORA_CHECKPOINT={shared} vllm serve org/base --enable-lora --max-lora-rank 8"
+        in text
+    )
+
+
+def test_info_json(shared: Path) -> None:
+    data = json.loads(invoke("info", shared, "--json").stdout)
+    checkpoint = Checkpoint.open(shared)
+    assert [task["task"] for task in data["tasks"]] == list(checkpoint.tasks)
+    assert [task["digest"] for task in data["tasks"]] == [
+        checkpoint.digest(task_id) for task_id in checkpoint.tasks
+    ]
+    assert (data["max_rank"], data["max_lora_rank"]) == (4, 8)
+    assert (data["base_model"], data["format_version"]) == ("org/base", 1)
+    assert sum(task["bytes"] for task in data["tasks"]) + data["basis_bytes"] == data["bytes"]
+
+
+def test_info_and_validate_of_what_is_no_checkpoint(tmp_path: Path) -> None:
+    for command in ("info", "validate"):
+        assert "not a vllm-vlora checkpoint" in error_line(command, tmp_path)
+        assert "no such folder" in error_line(command, tmp_path / "nowhere")
+
+
+def test_validate_reports_soundness_and_damage(adapters: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ckpt"
+    invoke("compress", adapters, "-o", output)
+    assert "sound" in invoke("validate", output).stdout
+    assert json.loads(invoke("validate", output, "--json").stdout) == {
+        "checkpoint": str(output),
+        "sound": True,
+        "problems": [],
+    }
+    for task in ("sql", "chat"):
+        path = output / "tasks" / f"{task}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    text = invoke("validate", output, code=1).stdout
+    assert "sql.safetensors" in text
+    assert "chat.safetensors" in text
+    assert "2 problems" in text
+    data = json.loads(invoke("validate", output, "--json", code=1).stdout)
+    assert (data["sound"], len(data["problems"])) == (False, 2)
+    (output / CONFIG_FILE).write_text('{"format_version": 2}')
+    assert "upgrade" in error_line("validate", output)
+
+
+def test_export_one_task_several_and_all(shared: Path, tmp_path: Path) -> None:
+    invoke("export", shared, "a/b", "-o", tmp_path / "one")
+    original = load_file(shared.parent / "adapter1" / "adapter_model.safetensors")
+    exported = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], original[name]) for name in original)
+    result = invoke("export", shared, "a/b", "a_b", "a/b", "-o", tmp_path / "two")
+    assert len(result.stdout.splitlines()) == 2
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {"a~2fb", "a_b"}
+    invoke("export", shared, "--all", "-o", tmp_path / "all")
+    tasks = Checkpoint.open(shared).tasks
+    assert {p.name for p in (tmp_path / "all").iterdir()} == set(map(encode_task_id, tasks))
+    assert {p.name for p in tmp_path.iterdir()} == {"one", "two", "all"}
+
+
+def test_export_refuses_what_it_cannot_do(shared: Path, tmp_path: Path) -> None:
+    assert "'nope'" in error_line("export", shared, "nope", "-o", tmp_path / "out")
+    assert "'nope'" in error_line("export", shared, "a/b", "nope", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    invoke("export", shared, "a/b", "-o", tmp_path / "out")
+    before = same_files(tmp_path / "out")
+    assert "exists" in error_line("export", shared, "a_b", "-o", tmp_path / "out")
+    assert same_files(tmp_path / "out") == before
+    invoke("export", shared, "a_b", "-o", tmp_path / "out", "--force")
+    assert same_files(tmp_path / "out") != before
+
+
+# --- as a program --------------------------------------------------------------------------------
+
+
+def command(*args: str | Path) -> list[str]:
+    return [sys.executable, "-m", "vllm_vlora.tools", *map(str, args)]
+
+
+def call(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*args),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        check=False,
+    )
+
+
+def assert_plain(texts: Iterable[str]) -> None:
+    for text in texts:
+        assert "\x1b" not in text
+        assert "\r" not in text
+
+
+def test_a_pipe_gets_whole_lines_without_control_codes(shared: Path, tmp_path: Path) -> None:
+    result = call("info", shared)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Ünïcode [red]" in result.stdout
+    assert "…" not in result.stdout
+    wrong = call("info", tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert len(wrong.stderr.splitlines()) == 1
+    assert_plain([result.stdout, result.stderr, wrong.stderr])
+
+
+def test_a_terminal_without_unicode_does_not_end_the_program(shared: Path) -> None:
+    result = call("info", shared, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert result.returncode == 0
+    assert "org/base" in result.stdout
+
+
+def test_compress_as_a_program(adapters: Path, tmp_path: Path) -> None:
+    result = call("compress", adapters, "-o", tmp_path / "ckpt", "--json")
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)["tasks"]) == 3
+    assert "Traceback" not in result.stderr
+    assert_plain([result.stdout, result.stderr])
+    again = call("compress", adapters, "-o", tmp_path / "ckpt")
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].startswith("Error: ")
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Adapters that take seconds to compress and megabytes to store."""
+    for seed in range(4):
+        make_adapter(tmp_path / "large" / str(seed), rank=32, seed=seed, size=512, layers=12)
+    return tmp_path / "large"
+
+
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(large: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: both are an OSError while writing."""
+    output = tmp_path / "out" / "ckpt"
+    invoke("compress", large / "0", "-o", output, "--ratio", "1", "--quantize", "none")
+    before = same_files(output)
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({1 << 18}, {1 << 18})); "
+    program = limit + "from vllm_vlora.tools.cli import main; main()"
+    for args, target in (
+        (["compress", large / "1", large / "2", "-o", output, "--force"], output),
+        (["export", output, "0", "-o", output.parent / "adapter"], output.parent / "adapter"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", program, *map(str, args)],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.splitlines()[-1].startswith(f"Error: cannot write {target}: ")
+        assert "Traceback" not in result.stderr
+        assert same_files(output) == before
+        assert [p.name for p in output.parent.iterdir()] == ["ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
+)
+def test_an_interrupted_run_leaves_the_old_checkpoint_and_nothing_else(
+    adapters: Path, large: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    output = tmp_path / "out" / "ckpt"
+    invoke("compress", adapters, "-o", output)
+    before = same_files(output)
+    process = subprocess.Popen(
+        command("compress", large, "-o", output, "--force"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell may have started the tests with SIGINT ignored, which a child would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    said = []
+    while not (said and said[-1].startswith("measure")):
+        line = process.stderr.readline()
+        assert line, said
+        said.append(line)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert same_files(output) == before
+    assert [p.name for p in output.parent.iterdir()] == ["ckpt"]

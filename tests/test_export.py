@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from vllm_vlora.adapters import Adapter, open_adapter
+from vllm_vlora.card import VLLM_LORA_RANKS
 from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter, StoredModule
 from vllm_vlora.errors import CheckpointError, OutputError, TaskNotFoundError
 from vllm_vlora.export import export_all, export_task
@@ -402,10 +403,11 @@ def test_stock_vllm_loads_the_folder_and_computes_what_is_stored(
     tmp_path: Path, kind: type[Any], exact: bool
 ) -> None:
     pytest.importorskip("vllm")
-    from vllm.config.lora import LoRAConfig
+    from vllm.config.lora import LoRAConfig, MaxLoRARanks
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
+    assert get_args(MaxLoRARanks) == VLLM_LORA_RANKS
     head = {"modules_to_save": ["score"]} if kind is LlamaForSequenceClassification else {}
     adapter = make_adapter(
         tmp_path / "original", kind=kind, alpha_pattern={} if exact else {"v_proj": 3}, **head

@@ -57,13 +57,14 @@ from vllm_vlora.plan import (
     core_shape,
     dual_rows,
     fit_to_budget,
+    joint_losses,
     joint_nbytes,
     measure_private,
     shortest_prefix,
     squared_norm,
     trim,
 )
-from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, pack
+from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, pack, row_nbytes
 from vllm_vlora.representations import (
     balanced_svd,
     encode_joint,
@@ -88,6 +89,9 @@ _SHARE_SLACK = 4
 # Planned errors equal measured ones up to float64 rounding; the margin keeps a promise exact.
 _MARGIN = 1e-6
 _ENCODE_ATTEMPTS = 8
+_CLEARLY = 0.98
+# Generous for the four entries by which an nf4-dq task file's header exceeds an nf4 one's.
+_DOUBLE_QUANTIZE_HEADER = 2048
 
 
 # --- options and report --------------------------------------------------------------------------
@@ -574,13 +578,13 @@ class _Compression:
         self.grids: dict[str, list[int]] = {}
         self.widths: dict[str, tuple[int, int]] = {}
         self._weights: list[float] | None = None
-        self._failures: list[str] = []
+        self._failures: list[tuple[float, str]] = []
 
     # -- what there is to choose from
 
     def _format_labels(self) -> list[str]:
         """The formats to try. The label ``own`` stands for each module's own dtype."""
-        nf4 = ["nf4-dq", "nf4"] if self.options.double_quantize else ["nf4"]
+        nf4 = self._nf4_formats()
         quantize = self.options.quantize
         if quantize == "auto" and self.options.num_components is not None:
             quantize = "none"
@@ -591,6 +595,23 @@ class _Compression:
         if len(own) == 1:
             labels = [own.copy().pop() if label == _OWN else label for label in labels]
         return list(dict.fromkeys(labels))
+
+    def _nf4_formats(self) -> list[str]:
+        """The NF4 formats worth a try.
+
+        Scales in 8 bits cost next to no error, but their file headers name two parts more a side:
+        plain NF4 is only the smaller for tiny adapters or narrow matrices.
+        """
+        if not self.options.double_quantize:
+            return ["nf4"]
+        saved = sum(
+            sum(module.ranks) * (row_nbytes("nf4", d) - row_nbytes("nf4-dq", d))
+            for module in self.collection.modules.values()
+            for d in (module.d_in, module.d_out)
+        )
+        if saved > _DOUBLE_QUANTIZE_HEADER * len(self.collection.adapters):
+            return ["nf4-dq"]
+        return ["nf4-dq", "nf4"]
 
     def _resolve(self, label: str, dtype: torch.dtype) -> str:
         """The number format that a label means for factors of this dtype."""
@@ -649,14 +670,14 @@ class _Compression:
         if self.joint_modules and not (best and self._is_perfect(best)):
             self._fit(best)
             joint = self._plans("joint")
-            encoded, cores = self._encode_best(joint)
+            encoded, cores = self._encode_best(joint, best)
             plans += joint
             if encoded is not None and (
                 best is None or self._rank_of(encoded) < self._rank_of(best)
             ):
                 best = encoded
         if best is None:
-            raise BudgetError(self._failures[0] if self._failures else "no plan fits")
+            raise BudgetError(min(self._failures)[1])
         candidates = [plan.candidate() for plan in plans]
         return _Chosen(best, candidates, cores if best.representation == "joint" else None)
 
@@ -664,6 +685,11 @@ class _Compression:
         if self.options.max_error is not None:
             return plan.nbytes, plan.rms_error
         return plan.rms_error, plan.nbytes
+
+    def _is_clearly_better(self, plan: Plan, other: Plan) -> bool:
+        if self.options.max_error is not None:
+            return plan.nbytes < other.nbytes
+        return plan.rms_error < other.rms_error * _CLEARLY
 
     def _is_perfect(self, plan: Plan) -> bool:
         """Whether no joint plan can be better, so that fitting one would be wasted."""
@@ -755,18 +781,15 @@ class _Compression:
 
     def _measure_joint(self, module: _Module, u_t: torch.Tensor, v: torch.Tensor) -> None:
         grid = self.grids[module.name]
-        meters = []
-        for label in self.labels:
-            format = self._resolve(label, module.dtype)
-            meters.append(
-                JointMeter(pack(u_t, format), pack(v, format), grid, self._core_format(format))
-            )
-        losses = torch.zeros(len(meters), len(module.tasks), len(grid), dtype=torch.float64)
+        formats = [self._resolve(label, module.dtype) for label in self.labels]
+        meters = [JointMeter(pack(u_t, format), pack(v, format), grid) for format in formats]
+        losses = torch.zeros(len(formats), len(module.tasks), len(grid), dtype=torch.float64)
         for place, (a, b, scale) in enumerate(self.collection.read_module(module)):
             norm = squared_norm(a, b, scale)
             self.norms[module.tasks[place], module.name] = norm
-            for number, meter in enumerate(meters):
-                losses[number, place] = meter.losses(a, b, scale, norm)
+            for number, (format, meter) in enumerate(zip(formats, meters)):
+                captured = meter.captured(a, b, scale)
+                losses[number, place] = joint_losses(captured, norm, self._core_format(format))
         for label, table in zip(self.labels, losses):
             self.joint_losses[module.name, label] = table
 
@@ -794,7 +817,7 @@ class _Compression:
             if chosen is not None:
                 plans.append(self._make_plan(representation, label, entries, chosen))
         if not plans and misses:
-            self._failures.append(min(misses)[1])
+            self._failures.append(min(misses))
         return plans
 
     def _entries(self, representation: str, labels: list[str]) -> list[_Entry]:
@@ -876,8 +899,9 @@ class _Compression:
             advice += ", or use representation auto"
         ratio = DEFAULT_RATIO if self.options.ratio is None else self.options.ratio
         return (
-            f"a ratio of {ratio:g} is out of reach: rank 1 in every module reaches {best:g} "
-            f"({least} bytes); {advice}"
+            f"a ratio of {ratio:g} is out of reach for {self.representation} plans with quantize "
+            f"{self.options.quantize}: the smallest, of rank 1, reaches {best:g} ({least} bytes); "
+            f"{advice}"
         )
 
     def _cheapest(
@@ -966,8 +990,13 @@ class _Compression:
 
     # -- encoding
 
-    def _encode_best(self, plans: list[Plan]) -> tuple[Plan | None, _CoreSpool | None]:
+    def _encode_best(
+        self, plans: list[Plan], rival: Plan | None
+    ) -> tuple[Plan | None, _CoreSpool | None]:
         """Encode the best joint plan and put its measured losses in place of the planned ones.
+
+        Not where the rival is better by more than measuring could change: sizes are known exactly,
+        and losses up to the rounding of the cores.
 
         Planned losses know the rounding of the cores only nearly. Where that breaks a promised
         error, the plan is made again for a slightly smaller one.
@@ -975,6 +1004,8 @@ class _Compression:
         if not plans:
             return None, None
         plan = min(plans, key=self._rank_of)
+        if rival is not None and self._is_clearly_better(rival, plan):
+            return None, None
         place, limit = plans.index(plan), self._loss_limit
         for attempt in range(_ENCODE_ATTEMPTS):
             cores = self._encode(plan, attempt)
@@ -989,7 +1020,8 @@ class _Compression:
             if chosen is None:
                 break
             plan = self._make_plan("joint", plan.format, entries, chosen)
-        self._failures.append(self._error_miss(plans[place].worst_error))
+        worst = plans[place].worst_error
+        self._failures.append((worst, self._error_miss(worst)))
         del plans[place]
         return None, None
 

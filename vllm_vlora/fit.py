@@ -14,6 +14,7 @@ which is never worse than Rayleigh-Ritz on the same Q and costs no further read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -203,10 +204,10 @@ def _unit_factors(
     if scale == 0 or norm_a == 0 or norm_b == 0:
         return None
     a, b = a / norm_a, b / norm_b
-    _, r_a = torch.linalg.qr(a.double().T)
-    _, r_b = torch.linalg.qr(b.double())
-    norm = float(torch.linalg.norm(r_b @ r_a.T))
+    wide_a, wide_b = a.double(), b.double()
+    gram = (wide_b.T @ wide_b) * (wide_a @ wide_a.T)
+    norm = math.sqrt(max(float(gram.sum()), 0.0))
     # Factors of norm one whose product is below rounding cancel: there is no direction to learn.
-    if norm < 1e-12:
+    if norm < 1e-7:
         return None
     return a, b, norm

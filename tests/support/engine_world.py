@@ -168,7 +168,7 @@ def stock_tokens(
 
 def make_world(root: Path) -> World:
     """Model, adapters and references under ``root``; takes about a minute."""
-    from vllm_vlora.compression import CompressOptions, compress
+    from vllm_vlora.compress import CompressOptions, compress
 
     from vllm_vlora.adapters import open_adapter
 
@@ -191,13 +191,16 @@ def make_world(root: Path) -> World:
 
 
 def exact(world: World, representation: str) -> Path:
-    """A checkpoint of all adapters that loses nothing but float32 rounding."""
+    """A checkpoint of all adapters that loses nothing but float32 rounding; made once."""
+    name = f"exact-{representation}"
+    if (world.root / name).exists():
+        return world.root / name
     if representation == "joint":
         options: dict = {"num_components": 256}
     else:
         options = {"ratio": 0.1}
     return world.compress(
-        f"exact-{representation}",
+        name,
         world.adapters,
         representation=representation,
         quantize="none",

@@ -1,0 +1,419 @@
+"""compress end to end: real files, read back and measured again by a dense float64 reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
+from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.compress import CompressOptions, CompressReport, compress
+from vllm_vlora.errors import AdapterError, BudgetError, OptionError, OutputError, TaskIdError
+from vllm_vlora.representations import decode
+
+SHAPES = {"model.layers.0.q_proj": (96, 80), "model.layers.0.v_proj": (96, 40)}
+
+
+def save(
+    folder: Path,
+    shapes: dict[str, tuple[int, int]],
+    rank: int,
+    generator: torch.Generator,
+    *,
+    parents: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    kinds: dict[str, str] | None = None,
+    extra: dict[str, torch.Tensor] | None = None,
+    zero: bool = False,
+    base: str = "org/base",
+    alpha: int = 16,
+    scale_up: float = 1.0,
+) -> Adapter:
+    factors = {}
+    for name, (d_in, d_out) in shapes.items():
+        a = torch.randn(rank, d_in, generator=generator)
+        b = torch.randn(d_out, rank, generator=generator) * 0.01
+        if parents is not None:
+            parent_a, parent_b = parents[name]
+            count = parent_a.shape[0]
+            a = 0.05 * a + torch.randn(rank, count, generator=generator) @ parent_a
+            b = 0.05 * b + 0.01 * parent_b @ torch.randn(count, rank, generator=generator)
+        a *= torch.logspace(0, -1, rank)[:, None]
+        a *= scale_up
+        factors[name] = a.to(dtype), (b * 0 if zero else b).to(dtype)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted({name.rpartition(".")[2] for name in shapes}),
+        "base_model_name_or_path": base,
+    }
+    if extra:
+        config["modules_to_save"] = ["score"]
+    save_adapter(folder, config, factors, kinds, extra)
+    return open_adapter(folder)
+
+
+def family(
+    folder: Path, count: int, *, related: bool, seed: int = 0, **options: Any
+) -> dict[str, Adapter]:
+    """Adapters around three common directions, or with nothing in common."""
+    generator = torch.Generator().manual_seed(seed)
+    parents = None
+    if related:
+        parents = {
+            name: (
+                torch.randn(3, d_in, generator=generator),
+                torch.randn(d_out, 3, generator=generator),
+            )
+            for name, (d_in, d_out) in SHAPES.items()
+        }
+    return {
+        f"task{i}": save(
+            folder / f"task{i}", SHAPES, 4 + i % 2, generator, parents=parents, **options
+        )
+        for i in range(count)
+    }
+
+
+def dense(adapter: Adapter, name: str) -> torch.Tensor:
+    a, b = adapter.factors(name)
+    return adapter.modules[name].scale * b.double() @ a.double()
+
+
+def check(path: Path, adapters: dict[str, Adapter], report: CompressReport) -> Checkpoint:
+    """Sizes against the files, errors against dense float64."""
+    checkpoint = Checkpoint.open(path)
+    bases = dict(checkpoint.bases())
+    heads = sum(
+        math.prod(shape) * dtype.itemsize
+        for adapter in adapters.values()
+        for dtype, shape in adapter.extra.values()
+    )
+    files = sum(file.stat().st_size for file in path.rglob("*.safetensors")) - heads
+    assert report.nbytes == files == checkpoint.nbytes
+    assert report.original_nbytes == checkpoint.original_nbytes
+    assert not list(path.glob(".*"))
+    assert [task.task_id for task in report.tasks] == list(adapters) == list(checkpoint.tasks)
+    for task in report.tasks:
+        adapter, lost, norm = adapters[task.task_id], 0.0, 0.0
+        stored = checkpoint.load_task(task.task_id)
+        record = checkpoint.record(task.task_id)
+        assert list(stored.modules) == list(adapter.modules)
+        for segment in record.segments:
+            name = checkpoint.modules[segment.module].name
+            a, b = decode(stored.modules[name], bases.get(name))
+            wanted = dense(adapter, name)
+            difference = float((b.double() @ a.double() - wanted).square().sum())
+            square = float(wanted.square().sum())
+            if square:
+                assert segment.error == pytest.approx(
+                    math.sqrt(difference / square), rel=1e-4, abs=1e-6
+                )
+            lost, norm = lost + difference, norm + square
+        expected = math.sqrt(lost / norm) if norm else 0.0
+        assert task.error == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert record.error == task.error
+    return checkpoint
+
+
+def run(adapters: dict[str, Adapter], out: Path, **options: Any) -> CompressReport:
+    return compress(adapters, out, CompressOptions(**options), force=True)
+
+
+@pytest.mark.parametrize("related", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ratio": 4.2},
+        {"ratio": 2.0, "quantize": "none"},
+        {"ratio": 3.0, "quantize": "nf4", "double_quantize": False},
+        {"ratio": 1.8, "quantize": "int8"},
+        {"ratio": 2.5, "representation": "joint"},
+        {"ratio": 2.5, "representation": "private"},
+        {"ratio": 1.5, "quantize": "none", "dtype": "float16"},
+    ],
+)
+def test_ratio_is_met_by_the_files(tmp_path: Path, related: bool, options: dict[str, Any]) -> None:
+    adapters = family(tmp_path / "in", 10, related=related)
+    report = run(adapters, tmp_path / "out", **options)
+    check(tmp_path / "out", adapters, report)
+    wanted = options.get("ratio", 3.5)
+    assert report.ratio >= wanted
+    # What is allowed is used, unless another plan needs less for a smaller error.
+    assert report.ratio < wanted * 1.6
+    assert report.worst_error < 1.0
+
+
+@pytest.mark.parametrize("related", [True, False])
+@pytest.mark.parametrize("representation", ["auto", "joint", "private"])
+@pytest.mark.parametrize("limit", [0.3, 0.05, 0.002])
+def test_max_error_is_met(tmp_path: Path, related: bool, representation: str, limit: float) -> None:
+    adapters = family(tmp_path / "in", 6, related=related, dtype=torch.float32)
+    report = run(adapters, tmp_path / "out", max_error=limit, representation=representation)
+    check(tmp_path / "out", adapters, report)
+    assert report.worst_error <= limit
+
+
+def test_fewer_bytes_for_a_larger_error(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 8, related=True)
+    sizes = [
+        run(adapters, tmp_path / "out", max_error=limit).nbytes
+        for limit in (0.0, 0.01, 0.05, 0.2, 0.6)
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] / 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("related", [True, False])
+@pytest.mark.parametrize("budget", [{"ratio": 3.0}, {"max_error": 0.15}])
+def test_auto_keeps_the_better(
+    tmp_path: Path, related: bool, seed: int, budget: dict[str, Any]
+) -> None:
+    adapters = family(tmp_path / "in", 8, related=related, seed=seed)
+    reports = {
+        name: run(adapters, tmp_path / name, representation=name, **budget)
+        for name in ("auto", "joint", "private")
+    }
+    auto = reports.pop("auto")
+    assert auto.representation == ("joint" if related else "private")
+    if "ratio" in budget:
+        assert auto.rms_error == min(report.rms_error for report in reports.values())
+    else:
+        assert auto.nbytes == min(report.nbytes for report in reports.values())
+    assert {"joint", "private"} == {candidate.representation for candidate in auto.candidates}
+    assert (auto.representation, auto.format, auto.nbytes) in [c[:3] for c in auto.candidates]
+
+
+def test_joint_is_exact_with_enough_components(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 4, related=False, dtype=torch.float32)
+    report = run(adapters, tmp_path / "out", num_components=1000)
+    checkpoint = check(tmp_path / "out", adapters, report)
+    assert report.worst_error < 1e-6
+    assert {
+        segment.representation for r in checkpoint.tasks.values() for segment in r.segments
+    } == {"joint"}
+    total_rank = 4 + 5 + 4 + 5
+    for module in checkpoint.modules:
+        assert module.basis is not None
+        assert (module.basis.k_out, module.basis.k_in) == (total_rank, total_rank)
+
+
+def test_num_components_is_uniform_and_clamped(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 12, related=False)
+    report = run(adapters, tmp_path / "out", num_components=45, quantize="int8")
+    checkpoint = check(tmp_path / "out", adapters, report)
+    widths = {m.name: (m.basis.k_out, m.basis.k_in) for m in checkpoint.modules if m.basis}
+    assert widths == {"model.layers.0.q_proj": (45, 45), "model.layers.0.v_proj": (40, 45)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_without_compression_the_originals_come_back_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    adapters = family(tmp_path / "in", 3, related=False, dtype=dtype)
+    report = run(adapters, tmp_path / "out", ratio=1.0, quantize="none")
+    checkpoint = check(tmp_path / "out", adapters, report)
+    assert report.worst_error == 0.0
+    for task_id, adapter in adapters.items():
+        stored = checkpoint.load_task(task_id)
+        for name, module in stored.modules.items():
+            a, b = adapter.factors(name)
+            assert module.scale == adapter.modules[name].scale
+            assert torch.equal(module.matrices["A"].parts["values"], a)
+            assert torch.equal(module.matrices["B"].parts["values"], b.T)
+
+
+def mixed_collection(folder: Path) -> dict[str, Adapter]:
+    generator = torch.Generator().manual_seed(5)
+    embed = {"model.embed_tokens": (120, 32), **SHAPES}
+    kinds = {"model.embed_tokens": "embedding"}
+    head = {"base_model.model.score.weight": torch.randn(3, 64, generator=generator)}
+    return {
+        "a/b": save(folder / "1", SHAPES, 2, generator, dtype=torch.float32, alpha=3),
+        "a_b": save(folder / "2", embed, 7, generator, kinds=kinds, base="other/base"),
+        "ü": save(folder / "3", SHAPES, 5, generator, dtype=torch.float16, extra=head),
+        "only": save(folder / "4", {"model.layers.1.q_proj": (50, 60)}, 3, generator),
+        "untrained": save(folder / "5", embed, 4, generator, kinds=kinds, zero=True),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 1.5},
+        {"ratio": 1.5, "representation": "joint"},
+        {"max_error": 0.2},
+        {"num_components": 6},
+        {"ratio": 0.5, "quantize": "none"},
+    ],
+)
+def test_mixed_collection(tmp_path: Path, options: dict[str, Any]) -> None:
+    adapters = mixed_collection(tmp_path / "in")
+    report = run(adapters, tmp_path / "out", **options)
+    checkpoint = check(tmp_path / "out", adapters, report)
+    assert report.ratio >= options.get("ratio", 0)
+    assert report.tasks[-1].error == 0.0
+    assert len(report.warnings) == 1
+    assert "other/base" in report.warnings[0]
+    assert checkpoint.base_model == "org/base"
+    assert (tmp_path / "out" / "README.md").read_text()
+    head = checkpoint.load_task("ü").extra["base_model.model.score.weight"]
+    assert torch.equal(head, adapters["ü"].extra_tensors()["base_model.model.score.weight"])
+    for module in checkpoint.modules:
+        assert module.basis is None or module.kind == "linear"
+    assert [s.representation for s in checkpoint.record("only").segments] == [
+        "joint" if "num_components" in options else "private"
+    ]
+
+
+def test_one_adapter(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 1, related=False)
+    assert run(adapters, tmp_path / "out", ratio=2).representation == "private"
+    report = run(adapters, tmp_path / "out", ratio=1.2, representation="joint")
+    assert report.representation == "joint"
+    check(tmp_path / "out", adapters, report)
+
+
+@pytest.mark.parametrize(
+    ("options", "reachable"),
+    [
+        ({"ratio": 500}, "reaches"),
+        ({"ratio": 60, "quantize": "none"}, "quantize auto"),
+        ({"max_error": 0.001, "quantize": "nf4"}, "least reachable"),
+        ({"max_error": 1e-4, "representation": "joint"}, "auto or private"),
+    ],
+)
+def test_budget_out_of_reach_says_what_is_reachable(
+    tmp_path: Path, options: dict[str, Any], reachable: str
+) -> None:
+    adapters = family(tmp_path / "in", 3, related=False)
+    with pytest.raises(BudgetError, match=reachable) as raised:
+        run(adapters, tmp_path / "out", **options)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 2, "max_error": 0.1},
+        {"ratio": 2, "num_components": 4},
+        {"ratio": 0},
+        {"ratio": math.nan},
+        {"max_error": -0.1},
+        {"num_components": 0},
+        {"num_components": 3, "representation": "private"},
+        {"representation": "flat"},
+        {"quantize": "int4"},
+        {"dtype": "float64"},
+        {"dtype": "float32", "quantize": "nf4", "representation": "private"},
+    ],
+)
+def test_contradicting_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        CompressOptions(**options)
+
+
+def test_bad_collections_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = save(tmp_path / "one", SHAPES, 3, generator)
+    name = "model.layers.0.q_proj"
+    other = save(tmp_path / "other", {name: (96, 81)}, 3, generator)
+    out = tmp_path / "out"
+    with pytest.raises(AdapterError, match="no adapters"):
+        compress({}, out)
+    with pytest.raises(AdapterError, match=r"'x'.*'y'"):
+        compress({"x": one, "y": other}, out)
+    with pytest.raises(TaskIdError):
+        compress({"": one}, out)
+    embedding = save(
+        tmp_path / "e", {"embed": (60, 20)}, 3, generator, kinds={"embed": "embedding"}
+    )
+    with pytest.raises(OptionError, match="linear"):
+        compress({"x": embedding}, out, CompressOptions(representation="joint"))
+    assert not out.exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 2, related=False)
+    file = tmp_path / "in" / "task1" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    next(iter(tensors.values()))[0, 0] = math.nan
+    safetensors.torch.save_file(tensors, file)
+    for representation in ("joint", "private"):
+        with pytest.raises(AdapterError, match="NaN"):
+            run(adapters, tmp_path / "out", representation=representation)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_values_too_large_for_the_wanted_dtype_are_named(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    adapter = save(tmp_path / "in", SHAPES, 3, generator, dtype=torch.float32, scale_up=1e7)
+    with pytest.raises(AdapterError, match=r"'big'.*q_proj.*float16"):
+        run({"big": adapter}, tmp_path / "out", ratio=1, quantize="none", dtype="float16")
+
+
+class Broken(Exception):
+    """Stands for any failure on the way."""
+
+
+@pytest.mark.parametrize("stage", ["measure", "fit", "encode", "write"])
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+def test_a_failure_on_the_way_leaves_the_old_checkpoint(
+    tmp_path: Path, stage: str, error: type[BaseException]
+) -> None:
+    adapters = family(tmp_path / "in", 4, related=True)
+    out = tmp_path / "out"
+    first = run(adapters, out, ratio=3.5)
+
+    def fail(at: str, done: int, total: int) -> None:
+        if at == stage and done >= min(2, total):
+            raise error
+
+    with pytest.raises(error):
+        compress(adapters, out, CompressOptions(ratio=2), force=True, progress=fail)
+    check(out, adapters, first)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_existing_folders_are_not_replaced_without_being_asked(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 2, related=False)
+    out = tmp_path / "out"
+    compress(adapters, out)
+    with pytest.raises(OutputError):
+        compress(adapters, out)
+    compress(adapters, out, force=True)
+    with pytest.raises(OutputError):
+        compress(adapters, tmp_path / "in", force=True)
+    assert (tmp_path / "in" / "task0").is_dir()
+
+
+def test_progress_reaches_the_end_of_every_stage(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 4, related=True)
+    calls: list[tuple[str, int, int]] = []
+    compress(adapters, tmp_path / "out", progress=lambda *call: calls.append(call))
+    last = {stage: (done, total) for stage, done, total in calls}
+    assert list(last) == ["measure", "fit", "encode", "write"]
+    assert all(done == total for done, total in last.values())
+    assert all(0 <= done <= total for _, done, total in calls)
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 5, related=True)
+    for name in ("x", "y"):
+        run(adapters, tmp_path / name, ratio=3.5)
+    assert _digests(tmp_path / "x") == _digests(tmp_path / "y")
+
+
+def _digests(path: Path) -> Sequence[str]:
+    checkpoint = Checkpoint.open(path)
+    return [checkpoint.digest(task_id) for task_id in checkpoint.tasks]

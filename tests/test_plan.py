@@ -1,0 +1,219 @@
+"""Planning: measured curves against dense float64, choices against brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_vlora.plan import (
+    JointMeter,
+    Point,
+    allocate,
+    build_path,
+    cheapest_within,
+    component_grid,
+    core_shape,
+    dual_rows,
+    fit_to_budget,
+    joint_losses,
+    lower_hull,
+    measure_private,
+    squared_norm,
+)
+from vllm_vlora.quantize import FORMATS, pack, row_nbytes, unpack
+from vllm_vlora.representations import balanced_svd, encode_joint, encode_private, relative_error
+
+
+def factors(rank: int, d_in: int, d_out: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    decay = torch.logspace(0, -1.5, rank)[:, None]
+    a = torch.randn(rank, d_in, generator=generator) * decay
+    return a, torch.randn(d_out, rank, generator=generator)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rank=st.integers(1, 6),
+    d_in=st.integers(1, 80),
+    d_out=st.integers(1, 80),
+    seed=st.integers(0, 99),
+)
+def test_private_curves_equal_what_encoding_loses(
+    rank: int, d_in: int, d_out: int, seed: int
+) -> None:
+    a, b = factors(rank, d_in, d_out, seed)
+    scale = 0.5
+    svd_a, svd_b, _ = balanced_svd(a, b, scale)
+    norm = squared_norm(a, b, scale)
+    for curve in measure_private(a, b, scale, FORMATS, "float32"):
+        assert curve.count == 1 + min(rank, d_in, d_out)
+        for number in range(curve.count):
+            option = curve.option(number)
+            t = option.rank
+            if option.original:
+                stored = encode_private(a, b, scale, curve.format)
+            else:
+                stored = encode_private(svd_a[:t], svd_b[:, :t], 1.0, curve.format)
+            lost, _ = relative_error(a, b, scale, stored, None)
+            assert option.loss == pytest.approx(lost, rel=1e-6, abs=1e-12 * norm)
+            assert option.nbytes == sum(matrix.nbytes for matrix in stored.matrices.values())
+            assert curve.points(2.0)[number] == (option.nbytes, 2 * option.loss)
+
+
+def test_own_factors_in_own_dtype_lose_exactly_nothing() -> None:
+    a, b = (x.bfloat16() for x in factors(4, 30, 20))
+    curves = measure_private(a, b, 2.0, ["bfloat16", "int8"], "bfloat16")
+    assert curves[0].option(0).loss == 0.0
+    assert curves[1].option(0).loss > 0.0
+
+
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "nf4", "nf4-dq"])
+def test_joint_meter_equals_what_encoding_loses_at_every_width(format: str) -> None:
+    a, b = factors(5, 70, 50)
+    scale, grid = 2.0, [1, 2, 3, 7, 11, 12]
+    generator = torch.Generator().manual_seed(1)
+    u_t = torch.linalg.qr(torch.randn(50, 10, generator=generator))[0].T
+    v = torch.linalg.qr(torch.cat([a.T, torch.randn(70, 7, generator=generator)], 1))[0].T
+    u, v_packed = pack(u_t, format), pack(v, format)
+    norm = squared_norm(a, b, scale)
+    captured = JointMeter(u, v_packed, grid).captured(a, b, scale)
+    for place, width in enumerate(grid):
+        part_u = u.row_slice(0, min(width, 10))
+        part_v = v_packed.row_slice(0, min(width, 12))
+        basis = _basis(part_u, part_v)
+        for core in ("float32", "bfloat16"):
+            stored = encode_joint(a, b, scale, dual_rows(part_u), dual_rows(part_v), core)
+            lost, _ = relative_error(a, b, scale, stored, basis)
+            planned = float(joint_losses(captured, norm, core)[place])
+            assert planned == pytest.approx(lost, rel=1e-3, abs=1e-6 * norm)
+        form, rank, elements = core_shape(5, part_u.rows, part_v.rows)
+        assert (stored.core, stored.rank) == (form, rank)
+        assert sum(m.rows * m.cols for m in stored.matrices.values()) == elements
+
+
+def _basis(u: object, v: object) -> object:
+    from vllm_vlora.checkpoint import Basis
+
+    return Basis(u, v)  # type: ignore[arg-type]
+
+
+def test_dual_rows_lose_less_than_plain_projection() -> None:
+    a, b = factors(4, 128, 128)
+    u_t = torch.linalg.qr(torch.randn(128, 40, generator=torch.Generator().manual_seed(2)))[0].T
+    u, v = pack(u_t, "nf4"), pack(u_t.flip(0), "nf4")
+    basis = _basis(u, v)
+    dual = encode_joint(a, b, 1.0, dual_rows(u), dual_rows(v), "float32")
+    plain = encode_joint(a, b, 1.0, unpack(u), unpack(v), "float32")
+    assert (
+        relative_error(a, b, 1.0, dual, basis)[0]  # type: ignore[arg-type]
+        < relative_error(a, b, 1.0, plain, basis)[0]  # type: ignore[arg-type]
+    )
+
+
+chain = st.lists(st.tuples(st.integers(1, 30), st.floats(0, 100)), min_size=1, max_size=6)
+chains_of = st.lists(chain, min_size=1, max_size=4)
+
+
+@given(points=chain)
+def test_hull_lies_below_every_point(points: list[Point]) -> None:
+    hull = lower_hull(points)
+    corners = [points[i] for i in hull]
+    assert corners[0][0] == min(nbytes for nbytes, _ in points)
+    assert corners[-1][1] == min(loss for _, loss in points)
+    for (n0, l0), (n1, l1) in itertools.pairwise(corners):
+        assert n1 > n0
+        assert l1 < l0
+        for nbytes, loss in points:
+            if n0 <= nbytes <= n1:
+                line = l0 + (l1 - l0) * (nbytes - n0) / (n1 - n0)
+                assert loss >= line - 1e-9 * (1 + l0)
+
+
+def brute_force(chains: list[list[Point]]) -> list[Point]:
+    return [
+        (sum(p[0] for p in pick), sum(p[1] for p in pick)) for pick in itertools.product(*chains)
+    ]
+
+
+def total(chains: list[list[Point]], chosen: list[int]) -> Point:
+    picked = [points[option] for points, option in zip(chains, chosen, strict=True)]
+    return sum(p[0] for p in picked), sum(p[1] for p in picked)
+
+
+@settings(deadline=None)
+@given(chains=chains_of, budget=st.integers(1, 120))
+def test_allocation_keeps_the_budget_and_loses_within_one_step_of_the_best(
+    chains: list[list[Point]], budget: int
+) -> None:
+    path = build_path(len(chains), chains.__getitem__)
+    chosen = allocate(path, budget)
+    affordable = [loss for nbytes, loss in brute_force(chains) if nbytes <= budget]
+    if chosen is None:
+        assert not affordable
+        return
+    nbytes, loss = total(chains, chosen)
+    assert nbytes <= budget
+    # The greedy path is optimal but for the step that the budget cuts.
+    largest = max((step.gain for step in path.steps), default=0.0)
+    assert loss <= min(affordable) + largest + 1e-6
+
+
+@settings(deadline=None)
+@given(chains=chains_of, limit=st.floats(0, 200))
+def test_cheapest_keeps_the_limit_and_costs_within_one_step_of_the_best(
+    chains: list[list[Point]], limit: float
+) -> None:
+    chosen = cheapest_within(chains, limit)
+    good = [nbytes for nbytes, loss in brute_force(chains) if loss <= limit]
+    if chosen is None:
+        assert not [n for n, loss in brute_force(chains) if loss <= limit * (1 - 1e-9) - 1e-9]
+        return
+    nbytes, loss = total(chains, chosen)
+    assert loss <= limit + 1e-9
+    path = build_path(len(chains), chains.__getitem__)
+    largest = max((step.nbytes for step in path.steps), default=0)
+    assert nbytes <= min(good, default=nbytes) + largest
+
+
+def test_one_chain_takes_the_best_point_above_its_hull() -> None:
+    concave: list[Point] = [(1, 10.0), (2, 9.9), (3, 9.5), (4, 0.0)]
+    assert lower_hull(concave) == [0, 3]
+    assert allocate(build_path(1, lambda _: concave), 3) == [2]
+    assert cheapest_within([concave], 9.6) == [2]
+
+
+@pytest.mark.parametrize("limit", [40, 60, 61, 90, 200])
+def test_budget_includes_headers_that_depend_on_the_choice(limit: int) -> None:
+    chains: list[list[Point]] = [[(n, 100.0 / n) for n in range(5, 60, 5)]] * 2
+
+    def sizes(chosen: list[int]) -> tuple[int, int]:
+        data = total(chains, chosen)[0]
+        return data, data + 20 + data % 7
+
+    chosen = fit_to_budget(build_path(2, chains.__getitem__), sizes, limit)
+    assert chosen is not None
+    data, files = sizes(chosen)
+    assert files <= limit
+    assert data >= min(limit - 20 - 6 - 5, 2 * 55) - 5
+    assert fit_to_budget(build_path(2, chains.__getitem__), sizes, 29) is None
+
+
+def test_component_grid_is_complete_where_small_and_ends_at_most() -> None:
+    assert component_grid(1) == [1]
+    assert component_grid(32) == list(range(1, 33))
+    grid = component_grid(1000)
+    assert grid[-1] == 1000
+    assert all(
+        0 < after - before <= max(1, before // 16) for before, after in itertools.pairwise(grid)
+    )
+
+
+def test_zero_delta_is_measured_as_no_loss() -> None:
+    a, b = torch.randn(3, 20), torch.zeros(10, 3)
+    for curve in measure_private(a, b, 1.0, FORMATS, "float32"):
+        assert all(loss == 0 for loss in curve.losses)
+        assert curve.row_nbytes == row_nbytes(curve.format, 20) + row_nbytes(curve.format, 10)
