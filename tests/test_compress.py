@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from vllm_vlora import plan
 from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
 from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.compress import CompressOptions, CompressReport, compress
@@ -160,6 +161,28 @@ def test_max_error_is_met(tmp_path: Path, related: bool, representation: str, li
     report = run(adapters, tmp_path / "out", max_error=limit, representation=representation)
     check(tmp_path / "out", adapters, report)
     assert report.worst_error <= limit
+
+
+@pytest.mark.parametrize("limit", [0.25, 0.3, 0.35])
+def test_max_error_holds_where_planning_was_too_hopeful(
+    tmp_path: Path, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = family(tmp_path / "in", 8, related=False)
+    honest = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
+    monkeypatch.setitem(plan._CORE_ROUNDING, "bfloat16", -0.02)
+    report = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
+    check(tmp_path / "out", adapters, report)
+    assert report.worst_error <= limit
+    assert report.nbytes <= 1.3 * honest.nbytes
+
+
+def test_max_error_of_zero_means_the_very_numbers(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 3, related=True, dtype=torch.float32)
+    report = run(adapters, tmp_path / "out", max_error=0)
+    check(tmp_path / "out", adapters, report)
+    assert report.worst_error == 0.0
+    with pytest.raises(BudgetError, match="auto or private"):
+        run(adapters, tmp_path / "out", max_error=0, representation="joint")
 
 
 def test_fewer_bytes_for_a_larger_error(tmp_path: Path) -> None:

@@ -179,6 +179,18 @@ def test_cheapest_keeps_the_limit_and_costs_within_one_step_of_the_best(
     assert nbytes <= min(good, default=nbytes) + largest
 
 
+@pytest.mark.parametrize("budget", range(40, 101, 7))
+def test_allocation_of_many_small_steps_is_the_optimum(budget: int) -> None:
+    # Equal steps of one byte, so that the greedy choice has no cut step: it must be the best there is.
+    chains: list[list[Point]] = [[(1, 10.0 + i), (2, 5.0)] for i in range(40)]
+    chosen = allocate(build_path(40, chains.__getitem__), budget)
+    assert chosen is not None
+    nbytes, loss = total(chains, chosen)
+    taken = min(budget - 40, 40)
+    assert nbytes == 40 + taken
+    assert loss == 40 * 5 + sum(5 + i for i in range(40 - taken))
+
+
 def test_one_chain_takes_the_best_point_above_its_hull() -> None:
     concave: list[Point] = [(1, 10.0), (2, 9.9), (3, 9.5), (4, 0.0)]
     assert lower_hull(concave) == [0, 3]

@@ -174,12 +174,13 @@ def _version(number: str) -> Callable[[pytest.MonkeyPatch], None]:
 def patchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Callable[[], dict], list[str]]]:
     """What the plugin patches, restored afterwards, and the lines it logs."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.lora.request import LoRARequest
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.engine.llm_engine import LLMEngine
 
     owners = [WorkerLoRAManager, LRUCacheWorkerLoRAManager, OpenAIServingModels, LLMEngine,
-              kv_cache_utils]  # fmt: skip
+              LoRARequest, kv_cache_utils]  # fmt: skip
 
     def state() -> dict:
         return {(o.__name__, name): value for o in owners for name, value in vars(o).items()}

@@ -1010,8 +1010,10 @@ class _Compression:
         for attempt in range(_ENCODE_ATTEMPTS):
             cores = self._encode(plan, attempt)
             plans[place] = plan
-            excess = plan.worst_error**2 - (limit or math.inf)
-            if limit is None or excess <= 0:
+            if limit is None:
+                return plan, cores
+            excess = float(plan.losses.max()) - limit
+            if excess <= 0:
                 return plan, cores
             shutil.rmtree(self.scratch / f"cores{attempt}")
             target = limit - 2 ** (attempt + 1) * excess

@@ -297,7 +297,8 @@ def _pack_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = F.pad(values, (0, -cols % NF4_BLOCK)).view(rows, -1, NF4_BLOCK)
     scales = blocks.abs().amax(dim=2)
     thresholds = torch.tensor(NF4_THRESHOLDS, dtype=torch.float32, device=values.device)
-    codes = torch.bucketize(blocks / scales.unsqueeze(2), thresholds, out_int32=True)
+    scaled = (blocks / scales.unsqueeze(2)).contiguous()
+    codes = torch.bucketize(scaled, thresholds, out_int32=True)
     # In a block of zeros x / amax is NaN, which has no place among the thresholds.
     codes = torch.where(scales.unsqueeze(2) > 0, codes.to(torch.uint8), _ZERO_CODE)
     codes = codes.to(torch.uint8).view(rows, -1, 2)

@@ -9,6 +9,8 @@ between them. What is patched, and why there:
 * ``OpenAIServingModels.init_static_loras``: lists every task in ``/v1/models``.
 * ``LLMEngine.add_request``: loads a task of a checkpoint not seen before outside the step, where a bad
   checkpoint is an error for its caller and not the end of the engine.
+* ``LoRARequest.__eq__``: requests were equal when their names were, and a batch's requests are a set, so
+  that an old and a new state of one task in one batch ended the engine with a KeyError.
 * ``kv_cache_utils._gen_lora_extra_hash_keys`` (before 0.32): the prefix cache's key was the adapter's
   name alone; for our tasks it also gets the path, which carries the content's digest.
 
@@ -418,6 +420,18 @@ def _lora_hash_keys(original: Callable[..., Any]) -> Callable[..., Any]:
     return keys
 
 
+def _equal_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def equal(self: LoRARequest, value: object) -> bool:
+        if not original(self, value):
+            return False
+        assert isinstance(value, LoRARequest)
+        ours = parse_task_path(self.lora_path) or parse_task_path(value.lora_path)
+        return ours is None or self.lora_path == value.lora_path
+
+    return equal
+
+
 # --- installing ------------------------------------------------------------------------------------
 
 
@@ -455,6 +469,7 @@ def _patches(
     init = _seam(OpenAIServingModels, "init_static_loras", ["self"])
     add_request = _seam(LLMEngine, "add_request", None)
     keys = _seam(kv_cache_utils, "_gen_lora_extra_hash_keys", ["request"])
+    equal = _seam(LoRARequest, "__eq__", ["self", "value"])
     _check_manager_seams()
     if "lora_request" not in inspect.signature(add_request).parameters:
         raise IncompatibleVLLMError("LLMEngine.add_request has no lora_request argument")
@@ -463,6 +478,7 @@ def _patches(
         (lru, "add_adapter", _add_adapter(add)),
         (lru, "_manager_cls", TaskLoRAManager),
         (LLMEngine, "add_request", _add_request(add_request)),
+        (LoRARequest, "__eq__", _equal_requests(equal)),
         (kv_cache_utils, "_gen_lora_extra_hash_keys", _lora_hash_keys(keys)),
     ]
     if checkpoint is not None:
