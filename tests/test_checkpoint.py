@@ -31,7 +31,7 @@ from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFo
 from vllm_vlora.quantize import FORMATS, PackedMatrix, pack, unpack
 from vllm_vlora.representations import encode_joint, encode_private
 from vllm_vlora.task_ids import encode_task_id
-from vllm_vlora.validate import validate
+from vllm_vlora.validation import validate
 
 DATA = Path(__file__).parent / "data" / "format1"
 Q, V, EMBED = "model.layers.0.q_proj", "model.layers.0.v_proj", "model.embed_tokens"

@@ -23,7 +23,7 @@ from vllm_vlora.errors import BudgetError, VLoRAError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from vllm_vlora.compress import CompressReport
+    from vllm_vlora.compression import CompressReport
 
 EXIT_CHECK_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -197,8 +197,8 @@ def compress(
     """
     with _reported(verbose):
         from vllm_vlora.checkpoint import Checkpoint
-        from vllm_vlora.compress import CompressOptions
-        from vllm_vlora.compress import compress as run
+        from vllm_vlora.compression import CompressOptions
+        from vllm_vlora.compression import compress as run
         from vllm_vlora.tools import summary as show
         from vllm_vlora.tools.inputs import collect, expansions
 
@@ -282,7 +282,7 @@ def validate(
     """
     with _reported(verbose):
         from vllm_vlora.tools import summary as show
-        from vllm_vlora.validate import validate as run
+        from vllm_vlora.validation import validate as run
 
         with _progress(_console(stderr=True)) as advance:
             problems = run(checkpoint, progress=lambda _, done, all_: advance("read", done, all_))

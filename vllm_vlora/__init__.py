@@ -13,25 +13,25 @@ from vllm_vlora._version import __version__
 if TYPE_CHECKING:
     from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
     from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.compress import CompressOptions, CompressReport, compress
+    from vllm_vlora.compression import CompressOptions, CompressReport, compress
     from vllm_vlora.errors import VLoRAError
     from vllm_vlora.export import export_all, export_task
     from vllm_vlora.plugin.requests import lora_request
-    from vllm_vlora.validate import validate
+    from vllm_vlora.validation import validate
 
 _HOME = {
     "Adapter": "adapters",
     "open_adapter": "adapters",
     "save_adapter": "adapters",
     "Checkpoint": "checkpoint",
-    "CompressOptions": "compress",
-    "CompressReport": "compress",
-    "compress": "compress",
+    "CompressOptions": "compression",
+    "CompressReport": "compression",
+    "compress": "compression",
     "VLoRAError": "errors",
     "export_all": "export",
     "export_task": "export",
     "lora_request": "plugin.requests",
-    "validate": "validate",
+    "validate": "validation",
 }
 
 __all__ = [
@@ -55,8 +55,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'vllm_vlora' has no attribute {name!r}")
     value = getattr(import_module(f"vllm_vlora.{_HOME[name]}"), name)
-    # The functions `compress` and `validate` share their module's name, and importing a submodule
-    # binds it on the package: the binding here, made after that import, is the one that stays.
     globals()[name] = value
     return value
 

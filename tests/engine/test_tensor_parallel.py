@@ -75,4 +75,6 @@ def test_two_ranks_answer_as_stock_on_one(world: World) -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-3000:] + done.stderr[-3000:]
     for name, answers in json.loads(lines[-1][len("RESULT ") :]).items():
-        assert answers == world.reference[name.removeprefix("private/").removeprefix("joint/")], name
+        assert answers == world.reference[name.removeprefix("private/").removeprefix("joint/")], (
+            name
+        )

@@ -168,9 +168,8 @@ def stock_tokens(
 
 def make_world(root: Path) -> World:
     """Model, adapters and references under ``root``; takes about a minute."""
-    from vllm_vlora.compress import CompressOptions, compress
-
     from vllm_vlora.adapters import open_adapter
+    from vllm_vlora.compression import CompressOptions, compress
 
     model = make_model(root / "model")
     adapters = {

@@ -14,7 +14,7 @@ import torch
 from vllm_vlora import plan
 from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
 from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.compress import CompressOptions, CompressReport, compress
+from vllm_vlora.compression import CompressOptions, CompressReport, compress
 from vllm_vlora.errors import AdapterError, BudgetError, OptionError, OutputError, TaskIdError
 from vllm_vlora.representations import decode
 
