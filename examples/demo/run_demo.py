@@ -77,24 +77,18 @@ def _arguments() -> argparse.Namespace:
 
 
 def compress(checkpoint: Path, ratio: float) -> dict:
-    """Run the command line tool as a user would; return its JSON report."""
+    """Run the command line tool as a user would; return what its ``info --json`` says."""
     folders = [str(HERE / "adapters" / task.name) for task in TASKS]
-    command = ["compress", *folders, "-o", str(checkpoint), "--ratio", str(ratio), "--force"]
-    shown = f"vllm-vlora compress examples/demo/adapters/* -o {checkpoint.name} --ratio {ratio:g}"
-    console.print(f"$ {shown}")
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_vlora.tools", *command, "--json"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        cwd=WORK,
-    )
-    report = json.loads(done.stdout)
     console.print(
-        f"{report['original_nbytes']:,} bytes of LoRA weights at 16 bits -> {report['nbytes']:,} "
-        f"({report['ratio']:.1f}x), kept as {report['representation']} {report['format']}"
+        f"$ vllm-vlora compress {' '.join(t.name for t in TASKS)} -o checkpoint --ratio {ratio:g}"
     )
-    return report
+    tool = [sys.executable, "-m", "vllm_vlora.tools"]
+    arguments = ["-o", str(checkpoint), "--ratio", str(ratio), "--force"]
+    subprocess.run([*tool, "compress", *folders, *arguments], check=True)
+    done = subprocess.run(
+        [*tool, "info", str(checkpoint), "--json"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout)
 
 
 @contextmanager
@@ -197,13 +191,13 @@ def print_table(report: dict, answers: dict[str, str]) -> None:
         table.add_column(title, justify="left" if title == "task" else "right", no_wrap=True)
     for title in ("question", "base model", "original adapter", "served compressed"):
         table.add_column(title, ratio=1)
-    rows = {row["task_id"]: row for row in report["tasks"]}
+    rows = {row["task"]: row for row in report["tasks"]}
     for task in TASKS:
         row = rows[task.name]
         table.add_row(
             task.name,
-            f"{row['original_nbytes'] / 1000:,.0f}",
-            f"{row['nbytes'] / 1000:,.0f}",
+            f"{row['original_bytes'] / 1000:,.0f}",
+            f"{row['bytes'] / 1000:,.0f}",
             f"{row['error']:.3f}",
             task.held_out[0][0],
             answers[f"{BASE}/{task.name}"],
