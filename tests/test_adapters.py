@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vllm_vlora import adapters
-from vllm_vlora.adapters import Adapter, lora_rank, lora_scale, open_adapter, save_adapter
+from vllm_vlora import peft_config
+from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
 from vllm_vlora.errors import AdapterError, OutputError
+from vllm_vlora.peft_config import lora_rank, lora_scale
 
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.1.self_attn.v_proj"
@@ -368,7 +369,10 @@ def test_features_without_a_low_rank_form(tmp_path: Path, option: str, value: An
 
 
 def test_options_that_are_off_are_accepted(tmp_path: Path) -> None:
-    off = dict.fromkeys(adapters._REFUSED_OPTIONS) | {"use_dora": False, "init_lora_weights": True}
+    off = dict.fromkeys(peft_config._REFUSED_OPTIONS) | {
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
     nothing = {"rank_pattern": None, "alpha_pattern": {}, "modules_to_save": None, "bias": "none"}
     assert open_adapter(write(tmp_path, **off, **nothing)).modules
 

@@ -14,20 +14,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.checkpoint import (
+from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter, StoredModule
+from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
+from vllm_vlora.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
     FORMAT_VERSION,
     TASKS_FILE,
-    Basis,
-    Checkpoint,
-    CheckpointWriter,
-    StoredModule,
     basis_nbytes,
     is_checkpoint,
     task_nbytes,
 )
-from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
 from vllm_vlora.quantize import FORMATS, PackedMatrix, pack, unpack
 from vllm_vlora.representations import encode_joint, encode_private
 from vllm_vlora.task_ids import encode_task_id

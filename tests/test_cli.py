@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from vllm_vlora import __version__
 from vllm_vlora.adapters import open_adapter, save_adapter
 from vllm_vlora.card import format_bytes, serving_rank
-from vllm_vlora.checkpoint import CONFIG_FILE, Checkpoint
+from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.compression import DEFAULT_RATIO
+from vllm_vlora.manifest import CONFIG_FILE
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from vllm_vlora import plan
+from vllm_vlora import measure
 from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
 from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.compression import CompressOptions, CompressReport, compress
@@ -169,7 +169,7 @@ def test_max_error_holds_where_planning_was_too_hopeful(
 ) -> None:
     adapters = family(tmp_path / "in", 8, related=False)
     honest = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
-    monkeypatch.setitem(plan._CORE_ROUNDING, "bfloat16", -0.02)
+    monkeypatch.setitem(measure._CORE_ROUNDING, "bfloat16", -0.02)
     report = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
     check(tmp_path / "out", adapters, report)
     assert report.worst_error <= limit

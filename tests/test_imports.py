@@ -21,8 +21,10 @@ FORBIDDEN = {
     "tools": ("vllm", "triton", "vllm_vlora.triton_kernels"),
 }  # fmt: skip
 LIBRARY_ORDER = [
-    "errors", "_version", "task_ids", "atomic", "hub", "quantize", "adapters", "checkpoint",
-    "representations", "fit", "plan", "card", "compression", "export", "validation",
+    "errors", "_version", "task_ids", "atomic", "hub", "quantize", "peft_config", "adapters",
+    "manifest", "checkpoint", "representations", "fit", "collection", "formats", "scratch",
+    "allocation", "measure", "survey", "plan", "encoding", "card", "compression", "export",
+    "validation",
 ]  # fmt: skip
 
 

@@ -9,23 +9,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.plan import (
-    JointMeter,
+from vllm_vlora.allocation import (
     Point,
     allocate,
     build_path,
     cheapest_within,
-    component_grid,
-    core_shape,
-    dual_rows,
     fit_to_budget,
-    joint_losses,
     lower_hull,
+)
+from vllm_vlora.measure import (
+    JointMeter,
+    component_grid,
+    joint_losses,
     measure_private,
     squared_norm,
 )
 from vllm_vlora.quantize import FORMATS, pack, row_nbytes, unpack
-from vllm_vlora.representations import balanced_svd, encode_joint, encode_private, relative_error
+from vllm_vlora.representations import (
+    balanced_svd,
+    core_shape,
+    dual_rows,
+    encode_joint,
+    encode_private,
+    relative_error,
+)
 
 
 def factors(rank: int, d_in: int, d_out: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter
+from vllm_vlora.errors import CheckpointError
 from vllm_vlora.plugin.identity import parse_task_path, task_ids_to_int, task_path
-from vllm_vlora.plugin.resident import ResidentCheckpoint
+from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.slots import Run, SliceLayout, SlotWriter, index_runs
 from vllm_vlora.quantize import pack
 from vllm_vlora.representations import decode, encode_joint, encode_private
@@ -91,7 +95,6 @@ def test_the_writer_fills_slots_with_what_the_task_decodes_to(
 ) -> None:
     """Slots of a merged column-parallel ``up`` (two halves a rank) and a row-parallel ``down``."""
     checkpoint = _checkpoint(tmp_path / "ck")
-    state = ResidentCheckpoint(checkpoint, torch.device("cpu"), lambda name: name)
     if rank_of_two is None:
         rows_up, columns_down = torch.arange(96), torch.arange(96)
     else:
@@ -112,10 +115,13 @@ def test_the_writer_fills_slots_with_what_the_task_decodes_to(
         ],
         rank,
     )  # fmt: skip
-    writer.check(state)
+    store = ResidentStore(
+        torch.device("cpu"), str, lambda ck, ids: writer.check(ck, ids, engine_name=str)
+    )
+    store.preload(checkpoint.path)
     bases = dict(checkpoint.bases())
     for task_id in ("task/0", "task/1"):
-        writer.write(1, state.tasks[str(task_path(checkpoint, task_id))])
+        writer.write(1, store.task(task_path(checkpoint, task_id)))
         stored = checkpoint.load_task(task_id).modules
         a, b = decode(stored["up"], bases["up"])
         torch.testing.assert_close(up_a[1, 0, :4], a)
@@ -132,15 +138,43 @@ def test_the_writer_fills_slots_with_what_the_task_decodes_to(
     assert up_a[0].isnan().all(), "another slot was touched"
 
 
+def _unchecked(checkpoint: Checkpoint, task_ids: Iterable[str]) -> None:
+    """Any model takes it."""
+
+
 def test_resident_bytes_count_packed_storage_once(tmp_path: Path) -> None:
-    checkpoint = _checkpoint(tmp_path / "ck")
-    state = ResidentCheckpoint(checkpoint, torch.device("cpu"), lambda name: name)
+    store = ResidentStore(torch.device("cpu"), str, _unchecked)
+    store.preload(_checkpoint(tmp_path / "ck").path)
     basis = (96 + 64) * 12 * 4
     cores = 3 * 4 * (12 + 12) * 4
-    nf4 = (
-        2 * 4 * (64 // 2 + 64 // 64 * 4 + 2 * 64 // 2 + 2 * 4)
-    )  # rows of 64 and of 96 (two blocks)
-    assert basis + cores + nf4 <= state.nbytes <= 1.1 * (basis + cores + nf4)
+    # Two tasks of rank 4: rows of 64 (one block) and rows of 96 (two blocks), codes and scales.
+    nf4 = 2 * 4 * ((32 + 4) + (64 + 8))
+    assert basis + cores + nf4 <= store.nbytes <= 1.1 * (basis + cores + nf4)
+
+
+def test_what_was_loaded_stays_when_its_checkpoint_is_published_again(tmp_path: Path) -> None:
+    """A path that was once good never fails later, inside a step, where it would end the engine."""
+    folder = tmp_path / "ck"
+    old = _checkpoint(folder)
+    store = ResidentStore(torch.device("cpu"), str, _unchecked)
+    store.preload(folder)
+    paths = [task_path(old, task_id) for task_id in old.tasks]
+    held = [store.task(path) for path in paths]
+    new = _checkpoint(folder, seed=1)
+    fresh = store.task(task_path(new, "task/0"))
+    assert fresh is not held[0]
+    assert len(store) == len(held) + 1, "only the task that was asked for is loaded"
+    shutil.rmtree(folder)
+    assert [store.task(path) for path in paths] == held
+    assert store.task(task_path(new, "task/0")) is fresh
+
+
+def test_a_path_whose_weights_are_gone_is_an_error(tmp_path: Path) -> None:
+    old = _checkpoint(tmp_path / "ck")
+    path = task_path(old, "task/0")
+    _checkpoint(tmp_path / "ck", seed=1)
+    with pytest.raises(CheckpointError, match="published again"):
+        ResidentStore(torch.device("cpu"), str, _unchecked).task(path)
 
 
 SEAMS = "vllm_vlora.plugin.seams"
@@ -254,9 +288,36 @@ def test_an_unknown_vllm_is_left_as_it_is(
 def test_a_checkpoint_that_does_not_exist_stops_the_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from vllm_vlora.errors import CheckpointError
     from vllm_vlora.plugin import register
 
     monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="nowhere"):
         register()
+
+
+@pytest.mark.parametrize(
+    ("lora_config", "name", "message"),
+    [(None, "sql", "--enable-lora"), (object(), "base", "has the name of a served model")],
+)
+def test_the_api_server_says_at_start_up_what_cannot_be_served(
+    lora_config: object, name: str, message: str
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_vlora.plugin.seams import _init_static_loras
+
+    class Models:
+        """The part of OpenAIServingModels that the seam reads."""
+
+        engine_client = SimpleNamespace(vllm_config=SimpleNamespace(lora_config=lora_config))
+        lora_requests: ClassVar[dict] = {}
+
+        def is_base_model(self, model: str) -> bool:
+            return model == "base"
+
+        async def init_static_loras(self) -> None:
+            """No --lora-modules."""
+
+    init = _init_static_loras(Models.init_static_loras, lambda: [LoRARequest(name, 1, "/x")])
+    with pytest.raises(CheckpointError, match=message):
+        asyncio.run(init(Models()))

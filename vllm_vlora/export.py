@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 
-from vllm_vlora.adapters import Factors, lora_rank, lora_scale, save_adapter
+from vllm_vlora.adapters import Factors, save_adapter
 from vllm_vlora.checkpoint import Basis, Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OutputError
+from vllm_vlora.peft_config import lora_rank, lora_scale
 from vllm_vlora.quantize import FLOAT_DTYPES
 from vllm_vlora.representations import side_sources
 from vllm_vlora.task_ids import encode_task_id

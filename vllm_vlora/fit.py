@@ -22,8 +22,8 @@ import torch
 
 from vllm_vlora.representations import balanced_svd
 
-Factors = tuple[torch.Tensor, torch.Tensor, float]
-ReadFactors = Callable[[], Iterator[Factors]]
+ScaledFactors = tuple[torch.Tensor, torch.Tensor, float]
+ReadFactors = Callable[[], Iterator[ScaledFactors]]
 """Starts a new read of the adapters: yields (A (r, d_in), B (d_out, r), scale)."""
 
 

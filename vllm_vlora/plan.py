@@ -1,404 +1,373 @@
-"""Choose ranks and number formats under a budget, by measured error.
+"""Plans: a rank, width and number format for every module of every task, under a budget.
 
-Pure: tensors and numbers in, a choice out. Two measurements give, for every choice there is, what
-it would cost and what it would lose, without trying the choices one by one:
-
-- ``measure_private``: rows are packed independently, so quantising the balanced SVD factors once at
-  full rank gives the error of every truncation from small Gram matrices.
-- ``JointMeter``: the rows of a packed basis are orthonormalised in order, so one core at full width
-  gives the error of every shorter basis.
-
-Each thing to choose is a *chain* of options (bytes, loss). On the lower convex hull of a chain
-every step has a smaller gain per byte than the one before it, so taking steps of all chains by
-falling gain per byte is optimal at every budget that it meets exactly (Shoham and Gersho,
-*Efficient bit allocation for an arbitrary set of quantizers*, 1988).
+Bytes are those of the files, headers included, and known exactly. Losses come from a ``Survey``.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, pack, row_nbytes, unpack
-from vllm_vlora.representations import balanced_svd
+from vllm_vlora.allocation import (
+    Point,
+    build_path,
+    cheapest_within,
+    fit_to_budget,
+    shortest_prefix,
+    trim,
+)
+from vllm_vlora.collection import Collection, Module
+from vllm_vlora.manifest import (
+    BASIS_SHARD_BYTES,
+    EXTRA_PREFIX,
+    BasisSpec,
+    ModuleSpec,
+    Segment,
+    basis_nbytes,
+    safetensors_nbytes,
+    task_tensor_sizes,
+)
+from vllm_vlora.measure import JointCurve, PrivateCurve, PrivateOption, joint_nbytes
+from vllm_vlora.representations import core_shape
+from vllm_vlora.survey import Survey
 
-_BUDGET_ROUNDS = 6
-# Chains that get a second look where the budget or the error limit cuts the path: only the bytes of
-# about one step are at stake there, however many chains there are.
-_FILLED_CHAINS = 256
-_TRIMMED_CHAINS = 16
-Point = tuple[int, float]
-"""(bytes, loss) of an option."""
+MIXED = "mixed"
+"""In place of a format's or a representation's name where several are in use."""
+
+_CLEARLY = 0.98
 
 
-# --- measuring -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PrivateOption:
-    """One way to store one module of one task privately.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A choice for every module of every task.
 
     Attributes:
-        format: number format. rank: rows kept.
-        original: the adapter's own factors rather than its balanced SVD factors.
-        nbytes: of the packed factors. loss: ||delta_W' - delta_W||_F^2.
+        private: (task number, module name) -> option. joint: module name -> (basis, core format).
+        losses: of each task, ||delta_W' - delta_W||_F^2 / ||delta_W||_F^2.
+        data_nbytes: of the tensors. nbytes: of the files, headers included.
     """
 
+    representation: str
     format: str
-    rank: int
-    original: bool
+    private: dict[tuple[int, str], PrivateOption]
+    joint: dict[str, tuple[BasisSpec, str]]
+    losses: torch.Tensor
+    data_nbytes: int
     nbytes: int
-    loss: float
-
-
-@dataclass(frozen=True, slots=True)
-class PrivateCurve:
-    """Losses of one module of one task in one format, held compactly between passes.
-
-    Attributes:
-        format: number format. row_nbytes: of a row of A and one of B transposed.
-        losses: ||delta_W' - delta_W||_F^2 for the first 1, 2, ... balanced SVD factors.
-        original_rank, original_loss: the adapter's own factors instead, at their whole rank.
-    """
-
-    format: str
-    row_nbytes: int
-    losses: array[float]
-    original_rank: int
-    original_loss: float
 
     @property
-    def count(self) -> int:
-        """Number of options: the adapter's own factors, then every rank of the SVD factors."""
-        return 1 + len(self.losses)
+    def rms_error(self) -> float:
+        """Root mean square of the tasks' relative errors."""
+        return math.sqrt(float(self.losses.mean()))
 
-    def option(self, number: int) -> PrivateOption:
-        """Option 0 is the adapter's own factors, option t the first t SVD factors."""
-        if number == 0:
-            rank, loss = self.original_rank, self.original_loss
-        else:
-            rank, loss = number, self.losses[number - 1]
-        return PrivateOption(self.format, rank, number == 0, rank * self.row_nbytes, loss)
+    @property
+    def mean_error(self) -> float:
+        """Mean of the tasks' relative errors."""
+        return float(self.losses.sqrt().mean())
 
-    def points(self, weight: float) -> list[Point]:
-        """(bytes, weighted loss) of every option."""
-        points = [(self.original_rank * self.row_nbytes, self.original_loss * weight)]
-        row = self.row_nbytes
-        return points + [(rank * row, loss * weight) for rank, loss in enumerate(self.losses, 1)]
+    @property
+    def worst_error(self) -> float:
+        """The greatest relative error of a task."""
+        return math.sqrt(float(self.losses.max()))
 
 
 @dataclass(frozen=True)
-class JointOption:
-    """Numbers of components and format of one module's shared basis."""
+class Budget:
+    """What a plan may take, or what it may lose; at most one of the two is set.
 
-    format: str
-    k_out: int
-    k_in: int
-
-
-def squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
-    """||scale * B A||_F^2 in float64 from the factors' Gram matrices."""
-    a, b = a.double(), b.double()
-    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) * scale**2
-
-
-def measure_private(
-    a: torch.Tensor, b: torch.Tensor, scale: float, formats: Sequence[str], own_format: str
-) -> list[PrivateCurve]:
-    """Measure every rank in every format.
-
-    Args:
-        a: (r, d_in). b: (d_out, r). scale: of B A.
-        formats: the formats to try.
-        own_format: the one in which the adapter's own factors lose nothing.
-
-    Raises:
-        ValueError: a value does not fit a format.
-    """
-    rank, d_in, d_out = a.shape[0], a.shape[1], b.shape[0]
-    norm = squared_norm(a, b, scale)
-    svd_a, svd_b, _ = balanced_svd(a, b, scale)
-    curves = []
-    for format in formats:
-        # One packing and one Gram matrix a side serve the SVD factors and the adapter's own.
-        exact = format == own_format
-        new_a, new_b = (svd_a, svd_b.T) if exact else (torch.cat([svd_a, a]), _cat_rows(svd_b, b))
-        kept = svd_a.shape[0]
-        packed_a = unpack(pack(new_a, format)).double()
-        packed_b = unpack(pack(new_b, format)).double()
-        packed_b[kept:] *= scale
-        cross = ((packed_b @ b.double()) * (packed_a @ a.double().T)).sum(dim=1) * scale
-        gram = (packed_b @ packed_b.T) * (packed_a @ packed_a.T)
-        squares = gram[:kept, :kept].cumsum(0).cumsum(1).diagonal()
-        losses = (norm - 2 * cross[:kept].cumsum(0) + squares).clamp(min=0).tolist()
-        whole = norm - 2 * float(cross[kept:].sum()) + float(gram[kept:, kept:].sum())
-        row = row_nbytes(format, d_in) + row_nbytes(format, d_out)
-        own_loss = 0.0 if exact else max(whole, 0.0)
-        curves.append(PrivateCurve(format, row, array("d", losses), rank, own_loss))
-    return curves
-
-
-def _cat_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.cat([left, right], dim=1).T.contiguous()
-
-
-class JointMeter:
-    """What each number of components of a packed basis loses of a task.
-
-    Args:
-        u: U transposed, packed, (k_out, d_out). v: V, packed, (k_in, d_in).
-        grid: the numbers of components to measure, each cut to k_out and k_in.
+    Attributes:
+        nbytes: of all files.
+        loss: ||delta_W' - delta_W||_F^2 / ||delta_W||_F^2 of the worst task.
     """
 
-    def __init__(self, u: PackedMatrix, v: PackedMatrix, grid: Sequence[int]) -> None:
-        self._q_u = torch.linalg.qr(unpack(u).double().T)[0]
-        self._q_v = torch.linalg.qr(unpack(v).double().T)[0]
-        self._grid = torch.tensor(list(grid))
+    nbytes: int | None = None
+    loss: float | None = None
 
-    def captured(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-        """Part of ||delta_W||_F^2 that the first k components hold, for each k of the grid.
+    def order(self, plan: Plan) -> tuple[float, float]:
+        """Sorts plans that meet the budget, the best one first."""
+        if self.loss is not None:
+            return plan.nbytes, plan.rms_error
+        return plan.rms_error, plan.nbytes
 
-        With least-squares cores (``dual_rows``) that were not rounded, the rest is the loss.
-        """
-        left = (self._q_u.T @ b.double()) * scale
-        squares = (left @ (a.double() @ self._q_v)).square()
-        # An entry (i, j) of the core is kept by every k above both i and j.
-        count = max(squares.shape)
-        gains = torch.zeros(count, dtype=torch.float64)
-        gains[: squares.shape[0]] += squares.tril().sum(dim=1)
-        gains[: squares.shape[1]] += squares.triu(1).sum(dim=0)
-        return gains.cumsum(0)[self._grid.clamp(max=count) - 1]
+    def clearly_prefers(self, plan: Plan, other: Plan) -> bool:
+        """Whether measuring the other plan's errors could not make it the better one."""
+        if self.loss is not None:
+            return plan.nbytes < other.nbytes
+        return plan.rms_error < other.rms_error * _CLEARLY
 
-
-# Rounding two factors to p significant bits loses about 2 (2^-p)^2 / 6 of the squared norm; measured
-# on random cores: 5.5e-6 for bfloat16 (p = 8), 9e-8 for float16 (p = 11).
-_CORE_ROUNDING = {"float32": 0.0, "bfloat16": 5.5e-6, "float16": 9e-8}
+    def is_perfect(self, plan: Plan) -> bool:
+        """Whether no plan can be better."""
+        return self.loss is None and plan.worst_error == 0
 
 
-def joint_losses(captured: torch.Tensor, norm: float, core_format: str) -> torch.Tensor:
-    """||delta_W' - delta_W||_F^2 from what is captured, with the expected rounding of the core."""
-    return (norm - captured).clamp(min=0) + _CORE_ROUNDING[core_format] * captured
+# --- what there is to choose ---------------------------------------------------------------------
 
 
-def dual_rows(packed: PackedMatrix) -> torch.Tensor:
-    """Rows D with D M^T = 1 for the matrix M as packed: the transposed pseudo-inverse, float32.
+@dataclass(frozen=True)
+class PrivateEntry:
+    """How one module of one task is stored privately: an option of one of its curves."""
 
-    Quantised basis rows are not quite orthonormal. Projecting on their dual gives the least-squares
-    core U^+ delta_W V^+ instead of U^T delta_W V^T, which loses less.
+    task: int
+    module: Module
+    curves: Sequence[PrivateCurve]
+    weight: float
+
+    def option(self, number: int) -> PrivateOption:
+        """The options of all curves, one curve after another."""
+        for curve in self.curves:
+            if number < curve.count:
+                return curve.option(number)
+            number -= curve.count
+        raise IndexError(number)
+
+    def points(self) -> list[Point]:
+        """(bytes, loss) of every option."""
+        return [point for curve in self.curves for point in curve.points(self.weight)]
+
+    def best(self) -> int:
+        """The option that loses least; the adapter's own factors where nothing loses less."""
+        options = [self.option(number) for number in range(sum(c.count for c in self.curves))]
+        return min(range(len(options)), key=lambda i: (options[i].loss, not options[i].original, i))
+
+    def add_losses(self, option: int, losses: list[float]) -> None:
+        """Add what an option loses to the task's sum."""
+        losses[self.task] += self.option(option).loss * self.weight
+
+
+@dataclass(frozen=True)
+class JointEntry:
+    """The width of one module's basis: an option of a curve.
+
+    ``losses`` are the curve's, relative to each task's whole delta_W.
     """
-    q, r = torch.linalg.qr(unpack(packed).double().T)
-    return torch.linalg.solve_triangular(r, q.T, upper=True).float()
+
+    module: Module
+    curve: JointCurve
+    losses: torch.Tensor
+
+    def nbytes(self, option: int) -> int:
+        """Bytes of the basis and of all its cores."""
+        module, curve = self.module, self.curve
+        return joint_nbytes(
+            curve.bases[option], module.d_out, module.d_in, module.ranks, curve.core_format
+        )
+
+    def points(self) -> list[Point]:
+        """(bytes, loss) of every option."""
+        losses = self.losses.sum(dim=0).tolist()
+        return [(self.nbytes(option), loss) for option, loss in enumerate(losses)]
+
+    def best(self) -> int:
+        """The option that loses least."""
+        points = self.points()
+        return min(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
+
+    def add_losses(self, option: int, losses: list[float]) -> None:
+        """Add what an option loses to every task's sum."""
+        for task, loss in zip(self.module.tasks, self.losses[:, option].tolist()):
+            losses[task] += loss
 
 
-def component_grid(most: int) -> list[int]:
-    """Numbers of components worth considering, 1 .. most: all up to 32, then in steps of 1/16."""
-    grid, value = [], 1
-    while value < most:
-        grid.append(value)
-        value += max(1, value // 16)
-    return [*grid, most]
+Entry = PrivateEntry | JointEntry
 
 
-def core_shape(rank: int, k_out: int, k_in: int) -> tuple[str, int, int]:
-    """(form, rank, elements) of the core that ``encode_joint`` makes of a task of this rank."""
-    kept = min(rank, k_out, k_in)
-    if k_out * k_in < rank * (k_out + k_in):
-        return "dense", kept, k_out * k_in
-    return "factors", kept, kept * (k_out + k_in)
+def private_problems(survey: Survey, labels: Sequence[str]) -> Iterator[Problem]:
+    """Everything private: in each format alone, and in whichever suits a module best."""
+    choices = [(label, [label]) for label in labels]
+    if len(labels) > 1:
+        choices.append((MIXED, list(labels)))
+    for format, allowed in choices:
+        entries: list[Entry] = [
+            _private_entry(survey, task, name, [curves[label] for label in allowed])
+            for (task, name), curves in survey.private.items()
+        ]
+        yield Problem("private", format, entries, survey.collection)
 
 
-def joint_nbytes(
-    option: JointOption, d_out: int, d_in: int, ranks: Sequence[int], core_format: str
-) -> int:
-    """Bytes of one module's basis and of the cores of tasks with these ranks."""
-    basis = option.k_out * row_nbytes(option.format, d_out)
-    basis += option.k_in * row_nbytes(option.format, d_in)
-    elements = sum(core_shape(rank, option.k_out, option.k_in)[2] for rank in ranks)
-    return basis + elements * FLOAT_DTYPES[core_format].itemsize
+def joint_problem(survey: Survey, label: str) -> Problem:
+    """Bases in one format; beside them, factors may take whichever format suits them best."""
+    entries: list[Entry] = []
+    for name, joint_curves in survey.joint.items():
+        module, curve = survey.collection.modules[name], joint_curves[label]
+        weights = [survey.weights[task] for task in module.tasks]
+        scale = torch.tensor(weights, dtype=torch.float64)
+        entries.append(JointEntry(module, curve, curve.losses * scale[:, None]))
+    entries += [
+        _private_entry(survey, task, name, list(curves.values()))
+        for (task, name), curves in survey.private.items()
+        if name not in survey.joint
+    ]
+    return Problem("joint", label, entries, survey.collection)
+
+
+def _private_entry(
+    survey: Survey, task: int, name: str, curves: Sequence[PrivateCurve]
+) -> PrivateEntry:
+    return PrivateEntry(task, survey.collection.modules[name], curves, survey.weights[task])
 
 
 # --- choosing ------------------------------------------------------------------------------------
 
 
-def lower_hull(points: Sequence[Point]) -> list[int]:
-    """Indices of the lower convex hull, from the fewest bytes to the least loss, both strict."""
-    hull: list[int] = []
-    for index in sorted(range(len(points)), key=lambda i: points[i]):
-        nbytes, loss = points[index]
-        if hull and loss >= points[hull[-1]][1]:
-            continue
-        # Sorted by (bytes, loss), so equal bytes with a smaller loss cannot come later.
-        while len(hull) >= 2:
-            (n0, l0), (n1, l1) = points[hull[-2]], points[hull[-1]]
-            if (l0 - l1) * (nbytes - n1) > (l1 - loss) * (n1 - n0):
-                break
-            hull.pop()
-        hull.append(index)
-    return hull
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Moving one chain on to its next option on the hull."""
-
-    chain: int
-    option: int
-    nbytes: int
-    gain: float
-
-
 @dataclass(frozen=True)
-class StepPath:
-    """Where every chain starts (fewest bytes), and all steps by falling gain per byte.
+class Problem:
+    """Entries of which each needs an option."""
 
-    ``points`` gives the options of a chain again; they are not kept, being many.
-    """
+    representation: str
+    format: str
+    entries: list[Entry]
+    collection: Collection
 
-    points: Callable[[int], Sequence[Point]]
-    start: list[int]
-    start_nbytes: int
-    steps: list[Step]
+    def solve(self, budget: Budget) -> Plan | None:
+        """The plan that loses least in the budget's bytes, or takes least within its loss."""
+        if budget.loss is not None:
+            return self.cheapest(budget.loss)
+        if budget.nbytes is None:
+            return self._plan(self._best())
+        path = build_path(len(self.entries), self._points)
 
-    def prefix(self, count: int) -> list[int]:
-        """The option of every chain after ``count`` steps."""
-        chosen = list(self.start)
-        for step in self.steps[:count]:
-            chosen[step.chain] = step.option
+        def sizes(options: list[int]) -> tuple[int, int]:
+            plan = self._plan(options)
+            return plan.data_nbytes, plan.nbytes
+
+        chosen = fit_to_budget(path, sizes, budget.nbytes)
+        return None if chosen is None else self._plan(chosen)
+
+    def nearest(self, budget: Budget) -> float:
+        """The least bytes, or the least error of the worst task, that can be had at all."""
+        if budget.loss is not None:
+            return self._plan(self._best()).worst_error
+        return self._plan(build_path(len(self.entries), self._points).start).nbytes
+
+    def cheapest(self, limit: float) -> Plan | None:
+        """The fewest bytes with every task's loss within the limit."""
+        chosen = (
+            self._cheapest_by_task(limit)
+            if self.representation == "private"
+            else self._cheapest_together(limit)
+        )
+        return None if chosen is None else self._plan(chosen)
+
+    def _cheapest_by_task(self, limit: float) -> list[int] | None:
+        """Private tasks share nothing, so each is a problem of its own."""
+        by_task: dict[int, list[int]] = {}
+        for number, entry in enumerate(self.entries):
+            assert isinstance(entry, PrivateEntry)
+            by_task.setdefault(entry.task, []).append(number)
+        chosen = [0] * len(self.entries)
+        for numbers in by_task.values():
+            found = cheapest_within([self._points(number) for number in numbers], limit)
+            if found is None:
+                return None
+            for number, option in zip(numbers, found):
+                chosen[number] = option
         return chosen
 
+    def _cheapest_together(self, limit: float) -> list[int] | None:
+        path = build_path(len(self.entries), self._points)
 
-def build_path(count: int, points: Callable[[int], Sequence[Point]]) -> StepPath:
-    """Hull of each of ``count`` chains, and their steps merged."""
-    start, start_nbytes, steps = [], 0, []
-    for number in range(count):
-        options = points(number)
-        hull = lower_hull(options)
-        start.append(hull[0])
-        start_nbytes += options[hull[0]][0]
-        for before, after in itertools.pairwise(hull):
-            nbytes = options[after][0] - options[before][0]
-            steps.append(Step(number, after, nbytes, options[before][1] - options[after][1]))
-    # The hull makes gains per byte fall along a chain, and the sort is stable, so the steps of a
-    # chain stay in order also where rounding makes two of them equal.
-    steps.sort(key=lambda step: -step.gain / step.nbytes)
-    return StepPath(points, start, start_nbytes, steps)
+        def within(options: list[int]) -> bool:
+            return float(self._losses(options).max()) <= limit
 
+        count = shortest_prefix(path, within)
+        if count is None:
+            return None
+        chosen = path.prefix(count)
 
-def allocate(path: StepPath, budget: int) -> list[int] | None:
-    """The option of every chain that loses least in ``budget`` bytes; None if nothing fits."""
-    room = budget - path.start_nbytes
-    if room < 0:
-        return None
-    chosen = list(path.start)
-    blocked: dict[int, None] = {}
-    for step in path.steps:
-        if step.chain in blocked:
-            continue
-        if step.nbytes > room:
-            blocked[step.chain] = None
-            continue
-        chosen[step.chain] = step.option
-        room -= step.nbytes
-    # The step that did not fit may span options which do: those above the hull between its ends.
-    for chain in itertools.islice(blocked, _FILLED_CHAINS):
-        points = path.points(chain)
-        nbytes, loss = points[chosen[chain]]
-        fitting = [i for i, point in enumerate(points) if point[0] <= nbytes + room]
-        best = min(fitting, key=lambda i: (points[i][1], points[i][0]))
-        if points[best][1] < loss:
-            room -= points[best][0] - nbytes
-            chosen[chain] = best
-    return chosen
+        def good(chain: int, option: int) -> bool:
+            return within([*chosen[:chain], option, *chosen[chain + 1 :]])
 
+        trim(path, count, chosen, good)
+        return chosen
 
-def cheapest_within(chains: Sequence[Sequence[Point]], limit: float) -> list[int] | None:
-    """The options with the fewest bytes whose losses sum to at most ``limit``; None if none do."""
-    path = build_path(len(chains), chains.__getitem__)
+    def _points(self, number: int) -> list[Point]:
+        return self.entries[number].points()
 
-    def total(chosen: list[int]) -> float:
-        return math.fsum(points[option][1] for points, option in zip(chains, chosen))
+    def _best(self) -> list[int]:
+        return [entry.best() for entry in self.entries]
 
-    count = shortest_prefix(path, lambda chosen: total(chosen) <= limit)
-    if count is None:
-        return None
-    chosen = path.prefix(count)
+    def _losses(self, chosen: list[int]) -> torch.Tensor:
+        losses = [0.0] * len(self.collection.adapters)
+        for entry, option in zip(self.entries, chosen):
+            entry.add_losses(option, losses)
+        return torch.tensor(losses, dtype=torch.float64)
 
-    def good(chain: int, option: int) -> bool:
-        return total([*chosen[:chain], option, *chosen[chain + 1 :]]) <= limit
-
-    trim(path, count, chosen, good)
-    return chosen
+    def _plan(self, chosen: list[int]) -> Plan:
+        private: dict[tuple[int, str], PrivateOption] = {}
+        joint: dict[str, tuple[BasisSpec, str]] = {}
+        data_nbytes = 0
+        for entry, number in zip(self.entries, chosen):
+            if isinstance(entry, PrivateEntry):
+                option = private[entry.task, entry.module.name] = entry.option(number)
+                data_nbytes += option.nbytes
+            else:
+                joint[entry.module.name] = entry.curve.bases[number], entry.curve.core_format
+                data_nbytes += entry.nbytes(number)
+        return Plan(
+            self.representation,
+            self.format,
+            private,
+            joint,
+            self._losses(chosen),
+            data_nbytes,
+            _file_nbytes(self.collection, private, joint),
+        )
 
 
-def trim(path: StepPath, count: int, chosen: list[int], good: Callable[[int, int], bool]) -> None:
-    """Give each of the chains that the last steps moved the fewest bytes that still are ``good``.
-
-    The last step overshoots what was asked for, by as much as the span of one step.
-
-    Args:
-        path, count: ``chosen`` are the options after that many steps of the path; changed in place.
-        good: whether (chain, option) may replace what is chosen.
-    """
-    last = dict.fromkeys(step.chain for step in reversed(path.steps[:count]))
-    for chain in itertools.islice(last, _TRIMMED_CHAINS):
-        points = path.points(chain)
-        nbytes, _ = points[chosen[chain]]
-        smaller = [i for i, point in enumerate(points) if point[0] < nbytes]
-        # Most of the options that save much lose too much; a look at all of them is still cheap.
-        for option in sorted(smaller, key=points.__getitem__):
-            if good(chain, option):
-                chosen[chain] = option
-                break
+def make_plans(problems: Iterable[Problem], budget: Budget) -> tuple[list[Plan], list[float]]:
+    """The plans that meet the budget; if there are none, how near each problem comes."""
+    plans: list[Plan] = []
+    misses: list[float] = []
+    for problem in problems:
+        plan = problem.solve(budget)
+        if plan is not None:
+            plans.append(plan)
+        elif not plans:
+            misses.append(problem.nearest(budget))
+    return plans, [] if plans else misses
 
 
-def shortest_prefix(path: StepPath, good: Callable[[list[int]], bool]) -> int | None:
-    """The least number of steps after which ``good`` holds, which must be monotone; None if never.
-
-    Losses fall along the path for every task, so bisection finds it.
-    """
-    low, high = 0, len(path.steps)
-    if not good(path.prefix(high)):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        if good(path.prefix(middle)):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+# --- sizes ---------------------------------------------------------------------------------------
 
 
-def fit_to_budget(
-    path: StepPath, sizes: Callable[[list[int]], tuple[int, int]], limit: int
-) -> list[int] | None:
-    """Allocate so that the files, headers included, take at most ``limit`` bytes; None if not.
-
-    Headers depend a little on what is chosen, so the allocation is repeated with the overhead that
-    the last one had until it fits with the overhead it assumed.
-
-    Args:
-        path: the steps of all chains.
-        sizes: (bytes of the tensors, bytes of the files) of chosen options.
-        limit: bytes that the files may take.
-    """
-    data, files = sizes(path.start)
-    best = list(path.start) if files <= limit else None
-    overhead = files - data
-    for _ in range(_BUDGET_ROUNDS):
-        chosen = allocate(path, limit - overhead)
-        if chosen is None:
-            break
-        data, files = sizes(chosen)
-        if files <= limit:
-            best = chosen
-            if files - data >= overhead:
-                break
-            overhead = files - data
-        else:
-            overhead = max(files - data, overhead + files - limit)
-    return best
+def _file_nbytes(
+    collection: Collection,
+    private: dict[tuple[int, str], PrivateOption],
+    joint: dict[str, tuple[BasisSpec, str]],
+) -> int:
+    """Bytes of every safetensors file that a plan makes, extra tensors' data left out."""
+    specs = [
+        ModuleSpec(
+            module.name,
+            module.d_in,
+            module.d_out,
+            module.kind,
+            joint[module.name][0] if module.name in joint else None,
+        )
+        for module in collection.modules.values()
+    ]
+    basis = basis_nbytes(specs)
+    # Each further shard has a header of its own: a length word, padding and two braces.
+    total = basis + 64 * (basis // BASIS_SHARD_BYTES)
+    for task, adapter in enumerate(collection.adapters):
+        segments = []
+        for name, module in adapter.modules.items():
+            index = collection.modules[name].index
+            if name in joint:
+                spec, core_format = joint[name]
+                core, rank, _ = core_shape(module.rank, spec.k_out, spec.k_in)
+                segments.append(Segment(index, "joint", core_format, rank, core=core))
+            else:
+                option = private[task, name]
+                segments.append(Segment(index, "private", option.format, option.rank))
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            name: (dtype, (count,))
+            for name, (dtype, count) in task_tensor_sizes(segments, specs).items()
+        }
+        extra = {EXTRA_PREFIX + name: spec for name, spec in adapter.extra.items()}
+        total += safetensors_nbytes(tensors | extra)
+        total -= sum(math.prod(shape) * dtype.itemsize for dtype, shape in extra.values())
+    return total

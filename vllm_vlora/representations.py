@@ -81,6 +81,24 @@ def encode_private(a: torch.Tensor, b: torch.Tensor, scale: float, format: str) 
     )
 
 
+def core_shape(rank: int, k_out: int, k_in: int) -> tuple[str, int, int]:
+    """(form, rank, elements) of the core that ``encode_joint`` makes of a task of this rank."""
+    kept = min(rank, k_out, k_in)
+    if k_out * k_in < rank * (k_out + k_in):
+        return "dense", kept, k_out * k_in
+    return "factors", kept, kept * (k_out + k_in)
+
+
+def dual_rows(packed: PackedMatrix) -> torch.Tensor:
+    """Rows D with D M^T = 1 for the matrix M as packed: the transposed pseudo-inverse, float32.
+
+    Quantised basis rows are not quite orthonormal. Projecting on their dual gives the least-squares
+    core U^+ delta_W V^+ instead of U^T delta_W V^T, which loses less.
+    """
+    q, r = torch.linalg.qr(unpack(packed).double().T)
+    return torch.linalg.solve_triangular(r, q.T, upper=True).float()
+
+
 def encode_joint(
     a: torch.Tensor, b: torch.Tensor, scale: float, u_t: torch.Tensor, v: torch.Tensor, format: str
 ) -> StoredModule:
@@ -92,28 +110,21 @@ def encode_joint(
         format: a float format for the core.
 
     The core's own factors are U^T B scale (k_out x r) and A V^T (r x k_in); the dense core is kept
-    instead where it is smaller, k_out k_in < r (k_out + k_in).
+    instead where it is smaller (``core_shape``).
     """
     left = (b.T.float() @ u_t.T.float()) * scale  # (r, k_out): the core's B factor, transposed
     right = a.float() @ v.T.float()  # (r, k_in)
-    rank, (k_out, k_in) = a.shape[0], (u_t.shape[0], v.shape[0])
-    if k_out * k_in < rank * (k_out + k_in):
-        core = left.T @ right
-        return StoredModule(
-            "joint",
-            format,
-            min(rank, k_out, k_in),
-            {"C": pack(core, format)},
-            core="dense",
-        )
+    form, rank, _ = core_shape(a.shape[0], u_t.shape[0], v.shape[0])
+    if form == "dense":
+        return StoredModule("joint", format, rank, {"C": pack(left.T @ right, format)}, core=form)
     # Balanced factors keep both within the range of a 16-bit format, whatever scale A and B had.
     right, left_t, _ = balanced_svd(right, left.T, 1.0)
     return StoredModule(
         "joint",
         format,
-        right.shape[0],
+        rank,
         {"A": pack(right, format), "B": pack(left_t.T.contiguous(), format)},
-        core="factors",
+        core=form,
     )
 
 

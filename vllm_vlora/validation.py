@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_vlora.checkpoint import BASIS_INDEX_FILE, CONFIG_FILE, Basis, Checkpoint
+from vllm_vlora.checkpoint import Basis, Checkpoint
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError
 from vllm_vlora.hub import resolve_snapshot
+from vllm_vlora.manifest import BASIS_INDEX_FILE, CONFIG_FILE
 from vllm_vlora.quantize import PackedMatrix, unpack
 
 # How far rows that were orthonormal before they were packed may be from it: |G - I| <= tolerance.

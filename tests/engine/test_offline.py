@@ -146,6 +146,29 @@ def test_a_republished_task_never_answers_from_old_weights_or_old_prefix(
     assert engine.generate([prompt], [requests[1]]) == reference["1"]
 
 
+def test_a_task_in_use_answers_on_after_its_checkpoint_was_published_again(
+    engine: Engine, world: World
+) -> None:
+    """The old state was asked for, so it stays: nothing is read from disk inside a step."""
+    from vllm_vlora import lora_request
+
+    first, second, *others = ADAPTERS
+    old = {"a": world.adapters[first], "b": world.adapters[second]}
+    new = {"a": world.adapters[second], "b": world.adapters[first]}
+    path = world.compress("swapped", old, ratio=0.1)
+    before = {task: lora_request(path, task) for task in old}
+    for task, name in (("a", first), ("b", second)):
+        tokens = engine.generate([PROMPTS[0]], [before[task]])
+        assert tokens == [world.reference[name][0]]
+    world.compress("swapped", new, force=True, ratio=0.1)
+    after = lora_request(path, "a")
+    for name in others:  # until vLLM's registry has forgotten the old ones
+        engine.generate([PROMPTS[1]], [engine.request(name)])
+    # Both states of one task, of one name, in one batch.
+    tokens = engine.generate([PROMPTS[0]] * 3, [after, before["b"], before["a"]])
+    assert tokens == [world.reference[name][0] for name in (second, second, first)]
+
+
 def test_the_old_request_of_a_replaced_task_is_an_error_and_the_engine_lives(
     engine: Engine, world: World
 ) -> None:

@@ -63,7 +63,7 @@ class Server:
     def text(self, model: str, prompt: list[int]) -> str:
         done = self.client.completions.create(
             model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0,
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True, "skip_special_tokens": False},
         )  # fmt: skip
         return done.choices[0].text
 

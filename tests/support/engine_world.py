@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +52,7 @@ ADAPTERS: dict[str, dict] = {
 ORDINARY = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 PROMPTS = [[(7 * i + 3 * j) % 250 + 1 for j in range(9 + 4 * i)] for i in range(3)]
 MAX_TOKENS = 10
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,24 @@ def make_adapter(model: Path, folder: Path, seed: int, **config: object) -> Path
         if "lora_" in name:
             parameter.data.normal_(0, 0.25)
     adapted.save_pretrained(folder, save_embedding_layers=False)
+    _save_plain(adapted, folder / PLAIN)
     return folder
+
+
+def _save_plain(adapted: Any, folder: Path) -> None:
+    """The same adapter with every scale, as PEFT computes it, folded into B: alpha = r throughout.
+
+    vLLM before 0.32 ignores rank_pattern and alpha_pattern, so it needs this form for a reference.
+    """
+    for layer in adapted.modules():
+        for name, scale in getattr(layer, "scaling", {}).items():
+            b = layer.lora_B[name].weight if name in layer.lora_B else layer.lora_embedding_B[name]
+            b.data *= scale
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config |= {"lora_alpha": config["r"], "use_rslora": False, "rank_pattern": {}}
+    file.write_text(json.dumps(config | {"alpha_pattern": {}}))
 
 
 def run_stock(script: str, *arguments: str) -> dict:
@@ -156,9 +175,15 @@ def stock_tokens(
     model: Path, adapters: dict[str, Path], prompts: list[list[int]]
 ) -> dict[str, list[list[int]]]:
     """Stock vLLM's greedy tokens: of the base model when ``adapters`` is empty."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    plain = "rank_pattern" not in {field.name for field in fields(PEFTHelper)}
     job = {
         "model": str(model),
-        "adapters": {name: str(path) for name, path in adapters.items()},
+        "adapters": {
+            name: str(path / PLAIN if plain and (path / PLAIN).exists() else path)
+            for name, path in adapters.items()
+        },
         "arguments": ENGINE_ARGUMENTS,
         "max_tokens": MAX_TOKENS,
         "prompts": prompts,

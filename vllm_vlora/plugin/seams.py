@@ -5,13 +5,14 @@ between them. What is patched, and why there:
 
 * ``WorkerLoRAManager._load_adapter``: a path of ours becomes a ``TaskLoRAModel`` without weights.
 * ``LRUCacheWorkerLoRAManager._manager_cls``: the manager below fills slots from resident memory.
+* ``LRUCacheWorkerLoRAManager.create_lora_manager``: loads the checkpoint before vLLM sizes the KV cache.
 * ``LRUCacheWorkerLoRAManager.add_adapter``: an integer id that comes with another path is reloaded.
 * ``OpenAIServingModels.init_static_loras``: lists every task in ``/v1/models``.
 * ``LLMEngine.add_request``: loads a task of a checkpoint not seen before outside the step, where a bad
   checkpoint is an error for its caller and not the end of the engine.
 * ``LoRARequest.__eq__``: requests were equal when their names were, and a batch's requests are a set, so
   that an old and a new state of one task in one batch ended the engine with a KeyError.
-* ``kv_cache_utils._gen_lora_extra_hash_keys`` (before 0.32): the prefix cache's key was the adapter's
+* ``kv_cache_utils._gen_lora_extra_hash_keys``: before 0.32 the prefix cache's key was the adapter's
   name alone; for our tasks it also gets the path, which carries the content's digest.
 
 They are attributes of classes and of one module, so names that vLLM bound at import see them too.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,9 +34,10 @@ from vllm.lora.utils import is_base_embedding_weights, parse_fine_tuned_lora_nam
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.platforms import current_platform
 
+from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError, ModelMismatchError, VLoRAError
 from vllm_vlora.plugin.identity import parse_task_path
-from vllm_vlora.plugin.resident import ResidentCheckpoint, ResidentStore, ResidentTask
+from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.slots import Run, SliceLayout, SlotWriter, index_runs
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
@@ -123,22 +125,24 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     def preload(self, folder: str) -> None:
         """Load the engine's checkpoint at start-up and say what it takes."""
-        state = self.vlora_store.load(folder)
-        _warn_of_base_model(state, self)
+        store = self.vlora_store
+        checkpoint = store.preload(folder)
+        _warn_of_base_model(checkpoint, self)
         logger.info(
             "vllm-vlora: %s: %d tasks resident on %s, %.1f MiB, loaded in %.2f s",
-            state.checkpoint.path,
-            len(state.tasks),
+            checkpoint.path,
+            len(store),
             self.device,
-            state.nbytes / 2**20,
-            state.seconds,
+            store.nbytes / 2**20,
+            store.seconds,
         )
 
-    def _check(self, state: ResidentCheckpoint) -> None:
+    def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str]) -> None:
         _refuse_config(self)
-        self.writer.check(state)
-        for task in state.tasks.values():
-            _check_extra(state, task, self)
+        task_ids = list(task_ids)
+        self.writer.check(checkpoint, task_ids, functools.partial(_engine_name, self))
+        for task_id in task_ids:
+            _check_extra(checkpoint, task_id, self)
 
     @staticmethod
     def _heads(modules: dict[str, Any]) -> dict[str, Any]:
@@ -329,16 +333,16 @@ def _full_heads(task: ResidentTask) -> dict[str, Any]:
     }
 
 
-def _check_extra(state: ResidentCheckpoint, task: ResidentTask, manager: TaskLoRAManager) -> None:
+def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager) -> None:
     """Refuse tensors beside the LoRA weights that this model or this vLLM cannot apply."""
-    for name in task.extra:
+    for name in checkpoint.record(task_id).extra:
         if is_base_embedding_weights(name):
             continue  # An unchanged copy of base weights; stock vLLM leaves it out as well.
         module = name.split(".")[-2] if "." in name else name
         supported: set[str] = getattr(manager, "supported_modules_to_save", set())
         if module not in supported:
             raise ModelMismatchError(
-                f"{state.checkpoint.path}: task {task.task_id!r} carries {name}, which this vLLM "
+                f"{checkpoint.path}: task {task_id!r} carries {name}, which this vLLM "
                 "cannot serve with this model; leave the task out of the served checkpoint"
             )
 
@@ -359,8 +363,8 @@ def _refuse_config(manager: TaskLoRAManager) -> None:
         )
 
 
-def _warn_of_base_model(state: ResidentCheckpoint, manager: TaskLoRAManager) -> None:
-    trained_on = state.checkpoint.base_model
+def _warn_of_base_model(checkpoint: Checkpoint, manager: TaskLoRAManager) -> None:
+    trained_on = checkpoint.base_model
     served = getattr(getattr(manager.model, "config", None), "_name_or_path", "")
     if trained_on and served and trained_on != served:
         logger.warning(
@@ -380,6 +384,10 @@ def _init_static_loras(
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
+        if self.engine_client.vllm_config.lora_config is None:
+            raise CheckpointError(
+                "VLLM_VLORA_CHECKPOINT is set, but vLLM runs without LoRA; start it with --enable-lora"
+            )
         for request in requests():
             if self.is_base_model(request.lora_name) or request.lora_name in self.lora_requests:
                 raise CheckpointError(

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_vlora.checkpoint import ModuleSpec
+from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.errors import ModelMismatchError
-from vllm_vlora.plugin.resident import ResidentCheckpoint, ResidentTask
+from vllm_vlora.manifest import ModuleSpec
+from vllm_vlora.plugin.resident import ResidentTask
 from vllm_vlora.representations import SideSource
 from vllm_vlora.triton_kernels.materialize import MaterializeJob, materialize
 
@@ -75,28 +76,33 @@ class SlotWriter:
     max_rank: int
     _views: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
-    def check(self, state: ResidentCheckpoint) -> None:
-        """Raise ModelMismatchError, naming the module, when the model cannot take this checkpoint."""
+    def check(
+        self, checkpoint: Checkpoint, task_ids: Iterable[str], engine_name: Callable[[str], str]
+    ) -> None:
+        """Raise ModelMismatchError, naming the module or task, when the model cannot take a task."""
         layouts: dict[str, list[SliceLayout]] = {}
         for layout in self.layouts:
             layouts.setdefault(layout.name, []).append(layout)
-        where = state.checkpoint.path
-        for module in state.checkpoint.modules:
-            name = state.engine_names[module.name]
-            if name not in layouts:
-                raise ModelMismatchError(
-                    f"{where}: the served model has no LoRA layer for module {module.name}; it is "
-                    "another architecture, or --lora-target-modules leaves the module out"
-                )
-            for layout in layouts[name]:
-                _check_shape(str(where), module, layout)
-        for task_id, record in state.checkpoint.tasks.items():
+        used: set[int] = set()
+        for task_id in task_ids:
+            record = checkpoint.record(task_id)
+            used.update(segment.module for segment in record.segments)
             if record.max_rank > self.max_rank:
                 raise ModelMismatchError(
-                    f"{where}: task {task_id!r} has rank {record.max_rank}, the engine allows "
-                    f"{self.max_rank}; start vLLM with --max-lora-rank {record.max_rank} or the "
-                    "next rank that it offers"
+                    f"{checkpoint.path}: task {task_id!r} has rank {record.max_rank}, the engine "
+                    f"allows {self.max_rank}; start vLLM with --max-lora-rank {record.max_rank} or "
+                    "the next rank that it offers"
                 )
+        for module in (checkpoint.modules[index] for index in sorted(used)):
+            name = engine_name(module.name)
+            if name not in layouts:
+                raise ModelMismatchError(
+                    f"{checkpoint.path}: the served model has no LoRA layer for module "
+                    f"{module.name}; it is another architecture, or --lora-target-modules leaves the "
+                    "module out"
+                )
+            for layout in layouts[name]:
+                _check_shape(str(checkpoint.path), module, layout)
 
     def write(self, slot: int, task: ResidentTask) -> None:
         """Fill a slot whole with a task; slices that the task does not adapt become zero."""

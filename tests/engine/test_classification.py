@@ -1,0 +1,101 @@
+"""Adapters with a classification head of their own, scored by a real engine next to stock vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_world import ENGINE_ENVIRONMENT, make_model
+
+from vllm_vlora import CompressOptions, compress, open_adapter
+
+pytestmark = pytest.mark.engine
+
+SCRIPT = """
+import json, sys
+from vllm import LLM
+from vllm.lora.request import LoRARequest
+from vllm_vlora import lora_request
+
+def main():
+    model, checkpoint, *adapters = sys.argv[1:]
+    llm = LLM(model, runner="pooling", enable_lora=True, max_loras=1, max_lora_rank=8,
+              dtype="float32", enforce_eager=True, max_model_len=128)
+    requests = {"base": None}
+    for number, path in enumerate(adapters, 1):
+        name = path.rsplit("/", 1)[1]
+        requests[f"stock {name}"] = LoRARequest(f"stock-{name}", number, path)
+        requests[f"ours {name}"] = lora_request(checkpoint, name)
+    scores = {}
+    for name in [*requests, *reversed(requests)]:  # through one slot: every head is replaced
+        outputs = llm.score("w5 w9 w20", ["w7 w8", "w100 w3 w4"], lora_request=requests[name])
+        scores.setdefault(name, []).append([output.outputs.score for output in outputs])
+    print("RESULT " + json.dumps(scores), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def _make(root: Path) -> tuple[Path, list[Path]]:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    words = make_model(root / "words")
+    config = LlamaConfig.from_pretrained(words, num_labels=1, pad_token_id=0)
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(root / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(words / name, root / "model" / name)
+    folders = []
+    for seed in (10, 11):
+        torch.manual_seed(seed)
+        base = LlamaForSequenceClassification.from_pretrained(root / "model")
+        modules = ["q_proj", "v_proj"]
+        adapted = get_peft_model(
+            base, LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="SEQ_CLS")
+        )
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.data.normal_(0, 0.25)
+        adapted.save_pretrained(root / f"head-{seed}")
+        folders.append(root / f"head-{seed}")
+    return root / "model", folders
+
+
+def test_classification_heads_travel_and_score_as_stock(tmp_path: Path) -> None:
+    lora_weights = pytest.importorskip("vllm.lora.lora_weights")
+    if not hasattr(lora_weights, "LoRAFullModuleWeights"):
+        pytest.skip("vLLM serves classification heads of adapters from 0.32 on")
+    model, folders = _make(tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    compress(
+        {folder.name: open_adapter(folder) for folder in folders},
+        checkpoint,
+        CompressOptions(representation="private", quantize="none", ratio=0.1),
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, str(model), str(checkpoint), *map(str, folders)],
+        env={**os.environ, **ENGINE_ENVIRONMENT, "VLLM_VLORA_CHECKPOINT": str(checkpoint)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    scores = json.loads(lines[-1][len("RESULT ") :])
+    seen = []
+    for folder in folders:
+        stock, ours = scores[f"stock {folder.name}"], scores[f"ours {folder.name}"]
+        assert ours == stock
+        seen.append(ours[0])
+    assert seen[0] != seen[1]
+    assert scores["base"][0] == scores["base"][1]
+    assert scores["base"][0] not in seen

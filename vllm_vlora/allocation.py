@@ -1,0 +1,201 @@
+"""Choose one option of each of many chains under a budget: bytes against loss.
+
+Pure numbers. Each thing to choose is a *chain* of options (bytes, loss). On the lower convex hull
+of a chain every step has a smaller gain per byte than the one before it, so taking steps of all
+chains by falling gain per byte is optimal at every budget that it meets exactly (Shoham and Gersho,
+*Efficient bit allocation for an arbitrary set of quantizers*, 1988).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_BUDGET_ROUNDS = 6
+# Chains that get a second look where the budget or the error limit cuts the path: only the bytes of
+# about one step are at stake there, however many chains there are.
+_FILLED_CHAINS = 256
+_TRIMMED_CHAINS = 16
+Point = tuple[int, float]
+"""(bytes, loss) of an option."""
+
+
+def lower_hull(points: Sequence[Point]) -> list[int]:
+    """Indices of the lower convex hull, from the fewest bytes to the least loss, both strict."""
+    hull: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        nbytes, loss = points[index]
+        if hull and loss >= points[hull[-1]][1]:
+            continue
+        # Sorted by (bytes, loss), so equal bytes with a smaller loss cannot come later.
+        while len(hull) >= 2:
+            (n0, l0), (n1, l1) = points[hull[-2]], points[hull[-1]]
+            if (l0 - l1) * (nbytes - n1) > (l1 - loss) * (n1 - n0):
+                break
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Moving one chain on to its next option on the hull."""
+
+    chain: int
+    option: int
+    nbytes: int
+    gain: float
+
+
+@dataclass(frozen=True)
+class StepPath:
+    """Where every chain starts (fewest bytes), and all steps by falling gain per byte.
+
+    ``points`` gives the options of a chain again; they are not kept, being many.
+    """
+
+    points: Callable[[int], Sequence[Point]]
+    start: list[int]
+    start_nbytes: int
+    steps: list[Step]
+
+    def prefix(self, count: int) -> list[int]:
+        """The option of every chain after ``count`` steps."""
+        chosen = list(self.start)
+        for step in self.steps[:count]:
+            chosen[step.chain] = step.option
+        return chosen
+
+
+def build_path(count: int, points: Callable[[int], Sequence[Point]]) -> StepPath:
+    """Hull of each of ``count`` chains, and their steps merged."""
+    start, start_nbytes, steps = [], 0, []
+    for number in range(count):
+        options = points(number)
+        hull = lower_hull(options)
+        start.append(hull[0])
+        start_nbytes += options[hull[0]][0]
+        for before, after in itertools.pairwise(hull):
+            nbytes = options[after][0] - options[before][0]
+            steps.append(Step(number, after, nbytes, options[before][1] - options[after][1]))
+    # The hull makes gains per byte fall along a chain, and the sort is stable, so the steps of a
+    # chain stay in order also where rounding makes two of them equal.
+    steps.sort(key=lambda step: -step.gain / step.nbytes)
+    return StepPath(points, start, start_nbytes, steps)
+
+
+def allocate(path: StepPath, budget: int) -> list[int] | None:
+    """The option of every chain that loses least in ``budget`` bytes; None if nothing fits."""
+    room = budget - path.start_nbytes
+    if room < 0:
+        return None
+    chosen = list(path.start)
+    blocked: dict[int, None] = {}
+    for step in path.steps:
+        if step.chain in blocked:
+            continue
+        if step.nbytes > room:
+            blocked[step.chain] = None
+            continue
+        chosen[step.chain] = step.option
+        room -= step.nbytes
+    # The step that did not fit may span options which do: those above the hull between its ends.
+    for chain in itertools.islice(blocked, _FILLED_CHAINS):
+        points = path.points(chain)
+        nbytes, loss = points[chosen[chain]]
+        fitting = [i for i, point in enumerate(points) if point[0] <= nbytes + room]
+        best = min(fitting, key=lambda i: (points[i][1], points[i][0]))
+        if points[best][1] < loss:
+            room -= points[best][0] - nbytes
+            chosen[chain] = best
+    return chosen
+
+
+def fit_to_budget(
+    path: StepPath, sizes: Callable[[list[int]], tuple[int, int]], limit: int
+) -> list[int] | None:
+    """Allocate so that the files, headers included, take at most ``limit`` bytes; None if not.
+
+    Headers depend a little on what is chosen, so the allocation is repeated with the overhead that
+    the last one had until it fits with the overhead it assumed.
+
+    Args:
+        path: the steps of all chains.
+        sizes: (bytes of the tensors, bytes of the files) of chosen options.
+        limit: bytes that the files may take.
+    """
+    data, files = sizes(path.start)
+    best = list(path.start) if files <= limit else None
+    overhead = files - data
+    for _ in range(_BUDGET_ROUNDS):
+        chosen = allocate(path, limit - overhead)
+        if chosen is None:
+            break
+        data, files = sizes(chosen)
+        if files <= limit:
+            best = chosen
+            if files - data >= overhead:
+                break
+            overhead = files - data
+        else:
+            overhead = max(files - data, overhead + files - limit)
+    return best
+
+
+def cheapest_within(chains: Sequence[Sequence[Point]], limit: float) -> list[int] | None:
+    """The options with the fewest bytes whose losses sum to at most ``limit``; None if none do."""
+    path = build_path(len(chains), chains.__getitem__)
+
+    def total(chosen: list[int]) -> float:
+        return math.fsum(points[option][1] for points, option in zip(chains, chosen))
+
+    count = shortest_prefix(path, lambda chosen: total(chosen) <= limit)
+    if count is None:
+        return None
+    chosen = path.prefix(count)
+
+    def good(chain: int, option: int) -> bool:
+        return total([*chosen[:chain], option, *chosen[chain + 1 :]]) <= limit
+
+    trim(path, count, chosen, good)
+    return chosen
+
+
+def shortest_prefix(path: StepPath, good: Callable[[list[int]], bool]) -> int | None:
+    """The least number of steps after which ``good`` holds, which must be monotone; None if never.
+
+    Losses fall along the path for every task, so bisection finds it.
+    """
+    low, high = 0, len(path.steps)
+    if not good(path.prefix(high)):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if good(path.prefix(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def trim(path: StepPath, count: int, chosen: list[int], good: Callable[[int, int], bool]) -> None:
+    """Give each of the chains that the last steps moved the fewest bytes that still are ``good``.
+
+    The last step overshoots what was asked for, by as much as the span of one step.
+
+    Args:
+        path, count: ``chosen`` are the options after that many steps of the path; changed in place.
+        good: whether (chain, option) may replace what is chosen.
+    """
+    last = dict.fromkeys(step.chain for step in reversed(path.steps[:count]))
+    for chain in itertools.islice(last, _TRIMMED_CHAINS):
+        points = path.points(chain)
+        nbytes, _ = points[chosen[chain]]
+        smaller = [i for i, point in enumerate(points) if point[0] < nbytes]
+        # Most of the options that save much lose too much; a look at all of them is still cheap.
+        for option in sorted(smaller, key=points.__getitem__):
+            if good(chain, option):
+                chosen[chain] = option
+                break

@@ -1,0 +1,74 @@
+"""What waits on disk between the passes of a compression, so that memory stays small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from vllm_vlora.checkpoint import Basis, StoredModule
+from vllm_vlora.collection import Module
+from vllm_vlora.manifest import BasisSpec
+from vllm_vlora.quantize import PackedMatrix, pack
+
+
+class FittedBases:
+    """Fitted bases, each as wide as it may be wanted; packed when they are read back."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+
+    def save(self, module: Module, u_t: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep U transposed (k_out, d_out) and V (k_in, d_in)."""
+        safetensors.torch.save_file({"u": u_t, "v": v}, self._path(module))
+
+    def read(self, module: Module, spec: BasisSpec) -> Basis:
+        """The first components of a module's basis, in the number and format of ``spec``."""
+        fitted = safetensors.torch.load_file(self._path(module))
+        return Basis(
+            pack(fitted["u"][: spec.k_out], spec.format),
+            pack(fitted["v"][: spec.k_in], spec.format),
+        )
+
+    def _path(self, module: Module) -> Path:
+        return self._folder / f"{module.index}.safetensors"
+
+
+class CoreSpool:
+    """Encoded cores: written module by module, read back task by task."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._entries: dict[int, list[tuple[str, int, StoredModule]]] = {}
+
+    def append(self, task: int, module: str, stored: StoredModule) -> None:
+        """Keep one task's core of one module."""
+        data = safetensors.torch.save(
+            {side: matrix.parts["values"] for side, matrix in stored.matrices.items()}
+        )
+        with (self._folder / str(task)).open("ab") as file:
+            file.write(data)
+        bare = replace(stored, matrices={})
+        self._entries.setdefault(task, []).append((module, len(data), bare))
+
+    def read(self, task: int) -> dict[str, StoredModule]:
+        """Module name -> core of one task."""
+        entries = self._entries.get(task)
+        if not entries:
+            return {}
+        modules = {}
+        with (self._folder / str(task)).open("rb") as file:
+            for module, size, bare in entries:
+                tensors = safetensors.torch.load(file.read(size))
+                matrices = {
+                    side: PackedMatrix(
+                        bare.format, values.shape[0], values.shape[1], {"values": values}
+                    )
+                    for side, values in tensors.items()
+                }
+                modules[module] = replace(bare, matrices=matrices)
+        return modules
