@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 2
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
-demo: $(VENV)/.ready ## Compress nine real adapters, serve them with vLLM on CPU, print what happened
+demo: $(VENV)/.ready ## Compress ten real adapters, serve them with vLLM on CPU, print what happened
 	$(BIN)/python examples/demo/run_demo.py
 
 test: lint test-fast test-engine ## Lint, types and every test

@@ -37,7 +37,8 @@ The adapters are random, of rank 16 on all seven linears of a layer, bfloat16, w
 near a common subspace of 64 dimensions, so that a joint checkpoint is not mere error. The plugin is
 installed while stock code runs; --startup also times stock code in processes with and without it.
 
-In the same engine slots are then poisoned with NaN, filled by each method with each task and compared: stock and private bfloat16 with the adapter's own factors, bit for bit; the others with the
+In the same engine slots are then poisoned with NaN, filled by each method with each task and
+compared: stock and private bfloat16 with the adapter's own factors, bit for bit; the others with the
 checkpoint's decoded factors, and their delta_W with the adapter's, whose relative error must be the
 one that the checkpoint records. When anything is wrong, no figure is printed and the exit status
 is 1.
@@ -414,10 +415,7 @@ def measure_activation(work: Work) -> dict[str, Any]:
 
 
 def in_another_process(function: Callable[[Work], None], work: Work) -> None:
-    """Run what needs much memory elsewhere.
-
-    A heap that compression has cut up makes stock's many allocations slower, which no server sees.
-    """
+    """Run what a server would not do elsewhere, so that it leaves the engine's process as it is."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=(work,))
     process.start()
     process.join()

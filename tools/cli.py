@@ -51,7 +51,7 @@ class Representation(str, Enum):
 
 
 class Quantize(str, Enum):
-    """Number format of what is stored per task."""
+    """Number format of private factors and of shared bases; cores stay floats."""
 
     auto = "auto"
     none = "none"

@@ -26,8 +26,6 @@ from vllm_vlora.manifest import (
     BASIS_INDEX_FILE,
     BASIS_SHARD_BYTES,
     CONFIG_FILE,
-    DEFAULT_ERROR,
-    DEFAULT_SCALE,
     EXTRA_PREFIX,
     FORMAT_VERSION,
     SAFETENSORS_DTYPES,
@@ -60,8 +58,8 @@ class StoredModule:
     format: str
     rank: int
     matrices: Mapping[str, PackedMatrix]
-    scale: float = DEFAULT_SCALE
-    error: float = DEFAULT_ERROR
+    scale: float = 1.0
+    error: float = 0.0
     core: str | None = None
 
     def to(self, device: torch.device | str) -> StoredModule:
@@ -108,6 +106,7 @@ class CheckpointWriter:
     _index: dict[str, int] = field(default_factory=dict)
     _pending: dict[str, torch.Tensor] = field(default_factory=dict)
     _shards: list[tuple[Path, list[str]]] = field(default_factory=list)
+    _basis_data_nbytes: int = 0
 
     def add_module(
         self, name: str, d_in: int, d_out: int, kind: str = "linear", basis: Basis | None = None
@@ -193,6 +192,7 @@ class CheckpointWriter:
     def _flush_shard(self) -> None:
         path = self.folder / f"basis.part{len(self._shards)}"
         path.write_bytes(safetensors.torch.save(self._pending))
+        self._basis_data_nbytes += sum(t.nbytes for t in self._pending.values())
         self._shards.append((path, list(self._pending)))
         self._pending = {}
 
@@ -210,7 +210,7 @@ class CheckpointWriter:
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
             index = {
-                "metadata": {"total_size": sum(ref.nbytes for ref in refs)},
+                "metadata": {"total_size": self._basis_data_nbytes},
                 "weight_map": weight_map,
             }
             self._write(BASIS_INDEX_FILE, json.dumps(index, indent=2).encode())
@@ -312,11 +312,18 @@ class Checkpoint:
         """Identity of a task's weights: 32 hex digits over its record and its basis, if any.
 
         Two tasks with the same digest have the same weights; a task re-published with other
-        weights, ranks, scales or basis has another digest.
+        weights, ranks, scales or basis has another digest. What says nothing about the weights
+        (measured errors, the module's place in the manifest) is not part of it.
         """
         record = self.record(task_id)
         content = msgspec.json.encode(
-            (record.sha256, record.segments, [self.modules[s.module] for s in record.segments])
+            [
+                record.sha256,
+                [
+                    [self.modules[s.module], s.representation, s.format, s.rank, s.scale, s.core]
+                    for s in record.segments
+                ],
+            ]
         )
         if any(self.modules[s.module].basis is not None for s in record.segments):
             content += self._basis_digest.encode()

@@ -38,9 +38,6 @@ TASKS_FOLDER = "tasks"
 BASIS_INDEX_FILE = "basis.safetensors.index.json"
 REPRESENTATIONS = ("joint", "private")
 EXTRA_PREFIX = "extra."
-# msgspec leaves a default out of the JSON by identity, not by value: another 1.0 is written down.
-DEFAULT_SCALE = 1.0
-DEFAULT_ERROR = 0.0
 # A shard is serialised in memory before it is written, so its size bounds the writer's memory.
 BASIS_SHARD_BYTES = 1 << 30
 
@@ -99,7 +96,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     tasks: FileRef
 
 
-class Segment(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class Segment(msgspec.Struct, forbid_unknown_fields=True):
     """How one module of one task is stored.
 
     ``private``: delta_W = scale * B A, side A (rank x d_in), side B transposed (rank x d_out).
@@ -112,8 +109,8 @@ class Segment(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     representation: str
     format: str
     rank: int
-    scale: float = DEFAULT_SCALE
-    error: float = DEFAULT_ERROR
+    scale: float = 1.0
+    error: float = 0.0
     core: str | None = None
 
 

@@ -106,7 +106,9 @@ def encode_joint(
 
     Args:
         a: (r, d_in). b: (d_out, r). u_t: U transposed, (k_out, d_out). v: (k_in, d_in); both
-            orthonormal by rows, and as they will be read back (after their own packing).
+            orthonormal by rows, and as they will be read back (after their own packing). A basis
+            that packing has bent is replaced by its dual (``dual_rows``): the core is then the best
+            one in the least-squares sense.
         format: a float format for the core.
 
     The core's own factors are U^T B scale (k_out x r) and A V^T (r x k_in); the dense core is kept
@@ -131,8 +133,8 @@ def encode_joint(
 def side_sources(stored: StoredModule, basis: Basis | None) -> tuple[SideSource, SideSource]:
     """Sources of A (rank, d_in) and of B transposed (rank, d_out); the scale stands on B.
 
-    vLLM folds alpha / r into B as well, so a private task in its own dtype materialises to the very
-    bits that stock vLLM puts into its slots.
+    vLLM folds alpha / r into B as well, so a private task in its own dtype, served in that dtype,
+    materialises to the very bits that stock vLLM puts into its slots.
     """
     if stored.representation == "private":
         return (

@@ -53,8 +53,8 @@ def parse_task_path(path: str) -> TaskPath | None:
 def task_ids_to_int(checkpoint: Checkpoint) -> dict[str, int]:
     """Task id -> ``lora_int_id``: the same in every process, and another one for other weights.
 
-    The id is the digest reduced to 31 bits; where two tasks of a checkpoint meet (one chance in
-    4,000 for a thousand tasks) the later in sorted order takes the next free number.
+    The id is 2**20 plus the digest modulo 2**31 - 2**20 - 1. Where two tasks of a checkpoint meet
+    (one chance in 4,000 for a thousand tasks) the later in sorted order takes the next free number.
     """
     taken: set[int] = set()
     numbers = {}
