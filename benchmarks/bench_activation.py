@@ -164,6 +164,7 @@ def main() -> int:
     print(f"\npeak memory of this process {peak / 2**30:.2f} GiB")
     warn_of_load(report)
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -14,8 +14,9 @@ import torch
 from vllm_vlora import measure
 from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
 from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.compression import CompressOptions, CompressReport, compress
+from vllm_vlora.compression import CompressOptions, compress
 from vllm_vlora.errors import AdapterError, BudgetError, OptionError, OutputError, TaskIdError
+from vllm_vlora.report import CompressReport
 from vllm_vlora.representations import decode
 
 SHAPES = {"model.layers.0.q_proj": (96, 80), "model.layers.0.v_proj": (96, 40)}

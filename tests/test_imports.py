@@ -23,7 +23,7 @@ FORBIDDEN = {
 LIBRARY_ORDER = [
     "errors", "_version", "task_ids", "atomic", "hub", "quantize", "peft_config", "adapters",
     "manifest", "checkpoint", "representations", "fit", "collection", "formats", "scratch",
-    "allocation", "measure", "survey", "plan", "encoding", "card", "compression", "export",
+    "allocation", "measure", "survey", "plan", "encoding", "report", "card", "compression", "export",
     "validation",
 ]  # fmt: skip
 

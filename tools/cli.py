@@ -23,7 +23,7 @@ from vllm_vlora.errors import BudgetError, VLoRAError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from vllm_vlora.compression import CompressReport
+    from vllm_vlora.report import CompressReport
 
 EXIT_CHECK_FAILED = 1
 EXIT_WRONG_INPUT = 2

@@ -18,9 +18,8 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from vllm_vlora.adapters import Adapter
 from vllm_vlora.atomic import publish_folder
@@ -33,6 +32,7 @@ from vllm_vlora.formats import formats_to_try
 from vllm_vlora.manifest import basis_nbytes, is_checkpoint
 from vllm_vlora.plan import MIXED, Budget, Plan, joint_problem, make_plans, private_problems
 from vllm_vlora.quantize import FLOAT_DTYPES
+from vllm_vlora.report import Candidate, CompressReport, TaskReport
 from vllm_vlora.scratch import CoreSpool, FittedBases
 from vllm_vlora.survey import Survey, survey_joint, survey_private
 
@@ -45,7 +45,7 @@ DEFAULT_RATIO = 3.5
 _MARGIN = 1e-6
 
 
-# --- options and report --------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,74 +123,6 @@ class CompressOptions:
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"unknown {name} {value!r}; use one of {', '.join(allowed)}")
-
-
-class Candidate(NamedTuple):
-    """A plan that was considered: its exact bytes, and the tasks' relative errors under it.
-
-    ``format`` is that of private factors or of the bases: a number format, ``own`` where adapters
-    of several dtypes each keep theirs, or ``mixed`` where every module has the one that suits it.
-    """
-
-    representation: str
-    format: str
-    nbytes: int
-    mean_error: float
-    worst_error: float
-
-
-@dataclass
-class TaskReport:
-    """What became of one task.
-
-    ``ranks`` is the least and the greatest rank kept of its modules, ``nbytes`` its file without
-    extra tensors, ``error`` the measured ||delta_W' - delta_W||_F / ||delta_W||_F over all modules.
-    """
-
-    task_id: str
-    source: str
-    ranks: tuple[int, int]
-    original_nbytes: int
-    nbytes: int
-    error: float
-    representation: str
-    format: str
-
-
-@dataclass
-class CompressReport:
-    """What ``compress`` did: sizes of the files, and errors measured on what they hold."""
-
-    path: Path
-    tasks: list[TaskReport]
-    representation: str
-    format: str
-    original_nbytes: int
-    nbytes: int
-    basis_nbytes: int
-    candidates: list[Candidate]
-    warnings: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def ratio(self) -> float:
-        """``original_nbytes / nbytes``."""
-        return self.original_nbytes / self.nbytes if self.nbytes else math.inf
-
-    @property
-    def mean_error(self) -> float:
-        """Mean of the tasks' errors."""
-        return sum(task.error for task in self.tasks) / len(self.tasks)
-
-    @property
-    def worst_error(self) -> float:
-        """The greatest of the tasks' errors."""
-        return max(task.error for task in self.tasks)
-
-    @property
-    def rms_error(self) -> float:
-        """Root mean square of the tasks' errors, which ``auto`` compares."""
-        return math.sqrt(sum(task.error**2 for task in self.tasks) / len(self.tasks))
 
 
 def compress(

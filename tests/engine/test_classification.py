@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from engine_world import ENGINE_ENVIRONMENT, make_model
+from engine_world import make_model, run_script
 
 from vllm_vlora import CompressOptions, compress, open_adapter
 
@@ -80,17 +76,13 @@ def test_classification_heads_travel_and_score_as_stock(tmp_path: Path) -> None:
         checkpoint,
         CompressOptions(representation="private", quantize="none", ratio=0.1),
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, str(model), str(checkpoint), *map(str, folders)],
-        env={**os.environ, **ENGINE_ENVIRONMENT, "VLLM_VLORA_CHECKPOINT": str(checkpoint)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+    scores = run_script(
+        SCRIPT,
+        str(model),
+        str(checkpoint),
+        *map(str, folders),
+        VLLM_VLORA_CHECKPOINT=str(checkpoint),
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    scores = json.loads(lines[-1][len("RESULT ") :])
     seen = []
     for folder in folders:
         stock, ours = scores[f"stock {folder.name}"], scores[f"ours {folder.name}"]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from engine_world import (
     ADAPTERS,
     ENGINE_ARGUMENTS,
-    ENGINE_ENVIRONMENT,
     MAX_TOKENS,
     PROMPTS,
     World,
     exact,
+    run_script,
 )
 
 pytestmark = pytest.mark.engine
@@ -60,21 +57,8 @@ def test_two_ranks_answer_as_stock_on_one(world: World) -> None:
         "max_tokens": MAX_TOKENS,
         "prompts": PROMPTS,
     }
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, json.dumps(job)],
-        env={
-            **os.environ,
-            **ENGINE_ENVIRONMENT,
-            "VLLM_VLORA_CHECKPOINT": checkpoints["private"],
-        },
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    for name, answers in json.loads(lines[-1][len("RESULT ") :]).items():
+    found = run_script(SCRIPT, json.dumps(job), VLLM_VLORA_CHECKPOINT=checkpoints["private"])
+    for name, answers in found.items():
         assert answers == world.reference[name.removeprefix("private/").removeprefix("joint/")], (
             name
         )

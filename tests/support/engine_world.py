@@ -118,8 +118,12 @@ def _save_plain(adapted: Any, folder: Path) -> None:
 
     vLLM before 0.32 ignores rank_pattern and alpha_pattern, so it needs this form for a reference.
     """
+    from peft.tuners.lora import LoraLayer
+
     for layer in adapted.modules():
-        for name, scale in getattr(layer, "scaling", {}).items():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for name, scale in layer.scaling.items():
             b = layer.lora_B[name].weight if name in layer.lora_B else layer.lora_embedding_B[name]
             b.data *= scale
     adapted.save_pretrained(folder, save_embedding_layers=False)
@@ -129,13 +133,11 @@ def _save_plain(adapted: Any, folder: Path) -> None:
     file.write_text(json.dumps(config | {"alpha_pattern": {}}))
 
 
-def run_stock(script: str, *arguments: str) -> dict:
-    """Run a snippet that prints one JSON line, with vLLM's plugins off."""
-    environment = {**os.environ, **ENGINE_ENVIRONMENT, "VLLM_PLUGINS": ""}
-    environment.pop("VLLM_VLORA_CHECKPOINT", None)
+def run_script(script: str, *arguments: str, **environment: str) -> Any:
+    """Run a snippet in a process of its own; it prints one line, RESULT and JSON."""
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=environment,
+        [sys.executable, "-P", "-c", script, *arguments],
+        env={**os.environ, **ENGINE_ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
         timeout=500,
@@ -188,7 +190,8 @@ def stock_tokens(
         "max_tokens": MAX_TOKENS,
         "prompts": prompts,
     }
-    return run_stock(STOCK, json.dumps(job))
+    # An empty list of plugins is stock vLLM; an empty checkpoint is none.
+    return run_script(STOCK, json.dumps(job), VLLM_PLUGINS="", VLLM_VLORA_CHECKPOINT="")
 
 
 def make_world(root: Path) -> World:

@@ -38,7 +38,7 @@ from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError, ModelMismatchError, VLoRAError
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
-from vllm_vlora.plugin.slots import Run, SliceLayout, SlotWriter, index_runs
+from vllm_vlora.plugin.slots import Run, SliceLayout, SlotWriter, View, index_runs
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 logger = init_logger("vllm.plugins.vlora")
@@ -280,26 +280,21 @@ def _kept_columns(
 
 def _logits_layout(name: str, layer: Any) -> SliceLayout:
     a, b = layer.lora_a_stacked, layer.lora_b_stacked
-    d_in, d_out = a.shape[3], b.shape[2]
-    return SliceLayout(
-        name,
-        functools.partial(_slot_rows, a),
-        functools.partial(_slot_columns, b),
-        d_in,
-        d_out,
-        (Run(0, 0, d_in),),
-        (Run(0, 0, d_out),),
-        at_most=True,
-    )
+    return _whole_layout(name, functools.partial(_slot_rows, a), b, a.shape[3])
 
 
 def _embedding_layout(name: str, layer: Any) -> SliceLayout:
     # vLLM keeps an embedding's A transposed, (vocabulary, rank), to look rows up.
     a, b = layer.lora_a_stacked, layer.lora_b_stacked
-    d_in, d_out = a.shape[1], b.shape[2]
+    return _whole_layout(name, lambda slot: a[slot].T, b, a.shape[1])
+
+
+def _whole_layout(name: str, view_a: View, b: torch.Tensor, d_in: int) -> SliceLayout:
+    """A layer that every rank holds whole and whose vocabulary may be padded."""
+    d_out = b.shape[2]
     return SliceLayout(
         name,
-        lambda slot: a[slot].T,
+        view_a,
         functools.partial(_slot_columns, b),
         d_in,
         d_out,

@@ -1,0 +1,76 @@
+"""What a compression did: the report of ``compress``, its tasks and the candidates it weighed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Candidate(NamedTuple):
+    """A plan that was considered: its exact bytes, and the tasks' relative errors under it.
+
+    ``format`` is that of private factors or of the bases: a number format, ``own`` where adapters
+    of several dtypes each keep theirs, or ``mixed`` where every module has the one that suits it.
+    """
+
+    representation: str
+    format: str
+    nbytes: int
+    mean_error: float
+    worst_error: float
+
+
+@dataclass
+class TaskReport:
+    """What became of one task.
+
+    ``ranks`` is the least and the greatest rank kept of its modules, ``nbytes`` its file without
+    extra tensors, ``error`` the measured ||delta_W' - delta_W||_F / ||delta_W||_F over all modules.
+    """
+
+    task_id: str
+    source: str
+    ranks: tuple[int, int]
+    original_nbytes: int
+    nbytes: int
+    error: float
+    representation: str
+    format: str
+
+
+@dataclass
+class CompressReport:
+    """What ``compress`` did: sizes of the files, and errors measured on what they hold."""
+
+    path: Path
+    tasks: list[TaskReport]
+    representation: str
+    format: str
+    original_nbytes: int
+    nbytes: int
+    basis_nbytes: int
+    candidates: list[Candidate]
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """``original_nbytes / nbytes``."""
+        return self.original_nbytes / self.nbytes if self.nbytes else math.inf
+
+    @property
+    def mean_error(self) -> float:
+        """Mean of the tasks' errors."""
+        return sum(task.error for task in self.tasks) / len(self.tasks)
+
+    @property
+    def worst_error(self) -> float:
+        """The greatest of the tasks' errors."""
+        return max(task.error for task in self.tasks)
+
+    @property
+    def rms_error(self) -> float:
+        """Root mean square of the tasks' errors, which ``auto`` compares."""
+        return math.sqrt(sum(task.error**2 for task in self.tasks) / len(self.tasks))
