@@ -211,10 +211,11 @@ def patchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Callable[[], di
     from vllm.lora.request import LoRARequest
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
     owners = [WorkerLoRAManager, LRUCacheWorkerLoRAManager, OpenAIServingModels, LLMEngine,
-              LoRARequest, kv_cache_utils]  # fmt: skip
+              AsyncLLM, LoRARequest, kv_cache_utils]  # fmt: skip
 
     def state() -> dict:
         return {(o.__name__, name): value for o in owners for name, value in vars(o).items()}
@@ -321,3 +322,62 @@ def test_the_api_server_says_at_start_up_what_cannot_be_served(
     init = _init_static_loras(Models.init_static_loras, lambda: [LoRARequest(name, 1, "/x")])
     with pytest.raises(CheckpointError, match=message):
         asyncio.run(init(Models()))
+
+
+class _Engine:
+    """Counts what an engine is asked to do; ``add_lora`` refuses a path that ends in zeros."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def load(self, request: Any) -> bool:
+        self.calls.append("load")
+        if request.lora_path.endswith("0"):
+            raise CheckpointError("damaged")
+        return True
+
+    def take(self) -> str:
+        self.calls.append("take")
+        return "taken"
+
+
+class _SyncEngine(_Engine):
+    def add_lora(self, request: Any) -> bool:
+        return self.load(request)
+
+    def add_request(self, request_id: str, lora_request: Any = None) -> str:
+        return self.take()
+
+
+class _AsyncEngine(_Engine):
+    async def add_lora(self, request: Any) -> bool:
+        return self.load(request)
+
+    async def add_request(self, request_id: str, lora_request: Any = None) -> str:
+        return self.take()
+
+
+@pytest.mark.parametrize("kind", [_SyncEngine, _AsyncEngine])
+def test_a_task_is_loaded_before_its_first_request_is_queued(kind: type) -> None:
+    """A load inside the step that fails ends the engine; before it, it is an error of the caller."""
+    from vllm.lora.request import LoRARequest
+
+    from vllm_vlora.plugin import seams
+
+    wrap = seams._add_request if kind is _SyncEngine else seams._add_request_async
+    add_request = wrap(kind.add_request)  # type: ignore[attr-defined]
+    engine = kind()
+
+    def ask(request: Any) -> Any:
+        answer = add_request(engine, "id", lora_request=request)
+        return answer if kind is _SyncEngine else asyncio.run(answer)
+
+    good, bad = (f"/ck/tasks/x.safetensors@{digit * 32}" for digit in "10")
+    for _ in range(2):
+        assert ask(LoRARequest("task", 5, good)) == "taken"
+    assert engine.calls == ["load", "take", "take"]
+    with pytest.raises(CheckpointError, match="damaged"):
+        ask(LoRARequest("task", 6, bad))
+    assert engine.calls[3:] == ["load"], "a request whose task cannot be loaded is not queued"
+    assert ask(LoRARequest("ordinary", 7, "/adapters/ordinary")) == ask(None) == "taken"
+    assert engine.calls[4:] == ["take", "take"]

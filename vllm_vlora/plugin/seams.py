@@ -8,8 +8,8 @@ between them. What is patched, and why there:
 * ``LRUCacheWorkerLoRAManager.create_lora_manager``: loads the checkpoint before vLLM sizes the KV cache.
 * ``LRUCacheWorkerLoRAManager.add_adapter``: an integer id that comes with another path is reloaded.
 * ``OpenAIServingModels.init_static_loras``: lists every task in ``/v1/models``.
-* ``LLMEngine.add_request``: loads a task of a checkpoint not seen before outside the step, where a bad
-  checkpoint is an error for its caller and not the end of the engine.
+* ``LLMEngine.add_request``, ``AsyncLLM.add_request``: load a task not seen before outside the step,
+  where a bad checkpoint is an error for its caller and not the end of the engine.
 * ``LoRARequest.__eq__``: requests were equal when their names were, and a batch's requests are a set, so
   that an old and a new state of one task in one batch ended the engine with a KeyError.
 * ``kv_cache_utils._gen_lora_extra_hash_keys``: before 0.32 the prefix cache's key was the adapter's
@@ -390,6 +390,7 @@ def _init_static_loras(
                     "adapter; give one of them another name"
                 )
             self.lora_requests[request.lora_name] = request
+            _loaded_paths(self.engine_client).add(request.lora_path)
 
     return init
 
@@ -400,15 +401,40 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
-        if request is not None and parse_task_path(request.lora_path) is not None:
-            vetted = self.__dict__.setdefault("_vlora_vetted", set())
-            key = (request.lora_int_id, request.lora_path)
-            if key not in vetted:
-                self.add_lora(request)
-                vetted.add(key)
+        path = _new_path(self, request)
+        if path is not None:
+            self.add_lora(request)
+            _loaded_paths(self).add(path)
         return original(self, *args, **kwargs)
 
     return add_request
+
+
+def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
+        path = _new_path(self, request)
+        if path is not None:
+            await self.add_lora(request)
+            _loaded_paths(self).add(path)
+        return await original(self, *args, **kwargs)
+
+    return add_request
+
+
+def _new_path(engine: Any, request: LoRARequest | None) -> str | None:
+    """The path of a request for a task of ours that this engine was not seen to load."""
+    if request is None or parse_task_path(request.lora_path) is None:
+        return None
+    return None if request.lora_path in _loaded_paths(engine) else request.lora_path
+
+
+def _loaded_paths(engine: Any) -> set[str]:
+    """Paths of tasks that the workers hold; they never drop one."""
+    return engine.__dict__.setdefault("_vlora_loaded_paths", set())
 
 
 def _lora_hash_keys(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -463,6 +489,7 @@ def _patches(
 ) -> list[tuple[Any, str, Any]]:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
     lru = LRUCacheWorkerLoRAManager
@@ -471,16 +498,19 @@ def _patches(
     create = _seam(lru, "create_lora_manager", ["self", "model", "vllm_config"])
     init = _seam(OpenAIServingModels, "init_static_loras", ["self"])
     add_request = _seam(LLMEngine, "add_request", None)
+    add_request_async = _seam(AsyncLLM, "add_request", None)
     keys = _seam(kv_cache_utils, "_gen_lora_extra_hash_keys", ["request"])
     equal = _seam(LoRARequest, "__eq__", ["self", "value"])
     _check_manager_seams()
-    if "lora_request" not in inspect.signature(add_request).parameters:
-        raise IncompatibleVLLMError("LLMEngine.add_request has no lora_request argument")
+    for function in (add_request, add_request_async):
+        if "lora_request" not in inspect.signature(function).parameters:
+            raise IncompatibleVLLMError(f"{function.__qualname__} has no lora_request argument")
     patches: list[tuple[Any, str, Any]] = [
         (WorkerLoRAManager, "_load_adapter", _load_adapter(load)),
         (lru, "add_adapter", _add_adapter(add)),
         (lru, "_manager_cls", TaskLoRAManager),
         (LLMEngine, "add_request", _add_request(add_request)),
+        (AsyncLLM, "add_request", _add_request_async(add_request_async)),
         (LoRARequest, "__eq__", _equal_requests(equal)),
         (kv_cache_utils, "_gen_lora_extra_hash_keys", _lora_hash_keys(keys)),
     ]
