@@ -200,11 +200,16 @@ def print_table(report: dict, answers: dict[str, str]) -> None:
             f"{row['bytes'] / 1000:,.0f}",
             f"{row['error']:.3f}",
             task.held_out[0][0],
-            answers[f"{BASE}/{task.name}"],
+            _cut(answers[f"{BASE}/{task.name}"]),
             answers[ORIGINAL.format(task.name)],
             answers[task.name],
         )
     console.print(table)
+
+
+def _cut(text: str, length: int = 70) -> str:
+    """The base model rambles; the start of it shows the difference."""
+    return text if len(text) <= length else f"{text[:length].rsplit(' ', 1)[0]} ..."
 
 
 if __name__ == "__main__":
