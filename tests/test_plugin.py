@@ -381,3 +381,23 @@ def test_a_task_is_loaded_before_its_first_request_is_queued(kind: type) -> None
     assert engine.calls[3:] == ["load"], "a request whose task cannot be loaded is not queued"
     assert ask(LoRARequest("ordinary", 7, "/adapters/ordinary")) == ask(None) == "taken"
     assert engine.calls[4:] == ["take", "take"]
+
+
+def test_stock_code_is_shown_the_layers_that_the_writer_does_not_fill() -> None:
+    """Else what an ordinary adapter left in a slot's experts would answer for our task."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    from vllm_vlora.plugin.seams import _layers_left_to_stock
+
+    class FusedMoEWithLoRA(BaseLayerWithLoRA):
+        """Named as vLLM's own."""
+
+    class Head(BaseLayerWithLoRA):
+        def set_module_to_save(self) -> None:
+            """As a classification head has it."""
+
+    class Linear(BaseLayerWithLoRA):
+        """Filled by the writer."""
+
+    layers = {"experts": FusedMoEWithLoRA(), "score": Head(), "q_proj": Linear()}
+    assert set(_layers_left_to_stock(layers)) == {"experts", "score"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_world import make_model, run_script
+from safetensors.torch import load_file, save_file
 
 from vllm_vlora import CompressOptions, compress, open_adapter
 
@@ -39,6 +40,12 @@ if __name__ == "__main__":
 """
 
 
+def _needs_heads() -> None:
+    lora_weights = pytest.importorskip("vllm.lora.lora_weights")
+    if not hasattr(lora_weights, "LoRAFullModuleWeights"):
+        pytest.skip("vLLM serves classification heads of adapters from 0.32 on")
+
+
 def _make(root: Path) -> tuple[Path, list[Path]]:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -66,9 +73,7 @@ def _make(root: Path) -> tuple[Path, list[Path]]:
 
 
 def test_classification_heads_travel_and_score_as_stock(tmp_path: Path) -> None:
-    lora_weights = pytest.importorskip("vllm.lora.lora_weights")
-    if not hasattr(lora_weights, "LoRAFullModuleWeights"):
-        pytest.skip("vLLM serves classification heads of adapters from 0.32 on")
+    _needs_heads()
     model, folders = _make(tmp_path)
     checkpoint = tmp_path / "checkpoint"
     compress(
@@ -91,3 +96,34 @@ def test_classification_heads_travel_and_score_as_stock(tmp_path: Path) -> None:
     assert seen[0] != seen[1]
     assert scores["base"][0] == scores["base"][1]
     assert scores["base"][0] not in seen
+
+
+START = """
+import sys
+from vllm import LLM
+
+def main():
+    LLM(sys.argv[1], runner="pooling", enable_lora=True, max_loras=1, max_lora_rank=8,
+        dtype="float32", enforce_eager=True, max_model_len=128)
+    print("RESULT true", flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_head_that_does_not_fit_stops_the_start(tmp_path: Path) -> None:
+    """Found when the checkpoint is loaded: inside a step it would end a running engine."""
+    _needs_heads()
+    model, (folder, *_) = _make(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("score.weight"))
+    tensors[name] = torch.zeros(3, tensors[name].shape[1])
+    save_file(tensors, file)
+    checkpoint = tmp_path / "checkpoint"
+    compress({"task": open_adapter(folder)}, checkpoint, CompressOptions(ratio=0.1))
+    with pytest.raises(
+        AssertionError, match=r"task 'task': Full module .* incompatible weight shape"
+    ):
+        run_script(START, str(model), VLLM_VLORA_CHECKPOINT=str(checkpoint))

@@ -144,7 +144,7 @@ def run_script(script: str, *arguments: str, **environment: str) -> Any:
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    assert lines, done.stdout[-20_000:] + done.stderr[-20_000:]
     return json.loads(lines[-1][len("RESULT ") :])
 
 

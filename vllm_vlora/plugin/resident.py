@@ -57,6 +57,10 @@ class ResidentStore:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    def tasks(self) -> list[ResidentTask]:
+        """Every task held, in the order of loading."""
+        return list(self._tasks.values())
+
     def preload(self, folder: str | Path) -> Checkpoint:
         """Load every task of a checkpoint; raises CheckpointError or ModelMismatchError."""
         started = time.perf_counter()

@@ -94,9 +94,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         model = self.get_adapter(lora_id)
         if not isinstance(model, TaskLoRAModel):
             return super().activate_adapter(lora_id)
-        # Stock code keeps the books (slots, LRU order, classification heads); it is shown no layer to
-        # copy weights into, since the writer fills every slice of the slot itself.
-        layers, self.modules = self.modules, self._heads(self.modules)
+        # Stock code keeps the books (slots, LRU order) and is shown only the layers that the writer does
+        # not fill: to set classification heads, and to reset what another adapter left in the slot.
+        layers, self.modules = self.modules, _layers_left_to_stock(self.modules)
         try:
             activated = super().activate_adapter(lora_id)
         finally:
@@ -116,17 +116,25 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """The model of one of our requests, from resident memory wherever possible."""
         path = parse_task_path(request.lora_path)
         assert path is not None
-        model = TaskLoRAModel(request.lora_int_id, self.vlora_store.task(path))
-        heads = _full_heads(model.task)
+        return self._make_model(request.lora_int_id, self.vlora_store.task(path))
+
+    def _make_model(self, lora_id: int, task: ResidentTask) -> TaskLoRAModel:
+        model = TaskLoRAModel(lora_id, task)
+        heads = _full_heads(task)
         if heads:
             model.modules_to_save = heads
-            self._validate_modules_to_save(model)
+            try:
+                self._validate_modules_to_save(model)
+            except ValueError as error:
+                raise ModelMismatchError(f"{task.path}: task {task.task_id!r}: {error}") from error
         return model
 
     def preload(self, folder: str) -> None:
         """Load the engine's checkpoint at start-up and say what it takes."""
         store = self.vlora_store
         checkpoint = store.preload(folder)
+        for task in store.tasks():
+            self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
         _warn_of_base_model(checkpoint, self)
         logger.info(
             "vllm-vlora: %s: %d tasks resident on %s, %.1f MiB, loaded in %.2f s",
@@ -143,10 +151,6 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         self.writer.check(checkpoint, task_ids, functools.partial(_engine_name, self))
         for task_id in task_ids:
             _check_extra(checkpoint, task_id, self)
-
-    @staticmethod
-    def _heads(modules: dict[str, Any]) -> dict[str, Any]:
-        return {name: layer for name, layer in modules.items() if _is_full_head(layer)}
 
 
 def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +195,7 @@ def _read_layouts(manager: TaskLoRAManager) -> list[SliceLayout]:
     layouts: list[SliceLayout] = []
     for module_name, layer in manager.modules.items():
         kind = type(layer).__name__
-        if kind.startswith("FusedMoE"):
+        if _is_fused_moe(layer):
             continue  # No job can fill one; a checkpoint with such modules is refused by name.
         parts = manager.packed_modules.get(module_name, [module_name])
         if kind == "LogitsProcessorWithLoRA":
@@ -203,13 +207,27 @@ def _read_layouts(manager: TaskLoRAManager) -> list[SliceLayout]:
     return layouts
 
 
+def _layers_left_to_stock(modules: dict[str, Any]) -> dict[str, Any]:
+    """The layers that stock code sets or resets when a task of ours takes a slot."""
+    return {
+        n: layer for n, layer in modules.items() if _is_full_head(layer) or _is_fused_moe(layer)
+    }
+
+
+def _is_fused_moe(layer: Any) -> bool:
+    return type(layer).__name__.startswith("FusedMoE")
+
+
 def _engine_name(manager: TaskLoRAManager, name: str) -> str:
     """An adapters' module name as this model class has it, by vLLM's own rules."""
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     if mapper is not None:
         rename = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
         mapper = rename()
-    mapped, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)
+    try:
+        mapped, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)
+    except ValueError as error:
+        raise ModelMismatchError(f"the served model has no module {name} ({error})") from error
     if manager.is_pooling_model and not _has_module(manager, mapped):
         # Adapters of a bare backbone lack the prefix that vLLM's pooling models have.
         prefixed = f"model.{mapped}"
