@@ -229,7 +229,8 @@ def compress(
             return
         console = _console()
         show.print_tasks(console, data)
-        show.print_candidates(console, data, chosen=(report.representation, report.format))
+        chosen = (report.representation, report.format)
+        show.print_candidates(console, data, chosen, by_error=max_error is not None)
         show.line(console, f"Wrote {data['checkpoint']} in {report.seconds:.1f} s.")
         show.print_serving(console, data)
 

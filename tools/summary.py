@@ -144,12 +144,17 @@ def print_modules(console: Console, summary: dict[str, Any]) -> None:
     console.print(table)
 
 
-def print_candidates(console: Console, summary: dict[str, Any], chosen: tuple[str, str]) -> None:
-    """What was measured before the choice, the chosen one marked."""
+def print_candidates(
+    console: Console, summary: dict[str, Any], chosen: tuple[str, str], *, by_error: bool
+) -> None:
+    """What was measured before the choice, the chosen one marked.
+
+    ``by_error``: the budget was an error, so that the smallest won and not the most faithful.
+    """
     if len(summary["candidates"]) < 2:
         return
     table = Table(
-        title=f"Measured: {chosen[0]} {chosen[1]} keeps most",
+        title=f"Measured: {chosen[0]} {chosen[1]} {'is smallest' if by_error else 'keeps most'}",
         title_justify="left",
         title_style="bold",
         header_style="bold",

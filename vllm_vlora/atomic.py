@@ -100,6 +100,14 @@ def write_file_atomic(path: str | Path, data: bytes) -> None:
         _fsync(path.parent)
 
 
+def exists_error(path: Path) -> OutputError:
+    """The error for an output that is there already and may not be replaced."""
+    return OutputError(
+        f"{path} exists and is not empty; choose another path, or replace it with --force "
+        "(force=True in Python)"
+    )
+
+
 def _check_replaceable(target: Path, force: bool, owned: Callable[[Path], bool]) -> None:
     if not target.name:
         raise OutputError(f"{target} cannot be an output folder; name a folder inside it")
@@ -112,9 +120,7 @@ def _check_replaceable(target: Path, force: bool, owned: Callable[[Path], bool])
             if next(entries, None) is None:
                 return
         if not force:
-            raise OutputError(
-                f"{target} exists and is not empty; choose another path or replace it with force"
-            )
+            raise exists_error(target)
         if not owned(target):
             raise OutputError(
                 f"{target} holds files that this tool did not write, so it is not replaced even "

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from vllm_vlora.adapters import Factors, save_adapter
+from vllm_vlora.atomic import exists_error
 from vllm_vlora.checkpoint import Basis, Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OutputError
 from vllm_vlora.peft_config import lora_rank, lora_scale
@@ -115,9 +116,7 @@ def _check_absent(folder: Path) -> None:
     except OSError as error:
         raise OutputError(f"cannot look into {folder}: {error.strerror}") from error
     if taken:
-        raise OutputError(
-            f"{folder} exists and is not empty; choose another path or replace it with force"
-        )
+        raise exists_error(folder)
 
 
 def _export(
