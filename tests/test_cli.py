@@ -523,6 +523,45 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(large: Path, tmp_pat
         assert [p.name for p in output.parent.iterdir()] == ["ckpt"]
 
 
+# A native library may call back into Python, where a signal's exception is raised, and answer with an
+# error of its own: safetensors was seen to turn SystemExit into a ValueError.
+SWALLOWED = """
+import os, sys, time
+import vllm_vlora.compression as compression
+from vllm_vlora.errors import AdapterError
+from vllm_vlora.tools.cli import main
+
+NUMBER = int(sys.argv.pop())
+
+def compress(*arguments, **options):
+    try:
+        os.kill(os.getpid(), NUMBER)
+        time.sleep(10)
+    except BaseException:
+        raise {error}("could not determine the shape") from None
+
+compression.compress = compress
+main()
+"""
+
+
+@pytest.mark.parametrize("error", ["ValueError", "AdapterError"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_swallowed_still_ends_the_run_as_one(
+    adapters: Path, tmp_path: Path, number: signal.Signals, code: int, error: str
+) -> None:
+    arguments = ["compress", str(adapters), "-o", str(tmp_path / "ckpt"), str(int(number))]
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED.format(error=error), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
 )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -85,15 +85,22 @@ CheckpointRef = Annotated[
 def main() -> None:
     """Run the command line; see the module's exit codes."""
     # Docker and schedulers end a program with SIGTERM; as an exception it removes half a folder.
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _stop)
     for stream in (sys.stdout, sys.stderr):
         # A task may be called anything; a terminal that cannot show it must not end the program.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     app()
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(EXIT_TERMINATED)
+# Numbers of the signals that asked the program to stop.
+_stopped_by: list[int] = []
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _stopped_by.append(number)
+    raise KeyboardInterrupt
 
 
 def _print_version(wanted: bool) -> None:
@@ -371,19 +378,28 @@ def _reported(verbose: bool) -> Iterator[None]:
     """Turn an error that the user can mend into one red line and an exit code."""
     try:
         yield
-    except (VLoRAError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
+    except KeyboardInterrupt as error:
+        _exit_stopped(error, verbose)
+    except Exception as error:
+        # A library that was called back when the signal came may have turned the exception into an
+        # error of its own: safetensors makes a ValueError of it.
+        if _stopped_by:
+            _exit_stopped(error, verbose)
+        if not isinstance(error, (VLoRAError, OSError)) or isinstance(error, BrokenPipeError):
             raise
         if verbose:
             traceback.print_exc()
         _fail(str(error))
         code = EXIT_CHECK_FAILED if isinstance(error, BudgetError) else EXIT_WRONG_INPUT
         raise typer.Exit(code) from error
-    except KeyboardInterrupt as error:
-        if verbose:
-            traceback.print_exc()
-        _fail("interrupted; nothing was left half written")
-        raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+def _exit_stopped(error: BaseException, verbose: bool) -> NoReturn:
+    if verbose:
+        traceback.print_exception(error)
+    _fail("interrupted; nothing was left half written")
+    terminated = signal.SIGTERM in _stopped_by
+    raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from error
 
 
 def _fail(message: str) -> None:
