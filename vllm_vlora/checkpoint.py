@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,6 @@ class StoredModule:
     scale: float = 1.0
     error: float = 0.0
     core: str | None = None
-
-    def to(self, device: torch.device | str) -> StoredModule:
-        """The same module with its matrices on ``device``."""
-        moved = {side: matrix.to(device) for side, matrix in self.matrices.items()}
-        return replace(self, matrices=moved)
 
 
 @dataclass(frozen=True)
@@ -250,7 +245,8 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.tasks = tasks
-        self._basis_digest = hashlib.sha256(
+        # Names the content of all bases; resident bases are kept under it.
+        self.basis_digest = hashlib.sha256(
             "".join(ref.sha256 for ref in config.basis).encode()
         ).hexdigest()
 
@@ -326,7 +322,7 @@ class Checkpoint:
             ]
         )
         if any(self.modules[s.module].basis is not None for s in record.segments):
-            content += self._basis_digest.encode()
+            content += self.basis_digest.encode()
         return hashlib.sha256(content).hexdigest()[:32]
 
     def load_task(self, task_id: str, device: torch.device | str = "cpu") -> StoredTask:

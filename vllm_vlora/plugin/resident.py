@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -128,8 +127,7 @@ class ResidentStore:
         return self._tasks[path]
 
     def _load_bases(self, checkpoint: Checkpoint) -> dict[str, Basis]:
-        content = "".join(ref.sha256 for ref in checkpoint.config.basis)
-        key = hashlib.sha256(content.encode()).hexdigest()
+        key = checkpoint.basis_digest
         if key not in self._bases:
             self._bases[key] = {
                 name: Basis(basis.u.to(self._device), basis.v.to(self._device))

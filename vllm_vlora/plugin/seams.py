@@ -35,7 +35,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.platforms import current_platform
 
 from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError, ModelMismatchError, VLoRAError
+from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError, ModelMismatchError
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.slots import Run, SliceLayout, SlotWriter, View, index_runs
@@ -564,6 +564,3 @@ def _seam(owner: Any, name: str, parameters: list[str] | None) -> Callable[..., 
     if parameters is not None and found != parameters:
         raise IncompatibleVLLMError(f"{where} takes {found}, expected {parameters}")
     return function
-
-
-__all__ = ["TaskLoRAManager", "TaskLoRAModel", "VLoRAError", "install", "logger"]
