@@ -43,3 +43,7 @@ class ModelMismatchError(VLoRAError):
 
 class IncompatibleVLLMError(VLoRAError):
     """The installed vLLM is not one this plugin was checked on."""
+
+
+class SettingError(VLoRAError):
+    """An environment variable of the plugin holds a value that it cannot have."""

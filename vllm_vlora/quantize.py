@@ -165,6 +165,42 @@ class PackedMatrix:
         parts = {name: part[start:stop] for name, part in self.parts.items()}
         return PackedMatrix(self.format, stop - start, self.cols, parts)
 
+    def by_columns(self) -> PackedMatrix:
+        """The same matrix with its values or int8 codes column by column in memory.
+
+        So they lie in an engine's slot for a transposed factor, which a CPU then fills several times
+        faster. NF4 codes come in pairs of columns; such a matrix is returned as it is.
+        """
+        name = "codes" if self.format == "int8" else "values"
+        if self.format not in (*FLOAT_DTYPES, "int8"):
+            return self
+        parts = {**self.parts, name: self.parts[name].T.contiguous().T}
+        return PackedMatrix(self.format, self.rows, self.cols, parts)
+
+    def column_blocks(self, start: int, stop: int) -> PackedMatrix:
+        """A copy of the columns from ``start``, rounded down to a multiple of 64, to ``stop``.
+
+        The cut is at NF4's blocks in every format, so that matrices of several formats cut alike.
+        Doubly quantised scales become plain float32 ones, whose groups of blocks a cut would tear.
+
+        Raises:
+            ValueError: the columns do not exist.
+        """
+        if not 0 <= start <= stop <= self.cols:
+            raise ValueError(f"columns {start}:{stop} are not within 0:{self.cols}")
+        first = start // NF4_BLOCK
+        if self.format in FLOAT_DTYPES or self.format == "int8":
+            name = "codes" if self.format == "int8" else "values"
+            parts = dict(self.parts)
+            parts[name] = parts[name][:, first * NF4_BLOCK : stop].contiguous()
+            return PackedMatrix(self.format, self.rows, stop - first * NF4_BLOCK, parts)
+        last, half = -(-stop // NF4_BLOCK), NF4_BLOCK // 2
+        parts = {
+            "codes": self.parts["codes"][:, first * half : last * half].contiguous(),
+            "scales": nf4_scales(self)[:, first:last].contiguous(),
+        }
+        return PackedMatrix("nf4", self.rows, stop - first * NF4_BLOCK, parts)
+
 
 def part_specs(format: str, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Each part of a ``format`` matrix with ``cols`` columns: its dtype and the shape of a row.
@@ -333,12 +369,22 @@ def nf4_scales(packed: PackedMatrix) -> torch.Tensor:
     return torch.addcmul(low, codes.float(), step)
 
 
+def nf4_values(codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The two codebook values of each byte, the high nibble's first: float32, twice as many.
+
+    Args:
+        codes: 1-D int32, bytes of NF4 codes.
+        out: 1-D float64 of as many elements, whose memory takes the values.
+    """
+    words = _NF4_WORDS.to(codes.device)
+    return torch.index_select(words, 0, codes, out=out).view(torch.float32)
+
+
 def _unpack_nf4(packed: PackedMatrix, start: int, stop: int) -> torch.Tensor:
     first, last = start // NF4_BLOCK, -(-stop // NF4_BLOCK)
     half = NF4_BLOCK // 2
     codes = packed.parts["codes"][:, first * half : last * half].int()
-    words = _NF4_WORDS.to(codes.device).index_select(0, codes.flatten())
-    values = words.view(torch.float32).view(packed.rows, last - first, NF4_BLOCK)
+    values = nf4_values(codes.flatten()).view(packed.rows, last - first, NF4_BLOCK)
     values = values * nf4_scales(packed)[:, first:last].unsqueeze(2)
     offset = first * NF4_BLOCK
     return values.flatten(1)[:, start - offset : stop - offset]

@@ -7,6 +7,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError
+from vllm_vlora.plugin.settings import Settings, read_settings
 
 CHECKPOINT_VARIABLE = "VLLM_VLORA_CHECKPOINT"
 UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
@@ -22,21 +23,24 @@ def register() -> None:
 
     Raises:
         CheckpointError: ``VLLM_VLORA_CHECKPOINT`` names no readable checkpoint.
+        SettingError: another variable of the plugin holds a value that it cannot have.
     """
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.plugins.vlora")
     try:
         found = check_version()
+        settings = read_settings()
         folder = _checkpoint_folder()
-        _install(folder)
+        _install(folder, settings)
     except IncompatibleVLLMError as error:
         logger.error("vllm-vlora: not installed, vLLM runs without it: %s", error)
         return
     logger.info(
-        "vllm-vlora: installed in process %d (vLLM %s, mode materialize, checkpoint %s)",
+        "vllm-vlora: installed in process %d (vLLM %s, mode %s, checkpoint %s)",
         os.getpid(),
         found,
+        settings.mode if folder else "materialize",
         folder or "none",
     )
 
@@ -74,7 +78,7 @@ def _checkpoint_folder() -> str | None:
     return str(resolve_snapshot(reference, what="checkpoint", error=CheckpointError))
 
 
-def _install(folder: str | None) -> None:
+def _install(folder: str | None, settings: Settings) -> None:
     try:
         from vllm_vlora.plugin import requests, seams
     except ImportError as error:
@@ -82,8 +86,8 @@ def _install(folder: str | None) -> None:
     from vllm.lora.resolver import LoRAResolverRegistry
 
     if folder is None:
-        seams.install(None, list)
+        seams.install(None, list, settings)
         return
-    seams.install(folder, partial(requests.all_requests, folder))
+    seams.install(folder, partial(requests.all_requests, folder), settings)
     if "vlora" not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolverRegistry.register_resolver("vlora", requests.CheckpointResolver(folder))

@@ -14,54 +14,10 @@ import torch
 from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.errors import ModelMismatchError
 from vllm_vlora.manifest import ModuleSpec
+from vllm_vlora.plugin.layouts import Run, SliceLayout
 from vllm_vlora.plugin.resident import ResidentTask
 from vllm_vlora.representations import SideSource
 from vllm_vlora.triton_kernels.materialize import MaterializeJob, materialize
-
-View = Callable[[int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Run:
-    """``width`` consecutive columns: the module's from ``source`` on go to the slot's from ``target``."""
-
-    source: int
-    target: int
-    width: int
-
-
-@dataclass(frozen=True)
-class SliceLayout:
-    """One slice of one LoRA layer on this tensor-parallel rank.
-
-    Attributes:
-        name: the engine's name of the adapted module that fills it.
-        a, b: slot index -> view of the slot, (max rank, d_in) and (max rank, d_out) of this rank; b is
-            the transposed slot.
-        d_in, d_out: the module's shape over all ranks, which the checkpoint must have.
-        runs_a, runs_b: which of the module's columns this rank holds.
-        at_most: the checkpoint's d_in and d_out may be smaller (vocabularies are padded).
-    """
-
-    name: str
-    a: View
-    b: View
-    d_in: int
-    d_out: int
-    runs_a: tuple[Run, ...]
-    runs_b: tuple[Run, ...]
-    at_most: bool = False
-
-
-def index_runs(indices: torch.Tensor) -> tuple[Run, ...]:
-    """Consecutive runs of a 1-D tensor of column indices, in the order in which a rank holds them."""
-    values = indices.tolist()
-    runs, start = [], 0
-    for stop in range(1, len(values) + 1):
-        if stop == len(values) or values[stop] != values[stop - 1] + 1:
-            runs.append(Run(values[start], start, stop - start))
-            start = stop
-    return tuple(runs)
 
 
 @dataclass

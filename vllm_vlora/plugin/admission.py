@@ -1,0 +1,89 @@
+"""Which requests may enter the scheduler while the slots are few.
+
+When tasks run direct, ``--max-loras`` counts them too, and there are fewer slots than that for the
+adapters that need one: ordinary PEFT adapters and materialized tasks. vLLM's scheduler counts distinct
+adapters of any kind, so a batch could hold more of those than slots, which would fail inside the step.
+So a request whose adapter needs a slot waits outside until the adapters of the requests inside leave
+one free. Like a request that the scheduler itself skips for ``max_loras``, it is overtaken meanwhile
+by requests that need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+RequestT = TypeVar("RequestT")
+Alive = Callable[[str], bool]
+
+# Requests let in before those that have ended since are looked for and forgotten.
+_COUNT_AGAIN = 1024
+
+
+class Admission(Generic[RequestT]):
+    """The requests that need slots: those inside, by adapter, and those waiting outside, in order.
+
+    Args:
+        slots: distinct adapters whose requests may be inside at once.
+        alive: whether the scheduler still holds a request of this id.
+    """
+
+    def __init__(self, slots: int, alive: Alive) -> None:
+        assert slots > 0
+        self._slots = slots
+        self._alive = alive
+        self._inside: dict[int, set[str]] = {}
+        self._waiting: dict[str, tuple[int, RequestT]] = {}
+        self._entered, self._next_count = 0, _COUNT_AGAIN
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def enter(self, adapter: int, request_id: str, request: RequestT) -> bool:
+        """Let a request in, or keep it waiting; False when it waits."""
+        if self._admit(adapter, request_id):
+            return True
+        self._waiting[request_id] = (adapter, request)
+        return False
+
+    def release(self) -> list[RequestT]:
+        """Requests that may enter now, in the order of their coming."""
+        if not self._waiting:
+            return []
+        self._forget_the_dead()
+        entering = [
+            (request_id, request)
+            for request_id, (adapter, request) in self._waiting.items()
+            if self._admit(adapter, request_id, forget=False)
+        ]
+        for request_id, _ in entering:
+            del self._waiting[request_id]
+        return [request for _, request in entering]
+
+    def withdraw(self, request_ids: Iterable[str] | None) -> list[RequestT]:
+        """Take these requests, or all, out of the waiting ones."""
+        chosen = list(self._waiting) if request_ids is None else request_ids
+        found = [self._waiting.pop(name, None) for name in chosen]
+        return [entry[1] for entry in found if entry is not None]
+
+    def _admit(self, adapter: int, request_id: str, forget: bool = True) -> bool:
+        if adapter not in self._inside and len(self._inside) >= self._slots:
+            if forget:
+                self._forget_the_dead()
+            if len(self._inside) >= self._slots:
+                return False
+        self._inside.setdefault(adapter, set()).add(request_id)
+        self._entered += 1
+        if forget and self._entered >= self._next_count:
+            self._inside[adapter].discard(request_id)  # It is not alive before it is inside.
+            self._forget_the_dead()
+            self._inside.setdefault(adapter, set()).add(request_id)
+            self._entered = sum(len(requests) for requests in self._inside.values())
+            self._next_count = max(_COUNT_AGAIN, 2 * self._entered)
+        return True
+
+    def _forget_the_dead(self) -> None:
+        for adapter, requests in list(self._inside.items()):
+            requests -= {name for name in requests if not self._alive(name)}
+            if not requests:
+                del self._inside[adapter]

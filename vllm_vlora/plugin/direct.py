@@ -1,0 +1,391 @@
+"""Tasks that run direct: the layers' shared bases, and each task's cores and packed factors.
+
+This module knows tensors only. ``layers`` describes vLLM's linear layers as ``LayerLayout``; here they
+become the kernels' layers, a stored task becomes their task, and the slots are given out.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from vllm_vlora.checkpoint import Basis, Checkpoint, StoredModule, StoredTask
+from vllm_vlora.manifest import ModuleSpec, Segment
+from vllm_vlora.memory import direct_obstacle
+from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
+from vllm_vlora.quantize import FLOAT_DTYPES, NF4_BLOCK, PackedMatrix, unpack
+from vllm_vlora.triton_kernels.direct import (
+    DirectLayer,
+    DirectSlice,
+    DirectTask,
+    Routing,
+    SliceTask,
+    SlotTable,
+    make_task,
+)
+
+EngineName = Callable[[str], str]
+# Elements between the starts of two cores: addresses stay multiples of 16 bytes.
+_CORE_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class DirectMemory:
+    """Bytes on the device."""
+
+    bases: int = 0
+    cores: int = 0
+    factors: int = 0
+    table: int = 0
+
+
+class DirectPath:
+    """Everything that direct tasks need on one rank.
+
+    Made once, with the checkpoint that the engine starts with: its bases are the ones the layers hold,
+    and whether it has private tasks decides whether the layers look for any, since a captured graph
+    cannot change afterwards. Tasks that come later run direct if they fit that, and are materialized
+    otherwise.
+
+    Args:
+        checkpoint: the checkpoint.
+        layouts: every linear layer that may run direct.
+        engine_name: turns the adapters' name of a module into the engine's.
+        slots: distinct direct tasks in one batch.
+        max_tokens: the longest batch, padding included.
+        device, dtype: of the layers' inputs.
+        packed_basis: keep quantised bases packed where a rank's share can be cut from them.
+        ignored_extra: whether a tensor beside the LoRA weights is one that serving leaves out.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layouts: Iterable[LayerLayout],
+        engine_name: EngineName,
+        *,
+        slots: int,
+        max_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        packed_basis: bool = False,
+        ignored_extra: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        self.basis_digest = checkpoint.basis_digest
+        self._engine_name = engine_name
+        self._ignored_extra = ignored_extra
+        self._layouts = list(layouts)
+        self._slices: dict[str, list[tuple[int, SliceLayout]]] = {}
+        count = 0
+        for layout in self._layouts:
+            for part in layout.slices:
+                self._slices.setdefault(part.name, []).append((count, part))
+                count += 1
+        self._count = count
+        users = _users(checkpoint, self._task_obstacle)
+        self.layers = _make_layers(self, checkpoint, users, packed_basis)
+        self._by_slice = {
+            layer.index + place: layer
+            for layer in self.layers.values()
+            for place in range(len(layer.slices))
+        }
+        self.table = SlotTable(slots, count, device)
+        self.routing = Routing(max_tokens, slots, device)
+        self.empty = make_task({}, count, device)
+        self._cores_nbytes = self._factors_nbytes = 0
+
+    # --- tasks ---
+
+    def obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
+        """Why a task cannot run direct here, or None when it can."""
+        reason = self._task_obstacle(checkpoint, task_id)
+        if reason is not None:
+            return reason
+        for segment in checkpoint.record(task_id).segments:
+            module = checkpoint.modules[segment.module]
+            reason = self._segment_obstacle(segment, module.name, checkpoint.basis_digest)
+            if reason is not None:
+                return reason
+        return None
+
+    def make_task(self, stored: StoredTask) -> DirectTask:
+        """A stored task, whose tensors are on the device, in the form that the kernels read."""
+        parts: dict[int, SliceTask] = {}
+        for name, module in stored.modules.items():
+            for number, layout in self._slices[self._engine_name(name)]:
+                if module.representation == "joint":
+                    core, rank = _core(module)
+                    parts[number] = SliceTask(core=core, core_rank=rank)
+                elif module.rank:
+                    parts[number] = self._private(module, layout)
+        parts, nbytes = _place_cores(parts, self.dtype, self.device)
+        self._cores_nbytes += nbytes
+        self._factors_nbytes += sum(
+            matrix.nbytes for part in parts.values() for matrix in (part.a, part.b) if matrix
+        )
+        return make_task(parts, self._count, self.device)
+
+    def memory(self) -> DirectMemory:
+        """What all of it takes on the device."""
+        bases = sum(m.nbytes for layer in self.layers.values() for m in _bases(layer))
+        table = self.table.records.nbytes + self.routing.nbytes
+        return DirectMemory(bases, self._cores_nbytes, self._factors_nbytes, table)
+
+    def _task_obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
+        record = checkpoint.record(task_id)
+        segments = record.segments
+        reason = direct_obstacle(segments, checkpoint.modules)
+        if reason is not None:
+            return reason
+        heads = [name for name in record.extra if not self._ignored_extra(name)]
+        if heads:
+            return f"it carries {heads[0]}, which stands in a slot"
+        for segment in segments:
+            module = checkpoint.modules[segment.module]
+            parts = self._slices.get(self._engine_name(module.name))
+            if parts is None:
+                return f"{module.name} is a layer without a direct form"
+            if any(len(part.runs_a) != 1 or len(part.runs_b) != 1 for _, part in parts):
+                return f"{module.name} is cut into several pieces on a tensor-parallel rank"
+        return None
+
+    def _segment_obstacle(self, segment: Segment, module: str, basis: str) -> str | None:
+        """Why the layers, as they were made, cannot take a segment."""
+        for number, _ in self._slices[self._engine_name(module)]:
+            layer = self._by_slice.get(number)
+            if segment.representation == "joint":
+                part = layer.slices[number - layer.index] if layer else None
+                if part is None or part.u is None or basis != self.basis_digest:
+                    return f"{module} has another basis than the engine started with"
+            elif segment.rank > (layer.max_rank if layer else 0):
+                return (
+                    f"{module} has rank {segment.rank}, more than the private tasks that the engine "
+                    "started with"
+                )
+        return None
+
+    def _private(self, module: StoredModule, layout: SliceLayout) -> SliceTask:
+        a, b = (
+            self._cut(module.matrices[side], run)
+            for side, run in (("A", layout.runs_a[0]), ("B", layout.runs_b[0]))
+        )
+        return SliceTask(a=a, b=b, scale=module.scale)
+
+    def _cut(self, matrix: PackedMatrix, run: Run) -> PackedMatrix:
+        """This rank's columns of a private factor, floats in the dtype of the layers' inputs."""
+        if run.width < matrix.cols:
+            matrix = matrix.column_blocks(run.source, run.source + run.width)
+        if matrix.format in FLOAT_DTYPES:
+            matrix = _dense(unpack(matrix, self.dtype))
+        return matrix
+
+
+def _users(
+    checkpoint: Checkpoint, obstacle: Callable[[Checkpoint, str], str | None]
+) -> list[tuple[Segment, ModuleSpec]]:
+    """The segments of every task that can run direct, with their modules."""
+    return [
+        (segment, checkpoint.modules[segment.module])
+        for task_id, record in checkpoint.tasks.items()
+        if obstacle(checkpoint, task_id) is None
+        for segment in record.segments
+    ]
+
+
+def _make_layers(
+    path: DirectPath,
+    checkpoint: Checkpoint,
+    users: list[tuple[Segment, ModuleSpec]],
+    packed_basis: bool,
+) -> dict[str, DirectLayer]:
+    joint, ranks = set(), dict[str, int]()
+    for segment, module in users:
+        name = path._engine_name(module.name)
+        if segment.representation == "joint":
+            joint.add(name)
+        else:
+            ranks[name] = max(ranks.get(name, 0), segment.rank)
+    bases = _load_bases(path, checkpoint, joint, packed_basis)
+    # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
+    max_rank = max(ranks.values(), default=0)
+    layers, index = {}, 0
+    for layout in path._layouts:
+        layer = _make_layer(layout, index, bases, max_rank, path.dtype)
+        if layer is not None:
+            layers[layout.name] = layer
+        index += len(layout.slices)
+    return layers
+
+
+def _make_layer(
+    layout: LayerLayout,
+    index: int,
+    bases: dict[str, Basis],
+    max_rank: int,
+    dtype: torch.dtype,
+) -> DirectLayer | None:
+    held = [bases.pop(part.name, None) for part in layout.slices]
+    v = [basis.v for basis in held if basis is not None]
+    if not v and not max_rank:
+        return None
+    slices = tuple(
+        DirectSlice(
+            width=part.runs_b[0].width,
+            start_in=_start(part.runs_a[0], part.d_in),
+            start_out=_start(part.runs_b[0], part.d_out),
+            u=None if basis is None else basis.u,
+            k_in=0 if basis is None else basis.v.rows,
+        )
+        for part, basis in zip(layout.slices, held)
+    )
+    stacked = _stack_rows(v, dtype) if v else None
+    d_in = layout.slices[0].runs_a[0].width
+    return DirectLayer(index, d_in, slices, stacked, private=max_rank > 0, max_rank=max_rank)
+
+
+def _start(run: Run, full: int) -> int:
+    """Where a rank's columns begin in what ``DirectPath._cut`` makes of a factor."""
+    return 0 if run.width == full else run.source % NF4_BLOCK
+
+
+def _load_bases(
+    path: DirectPath, checkpoint: Checkpoint, wanted: set[str], packed: bool
+) -> dict[str, Basis]:
+    """This rank's share of every wanted basis by the engine's name; host copies are not kept."""
+    bases: dict[str, Basis] = {}
+    for module, basis in checkpoint.bases():
+        name = path._engine_name(module)
+        if name not in wanted:
+            continue
+        (_, layout), *others = path._slices[name]
+        assert not others, f"{name} stands in several layers"
+        u = _share(basis.u, layout.runs_b[0], packed, path.dtype, path.device)
+        v = _share(basis.v, layout.runs_a[0], packed, path.dtype, path.device)
+        bases[name] = Basis(u, v)
+    return bases
+
+
+def _share(
+    matrix: PackedMatrix, run: Run, packed: bool, dtype: torch.dtype, device: torch.device
+) -> PackedMatrix:
+    if packed and matrix.format not in FLOAT_DTYPES and run.source % NF4_BLOCK == 0:
+        if run.width < matrix.cols:
+            matrix = matrix.column_blocks(run.source, run.source + run.width)
+        return matrix.to(device)
+    return _dense(unpack(matrix.to(device), dtype, run.source, run.source + run.width))
+
+
+def _stack_rows(matrices: list[PackedMatrix], dtype: torch.dtype) -> PackedMatrix:
+    if len({matrix.format for matrix in matrices}) > 1:
+        matrices = [_dense(unpack(matrix, dtype)) for matrix in matrices]
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    parts = {name: torch.cat([m.parts[name] for m in matrices]) for name in first.parts}
+    return PackedMatrix(first.format, sum(m.rows for m in matrices), first.cols, parts)
+
+
+def _dense(values: torch.Tensor) -> PackedMatrix:
+    format = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == values.dtype)
+    rows, cols = values.shape
+    return PackedMatrix(format, rows, cols, {"values": values.contiguous()})
+
+
+def _bases(layer: DirectLayer) -> Iterator[PackedMatrix]:
+    if layer.v is not None:
+        yield layer.v
+    yield from (part.u for part in layer.slices if part.u is not None)
+
+
+def _place_cores(
+    parts: Mapping[int, SliceTask], dtype: torch.dtype, device: torch.device
+) -> tuple[dict[int, SliceTask], int]:
+    """The same parts with all cores in one allocation of the dtype, and its bytes."""
+    cores = {number: part.core for number, part in parts.items() if part.core is not None}
+    sizes = {n: -(-c.numel() // _CORE_ALIGNMENT) * _CORE_ALIGNMENT for n, c in cores.items()}
+    whole = torch.zeros(sum(sizes.values()), dtype=dtype, device=device)
+    placed, offset = dict(parts), 0
+    for number, core in cores.items():
+        view = whole[offset : offset + core.numel()].view(core.shape)
+        view.copy_(core)
+        placed[number] = replace(parts[number], core=view)
+        offset += sizes[number]
+    return placed, whole.nbytes
+
+
+def _core(module: StoredModule) -> tuple[torch.Tensor, int]:
+    """(core, its rank or 0 when dense) as ``SliceTask`` holds them, in float32."""
+    if module.core == "dense":
+        return unpack(module.matrices["C"]) * module.scale, 0
+    a, b = unpack(module.matrices["A"]), unpack(module.matrices["B"]) * module.scale
+    if b.shape[1] * a.shape[1] <= module.rank * (b.shape[1] + a.shape[1]):
+        return b.T @ a, 0
+    return torch.cat([a, b], dim=1), module.rank
+
+
+# --- slots -----------------------------------------------------------------------------------------
+
+
+class DirectSlots:
+    """Which adapter id has which slot of the table; the least recently used gives way."""
+
+    def __init__(self, path: DirectPath) -> None:
+        self._path = path
+        self._slots: OrderedDict[int, int] = OrderedDict()
+        self._pinned: set[int] = set()
+        self._free = list(range(path.table.slots))[::-1]
+        self.version = 0
+
+    def __contains__(self, adapter: int) -> bool:
+        return adapter in self._slots
+
+    def activate(self, adapter: int, task: DirectTask) -> bool:
+        """Give an adapter a slot and put its task there; False when it has one already.
+
+        Raises:
+            ValueError: every slot is pinned.
+        """
+        if adapter in self._slots:
+            self._slots.move_to_end(adapter)
+            return False
+        if not self._free:
+            oldest = next((held for held in self._slots if held not in self._pinned), None)
+            if oldest is None:
+                raise ValueError(f"all {self._path.table.slots} slots of direct tasks are pinned")
+            self._free.append(self._slots.pop(oldest))
+        slot = self._free.pop()
+        self._path.table.set(slot, task)
+        self._slots[adapter] = slot
+        self.version += 1
+        return True
+
+    def pin(self, adapter: int) -> None:
+        """Keep an active adapter in its slot until it is removed."""
+        assert adapter in self._slots
+        self._pinned.add(adapter)
+
+    def remove(self, adapter: int) -> None:
+        """Give an adapter's slot back, if it has one."""
+        slot = self._slots.pop(adapter, None)
+        self._pinned.discard(adapter)
+        if slot is not None:
+            self._free.append(slot)
+            self.version += 1
+
+    def route(self, token_adapters: np.ndarray) -> np.ndarray:
+        """Tell the routing each token's slot, from its adapter's id.
+
+        Returns:
+            Whether each token has a direct task.
+        """
+        adapters, where = np.unique(token_adapters, return_inverse=True)
+        none = self._path.table.slots
+        slots = np.array([self._slots.get(int(a), none) for a in adapters], dtype=np.int32)
+        token_slots = slots[where] if len(slots) else np.zeros(0, dtype=np.int32)
+        self._path.routing.update(token_slots)
+        return token_slots != none

@@ -1,0 +1,170 @@
+"""vLLM's LoRA layers as plain descriptions: names, shapes, slots, what a tensor-parallel rank keeps.
+
+With ``seams`` the only file that knows vLLM's internals; checked on the same versions.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
+from vllm.lora.utils import parse_fine_tuned_lora_name
+
+from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout, View, index_runs
+
+
+def engine_name(manager: Any, name: str) -> str:
+    """An adapters' module name as this model class has it, by vLLM's own rules."""
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    if mapper is not None:
+        rename = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
+        mapper = rename()
+    try:
+        mapped, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)
+    except ValueError as error:
+        raise ModelMismatchError(f"the served model has no module {name} ({error})") from error
+    if manager.is_pooling_model and not _has_module(manager, mapped):
+        # Adapters of a bare backbone lack the prefix that vLLM's pooling models have.
+        prefixed = f"model.{mapped}"
+        return prefixed if _has_module(manager, prefixed) else mapped
+    return mapped
+
+
+def _has_module(manager: Any, name: str) -> bool:
+    packed = manager.packed_modules
+    return any(name in packed.get(module, [module]) for module in manager.modules)
+
+
+def read_layouts(manager: Any) -> list[SliceLayout]:
+    """Describe every slice of every LoRA layer of this rank."""
+    layouts: list[SliceLayout] = []
+    for module_name, layer in manager.modules.items():
+        kind = type(layer).__name__
+        if is_fused_moe(layer):
+            continue  # No job can fill one; a checkpoint with such modules is refused by name.
+        parts = manager.packed_modules.get(module_name, [module_name])
+        if kind == "LogitsProcessorWithLoRA":
+            layouts.append(_logits_layout(parts[0], layer))
+        elif kind == "VocabParallelEmbeddingWithLoRA":
+            layouts.append(_embedding_layout(parts[0], layer))
+        else:
+            layouts += _linear_layouts(parts, layer)
+    return layouts
+
+
+def read_direct_layouts(manager: Any) -> list[LayerLayout]:
+    """The linear layers that may run direct: those of the language model, by vLLM's own classes."""
+    wrapper = _language_wrapper(manager)
+    return [
+        LayerLayout(name, tuple(_linear_layouts(manager.packed_modules.get(name, [name]), layer)))
+        for name, layer in manager.modules.items()
+        if isinstance(layer, BaseLinearLayerWithLoRA) and layer.punica_wrapper is wrapper
+    ]
+
+
+def _language_wrapper(manager: Any) -> Any:
+    """The punica wrapper of the language model; towers of multimodal models have their own."""
+    key = DEFAULT_LANGUAGE_WRAPPER_KEY
+    if manager.supports_mm:
+        key = manager.mm_mapping.language_model[0]
+    return manager.punica_wrapper_mapping[key]
+
+
+def slot_nbytes(manager: Any) -> int:
+    """Bytes of all slots of all LoRA layers of this rank."""
+    stacks: list[torch.Tensor] = []
+    for layer in manager.modules.values():
+        for name in ("lora_a_stacked", "lora_b_stacked"):
+            held = getattr(layer, name, ())
+            stacks += [held] if isinstance(held, torch.Tensor) else list(held)
+    return sum(stack.nbytes for stack in stacks)
+
+
+def is_fused_moe(layer: Any) -> bool:
+    return type(layer).__name__.startswith("FusedMoE")
+
+
+def _linear_layouts(names: list[str], layer: Any) -> list[SliceLayout]:
+    if len(names) != layer.n_slices:
+        # A group such as in_proj_qkv + in_proj_z over four slices; no checkpoint module is matched to
+        # it, so a checkpoint that adapts one is refused by name.
+        names = [f"{names[0]}.slice_{i}" for i in range(layer.n_slices)]
+    stacks = list(zip(layer.lora_a_stacked, layer.lora_b_stacked))
+    full = [_full_shape(layer, i, a.shape[3], b.shape[2]) for i, (a, b) in enumerate(stacks)]
+    kept_a, kept_b = _kept_columns(layer, full)
+    return [
+        SliceLayout(
+            name,
+            functools.partial(_slot_rows, a),
+            functools.partial(_slot_columns, b),
+            d_in,
+            d_out,
+            index_runs(kept_a[i]),
+            index_runs(kept_b[i]),
+        )
+        for i, (name, (a, b), (d_in, d_out)) in enumerate(zip(names, stacks, full))
+    ]
+
+
+def _slot_rows(stack: torch.Tensor, slot: int) -> torch.Tensor:
+    return stack[slot, 0]
+
+
+def _slot_columns(stack: torch.Tensor, slot: int) -> torch.Tensor:
+    return stack[slot, 0].T
+
+
+def _full_shape(layer: Any, index: int, width_in: int, width_out: int) -> tuple[int, int]:
+    """(d_in, d_out) of a slice over all tensor-parallel ranks."""
+    if layer.tp_size == 1:
+        return width_in, width_out
+    base = layer.base_layer
+    if type(layer).__name__.startswith("RowParallel"):
+        return width_in * layer.tp_size, width_out
+    if type(layer).__name__.startswith("Replicated"):
+        return width_in, width_out
+    replicas = getattr(base, "num_kv_head_replicas", 1) if index > 0 else 1
+    return width_in, width_out * layer.tp_size // replicas
+
+
+def _kept_columns(
+    layer: Any, full: list[tuple[int, int]]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Ask the layer itself which columns of A and rows of B it keeps, by slicing their numbers."""
+    a = [torch.arange(d_in).view(1, -1) for d_in, _ in full]
+    b = [torch.arange(d_out).view(-1, 1) for _, d_out in full]
+    if layer.tp_size > 1:
+        many = len(full) > 1
+        a = layer.slice_lora_a(a) if many else [layer.slice_lora_a(a[0])]
+        b = layer.slice_lora_b(b) if many else [layer.slice_lora_b(b[0])]
+    return [t.reshape(-1) for t in a], [t.reshape(-1) for t in b]
+
+
+def _logits_layout(name: str, layer: Any) -> SliceLayout:
+    a, b = layer.lora_a_stacked, layer.lora_b_stacked
+    return _whole_layout(name, functools.partial(_slot_rows, a), b, a.shape[3])
+
+
+def _embedding_layout(name: str, layer: Any) -> SliceLayout:
+    # vLLM keeps an embedding's A transposed, (vocabulary, rank), to look rows up.
+    a, b = layer.lora_a_stacked, layer.lora_b_stacked
+    return _whole_layout(name, lambda slot: a[slot].T, b, a.shape[1])
+
+
+def _whole_layout(name: str, view_a: View, b: torch.Tensor, d_in: int) -> SliceLayout:
+    """A layer that every rank holds whole and whose vocabulary may be padded."""
+    d_out = b.shape[2]
+    return SliceLayout(
+        name,
+        view_a,
+        functools.partial(_slot_columns, b),
+        d_in,
+        d_out,
+        (Run(0, 0, d_in),),
+        (Run(0, 0, d_out),),
+        at_most=True,
+    )
