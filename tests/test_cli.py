@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vllm_vlora import __version__
@@ -23,10 +23,11 @@ from vllm_vlora.card import format_bytes, serving_rank
 from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.compression import DEFAULT_RATIO
 from vllm_vlora.manifest import CONFIG_FILE
+from vllm_vlora.memory import plan_memory
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
 
-COMMANDS = ("compress", "info", "validate", "export")
+COMMANDS = ("compress", "info", "validate", "export", "plan")
 runner = CliRunner()
 
 
@@ -436,6 +437,97 @@ def test_export_refuses_what_it_cannot_do(shared: Path, tmp_path: Path) -> None:
     assert same_files(tmp_path / "out") == before
     invoke("export", shared, "a_b", "-o", tmp_path / "out", "--force")
     assert same_files(tmp_path / "out") != before
+
+
+# --- plan ----------------------------------------------------------------------------------------
+
+
+def test_plan_json_is_what_the_library_counts(shared: Path) -> None:
+    options = ("--max-loras", "6", "--tp", "2", "--dtype", "fp16", "--memory", "0.5")
+    data = json.loads(invoke("plan", shared, *options, "--gpu-memory", "80", "--json").stdout)
+    found = plan_memory(Checkpoint.open(shared), max_loras=6, tp=2, dtype="float16", memory=1 << 29)
+    assert set(data) == {
+        *("checkpoint", "tasks", "tp", "dtype", "max_loras", "max_lora_rank", "layers_from"),
+        *("slices", "gpu_bytes", "modes", "not_direct", "assumptions"),
+    }
+    assert (data["tp"], data["dtype"], data["tasks"]) == (2, "float16", 4)
+    assert (data["max_loras"], data["max_lora_rank"], data["gpu_bytes"]) == (6, 8, 80 << 30)
+    assert [mode["mode"] for mode in data["modes"]] == ["stock", "materialize", "direct", "auto"]
+    for mode, expected in zip(data["modes"], found.modes):
+        sizes = mode["bytes"]
+        assert sizes["total"] == sum(v for k, v in sizes.items() if k != "total")
+        assert sizes["total"] == expected.total_nbytes > 0
+        assert sizes["slots"] == expected.slots_nbytes
+        assert mode["fits"]["batch_tasks"] == 4
+    assert data["modes"][1]["bytes"]["slots"] == 6 * 8 * 2 * 2 * (96 + 48)
+    assert data["assumptions"] == found.assumptions
+
+
+def test_plan_shows_a_table_that_is_not_cut(shared: Path, tmp_path: Path) -> None:
+    result = call("plan", shared, "--max-loras", "200", "--memory", "1", "--gpu-memory", "80")
+    assert (result.returncode, result.stderr) == (0, "")
+    for words in ("stock vLLM", "materialize", "direct", "auto", "200 x 8", "8 x 8", "Total"):
+        assert words in result.stdout
+    assert "Fit: resident tasks" in result.stdout
+    assert "the checkpoint's modules alone" in result.stdout
+    assert "…" not in result.stdout
+    assert_plain([result.stdout])
+    config = {
+        "hidden_size": 96,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 1000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = invoke("plan", shared, "--max-loras", "2", "--model", tmp_path).stdout
+    assert f"9 layer slices of {tmp_path}/config.json" in text
+    assert "Note:" not in text
+    narrowed = invoke(
+        *("plan", shared, "--max-loras", "2", "--model", tmp_path),
+        *("--lora-target-modules", "qkv_proj"),
+    )
+    assert "3 layer slices" in narrowed.stdout
+
+
+def test_plan_says_which_tasks_cannot_run_direct(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "head")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    renamed = {
+        name.replace("model.layers.0.self_attn.v_proj", "lm_head"): tensor
+        for name, tensor in weights.items()
+    }
+    save_file(renamed, adapter / "adapter_model.safetensors")
+    edit_config(adapter, target_modules=["q_proj", "lm_head"])
+    plain = make_adapter(tmp_path / "plain")
+    invoke("compress", adapter, plain, "-o", tmp_path / "ckpt")
+    result = invoke("plan", tmp_path / "ckpt", "--max-loras", "4")
+    assert "1 of 2 tasks, module lm_head is the output head: head" in result.stdout
+    assert "Cannot run direct: task 'head' cannot run direct" in result.stdout
+    data = json.loads(invoke("plan", tmp_path / "ckpt", "--max-loras", "4", "--json").stdout)
+    assert data["not_direct"] == {"head": "module lm_head is the output head"}
+    direct = data["modes"][2]
+    assert (direct["bytes"]["total"], direct["fits"]) == (0, None)
+    assert "lm_head" in direct["obstacle"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-loras", "0"], "max_loras"),
+        (["--max-loras", "2", "--tp", "5"], "does not divide"),
+        (["--max-loras", "2", "--max-lora-rank", "5"], "1, 8, 16"),
+        (["--max-loras", "2", "--dtype", "int8"], "int8"),
+        (["--max-loras", "2", "--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--max-loras", "2", "--lora-target-modules", "x_proj"], "'x_proj'"),
+    ],
+)
+def test_plan_refuses_in_one_line(shared: Path, options: list[str], words: str) -> None:
+    assert words in error_line("plan", shared, *options)
+
+
+def test_plan_needs_max_loras(shared: Path) -> None:
+    assert "--max-loras" in usage_error("plan", shared)
 
 
 # --- as a program --------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ FORBIDDEN = {
 LIBRARY_ORDER = [
     "errors", "_version", "task_ids", "atomic", "hub", "quantize", "peft_config", "adapters",
     "manifest", "checkpoint", "representations", "fit", "collection", "formats", "scratch",
-    "allocation", "measure", "survey", "plan", "encoding", "report", "card", "compression", "export",
-    "validation",
+    "allocation", "measure", "survey", "plan", "encoding", "report", "card", "model_layers", "memory",
+    "compression", "export", "validation",
 ]  # fmt: skip
 
 

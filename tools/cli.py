@@ -359,6 +359,109 @@ def export(
             show.line(console, f"{task_id} -> {folder}")
 
 
+@app.command()
+def plan(
+    checkpoint: CheckpointRef,
+    max_loras: Annotated[
+        int, typer.Option(metavar="N", help="vLLM's --max-loras: tasks in one batch.")
+    ],
+    tp: Annotated[
+        int, typer.Option("--tp", metavar="T", help="vLLM's --tensor-parallel-size.")
+    ] = 1,
+    dtype: Annotated[
+        str, typer.Option(metavar="FLOAT", help="The engine's dtype: bf16, fp16 or fp32.")
+    ] = "bf16",
+    max_lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            help="vLLM's --max-lora-rank. Default: the least that holds the checkpoint.",
+            show_default=False,
+        ),
+    ] = None,
+    peft_slots: Annotated[
+        int,
+        typer.Option(metavar="P", help="VLLM_VLORA_SLOTS: slots beside the tasks that run direct."),
+    ] = 8,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="The served model's folder or config.json (Llama-like): counts the slots of all "
+            "its layers.",
+        ),
+    ] = None,
+    lora_target_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="vLLM's --lora-target-modules. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(metavar="N", help="vLLM's option of that name.")
+    ] = 8192,
+    packed_basis: Annotated[
+        bool, typer.Option("--packed-basis", help="VLLM_VLORA_BASIS=packed.")
+    ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB", help="Say what fits into this many GiB for adapters a device.", min=0
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Also show the share of a GPU of this size.", min=0),
+    ] = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="For vLLM's CPU build, which takes one slot more.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Count the memory that serving a checkpoint takes, in every mode.
+
+    Beside stock vLLM with the same adapters. Reads the two JSON files only:
+    nothing is loaded, no GPU is needed.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora plan ckpt --max-loras 64
+
+    vllm-vlora plan ckpt --max-loras 256 --tp 4 --model models/Llama-2-7b
+
+    vllm-vlora plan ckpt --max-loras 64 --memory 8 --gpu-memory 80
+    """
+    with _reported(verbose):
+        from vllm_vlora.checkpoint import Checkpoint
+        from vllm_vlora.memory import plan_memory
+        from vllm_vlora.model_layers import read_model_shape
+        from vllm_vlora.tools import memory_table as show
+
+        found = plan_memory(
+            Checkpoint.open(checkpoint),
+            max_loras=max_loras,
+            tp=tp,
+            dtype=dtype,
+            max_lora_rank=max_lora_rank,
+            peft_slots=peft_slots,
+            model=read_model_shape(model) if model is not None else None,
+            target_modules=lora_target_modules,
+            max_num_batched_tokens=max_num_batched_tokens,
+            packed_basis=packed_basis,
+            memory=None if memory is None else show.gib(memory),
+            cpu=cpu,
+        )
+        gpu_nbytes = None if gpu_memory is None else show.gib(gpu_memory)
+        data = show.describe(found, checkpoint, gpu_nbytes)
+        if as_json:
+            _print_json(data)
+        else:
+            show.print_plan(_console(), data)
+
+
 def _candidates(report: CompressReport) -> list[dict[str, Any]]:
     """What ``auto`` measured, as JSON data."""
     return [

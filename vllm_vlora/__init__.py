@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm_vlora.compression import CompressOptions, compress
     from vllm_vlora.errors import VLoRAError
     from vllm_vlora.export import export_all, export_task
+    from vllm_vlora.memory import MemoryPlan, plan_memory
     from vllm_vlora.plugin.requests import lora_request
     from vllm_vlora.report import CompressReport
     from vllm_vlora.validation import validate
@@ -31,6 +32,8 @@ _HOME = {
     "VLoRAError": "errors",
     "export_all": "export",
     "export_task": "export",
+    "MemoryPlan": "memory",
+    "plan_memory": "memory",
     "lora_request": "plugin.requests",
     "validate": "validation",
 }
@@ -40,6 +43,7 @@ __all__ = [
     "Checkpoint",
     "CompressOptions",
     "CompressReport",
+    "MemoryPlan",
     "VLoRAError",
     "__version__",
     "compress",
@@ -47,6 +51,7 @@ __all__ = [
     "export_task",
     "lora_request",
     "open_adapter",
+    "plan_memory",
     "save_adapter",
     "validate",
 ]

@@ -233,3 +233,64 @@ def exact(world: World, representation: str) -> Path:
         quantize="none",
         **options,
     )
+
+
+def mixed(world: World) -> Path:
+    """The exact tasks in one checkpoint: joint, private, or both over their modules; made once."""
+    from vllm_vlora.checkpoint import Checkpoint, CheckpointWriter
+
+    folder = world.root / "exact-mixed"
+    if folder.exists():
+        return folder
+    joint = Checkpoint.open(exact(world, "joint"))
+    private = Checkpoint.open(exact(world, "private"))
+    folder.mkdir()
+    writer = CheckpointWriter(folder, joint.base_model)
+    bases = dict(joint.bases())
+    for module in joint.modules:
+        basis = bases.get(module.name)
+        writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis)
+    for number, task in enumerate(ADAPTERS):
+        first, second = (joint, private) if number % 3 else (private, joint)
+        modules = dict(first.load_task(task).modules)
+        if number % 3 != 1:
+            others = second.load_task(task).modules
+            modules = {n: (others[n] if i % 2 else m) for i, (n, m) in enumerate(modules.items())}
+        writer.add_task(task, modules, original_nbytes=1, error=0.0, adapter_config={})
+    writer.finish("card")
+    return folder
+
+
+def family(world: World, count: int) -> Path:
+    """``count`` tasks of different weights: interpolations, in core space, of two exact ones."""
+    from vllm_vlora.checkpoint import Checkpoint, CheckpointWriter, StoredModule
+    from vllm_vlora.quantize import pack
+    from vllm_vlora.representations import decode
+
+    joint = Checkpoint.open(exact(world, "joint"))
+    folder = world.root / f"family-{count}"
+    folder.mkdir()
+    writer = CheckpointWriter(folder, joint.base_model)
+    bases = dict(joint.bases())
+    names = [n for n in joint.load_task("attention").modules if n.endswith(("q_proj", "v_proj"))]
+    for module in joint.modules:
+        if module.name in names:
+            writer.add_module(module.name, module.d_in, module.d_out, basis=bases[module.name])
+    ends = [joint.load_task(task).modules for task in ("attention", "everything")]
+    cores = {}
+    for name in names:
+        basis = bases[name]
+        u, v = basis.u.parts["values"], basis.v.parts["values"]
+        factors = [decode(end[name], basis) for end in ends]
+        cores[name] = [(u @ b) @ (a @ v.T) for a, b in factors]
+    for number in range(count):
+        weight = number / count
+        modules: dict[str, StoredModule] = {}
+        for name in names:
+            core = (1 - weight) * cores[name][0] + weight * cores[name][1]
+            modules[name] = StoredModule(
+                "joint", "float32", 12, {"C": pack(core, "float32")}, core="dense"
+            )
+        writer.add_task(f"task-{number}", modules, original_nbytes=1, error=0.0, adapter_config={})
+    writer.finish("card")
+    return folder

@@ -97,7 +97,7 @@ class DirectPath:
         self.table = SlotTable(slots, count, device)
         self.routing = Routing(max_tokens, slots, device)
         self.empty = make_task({}, count, device)
-        self._cores_nbytes = self._factors_nbytes = 0
+        self._cores_nbytes = self._factors_nbytes = self._records_nbytes = 0
 
     # --- tasks ---
 
@@ -128,12 +128,14 @@ class DirectPath:
         self._factors_nbytes += sum(
             matrix.nbytes for part in parts.values() for matrix in (part.a, part.b) if matrix
         )
-        return make_task(parts, self._count, self.device)
+        task = make_task(parts, self._count, self.device)
+        self._records_nbytes += task.records.nbytes
+        return task
 
     def memory(self) -> DirectMemory:
         """What all of it takes on the device."""
         bases = sum(m.nbytes for layer in self.layers.values() for m in _bases(layer))
-        table = self.table.records.nbytes + self.routing.nbytes
+        table = self.table.records.nbytes + self.routing.nbytes + self._records_nbytes
         return DirectMemory(bases, self._cores_nbytes, self._factors_nbytes, table)
 
     def _task_obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:

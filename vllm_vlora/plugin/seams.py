@@ -148,7 +148,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             return self._activate_direct(lora_id, direct)
         model = super().get_adapter(lora_id)
         if not isinstance(model, TaskLoRAModel):
-            return super().activate_adapter(lora_id)
+            activated = super().activate_adapter(lora_id)
+            if activated and self._writer is not None:
+                self._writer.forget(self.lora_index_to_id.index(lora_id))
+            return activated
         # Stock code keeps the books (slots, LRU order) and is shown only the layers that the writer does
         # not fill: to set classification heads, and to reset what another adapter left in the slot.
         layers, self.modules = self.modules, _layers_left_to_stock(self.modules)

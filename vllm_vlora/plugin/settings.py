@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_vlora.errors import SettingError
+from vllm_vlora.memory import DEFAULT_PEFT_SLOTS
 
 MODE_VARIABLE = "VLLM_VLORA_MODE"
 SLOTS_VARIABLE = "VLLM_VLORA_SLOTS"
 BASIS_VARIABLE = "VLLM_VLORA_BASIS"
 MODES = ("auto", "direct", "materialize")
 BASES = ("dense", "packed")
-# Slots for ordinary adapters and materialized tasks beside the direct ones. A slot of rank 16 takes
-# 80 MB for a Llama-7B in 16 bits, so that one for each of a thousand tasks would fill a GPU.
-DEFAULT_SLOTS = 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Settings:
     """
 
     mode: str = "auto"
-    slots: int = DEFAULT_SLOTS
+    slots: int = DEFAULT_PEFT_SLOTS
     packed_basis: bool = False
 
     @property
@@ -43,7 +41,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings of this process; raises SettingError that names the variable and its values."""
     return Settings(
         mode=_choice(environment, MODE_VARIABLE, MODES),
-        slots=_positive(environment, SLOTS_VARIABLE, DEFAULT_SLOTS),
+        slots=_positive(environment, SLOTS_VARIABLE, DEFAULT_PEFT_SLOTS),
         packed_basis=_choice(environment, BASIS_VARIABLE, BASES) == "packed",
     )
 

@@ -1,12 +1,12 @@
 """Where a task's factors go: every slice of every LoRA layer of the served model, as plain tensors.
 
 This module knows tensors only. ``seams`` reads vLLM's layers and describes each of their slices as a
-``SliceLayout``; here the layouts are checked against a checkpoint and turned into materialize jobs.
+``SliceLayout``; here the layouts are checked against a checkpoint and turned into plans of materialize.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,20 +17,54 @@ from vllm_vlora.manifest import ModuleSpec
 from vllm_vlora.plugin.layouts import Run, SliceLayout
 from vllm_vlora.plugin.resident import ResidentTask
 from vllm_vlora.representations import SideSource
-from vllm_vlora.triton_kernels.materialize import MaterializeJob, materialize
+from vllm_vlora.triton_kernels.materialize import (
+    MaterializeJob,
+    MaterializePlan,
+    OutTable,
+    plan_materialize,
+)
+
+
+@dataclass
+class _Slot:
+    """One slot: where it is written, and what may lie there.
+
+    Attributes:
+        sides: the slot's A and B of every layout, whole, in the layouts' order.
+        table: the same cut into the layouts' runs, in the order of a task's jobs.
+        rows: for each of ``sides`` how many of its first rows may hold something other than zero.
+    """
+
+    sides: list[torch.Tensor]
+    table: OutTable
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class _TaskPlan:
+    """How one task is written to any slot; ``rows`` are its ranks, side by side as in a slot."""
+
+    plan: MaterializePlan
+    rows: list[int]
 
 
 @dataclass
 class SlotWriter:
     """Writes tasks into slots.
 
-    ``layouts`` has every slice of every layer. The views of a slot are made once and kept: making
-    them costs more than the small products that fill them.
+    ``layouts`` has every slice of every layer. What a task's writes need is arranged once and kept
+    for as long as the task, which is for ever: some 300 bytes a factor on a GPU, and on a CPU a copy
+    of the packed factors that do not lie as the slots do (see ``plan_materialize``).
+
+    A slot keeps what was written to it when its adapter leaves, so the writer remembers how far each
+    side of a slot is filled, and zeroes only what the next task leaves of that. Of a slot that it
+    has not written nothing is known. Who writes to slots beside it must say so with ``forget``.
     """
 
     layouts: list[SliceLayout]
     max_rank: int
-    _views: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    _slots: dict[int, _Slot] = field(default_factory=dict)
+    _plans: dict[str, _TaskPlan] = field(default_factory=dict)
 
     def check(
         self, checkpoint: Checkpoint, task_ids: Iterable[str], engine_name: Callable[[str], str]
@@ -60,32 +94,74 @@ class SlotWriter:
             for layout in layouts[name]:
                 _check_shape(str(checkpoint.path), module, layout)
 
+    def prepare(self, task: ResidentTask) -> None:
+        """Arrange a task's writes now, which its first ``write`` would do otherwise."""
+        self._plan(task, 0)
+
     def write(self, slot: int, task: ResidentTask) -> None:
         """Fill a slot whole with a task; slices that the task does not adapt become zero."""
-        views = self._views.get(slot)
-        if views is None:
-            views = [(layout.a(slot), layout.b(slot)) for layout in self.layouts]
-            self._views[slot] = views
-        jobs: list[MaterializeJob] = []
-        for layout, (view_a, view_b) in zip(self.layouts, views):
-            sources = task.sources.get(layout.name)
-            if sources is None:
-                view_a.zero_()
-                view_b.zero_()
-                continue
-            jobs += _jobs(view_a, sources[0], layout.runs_a)
-            jobs += _jobs(view_b, sources[1], layout.runs_b)
-        materialize(jobs)
+        into, planned = self._slot(slot), self._plan(task, slot)
+        stale = [
+            side[rank:rows]
+            for side, rank, rows in zip(into.sides, planned.rows, into.rows)
+            if rank < rows
+        ]
+        # Should anything fail on the way, nothing is known of the slot.
+        self.forget(slot)
+        if stale:
+            torch._foreach_zero_(stale)
+        planned.plan.run(into.table)
+        into.rows = planned.rows
+
+    def forget(self, slot: int) -> None:
+        """Take back what is known of a slot's content: stock code has written to it."""
+        if slot in self._slots:
+            into = self._slots[slot]
+            into.rows = [len(side) for side in into.sides]
+
+    def _slot(self, slot: int) -> _Slot:
+        held = self._slots.get(slot)
+        if held is None:
+            sides, regions = [], []
+            for layout in self.layouts:
+                for view, runs in (
+                    (layout.a(slot), layout.runs_a),
+                    (layout.b(slot), layout.runs_b),
+                ):
+                    sides.append(view)
+                    regions += _regions(view, runs)
+            rows = [len(side) for side in sides]
+            held = self._slots[slot] = _Slot(sides, OutTable(regions), rows)
+        return held
+
+    def _plan(self, task: ResidentTask, slot: int) -> _TaskPlan:
+        held = self._plans.get(task.path)
+        if held is None:
+            outs = iter(self._slot(slot).table.outs)
+            jobs: list[MaterializeJob] = []
+            rows: list[int] = []
+            for layout in self.layouts:
+                sources = task.sources.get(layout.name, (None, None))
+                for source, runs in zip(sources, (layout.runs_a, layout.runs_b)):
+                    rows.append(0 if source is None else source.rank)
+                    jobs += [_job(next(outs), source, run) for run in runs]
+            held = self._plans[task.path] = _TaskPlan(plan_materialize(jobs), rows)
+        return held
 
 
-def _jobs(view: torch.Tensor, source: SideSource, runs: Iterable[Run]) -> Iterator[MaterializeJob]:
-    runs = tuple(runs)
-    for run in runs:
-        out = view
-        width = min(run.width, source.matrix.cols - run.source)
-        if len(runs) > 1:
-            out = view[:, run.target : run.target + run.width]
-        yield MaterializeJob(out, source.matrix, source.left, source.scale, run.source, width)
+def _regions(view: torch.Tensor, runs: tuple[Run, ...]) -> list[torch.Tensor]:
+    if len(runs) == 1:
+        return [view]
+    return [view[:, run.target : run.target + run.width] for run in runs]
+
+
+def _job(region: torch.Tensor, source: SideSource | None, run: Run) -> MaterializeJob:
+    """The job of one run; rows beyond the task's rank are not its business."""
+    if source is None:
+        return MaterializeJob.zero(region[:0])
+    width = min(run.width, source.matrix.cols - run.source)
+    out = region[: source.rank]
+    return MaterializeJob(out, source.matrix, source.left, source.scale, run.source, width)
 
 
 def _check_shape(where: str, module: ModuleSpec, layout: SliceLayout) -> None:

@@ -1,0 +1,353 @@
+"""Print the least time of every LoRA path on a named GPU, beside what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import floors
+
+DESCRIPTION = """\
+Print what each path must move and compute over all linear layers of a model, and how long that takes
+at least on a device: max(bytes / bandwidth, operations / rate, host bytes / PCIe rate).
+
+  base                 the model's linear layers themselves
+  punica               stock vLLM's shrink and expand, from slots padded to the slots' rank
+  direct-joint         V, cores and U: shared bases, read once whatever the number of tasks
+  direct-private       packed factors, each task at its own rank
+  activate-stock       a task into a slot, copied from pinned host memory
+  materialize-private  a task into a slot, from packed factors on the device
+  materialize-joint    a task into a slot, from packed bases and cores on the device
+  activate-direct      a task's records into the slot table
+
+A device's rates are its data sheet's peaks (sources in floors.py), which no kernel reaches: give
+measured ones with --bandwidth, --flops and --pcie for a fair ratio. --launch-us adds a latency for each
+kernel launch; CUDA graphs take most of it away.
+"""
+EPILOG = """\
+examples:
+  python benchmarks/roofline.py                                     llama-7b on an H100
+  python benchmarks/roofline.py --model llama-70b --device h200 --tokens 64 4096 --tasks 1 64
+  python benchmarks/roofline.py --bandwidth 2.9e3 --measured kernels.json
+  python benchmarks/roofline.py --model custom --layers 8 --hidden 1024 --intermediate 2816
+"""
+_MEASURED_FIELDS = ("op", "us_p50")
+
+
+def main() -> int:
+    args = parse_arguments()
+    device, model = make_device(args), make_model(args)
+    if args.measured:
+        rows = list(compare(args, device))
+    else:
+        rows = list(predict(args, model, device))
+    report = {"device": vars(device), "launch_us": args.launch_us, "rows": rows}
+    print_head(device, args)
+    (print_measured if args.measured else print_predicted)(rows)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1))
+    if args.plot:
+        plot(args.plot, rows, f"{model.name}, rank {args.rank}, k {args.k}, {device.name}")
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_device_options(parser)
+    add_work_options(parser)
+    parser.add_argument(
+        "--measured",
+        metavar="FILE",
+        type=Path,
+        help="JSON with rows of op, us_p50, model, module, rank, k, tokens, tasks, format; prints "
+        "each beside its floor instead of the predictions",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to FILE")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="also draw time over tasks (needs matplotlib)"
+    )
+    args = parser.parse_args(arguments)
+    if args.plot and args.measured:
+        parser.error("--plot draws predictions; leave --measured out")
+    if args.measured and not args.measured.is_file():
+        parser.error(f"--measured {args.measured}: no such file")
+    for option in ("rank", "k", "layers", "hidden", "intermediate", "kv_width"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1")
+    for option in ("bandwidth", "flops", "pcie"):
+        if getattr(args, option) is not None and getattr(args, option) <= 0:
+            parser.error(f"--{option} must be above 0")
+    if min(*args.tokens, *args.tasks) < 1 or args.launch_us < 0:
+        parser.error("--tokens and --tasks must be at least 1, --launch-us not negative")
+    custom = (args.layers, args.hidden, args.intermediate)
+    if (args.model == "custom") != all(custom) or (args.model != "custom" and any(custom)):
+        parser.error("--model custom needs --layers, --hidden and --intermediate, others none")
+    try:
+        args.slot_rank = floors.slot_rank(max(args.rank, args.slot_rank or 1))
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """The device's rates and the launch latency."""
+    parser.add_argument(
+        "--device", choices=floors.DEVICES, default="h100", help="data sheet (default: h100)"
+    )
+    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of the device's memory")
+    parser.add_argument("--flops", type=float, metavar="TFLOP/s", help="dense, in the dtype")
+    parser.add_argument("--pcie", type=float, metavar="GB/s", help="from pinned host memory")
+    parser.add_argument(
+        "--launch-us", type=float, default=0.0, metavar="US", help="for each launch (default: 0)"
+    )
+
+
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """The model's shape and what the batch is."""
+    parser.add_argument("--model", choices=[*floors.MODELS, "custom"], default="llama-7b")
+    parser.add_argument("--layers", type=int, help="of a custom model")
+    parser.add_argument("--hidden", type=int, help="of a custom model")
+    parser.add_argument("--intermediate", type=int, help="of a custom model")
+    parser.add_argument("--kv-width", type=int, help="rows of its k_proj (default: hidden)")
+    parser.add_argument("--rank", type=int, default=16, help="of every task (default: 16)")
+    parser.add_argument(
+        "--slot-rank", type=int, metavar="R", help="vLLM's --max-lora-rank (default: holds rank)"
+    )
+    parser.add_argument("--k", type=int, default=64, help="components of a basis (default: 64)")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 64, 2048], help="a batch (default: 1 64 2048)"
+    )
+    parser.add_argument(
+        "--tasks", type=int, nargs="+", default=[1, 32], help="distinct ones (default: 1 32)"
+    )
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=floors.FORMATS,
+        default=["bfloat16", "int8", "nf4"],
+        help="of packed factors and bases (default: bfloat16 int8 nf4)",
+    )
+    parser.add_argument(
+        "--dtype", choices=floors.FLOAT_BYTES, default="bfloat16", help="of x, y and slots"
+    )
+
+
+def make_device(args: argparse.Namespace) -> floors.Device:
+    """The named device, with the rates given in place of the data sheet's."""
+    known = floors.DEVICES[args.device]
+    measured = args.bandwidth or args.flops or args.pcie
+    return floors.Device(
+        known.name + (", rates given" if measured else ", data sheet"),
+        args.bandwidth * 1e9 if args.bandwidth else known.bandwidth,
+        args.flops * 1e12 if args.flops else known.flops,
+        args.pcie * 1e9 if args.pcie else known.pcie,
+    )
+
+
+def make_model(args: argparse.Namespace) -> floors.Model:
+    """The named model or the custom one."""
+    if args.model != "custom":
+        return floors.MODELS[args.model]
+    kv_width = args.kv_width or args.hidden
+    return floors.llama("custom", args.layers, args.hidden, args.intermediate, kv_width)
+
+
+def make_work(args: argparse.Namespace, **values: Any) -> floors.Work:
+    """The command line's work, with some of its parameters replaced."""
+    settings = {
+        "rank": args.rank,
+        "slot_rank": args.slot_rank,
+        "k": args.k,
+        "itemsize": floors.FLOAT_BYTES[args.dtype],
+    }
+    return floors.Work(**{**settings, **values})
+
+
+# --- predictions ----------------------------------------------------------------------------------
+
+
+def predict(
+    args: argparse.Namespace, model: floors.Model, device: floors.Device
+) -> Iterator[dict[str, Any]]:
+    """A row for each path, format and batch over the whole model."""
+    for op in floors.FORWARD:
+        for tokens in args.tokens:
+            for tasks in args.tasks if op != "base" else [1]:
+                if tasks > tokens:
+                    continue
+                for format in floors.formats_of(op, args.format):
+                    work = make_work(args, tokens=tokens, tasks=tasks, format=format)
+                    yield make_row(op, model, work, device, args.launch_us)
+    for op in floors.READY:
+        for format in floors.formats_of(op, args.format):
+            yield make_row(op, model, make_work(args, format=format), device, args.launch_us)
+
+
+def make_row(
+    op: str, model: floors.Model, work: floors.Work, device: floors.Device, launch_us: float
+) -> dict[str, Any]:
+    """A path's cost and floor as JSON data."""
+    cost = floors.model_cost(op, model, work)
+    forward = op in floors.FORWARD
+    return {
+        "op": op,
+        "model": model.name,
+        "rank": work.rank,
+        "slot_rank": work.slot_rank,
+        "k": work.k,
+        "tokens": work.tokens if forward else None,
+        "tasks": work.tasks if forward and op != "base" else None,
+        "format": work.format if op in floors.USES_FORMAT else None,
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "host_bytes": cost.host_bytes,
+        "launches": cost.launches,
+        "bound": floors.bound(cost, device),
+        "us": 1e6 * floors.seconds(cost, device, launch_us * 1e-6),
+    }
+
+
+def print_head(device: floors.Device, args: argparse.Namespace) -> None:
+    print(
+        f"{device.name}: {device.bandwidth / 1e9:,.0f} GB/s, {device.flops / 1e12:,.0f} TFLOP/s, PCIe "
+        f"{device.pcie / 1e9:,.0f} GB/s; {args.launch_us:g} us a launch"
+    )
+
+
+def print_predicted(rows: list[dict[str, Any]]) -> None:
+    first = rows[0]
+    print(
+        f"{first['model']}, all linear layers; rank {first['rank']} in slots of {first['slot_rank']}, "
+        f"k {first['k']}\n"
+    )
+    print(
+        f"{'path':20} {'format':9} {'tokens':>7} {'tasks':>6} {'MB':>10} {'GFLOP':>10} "
+        f"{'launches':>9} {'bound':>8} {'us':>10}"
+    )
+    for row in rows:
+        moved = (row["bytes"] + row["host_bytes"]) / 1e6
+        print(
+            f"{row['op']:20} {row['format'] or '':9} {row['tokens'] or '':>7} "
+            f"{row['tasks'] or '':>6} {moved:>10,.2f} {row['flops'] / 1e9:>10,.2f} "
+            f"{row['launches']:>9} {row['bound']:>8} {row['us']:>10,.2f}"
+        )
+
+
+# --- beside measurements --------------------------------------------------------------------------
+
+
+def compare(args: argparse.Namespace, device: floors.Device) -> Iterator[dict[str, Any]]:
+    """Each measured row with its floor and the ratio to it; None where there is no such floor."""
+    for number, row in enumerate(read_measured(args.measured)):
+        missing = [name for name in _MEASURED_FIELDS if name not in row]
+        if missing:
+            sys.exit(f"{args.measured}: row {number} has no {', '.join(missing)}")
+        cost, reason = measured_cost(args, row)
+        floor = None if cost is None else 1e6 * floors.seconds(cost, device, args.launch_us * 1e-6)
+        ratio = row["us_p50"] / floor if floor else None
+        yield {**row, "floor_us": floor, "ratio_to_floor": ratio, "no_floor": reason}
+
+
+def read_measured(path: Path) -> list[dict[str, Any]]:
+    """The list under ``rows``; ends the program with a line when there is none."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{path}: not a benchmark's JSON with a list under 'rows' ({error!r})")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        sys.exit(f"{path}: 'rows' is no list of objects")
+    return rows
+
+
+def measured_cost(
+    args: argparse.Namespace, row: dict[str, Any]
+) -> tuple[floors.Cost | None, str | None]:
+    """The cost of a measured row, of one layer or of the whole model, or why there is none."""
+    if row["op"] not in floors.PATHS:
+        return None, "unknown op"
+    names = ("rank", "slot_rank", "k", "tokens", "tasks", "format")
+    values = {name: row[name] for name in names if row.get(name) is not None}
+    if "rank" in values and "slot_rank" not in values:
+        # A rank beyond vLLM's is still one that runs direct, where the slot does not matter.
+        allowed = min(values["rank"], floors.SLOT_RANKS[-1])
+        values["slot_rank"] = floors.slot_rank(allowed)
+    work = make_work(args, **values)
+    if work.format not in floors.FORMATS:
+        return None, f"unknown format {work.format}"
+    shape = row.get("shape")
+    if isinstance(shape, list) and len(shape) == 2:
+        d_in, d_out = shape
+        return floors.PATHS[row["op"]](floors.Layer("shape", d_in, (d_out,)), work), None
+    model = floors.MODELS.get(row.get("model") or shape or args.model)
+    if model is None:
+        return None, "unknown model"
+    if row.get("module") in (None, "all"):
+        return floors.model_cost(row["op"], model, work), None
+    try:
+        return floors.PATHS[row["op"]](model.layer(row["module"]), work), None
+    except KeyError:
+        return None, "unknown module"
+
+
+def print_measured(rows: list[dict[str, Any]]) -> None:
+    print(
+        f"\n{'path':20} {'module':14} {'format':9} {'rank':>5} {'k':>5} {'tokens':>7} {'tasks':>6} "
+        f"{'us p50':>10} {'floor us':>10} {'x floor':>8}"
+    )
+    for row in rows:
+        cells = {name: "" if row.get(name) is None else row[name] for name in row}
+        floor = "none: " + row["no_floor"] if row["no_floor"] else f"{row['floor_us']:>10,.2f}"
+        ratio = f"{row['ratio_to_floor']:>8.2f}" if row["ratio_to_floor"] else ""
+        print(
+            f"{cells['op']:20} {cells.get('module', ''):14} {cells.get('format', ''):9} "
+            f"{cells.get('rank', ''):>5} {cells.get('k', ''):>5} {cells.get('tokens', ''):>7} "
+            f"{cells.get('tasks', ''):>6} {row['us_p50']:>10,.2f} {floor} {ratio}"
+        )
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Draw the forward paths' floors over the number of distinct tasks, a panel a batch size."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    forward = [row for row in rows if row["tokens"] is not None]
+    batches = sorted({row["tokens"] for row in forward})
+    figure = Figure(figsize=(4.5 * len(batches), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, tokens in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
+        for label, points in _curves([row for row in forward if row["tokens"] == tokens]).items():
+            if label == "base":
+                axes.axhline(points[0][1], color="grey", linestyle="--", label=label)
+            else:
+                axes.plot(*zip(*points), marker="o", label=label)
+        axes.set(xlabel="distinct tasks", yscale="log", title=f"{tokens} tokens")
+        axes.set_xscale("log", base=2)
+        axes.set_ylabel("floor, us")
+        axes.legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        label = row["op"] + (f" {row['format']}" if row["format"] else "")
+        curves.setdefault(label, []).append((row["tasks"] or 1, row["us"]))
+    return {label: sorted(points) for label, points in curves.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
