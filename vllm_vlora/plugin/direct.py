@@ -347,21 +347,24 @@ class DirectSlots:
         return adapter in self._slots
 
     def activate(self, adapter: int, task: DirectTask) -> bool:
-        """Give an adapter a slot and put its task there; False when it has one already.
+        """Give an adapter a slot and put its task there; False when it is there already.
 
         Raises:
             ValueError: every slot is pinned.
         """
-        if adapter in self._slots:
+        table, held = self._path.table, self._slots.get(adapter)
+        if held is not None:
             self._slots.move_to_end(adapter)
-            return False
-        if not self._free:
+            if table.tasks[held] is task:
+                return False
+            self._free.append(held)  # The id was given to another task.
+        elif not self._free:
             oldest = next((held for held in self._slots if held not in self._pinned), None)
             if oldest is None:
-                raise ValueError(f"all {self._path.table.slots} slots of direct tasks are pinned")
+                raise ValueError(f"all {table.slots} slots of direct tasks are pinned")
             self._free.append(self._slots.pop(oldest))
         slot = self._free.pop()
-        self._path.table.set(slot, task)
+        table.set(slot, task)
         self._slots[adapter] = slot
         self.version += 1
         return True
