@@ -1,15 +1,15 @@
 """The direct operation in torch, for CPU: by runs of neighbouring tokens that use one slot.
 
-A run of many tokens (prefill) is one product with its task's matrices, straight from where they lie.
-Tokens of short runs (decode: one token a task) would be as many tiny products as there are tasks; their
-cores are put together once a batch composition, and one batched product serves them all, for as many
-steps as the composition lasts.
+Many runs of one length (decode: one token a task) would be as many tiny products as there are tasks.
+Their cores are put together once a batch composition, and one batched product serves them all, for as
+many steps as the composition lasts. A run whose length is its own is one product with its task's core,
+straight from where it lies.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -24,8 +24,6 @@ from vllm_vlora.triton_kernels.direct import (
 
 Run = tuple[int, int, int]
 
-# Runs of at least this many tokens are multiplied by themselves.
-_LONG_RUN = 8
 # Bytes of cores that a batch composition may keep together, over all layers.
 _STACK_LIMIT = 512 << 20
 
@@ -59,14 +57,14 @@ def _add_joint(
     assert layer.v is not None
     rows = slice(plan.first, plan.end)
     z = x[rows] @ unpack(layer.v, x.dtype).T
-    w = plan.apply_cores(z, layer)
-    column = offset = 0
-    for part in layer.slices:
+    column = k_in = 0
+    for place, part in enumerate(layer.slices):
         if part.u is not None:
+            w = plan.apply_cores(z[:, k_in : k_in + part.k_in], layer.index + place, part)
             target = y[rows, column : column + part.width]
-            target.addmm_(w[:, offset : offset + part.k_out], unpack(part.u, x.dtype))
-            offset += part.k_out
+            target.addmm_(w, unpack(part.u, x.dtype))
         column += part.width
+        k_in += part.k_in
 
 
 class _JointPlan:
@@ -80,62 +78,76 @@ class _JointPlan:
         runs = [run for run in routing.runs if _has_core(table, run[2], layer)]
         self.first = min((run[0] for run in runs), default=0)
         self.end = max((run[1] for run in runs), default=0)
-        self._table = table
-        self._long = [run for run in runs if run[1] - run[0] >= _LONG_RUN]
-        short = [run for run in runs if run[1] - run[0] < _LONG_RUN]
-        self._positions = _positions(short, self.first, self.end)
-        self._short_slots = [slot for start, end, slot in short for _ in range(start, end)]
-        self._stacks = self._stack(layer, routing)
+        self._table, self._kept = table, routing.derived
+        self._covered = sum(end - start for start, end, _ in runs) == self.end - self.first
+        self._groups = _group_runs(runs, self.first)
+        self._stacks: dict[tuple[int, int], torch.Tensor] = {}
 
-    def apply_cores(self, z: torch.Tensor, layer: DirectLayer) -> torch.Tensor:
-        """w ``[tokens, sum of k_out]`` of z ``[tokens, sum of k_in]``; zero without a core."""
-        total = sum(part.k_out for part in layer.slices)
-        covered = len(self._short_slots) + sum(end - start for start, end, _ in self._long)
-        shape = (z.shape[0], total)
-        w = z.new_empty(shape) if covered == z.shape[0] else z.new_zeros(shape)
-        if self._short_slots:
-            self._apply_short(w, z, layer)
-        for start, end, slot in self._long:
-            rows = slice(start - self.first, end - self.first)
-            for number, part, k_in, k_out in _parts(layer):
-                _multiply(w[rows, k_out], z[rows, k_in], self._table.part(slot, number), part)
+    def apply_cores(self, z: torch.Tensor, number: int, part: DirectSlice) -> torch.Tensor:
+        """w ``[tokens, k_out]`` of one slice from its z ``[tokens, k_in]``; zero without a core."""
+        if len(self._groups) == 1 and self._covered:
+            return self._apply(0, z, number, part)
+        shape = (z.shape[0], part.k_out)
+        w = z.new_empty(shape) if self._covered else z.new_zeros(shape)
+        for place, group in enumerate(self._groups):
+            w[group.rows] = self._apply(place, z[group.rows], number, part)
         return w
 
-    def _apply_short(self, w: torch.Tensor, z: torch.Tensor, layer: DirectLayer) -> None:
-        whole = self._positions is None
-        source = z if whole else z[self._positions]
-        for place, (number, part, k_in, k_out) in enumerate(_parts(layer)):
-            stack = self._stacks[place] if self._stacks else self._cores(number, part)
-            product = torch.bmm(stack, source[:, k_in].unsqueeze(2)).squeeze(2)
-            if whole:
-                w[:, k_out] = product
-            else:
-                w[self._positions, k_out] = product
+    def _apply(self, place: int, z: torch.Tensor, number: int, part: DirectSlice) -> torch.Tensor:
+        group = self._groups[place]
+        if len(group.slots) == 1:
+            return _multiply(z, self._table.part(group.slots[0], number), part)
+        stack = self._stacks.get((place, number))
+        if stack is None:
+            stack = self._stack(group, number, part, z.dtype)
+            self._keep((place, number), stack)
+        # A row times a matrix: the BLAS takes four times as long for a matrix times a column.
+        product = torch.bmm(z.reshape(len(group.slots), group.length, part.k_in), stack)
+        return product.view(-1, part.k_out)
 
-    def _stack(self, layer: DirectLayer, routing: Routing) -> list[torch.Tensor]:
-        """The short runs' cores of every slice, if there is room to keep them."""
-        if not self._short_slots:
-            return []
-        elements = sum(part.k_out * part.k_in for part in layer.slices) * len(self._short_slots)
-        kept = routing.derived.get("bytes", 0)
+    def _stack(
+        self, group: _Group, number: int, part: DirectSlice, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The group's cores, dense and transposed: ``[runs, k_in, k_out]``."""
+        held = {
+            slot: _dense_core(self._table.part(slot, number), part, dtype)
+            for slot in set(group.slots)
+        }
+        stack = torch.empty(len(group.slots), part.k_in, part.k_out, dtype=dtype)
+        return torch.stack([held[slot].T for slot in group.slots], out=stack)
+
+    def _keep(self, key: tuple[int, int], stack: torch.Tensor) -> None:
+        kept = self._kept.get("bytes", 0)
         assert isinstance(kept, int)
-        if kept + elements * 4 > _STACK_LIMIT:
-            return []
-        routing.derived["bytes"] = kept + elements * 4
-        return [self._cores(number, part) for number, part, _, _ in _parts(layer)]
+        if kept + stack.nbytes <= _STACK_LIMIT:
+            self._kept["bytes"] = kept + stack.nbytes
+            self._stacks[key] = stack
 
-    def _cores(self, number: int, part: DirectSlice) -> torch.Tensor:
-        """Dense cores ``[short tokens, k_out, k_in]``."""
-        held: dict[int, torch.Tensor] = {}
-        for slot in self._short_slots:
-            if slot not in held:
-                held[slot] = _dense_core(self._table.part(slot, number), part, self._dtype())
-        return torch.stack([held[slot] for slot in self._short_slots])
 
-    def _dtype(self) -> torch.dtype:
-        task = self._table.tasks[self._short_slots[0]]
-        assert task is not None
-        return next(p.core.dtype for p in task.slices.values() if p.core is not None)
+@dataclass(frozen=True)
+class _Group:
+    """Runs of one length: their slots, and their rows counted from the plan's first token."""
+
+    length: int
+    slots: list[int]
+    rows: torch.Tensor | slice
+
+
+def _group_runs(runs: list[Run], first: int) -> list[_Group]:
+    by_length: dict[int, list[Run]] = {}
+    for run in runs:
+        by_length.setdefault(run[1] - run[0], []).append(run)
+    groups = []
+    for length, members in by_length.items():
+        starts = [start - first for start, _, _ in members]
+        slots = [slot for _, _, slot in members]
+        rows: torch.Tensor | slice
+        if starts[-1] - starts[0] == length * (len(starts) - 1):
+            rows = slice(starts[0], starts[-1] + length)
+        else:
+            rows = (torch.tensor(starts)[:, None] + torch.arange(length)).reshape(-1)
+        groups.append(_Group(length, slots, rows))
+    return groups
 
 
 def _has_core(table: SlotTable, slot: int, layer: DirectLayer) -> bool:
@@ -146,34 +158,12 @@ def _has_core(table: SlotTable, slot: int, layer: DirectLayer) -> bool:
     return any((part := task.slices.get(n)) and part.core is not None for n in numbers)
 
 
-def _positions(short: list[Run], first: int, end: int) -> torch.Tensor | None:
-    """Rows of the short runs' tokens counted from ``first``; None when they are all rows."""
-    rows = [row - first for start, stop, _ in short for row in range(start, stop)]
-    return None if len(rows) == end - first else torch.tensor(rows, dtype=torch.long)
-
-
-def _parts(layer: DirectLayer) -> Iterator[tuple[int, DirectSlice, slice, slice]]:
-    """(number, slice, its columns of z, its columns of w) of each slice with a basis."""
-    k_in = k_out = 0
-    for place, part in enumerate(layer.slices):
-        if part.u is not None:
-            yield (
-                layer.index + place,
-                part,
-                slice(k_in, k_in + part.k_in),
-                slice(k_out, k_out + part.k_out),
-            )
-        k_in += part.k_in
-        k_out += part.k_out
-
-
-def _multiply(w: torch.Tensor, z: torch.Tensor, task: SliceTask | None, part: DirectSlice) -> None:
+def _multiply(z: torch.Tensor, task: SliceTask | None, part: DirectSlice) -> torch.Tensor:
     if task is None or task.core is None:
-        w.zero_()
-    elif task.core_rank:
-        w.copy_((z @ task.core[:, : part.k_in].T) @ task.core[:, part.k_in :])
-    else:
-        w.copy_(z @ task.core.T)
+        return z.new_zeros(z.shape[0], part.k_out)
+    if task.core_rank:
+        return (z @ task.core[:, : part.k_in].T) @ task.core[:, part.k_in :]
+    return z @ task.core.T
 
 
 def _dense_core(task: SliceTask | None, part: DirectSlice, dtype: torch.dtype) -> torch.Tensor:
