@@ -1,12 +1,17 @@
-"""Every touch of vLLM's internals.
+"""Every touch of vLLM's internals, but for reading its layers, which is in ``layers``.
 
 Checked on vLLM 0.28, 0.30 and 0.32 (``make compat`` runs the engine tests on each); 0.29 and 0.31 lie
 between them. What is patched, and why there:
 
 * ``WorkerLoRAManager._load_adapter``: a path of ours becomes a ``TaskLoRAModel`` without weights.
-* ``LRUCacheWorkerLoRAManager._manager_cls``: the manager below fills slots from resident memory.
+* ``LRUCacheWorkerLoRAManager._manager_cls``: the manager below holds direct tasks, and fills slots from
+  resident memory for the others.
 * ``LRUCacheWorkerLoRAManager.create_lora_manager``: loads the checkpoint before vLLM sizes the KV cache.
 * ``LRUCacheWorkerLoRAManager.add_adapter``: an integer id that comes with another path is reloaded.
+* ``LRUCacheWorkerLoRAManager._apply_adapters``: a batch's direct tasks are not counted against slots.
+* ``WorkerLoRAManager.add_dummy_lora``: warm-up adapters beyond the slots are direct tasks.
+* ``Scheduler.add_request``, ``finish_requests``, ``update_from_output``: adapters that need a slot stay
+  within the slots; ``EngineCore.add_request`` asks the workers which of our tasks do.
 * ``OpenAIServingModels.init_static_loras``: lists every task in ``/v1/models``.
 * ``LLMEngine.add_request``, ``AsyncLLM.add_request``: load a task not seen before outside the step,
   where a bad checkpoint is an error for its caller and not the end of the engine.
@@ -15,7 +20,8 @@ between them. What is patched, and why there:
 * ``kv_cache_utils._gen_lora_extra_hash_keys``: before 0.32 the prefix cache's key was the adapter's
   name alone; for our tasks it also gets the path, which carries the content's digest.
 
-They are attributes of classes and of one module, so names that vLLM bound at import see them too.
+They are attributes of classes and of one module, so names that vLLM bound at import see them too. A
+layer's ``punica_wrapper`` is replaced through its own ``set_mapping``.
 """
 
 from __future__ import annotations
