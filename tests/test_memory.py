@@ -215,7 +215,7 @@ def test_only_some_slots_hold_materialized_tasks(tmp_path: Path) -> None:
 
 def test_defaults_and_modes_are_the_plugins() -> None:
     assert set(MODES) == set(settings.MODES)
-    assert DEFAULT_PEFT_SLOTS == settings.Settings().slots
+    assert settings.Settings().slots == DEFAULT_PEFT_SLOTS
     assert inspect.signature(plan_command).parameters["peft_slots"].default == DEFAULT_PEFT_SLOTS
 
 

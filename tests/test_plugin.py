@@ -18,8 +18,9 @@ import torch
 from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.plugin.identity import parse_task_path, task_ids_to_int, task_path
+from vllm_vlora.plugin.layouts import Run, SliceLayout, index_runs
 from vllm_vlora.plugin.resident import ResidentStore
-from vllm_vlora.plugin.slots import Run, SliceLayout, SlotWriter, index_runs
+from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.quantize import pack
 from vllm_vlora.representations import decode, encode_joint, encode_private
 
@@ -116,7 +117,7 @@ def test_the_writer_fills_slots_with_what_the_task_decodes_to(
         rank,
     )  # fmt: skip
     store = ResidentStore(
-        torch.device("cpu"), str, lambda ck, ids: writer.check(ck, ids, engine_name=str)
+        torch.device("cpu"), str, lambda ck, ids, direct: writer.check(ck, ids, engine_name=str)
     )
     store.preload(checkpoint.path)
     bases = dict(checkpoint.bases())
@@ -138,7 +139,7 @@ def test_the_writer_fills_slots_with_what_the_task_decodes_to(
     assert up_a[0].isnan().all(), "another slot was touched"
 
 
-def _unchecked(checkpoint: Checkpoint, task_ids: Iterable[str]) -> None:
+def _unchecked(checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
     """Any model takes it."""
 
 
@@ -177,7 +178,7 @@ def test_a_path_whose_weights_are_gone_is_an_error(tmp_path: Path) -> None:
         ResidentStore(torch.device("cpu"), str, _unchecked).task(path)
 
 
-SEAMS = "vllm_vlora.plugin.seams"
+SEAMS = ("vllm_vlora.plugin.seams", "vllm_vlora.plugin.layers")
 
 
 def _gone(name: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -229,8 +230,9 @@ def patchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Callable[[], di
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     monkeypatch.delenv("VLLM_VLORA_CHECKPOINT", raising=False)
-    monkeypatch.delitem(sys.modules, SEAMS, raising=False)
-    monkeypatch.delattr("vllm_vlora.plugin.seams", raising=False)
+    for module in SEAMS:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.delattr(module, raising=False)
     yield state, lines
     logger.removeHandler(handler)
     logger.setLevel(level)

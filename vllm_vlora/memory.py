@@ -39,6 +39,7 @@ from vllm_vlora.model_layers import (
     module_slice,
     targeted,
 )
+from vllm_vlora.modes import DEFAULT_PEFT_SLOTS
 from vllm_vlora.peft_config import lora_rank
 from vllm_vlora.quantize import FLOAT_DTYPES, row_nbytes
 
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 STOCK = "stock"
 MODES = ("materialize", "direct", "auto")
-DEFAULT_PEFT_SLOTS = 8
 DEFAULT_BATCHED_TOKENS = 8192
 # Of the direct path, which the library cannot import; the tests compare with the real thing.
 _RECORD_NBYTES = 12 * 8

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_vlora.errors import SettingError
-from vllm_vlora.memory import DEFAULT_PEFT_SLOTS
+from vllm_vlora.modes import DEFAULT_PEFT_SLOTS, MODES
 
 MODE_VARIABLE = "VLLM_VLORA_MODE"
 SLOTS_VARIABLE = "VLLM_VLORA_SLOTS"
 BASIS_VARIABLE = "VLLM_VLORA_BASIS"
-MODES = ("auto", "direct", "materialize")
 BASES = ("dense", "packed")
 
 
