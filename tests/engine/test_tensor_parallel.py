@@ -12,8 +12,13 @@ from engine_world import (
     PROMPTS,
     World,
     exact,
+    mixed,
     run_script,
 )
+
+from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.memory import plan_memory
+from vllm_vlora.model_layers import read_model_shape
 
 pytestmark = pytest.mark.engine
 
@@ -24,10 +29,25 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm_vlora import lora_request
 
+def held(worker):
+    manager = worker.model_runner.lora_manager._adapter_manager
+    path = manager.vlora_store.direct
+    stacks = [s for layer in manager.modules.values()
+              for side in (layer.lora_a_stacked, layer.lora_b_stacked)
+              for s in (side if isinstance(side, tuple) else (side,))]
+    memory = path.memory()
+    return {
+        "slots": sum(s.nbytes for s in stacks),
+        "direct": memory.bases + memory.cores + memory.factors + memory.table,
+        "materialized": manager.vlora_store.materialized_nbytes,
+        "direct tasks": len(manager.direct_paths()),
+    }
+
 def main():
     job = json.loads(sys.argv[1])
     llm = LLM(job["model"], tensor_parallel_size=2, enable_lora=True, max_loras=3,
               max_lora_rank=16, **job["arguments"])
+    memory = llm.collective_rpc(held)  # Before tasks of another checkpoint come.
     requests = {"base": None, "ordinary": LoRARequest("ordinary", 1, job["ordinary"])}
     for kind, path in job["checkpoints"].items():
         for task in job["tasks"]:
@@ -39,26 +59,46 @@ def main():
     answers = {}
     for (name, _), output in zip(items, done):
         answers.setdefault(name, []).append(list(output.outputs[0].token_ids))
-    print("RESULT " + json.dumps(answers), flush=True)
+    print("RESULT " + json.dumps([answers, memory]), flush=True)
 
 if __name__ == "__main__":
     main()
 """
 
 
-def test_two_ranks_answer_as_stock_on_one(world: World) -> None:
-    checkpoints = {kind: str(exact(world, kind)) for kind in ("private", "joint")}
+def test_two_ranks_answer_as_stock_on_one_and_hold_what_the_plan_says(world: World) -> None:
+    checkpoints = {"mixed": str(mixed(world)), "joint": str(exact(world, "joint"))}
     job = {
         "model": str(world.model),
         "ordinary": str(world.ordinary),
         "checkpoints": checkpoints,
         "tasks": list(ADAPTERS),
-        "arguments": ENGINE_ARGUMENTS,
+        "arguments": {**ENGINE_ARGUMENTS, "max_num_batched_tokens": 512},
         "max_tokens": MAX_TOKENS,
         "prompts": PROMPTS,
     }
-    found = run_script(SCRIPT, json.dumps(job), VLLM_VLORA_CHECKPOINT=checkpoints["private"])
+    found, memory = run_script(
+        SCRIPT,
+        json.dumps(job),
+        VLLM_VLORA_CHECKPOINT=checkpoints["mixed"],
+        VLLM_VLORA_SLOTS="2",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # To send a function to the workers.
+    )
     for name, answers in found.items():
-        assert answers == world.reference[name.removeprefix("private/").removeprefix("joint/")], (
-            name
-        )
+        assert answers == world.reference[name.removeprefix("mixed/").removeprefix("joint/")], name
+    plan = plan_memory(
+        Checkpoint.open(checkpoints["mixed"]),
+        max_loras=3,
+        tp=2,
+        dtype="float32",
+        max_lora_rank=16,
+        peft_slots=2,
+        model=read_model_shape(world.model),
+        max_num_batched_tokens=512,
+        cpu=True,
+    ).mode("auto")
+    for rank in memory:
+        assert rank["direct tasks"] == len(ADAPTERS) - 2
+        assert rank["slots"] == plan.slots_nbytes
+        total = rank["slots"] + rank["direct"] + rank["materialized"]
+        assert total == plan.total_nbytes

@@ -97,7 +97,8 @@ class DirectPath:
         self.table = SlotTable(slots, count, device)
         self.routing = Routing(max_tokens, slots, device)
         self.empty = make_task({}, count, device)
-        self._cores_nbytes = self._factors_nbytes = self._records_nbytes = 0
+        self._cores_nbytes = self._factors_nbytes = 0
+        self._records_nbytes = self.empty.records.nbytes
 
     # --- tasks ---
 
