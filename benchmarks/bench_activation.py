@@ -32,6 +32,8 @@ hits all alike, and each task is removed again before its next turn, so that eve
   private bfloat16     vllm-vlora: fill a slot from a resident checkpoint of the adapters as they are
   private int8, nf4    the same, from quantised factors, dequantised on the way
   joint k=64           the same, from shared bases and small cores, multiplied on the way
+  direct joint k=64,   vllm-vlora's direct mode, which fills no slot: a row of addresses, in an engine
+  direct private nf4   of its own in the same process, started with that checkpoint
 
 The adapters are random, of rank 16 on all seven linears of a layer, bfloat16, with nonzero B, and lie
 near a common subspace of 64 dimensions, so that a joint checkpoint is not mere error. The plugin is
@@ -40,7 +42,8 @@ installed while stock code runs; --startup also times stock code in processes wi
 In the same engine slots are then poisoned with NaN, filled by each method with each task and
 compared: stock and private bfloat16 with the adapter's own factors, bit for bit; the others with the
 checkpoint's decoded factors, and their delta_W with the adapter's, whose relative error must be the
-one that the checkpoint records. When anything is wrong, no figure is printed and the exit status
+one that the checkpoint records. Direct tasks must add to random inputs, in every layer, what the decoded
+factors add. When anything is wrong, no figure is printed and the exit status
 is 1.
 
 In turn, each call finds what the others left in the caches and the allocator, as a server would; by
@@ -389,21 +392,34 @@ def measure_activation(work: Work) -> dict[str, Any]:
     in_another_process(make_checkpoints, work)
     adapters = [open_adapter(work.adapter_folder / str(i)) for i in range(args.tasks)]
     checkpoints = {name: work.folder / name for name in checkpoint_options(args.k)}
-    say("starting the engine")
+    say("starting three engines")
     llm = start_engine(work.engine_arguments())
+    engines = [llm]
     try:
         manager = worker_manager(llm)
         methods = make_methods(manager, adapters, checkpoints)
+        direct_managers = {}
+        for name in direct_checkpoints(args.k):
+            engines.append(start_direct_engine(work, checkpoints[name]))
+            direct_managers[f"direct {name}"] = worker_manager(engines[-1])
+        direct = [
+            direct_method(held, name, checkpoints[name.removeprefix("direct ")])
+            for name, held in direct_managers.items()
+        ]
+        filling, methods = methods, [*methods, *direct]
         say(f"timing {args.rounds} rounds in turn, then as many by itself")
         interleave(methods, args.tasks, args.warmup, args.rounds, manager.device)
         back_to_back(methods, args.tasks, args.rounds, manager.device)
         bandwidth = copy_bandwidth(manager.device)
         say("checking every method with every task")
-        for method in methods:
-            for number, adapter in enumerate(adapters):
+        for number, adapter in enumerate(adapters):
+            for method in filling:
                 check(manager, method, number, adapter)
+            for method in direct:
+                check_direct(direct_managers[method.name], method, number)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        for engine in engines:
+            engine.llm_engine.engine_core.shutdown()
     stock = next(method for method in methods if method.name == STOCK)
     rows = [summarise(method, stock, bandwidth, args.tasks) for method in methods]
     return {
@@ -450,6 +466,26 @@ def worker_manager(llm: Any) -> Any:
     (manager,) = llm.collective_rpc(lambda worker: worker.model_runner.lora_manager)
     manager.remove_all_adapters()
     return manager
+
+
+def direct_checkpoints(k: int) -> tuple[str, str]:
+    """The checkpoints that are also run direct."""
+    return f"joint k={k}", "private nf4"
+
+
+def start_direct_engine(work: Work, folder: Path) -> Any:
+    """One more engine of this process, whose tasks run direct."""
+    from vllm_vlora.plugin.seams import Setup, TaskLoRAManager
+    from vllm_vlora.plugin.settings import Settings
+
+    before = TaskLoRAManager.setup
+    TaskLoRAManager.setup = Setup(str(folder), Settings("direct"))
+    try:
+        llm = start_engine(work.engine_arguments())
+        worker_manager(llm)._adapter_manager.preload(str(folder))
+    finally:
+        TaskLoRAManager.setup = before
+    return llm
 
 
 def make_methods(manager: Any, adapters: list[Any], checkpoints: dict[str, Path]) -> list[Method]:
@@ -572,6 +608,41 @@ def resident_method(manager: Any, name: str, folder: Path, written: int) -> Meth
     )
 
 
+def direct_method(manager: Any, name: str, folder: Path) -> Method:
+    """vllm-vlora's direct mode, from the checkpoint that the engine started with."""
+    from vllm_vlora import Checkpoint, lora_request
+    from vllm_vlora.representations import decode
+
+    checkpoint = Checkpoint.open(folder)
+    task_ids = list(checkpoint.tasks)
+    requests = [lora_request(checkpoint, task_id) for task_id in task_ids]
+    bases = dict(checkpoint.bases())
+    path = manager._adapter_manager.vlora_store.direct
+    memory, records = path.memory(), path.empty.records.nbytes
+
+    def expected(number: int) -> dict[str, tuple[Any, Any]]:
+        stored = checkpoint.load_task(task_ids[number]).modules
+        return {module: decode(stored[module], bases.get(module)) for module in stored}
+
+    return Method(
+        name,
+        [request.lora_int_id for request in requests],
+        lambda i: manager.add_adapter(requests[i]),
+        lambda i: manager.remove_adapter(requests[i].lora_int_id),
+        expected,
+        False,
+        [checkpoint.record(task_id).error for task_id in task_ids],
+        Sizes(
+            checkpoint.lora_nbytes(task_ids[0]),
+            checkpoint.basis_nbytes,
+            (memory.cores + memory.factors) // len(task_ids) + records,
+            memory.bases,
+            records,
+            records,
+        ),
+    )
+
+
 def interleave(methods: list[Method], tasks: int, warmup: int, rounds: int, device: Any) -> None:
     """Time the methods in turn; every round activates another task, removed again untimed."""
     for index in range(warmup + rounds):
@@ -634,10 +705,11 @@ def check(manager: Any, method: Method, number: int, adapter: Any) -> None:
     slots = manager._adapter_manager
     layouts = {layout.name: layout for layout in slots.writer.layouts}
     expected = method.expected(number)
-    for layout in slots.writer.layouts:
-        for slot in range(slots.lora_slots):
+    for slot in range(slots.lora_slots):
+        for layout in slots.writer.layouts:
             layout.a(slot).fill_(torch.nan)
             layout.b(slot).fill_(torch.nan)
+        slots.writer.forget(slot)
     if not method.activate(number):
         raise WrongResultError(f"{method.name}: task {number} was loaded before it was asked for")
     slot = slots.lora_index_to_id.index(method.lora_ids[number])
@@ -661,6 +733,37 @@ def check(manager: Any, method: Method, number: int, adapter: Any) -> None:
         raise WrongResultError(
             f"{where}: delta_W is off by {error:.3g}, the checkpoint records {recorded:.3g}"
         )
+
+
+def check_direct(manager: Any, method: Method, number: int) -> None:
+    """Activate a task and compare what every layer adds to random inputs with its decoded factors.
+
+    Raises:
+        WrongResultError: a sum is off by more than rounding.
+    """
+    import numpy as np
+    import torch
+
+    from vllm_vlora.triton_kernels.direct import add_direct
+
+    slots = manager._adapter_manager
+    path, expected = slots.vlora_store.direct, method.expected(number)
+    method.activate(number)
+    slots._direct_slots.route(np.full(4, method.lora_ids[number]))
+    for name, layer in path.layers.items():
+        x = torch.randn(4, layer.d_in, dtype=path.dtype, device=path.device)
+        y = x.new_zeros(4, layer.width)
+        add_direct(y, x, layer, path.table, path.routing)
+        parts = slots.packed_modules.get(name, [name])
+        for part, found in zip(parts, y.split([part.width for part in layer.slices], dim=1)):
+            a, b = (factor.to(path.device).double() for factor in expected[part])
+            wanted = x.double() @ a.T @ b.T
+            slack = 1e-5 if path.dtype == torch.float32 else 2.0**-6
+            if not ((found - wanted).abs() <= slack * wanted.abs().amax()).all():
+                raise WrongResultError(
+                    f"{method.name}, task {number}, {part}: not what it decodes to"
+                )
+    method.evict(number)
 
 
 def compare(where: str, slot: Any, expected: Any, exact: bool) -> None:

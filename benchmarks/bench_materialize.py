@@ -17,8 +17,9 @@ import vllm_vlora
 from vllm_vlora.quantize import pack, unpack
 from vllm_vlora.triton_kernels.materialize import (
     MaterializeJob,
+    materialize,
     materialize_reference,
-    materialize_triton,
+    plan_materialize,
 )
 
 DESCRIPTION = """\
@@ -26,9 +27,11 @@ Time the activation of one task of a checkpoint: its LoRA factors A and B of eve
 model are written into the slot of a serving engine, from packed matrices that are resident on
 the device. Methods, run in turn (A B C A B C ...) so that a drift of the machine hits all alike:
 
-  triton         the Triton kernel, one launch a factor, host time included
-  triton, graph  the same launches replayed from a CUDA graph: the device's own time
-  reference      the torch reference on the same device
+  plan           the jobs planned once and run, as the plugin does: on a GPU two or three launches of
+                 the Triton kernel, host time included; elsewhere torch
+  plan and run   the same with the planning, which the plugin does once a task
+  plan, graph    the launches replayed from a CUDA graph: the device's own time
+  reference      the torch reference on the same device, factor by factor
   host copy      the finished A and B copied from (pinned) host memory, as stock LoRA swapping does
 
 Every method's result is compared with a float64 product before anything is timed; when one is
@@ -41,7 +44,7 @@ EPILOG = """\
 examples:
   python benchmarks/bench_materialize.py                            on a GPU: Llama-7B shapes
   python benchmarks/bench_materialize.py --formats nf4 --k 64 --json result.json
-  python benchmarks/bench_materialize.py --device cpu               a small model, no Triton
+  python benchmarks/bench_materialize.py --device cpu               a small model, without Triton
 """
 FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "nf4": "nf4", "nf4-dq": "nf4-dq"}
 # (layers, hidden, intermediate)
@@ -71,7 +74,7 @@ class Method:
 def main() -> int:
     args = parse_arguments()
     device = torch.device(args.device)
-    methods_note = "" if device.type == "cuda" else " (no GPU: the torch reference only)"
+    methods_note = "" if device.type == "cuda" else " (no GPU: torch only)"
     device_name, versions = describe(device)
     print(f"{device_name}{methods_note}")
     print(", ".join(f"{name} {value}" for name, value in versions.items()))
@@ -226,17 +229,20 @@ def prepare(setup: Setup, device: torch.device) -> list[Method]:
     Raises:
         ArithmeticError: a method's result differs from the float64 product by more than rounding.
     """
-    methods = [Method("reference", lambda: materialize_reference(setup.jobs))]
-    if device.type == "cuda":
-        methods.insert(0, Method("triton", lambda: materialize_triton(setup.jobs)))
+    plan = plan_materialize(setup.jobs)
+    methods = [
+        Method("plan", plan.run),
+        Method("plan and run", lambda: materialize(setup.jobs)),
+        Method("reference", lambda: materialize_reference(setup.jobs)),
+    ]
     for method in methods:
         check(setup, method)
     if device.type == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            materialize_triton(setup.jobs)
-        methods.insert(1, Method("triton, graph", graph.replay))
-        check(setup, methods[1])
+            plan.run()
+        methods.insert(2, Method("plan, graph", graph.replay))
+        check(setup, methods[2])
     pinned = device.type == "cuda"
     # In the memory order of the slot: a contiguous copy, the best case for the host.
     hosts = [memory_order(job.out).cpu() for job in setup.jobs]

@@ -11,6 +11,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -20,14 +22,20 @@ from hypothesis import strategies as st
 from vllm_vlora.quantize import FORMATS, PackedMatrix, pack, unpack
 from vllm_vlora.triton_kernels.materialize import (
     MaterializeJob,
+    MaterializePlan,
+    OutTable,
     materialize,
     materialize_reference,
     materialize_triton,
+    plan_materialize,
 )
 
 BACKEND = os.environ.get("VLORA_TEST_MATERIALIZE", "reference")
 DEVICE = "cuda" if BACKEND == "gpu" else "cpu"
-run_jobs = materialize_reference if BACKEND == "reference" else materialize_triton
+# On a CPU materialize is the torch plan.
+RUNNERS = [materialize_reference, materialize] if BACKEND == "reference" else [materialize_triton]
+Runner = Callable[[Sequence[MaterializeJob]], None]
+each_way = pytest.mark.parametrize("run_jobs", RUNNERS, ids=lambda runner: runner.__name__)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Relative rounding of a store: half a unit in the last place, but Triton's interpreter cuts a
@@ -38,12 +46,27 @@ STORE_ERROR = {
     torch.bfloat16: 2.0**-7 if BACKEND == "interpreter" else 2.0**-8,
 }
 SENTINEL = 42.0
+LAYOUTS = ["rows", "transposed", "stepped", "slot", "transposed slot"]
+FACTORS = [format for format in FORMATS if format not in ("float32", "float16")]
+
+
+def make_plan(jobs: Sequence[MaterializeJob]) -> MaterializePlan:
+    """The plan of the kernel, or of torch in the reference's process."""
+    if BACKEND == "reference":
+        return plan_materialize(jobs)
+    from vllm_vlora.triton_kernels.materialize_kernel import KernelPlan
+
+    return KernelPlan(jobs)
 
 
 def make_out(rows: int, cols: int, dtype: torch.dtype, layout: str) -> tuple[torch.Tensor, ...]:
     """A poisoned ``rows x cols`` view inside a larger buffer, and a mask of the bytes outside."""
     if layout == "transposed":
         buffer = torch.full((cols + 2, rows + 3), SENTINEL, dtype=dtype, device=DEVICE)
+    elif layout == "slot":
+        buffer = torch.full((2, rows, cols), SENTINEL, dtype=dtype, device=DEVICE)
+    elif layout == "transposed slot":
+        buffer = torch.full((2, cols, rows), SENTINEL, dtype=dtype, device=DEVICE)
     elif layout == "stepped":
         buffer = torch.full((2 * rows + 3, 3 * cols + 2), SENTINEL, dtype=dtype, device=DEVICE)
     else:
@@ -53,6 +76,10 @@ def make_out(rows: int, cols: int, dtype: torch.dtype, layout: str) -> tuple[tor
     def view(tensor: torch.Tensor) -> torch.Tensor:
         if layout == "transposed":
             return tensor[1 : 1 + cols, 2 : 2 + rows].t()
+        if layout == "slot":
+            return tensor[1]
+        if layout == "transposed slot":
+            return tensor[1].t()
         if layout == "stepped":
             return tensor[1 : 1 + 2 * rows : 2, 2 : 2 + 3 * cols : 3]
         return tensor[1 : 1 + rows, 2 : 2 + cols]
@@ -120,7 +147,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "d": start + width + draw(st.integers(0, 70)),
         "extra_rows": draw(st.sampled_from([0, 0, 1, 24])),
         "extra_cols": draw(st.sampled_from([0, 0, 1, 200])),
-        "layout": draw(st.sampled_from(["rows", "transposed", "stepped"])),
+        "layout": draw(st.sampled_from(LAYOUTS)),
         "wide": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 1.0, 0.3, -2.5, 0.0])),
         "seed": draw(st.integers(0, 2**31 - 1)),
@@ -158,11 +185,16 @@ def case(**changes: object) -> dict[str, object]:
 @example(case=case(format="nf4-dq", start=37, width=100, d=64 * 257, left_dtype=None, k=16))
 @example(case=case(format="nf4-dq", start=64 * 255 + 9, width=100, d=64 * 258, k=5))
 @example(case=case(format="int8", rank=70, k=100, extra_rows=58, extra_cols=3))
-def test_against_float64(case: dict[str, object]) -> None:
-    assert_case(**case)  # type: ignore[arg-type]
+@example(case=case(format="nf4", left_dtype=None, rank=7, k=7, layout="transposed slot", scale=2.0))
+@example(case=case(format="nf4-dq", left_dtype=None, k=16, layout="slot", scale=2.0**-140))
+@example(case=case(format="int8", left_dtype=None, k=16, layout="transposed slot", scale=0.25))
+@each_way
+def test_against_float64(run_jobs: Runner, case: dict[str, object]) -> None:
+    assert_case(run_jobs, **case)  # type: ignore[arg-type]
 
 
 def assert_case(
+    run_jobs: Runner,
     format: str,
     out_dtype: torch.dtype,
     left_dtype: torch.dtype | None,
@@ -193,8 +225,9 @@ def assert_case(
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16])
+@each_way
 def test_identity_is_the_dequantised_matrix_bit_for_bit(
-    format: str, out_dtype: torch.dtype
+    run_jobs: Runner, format: str, out_dtype: torch.dtype
 ) -> None:
     torch.manual_seed(1)
     matrix = make_matrix(5, 200, format, wide=False)
@@ -204,7 +237,10 @@ def test_identity_is_the_dequantised_matrix_bit_for_bit(
 
 
 @pytest.mark.parametrize("format", ["float16", "bfloat16"])
-def test_an_unquantised_factor_reaches_a_slot_of_its_dtype_unchanged(format: str) -> None:
+@each_way
+def test_an_unquantised_factor_reaches_a_slot_of_its_dtype_unchanged(
+    run_jobs: Runner, format: str
+) -> None:
     torch.manual_seed(2)
     matrix = make_matrix(8, 100, format, wide=False)
     values = matrix.parts["values"]
@@ -213,7 +249,8 @@ def test_an_unquantised_factor_reaches_a_slot_of_its_dtype_unchanged(format: str
     assert torch.equal(out, values)
 
 
-def test_fewer_rows_of_a_packed_factor_are_a_smaller_rank() -> None:
+@each_way
+def test_fewer_rows_of_a_packed_factor_are_a_smaller_rank(run_jobs: Runner) -> None:
     torch.manual_seed(3)
     matrix = make_matrix(8, 100, "nf4-dq", wide=False)
     out = torch.full((8, 100), float("nan"), device=DEVICE)
@@ -223,7 +260,8 @@ def test_fewer_rows_of_a_packed_factor_are_a_smaller_rank() -> None:
 
 
 @pytest.mark.parametrize(("rank", "k", "width"), [(0, 5, 30), (4, 0, 30), (4, 5, 0), (0, 0, 0)])
-def test_nothing_to_write_leaves_zeros(rank: int, k: int, width: int) -> None:
+@each_way
+def test_nothing_to_write_leaves_zeros(run_jobs: Runner, rank: int, k: int, width: int) -> None:
     out = torch.full((6, 40), float("nan"), device=DEVICE)
     matrix = make_matrix(k, 40, "int8", wide=False)
     run_jobs([MaterializeJob(out, matrix, torch.ones(rank, k, device=DEVICE), 1.0, 10, width)])
@@ -231,7 +269,10 @@ def test_nothing_to_write_leaves_zeros(rank: int, k: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_the_remainder_is_zero_even_beside_values_that_are_not_finite(bad: float) -> None:
+@each_way
+def test_the_remainder_is_zero_even_beside_values_that_are_not_finite(
+    run_jobs: Runner, bad: float
+) -> None:
     matrix = PackedMatrix("float32", 3, 40, {"values": torch.full((3, 40), bad, device=DEVICE)})
     for left in (torch.ones(2, 3, device=DEVICE), None):
         out = torch.full((6, 50), SENTINEL, device=DEVICE)
@@ -243,13 +284,15 @@ def test_the_remainder_is_zero_even_beside_values_that_are_not_finite(bad: float
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (7, 0)])
-def test_an_empty_slot_is_accepted(shape: tuple[int, int]) -> None:
+@each_way
+def test_an_empty_slot_is_accepted(run_jobs: Runner, shape: tuple[int, int]) -> None:
     out = torch.empty(shape, device=DEVICE)
     matrix = make_matrix(3, 40, "nf4", wide=False)
     run_jobs([MaterializeJob(out, matrix, torch.ones(0, 3, device=DEVICE), 1.0, 0, 0)])
 
 
-def test_jobs_of_one_call_are_independent() -> None:
+@each_way
+def test_jobs_of_one_call_are_independent(run_jobs: Runner) -> None:
     torch.manual_seed(4)
     jobs = []
     for index, format in enumerate(FORMATS):
@@ -264,7 +307,79 @@ def test_jobs_of_one_call_are_independent() -> None:
     run_jobs([])
 
 
-def test_running_twice_gives_the_same_bits() -> None:
+def jobs_of_a_task(
+    formats: Sequence[str], ranks: Sequence[int], shift: int
+) -> list[MaterializeJob]:
+    """A and transposed B of modules of these formats and ranks; every third joint, the last zeroed."""
+    jobs = []
+    for index, (format, rank) in enumerate(zip(formats, ranks)):
+        for layout in ("slot", "transposed slot"):
+            width = 96 + 32 * index
+            out, _, _ = make_out(16, width + shift, torch.bfloat16, layout)
+            k = 24 if index % 3 == 2 else rank
+            matrix = make_matrix(k, width + 64, format, wide=False)
+            left = torch.randn(rank, k).to(DEVICE, torch.bfloat16) if index % 3 == 2 else None
+            jobs.append(MaterializeJob(out, matrix, left, 2.0, 8 * index + shift, width))
+    return [*jobs, MaterializeJob.zero(make_out(16, 70, torch.bfloat16, "transposed slot")[0])]
+
+
+@each_way
+def test_several_tasks_of_mixed_formats_in_one_call(run_jobs: Runner) -> None:
+    torch.manual_seed(7)
+    jobs = jobs_of_a_task(["nf4", "int8", "bfloat16", "nf4"], [16, 8, 4, 0], 0)
+    jobs += jobs_of_a_task(["bfloat16", "nf4-dq", "nf4", "float16"], [3, 16, 8, 16], 5)
+    jobs.reverse()
+    run_jobs(jobs)
+    for job in jobs:
+        assert_job_result(job)
+
+
+@pytest.mark.parametrize("format", FACTORS)
+def test_a_plan_runs_for_any_slot(format: str) -> None:
+    torch.manual_seed(8)
+    stacks = [torch.full((4, 1, 16, 192), SENTINEL, device=DEVICE),
+              torch.full((4, 1, 128, 16), SENTINEL, device=DEVICE)]  # fmt: skip
+
+    def views(slot: int) -> list[torch.Tensor]:
+        return [stacks[0][slot, 0], stacks[1][slot, 0].T]
+
+    matrices = [make_matrix(8, 192, format, wide=False), make_matrix(8, 128, format, wide=False)]
+    jobs = [
+        MaterializeJob(view[:8], matrix, None, 0.5, 0, matrix.cols)
+        for view, matrix in zip(views(0), matrices)
+    ]
+    plan = make_plan(jobs)
+    tables = {slot: OutTable(views(slot)) for slot in (1, 3)}
+    for slot in (1, 3, 1):
+        plan.run(tables[slot])
+    for slot in (1, 3):
+        for view, matrix in zip(views(slot), matrices):
+            assert torch.equal(view[:8], unpack(matrix) * 0.5)
+            assert (view[8:] == SENTINEL).all(), "rows that are not the job's were touched"
+    for slot in (0, 2):
+        assert all((view == SENTINEL).all() for view in views(slot)), "another slot was touched"
+
+
+UNFIT = {
+    "1 tensors for 2 jobs": lambda out: [out],
+    "tensor 1 is torch.float16": lambda out: [out, out.half()],
+    "tensor 1 is torch.float32 .3, 64.": lambda out: [out, out[:3]],
+    "tensor 1 .* with strides .1, 8.": lambda out: [out, torch.empty(64, 8, device=DEVICE).T],
+}
+
+
+@pytest.mark.parametrize("message", UNFIT)
+def test_a_plan_refuses_tensors_that_do_not_fit(message: str) -> None:
+    out = torch.full((8, 64), SENTINEL, device=DEVICE)
+    matrix = make_matrix(8, 64, "nf4", wide=False)
+    plan = make_plan([MaterializeJob(out, matrix, None, 1.0, 0, 64)] * 2)
+    with pytest.raises(ValueError, match=message):
+        plan.run(OutTable(UNFIT[message](out)))
+    assert (out == SENTINEL).all()
+
+
+@each_way
+def test_running_twice_gives_the_same_bits(run_jobs: Runner) -> None:
     torch.manual_seed(5)
     matrix = make_matrix(40, 300, "nf4", wide=False)
     left = torch.randn(9, 40, device=DEVICE)
@@ -313,13 +428,93 @@ def test_a_bad_job_is_refused_before_anything_is_written(message: str, op: objec
     assert (good.out == SENTINEL).all()
 
 
+@pytest.mark.parametrize("op", [materialize, materialize_reference, materialize_triton])
+def test_jobs_on_two_devices_are_refused(op: Runner) -> None:
+    jobs = [MaterializeJob.zero(torch.empty(2, 8, device=device)) for device in ("cpu", "meta")]
+    with pytest.raises(ValueError, match="must be on one device, these are on cpu, meta"):
+        op(jobs)
+
+
 if BACKEND == "interpreter":
+
+    def test_a_private_task_takes_two_launches_whatever_its_ranks() -> None:
+        from vllm_vlora.triton_kernels.materialize_kernel import KernelPlan
+
+        jobs = []
+        for rank in (16, 4, 1):
+            for layout in ("slot", "transposed slot"):
+                matrix = make_matrix(rank, 128, "nf4", wide=False)
+                out = make_out(rank, 128, torch.bfloat16, layout)[0]
+                jobs.append(MaterializeJob(out, matrix, None, 1.0, 0, 128))
+                jobs.append(MaterializeJob.zero(make_out(16, 128, torch.bfloat16, layout)[0]))
+        # An out of one row is contiguous both ways and goes with the As.
+        assert len(KernelPlan(jobs).launches) == 2
+        assert KernelPlan([]).launches == []
+
+    def test_what_the_compiler_is_told_of_alignment_is_true_of_every_job() -> None:
+        from vllm_vlora.triton_kernels.materialize_kernel import ALIGNMENT, FIELDS, KernelPlan
+
+        torch.manual_seed(9)
+        jobs = jobs_of_a_task(["nf4", "int8", "bfloat16"], [16, 8, 4], 0)
+        promised = set()
+        for odd in (None, *range(len(jobs))):
+            chosen = jobs if odd is None else [*jobs, shifted(jobs[odd])]
+            for launch in KernelPlan(chosen).launches:
+                rows = [
+                    dict(zip(FIELDS, row)) for row in launch.jobs.view(-1, len(FIELDS)).tolist()
+                ]
+                constants = launch.constants
+                along = "rows" if constants["ORDER"] == "columns" else "cols"
+                across = "cols" if constants["ORDER"] == "columns" else "rows"
+                for row in rows:
+                    if constants["ALIGNED_OUT"]:
+                        out = chosen[row["place"]].out
+                        assert out.data_ptr() % 16 == 0
+                        assert row[f"n_{along}"] % ALIGNMENT == 0
+                        assert row[f"out_stride_{across[:3]}"] % ALIGNMENT == 0
+                    if constants["ALIGNED_IN"] and row["rank"] > 0:
+                        assert row["codes"] % 16 == 0
+                        sizes = (row["start"], row["width"], row["codes_stride"])
+                        assert all(size % ALIGNMENT == 0 for size in sizes)
+                promised.add((odd is None, constants["ALIGNED_IN"], constants["ALIGNED_OUT"]))
+        assert promised >= {(True, True, True), (False, False, True), (False, False, False)}
+
+    def test_a_slot_that_is_less_aligned_than_the_planned_one_gets_a_weaker_promise(
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from vllm_vlora.triton_kernels import materialize_kernel
+
+        buffer = torch.full((600,), SENTINEL, dtype=torch.float16, device=DEVICE)
+        views = [buffer.as_strided((2, 128), (128, 1), 260 * slot) for slot in range(2)]
+        assert [view.data_ptr() % 16 for view in views] == [0, 8]
+        matrix = make_matrix(2, 128, "int8", wide=False)
+        plan = materialize_kernel.KernelPlan([MaterializeJob(views[0], matrix, None, 1.0, 0, 128)])
+        kernel, promised = materialize_kernel._materialize_kernel, []
+
+        class Recorder:
+            def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+                def launch(*arguments: object, **constants: object) -> None:
+                    promised.append(constants["ALIGNED_OUT"])
+                    kernel[grid](*arguments, **constants)
+
+                return launch
+
+        monkeypatch.setattr(materialize_kernel, "_materialize_kernel", Recorder())
+        for view in views:
+            plan.run(OutTable([view]))
+            assert torch.equal(view, unpack(matrix).half())
+        assert promised == [True, False]
+
+    def shifted(job: MaterializeJob) -> MaterializeJob:
+        """The same job one column further, read and written."""
+        out = job.out[:, 1:]
+        return MaterializeJob(out, job.matrix, job.left, job.scale, job.start + 1, job.width - 1)
 
     def test_the_kernel_refuses_parts_that_are_not_contiguous_along_rows() -> None:
         values = torch.ones(50, 5).t()
         matrix = PackedMatrix("float32", 5, 50, {"values": values})
         with pytest.raises(ValueError, match="contiguous along its rows"):
-            run_jobs([MaterializeJob(torch.empty(5, 50), matrix, None, 1.0, 0, 50)])
+            materialize_triton([MaterializeJob(torch.empty(5, 50), matrix, None, 1.0, 0, 50)])
 
 
 if BACKEND == "reference":
@@ -343,13 +538,38 @@ if BACKEND == "reference":
     def test_triton_kernel_on_the_gpu() -> None:
         run_in_own_process("gpu", "0")
 
-    def test_materialize_on_the_cpu_is_the_reference() -> None:
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("out_dtype", DTYPES)
+    @pytest.mark.parametrize("scale", [1.0, 2.0, 0.3, 2.0**-140])
+    def test_the_plan_writes_private_factors_to_the_reference_s_bits(
+        format: str, out_dtype: torch.dtype, scale: float
+    ) -> None:
         torch.manual_seed(6)
-        matrix = make_matrix(33, 200, "nf4", wide=False)
-        left = torch.randn(9, 33)
-        outs = [torch.full((16, 120), float("nan")) for _ in range(2)]
-        materialize([MaterializeJob(outs[0], matrix, left, 0.5, 40, 100)])
-        materialize_reference([MaterializeJob(outs[1], matrix, left, 0.5, 40, 100)])
+        for layout, start, width in (("slot", 0, 192), ("transposed slot", 0, 192),
+                                     ("transposed", 64, 128), ("transposed", 37, 100)):  # fmt: skip
+            matrix = make_matrix(5, 300, format, wide=False)
+            outs = []
+            for runner in RUNNERS:
+                for packed in (matrix, matrix.by_columns()):
+                    outs.append(make_out(8, 200, out_dtype, layout)[0])
+                    runner([MaterializeJob(outs[-1], packed, None, scale, start, width)])
+            assert all(torch.equal(out, outs[0]) for out in outs)
+
+    def test_scratch_memory_made_in_inference_mode_serves_outside_of_it() -> None:
+        matrix = make_matrix(4, 64, "nf4", wide=False)
+        outs = [torch.full((4, 64), float("nan"), dtype=torch.bfloat16) for _ in range(2)]
+
+        def run() -> None:  # In a thread, whose scratch is new.
+            plans = [
+                plan_materialize([MaterializeJob(out, matrix, None, 1.0, 0, 64)]) for out in outs
+            ]
+            with torch.inference_mode():
+                plans[0].run()
+            plans[1].run()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
         assert torch.equal(*outs)
 
     def test_the_reference_runs_without_triton() -> None:

@@ -4,18 +4,26 @@
     out[i, j] = 0                                                   elsewhere
 
 ``matrix`` is a packed basis (or, without ``left``, a task's own packed factor) and is dequantised
-on the way. A slot's A is ``out`` itself; a slot's B is passed transposed.
+on the way. A slot's A is ``out`` itself; a slot's B is passed transposed. All jobs of one call run
+together: on a GPU in as few launches as there are kinds of arithmetic among them.
+
+What a job reads stays the same from one slot to the next and only ``out`` changes, so the jobs of a
+task may be planned once and run for any slot: ``plan_materialize(jobs).run(slot)`` with the slot's
+tensors as an ``OutTable``.
 
 This file holds the operation's definition: the job, its checks, the torch reference and the
-dispatch. The Triton kernel stands with its launcher in ``materialize_kernel.py``, which is imported
-only when it runs, so that machines without Triton can use the reference.
+dispatch. The Triton kernel stands with its plan in ``materialize_kernel.py``, which is imported only
+when it runs, so that machines without Triton can do without; the plan for other devices stands in
+``materialize_torch.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -51,24 +59,88 @@ class MaterializeJob:
         """r: the number of rows of ``out`` that are not zeroed."""
         return self.matrix.rows if self.left is None else self.left.shape[0]
 
+    @classmethod
+    def zero(cls, out: torch.Tensor) -> MaterializeJob:
+        """A job that reads nothing and zeroes ``out``."""
+        nothing = torch.empty(0, 0, dtype=torch.float32, device=out.device)
+        return cls(out, PackedMatrix("float32", 0, 0, {"values": nothing}), None, 1.0, 0, 0)
 
-def materialize(jobs: Sequence[MaterializeJob]) -> None:
-    """Run ``jobs``: Triton for tensors on a CUDA or ROCm device, the torch reference elsewhere.
 
-    Nothing is written unless every job passes its checks. On a GPU the work is enqueued on the
-    current stream and the host does not wait for it.
+class OutTable:
+    """What a plan may write to: for each of its jobs a tensor, in the jobs' order.
+
+    One table describes one slot of an engine; every plan whose jobs follow the same order takes it.
+    A table keeps what plans derive from its tensors, so make it once a slot.
+
+    Attributes:
+        outs: 2-D tensors of one device.
+    """
+
+    def __init__(self, outs: Sequence[torch.Tensor]) -> None:
+        self.outs = tuple(outs)
+        self._views: dict[object, torch.Tensor] = {}
+
+    @cached_property
+    def pointers(self) -> torch.Tensor:
+        """The address of each tensor's first element, int64, on their device."""
+        return to_device([out.data_ptr() for out in self.outs], torch.int64, self.outs[0].device)
+
+    def view(self, key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A view of one of the tensors under ``key``, made once: making views costs as much as
+        filling small ones."""
+        held = self._views.get(key)
+        if held is None:
+            held = self._views[key] = make()
+        return held
+
+
+class MaterializePlan(Protocol):
+    """Jobs that passed their checks, arranged to run at the cost of their arithmetic alone.
+
+    A plan holds on to the tensors of its jobs; what they read must not change meanwhile.
+    """
+
+    def run(self, outs: OutTable | None = None) -> None:
+        """Run the jobs, into their own ``out`` or into the tensors of ``outs``.
+
+        On a GPU the work is enqueued on the current stream and the host does not wait for it; a plan
+        and its tables belong to the stream on which they were made.
+
+        Args:
+            outs: for each job a tensor with the dtype, strides and device of the job's ``out`` that
+                is at least as large; what lies outside of the job's shape is left as it is.
+
+        Raises:
+            ValueError: a tensor of ``outs`` does not fit its job.
+        """
+
+
+def plan_materialize(jobs: Sequence[MaterializeJob]) -> MaterializePlan:
+    """Check ``jobs`` and arrange them for their device: Triton for CUDA and ROCm, else torch.
+
+    On a CPU a plan may hold copies of packed matrices in the order of the slots (never decoded; none
+    where the parts lie that way already, see ``PackedMatrix.by_columns``).
 
     Raises:
-        ValueError: a job's shapes, dtypes, strides or devices do not fit together.
+        ValueError: a job's shapes, dtypes, strides or devices do not fit together, or the jobs are
+            on different devices.
     """
-    for job in jobs:
-        _check(job)
+    _check_all(jobs)
     # ROCm devices, too, are of the type "cuda" in torch.
-    on_gpu = [job for job in jobs if job.out.is_cuda]
-    if on_gpu:
-        _launch(on_gpu)
-    if len(on_gpu) < len(jobs):
-        _reference([job for job in jobs if not job.out.is_cuda])
+    if jobs and jobs[0].out.is_cuda:
+        return _kernel_plan(jobs)
+    from vllm_vlora.triton_kernels.materialize_torch import TorchPlan
+
+    return TorchPlan(jobs)
+
+
+def materialize(jobs: Sequence[MaterializeJob]) -> None:
+    """Run ``jobs`` once: a plan and its run. Nothing is written unless every job passes its checks.
+
+    Raises:
+        ValueError: as :func:`plan_materialize`.
+    """
+    plan_materialize(jobs).run()
 
 
 def materialize_reference(jobs: Sequence[MaterializeJob]) -> None:
@@ -82,9 +154,9 @@ def materialize_reference(jobs: Sequence[MaterializeJob]) -> None:
     Raises:
         ValueError: as :func:`materialize`.
     """
+    _check_all(jobs)
     for job in jobs:
-        _check(job)
-    _reference(jobs)
+        run_reference(job)
 
 
 def materialize_triton(jobs: Sequence[MaterializeJob]) -> None:
@@ -94,9 +166,46 @@ def materialize_triton(jobs: Sequence[MaterializeJob]) -> None:
         ValueError: as :func:`materialize`.
         ImportError: Triton is not installed.
     """
+    _check_all(jobs)
+    _kernel_plan(jobs).run()
+
+
+def check_outs(jobs: Sequence[MaterializeJob], outs: OutTable) -> None:
+    """Raise ValueError unless the plan of these jobs may write to these tensors."""
+    if len(outs.outs) != len(jobs):
+        raise ValueError(f"materialize: {len(outs.outs)} tensors for {len(jobs)} jobs")
+    for place, (job, out) in enumerate(zip(jobs, outs.outs)):
+        same = (out.dtype, out.device, out.stride()) == (
+            job.out.dtype,
+            job.out.device,
+            job.out.stride(),
+        )
+        if not same or any(have < want for have, want in zip(out.shape, job.out.shape)):
+            raise ValueError(
+                f"materialize: tensor {place} is {out.dtype} {list(out.shape)} with strides "
+                f"{list(out.stride())} on {out.device}; its job was planned for {job.out.dtype} "
+                f"{list(job.out.shape)} with strides {list(job.out.stride())} on {job.out.device}"
+            )
+
+
+def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Integers as a tensor on ``device``; the host does not wait for a GPU."""
+    tensor = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return tensor
+    # torch keeps the pinned memory until the copy is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _check_all(jobs: Sequence[MaterializeJob]) -> None:
     for job in jobs:
         _check(job)
-    _launch(jobs)
+    devices = {job.out.device for job in jobs}
+    if len(devices) > 1:
+        raise ValueError(
+            "materialize: the jobs of one call must be on one device, these are on "
+            f"{', '.join(sorted(map(str, devices)))}"
+        )
 
 
 def _check(job: MaterializeJob) -> None:
@@ -142,28 +251,27 @@ def _check(job: MaterializeJob) -> None:
 
 
 @torch.no_grad()
-def _reference(jobs: Sequence[MaterializeJob]) -> None:
-    for job in jobs:
-        rank, width = job.rank, job.width
-        target = job.out[:rank, :width]
-        # A float matrix keeps its dtype here: a bf16 factor then reaches a bf16 slot as one copy.
-        dtype = FLOAT_DTYPES.get(job.matrix.format, torch.float32)
-        matrix = unpack(job.matrix, dtype, job.start, job.start + width)
-        if job.left is None:
-            target.copy_(matrix if job.scale == 1.0 else matrix.float() * job.scale)
-        elif target.dtype == torch.float32:
-            # Straight into the slot, whatever its strides; beta = 0 ignores what was there.
-            target.addmm_(job.left.float(), matrix.float(), beta=0, alpha=job.scale)
-        else:
-            target.copy_(torch.mm(job.left.float(), matrix.float()).mul_(job.scale))
-        if rank < job.out.shape[0]:
-            job.out[rank:].zero_()
-        if width < job.out.shape[1]:
-            job.out[:rank, width:].zero_()
+def run_reference(job: MaterializeJob) -> None:
+    """The definition of one job that has passed its checks."""
+    rank, width = job.rank, job.width
+    target = job.out[:rank, :width]
+    # A float matrix keeps its dtype here: a bf16 factor then reaches a bf16 slot as one copy.
+    dtype = FLOAT_DTYPES.get(job.matrix.format, torch.float32)
+    matrix = unpack(job.matrix, dtype, job.start, job.start + width)
+    if job.left is None:
+        target.copy_(matrix if job.scale == 1.0 else matrix.float() * job.scale)
+    elif target.dtype == torch.float32:
+        # Straight into the slot, whatever its strides; beta = 0 ignores what was there.
+        target.addmm_(job.left.float(), matrix.float(), beta=0, alpha=job.scale)
+    else:
+        target.copy_(torch.mm(job.left.float(), matrix.float()).mul_(job.scale))
+    if rank < job.out.shape[0]:
+        job.out[rank:].zero_()
+    if width < job.out.shape[1]:
+        job.out[:rank, width:].zero_()
 
 
-def _launch(jobs: Sequence[MaterializeJob]) -> None:
-    from vllm_vlora.triton_kernels.materialize_kernel import launch_materialize
+def _kernel_plan(jobs: Sequence[MaterializeJob]) -> MaterializePlan:
+    from vllm_vlora.triton_kernels.materialize_kernel import KernelPlan
 
-    for job in jobs:
-        launch_materialize(job)
+    return KernelPlan(jobs)

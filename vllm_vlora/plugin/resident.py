@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from vllm_vlora.checkpoint import Basis, Checkpoint
+from vllm_vlora.checkpoint import Basis, Checkpoint, StoredModule
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.identity import TaskPath, task_path
+from vllm_vlora.quantize import PackedMatrix
 from vllm_vlora.representations import SideSource, side_sources
 from vllm_vlora.triton_kernels.direct import DirectTask
 
@@ -181,7 +182,7 @@ class ResidentStore:
             return
         bases = self._bases.get(checkpoint.basis_digest, {})
         sources = {
-            self._engine_name(name): side_sources(module, bases.get(name))
+            self._engine_name(name): side_sources(self._lay_out(module), bases.get(name))
             for name, module in stored.modules.items()
         }
         extra = dict(stored.extra)
@@ -200,4 +201,15 @@ class ResidentStore:
             return
         for name, basis in checkpoint.bases():
             if name in wanted and name not in held:
-                held[name] = Basis(basis.u.to(self._device), basis.v.to(self._device))
+                u = basis.u.to(self._device)
+                held[name] = Basis(self._by_slot(u), basis.v.to(self._device))
+
+    def _lay_out(self, module: StoredModule) -> StoredModule:
+        if module.representation != "private":
+            return module
+        matrices = {**module.matrices, "B": self._by_slot(module.matrices["B"])}
+        return replace(module, matrices=matrices)
+
+    def _by_slot(self, matrix: PackedMatrix) -> PackedMatrix:
+        """On CPU: the matrix laid out as a slot's B is, which is several times quicker to copy from."""
+        return matrix.by_columns() if self._device.type == "cpu" else matrix

@@ -283,6 +283,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         checkpoint = store.preload(folder, make_path)
         for task in store.tasks():
             self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
+            if task.direct is None:
+                self.writer.prepare(task)
         if store.direct is not None:
             self._direct_slots = DirectSlots(store.direct)
             self._attach(store.direct)
