@@ -191,15 +191,18 @@ class PackedMatrix:
         first = start // NF4_BLOCK
         if self.format in FLOAT_DTYPES or self.format == "int8":
             name = "codes" if self.format == "int8" else "values"
-            parts = dict(self.parts)
-            parts[name] = parts[name][:, first * NF4_BLOCK : stop].contiguous()
-            return PackedMatrix(self.format, self.rows, stop - first * NF4_BLOCK, parts)
-        last, half = -(-stop // NF4_BLOCK), NF4_BLOCK // 2
-        parts = {
-            "codes": self.parts["codes"][:, first * half : last * half].contiguous(),
-            "scales": nf4_scales(self)[:, first:last].contiguous(),
-        }
-        return PackedMatrix("nf4", self.rows, stop - first * NF4_BLOCK, parts)
+            format, parts = self.format, dict(self.parts)
+            parts[name] = parts[name][:, first * NF4_BLOCK : stop]
+        else:
+            last, half = -(-stop // NF4_BLOCK), NF4_BLOCK // 2
+            format = "nf4"
+            parts = {
+                "codes": self.parts["codes"][:, first * half : last * half],
+                "scales": nf4_scales(self)[:, first:last],
+            }
+        # Where a cut is all of a part, contiguous() would return the part itself.
+        parts = {n: p.clone(memory_format=torch.contiguous_format) for n, p in parts.items()}
+        return PackedMatrix(format, self.rows, stop - first * NF4_BLOCK, parts)
 
 
 def part_specs(format: str, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

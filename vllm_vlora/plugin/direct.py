@@ -29,8 +29,9 @@ from vllm_vlora.triton_kernels.direct import (
 )
 
 EngineName = Callable[[str], str]
-# Elements between the starts of two cores: addresses stay multiples of 16 bytes.
+# Elements between the starts of two cores, and bytes: addresses are multiples of 16.
 _CORE_ALIGNMENT = 8
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ class DirectPath:
     def memory(self) -> DirectMemory:
         """What all of it takes on the device."""
         bases = sum(m.nbytes for layer in self.layers.values() for m in _bases(layer))
-        table = self.table.records.nbytes + self.routing.nbytes + self._records_nbytes
+        slots = self.table.records.nbytes + self.table.codebook.nbytes
+        table = slots + self.routing.nbytes + self._records_nbytes
         return DirectMemory(bases, self._cores_nbytes, self._factors_nbytes, table)
 
     def _task_obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
@@ -173,19 +175,17 @@ class DirectPath:
         return None
 
     def _private(self, module: StoredModule, layout: SliceLayout) -> SliceTask:
-        a, b = (
-            self._cut(module.matrices[side], run)
-            for side, run in (("A", layout.runs_a[0]), ("B", layout.runs_b[0]))
-        )
+        """This rank's columns of private factors, floats in the dtype of the layers' inputs."""
+        a, b = module.matrices["A"], module.matrices["B"]
+        run_a, run_b = layout.runs_a[0], layout.runs_b[0]
+        if run_a.width < a.cols or run_b.width < b.cols:
+            # Both, though a rank cuts only one: a cut makes nf4 of nf4-dq, and the kernels read one
+            # format; and as a view of its file's flat tensors the other would keep those alive.
+            a = a.column_blocks(run_a.source, run_a.source + run_a.width)
+            b = b.column_blocks(run_b.source, run_b.source + run_b.width)
+        if a.format in FLOAT_DTYPES:
+            a, b = _dense(unpack(a, self.dtype)), _dense(unpack(b, self.dtype))
         return SliceTask(a=a, b=b, scale=module.scale)
-
-    def _cut(self, matrix: PackedMatrix, run: Run) -> PackedMatrix:
-        """This rank's columns of a private factor, floats in the dtype of the layers' inputs."""
-        if run.width < matrix.cols:
-            matrix = matrix.column_blocks(run.source, run.source + run.width)
-        if matrix.format in FLOAT_DTYPES:
-            matrix = _dense(unpack(matrix, self.dtype))
-        return matrix
 
 
 def _users(
@@ -232,13 +232,14 @@ def _make_layer(
     max_rank: int,
     dtype: torch.dtype,
 ) -> DirectLayer | None:
+    # Nothing runs direct in a slice of several runs, but its columns of y lie between the others'.
     held = [bases.pop(part.name, None) for part in layout.slices]
     v = [basis.v for basis in held if basis is not None]
     if not v and not max_rank:
         return None
     slices = tuple(
         DirectSlice(
-            width=part.runs_b[0].width,
+            width=sum(run.width for run in part.runs_b),
             start_in=_start(part.runs_a[0], part.d_in),
             start_out=_start(part.runs_b[0], part.d_out),
             u=None if basis is None else basis.u,
@@ -247,12 +248,12 @@ def _make_layer(
         for part, basis in zip(layout.slices, held)
     )
     stacked = _stack_rows(v, dtype) if v else None
-    d_in = layout.slices[0].runs_a[0].width
+    d_in = sum(run.width for run in layout.slices[0].runs_a)
     return DirectLayer(index, d_in, slices, stacked, private=max_rank > 0, max_rank=max_rank)
 
 
 def _start(run: Run, full: int) -> int:
-    """Where a rank's columns begin in what ``DirectPath._cut`` makes of a factor."""
+    """Where a rank's columns begin in what ``DirectPath._private`` makes of a factor."""
     return 0 if run.width == full else run.source % NF4_BLOCK
 
 
@@ -291,6 +292,15 @@ def _stack_rows(matrices: list[PackedMatrix], dtype: torch.dtype) -> PackedMatri
         return first
     parts = {name: torch.cat([m.parts[name] for m in matrices]) for name in first.parts}
     return PackedMatrix(first.format, sum(m.rows for m in matrices), first.cols, parts)
+
+
+def _aligned(matrix: PackedMatrix) -> PackedMatrix:
+    """The matrix with each part at a multiple of 16 bytes, as the kernels read it.
+
+    A task's parts are views of a few flat tensors; only those of very small ones stand elsewhere.
+    """
+    parts = {n: p if p.data_ptr() % _ALIGNMENT == 0 else p.clone() for n, p in matrix.parts.items()}
+    return PackedMatrix(matrix.format, matrix.rows, matrix.cols, parts)
 
 
 def _dense(values: torch.Tensor) -> PackedMatrix:

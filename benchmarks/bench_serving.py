@@ -1,0 +1,694 @@
+"""Throughput and latency of a real vLLM engine against the number of distinct tasks it serves."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from serving import configurations as names
+from serving.configurations import Configuration, configuration
+from serving.correctness import (
+    MAX_TOKENS,
+    PROMPT_LEN,
+    WrongResultError,
+    check_calls,
+    check_job,
+    check_reference,
+    compare,
+    reference_job,
+)
+from serving.engine import WORKER_EXTENSION, Engine, EngineFailedError, EngineSpec
+from serving.figures import Trace
+from serving.loads import (
+    POPULARITIES,
+    Call,
+    Job,
+    Load,
+    choose_tasks,
+    generator_for,
+    make_calls,
+)
+from serving.plot import can_plot, plot_ratios
+from serving.report import Measurements, print_results, write_json
+from serving.settings import Settings, engine_nbytes, kv_nbytes, pack, resolve
+from serving.world import CHECKED_TASKS, MODELS, World, WorldPlan
+
+DESCRIPTION = """\
+Measure what it costs to serve many tasks: a real vLLM engine for each configuration below, asked by
+one driver for 1, 8, 32, 128 (and with --full 1024) distinct tasks at a time.
+
+  base            vLLM without --enable-lora: what the ratios refer to
+  stock-8, ...    stock vLLM without plugins, ordinary PEFT adapters, 8 slots (--max-loras), swapped
+                  from host memory when there are more tasks; stock-1 runs with one task only
+  stock-N         stock vLLM with a slot for every task
+  punica-runs     CPU only: stock-N, with one matrix product a run of equal adapters in place of
+                  punica's copy of A and B for every token; what stock vLLM could be on CPU
+  materialize-8   vllm-vlora writes each task into one of 8 slots when it is asked for (bfloat16)
+  direct-k32      vllm-vlora, tasks on shared bases of 32 (64) components, without slots
+  direct-nf4      vllm-vlora, private factors in nf4 (int8, bf16), read where they lie
+  base-compiled   CPU only: the base model compiled; vLLM compiles nothing on CPU with LoRA on, so
+                  everything else runs eagerly there
+
+Every round gives every configuration the same requests, one configuration after the other, so that a
+drift of the machine hits all alike. Engines stay up as long as memory lasts; otherwise each round
+starts them anew, group by group. A ratio is taken round by round.
+
+  prefill         prompts of --prefill-len and one new token each: prompt tokens a second
+  decode          short prompts, --output-len new tokens each: tokens a second over the engine's steps
+                  in which every request was past its first token; output tokens and requests a second
+                  are over the whole of that run
+  first token     one request on an idle engine: for a task never asked for before (cold), and for the
+                  same task again (warm); the difference is what the user waits for its activation
+  memory          the worker's, above that of base, after every task was served once
+
+Before any figure of a configuration is taken, its greedy tokens are compared with those of stock
+vLLM, which serves the same adapters, or the checkpoint's tasks exported as PEFT folders. When a token
+differs, no figure is printed and the exit status is 1. It is 2 when a configuration could not run.
+"""
+EPILOG = """\
+examples:
+  python benchmarks/bench_serving.py --quick                    about a minute, on CPU
+  python benchmarks/bench_serving.py --json result.json         within 15 minutes, on two CPU cores
+  python benchmarks/bench_serving.py --configurations base,stock-N,direct-k32 --tasks 128
+  python benchmarks/bench_serving.py --model 7b --full --json result.json --plot result.png
+                                                                on a GPU; no weights are needed
+
+Adapters and checkpoints are made once in --work and found there again. Other work on the machine
+spoils the figures: the load average is printed and stored with them.
+"""
+# A quiet machine has less than this many runnable processes, the benchmark itself included.
+QUIET_LOAD = 1.5
+# Of the memory that is free, how much engines may take together.
+MEMORY_SHARE = 0.8
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+CPU_ENVIRONMENT = {
+    # Engine and worker in the driver's process: the other two would compete for the same cores.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+WARM_UP_TOKENS = 4
+
+
+def main() -> int:
+    args = parse_arguments()
+    # So that engines are stopped when the run is.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    os.environ.update(ENVIRONMENT)
+    # It would overrule the size that every engine is given.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    device = in_another_process(probe_device)
+    settings = resolve(args, gpu=device["type"] != "cpu")
+    refuse_impossible(settings, args.keep_gib)
+    report = describe(args, settings, device)
+    print_header(report)
+    with tempfile.TemporaryDirectory(prefix="bench-serving-") as temporary:
+        bench = Bench(args, settings, Path(args.work or temporary))
+        try:
+            measurements = bench.run()
+        except WrongResultError as error:
+            print(f"wrong result, no figures: {error}", file=sys.stderr)
+            return 1
+        except EngineFailedError as error:
+            print(f"stock vLLM, the reference, does not run: {error}", file=sys.stderr)
+            return 2
+    report |= measurements.results()
+    report["load_average_at_end"] = os.getloadavg()[0]
+    print_results(report)
+    warn_of_load(report)
+    if args.json:
+        write_json(args.json, report)
+    if args.plot:
+        plot_ratios(report, args.plot)
+    return 2 if measurements.not_run else 0
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="NAME",
+        help="tiny, small (hidden 1024, 8 layers), 7b (Llama-2-7B's shapes, dummy weights), or the "
+        "folder of a Llama-like model (default: small on CPU, 7b on a GPU)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="a smoke run of about a minute; its figures mean little",
+    )
+    add("--full", action="store_true", help="all configurations, 1024 tasks, Zipf, long outputs")
+    add("--configurations", type=comma_list, metavar="A,B", help="only these, in this order")
+    add("--base-compiled", action="store_true", help="CPU: also the base model, compiled")
+    add("--tasks", type=count_list, metavar="N,N", help="distinct tasks (default: 1,8,32,128)")
+    add(
+        "--popularity",
+        type=comma_list,
+        metavar="A,B",
+        help="uniform and zipf, exponent 1 (default: uniform; both with --full)",
+    )
+    add("--rounds", type=count, help="how often everything is run (default: 3; 5 on a GPU)")
+    add(
+        "--prefill-len", type=count, help="prompt of a prefill-only run (default: 32; 512 on a GPU)"
+    )
+    add("--prompt-len", type=count, help="prompt of the other runs (default: 16; 128 on a GPU)")
+    add(
+        "--output-len",
+        type=count,
+        help="their new tokens, two or more (default: 128; 32 on CPU without --full)",
+    )
+    add(
+        "--concurrency",
+        type=count,
+        help="requests at a time (default: as many as distinct tasks, up to --max-num-seqs)",
+    )
+    add("--cold", type=count, default=3, help="cold tasks a round (default: 3)")
+    add(
+        "--rank",
+        type=int,
+        choices=[8, 16, 32, 64],
+        default=16,
+        help="of the adapters (default: 16)",
+    )
+    add(
+        "--distinct",
+        type=count,
+        default=8,
+        help=f"adapters with weights of their own, {CHECKED_TASKS} or more; beyond them the weights "
+        "repeat under other names, since compression takes seconds an adapter (default: 8)",
+    )
+    add("--dtype", choices=["float32", "bfloat16"], help="default: float32; bfloat16 on a GPU")
+    add("--max-num-seqs", type=count, help="vLLM's (default: 128; 256 on a GPU)")
+    add("--max-num-batched-tokens", type=count, help="vLLM's (default: 2048; vLLM's own on a GPU)")
+    add("--gpu-memory-utilization", type=float, default=0.9, help="vLLM's, on a GPU (default: 0.9)")
+    add("--eager", action="store_true", help="GPU: neither compile nor capture graphs")
+    add(
+        "--keep-gib",
+        type=float,
+        help="CPU: memory that engines may hold at a time; 0 starts each anew in each round, as on a "
+        f"GPU (default: {100 * MEMORY_SHARE:.0f} %% of what is free)",
+    )
+    add("--seed", type=int, default=0, help="of prompts and popularity (default: 0)")
+    add("--work", metavar="DIR", help="keep model, adapters, checkpoints and logs there")
+    add("--device-note", metavar="TEXT", help="kept with the device's description")
+    add("--json", metavar="FILE", help="also write everything to FILE")
+    add("--plot", metavar="FILE", help="also draw the ratios to base into FILE (needs matplotlib)")
+    add("--profile", metavar="FILE", help="also write where a decode step's time goes (cProfile)")
+    args = parser.parse_args(arguments)
+    check_arguments(parser, args)
+    return args
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    """Names with commas between them, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def count_list(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them, in rising order, each once."""
+    return tuple(sorted({count(part) for part in comma_list(text)}))
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.quick and args.full:
+        parser.error("--quick and --full contradict each other; give one of them")
+    if args.model and args.model not in MODELS and not (Path(args.model) / "config.json").is_file():
+        parser.error(
+            f"--model {args.model}: neither {', '.join(MODELS)} nor a folder with a config.json"
+        )
+    for name in args.configurations or ():
+        try:
+            configuration(name)
+        except ValueError as error:
+            parser.error(f"--configurations: {error}")
+    for name in args.popularity or ():
+        if name not in POPULARITIES:
+            parser.error(f"--popularity {name}: use {' or '.join(POPULARITIES)}")
+    if args.distinct < CHECKED_TASKS:
+        parser.error(f"--distinct must be at least {CHECKED_TASKS}: so many tasks are checked")
+    if args.output_len == 1:
+        parser.error("--output-len must be at least 2: the first token is not decoding")
+    if not 0 < args.gpu_memory_utilization <= 1:
+        parser.error("--gpu-memory-utilization must be above 0 and at most 1")
+    if args.keep_gib is not None and args.keep_gib < 0:
+        parser.error("--keep-gib must not be negative")
+    if args.plot and not can_plot():
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+
+
+def refuse_impossible(settings: Settings, keep_gib: float | None) -> None:
+    """End with one line where the device rules out what was asked for."""
+    cpu_only = [name for name in settings.configurations if name in names.CPU_ONLY]
+    if settings.gpu and cpu_only:
+        raise SystemExit(f"{cpu_only[0]} is for CPU only; leave it out of --configurations")
+    if settings.gpu and keep_gib is not None:
+        raise SystemExit("--keep-gib is for CPU only: on a GPU one engine is up at a time")
+    if not any(
+        configuration(name).runs(load)
+        for name in settings.configurations
+        for load in settings.loads
+    ):
+        raise SystemExit("none of these configurations runs any of these loads; add --tasks 1")
+
+
+# --- the machine -----------------------------------------------------------------------------------
+
+
+def in_another_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function that imports torch or vLLM, whose memory this process need not hold."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def probe_device() -> dict[str, str]:
+    """The kind and the name of the device that vLLM would use."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return {"type": "cpu", "name": cpu_name()}
+    return {"type": current_platform.device_type, "name": current_platform.get_device_name()}
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else None
+    return f"{found[1] if found else 'CPU'} ({platform.machine()})"
+
+
+def available_nbytes() -> int:
+    """Memory that is free or can be freed, in bytes."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def describe(
+    args: argparse.Namespace, settings: Settings, device: dict[str, str]
+) -> dict[str, Any]:
+    """The machine, the versions that a figure depends on, and the command."""
+    from vllm_vlora import __version__
+    from vllm_vlora.plugin import check_version
+
+    cores = len(os.sched_getaffinity(0))
+    note = f" ({args.device_note})" if args.device_note else ""
+    return {
+        "device": f"{device['name']}, {cores} cores{note}",
+        "load_average_at_start": os.getloadavg()[0],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": installed("torch"),
+            "triton": installed("triton"),
+            "vllm": check_version(),
+            "vllm-vlora": __version__,
+        },
+        "command": shlex.join(["python", *sys.argv]),
+        "arguments": vars(args),
+        "settings": settings.as_dict(),
+    }
+
+
+def installed(package: str) -> str:
+    """A package's version, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def print_header(report: dict[str, Any]) -> None:
+    settings = report["settings"]
+    print(f"device: {report['device']}")
+    print(", ".join(f"{name} {value}" for name, value in report["versions"].items()))
+    print(f"command: {report['command']}")
+    print(
+        f"model {settings['model']}, {settings['dtype']}, adapters of rank {settings['rank']}; "
+        f"{settings['rounds']} rounds; prefill of {settings['prefill_len']} tokens a prompt; decode of "
+        f"{settings['output_len']} tokens after {settings['prompt_len']}",
+        flush=True,
+    )
+
+
+def warn_of_load(report: dict[str, Any]) -> None:
+    # At the end the load contains this run's own threads.
+    load = report["load_average_at_start"]
+    print(f"load average {load:.2f} at the start, {report['load_average_at_end']:.2f} at the end")
+    if load > QUIET_LOAD:
+        print(f"the machine was not quiet ({load:.2f} > {QUIET_LOAD}): do not quote these figures")
+
+
+def say(text: str) -> None:
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+# --- the run ---------------------------------------------------------------------------------------
+
+
+def make_world(world: World, checkpoints: list[str]) -> dict[str, int]:
+    """Write everything; how many weights a task and the model have, and the ranks that stock needs."""
+    import torch
+
+    from vllm_vlora import open_adapter
+    from vllm_vlora.card import serving_rank
+
+    # Compression's products are small: on a busy machine of two cores, two threads that waited for
+    # each other took 130 s of processor time where one took 6 (8 adapters, k=32, hidden 1024).
+    torch.set_num_threads(1)
+    world.make(checkpoints)
+    exported = [open_adapter(folder) for name in checkpoints for folder in world.exports(name)]
+    ranks = [module.rank for adapter in exported for module in adapter.modules.values()]
+    rank = serving_rank(max([world.plan.rank, *ranks]))
+    if rank is None:
+        raise SystemExit("vLLM serves no adapter of the rank of these checkpoints' tasks")
+    return {
+        "lora_weights": world.lora_weights(),
+        "model_weights": world.model_weights(),
+        "reference_rank": rank,
+    }
+
+
+class Bench:
+    """One run: the world, the engines that are up, and what was measured."""
+
+    def __init__(self, args: argparse.Namespace, settings: Settings, folder: Path) -> None:
+        self.args, self.settings = args, settings
+        self.folder = folder.absolute()
+        self.configurations = [configuration(name) for name in settings.configurations]
+        self.measurements = Measurements()
+        plan = WorldPlan(
+            settings.model,
+            settings.all_tasks,
+            min(settings.distinct, settings.all_tasks),
+            settings.rank,
+        )
+        self.world = World(self.folder, plan)
+        self._engines: dict[str, Engine] = {}
+        self._references: dict[str, Trace] = {}
+
+    def run(self) -> Measurements:
+        """Make the world, check, measure.
+
+        Raises:
+            WrongResultError: tokens differ from stock vLLM's.
+        """
+        checkpoints = list(dict.fromkeys(c.checkpoint for c in self.configurations if c.checkpoint))
+        say(
+            f"making {self.settings.all_tasks} adapters, checkpoints {', '.join(checkpoints) or '-'}"
+        )
+        self.sizes = in_another_process(make_world, self.world, checkpoints)
+        self.config = self.world.config
+        self.vocabulary = self.config["vocab_size"]
+        self.calls = check_calls(self.args.seed, self.vocabulary)
+        try:
+            self._take_references(checkpoints)
+            self._measure(self._groups())
+            if self.args.profile:
+                self._profile()
+        finally:
+            self._stop(list(self._engines))
+        return self.measurements
+
+    # --- references ---
+
+    def _take_references(self, checkpoints: list[str]) -> None:
+        """Stock vLLM's tokens for the adapters and for every checkpoint's exported tasks."""
+        say("taking stock vLLM's tokens for the adapters and the exported tasks")
+        sources = {"adapters": [self.world.adapter(n) for n in range(CHECKED_TASKS)]}
+        sources |= {name: self.world.exports(name) for name in checkpoints}
+        folders = [folder for group in sources.values() for folder in group]
+        stock = configuration(f"stock-{CHECKED_TASKS}")
+        engine = Engine(self._spec(stock, "reference", folders, self.sizes["reference_rank"]))
+        try:
+            base = engine.run(reference_job(self.calls, None))
+            for place, name in enumerate(sources):
+                trace = engine.run(reference_job(self.calls, place * CHECKED_TASKS))
+                check_reference(name, trace, base)
+                self._references[name] = trace
+        finally:
+            engine.stop()
+
+    def _check(self, chosen: Configuration, engine: Engine) -> None:
+        """Compare a configuration's tokens with the reference's; once in a run."""
+        if not chosen.uses_tasks or chosen.name in self.measurements.checks:
+            return
+        found = engine.run(check_job(self.calls))
+        exact = not self.settings.gpu and self.settings.dtype == "float32"
+        self.measurements.checks[chosen.name] = compare(
+            chosen.name, found, self._references[chosen.reference], exact
+        )
+
+    # --- engines ---
+
+    def _groups(self) -> list[list[Configuration]]:
+        """Configurations whose engines are up at the same time."""
+        engines: dict[str, list[Configuration]] = {}
+        for chosen in self.configurations:
+            engines.setdefault(chosen.engine, []).append(chosen)
+        if self.settings.gpu:
+            return list(engines.values())
+        available = available_nbytes()
+        sizes = {name: self._engine_nbytes(members[0]) for name, members in engines.items()}
+        for name in [name for name, size in sizes.items() if size > available]:
+            reason = f"needs {sizes.pop(name) / 2**30:.1f} GiB, {available / 2**30:.1f} are free"
+            for chosen in engines[name]:
+                self.measurements.drop(chosen.name, reason)
+        keep = self.args.keep_gib
+        groups = pack(sizes, int(MEMORY_SHARE * available if keep is None else keep * 2**30))
+        return [[chosen for name in group for chosen in engines[name]] for group in groups]
+
+    def _engine_nbytes(self, chosen: Configuration) -> int:
+        return engine_nbytes(
+            self.settings,
+            chosen,
+            self.config,
+            self.sizes["model_weights"],
+            self.sizes["lora_weights"],
+        )
+
+    def _spec(
+        self, chosen: Configuration, name: str, adapters: list[Path], rank: int
+    ) -> EngineSpec:
+        settings = self.settings
+        arguments: dict[str, Any] = {
+            "model": str(self.world.model),
+            "load_format": self.world.load_format,
+            "dtype": settings.dtype,
+            "skip_tokenizer_init": True,
+            "enforce_eager": self.args.eager if settings.gpu else not chosen.compiled,
+            # Equal prompts would otherwise be prefilled once.
+            "enable_prefix_caching": False,
+            "max_model_len": max(settings.max_model_len, PROMPT_LEN + MAX_TOKENS),
+            "max_num_seqs": settings.max_num_seqs,
+            "worker_extension_cls": WORKER_EXTENSION,
+            **chosen.engine_arguments(len(adapters), rank),
+        }
+        if settings.max_num_batched_tokens is not None:
+            arguments["max_num_batched_tokens"] = settings.max_num_batched_tokens
+        if settings.gpu:
+            arguments["gpu_memory_utilization"] = self.args.gpu_memory_utilization
+        else:
+            arguments["kv_cache_memory_bytes"] = kv_nbytes(settings, self.config)
+        checkpoint = None
+        if chosen.checkpoint is not None:
+            checkpoint = str(self.world.checkpoint(chosen.checkpoint))
+        environment = chosen.environment({chosen.checkpoint or "": checkpoint or ""})
+        return EngineSpec(
+            name=name,
+            arguments=arguments,
+            environment=environment | ({} if settings.gpu else cpu_environment()),
+            adapters=[str(folder) for folder in adapters],
+            checkpoint=checkpoint,
+            initialise=self.world.load_format == "dummy",
+            log=self.folder / "logs" / f"{name}.log",
+        )
+
+    def _start(self, chosen: Configuration) -> Engine:
+        """The engine of a configuration; started, warmed and weighed where it is not up."""
+        if chosen.engine not in self._engines:
+            say(f"starting the engine of {chosen.engine}")
+            folders = [self.world.adapter(n) for n in range(self.settings.all_tasks)]
+            spec = self._spec(chosen, chosen.engine, folders, self.settings.rank)
+            engine = self._engines[chosen.engine] = Engine(spec)
+            self.measurements.starts[chosen.name].append(engine.start_seconds)
+            self._warm_up(chosen, engine)
+            self.measurements.memory[chosen.name].append(engine.call_worker("bench_memory"))
+        return self._engines[chosen.engine]
+
+    def _warm_up(self, chosen: Configuration, engine: Engine) -> None:
+        """Serve every task once, so that what is allocated or compiled at first use is there."""
+        tasks = range(1 if chosen.slots == 1 else self.settings.tasks)
+        calls = make_calls(
+            list(tasks), self.settings.prompt_len, self.vocabulary, generator_for(self.args.seed)
+        )
+        jobs = [Job(calls, WARM_UP_TOKENS, self.settings.max_num_seqs)]
+        if self.settings.gpu:
+            # Triton compiles kernels for the sizes that it meets.
+            loads = [load for load in self.settings.loads if chosen.runs(load)]
+            jobs += [job for load in loads for job in self._jobs(0, load)]
+        for job in jobs:
+            engine.run(self._for(chosen, job))
+
+    def _stop(self, engines: list[str]) -> None:
+        for name in engines:
+            if name in self._engines:
+                self._engines.pop(name).stop()
+
+    # --- measuring ---
+
+    def _measure(self, groups: list[list[Configuration]]) -> None:
+        for number in range(self.settings.rounds):
+            for group in groups:
+                which = ", ".join(chosen.name for chosen in group)
+                say(f"round {number + 1} of {self.settings.rounds}: {which}")
+                self._run_round(group, number)
+                if len(groups) > 1:
+                    self._stop([chosen.engine for chosen in group])
+
+    def _run_round(self, group: list[Configuration], number: int) -> None:
+        """Every load, and within it every configuration, one after the other."""
+        for chosen in group:
+            self._attempt(chosen, partial(self._prepare, chosen))
+        for load in self.settings.loads:
+            for chosen in group:
+                if chosen.runs(load):
+                    self._attempt(chosen, partial(self._run_cell, chosen, load, number))
+        for chosen in group:
+            self._attempt(chosen, partial(self._run_latencies, chosen, number))
+
+    def _attempt(self, chosen: Configuration, action: Callable[[], None]) -> None:
+        """Do something with a configuration; when its engine fails it is left out from then on."""
+        if chosen.name in self.measurements.not_run:
+            return
+        try:
+            action()
+        except EngineFailedError as error:
+            say(str(error))
+            for other in self.configurations:
+                if other.engine == chosen.engine:
+                    self.measurements.drop(other.name, str(error).splitlines()[0])
+            self._stop([chosen.engine])
+
+    def _prepare(self, chosen: Configuration) -> None:
+        engine = self._start(chosen)
+        self._switch(chosen, engine)
+        self._check(chosen, engine)
+
+    def _switch(self, chosen: Configuration, engine: Engine) -> None:
+        """Two configurations may share an engine: see that it runs as this one says."""
+        if any(c.punica_runs and c.engine == chosen.engine for c in self.configurations):
+            engine.call_worker("bench_use_punica_runs", chosen.punica_runs)
+
+    def _run_cell(self, chosen: Configuration, load: Load, number: int) -> None:
+        engine = self._engines[chosen.engine]
+        self._switch(chosen, engine)
+        prefill, decode = (self._for(chosen, job) for job in self._jobs(number, load))
+        traces = engine.run(prefill), engine.run(decode)
+        cell = self.measurements.cell(chosen, load, len(decode.calls), decode.concurrency)
+        cell.add_prefill(prefill, traces[0])
+        cell.add_decode(traces[1])
+
+    def _jobs(self, number: int, load: Load) -> tuple[Job, Job]:
+        """The prefill and the decode run of a round and a load, for every configuration alike."""
+        settings, place = self.settings, self.settings.loads.index(load)
+
+        def calls(kind: int, count: int, prompt_len: int) -> list[Call]:
+            generator = generator_for(self.args.seed, number, place, kind)
+            tasks = choose_tasks(load, count, generator)
+            return make_calls(tasks, prompt_len, self.vocabulary, generator)
+
+        requests = settings.requests(load)
+        prefill_requests = max(requests, settings.prefill_requests)
+        return (
+            Job(calls(0, prefill_requests, settings.prefill_len), 1, settings.max_num_seqs),
+            Job(
+                calls(1, requests, settings.prompt_len),
+                settings.output_len,
+                settings.concurrent(load),
+            ),
+        )
+
+    def _for(self, chosen: Configuration, job: Job) -> Job:
+        """The job as a configuration gets it: the base model's requests name no task."""
+        if chosen.uses_tasks:
+            return job
+        calls = [Call(None, call.prompt) for call in job.calls]
+        return Job(calls, job.max_tokens, job.concurrency, job.logprobs, job.profile)
+
+    def _run_latencies(self, chosen: Configuration, number: int) -> None:
+        """First tokens of tasks that were never asked for, and of the same tasks again."""
+        engine, held = self._engines[chosen.engine], self.measurements.latencies[chosen.name]
+        self._switch(chosen, engine)
+        for place in range(self.settings.cold):
+            task = self.settings.tasks + number * self.settings.cold + place
+            generator = generator_for(self.args.seed, number, place, 2)
+            for place_in_pair, call in enumerate(
+                make_calls([task, task], self.settings.prompt_len, self.vocabulary, generator)
+            ):
+                trace = engine.run(self._for(chosen, Job([call], 1, 1)))
+                cold = place_in_pair == 0
+                # The base model has no tasks, and the comparator shares an engine that met them.
+                if not cold or (chosen.uses_tasks and not chosen.punica_runs):
+                    (held.cold if cold else held.warm).extend(trace.first_token_times())
+
+    # --- profile ---
+
+    def _profile(self) -> None:
+        """One decode run a configuration at the largest load, every call of the worker recorded."""
+        load = max(self.settings.loads, key=lambda load: load.tasks)
+        texts = []
+        for chosen in self.configurations:
+            if not chosen.runs(load):
+                continue
+            say(f"profiling {chosen.name}")
+            self._attempt(chosen, lambda c=chosen: texts.append(self._profile_one(c, load)))
+            if self.settings.gpu:
+                self._stop([chosen.engine])
+        Path(self.args.profile).write_text("\n".join(texts))
+
+    def _profile_one(self, chosen: Configuration, load: Load) -> str:
+        engine = self._start(chosen)
+        self._switch(chosen, engine)
+        decode = self._jobs(0, load)[1]
+        job = Job(decode.calls, decode.max_tokens, decode.concurrency, profile=True)
+        trace = engine.run(self._for(chosen, job))
+        return (
+            f"=== {chosen.name}, {load}, {decode.concurrency} at a time: a decode run of "
+            f"{decode.max_tokens} tokens, without its prefill\n{trace.profile}"
+        )
+
+
+def cpu_environment() -> dict[str, str]:
+    """As many threads as cores, unless the user says otherwise."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+    return {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": threads}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Every configuration's tokens against stock vLLM's, in one run with the figures.
+
+Stock vLLM serves the adapters themselves, and each checkpoint's tasks exported as PEFT folders, one
+request at a time. Every configuration must give the same greedy tokens for the weights that it serves,
+with all requests in one batch. Where arithmetic rounds differently (16 bits, a GPU), tokens may part
+where the model hardly prefers one to the other, and only there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from serving.figures import Trace
+from serving.loads import Call, Job, generator_for, make_calls
+from serving.world import CHECKED_TASKS
+
+PROMPTS = 2
+PROMPT_LEN = 12
+MAX_TOKENS = 16
+_LOGPROBS = 5
+# A place of its own among the run's random generators.
+_PLACE = 1 << 20
+# How much less likely, in nats, a token may be that another arithmetic picks.
+NEAR_TIE = 0.1
+
+
+class WrongResultError(Exception):
+    """A configuration answers otherwise than stock vLLM does."""
+
+
+def check_calls(seed: int, vocabulary: int) -> list[Call]:
+    """The same ``PROMPTS`` prompts to each of the first tasks; no figure is taken with them."""
+    prompts = make_calls([0] * PROMPTS, PROMPT_LEN, vocabulary, generator_for(seed, _PLACE))
+    return [Call(task, call.prompt) for task in range(CHECKED_TASKS) for call in prompts]
+
+
+def reference_job(calls: Sequence[Call], shift: int | None) -> Job:
+    """The calls one at a time, tasks counted on by ``shift``, or to the base model when it is None."""
+    shifted = [
+        Call(None if shift is None or call.task is None else call.task + shift, call.prompt)
+        for call in calls
+    ]
+    return Job(shifted, MAX_TOKENS, concurrency=1, logprobs=_LOGPROBS)
+
+
+def check_job(calls: Sequence[Call]) -> Job:
+    """The calls in one batch."""
+    return Job(list(calls), MAX_TOKENS, concurrency=len(calls))
+
+
+def check_reference(name: str, reference: Trace, base: Trace) -> None:
+    """Refuse a reference that could not tell two tasks, or a task and the base model, apart.
+
+    Raises:
+        WrongResultError: two of them answer a prompt with the same tokens.
+    """
+    for prompt in range(PROMPTS):
+        answers = [base.tokens[prompt], *reference.tokens[prompt::PROMPTS]]
+        if len({tuple(tokens) for tokens in answers}) < len(answers):
+            raise WrongResultError(
+                f"{name}: two of the tasks and the base model answer alike, so that the check could "
+                "not see whether the right task is applied"
+            )
+
+
+def compare(name: str, found: Trace, reference: Trace, exact: bool) -> dict[str, Any]:
+    """Hold one configuration's tokens against the reference's.
+
+    Args:
+        exact: whether the first difference is an error already; otherwise it must be a near tie.
+
+    Returns:
+        How many tokens were compared, up to each answer's first difference, and how many answers
+        part at a near tie.
+
+    Raises:
+        WrongResultError: a token differs that may not.
+    """
+    compared = parted = 0
+    for place, (tokens, wanted) in enumerate(zip(found.tokens, reference.tokens)):
+        where = f"{name}: task {place // PROMPTS}, prompt {place % PROMPTS}"
+        if len(tokens) != len(wanted):
+            raise WrongResultError(f"{where}: {len(tokens)} tokens instead of {len(wanted)}")
+        first = next((i for i, pair in enumerate(zip(tokens, wanted)) if pair[0] != pair[1]), None)
+        compared += len(wanted) if first is None else first + 1
+        if first is None:
+            continue
+        likeliest = reference.logprobs[place][first]
+        behind = likeliest[wanted[first]] - likeliest.get(tokens[first], -float("inf"))
+        if exact or behind > NEAR_TIE:
+            raise WrongResultError(
+                f"{where}: token {first} is {tokens[first]}, stock vLLM gives {wanted[first]}, which "
+                f"is likelier by {behind:.3g} nats"
+            )
+        parted += 1
+    return {
+        "tokens_compared": compared,
+        "answers": len(found.tokens),
+        "parted_at_near_ties": parted,
+    }

@@ -1,0 +1,233 @@
+"""From recorded runs to rows, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving.configurations import BASE, STOCK, Configuration
+from serving.figures import Trace, spread, spread_of_ratios, spread_of_rounds
+from serving.loads import Job, Load
+
+SCHEMA_VERSION = 1
+PREFILL, DECODE, OUTPUT, REQUESTS = RATES = (
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "output_tokens_per_s",
+    "requests_per_s",
+)
+
+
+@dataclass
+class Cell:
+    """What one configuration did under one load: one number a round, and every gap.
+
+    Attributes:
+        rates: name of ``RATES`` -> a rate for every round.
+        gaps: seconds between neighbouring tokens of a request.
+    """
+
+    configuration: str
+    load: Load
+    requests: int
+    concurrency: int
+    rates: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    gaps: list[float] = field(default_factory=list)
+
+    def add_prefill(self, job: Job, trace: Trace) -> None:
+        """Take a round's run of long prompts and one new token each."""
+        self.rates[PREFILL].append(job.prompt_tokens / trace.seconds)
+
+    def add_decode(self, trace: Trace) -> None:
+        """Take a round's run of short prompts and long outputs."""
+        tokens = sum(len(times) for times in trace.arrivals)
+        rate = trace.decode_rate()
+        assert rate is not None
+        self.rates[DECODE].append(rate)
+        self.rates[OUTPUT].append(tokens / trace.seconds)
+        self.rates[REQUESTS].append(len(trace.arrivals) / trace.seconds)
+        self.gaps += trace.gaps()
+
+
+@dataclass
+class Latencies:
+    """First-token times of one configuration on an idle engine, in seconds, in pairs.
+
+    Attributes:
+        cold: of tasks that the engine was never asked for. warm: of the same, asked again.
+    """
+
+    cold: list[float] = field(default_factory=list)
+    warm: list[float] = field(default_factory=list)
+
+
+class Measurements:
+    """Everything that was measured, by configuration."""
+
+    def __init__(self) -> None:
+        self.cells: dict[tuple[str, Load], Cell] = {}
+        self.latencies: dict[str, Latencies] = defaultdict(Latencies)
+        self.memory: dict[str, list[int]] = defaultdict(list)
+        self.starts: dict[str, list[float]] = defaultdict(list)
+        self.checks: dict[str, dict[str, Any]] = {}
+        self.not_run: dict[str, str] = {}
+
+    def cell(
+        self, configuration: Configuration, load: Load, requests: int, concurrency: int
+    ) -> Cell:
+        """The cell of a configuration and a load, made on first use."""
+        key = (configuration.name, load)
+        if key not in self.cells:
+            self.cells[key] = Cell(configuration.name, load, requests, concurrency)
+        return self.cells[key]
+
+    def drop(self, configuration: str, reason: str) -> None:
+        """Forget a configuration that failed: figures of some rounds compare with nothing."""
+        self.not_run[configuration] = reason
+        for key in [key for key in self.cells if key[0] == configuration]:
+            del self.cells[key]
+        for table in (self.latencies, self.memory, self.starts):
+            table.pop(configuration, None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a cell, with ratios to the base model and to stock vLLM under the same load."""
+        return [self._row(cell) for cell in self.cells.values()]
+
+    def _row(self, cell: Cell) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "configuration": cell.configuration,
+            "tasks": cell.load.tasks,
+            "popularity": cell.load.popularity,
+            "requests": cell.requests,
+            "concurrency": cell.concurrency,
+            "inter_token_ms": spread([1e3 * gap for gap in cell.gaps]),
+        }
+        for rate in RATES:
+            row[rate] = spread_of_rounds(cell.rates[rate])
+        for label, name in (("to_base", BASE), ("to_stock", STOCK)):
+            reference = self.cells.get((name, cell.load))
+            row[label] = reference and {
+                rate: spread_of_ratios(cell.rates[rate], reference.rates[rate]) for rate in RATES
+            }
+        return row
+
+    def engine_rows(self) -> list[dict[str, Any]]:
+        """A row a configuration: memory above the base model's, first-token times, start."""
+        base = self.memory.get(BASE)
+        names = dict.fromkeys(name for name, _ in self.cells)
+        return [self._engine_row(name, base) for name in names]
+
+    def _engine_row(self, name: str, base: list[int] | None) -> dict[str, Any]:
+        held = self.latencies.get(name, Latencies())
+        row: dict[str, Any] = {"configuration": name}
+        row["memory_bytes"] = spread_of_rounds(self.memory[name]) if name in self.memory else None
+        row["memory_above_base_bytes"] = None
+        if base and row["memory_bytes"]:
+            row["memory_above_base_bytes"] = row["memory_bytes"]["p50"] - spread(base)["p50"]
+        row["start_s"] = self.starts.get(name) or None
+        row["first_token_cold_ms"] = _milliseconds(held.cold)
+        row["first_token_warm_ms"] = _milliseconds(held.warm)
+        # A warm task's request does everything that the cold one's did but the activation.
+        row["activation_ms"] = _milliseconds([c - w for c, w in zip(held.cold, held.warm)])
+        return row
+
+    def results(self) -> dict[str, Any]:
+        """The part of the JSON report that was measured."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "units": {
+                "inter_token_ms": "ms",
+                "first_token_*_ms, activation_ms": "ms",
+                "memory_bytes, memory_above_base_bytes": "bytes",
+                "start_s": "s",
+                "to_base, to_stock": "ratio of the round's rates",
+            },
+            "rows": self.rows(),
+            "engines": self.engine_rows(),
+            "checks": self.checks,
+            "not_run": self.not_run,
+        }
+
+
+def _milliseconds(seconds: list[float]) -> dict[str, Any] | None:
+    return spread_of_rounds([1e3 * s for s in seconds]) if seconds else None
+
+
+# --- printing --------------------------------------------------------------------------------------
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The tables: one for each load, one for the engines, then what did not run."""
+    loads: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        loads.setdefault((row["tasks"], row["popularity"]), []).append(row)
+    for (tasks, popularity), rows in sorted(loads.items()):
+        _print_load(Load(tasks, popularity), rows)
+    _print_engines(results["engines"])
+    for name, reason in results["not_run"].items():
+        print(f"NOT RUN {name}: {reason}")
+
+
+def _print_load(load: Load, rows: list[dict[str, Any]]) -> None:
+    print(
+        f"\n{load}: {rows[0]['requests']} requests, {rows[0]['concurrency']} at a time; rates p50 "
+        "(p20 to p80) of the rounds"
+    )
+    print(
+        f"  {'':15} {'prefill tokens/s':>23} {'/base':>6} {'/stock':>6}   {'decode tokens/s':>23} "
+        f"{'/base':>6} {'/stock':>6}   {'output':>8} {'requests':>8}   {'between tokens, ms':>20}"
+    )
+    print(f"  {'':79}   {'tokens/s':>8} {'/s':>8}   {'p20':>6} {'p50':>6} {'p80':>6}")
+    for row in rows:
+        gaps = row["inter_token_ms"]
+        print(
+            f"  {row['configuration']:15} {_rate(row, PREFILL)}   {_rate(row, DECODE)}   "
+            f"{row[OUTPUT]['p50']:8.1f} {row[REQUESTS]['p50']:8.2f}   "
+            f"{gaps['p20']:6.1f} {gaps['p50']:6.1f} {gaps['p80']:6.1f}"
+        )
+
+
+def _rate(row: dict[str, Any], rate: str) -> str:
+    """A rate, its ratio to the base model and its ratio to stock vLLM."""
+    values = row[rate]
+    text = f"{values['p50']:.1f} ({values['p20']:.0f}-{values['p80']:.0f})"
+    ratios = [row[key][rate]["p50"] if row[key] else None for key in ("to_base", "to_stock")]
+    return f"{text:>23} " + " ".join(f"{'-' if r is None else format(r, '.2f'):>6}" for r in ratios)
+
+
+def _print_engines(rows: Iterable[dict[str, Any]]) -> None:
+    print("\nFirst token of one request on an idle engine, ms, p50 (p20 to p80), and memory:")
+    print(
+        f"  {'':15} {'cold task':>24} {'warm task':>24} {'cold - warm':>12} "
+        f"{'MiB above base':>15} {'start, s':>9}"
+    )
+    for row in rows:
+        memory, start = row["memory_above_base_bytes"], row["start_s"]
+        activation = row["activation_ms"]
+        print(
+            f"  {row['configuration']:15} {_latency(row['first_token_cold_ms']):>24} "
+            f"{_latency(row['first_token_warm_ms']):>24} "
+            f"{'-' if activation is None else format(activation['p50'], '.2f'):>12} "
+            f"{'-' if memory is None else format(memory / 2**20, '.0f'):>15} "
+            f"{'-' if start is None else format(start[0], '.1f'):>9}"
+        )
+    print(
+        "  (a cold task was never asked for; the same task asked again is warm. Memory is the worker's "
+        "after every task\n  was served once: resident on CPU, tensors without the KV cache on a GPU)"
+    )
+
+
+def _latency(values: dict[str, Any] | None) -> str:
+    if values is None:
+        return "-"
+    return f"{values['p50']:.1f} ({values['p20']:.1f}-{values['p80']:.1f})"
+
+
+def write_json(path: str | Path, report: dict[str, Any]) -> None:
+    """Write the report, making the folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,92 @@
+"""What a vLLM worker is asked to do beside serving, by ``--worker-extension-cls``.
+
+vLLM adds the methods of ``BenchExtension`` to its worker class, and ``LLM.collective_rpc`` calls them
+by name, in the worker's own thread and process.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import os
+import pstats
+import time
+import zlib
+from typing import Any
+
+import torch
+
+_PROFILE_LINES = 40
+
+
+class BenchExtension:
+    """Mixed into vLLM's worker; every method starts with ``bench_`` to keep clear of vLLM's own."""
+
+    device: torch.device
+    model_runner: Any
+
+    def bench_describe(self) -> dict[str, Any]:
+        """The device's kind and name, and the worker's threads."""
+        from vllm.platforms import current_platform
+
+        name = "" if current_platform.is_cpu() else current_platform.get_device_name()
+        return {"type": self.device.type, "name": name, "threads": torch.get_num_threads()}
+
+    def bench_memory(self) -> int:
+        """Bytes that the worker holds: on a GPU in tensors, without the KV cache; on CPU resident.
+
+        The KV cache is left out on a GPU because vLLM gives it whatever the rest leaves free. On CPU
+        every engine has the same and uses the same part of it.
+        """
+        if self.device.type == "cpu":
+            return _resident_nbytes()
+        caches = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._caches()
+        }
+        return torch.accelerator.memory_allocated(self.device) - sum(caches.values())
+
+    def _caches(self) -> list[torch.Tensor]:
+        flat: list[torch.Tensor] = []
+        for cache in self.model_runner.kv_caches:
+            flat += cache if isinstance(cache, (list, tuple)) else [cache]
+        return flat
+
+    def bench_initialise(self) -> None:
+        """Give dummy weights the size of a fresh model's: norms 1, everything else N(0, 0.02).
+
+        vLLM's dummy weights are all within 1e-3, norms too, so that no layer's output would count
+        beside the embedding. Each parameter has a generator of its own, seeded by its name without
+        the LoRA layers' prefix: all engines get one model.
+        """
+        for name, parameter in self.model_runner.model.named_parameters():
+            if parameter.dim() < 2:
+                parameter.data.fill_(1.0)
+                continue
+            generator = torch.Generator(parameter.device)
+            generator.manual_seed(zlib.crc32(name.replace("base_layer.", "").encode()))
+            parameter.data.normal_(0, 0.02, generator=generator)
+
+    def bench_use_punica_runs(self, use: bool) -> None:
+        """Run ordinary adapters by runs, or by stock code again; CPU only."""
+        from serving.punica_runs import use_punica_runs
+
+        use_punica_runs(use)
+
+    def bench_start_profile(self) -> None:
+        """Record every call of this thread from now on."""
+        self._bench_profile = cProfile.Profile(time.perf_counter)
+        self._bench_profile.enable()
+
+    def bench_stop_profile(self) -> str:
+        """The calls since, by the time spent in each itself and by the time below each."""
+        self._bench_profile.disable()
+        text = io.StringIO()
+        stats = pstats.Stats(self._bench_profile, stream=text).strip_dirs()
+        stats.sort_stats("tottime").print_stats(_PROFILE_LINES)
+        stats.sort_stats("cumtime").print_stats(_PROFILE_LINES)
+        return text.getvalue()
+
+
+def _resident_nbytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
