@@ -138,7 +138,7 @@ def make_task(slices: Mapping[int, SliceTask], count: int, device: torch.device)
 def _record(part: SliceTask) -> list[int]:
     record = [0] * RECORD_FIELDS
     if part.core is not None:
-        record[CORE], record[CORE_RANK] = part.core.data_ptr(), part.core_rank
+        record[CORE], record[CORE_RANK] = _address(part.core), part.core_rank
     if part.a is not None and part.b is not None and part.a.rows:
         assert part.a.format == part.b.format
         assert part.a.rows == part.b.rows
@@ -152,12 +152,18 @@ def _record(part: SliceTask) -> list[int]:
 
 
 def _addresses(matrix: PackedMatrix) -> list[int]:
-    assert all(part.is_contiguous() for part in matrix.parts.values())
     names = [("values", "codes"), ("scales", "scale_codes"), ("scale_range",)]
     return [
-        next((matrix.parts[name].data_ptr() for name in group if name in matrix.parts), 0)
+        next((_address(matrix.parts[name]) for name in group if name in matrix.parts), 0)
         for group in names
     ]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor lies; on a GPU the kernels read 16 bytes at a time."""
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu" or tensor.data_ptr() % 16 == 0
+    return tensor.data_ptr()
 
 
 class SlotTable:

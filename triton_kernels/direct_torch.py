@@ -202,11 +202,13 @@ class _UnpackedFactors:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._held: OrderedDict[tuple[int, ...], tuple[PackedMatrix, torch.Tensor]] = OrderedDict()
+        self._held: OrderedDict[
+            tuple[int, int, int, torch.dtype], tuple[PackedMatrix, torch.Tensor]
+        ] = OrderedDict()
         self._nbytes = 0
 
     def get(self, matrix: PackedMatrix, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
-        key = (id(matrix), start, stop, dtype.itemsize)
+        key = (id(matrix), start, stop, dtype)
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][1]

@@ -1,0 +1,690 @@
+"""The Triton kernels of the direct path's joint part, and the launch of both parts; needs Triton.
+
+    shrink   z = V x             all slices at once: they share x
+    core     w[t, i] = C[slot(t), i] z[t, i]
+    expand   y[t, i] += U_i^T w[t, i]
+
+Three launches, each of which reads what it needs once. For 64 tokens of 64 tasks in ``qkv_proj`` of an
+8-billion model (d_in 4096, 6144 columns, k = 64 a slice, bfloat16) they move V 1.5 MiB, x 0.5 MiB,
+cores 1.5 MiB, U 0.75 MiB, y twice 0.75 MiB and twice 0.75 MiB of float32 partial sums that stay in the
+L2 cache; slots of rank 16 would be 36 MiB. Two launches would save one gap of some microseconds but were
+not taken: with the core inside expand, each of the 96 blocks of columns reads every token's core anew
+(48 MiB from L2), and the other way, the last block of shrink to arrive applying the cores, needs
+atomics and waits on memory order for the same gain.
+
+Everything a launch depends on is a number of the layer, of the table or of x's shape, so a captured
+graph replays with other tasks and other tokens. Which tokens have a core is read from the records in
+the kernel: w is written and read for those alone, and y is not touched for others, so that it keeps
+its bits and temporaries need no zeroing.
+
+Shrink and expand put tokens of all tasks together on the tensor cores. A tile of one token, which is
+what most cores see in decode, is multiplied and summed in registers instead: a core of 8 KiB needs no
+shared memory, and all partial sums of z are loaded at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix
+from vllm_vlora.triton_kernels import direct
+from vllm_vlora.triton_kernels.dequantise import load_tile
+from vllm_vlora.triton_kernels.direct import DirectLayer, Routing, SlotTable
+from vllm_vlora.triton_kernels.direct_device import (
+    DECODE_TOKENS,
+    PART_ALIGNMENT,
+    aligned,
+    aligned_pointer,
+    cut_columns,
+    load_sum,
+    low_precision,
+    multiply,
+    pick,
+    pick_block,
+    power_of_two,
+)
+from vllm_vlora.triton_kernels.private_kernel import launch_private
+
+# A slice's part of w begins, and is filled up, to a multiple of this many columns: w is read 16 bytes
+# at a time whatever the sizes k are.
+_W_ALIGNMENT = 16
+
+_FIELDS = tl.constexpr(direct.RECORD_FIELDS)
+_CORE = tl.constexpr(direct.CORE)
+_CORE_RANK = tl.constexpr(direct.CORE_RANK)
+_W_COLS = tl.constexpr(_W_ALIGNMENT)
+
+
+@triton.jit(do_not_specialize=["tokens", "k_total"])
+def _shrink_kernel(  # type: ignore[no-untyped-def]
+    z_ptr,
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    ranges_ptr,
+    tokens,
+    k_total,
+    d_in,
+    part_cols,
+    x_stride,
+    codes_stride,
+    scales_stride,
+    ranges_stride,
+    FORMAT: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``z[part, tokens, ks] = x V^T`` over the part's columns of x.
+
+    Grid (blocks of V's rows, parts of d_in, blocks of tokens); z is ``[parts, T, k_total]``, float32
+    partial sums or, of one part, the dtype of x.
+    """
+    ks = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    part = tl.program_id(1)
+    rows = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_live = rows < tokens
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    first = part * part_cols
+    for start in range(first, tl.minimum(first + part_cols, d_in), BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        col_live = cols < d_in
+        x = tl.load(
+            x_ptr + rows.to(tl.int64)[:, None] * x_stride + cols[None, :],
+            mask=row_live[:, None] & col_live[None, :],
+            other=0.0,
+        )
+        v = load_tile(
+            codes_ptr,
+            scales_ptr,
+            ranges_ptr,
+            codes_stride,
+            scales_stride,
+            ranges_stride,
+            ks,
+            cols,
+            ks < k_total,
+            col_live,
+            FORMAT,
+        )
+        total = multiply(x, tl.trans(v.to(dtype)), total, LOW_PRECISION)
+    places = (part.to(tl.int64) * tokens + rows)[:, None] * k_total + ks[None, :]
+    mask = row_live[:, None] & (ks < k_total)[None, :]
+    tl.store(z_ptr + places, total.to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _core_one(  # type: ignore[no-untyped-def]
+    core_ptr,
+    z_ptr,
+    part_stride,
+    rank,
+    k_in,
+    k_out,
+    outs,
+    PARTS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``C[outs] z`` for the one token whose z begins at ``z_ptr``, by multiplying and adding."""
+    dtype: tl.constexpr = core_ptr.dtype.element_ty
+    parts = tl.arange(0, PARTS).to(tl.int64)[:, None] * part_stride
+    w = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
+    # A dense core is one pass over its own rows.
+    for row in range(0, tl.maximum(rank, 1), BLOCK_R):
+        rows = row + tl.arange(0, BLOCK_R)
+        rows_ptr = core_ptr + rows * (k_in + k_out)
+        inner = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        for start in range(0, k_in, BLOCK_IN):
+            ins = start + tl.arange(0, BLOCK_IN)
+            in_live = (ins < k_in)[None, :]
+            z = tl.load(z_ptr + parts + ins[None, :], mask=in_live, other=0.0).to(tl.float32)
+            z = tl.sum(z, axis=0).to(dtype).to(tl.float32)[None, :]
+            if rank == 0:
+                dense = tl.load(
+                    core_ptr + outs[:, None] * k_in + ins[None, :],
+                    mask=(outs < k_out)[:, None] & in_live,
+                    other=0.0,
+                )
+                w += tl.sum(dense.to(tl.float32) * z, axis=1)
+            else:
+                a = tl.load(
+                    rows_ptr[:, None] + ins[None, :],
+                    mask=(rows < rank)[:, None] & in_live,
+                    other=0.0,
+                )
+                inner += tl.sum(a.to(tl.float32) * z, axis=1)
+        if rank > 0:
+            b = tl.load(
+                rows_ptr[:, None] + k_in + outs[None, :],
+                mask=(rows < rank)[:, None] & (outs < k_out)[None, :],
+                other=0.0,
+            )
+            w += tl.sum(inner.to(dtype).to(tl.float32)[:, None] * b.to(tl.float32), axis=0)
+    return w
+
+
+@triton.jit
+def _core_tile(  # type: ignore[no-untyped-def]
+    core_ptr,
+    z_ptrs,
+    part_stride,
+    live,
+    rank,
+    k_in,
+    k_out,
+    outs,
+    LOW_PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``z C[outs]^T`` for the tokens whose z begin at ``z_ptrs``."""
+    dtype: tl.constexpr = core_ptr.dtype.element_ty
+    w = tl.zeros((BLOCK_T, BLOCK_OUT), dtype=tl.float32)
+    for row in range(0, tl.maximum(rank, 1), BLOCK_R):
+        rows = row + tl.arange(0, BLOCK_R)
+        rows_ptr = core_ptr + rows * (k_in + k_out)
+        inner = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+        for start in range(0, k_in, BLOCK_IN):
+            ins = start + tl.arange(0, BLOCK_IN)
+            in_live = (ins < k_in)[None, :]
+            z_places = z_ptrs[:, None] + ins[None, :]
+            z = load_sum(z_places, part_stride, live[:, None] & in_live, PARTS).to(dtype)
+            if rank == 0:
+                dense = tl.load(
+                    core_ptr + outs[:, None] * k_in + ins[None, :],
+                    mask=(outs < k_out)[:, None] & in_live,
+                    other=0.0,
+                )
+                w = multiply(z, tl.trans(dense), w, LOW_PRECISION)
+            else:
+                a = tl.load(
+                    rows_ptr[:, None] + ins[None, :],
+                    mask=(rows < rank)[:, None] & in_live,
+                    other=0.0,
+                )
+                inner = multiply(z, tl.trans(a), inner, LOW_PRECISION)
+        if rank > 0:
+            b = tl.load(
+                rows_ptr[:, None] + k_in + outs[None, :],
+                mask=(rows < rank)[:, None] & (outs < k_out)[None, :],
+                other=0.0,
+            )
+            w = multiply(inner.to(dtype), b, w, LOW_PRECISION)
+    return w
+
+
+@triton.jit(
+    do_not_specialize=[
+        "slices",
+        "numbers",
+        "k_ins",
+        "k_outs",
+        "z_starts",
+        "w_starts",
+        "part_stride",
+    ]
+)
+def _core_kernel(  # type: ignore[no-untyped-def]
+    w_ptr,
+    z_ptr,
+    records_ptr,
+    order_ptr,
+    tiles_ptr,
+    slices,
+    numbers,
+    k_ins,
+    k_outs,
+    z_starts,
+    w_starts,
+    z_stride,
+    w_stride,
+    part_stride,
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    ONE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``w = C z`` for one tile of tokens, which share a core, and one block of w's columns.
+
+    Grid (tiles, slices with a basis, blocks of columns). A slice's part of w is filled up with zeros
+    to a multiple of 16 columns. ``ALIGNED``: every size k is a multiple of 8, so that rows of cores
+    begin at 16 bytes. ``ONE``: tiles of one token have a way of their own.
+    """
+    tile_ptr = tiles_ptr + tl.program_id(0) * 3
+    place = tl.program_id(1)
+    slot = tl.load(tile_ptr)
+    first = tl.load(tile_ptr + 1)
+    count = tl.load(tile_ptr + 2)
+    k_in = aligned(pick(k_ins, place, COUNT), 8, ALIGNED)
+    k_out = aligned(pick(k_outs, place, COUNT), 8, ALIGNED)
+    z_start = aligned(pick(z_starts, place, COUNT), 8, ALIGNED)
+    w_start = aligned(pick(w_starts, place, COUNT), _W_COLS, True)
+    number = pick(numbers, place, COUNT)
+    record_ptr = records_ptr + (slot.to(tl.int64) * slices + number) * _FIELDS
+    core = tl.load(record_ptr + _CORE)
+    rank = tl.load(record_ptr + _CORE_RANK).to(tl.int32)
+    first_out = tl.program_id(2) * BLOCK_OUT
+    if (count > 0) & (core != 0) & (first_out < k_out):
+        dtype: tl.constexpr = w_ptr.dtype.element_ty
+        core_ptr = aligned_pointer(core, dtype, ALIGNED)
+        outs = first_out + tl.arange(0, BLOCK_OUT)
+        filled = outs < tl.cdiv(k_out, _W_COLS) * _W_COLS
+        z_ptr += z_start
+        w_ptr += w_start
+        if ONE:  # noqa: SIM102 (known when compiled, so the rest is left out)
+            if count == 1:
+                token = tl.load(order_ptr + first).to(tl.int64)
+                one = _core_one(
+                    core_ptr,
+                    z_ptr + token * z_stride,
+                    part_stride,
+                    rank,
+                    k_in,
+                    k_out,
+                    outs,
+                    PARTS,
+                    BLOCK_OUT,
+                    BLOCK_IN,
+                    BLOCK_R,
+                )
+                tl.store(w_ptr + token * w_stride + outs, one.to(dtype), mask=filled)
+        if count > (1 if ONE else 0):
+            lanes = tl.arange(0, BLOCK_T)
+            live = lanes < count
+            tokens = tl.load(order_ptr + first + lanes, mask=live, other=0).to(tl.int64)
+            w = _core_tile(
+                core_ptr,
+                z_ptr + tokens * z_stride,
+                part_stride,
+                live,
+                rank,
+                k_in,
+                k_out,
+                outs,
+                LOW_PRECISION,
+                PARTS,
+                BLOCK_T,
+                BLOCK_OUT,
+                BLOCK_IN,
+                BLOCK_R,
+            )
+            w_ptrs = w_ptr + tokens[:, None] * w_stride + outs[None, :]
+            tl.store(w_ptrs, w.to(dtype), mask=live[:, None] & filled[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "slices", "numbers", "block_starts", "y_starts", "widths", "w_starts", "k_outs", "tokens",
+        "codes_strides", "scales_strides", "ranges_strides",
+    ]
+)  # fmt: skip
+def _expand_kernel(  # type: ignore[no-untyped-def]
+    y_ptr,
+    w_ptr,
+    records_ptr,
+    token_slots_ptr,
+    codes_ptrs,
+    scales_ptrs,
+    ranges_ptrs,
+    slices,
+    numbers,
+    block_starts,
+    y_starts,
+    widths,
+    w_starts,
+    k_outs,
+    codes_strides,
+    scales_strides,
+    ranges_strides,
+    tokens,
+    y_stride,
+    w_stride,
+    COUNT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``y += w U`` on one block of tokens, of whatever slots, and of columns.
+
+    Grid (blocks of columns over all slices with a basis, blocks of tokens). ``ALIGNED``: slices
+    begin and end at multiples of 16 columns in y, and U's rows at 16 bytes.
+    """
+    place, block = pick_block(tl.program_id(0), block_starts, COUNT)
+    number = pick(numbers, place, COUNT)
+    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_batch = rows < tokens
+    slots = tl.load(token_slots_ptr + rows, mask=in_batch, other=0).to(tl.int64)
+    cores = tl.load(
+        records_ptr + (slots * slices + number) * _FIELDS + _CORE, mask=in_batch, other=0
+    )
+    live = cores != 0
+    if tl.max(live.to(tl.int32), axis=0) > 0:
+        dtype: tl.constexpr = y_ptr.dtype.element_ty
+        width = aligned(pick(widths, place, COUNT), 16, ALIGNED)
+        y_start = aligned(pick(y_starts, place, COUNT), 16, ALIGNED)
+        w_start = aligned(pick(w_starts, place, COUNT), _W_COLS, True)
+        k_out = pick(k_outs, place, COUNT)
+        k_filled = tl.cdiv(k_out, _W_COLS) * _W_COLS
+        codes_ptr = pick(codes_ptrs, place, COUNT)
+        # By way of an integer: the choice loses what is known of the pointers' alignment.
+        address = aligned(codes_ptr.to(tl.int64), 16, ALIGNED)
+        codes_ptr = aligned_pointer(address, codes_ptr.dtype.element_ty, ALIGNED)
+        codes_stride = aligned(pick(codes_strides, place, COUNT), 16, ALIGNED)
+        scales_ptr, scales_stride = codes_ptr, 0
+        ranges_ptr, ranges_stride = codes_ptr, 0
+        if FORMAT != "float":
+            scales_ptr = pick(scales_ptrs, place, COUNT)
+            scales_stride = pick(scales_strides, place, COUNT)
+        if FORMAT == "nf4-dq":
+            ranges_ptr = pick(ranges_ptrs, place, COUNT)
+            ranges_stride = pick(ranges_strides, place, COUNT)
+        cols = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        col_live = cols < width
+        total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+        for start in range(0, k_out, BLOCK_K):
+            ks = start + tl.arange(0, BLOCK_K)
+            w = tl.load(
+                w_ptr + rows.to(tl.int64)[:, None] * w_stride + w_start + ks[None, :],
+                mask=live[:, None] & (ks < k_filled)[None, :],
+                other=0.0,
+            )
+            u = load_tile(
+                codes_ptr,
+                scales_ptr,
+                ranges_ptr,
+                codes_stride,
+                scales_stride,
+                ranges_stride,
+                ks,
+                cols,
+                ks < k_out,
+                col_live,
+                FORMAT,
+            )
+            total = multiply(w, u.to(dtype), total, LOW_PRECISION)
+        y_places = y_ptr + rows.to(tl.int64)[:, None] * y_stride + y_start + cols[None, :]
+        mask = live[:, None] & col_live[None, :]
+        y = tl.load(y_places, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_places, (y + total).to(dtype), mask=mask)
+
+
+# --- the host's part -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A slice with a basis; the fields are named after the kernels' arguments."""
+
+    numbers: int
+    k_ins: int
+    k_outs: int
+    z_starts: int
+    w_starts: int
+    y_starts: int
+    widths: int
+    u: PackedMatrix
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a layer's launches need and no batch changes; it must not hold the layer itself.
+
+    Attributes:
+        v: V, or None when no slice has a basis.
+        shrink: the shrink's arguments for V.
+        w_total, k_max: columns of w, and the largest k of any slice.
+        core: the core's arguments for the slices with a basis.
+        expands: arguments of each launch of expand: one a format of U, which is nearly always one.
+    """
+
+    v: PackedMatrix | None
+    shrink: dict[str, Any]
+    w_total: int
+    k_max: int
+    core: dict[str, Any]
+    expands: tuple[dict[str, Any], ...]
+
+
+# Finding a layer's arguments anew would cost the host more than a launch.
+_PLANS: WeakKeyDictionary[DirectLayer, _Plan] = WeakKeyDictionary()
+
+
+def launch_direct(
+    y: torch.Tensor, x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing
+) -> None:
+    """Enqueue both parts for arguments that have passed ``add_direct``'s checks; no wait.
+
+    Raises:
+        ValueError: a part of V or of a U is not contiguous along its rows.
+    """
+    if x.shape[0] == 0:
+        return
+    plan = _PLANS.get(layer)
+    if plan is None:
+        plan = _PLANS[layer] = _make_plan(layer)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        if plan.v is not None:
+            _launch_joint(y, x, plan, table, routing)
+        if layer.private and layer.max_rank:
+            launch_private(y, x, layer, table, routing)
+
+
+def _make_plan(layer: DirectLayer) -> _Plan:
+    members = []
+    z_start = w_start = y_start = 0
+    for place, part in enumerate(layer.slices):
+        if part.u is not None and part.k_in and part.k_out:
+            assert part.u.cols == part.width
+            number, k_in, k_out = layer.index + place, part.k_in, part.k_out
+            members.append(
+                _Member(number, k_in, k_out, z_start, w_start, y_start, part.width, part.u)
+            )
+            w_start += triton.cdiv(k_out, _W_ALIGNMENT) * _W_ALIGNMENT
+        z_start += part.k_in
+        y_start += part.width
+    if layer.v is None or not members:
+        return _Plan(None, {}, 0, 0, {}, ())
+    assert (layer.v.rows, layer.v.cols) == (z_start, layer.d_in)
+    by_format: dict[str, list[_Member]] = {}
+    for member in members:
+        by_format.setdefault(member.u.format, []).append(member)
+    core = _columns(members, "numbers", "k_ins", "k_outs", "z_starts", "w_starts")
+    sizes = [*core["k_ins"], *core["k_outs"]]
+    core["ALIGNED"] = all(size % 8 == 0 for size in sizes)
+    expands = tuple(_expand_arguments(group) for group in by_format.values())
+    shrink = _matrix_arguments(layer.v, "V")
+    return _Plan(layer.v, shrink, w_start, max(sizes), core, expands)
+
+
+def _columns(members: list[_Member], *names: str) -> dict[str, Any]:
+    """The members' fields as tuples, by name, and how many members there are."""
+    columns = {name: tuple(getattr(member, name) for member in members) for name in names}
+    return {**columns, "COUNT": len(members)}
+
+
+def _expand_arguments(members: list[_Member]) -> dict[str, Any]:
+    arguments = _columns(members, "numbers", "y_starts", "widths", "w_starts", "k_outs")
+    matrices = [_matrix_arguments(member.u, "U") for member in members]
+    arguments["FORMAT"] = matrices[0].pop("FORMAT")
+    for name in matrices[0]:
+        arguments[f"{name}s"] = tuple(matrix[name] for matrix in matrices)
+    multiples = [*arguments["widths"], *arguments["y_starts"], *arguments["codes_strides"]]
+    multiples += [codes.data_ptr() for codes in arguments["codes_ptrs"]]
+    arguments["ALIGNED"] = all(value % 16 == 0 for value in multiples)
+    return arguments
+
+
+def _matrix_arguments(matrix: PackedMatrix, name: str) -> dict[str, Any]:
+    """A packed matrix as the kernels take it."""
+    for part_name, part in matrix.parts.items():
+        if part.shape[-1] > 1 and part.stride(-1) != 1:
+            raise ValueError(
+                f"direct: part {part_name!r} of {name} must be contiguous along its rows, its "
+                f"strides are {list(part.stride())}: call .contiguous() on it first"
+            )
+    parts = matrix.parts
+    codes = parts["values"] if "values" in parts else parts["codes"]
+    scales = parts["scale_codes"] if "scale_codes" in parts else parts.get("scales")
+    ranges = parts.get("scale_range")
+    if ranges is not None and not ranges.is_contiguous():
+        ranges = ranges.contiguous()
+    return {
+        "codes_ptr": codes,
+        "scales_ptr": scales,
+        "ranges_ptr": ranges,
+        "codes_stride": codes.stride(0),
+        "scales_stride": 0 if scales is None else scales.stride(0),
+        "ranges_stride": 0 if ranges is None else ranges.stride(0),
+        "FORMAT": "float" if matrix.format in FLOAT_DTYPES else matrix.format,
+    }
+
+
+def _launch_joint(
+    y: torch.Tensor, x: torch.Tensor, plan: _Plan, table: SlotTable, routing: Routing
+) -> None:
+    tokens, slices = x.shape[0], table.records.shape[1]
+    z = _launch_shrink(x, plan)
+    w = torch.empty((tokens, plan.w_total), dtype=x.dtype, device=x.device)
+    config = core_config(tokens, plan.k_max, x.dtype)
+    tile = config["BLOCK_T"]
+    grid = (
+        routing.max_tiles(tokens, tile),
+        plan.core["COUNT"],
+        triton.cdiv(max(plan.core["k_outs"]), config["BLOCK_OUT"]),
+    )
+    _core_kernel[grid](
+        w,
+        z,
+        table.records,
+        routing.order,
+        routing.tiles[tile],
+        slices,
+        z_stride=z.stride(1),
+        w_stride=w.stride(0),
+        part_stride=z.stride(0),
+        PARTS=z.shape[0],
+        **plan.core,
+        **config,
+    )
+    for arguments in plan.expands:
+        config = expand_config(tokens, plan.k_max, arguments["FORMAT"], x.dtype)
+        block_starts = [0]
+        for width in arguments["widths"]:
+            block_starts.append(block_starts[-1] + triton.cdiv(width, config["BLOCK_D"]))
+        _expand_kernel[(block_starts.pop(), triton.cdiv(tokens, config["BLOCK_T"]))](
+            y,
+            w,
+            table.records,
+            routing.token_slots,
+            slices=slices,
+            block_starts=tuple(block_starts),
+            tokens=tokens,
+            y_stride=y.stride(0),
+            w_stride=w.stride(0),
+            **arguments,
+            **config,
+        )
+
+
+def _launch_shrink(x: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    """z as ``[parts, T, k_total]``: float32 partial sums, or one part in the dtype of x."""
+    v, tokens = plan.v, x.shape[0]
+    assert v is not None
+    if tokens > DECODE_TOKENS and FLOAT_DTYPES.get(v.format) == x.dtype:
+        z = torch.empty((1, tokens, v.rows), dtype=x.dtype, device=x.device)
+        # A plain dense product, large enough for the vendor's kernels.
+        torch.mm(x, v.parts["values"].t(), out=z[0])
+        return z
+    config = shrink_config(tokens, plan.shrink["FORMAT"], x.dtype)
+    row_blocks = triton.cdiv(v.rows, config["BLOCK_K"])
+    token_blocks = triton.cdiv(tokens, config["BLOCK_T"])
+    # In decode the cut is the layer's own: graphs of all sizes share one compiled kernel.
+    programs = row_blocks * (1 if tokens <= DECODE_TOKENS else token_blocks)
+    parts, part_cols = cut_columns(v.cols, programs, PART_ALIGNMENT)
+    dtype = torch.float32 if parts > 1 else x.dtype
+    z = torch.empty((parts, tokens, v.rows), dtype=dtype, device=x.device)
+    _shrink_kernel[(row_blocks, parts, token_blocks)](
+        z,
+        x,
+        tokens=tokens,
+        k_total=v.rows,
+        d_in=v.cols,
+        part_cols=part_cols,
+        x_stride=x.stride(0),
+        **plan.shrink,
+        **config,
+    )
+    return z
+
+
+def shrink_config(tokens: int, format: str, dtype: torch.dtype) -> dict[str, int | bool]:
+    """The shrink's compile-time arguments, apart from the format."""
+    low = low_precision(dtype)
+    # Floats go straight to shared memory; values to dequantise pass through registers, where wider
+    # blocks spill.
+    deep = 128 if format == "float" else 32
+    return {
+        "LOW_PRECISION": low,
+        "BLOCK_T": power_of_two(tokens, 16, 64) if low else 16,
+        "BLOCK_K": 32 if tokens <= DECODE_TOKENS or not low else 64,
+        # A float32 product runs on the FMA units with its operands in registers.
+        "BLOCK_D": deep if low else 16,
+        "num_stages": (4 if format == "float" else 2) if low else 1,
+    }
+
+
+def core_config(tokens: int, k_max: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    """The core's compile-time arguments; BLOCK_T is the size of its tiles of tokens."""
+    low = low_precision(dtype)
+    tile = 16 if tokens <= DECODE_TOKENS else 64
+    most = 64 if low else (32 if tile == 16 else 16)
+    return {
+        "LOW_PRECISION": low,
+        "ONE": tile == 16,
+        "BLOCK_T": tile,
+        "BLOCK_OUT": power_of_two(k_max, 16, most),
+        "BLOCK_IN": power_of_two(k_max, 16, most),
+        "BLOCK_R": 16,
+        "num_warps": 4 if tile == 16 else 8,
+        "num_stages": 2 if low else 1,
+    }
+
+
+def expand_config(
+    tokens: int, k_max: int, format: str, dtype: torch.dtype
+) -> dict[str, int | bool]:
+    """The expansion's compile-time arguments, apart from the format and the slices."""
+    low = low_precision(dtype)
+    deep = 64 if format == "float" else 16
+    block_t = power_of_two(tokens, 16, 64) if low else 16
+    return {
+        "LOW_PRECISION": low,
+        "BLOCK_T": block_t,
+        "BLOCK_D": 128 if tokens > DECODE_TOKENS and low else 64,
+        "BLOCK_K": power_of_two(k_max, 16, deep) if low else 16,
+        "num_warps": 8 if block_t == 64 else 4,
+        # k is a block or two: nothing to pipeline.
+        "num_stages": 1,
+    }

@@ -1,0 +1,559 @@
+"""The Triton kernels of the direct path's private part and their launch; needs Triton to import.
+
+    shrink   h[t, i] = A[slot(t), i] x[t]
+    expand   y[t, i] += (scale h[t, i]) B[slot(t), i]
+
+straight from the packed factors of each task, at its own rank and in its own format: two launches for
+all slices. A record's format chooses between four bodies in one kernel, the same one for all threads
+of a program, so tasks of every format may share a batch.
+
+In decode nearly every tile is one token, and the work is to read each task's factors once. For 64
+tasks of rank 16 in ``qkv_proj`` of an 8-billion model these are 36 MiB in bfloat16, which the memory
+bounds, and 10 MiB in NF4, where the instructions count that decode a value: a tile of one token is
+multiplied and summed in registers, eight rows at a time so that small ranks waste little, each byte
+of NF4 read once, and its two values looked up in a table of 64 bytes that stays in the L1 cache. A
+tensor-core product would pad the rank to 16 and send every value through shared memory. Tiles of more
+tokens use it nevertheless, since they decode once for all of them.
+
+h is kept as float32 sums over parts of d_in, which expand adds in a fixed order: no atomics, the same
+bits in every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_vlora.quantize import NF4_BLOCK, SCALE_BLOCK
+from vllm_vlora.triton_kernels import direct
+from vllm_vlora.triton_kernels.dequantise import load_tile
+from vllm_vlora.triton_kernels.direct import DirectLayer, Routing, SlotTable
+from vllm_vlora.triton_kernels.direct_device import (
+    DECODE_TOKENS,
+    aligned,
+    aligned_pointer,
+    cut_columns,
+    load_sum,
+    low_precision,
+    multiply,
+    pick,
+    pick_block,
+    power_of_two,
+)
+
+_FIELDS = tl.constexpr(direct.RECORD_FIELDS)
+_RANK = tl.constexpr(direct.RANK)
+_SCALE = tl.constexpr(direct.SCALE)
+_FORMAT = tl.constexpr(direct.FORMAT)
+_A = tl.constexpr(direct.A_CODES)
+_B = tl.constexpr(direct.B_CODES)
+_FORMATS = tl.constexpr(tuple(sorted(direct.FORMAT_CODES, key=direct.FORMAT_CODES.__getitem__)))
+_FORMAT_COUNT = tl.constexpr(len(direct.FORMAT_CODES))
+_BLOCK = tl.constexpr(NF4_BLOCK)
+_BYTES = tl.constexpr(NF4_BLOCK // 2)
+_SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
+
+# Columns of d_in that a part should have at least: fewer would be mostly start-up.
+_LEAST_PART = 512
+
+
+# --- a packed factor -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _locate(  # type: ignore[no-untyped-def]
+    addresses, cols, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """(codes, scales, ranges), pointers and row strides, of a packed matrix of ``cols`` columns.
+
+    addresses: those of the parts, int64. The order of the result is that of ``load_tile``.
+    """
+    blocks = tl.cdiv(cols, _BLOCK)
+    ranges_ptr = addresses[2].to(tl.pointer_type(tl.float32))
+    if FORMAT == "float":
+        codes_ptr = aligned_pointer(addresses[0], DTYPE, ALIGNED)
+        codes_stride = aligned(cols, 16, ALIGNED)
+    elif FORMAT == "int8":
+        codes_ptr = aligned_pointer(addresses[0], tl.int8, ALIGNED)
+        codes_stride = aligned(cols, 16, ALIGNED)
+    else:
+        codes_ptr = aligned_pointer(addresses[0], tl.uint8, ALIGNED)
+        codes_stride = blocks * _BYTES
+    if FORMAT == "nf4-dq":
+        scales_ptr = addresses[1].to(tl.pointer_type(tl.uint8))
+    else:
+        scales_ptr = addresses[1].to(tl.pointer_type(tl.float32))
+    if FORMAT == "int8":
+        scales_stride = 1
+    else:
+        scales_stride = blocks
+    ranges_stride = tl.cdiv(blocks, _SCALE_BLOCK) * 2
+    return codes_ptr, scales_ptr, ranges_ptr, codes_stride, scales_stride, ranges_stride
+
+
+@triton.jit
+def _load_nf4(  # type: ignore[no-untyped-def]
+    where,
+    book_ptr,
+    rows,
+    row_live,
+    first,
+    live_cols,
+    FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """``[rows, first : first + COLS]`` of an NF4 matrix, rounded to DTYPE; whole blocks only.
+
+    Each byte is read once, 16 of them by a thread, and each scale once a block.
+    """
+    codes_ptr, scales_ptr, ranges_ptr, codes_stride, scales_stride, ranges_stride = where
+    rows = rows.to(tl.int64)[:, None]
+    blocks = tl.arange(0, COLS // _BLOCK)[None, :]
+    live = row_live[:, None] & (blocks * _BLOCK < live_cols)
+    blocks += first // _BLOCK
+    places = (rows * codes_stride + blocks * _BYTES)[:, :, None]
+    places += tl.arange(0, _BYTES)[None, None, :]
+    pairs = tl.load(codes_ptr + places, mask=live[:, :, None], other=0).to(tl.int32)
+    scales = tl.load(scales_ptr + rows * scales_stride + blocks, mask=live, other=0)
+    if FORMAT == "nf4-dq":
+        range_ptrs = ranges_ptr + rows * ranges_stride + (blocks // _SCALE_BLOCK) * 2
+        low = tl.load(range_ptrs, mask=live, other=0.0)
+        step = tl.load(range_ptrs + 1, mask=live, other=0.0)
+        scales = low + scales.to(tl.float32) * step
+    scales = scales[:, :, None]
+    even = (tl.load(book_ptr + (pairs >> 4)) * scales).to(DTYPE)
+    odd = (tl.load(book_ptr + (pairs & 15)) * scales).to(DTYPE)
+    return tl.join(even, odd).reshape(ROWS, COLS)
+
+
+@triton.jit
+def _load_values(  # type: ignore[no-untyped-def]
+    where, rows, row_live, cols, col_live, FORMAT: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Elements ``[rows, cols]`` of a matrix that ``_locate`` found, rounded to DTYPE."""
+    values = load_tile(
+        where[0], where[1], where[2], where[3], where[4], where[5],
+        rows, cols, row_live, col_live, FORMAT,
+    )  # fmt: skip
+    return values.to(DTYPE)
+
+
+@triton.jit
+def _load_any(  # type: ignore[no-untyped-def]
+    format,
+    addresses,
+    held_cols,
+    book_ptr,
+    rows,
+    row_live,
+    first,
+    live_cols,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """``[rows, first : first + COLS]``, rounded to DTYPE, of a matrix whose format is known at run time.
+
+    Args:
+        held_cols: columns of the matrix.
+        live_cols: how many of the COLS columns there are; those beyond have any finite value.
+        ALIGNED: rows begin at 16 bytes, and ``first`` is a multiple of 64.
+    """
+    values = tl.zeros((ROWS, COLS), dtype=DTYPE)
+    for code in tl.static_range(_FORMAT_COUNT):
+        if format == code:
+            FORMAT: tl.constexpr = _FORMATS[code]
+            where = _locate(addresses, held_cols, FORMAT, DTYPE, ALIGNED)
+            if ALIGNED and (FORMAT == "nf4" or FORMAT == "nf4-dq"):
+                values = _load_nf4(
+                    where, book_ptr, rows, row_live, first, live_cols, FORMAT, DTYPE, ROWS, COLS
+                )
+            else:
+                cols = tl.arange(0, COLS)
+                col_live = cols < live_cols
+                values = _load_values(where, rows, row_live, first + cols, col_live, FORMAT, DTYPE)
+    return values
+
+
+# --- shrink ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _shrink_tile(  # type: ignore[no-untyped-def]
+    x_ptrs,
+    token_live,
+    addresses,
+    rows,
+    row_live,
+    start_in,
+    d_in,
+    first,
+    stop,
+    FORMAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``x[:, first:stop] A[rows, first:stop]^T`` for the tokens whose rows ``x_ptrs`` are."""
+    dtype: tl.constexpr = x_ptrs.dtype.element_ty
+    where = _locate(addresses, start_in + d_in, FORMAT, dtype, ALIGNED)
+    total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for start in range(first, stop, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        live = cols < d_in
+        mask = token_live[:, None] & live[None, :]
+        x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
+        a = _load_values(where, rows, row_live, start_in + cols, live, FORMAT, dtype)
+        total = multiply(x, tl.trans(a), total, LOW_PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["slices", "first_number", "starts", "max_rank", "part_stride"])
+def _shrink_kernel(  # type: ignore[no-untyped-def]
+    h_ptr,
+    x_ptr,
+    records_ptr,
+    order_ptr,
+    tiles_ptr,
+    book_ptr,
+    slices,
+    first_number,
+    starts,
+    d_in,
+    part_cols,
+    max_rank,
+    x_stride,
+    part_stride,
+    slice_stride,
+    COUNT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ONE_ROWS: tl.constexpr,
+    ONE_COLS: tl.constexpr,
+):
+    """``h[part, i, t, rows] = A x`` over a part of d_in, for one tile of tokens, all of one task.
+
+    Grid (tiles, slices, parts of d_in); h is float32 ``[parts, slices, T, max_rank]``. ``ALIGNED``:
+    A's rows begin, and this rank's columns in them, at multiples of 64 columns. ``ONE_ROWS`` rows at
+    a time for a tile of one token; 0 to treat it as others.
+    """
+    tile_ptr = tiles_ptr + tl.program_id(0) * 3
+    place = tl.program_id(1)
+    part = tl.program_id(2)
+    slot = tl.load(tile_ptr)
+    first_token = tl.load(tile_ptr + 1)
+    count = tl.load(tile_ptr + 2)
+    record_ptr = records_ptr + (slot.to(tl.int64) * slices + first_number + place) * _FIELDS
+    rank = tl.minimum(tl.load(record_ptr + _RANK).to(tl.int32), max_rank)
+    format = tl.load(record_ptr + _FORMAT).to(tl.int32)
+    addresses = (
+        tl.load(record_ptr + _A),
+        tl.load(record_ptr + _A + 1),
+        tl.load(record_ptr + _A + 2),
+    )
+    start_in = aligned(pick(starts, place, COUNT), 64, ALIGNED)
+    first = part * part_cols
+    stop = tl.minimum(first + part_cols, d_in)
+    h_ptr += part.to(tl.int64) * part_stride + place.to(tl.int64) * slice_stride
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if ONE_ROWS > 0:  # noqa: SIM102 (known when compiled, so the rest is left out)
+        if count == 1:
+            token = tl.load(order_ptr + first_token).to(tl.int64)
+            for row in range(0, rank, ONE_ROWS):
+                rows = row + tl.arange(0, ONE_ROWS)
+                one = tl.zeros((ONE_ROWS,), dtype=tl.float32)
+                for start in range(first, stop, ONE_COLS):
+                    cols = start + tl.arange(0, ONE_COLS)
+                    x = tl.load(x_ptr + token * x_stride + cols, mask=cols < stop, other=0.0)
+                    a = _load_any(
+                        format,
+                        addresses,
+                        start_in + d_in,
+                        book_ptr,
+                        rows,
+                        rows < rank,
+                        start_in + start,
+                        stop - start,
+                        dtype,
+                        ALIGNED,
+                        ONE_ROWS,
+                        ONE_COLS,
+                    )
+                    one += tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+                tl.store(h_ptr + token * max_rank + rows, one, mask=rows < rank)
+    if count > (1 if ONE_ROWS > 0 else 0):
+        lanes = tl.arange(0, BLOCK_T)
+        token_live = lanes < count
+        tokens = tl.load(order_ptr + first_token + lanes, mask=token_live, other=0).to(tl.int64)
+        for row in range(0, rank, BLOCK_R):
+            rows = row + tl.arange(0, BLOCK_R)
+            h = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+            # The format is chosen outside of the loop over columns, which is long and pipelined.
+            for code in tl.static_range(_FORMAT_COUNT):
+                if format == code:
+                    h = _shrink_tile(
+                        x_ptr + tokens * x_stride,
+                        token_live,
+                        addresses,
+                        rows,
+                        rows < rank,
+                        start_in,
+                        d_in,
+                        first,
+                        stop,
+                        _FORMATS[code],
+                        ALIGNED,
+                        LOW_PRECISION,
+                        BLOCK_T,
+                        BLOCK_R,
+                        BLOCK_D,
+                    )
+            tl.store(
+                h_ptr + tokens[:, None] * max_rank + rows[None, :],
+                h,
+                mask=token_live[:, None] & (rows < rank)[None, :],
+            )
+
+
+# --- expand ----------------------------------------------------------------------------------------
+
+
+@triton.jit(
+    do_not_specialize=[
+        "slices", "first_number", "block_starts", "y_starts", "widths", "starts", "max_rank",
+        "part_stride",
+    ]
+)  # fmt: skip
+def _expand_kernel(  # type: ignore[no-untyped-def]
+    y_ptr,
+    h_ptr,
+    records_ptr,
+    order_ptr,
+    tiles_ptr,
+    book_ptr,
+    slices,
+    first_number,
+    block_starts,
+    y_starts,
+    widths,
+    starts,
+    max_rank,
+    y_stride,
+    part_stride,
+    slice_stride,
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ONE_ROWS: tl.constexpr,
+):
+    """``y += (scale h) B`` on one tile of tokens, all of one task, and one block of columns.
+
+    Grid (blocks of columns over all slices, tiles); ``h`` as the shrink left it. ``ALIGNED``: slices
+    begin and end at multiples of 64 columns in y and in B. ``ONE_ROWS`` as for the shrink.
+    """
+    place, block = pick_block(tl.program_id(0), block_starts, COUNT)
+    tile_ptr = tiles_ptr + tl.program_id(1) * 3
+    slot = tl.load(tile_ptr)
+    first_token = tl.load(tile_ptr + 1)
+    count = tl.load(tile_ptr + 2)
+    record_ptr = records_ptr + (slot.to(tl.int64) * slices + first_number + place) * _FIELDS
+    rank = tl.minimum(tl.load(record_ptr + _RANK).to(tl.int32), max_rank)
+    scale = tl.load(record_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
+    format = tl.load(record_ptr + _FORMAT).to(tl.int32)
+    addresses = (
+        tl.load(record_ptr + _B),
+        tl.load(record_ptr + _B + 1),
+        tl.load(record_ptr + _B + 2),
+    )
+    width = aligned(pick(widths, place, COUNT), 64, ALIGNED)
+    start_out = aligned(pick(starts, place, COUNT), 64, ALIGNED)
+    first = block * BLOCK_D
+    cols = first + tl.arange(0, BLOCK_D)
+    y_ptr += aligned(pick(y_starts, place, COUNT), 64, ALIGNED) + cols
+    h_ptr += place.to(tl.int64) * slice_stride
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    if ONE_ROWS > 0:  # noqa: SIM102 (known when compiled, so the rest is left out)
+        if (count == 1) & (rank > 0):
+            token = tl.load(order_ptr + first_token).to(tl.int64)
+            parts = tl.arange(0, PARTS).to(tl.int64)[:, None] * part_stride
+            sums = tl.zeros((ONE_ROWS, BLOCK_D), dtype=tl.float32)
+            for row in range(0, rank, ONE_ROWS):
+                rows = row + tl.arange(0, ONE_ROWS)
+                h_ptrs = h_ptr + token * max_rank + parts + rows[None, :]
+                h = tl.sum(tl.load(h_ptrs, mask=(rows < rank)[None, :], other=0.0), axis=0)
+                b = _load_any(
+                    format,
+                    addresses,
+                    start_out + width,
+                    book_ptr,
+                    rows,
+                    rows < rank,
+                    start_out + first,
+                    width - first,
+                    dtype,
+                    ALIGNED,
+                    ONE_ROWS,
+                    BLOCK_D,
+                )
+                sums += (h * scale).to(dtype).to(tl.float32)[:, None] * b.to(tl.float32)
+            y_ptrs = y_ptr + token * y_stride
+            y = tl.load(y_ptrs, mask=cols < width, other=0.0).to(tl.float32)
+            tl.store(y_ptrs, (y + tl.sum(sums, axis=0)).to(dtype), mask=cols < width)
+    if (count > (1 if ONE_ROWS > 0 else 0)) & (rank > 0):
+        lanes = tl.arange(0, BLOCK_T)
+        live = lanes < count
+        tokens = tl.load(order_ptr + first_token + lanes, mask=live, other=0).to(tl.int64)
+        total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+        for row in range(0, rank, BLOCK_R):
+            rows = row + tl.arange(0, BLOCK_R)
+            h_ptrs = h_ptr + tokens[:, None] * max_rank + rows[None, :]
+            h = load_sum(h_ptrs, part_stride, live[:, None] & (rows < rank)[None, :], PARTS)
+            b = _load_any(
+                format,
+                addresses,
+                start_out + width,
+                book_ptr,
+                rows,
+                rows < rank,
+                start_out + first,
+                width - first,
+                dtype,
+                ALIGNED,
+                BLOCK_R,
+                BLOCK_D,
+            )
+            total = multiply((h * scale).to(dtype), b, total, LOW_PRECISION)
+        y_ptrs = y_ptr[None, :] + tokens[:, None] * y_stride
+        mask = live[:, None] & (cols < width)[None, :]
+        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptrs, (y + total).to(dtype), mask=mask)
+
+
+# --- the host's part -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Both launches' arguments that no batch changes; it must not hold the layer itself."""
+
+    shrink: dict[str, Any]
+    expand: dict[str, Any]
+
+
+_PLANS: WeakKeyDictionary[DirectLayer, _Plan] = WeakKeyDictionary()
+
+
+def launch_private(
+    y: torch.Tensor, x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing
+) -> None:
+    """Enqueue both launches for arguments that have passed ``add_direct``'s checks; no wait."""
+    plan = _PLANS.get(layer)
+    if plan is None:
+        plan = _PLANS[layer] = _make_plan(layer)
+    tokens, count = x.shape[0], len(layer.slices)
+    shrink = shrink_config(tokens, layer.max_rank, x.dtype)
+    expand = expand_config(tokens, layer.max_rank, x.dtype)
+    tile = shrink["BLOCK_T"]
+    tiles = routing.max_tiles(tokens, tile)
+    # In decode the cut is the layer's own: graphs of all sizes share one compiled kernel.
+    programs = count * (1 if tokens <= DECODE_TOKENS else triton.cdiv(tokens, tile))
+    parts, part_cols = cut_columns(layer.d_in, programs, _LEAST_PART)
+    h = torch.empty((parts, count, tokens, layer.max_rank), dtype=torch.float32, device=x.device)
+    read = (table.records, routing.order, routing.tiles[tile], table.codebook)
+    common = {
+        "slices": table.records.shape[1],
+        "first_number": layer.index,
+        "max_rank": layer.max_rank,
+        "part_stride": h.stride(0),
+        "slice_stride": h.stride(1),
+        "COUNT": count,
+    }
+    _shrink_kernel[(tiles, count, parts)](
+        h, x, *read, part_cols=part_cols, x_stride=x.stride(0), **common, **plan.shrink, **shrink
+    )
+    widths = plan.expand["widths"]
+    blocks = [triton.cdiv(width, expand["BLOCK_D"]) for width in widths]
+    block_starts = tuple(sum(blocks[:place]) for place in range(count))
+    _expand_kernel[(sum(blocks), tiles)](
+        y,
+        h,
+        *read,
+        block_starts=block_starts,
+        y_stride=y.stride(0),
+        PARTS=parts,
+        **common,
+        **plan.expand,
+        **expand,
+    )
+
+
+def _make_plan(layer: DirectLayer) -> _Plan:
+    parts = layer.slices
+    widths = tuple(part.width for part in parts)
+    starts_in = tuple(part.start_in for part in parts)
+    starts_out = tuple(part.start_out for part in parts)
+    return _Plan(
+        shrink={
+            "starts": starts_in,
+            "d_in": layer.d_in,
+            "ALIGNED": all(size % NF4_BLOCK == 0 for size in (layer.d_in, *starts_in)),
+        },
+        expand={
+            "y_starts": tuple(sum(widths[:place]) for place in range(len(parts))),
+            "widths": widths,
+            "starts": starts_out,
+            "ALIGNED": all(size % NF4_BLOCK == 0 for size in (*widths, *starts_out)),
+        },
+    )
+
+
+def shrink_config(tokens: int, max_rank: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    """The shrink's compile-time arguments, apart from what the layer fixes.
+
+    The sizes are those at which no format's body takes more than 168 registers where the layer is
+    aligned; others are right, but slower.
+    """
+    low, decode = low_precision(dtype), tokens <= DECODE_TOKENS
+    block_r = power_of_two(max_rank, 16, 32 if low and not decode else 16)
+    return {
+        "LOW_PRECISION": low,
+        "BLOCK_T": 16 if decode else 64,
+        "BLOCK_R": block_r,
+        # A float32 product runs on the FMA units with its operands in registers.
+        "BLOCK_D": (64 if block_r == 16 else 32) if low else 16,
+        "ONE_ROWS": power_of_two(max_rank, 1, 8) if decode else 0,
+        "ONE_COLS": 512,
+        "num_warps": 4 if decode else 8,
+        "num_stages": 2 if low else 1,
+    }
+
+
+def expand_config(tokens: int, max_rank: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    """The expansion's compile-time arguments, apart from what the layer fixes."""
+    low, decode = low_precision(dtype), tokens <= DECODE_TOKENS
+    return {
+        "LOW_PRECISION": low,
+        "BLOCK_T": 16 if decode else 64,
+        "BLOCK_R": power_of_two(max_rank, 16, 32 if low and not decode else 16),
+        "BLOCK_D": (256 if decode else 128) if low else 64,
+        "ONE_ROWS": power_of_two(max_rank, 1, 8) if decode else 0,
+        "num_warps": 4 if decode else 8,
+        "num_stages": 1,
+    }
