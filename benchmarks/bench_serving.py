@@ -43,7 +43,7 @@ from serving.loads import (
 )
 from serving.plot import can_plot, plot_ratios
 from serving.report import Measurements, print_results, write_json
-from serving.settings import Settings, engine_nbytes, kv_nbytes, pack, resolve
+from serving.settings import CPU_KV_BLOCK, Settings, engine_nbytes, kv_nbytes, pack, resolve
 from serving.world import CHECKED_TASKS, MODELS, World, WorldPlan
 
 DESCRIPTION = """\
@@ -92,7 +92,7 @@ spoils the figures: the load average is printed and stored with them.
 # A quiet machine has less than this many runnable processes, the benchmark itself included.
 QUIET_LOAD = 1.5
 # Of the memory that is free, how much engines may take together.
-MEMORY_SHARE = 0.8
+MEMORY_SHARE = 0.9
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CPU_ENVIRONMENT = {
     # Engine and worker in the driver's process: the other two would compete for the same cores.
@@ -319,8 +319,9 @@ def describe(
 
     cores = len(os.sched_getaffinity(0))
     note = f" ({args.device_note})" if args.device_note else ""
+    threads = "" if settings.gpu else f", {cpu_environment()['OMP_NUM_THREADS']} threads"
     return {
-        "device": f"{device['name']}, {cores} cores{note}",
+        "device": f"{device['name']}, {cores} cores{threads}{note}",
         "load_average_at_start": os.getloadavg()[0],
         "versions": {
             "python": platform.python_version(),
@@ -515,6 +516,7 @@ class Bench:
             arguments["gpu_memory_utilization"] = self.args.gpu_memory_utilization
         else:
             arguments["kv_cache_memory_bytes"] = kv_nbytes(settings, self.config)
+            arguments["block_size"] = CPU_KV_BLOCK
         checkpoint = None
         if chosen.checkpoint is not None:
             checkpoint = str(self.world.checkpoint(chosen.checkpoint))
@@ -662,23 +664,23 @@ class Bench:
     def _profile(self) -> None:
         """One decode run a configuration at the largest load, every call of the worker recorded."""
         load = max(self.settings.loads, key=lambda load: load.tasks)
-        texts = []
+        texts: list[str] = []
         for chosen in self.configurations:
             if not chosen.runs(load):
                 continue
             say(f"profiling {chosen.name}")
-            self._attempt(chosen, lambda c=chosen: texts.append(self._profile_one(c, load)))
+            self._attempt(chosen, partial(self._profile_one, chosen, load, texts))
             if self.settings.gpu:
                 self._stop([chosen.engine])
         Path(self.args.profile).write_text("\n".join(texts))
 
-    def _profile_one(self, chosen: Configuration, load: Load) -> str:
+    def _profile_one(self, chosen: Configuration, load: Load, texts: list[str]) -> None:
         engine = self._start(chosen)
         self._switch(chosen, engine)
         decode = self._jobs(0, load)[1]
         job = Job(decode.calls, decode.max_tokens, decode.concurrency, profile=True)
         trace = engine.run(self._for(chosen, job))
-        return (
+        texts.append(
             f"=== {chosen.name}, {load}, {decode.concurrency} at a time: a decode run of "
             f"{decode.max_tokens} tokens, without its prefill\n{trace.profile}"
         )

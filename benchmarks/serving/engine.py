@@ -205,7 +205,14 @@ class _Run:
         )
         self._places: dict[str, int] = {}
         self._inside = self._started = 0
-        self.trace = Trace(0.0, 0.0, [0.0] * count, *([[] for _ in range(count)] for _ in range(3)))
+        self.trace = Trace(
+            started=0.0,
+            ended=0.0,
+            submitted=[0.0] * count,
+            arrivals=[[] for _ in range(count)],
+            tokens=[[] for _ in range(count)],
+            logprobs=[[] for _ in range(count)],
+        )
 
     def drive(self) -> None:
         trace, profiling = self.trace, False

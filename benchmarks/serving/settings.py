@@ -11,14 +11,13 @@ from serving.loads import Load
 from serving.world import CHECKED_TASKS, JOINT_CHECKPOINTS
 
 _GIB = 1 << 30
-# Tokens of a block of vLLM's KV cache, at most: a request's last block is partly empty.
-_KV_BLOCK = 128
+# Tokens of a block of the KV cache on CPU. vLLM's own choice there is 128, more than a sequence of
+# this benchmark's is long, and twice the memory.
+CPU_KV_BLOCK = 32
 # vLLM keeps a block to itself, and a batch being scheduled needs a few more.
 _KV_SPARE = 8
 # An engine's process on CPU without weights, KV cache and LoRA: code, torch and vLLM. Measured.
 _PROCESS_BYTES = int(0.7 * _GIB)
-# oneDNN keeps a packed copy of a weight on CPU beside vLLM's own.
-_WEIGHT_COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,9 @@ def _loads(tasks: tuple[int, ...], popularities: tuple[str, ...]) -> tuple[Load,
 
 
 def _configurations(args: Any, gpu: bool) -> tuple[str, ...]:
+    chosen: tuple[str, ...] = names.FULL if args.full or gpu else names.DEFAULT_CPU
     if args.quick:
         chosen = names.QUICK
-    else:
-        chosen = names.FULL if args.full or gpu else names.DEFAULT_CPU
     if gpu:
         return tuple(name for name in chosen if name not in names.CPU_ONLY)
     return (*chosen, names.BASE_COMPILED) if args.base_compiled else chosen
@@ -139,8 +137,8 @@ def kv_nbytes(settings: Settings, config: dict[str, Any]) -> int:
     """Bytes of a KV cache that holds ``max_num_seqs`` of the longest sequences."""
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    blocks = -(-settings.max_model_len // _KV_BLOCK)
-    tokens = (settings.max_num_seqs * blocks + _KV_SPARE) * _KV_BLOCK
+    blocks = -(-settings.max_model_len // CPU_KV_BLOCK)
+    tokens = (settings.max_num_seqs * blocks + _KV_SPARE) * CPU_KV_BLOCK
     layers = config["num_hidden_layers"]
     return 2 * layers * heads * head_dim * _itemsize(settings) * tokens
 
@@ -154,19 +152,21 @@ def engine_nbytes(
 ) -> int:
     """An estimate from above of one engine's memory on CPU.
 
-    Stock code holds a task twice, in its slot and in host memory. A checkpoint's private tasks are
-    held in the engine's dtype at most; joint ones are far smaller.
+    Stock code holds a task twice, in its slot and in host memory, both in the engine's dtype.
+    Materialized tasks are resident in bfloat16 beside the slots; joint tasks are far smaller.
     """
     size = _itemsize(settings)
-    total = _PROCESS_BYTES + _WEIGHT_COPIES * model_weights * size + kv_nbytes(settings, config)
+    total = _PROCESS_BYTES + model_weights * size + kv_nbytes(settings, config)
     if not configuration.uses_tasks:
         return total
     tasks = configuration.slots or settings.all_tasks
+    if configuration.checkpoint in JOINT_CHECKPOINTS:
+        return total
+    resident = settings.all_tasks * lora_weights * (2 if configuration.checkpoint else size)
     if configuration.mode == "direct":
-        copies = 0 if configuration.checkpoint in JOINT_CHECKPOINTS else settings.all_tasks
-    else:
-        copies = tasks + settings.all_tasks
-    return total + copies * lora_weights * size
+        # Unpacked or converted to the engine's dtype for the CPU.
+        return total + settings.all_tasks * lora_weights * size
+    return total + tasks * lora_weights * size + resident
 
 
 def _itemsize(settings: Settings) -> int:

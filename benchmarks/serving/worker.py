@@ -25,13 +25,6 @@ class BenchExtension:
     device: torch.device
     model_runner: Any
 
-    def bench_describe(self) -> dict[str, Any]:
-        """The device's kind and name, and the worker's threads."""
-        from vllm.platforms import current_platform
-
-        name = "" if current_platform.is_cpu() else current_platform.get_device_name()
-        return {"type": self.device.type, "name": name, "threads": torch.get_num_threads()}
-
     def bench_memory(self) -> int:
         """Bytes that the worker holds: on a GPU in tensors, without the KV cache; on CPU resident.
 
@@ -43,7 +36,7 @@ class BenchExtension:
         caches = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._caches()
         }
-        return torch.accelerator.memory_allocated(self.device) - sum(caches.values())
+        return torch.cuda.memory_allocated(self.device) - sum(caches.values())
 
     def _caches(self) -> list[torch.Tensor]:
         flat: list[torch.Tensor] = []

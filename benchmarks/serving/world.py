@@ -22,7 +22,7 @@ SHARED_DIMENSIONS = 32
 CHECKED_TASKS = 4
 _OWN_PART = 0.03
 
-MODELS: dict[str, dict[str, int]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 512,
