@@ -223,6 +223,42 @@ def test_a_range_of_columns_is_that_of_the_whole(
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=30, deadline=None)
+@given(**shapes, data=st.data())
+def test_column_blocks_are_the_columns_from_a_multiple_of_64_on(
+    format: str, rows: int, cols: int, seed: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, cols))
+    stop = data.draw(st.integers(start, cols))
+    packed = pack(random_matrix(rows, cols, seed), format)
+    cut = packed.column_blocks(start, stop)
+    first = start - start % 64
+    assert (cut.rows, cut.cols) == (rows, stop - first)
+    assert cut.format == ("nf4" if format == "nf4-dq" else format)
+    assert torch.equal(unpack(cut), unpack(packed)[:, first:stop])
+    assert torch.equal(
+        unpack(cut, torch.float32, start - first, cut.cols),
+        unpack(packed, torch.float32, start, stop),
+    )
+    # Kernels are given addresses: rows must lie one after another.
+    assert all(part.is_contiguous() for part in cut.parts.values())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_column_blocks_do_not_keep_the_whole_matrix_alive(format: str) -> None:
+    packed = pack(random_matrix(5, 300, seed=2), format)
+    cut = packed.column_blocks(130, 190)
+    held = sum(part.untyped_storage().nbytes() for part in cut.parts.values())
+    assert held == cut.nbytes == 5 * row_nbytes(cut.format, 62)
+    expected = unpack(packed)[:, 128:190].clone()
+    whole = packed.column_blocks(0, 300)
+    for part in packed.parts.values():
+        part.zero_()
+    assert torch.equal(unpack(cut), expected)
+    assert torch.equal(unpack(whole, torch.float32, 128, 190), expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_unpack_rounds_once_to_the_asked_dtype(format: str, dtype: torch.dtype) -> None:
     packed = pack(random_matrix(4, 200, seed=7), format)
@@ -290,6 +326,9 @@ def test_other_bad_input_is_refused() -> None:
         packed.row_slice(1, 3)
     with pytest.raises(ValueError, match="columns 0:71"):
         unpack(packed, torch.float32, 0, 71)
+    for start, stop in ((0, 71), (-1, 3), (5, 4)):
+        with pytest.raises(ValueError, match=f"columns {start}:{stop} are not within 0:70"):
+            packed.column_blocks(start, stop)
     with pytest.raises(ValueError, match="columns"):
         part_specs("nf4", -1)
 

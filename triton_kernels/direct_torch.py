@@ -56,7 +56,7 @@ def _add_joint(
         return
     assert layer.v is not None
     rows = slice(plan.first, plan.end)
-    z = x[rows] @ unpack(layer.v, x.dtype).T
+    z = torch.nn.functional.linear(x[rows], unpack(layer.v, x.dtype))
     column = k_in = 0
     for place, part in enumerate(layer.slices):
         if part.u is not None:

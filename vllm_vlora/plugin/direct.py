@@ -185,7 +185,7 @@ class DirectPath:
             b = b.column_blocks(run_b.source, run_b.source + run_b.width)
         if a.format in FLOAT_DTYPES:
             a, b = _dense(unpack(a, self.dtype)), _dense(unpack(b, self.dtype))
-        return SliceTask(a=a, b=b, scale=module.scale)
+        return SliceTask(a=_aligned(a), b=_aligned(b), scale=module.scale)
 
 
 def _users(
