@@ -475,7 +475,7 @@ def direct_checkpoints(k: int) -> tuple[str, str]:
 
 def start_direct_engine(work: Work, folder: Path) -> Any:
     """One more engine of this process, whose tasks run direct."""
-    from vllm_vlora.plugin.seams import Setup, TaskLoRAManager
+    from vllm_vlora.plugin.manager import Setup, TaskLoRAManager
     from vllm_vlora.plugin.settings import Settings
 
     before = TaskLoRAManager.setup
@@ -489,7 +489,7 @@ def start_direct_engine(work: Work, folder: Path) -> Any:
 
 
 def make_methods(manager: Any, adapters: list[Any], checkpoints: dict[str, Path]) -> list[Method]:
-    from vllm_vlora.plugin.seams import TaskLoRAManager
+    from vllm_vlora.plugin.manager import TaskLoRAManager
 
     slots = manager._adapter_manager
     if not isinstance(slots, TaskLoRAManager):

@@ -178,7 +178,10 @@ def test_a_path_whose_weights_are_gone_is_an_error(tmp_path: Path) -> None:
         ResidentStore(torch.device("cpu"), str, _unchecked).task(path)
 
 
-SEAMS = ("vllm_vlora.plugin.seams", "vllm_vlora.plugin.layers")
+SEAMS = tuple(
+    f"vllm_vlora.plugin.{name}"
+    for name in ("seams", "manager", "layers", "layer_calls", "scheduling")
+)
 
 
 def _gone(name: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -389,7 +392,7 @@ def test_stock_code_is_shown_the_layers_that_the_writer_does_not_fill() -> None:
     """Else what an ordinary adapter left in a slot's experts would answer for our task."""
     from vllm.lora.layers import BaseLayerWithLoRA
 
-    from vllm_vlora.plugin.seams import _layers_left_to_stock
+    from vllm_vlora.plugin.manager import _layers_left_to_stock
 
     class FusedMoEWithLoRA(BaseLayerWithLoRA):
         """Named as vLLM's own."""

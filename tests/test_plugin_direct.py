@@ -872,20 +872,35 @@ def seams() -> Any:
     return importlib.import_module("vllm_vlora.plugin.seams")
 
 
+@pytest.fixture(scope="module")
+def managing() -> Any:
+    return importlib.import_module("vllm_vlora.plugin.manager")
+
+
+@pytest.fixture(scope="module")
+def scheduling() -> Any:
+    return importlib.import_module("vllm_vlora.plugin.scheduling")
+
+
+@pytest.fixture(scope="module")
+def layer_calls() -> Any:
+    return importlib.import_module("vllm_vlora.plugin.layer_calls")
+
+
 def test_what_direct_tasks_were_not_made_for_is_refused(
-    seams: Any, monkeypatch: pytest.MonkeyPatch
+    managing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VLLM_LORA_ENABLE_DUAL_STREAM", raising=False)
 
     def config(specialize: bool) -> Any:
         return SimpleNamespace(lora_config=SimpleNamespace(specialize_active_lora=specialize))
 
-    seams._refuse_direct_config(config(False))
+    managing._refuse_direct_config(config(False))
     with pytest.raises(ModelMismatchError, match=r"--specialize-active-lora; .*=materialize"):
-        seams._refuse_direct_config(config(True))
+        managing._refuse_direct_config(config(True))
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(ModelMismatchError, match=r"VLLM_LORA_ENABLE_DUAL_STREAM; .*=materialize"):
-        seams._refuse_direct_config(config(False))
+        managing._refuse_direct_config(config(False))
 
 
 @pytest.mark.parametrize(
@@ -898,21 +913,21 @@ def test_what_direct_tasks_were_not_made_for_is_refused(
     ],
 )
 def test_stock_code_sees_few_slots_when_tasks_run_direct(
-    seams: Any, checkpoint: str | None, mode: str, slots: int, expected: int
+    managing: Any, checkpoint: str | None, mode: str, slots: int, expected: int
 ) -> None:
     config = SimpleNamespace(max_loras=64, max_lora_rank=16)
-    got = seams._config_of_slots(config, seams.Setup(checkpoint, Settings(mode, slots)))
+    got = managing._config_of_slots(config, managing.Setup(checkpoint, Settings(mode, slots)))
     assert (got.max_loras, got.max_lora_rank) == (expected, 16)
     assert config.max_loras == 64, "the engine's own configuration counts all tasks"
 
 
-def test_the_longest_batch_may_be_a_padded_one(seams: Any) -> None:
+def test_the_longest_batch_may_be_a_padded_one(managing: Any) -> None:
     for size, expected in ((None, 100), (0, 100), (64, 100), (512, 512)):
         config = SimpleNamespace(
             compilation_config=SimpleNamespace(max_cudagraph_capture_size=size)
         )
-        assert seams._longest_batch(100, config) == expected
-    assert seams._longest_batch(100, SimpleNamespace(compilation_config=object())) == 100
+        assert managing._longest_batch(100, config) == expected
+    assert managing._longest_batch(100, SimpleNamespace(compilation_config=object())) == 100
 
 
 def test_compiled_graphs_of_another_mode_are_not_taken(seams: Any) -> None:
@@ -946,7 +961,9 @@ def our_path(number: int) -> str:
 class Core:
     """The scheduler and the engine core of a test, patched as those of vLLM are."""
 
-    def __init__(self, seams: Any, patch: pytest.MonkeyPatch, slots: int, direct: set[str]) -> None:
+    def __init__(
+        self, scheduling: Any, patch: pytest.MonkeyPatch, slots: int, direct: set[str]
+    ) -> None:
         class Scheduler:
             def __init__(self, lora: bool = True) -> None:
                 self.requests: dict[str, Any] = {}
@@ -983,10 +1000,10 @@ class Core:
             def add_request(self, request: Any, request_wave: int = 0) -> None:
                 self.scheduler.add_request(request)
 
-        patch.setattr(seams, "Scheduler", Scheduler)
-        patch.setattr(seams, "EngineCore", EngineCore)
-        setup = seams.Setup("/ck", Settings("auto", slots))
-        for target, name, value in seams._schedule_by_kind(setup):
+        patch.setattr(scheduling, "Scheduler", Scheduler)
+        patch.setattr(scheduling, "EngineCore", EngineCore)
+        setup = scheduling.Setup("/ck", Settings("auto", slots))
+        for target, name, value in scheduling.schedule_by_kind(setup):
             setattr(target, name, value)
         self.scheduler_class = Scheduler
         self.core = EngineCore()
@@ -1001,9 +1018,9 @@ class Core:
 
 
 @pytest.fixture
-def make_core(seams: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Core]:
+def make_core(scheduling: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Core]:
     def make(slots: int, direct: Iterable[str] = ()) -> Core:
-        return Core(seams, monkeypatch, slots, set(direct))
+        return Core(scheduling, monkeypatch, slots, set(direct))
 
     return make
 
@@ -1113,14 +1130,14 @@ class Cache(dict[int, Any]):
 
 
 @pytest.fixture
-def worker(seams: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+def worker(managing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     from vllm.lora.model_manager import LoRAModelManager
 
     checkpoint = build(tmp_path / "ck", STORED)
     store = Store().store
     store.preload(checkpoint.path, lambda opened: make_path(opened, slots=2))
     assert store.direct is not None
-    manager = object.__new__(seams.TaskLoRAManager)
+    manager = object.__new__(managing.TaskLoRAManager)
     manager.vlora_store = store
     manager.lora_config = SimpleNamespace(max_loras=2, max_cpu_loras=4)
     manager._direct_models, manager._direct_slots = {}, DirectSlots(store.direct)
@@ -1391,10 +1408,10 @@ def make_punica(module: Any, checkpoint: Checkpoint, on_cpu: bool, direct: bool 
 @pytest.mark.parametrize("stock", [True, False])
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_layer_adds_stock_and_direct_updates(
-    seams: Any, tmp_path: Path, on_cpu: bool, stock: bool, direct: bool
+    layer_calls: Any, tmp_path: Path, on_cpu: bool, stock: bool, direct: bool
 ) -> None:
     """A CPU leaves out what the batch lacks; a GPU's launches are captured whatever it holds."""
-    layer = make_punica(seams, build(tmp_path / "ck"), on_cpu)
+    layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu)
     layer.manager.stock_in_batch, layer.manager.direct_in_batch = stock, direct
     runs_stock, runs_direct = stock or not on_cpu, direct or not on_cpu
     want = float(runs_stock) + layer.update * runs_direct
@@ -1408,22 +1425,22 @@ def test_a_layer_adds_stock_and_direct_updates(
         layer.wrapper.add_lora_linear(torch.zeros(3, 80), layer.x, (), (), 2.0, (80,))
 
 
-def test_a_layer_without_direct_tasks_stays_stock(seams: Any, tmp_path: Path) -> None:
-    layer = make_punica(seams, build(tmp_path / "ck"), on_cpu=True, direct=False)
+def test_a_layer_without_direct_tasks_stays_stock(layer_calls: Any, tmp_path: Path) -> None:
+    layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu=True, direct=False)
     assert not layer.add().any()
     layer.manager.stock_in_batch = True
     assert (layer.add() == 1).all()
 
 
 @pytest.fixture
-def own_seams(monkeypatch: pytest.MonkeyPatch) -> Any:
+def own_calls(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A copy of the module whose custom operator is the registered one, whoever imported it before."""
-    monkeypatch.delitem(sys.modules, "vllm_vlora.plugin.seams", raising=False)
-    return importlib.import_module("vllm_vlora.plugin.seams")
+    monkeypatch.delitem(sys.modules, "vllm_vlora.plugin.layer_calls", raising=False)
+    return importlib.import_module("vllm_vlora.plugin.layer_calls")
 
 
-def test_a_compiled_layer_looks_at_each_batch_anew(own_seams: Any, tmp_path: Path) -> None:
-    layer = make_punica(own_seams, build(tmp_path / "ck"), on_cpu=True)
+def test_a_compiled_layer_looks_at_each_batch_anew(own_calls: Any, tmp_path: Path) -> None:
+    layer = make_punica(own_calls, build(tmp_path / "ck"), on_cpu=True)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         y = torch.zeros(3, 80)
@@ -1439,9 +1456,11 @@ def test_a_compiled_layer_looks_at_each_batch_anew(own_seams: Any, tmp_path: Pat
     torch.testing.assert_close(compiled(layer.x), (layer.update + 1) * 2)
 
 
-def test_a_layer_that_nobody_holds_is_not_kept_by_its_number(seams: Any, tmp_path: Path) -> None:
-    layer = make_punica(seams, build(tmp_path / "ck"), on_cpu=True)
+def test_a_layer_that_nobody_holds_is_not_kept_by_its_number(
+    layer_calls: Any, tmp_path: Path
+) -> None:
+    layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu=True)
     handle = layer.wrapper._handle
-    assert seams._LAYERS[handle] is layer.wrapper
+    assert layer_calls._LAYERS[handle] is layer.wrapper
     del layer
-    assert handle not in seams._LAYERS
+    assert handle not in layer_calls._LAYERS

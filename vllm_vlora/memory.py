@@ -445,6 +445,8 @@ def _count_task(
         else:
             rank, format = segment.rank, segment.format
             stored = sum(_row(format, cols) for cols in whole)
+            if format == "nf4-dq" and cut != whole:
+                format = "nf4"  # Where one side is cut, both get plain scales.
             kept = sum(_cut_row(format, cols, w, itemsize) for cols, w in zip(whole, cut))
             sources += _FormBytes(factors=rank * stored)
             direct += _FormBytes(factors=rank * kept)

@@ -7,7 +7,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError
-from vllm_vlora.plugin.settings import Settings, read_settings
+from vllm_vlora.plugin.settings import MODE_VARIABLE, Settings, read_settings
 
 CHECKPOINT_VARIABLE = "VLLM_VLORA_CHECKPOINT"
 UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
@@ -36,6 +36,12 @@ def register() -> None:
     except IncompatibleVLLMError as error:
         logger.error("vllm-vlora: not installed, vLLM runs without it: %s", error)
         return
+    if settings.mode == "direct" and folder is None:
+        logger.warning(
+            "vllm-vlora: %s=direct does nothing without %s: tasks that are asked for are materialized",
+            MODE_VARIABLE,
+            CHECKPOINT_VARIABLE,
+        )
     logger.info(
         "vllm-vlora: installed in process %d (vLLM %s, mode %s, checkpoint %s)",
         os.getpid(),

@@ -75,7 +75,6 @@ class Admission(Generic[RequestT]):
         self._inside.setdefault(adapter, set()).add(request_id)
         self._entered += 1
         if forget and self._entered >= self._next_count:
-            self._inside[adapter].discard(request_id)  # It is not alive before it is inside.
             self._forget_the_dead()
             self._inside.setdefault(adapter, set()).add(request_id)
             self._entered = sum(len(requests) for requests in self._inside.values())

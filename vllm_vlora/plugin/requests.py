@@ -57,7 +57,7 @@ class CheckpointResolver(LoRAResolver):
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """The request for a task, or None when the checkpoint has no task of that name."""
-        from vllm_vlora.plugin.seams import logger
+        from vllm_vlora.plugin.manager import logger
 
         try:
             opened = Checkpoint.open(self._checkpoint)

@@ -1,0 +1,93 @@
+"""What a LoRA layer calls instead of its punica wrapper: punica, and the direct kernels beside it."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms import current_platform
+
+from vllm_vlora.triton_kernels.direct import DirectLayer, add_direct
+
+if TYPE_CHECKING:
+    from vllm_vlora.plugin.manager import TaskLoRAManager
+
+
+class LayerPunica:
+    """What a LoRA layer calls instead of its punica wrapper, which sees everything else.
+
+    ``PunicaWrapperGPU`` is final, so this forwards instead of inheriting.
+    """
+
+    def __init__(self, manager: TaskLoRAManager, module: Any, layer: DirectLayer | None) -> None:
+        self._inner = module.punica_wrapper
+        self._manager = manager
+        self._module = module
+        self._layer = layer
+        self._on_cpu = current_platform.is_cpu()
+        self._handle = next(_HANDLES)
+        _LAYERS[self._handle] = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+    ) -> None:
+        """Add ordinary adapters' and direct tasks' updates to y in place."""
+        assert scale == 1.0
+        if torch.compiler.is_compiling():
+            # One opaque call: nothing of what the batch holds is burnt into the compiled graph.
+            torch.ops.vllm_vlora.add_lora_linear(y, x, self._handle)
+        else:
+            self.run(y, x)
+
+    def run(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """The addition itself, with a look at the batch on CPU only."""
+        manager, module = self._manager, self._module
+        if manager.stock_in_batch or not self._on_cpu:
+            self._inner.add_lora_linear(
+                y, x, module.lora_a_stacked, module.lora_b_stacked, 1.0, module.output_slices
+            )
+        if self._layer is None or (self._on_cpu and not manager.direct_in_batch):
+            return
+        path = manager.vlora_store.direct
+        assert path is not None
+        add_direct(y, x, self._layer, path.table, path.routing)
+
+    def add_lora_logits(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock, but not for a batch on CPU that holds no ordinary adapter."""
+        if self._manager.stock_in_batch or not self._on_cpu:
+            return self._inner.add_lora_logits(*args, **kwargs)
+        # It gathers a slot's B (vocabulary x rank) once a token, also for tokens without an adapter.
+        return None
+
+    def add_lora_embedding(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``add_lora_logits``."""
+        if self._manager.stock_in_batch or not self._on_cpu:
+            return self._inner.add_lora_embedding(*args, **kwargs)
+        return None
+
+
+# Compiled graphs name a layer by its number. They do not keep it alive: an engine that was shut down
+# must be collected.
+_HANDLES = itertools.count()
+_LAYERS: weakref.WeakValueDictionary[int, LayerPunica] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("vllm_vlora::add_lora_linear", mutates_args=("y",))
+def _add_lora_linear(y: torch.Tensor, x: torch.Tensor, handle: int) -> None:
+    _LAYERS[handle].run(y, x)
+
+
+@_add_lora_linear.register_fake
+def _add_lora_linear_fake(y: torch.Tensor, x: torch.Tensor, handle: int) -> None:
+    return None

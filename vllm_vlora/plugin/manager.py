@@ -1,0 +1,441 @@
+"""vLLM's LoRA manager beside direct tasks: what is resident, which slot holds what, the batch's mapping.
+
+With ``seams``, ``layers``, ``layer_calls`` and ``scheduling`` the only file that knows vLLM's internals.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import is_base_embedding_weights
+from vllm.platforms import current_platform
+
+from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.plugin.direct import DirectPath, DirectSlots
+from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.layer_calls import LayerPunica
+from vllm_vlora.plugin.layers import (
+    engine_name,
+    is_fused_moe,
+    read_direct_layouts,
+    read_layouts,
+    slot_nbytes,
+)
+from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
+from vllm_vlora.plugin.settings import Settings
+from vllm_vlora.plugin.slots import SlotWriter
+
+# A name below "vllm", so that vLLM's own handlers and format apply.
+logger = init_logger("vllm.plugins.vlora")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the plugin was installed with: the checkpoint to preload, if any, and the settings."""
+
+    checkpoint: str | None
+    settings: Settings
+
+    @property
+    def direct(self) -> bool:
+        """Whether tasks may run direct: it takes the bases' places before the engine starts."""
+        return self.checkpoint is not None and self.settings.direct
+
+
+class TaskLoRAModel(LoRAModel):
+    """A task as vLLM's managers hold it: an id and no weights of its own."""
+
+    def __init__(self, lora_id: int, task: ResidentTask) -> None:
+        super().__init__(lora_id, task.rank, {})
+        self.task = task
+
+
+class TaskLoRAManager(LRUCacheLoRAModelManager):
+    """vLLM's manager beside direct tasks, whose slots are filled from resident tasks where one is ours.
+
+    Ordinary PEFT adapters take the stock path throughout. With direct tasks, stock code sees few
+    slots: those of ordinary adapters and of materialized tasks.
+    """
+
+    setup: ClassVar[Setup] = Setup(None, Settings("materialize"))
+    _creating = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._max_distinct = kwargs["lora_config"].max_loras
+        kwargs["lora_config"] = _config_of_slots(kwargs["lora_config"], self.setup)
+        self._vllm_config = kwargs["vllm_config"]
+        super().__init__(*args, **kwargs)
+        self._writer: SlotWriter | None = None
+        self._engine_name = functools.cache(functools.partial(engine_name, self))
+        self.vlora_store = ResidentStore(
+            self.device,
+            self._engine_name,
+            self._check,
+            only_direct=self.setup.settings.mode == "direct",
+        )
+        self._direct_models: dict[int, TaskLoRAModel] = {}
+        self._direct_slots: DirectSlots | None = None
+        self._routed_version = -1
+        self._stock_free: tuple[Any, ...] | None = None
+        # What the batch holds; read by the layers on CPU only, since a captured graph cannot look.
+        self.stock_in_batch, self.direct_in_batch = True, False
+
+    @property
+    def lora_slots(self) -> int:
+        # punica for CPU indexes slot -1 for "no LoRA", the last slot, so that base requests in a mixed
+        # batch get the last adapter's weights (seen on 0.28 to 0.32). One slot more, which nobody ever
+        # fills, makes that index harmless, for ordinary adapters too.
+        return super().lora_slots + int(self._creating and current_platform.is_cpu())
+
+    def _create_lora_modules(self) -> None:
+        self._creating = True
+        try:
+            super()._create_lora_modules()
+        finally:
+            self._creating = False
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        if not isinstance(lora_model, TaskLoRAModel):
+            super()._create_merged_loras_inplace(lora_model)
+
+    # --- materialized tasks ---
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        direct = self._direct_models.get(lora_id)
+        if direct is not None:
+            return self._activate_direct(lora_id, direct)
+        model = super().get_adapter(lora_id)
+        if not isinstance(model, TaskLoRAModel):
+            activated = super().activate_adapter(lora_id)
+            if activated and self._writer is not None:
+                self._writer.forget(self.lora_index_to_id.index(lora_id))
+            return activated
+        # Stock code keeps the books (slots, LRU order) and is shown only the layers that the writer does
+        # not fill: to set classification heads, and to reset what another adapter left in the slot.
+        layers, self.modules = self.modules, _layers_left_to_stock(self.modules)
+        try:
+            activated = super().activate_adapter(lora_id)
+        finally:
+            self.modules = layers
+        if activated:
+            self.writer.write(self.lora_index_to_id.index(lora_id), model.task)
+        return activated
+
+    @property
+    def writer(self) -> SlotWriter:
+        """The writer over this model's layers, made on first use."""
+        if self._writer is None:
+            self._writer = SlotWriter(read_layouts(self), self.lora_config.max_lora_rank)
+        return self._writer
+
+    def task_model(self, request: LoRARequest) -> TaskLoRAModel:
+        """The model of one of our requests, from resident memory wherever possible."""
+        path = parse_task_path(request.lora_path)
+        assert path is not None
+        return self._make_model(request.lora_int_id, self.vlora_store.task(path))
+
+    def _make_model(self, lora_id: int, task: ResidentTask) -> TaskLoRAModel:
+        model = TaskLoRAModel(lora_id, task)
+        heads = _full_heads(task)
+        if heads:
+            model.modules_to_save = heads
+            try:
+                self._validate_modules_to_save(model)
+            except ValueError as error:
+                raise ModelMismatchError(f"{task.path}: task {task.task_id!r}: {error}") from error
+        return model
+
+    # --- direct tasks ---
+
+    def add_direct(self, request: LoRARequest) -> bool:
+        """Activate the request's task if it is one of ours that runs direct; False otherwise."""
+        model = self._direct_models.get(request.lora_int_id)
+        if model is None or model.task.path != request.lora_path:
+            if self._direct_slots is None or parse_task_path(request.lora_path) is None:
+                return False
+            model = self.task_model(request)
+            if model.task.direct is None:
+                return False
+            self._direct_models[request.lora_int_id] = model
+        self._activate_direct(request.lora_int_id, model)
+        return True
+
+    def add_direct_dummy(self, request: LoRARequest) -> None:
+        """Register a warm-up adapter that adds nothing."""
+        assert self.vlora_store.direct is not None
+        empty = self.vlora_store.direct.empty
+        task = ResidentTask(request.lora_name, request.lora_path, 0, {}, {}, empty)
+        self._direct_models[request.lora_int_id] = TaskLoRAModel(request.lora_int_id, task)
+
+    def direct_paths(self) -> set[str]:
+        """Paths of the tasks that run direct."""
+        return {task.path for task in self.vlora_store.tasks() if task.direct is not None}
+
+    def _activate_direct(self, lora_id: int, model: TaskLoRAModel) -> bool:
+        assert self._direct_slots is not None
+        assert model.task.direct is not None
+        return self._direct_slots.activate(lora_id, model.task.direct)
+
+    def list_adapters(self) -> dict[int, LoRAModel]:
+        return {**super().list_adapters(), **self._direct_models}
+
+    def get_adapter(self, adapter_id: int) -> LoRAModel | None:
+        return self._direct_models.get(adapter_id) or super().get_adapter(adapter_id)
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        if self._direct_models.pop(adapter_id, None) is None:
+            return super().remove_adapter(adapter_id)
+        assert self._direct_slots is not None
+        self._direct_slots.remove(adapter_id)
+        return True
+
+    def remove_all_adapters(self) -> None:
+        for adapter_id in list(self._direct_models):
+            self.remove_adapter(adapter_id)
+        super().remove_all_adapters()
+
+    def pin_adapter(self, lora_id: int) -> bool:
+        if lora_id not in self._direct_models:
+            return super().pin_adapter(lora_id)
+        assert self._direct_slots is not None
+        self.activate_adapter(lora_id)
+        self._direct_slots.pin(lora_id)
+        return True
+
+    def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        slots = self._direct_slots
+        if slots is not None and slots.version != self._routed_version:
+            self._last_mapping = (
+                None  # A slot holds another task: the same mapping means other slots.
+            )
+        super().set_adapter_mapping(mapping)
+
+    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        slots = self._direct_slots
+        if slots is None or mapping.type != LoRAMappingType.LANGUAGE:
+            super()._set_adapter_mapping(mapping)
+            return
+        tokens = np.asarray(mapping.index_mapping, dtype=np.int64)
+        direct = slots.route(tokens)
+        self._routed_version = slots.version
+        self.direct_in_batch = bool(direct.any())
+        self.stock_in_batch = bool((tokens[~direct] > 0).any())
+        # Two batches of equal size without stock adapters mean the same to punica.
+        shape = (len(tokens), len(mapping.prompt_mapping), mapping.is_prefill)
+        if self.stock_in_batch or shape != self._stock_free:
+            super()._set_adapter_mapping(_without_direct(mapping, tokens, direct, slots))
+        self._stock_free = None if self.stock_in_batch else shape
+
+    # --- the start ---
+
+    def preload(self, folder: str) -> None:
+        """Load the engine's checkpoint at start-up and say what it takes."""
+        store = self.vlora_store
+        make_path = self._make_direct_path if self.setup.direct else None
+        checkpoint = store.preload(folder, make_path)
+        for task in store.tasks():
+            self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
+            if task.direct is None:
+                self.writer.prepare(task)
+        if store.direct is not None:
+            self._direct_slots = DirectSlots(store.direct)
+            self._attach(store.direct)
+        _warn_of_base_model(checkpoint, self)
+        logger.info(
+            "vllm-vlora: %s: %d tasks resident on %s, %.1f MiB, loaded in %.2f s",
+            checkpoint.path,
+            len(store),
+            self.device,
+            store.nbytes / 2**20,
+            store.seconds,
+        )
+        if store.direct is not None:
+            _log_direct(self, store.direct)
+
+    def _make_direct_path(self, checkpoint: Checkpoint) -> DirectPath:
+        _refuse_config(self)
+        _refuse_direct_config(self._vllm_config)
+        return DirectPath(
+            checkpoint,
+            read_direct_layouts(self),
+            self._engine_name,
+            slots=self._max_distinct,
+            max_tokens=_longest_batch(self.max_num_batched_tokens, self._vllm_config),
+            device=self.device,
+            dtype=self._vllm_config.model_config.dtype,
+            packed_basis=self.setup.settings.packed_basis,
+            ignored_extra=is_base_embedding_weights,
+        )
+
+    def _attach(self, path: DirectPath) -> None:
+        """Put ourselves between the layers and punica."""
+        for name, module in self.modules.items():
+            layer = path.layers.get(name)
+            if layer is not None or (current_platform.is_cpu() and not _is_full_head(module)):
+                module.set_mapping(LayerPunica(self, module, layer))
+
+    def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
+        _refuse_config(self)
+        task_ids = list(task_ids)
+        # A direct task has its own rank, whatever --max-lora-rank is.
+        writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
+        writer.check(checkpoint, task_ids, self._engine_name)
+        for task_id in task_ids:
+            _check_extra(checkpoint, task_id, self)
+
+
+def _config_of_slots(config: Any, setup: Setup) -> Any:
+    """vLLM's LoRA configuration with ``max_loras`` as the number of slots that stock code sees."""
+    if not setup.direct:
+        return config
+    config = copy.copy(config)
+    config.max_loras = min(config.max_loras, setup.settings.slots)
+    return config
+
+
+def _longest_batch(max_num_batched_tokens: int, vllm_config: Any) -> int:
+    """Tokens of the longest batch; graphs may pad a batch to the largest captured size."""
+    captured = getattr(vllm_config.compilation_config, "max_cudagraph_capture_size", None) or 0
+    return max(max_num_batched_tokens, captured)
+
+
+def _without_direct(
+    mapping: LoRAMapping, tokens: np.ndarray, direct: np.ndarray, slots: DirectSlots
+) -> LoRAMapping:
+    """The mapping as punica should see it: tokens of direct tasks use no adapter."""
+    prompts = tuple(0 if adapter in slots else adapter for adapter in mapping.prompt_mapping)
+    return LoRAMapping(
+        tuple(np.where(direct, 0, tokens).tolist()),
+        prompts,
+        is_prefill=mapping.is_prefill,
+        type=mapping.type,
+    )
+
+
+def _log_direct(manager: TaskLoRAManager, path: DirectPath) -> None:
+    """Say which tasks run direct, which do not and why, and what each part takes."""
+    tasks = manager.vlora_store.tasks()
+    others = [task for task in tasks if task.direct is None]
+    why = f" ({others[0].task_id!r}: {others[0].obstacle})" if others else ""
+    logger.info(
+        "vllm-vlora: mode %s: %d of %d tasks run direct, up to %d in one batch; %d materialized%s",
+        manager.setup.settings.mode,
+        len(tasks) - len(others),
+        len(tasks),
+        path.table.slots,
+        len(others),
+        why,
+    )
+    memory, mib = path.memory(), 2**20
+    logger.info(
+        "vllm-vlora: memory on %s: bases %.1f MiB, cores %.1f MiB, private factors %.1f MiB, "
+        "materialized tasks %.1f MiB, slot table and routing %.1f MiB; %d slots for ordinary adapters "
+        "and materialized tasks %.1f MiB",
+        manager.device,
+        memory.bases / mib,
+        memory.cores / mib,
+        memory.factors / mib,
+        manager.vlora_store.materialized_nbytes / mib,
+        memory.table / mib,
+        manager.lora_slots,
+        slot_nbytes(manager) / mib,
+    )
+
+
+# --- classification heads --------------------------------------------------------------------------
+
+
+def _layers_left_to_stock(modules: dict[str, Any]) -> dict[str, Any]:
+    """The layers that stock code sets or resets when a task of ours takes a slot."""
+    return {n: layer for n, layer in modules.items() if _is_full_head(layer) or is_fused_moe(layer)}
+
+
+def _is_full_head(layer: Any) -> bool:
+    return hasattr(type(layer), "set_module_to_save")
+
+
+def _full_heads(task: ResidentTask) -> dict[str, Any]:
+    """A task's classification head as vLLM 0.32 wants it: module name -> whole weights."""
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in task.extra.items():
+        if not is_base_embedding_weights(name):
+            *_, module, part = name.split(".")
+            tensors.setdefault(module, {})[part] = tensor
+    if not tensors:
+        return {}
+    from vllm.lora.lora_weights import LoRAFullModuleWeights  # not there before 0.32
+
+    return {
+        module: LoRAFullModuleWeights(module, parts["weight"], parts.get("bias"))
+        for module, parts in tensors.items()
+    }
+
+
+def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager) -> None:
+    """Refuse tensors beside the LoRA weights that this model or this vLLM cannot apply."""
+    for name in checkpoint.record(task_id).extra:
+        if is_base_embedding_weights(name):
+            continue  # An unchanged copy of base weights; stock vLLM leaves it out as well.
+        module = name.split(".")[-2] if "." in name else name
+        supported: set[str] = getattr(manager, "supported_modules_to_save", set())
+        if module not in supported:
+            raise ModelMismatchError(
+                f"{checkpoint.path}: task {task_id!r} carries {name}, which this vLLM "
+                "cannot serve with this model; leave the task out of the served checkpoint"
+            )
+
+
+# --- what is refused or warned of at start-up ------------------------------------------------------
+
+
+def _refuse_config(manager: TaskLoRAManager) -> None:
+    if manager.lora_config.fully_sharded_loras:
+        raise ModelMismatchError(
+            "vllm-vlora does not serve --fully-sharded-loras; start vLLM without it"
+        )
+    from vllm.distributed import get_pp_group
+
+    if get_pp_group().world_size > 1:
+        raise ModelMismatchError(
+            "vllm-vlora does not serve pipeline parallel yet; use tensor parallel instead"
+        )
+
+
+def _refuse_direct_config(vllm_config: Any) -> None:
+    """Refuse what direct tasks were not made for, with the way out."""
+    from vllm import envs
+
+    otherwise = "leave it out, or set VLLM_VLORA_MODE=materialize"
+    if vllm_config.lora_config.specialize_active_lora:
+        raise ModelMismatchError(
+            f"vllm-vlora does not run tasks direct with --specialize-active-lora; {otherwise}"
+        )
+    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+        raise ModelMismatchError(
+            f"vllm-vlora does not run tasks direct with VLLM_LORA_ENABLE_DUAL_STREAM; {otherwise}"
+        )
+
+
+def _warn_of_base_model(checkpoint: Checkpoint, manager: TaskLoRAManager) -> None:
+    trained_on = checkpoint.base_model
+    served = getattr(getattr(manager.model, "config", None), "_name_or_path", "")
+    if trained_on and served and trained_on != served:
+        logger.warning(
+            "vllm-vlora: the adapters were trained on %s, the engine serves %s; their shapes agree, "
+            "their weights are not compared",
+            trained_on,
+            served,
+        )
