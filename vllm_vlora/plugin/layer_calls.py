@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from vllm.platforms import current_platform
 
+from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.triton_kernels.direct import DirectLayer, add_direct
 
-if TYPE_CHECKING:
-    from vllm_vlora.plugin.manager import TaskLoRAManager
+
+class Batch(Protocol):
+    """What a layer asks the manager about the batch in flight."""
+
+    stock_in_batch: bool
+    direct_in_batch: bool
+    vlora_store: ResidentStore
 
 
 class LayerPunica:
@@ -21,7 +27,7 @@ class LayerPunica:
     ``PunicaWrapperGPU`` is final, so this forwards instead of inheriting.
     """
 
-    def __init__(self, manager: TaskLoRAManager, module: Any, layer: DirectLayer | None) -> None:
+    def __init__(self, manager: Batch, module: Any, layer: DirectLayer | None) -> None:
         self._inner = module.punica_wrapper
         self._manager = manager
         self._module = module
