@@ -131,7 +131,7 @@ def test_one_device_by_hand(mixed: Checkpoint) -> None:
         "factors": factors,
         "table": 5 * 2 * 96,
         "records": 3 * 2 * 96,
-        "buffers": 4 * (2 * 64 + 3 * ((4 + 4) + (4 + 1))),
+        "buffers": 4 * (2 * 64 + 3 * ((4 + 4) + (4 + 1))) + 4 * 16,
     }
     auto = plan.mode("auto")
     assert (auto.direct_tasks, auto.materialized_tasks, auto.distinct_tasks) == (2, 1, 3)
@@ -253,7 +253,7 @@ def test_direct_is_what_the_direct_path_holds(
         real.bases, real.cores, real.factors
     )  # fmt: skip
     assert found.table_nbytes == path.table.records.nbytes
-    assert found.buffers_nbytes == path.routing.nbytes
+    assert found.buffers_nbytes == path.routing.nbytes + path.table.codebook.nbytes
     assert found.records_nbytes == sum(t.records.nbytes for t in [*tasks, path.empty])
 
 

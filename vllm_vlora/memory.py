@@ -41,7 +41,7 @@ from vllm_vlora.model_layers import (
 )
 from vllm_vlora.modes import DEFAULT_PEFT_SLOTS
 from vllm_vlora.peft_config import lora_rank
-from vllm_vlora.quantize import FLOAT_DTYPES, row_nbytes
+from vllm_vlora.quantize import FLOAT_DTYPES, NF4_CODEBOOK, row_nbytes
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint import Checkpoint
@@ -80,7 +80,7 @@ class ModeMemory:
         slots, slot_rank: number of vLLM's slots, and their rank.
         slots_nbytes, bases_nbytes, cores_nbytes, factors_nbytes: see the module.
         table_nbytes: records of the slots of direct tasks. records_nbytes: those of the tasks.
-        buffers_nbytes: routing of a batch to direct tasks.
+        buffers_nbytes: routing of a batch to direct tasks, and the codebook of NF4.
         host_nbytes: pinned host memory for adapters that wait to be copied (all of them).
         direct_tasks, materialized_tasks: tasks by how they run; stock vLLM's count as materialized.
         distinct_tasks: different tasks that one batch may have.
@@ -337,7 +337,7 @@ class _Counter:
             factors_nbytes=held.factors,
             table_nbytes=(max_loras + 1) * record if runs_direct else 0,
             records_nbytes=(len(direct) + 1) * record if runs_direct else 0,
-            buffers_nbytes=_routing_nbytes(self.batched_tokens, max_loras) if runs_direct else 0,
+            buffers_nbytes=self._buffers_nbytes(max_loras) if runs_direct else 0,
             direct_tasks=len(direct),
             materialized_tasks=len(others),
             distinct_tasks=min(max_loras, len(direct) + min(slots, len(others))),
@@ -395,6 +395,9 @@ class _Counter:
             f"task {largest.task_id!r} has rank {largest.rank}, which max_lora_rank {self.rank} does "
             f"not hold; {advice}"
         )
+
+    def _buffers_nbytes(self, max_loras: int) -> int:
+        return _routing_nbytes(self.batched_tokens, max_loras) + 4 * len(NF4_CODEBOOK)
 
     def _bases_nbytes(self, direct: list[_Task], others: list[_Task]) -> int:
         sliced = frozenset[int]().union(*(task.joint for task in direct))
