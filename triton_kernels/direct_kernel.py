@@ -36,8 +36,7 @@ import triton.language as tl
 from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix
 from vllm_vlora.triton_kernels import direct
 from vllm_vlora.triton_kernels.dequantise import load_tile
-from vllm_vlora.triton_kernels.direct import DirectLayer, Routing, SlotTable
-from vllm_vlora.triton_kernels.direct_device import (
+from vllm_vlora.triton_kernels.device import (
     DECODE_TOKENS,
     PART_ALIGNMENT,
     aligned,
@@ -50,6 +49,7 @@ from vllm_vlora.triton_kernels.direct_device import (
     pick_block,
     power_of_two,
 )
+from vllm_vlora.triton_kernels.direct import DirectLayer, Routing, SlotTable
 from vllm_vlora.triton_kernels.private_kernel import launch_private
 
 # A slice's part of w begins, and is filled up, to a multiple of this many columns: w is read 16 bytes

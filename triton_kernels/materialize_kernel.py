@@ -22,6 +22,7 @@ import triton.language as tl
 
 from vllm_vlora.quantize import FLOAT_DTYPES
 from vllm_vlora.triton_kernels.dequantise import load_tile
+from vllm_vlora.triton_kernels.device import aligned_pointer, low_precision, multiply
 from vllm_vlora.triton_kernels.materialize import (
     MaterializeJob,
     OutTable,
@@ -71,15 +72,6 @@ def _integer(row, field, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """An address as a pointer; ``ALIGNED`` promises a multiple of 16 bytes."""
-    pointer = address.to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
 def _materialize_kernel(  # type: ignore[no-untyped-def]
     jobs_ptr,
     outs_ptr,
@@ -113,11 +105,11 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     start = _integer(row, _START, ALIGNED_IN).to(tl.int32)
     width = _integer(row, _WIDTH, ALIGNED_IN).to(tl.int32)
     scale = tl.load(row + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
-    codes_ptr = _pointer(tl.load(row + _CODES), CODES, ALIGNED_IN)
+    codes_ptr = aligned_pointer(tl.load(row + _CODES), CODES, ALIGNED_IN)
     codes_stride = _integer(row, _CODES_STRIDE, ALIGNED_IN)
-    scales_ptr = _pointer(tl.load(row + _SCALES), SCALES, False)
+    scales_ptr = aligned_pointer(tl.load(row + _SCALES), SCALES, False)
     scales_stride = tl.load(row + _SCALES_STRIDE)
-    ranges_ptr = _pointer(tl.load(row + _RANGES), tl.float32, False)
+    ranges_ptr = aligned_pointer(tl.load(row + _RANGES), tl.float32, False)
     ranges_stride = tl.load(row + _RANGES_STRIDE)
 
     tile -= tl.load(row + _FIRST_TILE).to(tl.int32)
@@ -143,7 +135,7 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
             FORMAT,
         ).to(tl.float32)
     else:
-        left_ptr = _pointer(tl.load(row + _LEFT), LEFT, False)
+        left_ptr = aligned_pointer(tl.load(row + _LEFT), LEFT, False)
         left_stride = tl.load(row + _LEFT_STRIDE)
         value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         # Tiles that are all remainder read nothing.
@@ -169,18 +161,11 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
                 col_live,
                 FORMAT,
             )
-            if LOW_PRECISION:
-                # Products of two 16-bit floats are exact in the float32 accumulator.
-                value = tl.dot(left, right, value)
-            else:
-                # "ieee": the default would round float32 operands to TF32.
-                value = tl.dot(
-                    left.to(tl.float32), right.to(tl.float32), value, input_precision="ieee"
-                )
+            value = multiply(left, right, value, LOW_PRECISION)
     inside = row_live[:, None] & col_live[None, :]
     value = tl.where(inside, value * scale, 0.0)
 
-    out_ptr = _pointer(tl.load(outs_ptr + tl.load(row + _PLACE)), OUT, ALIGNED_OUT)
+    out_ptr = aligned_pointer(tl.load(outs_ptr + tl.load(row + _PLACE)), OUT, ALIGNED_OUT)
     rows_out = rows.to(tl.int64)[:, None]
     cols_out = cols.to(tl.int64)[None, :]
     if ORDER == "rows":
@@ -197,7 +182,6 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-_INTERPRETED = not isinstance(_materialize_kernel, triton.JITFunction)
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -405,32 +389,29 @@ def kernel_constants(
 
     16-bit floats of one type go to the tensor cores; any other pair is multiplied as float32.
     """
-    is_16_bit = kind.left in (torch.float16, torch.bfloat16)
-    low_precision = is_16_bit and kind.format == "float" and kind.left == kind.codes
-    if low_precision and kind.left == torch.bfloat16 and _INTERPRETED:
-        # The interpreter keeps bfloat16 as its bits and would multiply those.
-        low_precision = False
+    same = kind.format == "float" and kind.left == kind.codes
+    tensor_cores = same and low_precision(kind.codes)
     if kind.left is None:
         # No sum over k: as few rows as there are, and columns enough for 4 warps.
         block_m, block_n = min(triton.next_power_of_2(max(rank, 1)), 16), 128
     else:
-        block_m = min(triton.next_power_of_2(max(rank, 16)), 64 if low_precision else 32)
+        block_m = min(triton.next_power_of_2(max(rank, 16)), 64 if tensor_cores else 32)
         block_n = 128 if block_m == 16 else 64
     # A float32 product runs on the FMA units with its operands in registers. With 64 rows of out,
     # 32 rows of the matrix, or loads kept in flight, the compiler spills some of them.
-    block_k = min(triton.next_power_of_2(max(k, 16)), 32) if low_precision else 16
+    block_k = min(triton.next_power_of_2(max(k, 16)), 32) if tensor_cores else 16
     return {
         "OUT": _TRITON_DTYPES[kind.out],
         "LEFT": None if kind.left is None else _TRITON_DTYPES[kind.left],
         "CODES": _TRITON_DTYPES[kind.codes],
         "SCALES": _TRITON_DTYPES[kind.scales],
         "FORMAT": kind.format,
-        "LOW_PRECISION": low_precision,
+        "LOW_PRECISION": tensor_cores,
         "ORDER": kind.order,
         "ALIGNED_IN": aligned_in,
         "ALIGNED_OUT": aligned_out,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "num_stages": 2 if low_precision else 1,
+        "num_stages": 2 if tensor_cores else 1,
     }

@@ -32,8 +32,7 @@ import triton.language as tl
 from vllm_vlora.quantize import NF4_BLOCK, SCALE_BLOCK
 from vllm_vlora.triton_kernels import direct
 from vllm_vlora.triton_kernels.dequantise import load_tile
-from vllm_vlora.triton_kernels.direct import DirectLayer, Routing, SlotTable
-from vllm_vlora.triton_kernels.direct_device import (
+from vllm_vlora.triton_kernels.device import (
     DECODE_TOKENS,
     aligned,
     aligned_pointer,
@@ -45,6 +44,7 @@ from vllm_vlora.triton_kernels.direct_device import (
     pick_block,
     power_of_two,
 )
+from vllm_vlora.triton_kernels.direct import DirectLayer, Routing, SlotTable
 
 _FIELDS = tl.constexpr(direct.RECORD_FIELDS)
 _RANK = tl.constexpr(direct.RANK)

@@ -1,4 +1,4 @@
-"""What the kernels of the direct path share: device functions, and choices of a launch; needs Triton."""
+"""What the kernels share: device functions, and choices of a launch; needs Triton to import."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pick_block(block, starts, COUNT: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit
 def multiply(left, right, total, LOW_PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``total + left @ right`` in float32 for operands of one dtype."""
+    """``total + left @ right`` in float32; with LOW_PRECISION operands of one 16-bit dtype."""
     if LOW_PRECISION:
         # Products of two 16-bit floats are exact in the float32 accumulator.
         total = tl.dot(left, right, total)
