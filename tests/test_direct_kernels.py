@@ -103,7 +103,7 @@ def make_layer(case: Case) -> DirectLayer:
             u = packed(torch.randn(k_out, width) / k_out**0.5, case.u[place % len(case.u)])
         slices.append(DirectSlice(width, case.start_in, case.start_out, u, k_in))
     stacked = packed(torch.cat(v), case.v) if v else None
-    return DirectLayer(1, case.d_in, tuple(slices), stacked, True, max(case.ranks, default=0))
+    return DirectLayer(1, case.d_in, tuple(slices), stacked, max(case.ranks, default=0))
 
 
 def make_slot(case: Case, layer: DirectLayer, slot: int, count: int) -> DirectTask:
@@ -415,7 +415,7 @@ if BACKEND:
         world = make_world(Case(4, slices=((40, 12, 9),)))
         values = torch.ones(96, 12, dtype=torch.float16, device=DEVICE).t()
         v = PackedMatrix("float16", 12, 96, {"values": values})
-        layer = DirectLayer(1, 96, world.layer.slices, v, False)
+        layer = DirectLayer(1, 96, world.layer.slices, v, 0)
         with pytest.raises(ValueError, match="of V must be contiguous along its rows"):
             add_direct_triton(world.y, world.x, layer, world.table, world.routing)
         assert torch.equal(world.buffer, world.before)

@@ -21,7 +21,7 @@ FORBIDDEN = {
     "tools": ("vllm", "triton", "vllm_vlora.triton_kernels"),
 }  # fmt: skip
 LIBRARY_ORDER = [
-    "errors", "_version", "modes", "task_ids", "atomic", "hub", "quantize", "peft_config", "adapters",
+    "errors", "_version", "modes", "task_ids", "atomic", "hub", "whitening", "quantize", "peft_config", "adapters",
     "manifest", "checkpoint", "representations", "fit", "collection", "formats", "scratch",
     "allocation", "measure", "survey", "plan", "encoding", "report", "card", "model_layers", "memory",
     "compression", "export", "validation",

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from vllm_vlora._version import __version__
-from vllm_vlora.errors import BudgetError, VLoRAError
+from vllm_vlora.tools.terminal import (
+    EXIT_CHECK_FAILED,
+    AsJson,
+    CheckpointRef,
+    Verbose,
+    open_console,
+    prepare_process,
+    print_json,
+    progress_bar,
+    reported,
+)
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from vllm_vlora.report import CompressReport
-
-EXIT_CHECK_FAILED = 1
-EXIT_WRONG_INPUT = 2
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
-# Tables in a file or a pipe are as wide as they need to be: nothing is cut.
-_UNLIMITED_WIDTH = 10_000
 
 app = typer.Typer(
     name="vllm-vlora",
@@ -67,40 +59,10 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
-Verbose = Annotated[
-    bool,
-    typer.Option(
-        "--verbose",
-        "-v",
-        envvar="VLLM_VLORA_DEBUG",
-        help="Show the traceback of an error.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-CheckpointRef = Annotated[
-    str, typer.Argument(metavar="CKPT", help="The checkpoint: a folder or a Hub id.")
-]
-
-
 def main() -> None:
     """Run the command line; see the module's exit codes."""
-    # Docker and schedulers end a program with SIGTERM; as an exception it removes half a folder.
-    signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _stop)
-    for stream in (sys.stdout, sys.stderr):
-        # A task may be called anything; a terminal that cannot show it must not end the program.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    prepare_process()
     app()
-
-
-# Numbers of the signals that asked the program to stop.
-_stopped_by: list[int] = []
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    _stopped_by.append(number)
-    raise KeyboardInterrupt
 
 
 def _print_version(wanted: bool) -> None:
@@ -202,7 +164,7 @@ def compress(
 
     vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
     """
-    with _reported(verbose):
+    with reported(verbose):
         from vllm_vlora.checkpoint import Checkpoint
         from vllm_vlora.compression import CompressOptions
         from vllm_vlora.compression import compress as run
@@ -217,14 +179,14 @@ def compress(
             quantize=quantize.value,
             dtype=dtype.value if dtype else None,
         )
-        messages = _console(stderr=True)
+        messages = open_console(stderr=True)
         refs: list[str] = []
         for given, found in expansions(adapters or []):
             if found != [given]:
                 show.line(messages, f"{given} is a folder of adapters: {len(found)} found")
             refs += found
         collected = collect(refs, name or [])
-        with _progress(messages) as advance:
+        with progress_bar(messages) as advance:
             report = run(collected, output, options, force=force, progress=advance)
         for warning in report.warnings:
             show.line(messages, f"Warning: {warning}", style="yellow")
@@ -232,9 +194,9 @@ def compress(
         data["candidates"] = _candidates(report)
         data["seconds"] = report.seconds
         if as_json:
-            _print_json(data)
+            print_json(data)
             return
-        console = _console()
+        console = open_console()
         show.print_tasks(console, data)
         chosen = (report.representation, report.format)
         show.print_candidates(console, data, chosen, by_error=max_error is not None)
@@ -258,15 +220,15 @@ def info(
 
     vllm-vlora info org/checkpoint --json
     """
-    with _reported(verbose):
+    with reported(verbose):
         from vllm_vlora.checkpoint import Checkpoint
         from vllm_vlora.tools import summary as show
 
         data = show.summarize(Checkpoint.open(checkpoint), checkpoint)
         if as_json:
-            _print_json(data)
+            print_json(data)
             return
-        console = _console()
+        console = open_console()
         show.print_overview(console, data)
         show.print_modules(console, data)
         show.print_tasks(console, data)
@@ -288,16 +250,16 @@ def validate(
 
     vllm-vlora validate ckpt && rsync -a ckpt server:/models/
     """
-    with _reported(verbose):
+    with reported(verbose):
         from vllm_vlora.tools import summary as show
         from vllm_vlora.validation import validate as run
 
-        with _progress(_console(stderr=True)) as advance:
+        with progress_bar(open_console(stderr=True)) as advance:
             problems = run(checkpoint, progress=lambda _, done, all_: advance("read", done, all_))
         if as_json:
-            _print_json({"checkpoint": checkpoint, "sound": not problems, "problems": problems})
+            print_json({"checkpoint": checkpoint, "sound": not problems, "problems": problems})
         else:
-            console = _console()
+            console = open_console()
             for problem in problems:
                 show.line(console, problem)
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -336,7 +298,7 @@ def export(
     """
     if everything == bool(tasks):
         raise typer.BadParameter("name the tasks to export, or give --all", param_hint="TASK")
-    with _reported(verbose):
+    with reported(verbose):
         from vllm_vlora.checkpoint import Checkpoint
         from vllm_vlora.export import export_all, export_task
         from vllm_vlora.tools import summary as show
@@ -346,7 +308,7 @@ def export(
         if len(wanted) == 1 and not everything:
             folders = {wanted[0]: export_task(opened, wanted[0], output, force=force)}
         else:
-            with _progress(_console(stderr=True)) as advance:
+            with progress_bar(open_console(stderr=True)) as advance:
                 folders = export_all(
                     opened,
                     wanted,
@@ -354,7 +316,7 @@ def export(
                     force=force,
                     progress=lambda _, done, total: advance("export", done, total),
                 )
-        console = _console()
+        console = open_console()
         for task_id, folder in folders.items():
             show.line(console, f"{task_id} -> {folder}")
 
@@ -434,7 +396,7 @@ def plan(
 
     vllm-vlora plan ckpt --max-loras 64 --memory 8 --gpu-memory 80
     """
-    with _reported(verbose):
+    with reported(verbose):
         from vllm_vlora.checkpoint import Checkpoint
         from vllm_vlora.memory import plan_memory
         from vllm_vlora.model_layers import read_model_shape
@@ -457,9 +419,9 @@ def plan(
         gpu_nbytes = None if gpu_memory is None else show.gib(gpu_memory)
         data = show.describe(found, checkpoint, gpu_nbytes)
         if as_json:
-            _print_json(data)
+            print_json(data)
         else:
-            show.print_plan(_console(), data)
+            show.print_plan(open_console(), data)
 
 
 def _candidates(report: CompressReport) -> list[dict[str, Any]]:
@@ -474,80 +436,3 @@ def _candidates(report: CompressReport) -> list[dict[str, Any]]:
         }
         for candidate in report.candidates
     ]
-
-
-@contextmanager
-def _reported(verbose: bool) -> Iterator[None]:
-    """Turn an error that the user can mend into one red line and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        _exit_stopped(error, verbose)
-    except Exception as error:
-        # A library that was called back when the signal came may have turned the exception into an
-        # error of its own: safetensors makes a ValueError of it.
-        if _stopped_by:
-            _exit_stopped(error, verbose)
-        if not isinstance(error, (VLoRAError, OSError)) or isinstance(error, BrokenPipeError):
-            raise
-        if verbose:
-            traceback.print_exc()
-        _fail(str(error))
-        code = EXIT_CHECK_FAILED if isinstance(error, BudgetError) else EXIT_WRONG_INPUT
-        raise typer.Exit(code) from error
-
-
-def _exit_stopped(error: BaseException, verbose: bool) -> NoReturn:
-    if verbose:
-        traceback.print_exception(error)
-    _fail("interrupted; nothing was left half written")
-    terminated = signal.SIGTERM in _stopped_by
-    raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from error
-
-
-def _fail(message: str) -> None:
-    text = Text("Error: " + " ".join(message.splitlines()), style="red")
-    _console(stderr=True).print(text, soft_wrap=True)
-
-
-def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = _UNLIMITED_WIDTH
-    return console
-
-
-class _Advance:
-    """Shows the stages of a long run: a bar on a terminal, a line a stage elsewhere."""
-
-    def __init__(self, console: Console, progress: Progress | None) -> None:
-        self._console = console
-        self._progress = progress
-        self._stage: str | None = None
-        self._task: Any = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._stage = stage
-            if self._progress is None:
-                self._console.print(f"{stage} ...")
-            else:
-                self._task = self._progress.add_task(stage, total=total)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, total=total)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[_Advance]:
-    if not console.is_terminal:
-        yield _Advance(console, None)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        yield _Advance(console, progress)
-
-
-def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))

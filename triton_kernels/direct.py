@@ -96,7 +96,6 @@ class DirectLayer:
         d_in: columns of x.
         slices: in the order of y's columns, which they fill without gaps.
         v: the slices' V stacked, ``(sum of k_in, d_in)``; None when no slice has a basis.
-        private: whether any task may be private here; without it that pass is left out.
         max_rank: the largest rank of a private task here; the kernels read no rows beyond it.
     """
 
@@ -104,8 +103,12 @@ class DirectLayer:
     d_in: int
     slices: tuple[DirectSlice, ...]
     v: PackedMatrix | None
-    private: bool = True
-    max_rank: int = 0
+    max_rank: int
+
+    @property
+    def private(self) -> bool:
+        """Whether any task may be private here; otherwise that pass is left out."""
+        return self.max_rank > 0
 
     @property
     def width(self) -> int:

@@ -487,7 +487,7 @@ def launch_direct(
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         if plan.v is not None:
             _launch_joint(y, x, plan, table, routing)
-        if layer.private and layer.max_rank:
+        if layer.private:
             launch_private(y, x, layer, table, routing)
 
 

@@ -174,8 +174,7 @@ def private_operation(batch: Batch, work: floors.Work, factors: Factors, cache: 
     count = len(batch.layer.widths)
     slices = tuple(DirectSlice(width, 0, 0, None, 0) for width in batch.layer.widths)
     layers = [
-        DirectLayer(copy * count, batch.layer.d_in, slices, None, True, rank)
-        for copy in range(copies)
+        DirectLayer(copy * count, batch.layer.d_in, slices, None, rank) for copy in range(copies)
     ]
     run = _direct_run(batch, layers, part)
     return Operation("direct-private", work, copies, run, expected)
@@ -237,7 +236,7 @@ def joint_operation(batch: Batch, work: floors.Work, cache: int) -> Operation:
                 for width, side in zip(layer.widths, u)
             ),
             _as_packed(v[copy]),
-            private=False,
+            0,
         )
         for copy in range(copies)
     ]

@@ -206,16 +206,10 @@ def _make_layers(
     users: list[tuple[Segment, ModuleSpec]],
     packed_basis: bool,
 ) -> dict[str, DirectLayer]:
-    joint, ranks = set(), dict[str, int]()
-    for segment, module in users:
-        name = path._engine_name(module.name)
-        if segment.representation == "joint":
-            joint.add(name)
-        else:
-            ranks[name] = max(ranks.get(name, 0), segment.rank)
+    joint = {path._engine_name(m.name) for s, m in users if s.representation == "joint"}
     bases = _load_bases(path, checkpoint, joint, packed_basis)
     # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
-    max_rank = max(ranks.values(), default=0)
+    max_rank = max((s.rank for s, _ in users if s.representation == "private"), default=0)
     layers, index = {}, 0
     for layout in path._layouts:
         layer = _make_layer(layout, index, bases, max_rank, path.dtype)
@@ -249,7 +243,7 @@ def _make_layer(
     )
     stacked = _stack_rows(v, dtype) if v else None
     d_in = sum(run.width for run in layout.slices[0].runs_a)
-    return DirectLayer(index, d_in, slices, stacked, private=max_rank > 0, max_rank=max_rank)
+    return DirectLayer(index, d_in, slices, stacked, max_rank)
 
 
 def _start(run: Run, full: int) -> int:

@@ -218,9 +218,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         slots = self._direct_slots
         if slots is not None and slots.version != self._routed_version:
-            self._last_mapping = (
-                None  # A slot holds another task: the same mapping means other slots.
-            )
+            # A slot holds another task: the same mapping means other slots.
+            self._last_mapping = None
         super().set_adapter_mapping(mapping)
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:

@@ -1,0 +1,139 @@
+"""What every command shares: consoles, progress, JSON, and errors as one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vllm_vlora.errors import BudgetError, VLoRAError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+EXIT_CHECK_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+# Tables in a file or a pipe are as wide as they need to be: nothing is cut.
+_UNLIMITED_WIDTH = 10_000
+
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        envvar="VLLM_VLORA_DEBUG",
+        help="Show the traceback of an error.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+CheckpointRef = Annotated[
+    str, typer.Argument(metavar="CKPT", help="The checkpoint: a folder or a Hub id.")
+]
+
+
+def prepare_process() -> None:
+    """Signals become exceptions that clean up, and no task's name can end the output."""
+    # Docker and schedulers end a program with SIGTERM; as an exception it removes half a folder.
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        # A task may be called anything; a terminal that cannot show it must not end the program.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+# Numbers of the signals that asked the program to stop.
+_stopped_by: list[int] = []
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _stopped_by.append(number)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def reported(verbose: bool) -> Iterator[None]:
+    """Turn an error that the user can mend into one red line and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _exit_stopped(error, verbose)
+    except Exception as error:
+        # A library that was called back when the signal came may have turned the exception into an
+        # error of its own: safetensors makes a ValueError of it.
+        if _stopped_by:
+            _exit_stopped(error, verbose)
+        if not isinstance(error, (VLoRAError, OSError)) or isinstance(error, BrokenPipeError):
+            raise
+        if verbose:
+            traceback.print_exc()
+        _fail(str(error))
+        code = EXIT_CHECK_FAILED if isinstance(error, BudgetError) else EXIT_WRONG_INPUT
+        raise typer.Exit(code) from error
+
+
+def _exit_stopped(error: BaseException, verbose: bool) -> NoReturn:
+    if verbose:
+        traceback.print_exception(error)
+    _fail("interrupted; nothing was left half written")
+    terminated = signal.SIGTERM in _stopped_by
+    raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from error
+
+
+def _fail(message: str) -> None:
+    text = Text("Error: " + " ".join(message.splitlines()), style="red")
+    open_console(stderr=True).print(text, soft_wrap=True)
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _UNLIMITED_WIDTH
+    return console
+
+
+class _Advance:
+    """Shows the stages of a long run: a bar on a terminal, a line a stage elsewhere."""
+
+    def __init__(self, console: Console, progress: Progress | None) -> None:
+        self._console = console
+        self._progress = progress
+        self._stage: str | None = None
+        self._task: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            if self._progress is None:
+                self._console.print(f"{stage} ...")
+            else:
+                self._task = self._progress.add_task(stage, total=total)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[_Advance]:
+    if not console.is_terminal:
+        yield _Advance(console, None)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield _Advance(console, progress)
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,100 @@
+"""Measure errors as the model sees them: second moments of a module's inputs and output gradients.
+
+With H = E[x x^T] over a module's inputs and G = E[g g^T] over the gradients at its outputs, an error
+E of delta_W changes the output by ||E H^(1/2)||_F^2 on average, and the loss, to second order, by
+about ||G^(1/2) E H^(1/2)||_F^2 (the Kronecker-factored curvature of Martens and Grosse, 2015,
+arXiv 1503.05671). Any square root will do, so a factor S with S S^T = H takes the place of H^(1/2):
+factors A S_in and S_out^T B are fitted, truncated and compared in the plain Frobenius norm, and
+A S_in is taken back by S_in^-1. Without moments S is the identity and everything is Frobenius.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Whitener:
+    """S = D^(1/2) W with W = I + Q^T (diag(roots) - I) Q, so that S S^T = D^(1/2) W W D^(1/2).
+
+    A full moment, or a diagonal one with a few strong directions, has this form; ``apply`` and
+    ``solve`` cost n d (p + 1) operations and never form d x d.
+
+    Attributes:
+        diagonal: the square roots of D, (d,) float32, all positive.
+        q: (p, d) float32, rows orthonormal; p may be zero.
+        roots: (p,) float32, all positive: the factor by which W stretches each row of q.
+    """
+
+    diagonal: torch.Tensor
+    q: torch.Tensor
+    roots: torch.Tensor
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ S, for rows (n, d); in the dtype of the rows."""
+        return self._stretch(rows * self.diagonal.to(rows.dtype), self.roots)
+
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ S^-1, for rows (n, d); in the dtype of the rows."""
+        return self._stretch(rows, 1 / self.roots) / self.diagonal.to(rows.dtype)
+
+    def apply_transposed(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ S^T, for rows (n, d); in the dtype of the rows."""
+        return self._stretch(rows, self.roots) * self.diagonal.to(rows.dtype)
+
+    def _stretch(self, rows: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
+        if not len(roots):
+            return rows
+        q = self.q.to(rows.dtype)
+        return rows + ((rows @ q.T) * (roots - 1).to(rows.dtype)) @ q
+
+    @classmethod
+    def from_moment(cls, moment: torch.Tensor, damping: float = 1e-2) -> Whitener:
+        """Of a full moment H (d, d), damped: H + damping * mean(diag H) * I.
+
+        A direction that the text never showed would otherwise cost nothing, and an error in it could
+        grow without limit.
+
+        Raises:
+            ValueError: not square, or damping not positive.
+        """
+        if moment.dim() != 2 or moment.shape[0] != moment.shape[1] or damping <= 0:
+            raise ValueError(f"needs a square moment and a positive damping, got {moment.shape}")
+        values, vectors = torch.linalg.eigh(moment.double())
+        mean = max(float(values.clamp(min=0).mean()), 1e-30)
+        # Only the shape matters: a moment of mean one keeps numbers near one in every module.
+        roots = (values.clamp(min=0) / mean + damping).sqrt()
+        return cls(torch.ones(len(values)), vectors.T.float().contiguous(), roots.float())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How errors of one module's delta_W are measured: ||S_out^T (delta_W' - delta_W) S_in||_F.
+
+    ``None`` on a side is the identity there.
+    """
+
+    input: Whitener | None = None
+    output: Whitener | None = None
+
+    def a(self, a: torch.Tensor) -> torch.Tensor:
+        """A S_in for A (n, d_in); rows of V are whitened alike."""
+        return a if self.input is None else self.input.apply(a)
+
+    def b_t(self, b_t: torch.Tensor) -> torch.Tensor:
+        """B^T S_out for B transposed (n, d_out); rows of U transposed are whitened alike."""
+        return b_t if self.output is None else self.output.apply(b_t)
+
+    def unwhiten_a(self, a: torch.Tensor) -> torch.Tensor:
+        """The A of which ``a`` is A S_in."""
+        return a if self.input is None else self.input.solve(a)
+
+    def unwhiten_b_t(self, b_t: torch.Tensor) -> torch.Tensor:
+        """The B transposed of which ``b_t`` is B^T S_out."""
+        return b_t if self.output is None else self.output.solve(b_t)
+
+
+FROBENIUS = Metric()
+"""No moments: the Frobenius norm."""
