@@ -170,7 +170,8 @@ def test_max_error_holds_where_planning_was_too_hopeful(
 ) -> None:
     adapters = family(tmp_path / "in", 8, related=False)
     honest = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
-    monkeypatch.setitem(measure._CORE_ROUNDING, "bfloat16", -0.02)
+    for format in ("bfloat16", "int8", "nf4-dq"):
+        monkeypatch.setitem(measure._ROUNDING, format, -0.02)
     report = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
     check(tmp_path / "out", adapters, report)
     assert report.worst_error <= limit
@@ -208,12 +209,13 @@ def test_auto_keeps_the_better(
         for name in ("auto", "joint", "private")
     }
     auto = reports.pop("auto")
-    assert auto.representation == ("joint" if related else "private")
+    assert auto.representation in (("joint", "mixed") if related else ("private",))
     if "ratio" in budget:
-        assert auto.rms_error == min(report.rms_error for report in reports.values())
+        assert auto.rms_error <= min(report.rms_error for report in reports.values())
     else:
-        assert auto.nbytes == min(report.nbytes for report in reports.values())
-    assert {"joint", "private"} == {candidate.representation for candidate in auto.candidates}
+        assert auto.nbytes <= min(report.nbytes for report in reports.values())
+    considered = {candidate.representation for candidate in auto.candidates}
+    assert {"joint", "private"} <= considered <= {"joint", "private", "mixed"}
     assert (auto.representation, auto.format, auto.nbytes) in [c[:3] for c in auto.candidates]
 
 
@@ -390,7 +392,7 @@ class Broken(Exception):
     """Stands for any failure on the way."""
 
 
-@pytest.mark.parametrize("stage", ["measure", "fit", "encode", "write"])
+@pytest.mark.parametrize("stage", ["measure", "encode", "write"])
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
 def test_a_failure_on_the_way_leaves_the_old_checkpoint(
     tmp_path: Path, stage: str, error: type[BaseException]
@@ -426,7 +428,7 @@ def test_progress_reaches_the_end_of_every_stage(tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     compress(adapters, tmp_path / "out", progress=lambda *call: calls.append(call))
     last = {stage: (done, total) for stage, done, total in calls}
-    assert list(last) == ["measure", "fit", "encode", "write"]
+    assert list(last) == ["measure", "encode", "write"]
     assert all(done == total for done, total in last.values())
     assert all(0 <= done <= total for _, done, total in calls)
 

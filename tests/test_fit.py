@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -113,6 +116,109 @@ def test_streaming_captures_what_the_dense_eigenvectors_do(common: int) -> None:
     assert captured(adapters, fit.u_t, fit.v) > 0.98 * best
     assert_orthonormal(fit.u_t)
     assert_orthonormal(fit.v)
+
+
+def decaying_adapters(count: int, d_in: int, d_out: int, own: float, seed: int = 0) -> Adapters:
+    """Rank 4: mixtures of 40 shared directions of falling weight, plus private noise."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.arange(1, 41) ** -0.5
+
+    def side(width: int) -> Callable[[], torch.Tensor]:
+        shared = torch.linalg.qr(torch.randn(width, 40, generator=generator))[0].T
+        return lambda: (
+            (torch.randn(4, 40, generator=generator) * weights) @ shared
+            + own * torch.randn(4, width, generator=generator) / width**0.5
+        )
+
+    a, b = side(d_in), side(d_out)
+    return [(a(), b().T.contiguous(), 1.0) for _ in range(count)]
+
+
+def dense_bases(adapters: Adapters, components: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m_v = torch.stack([unit(x).T @ unit(x) for x in adapters]).sum(0)
+    m_u = torch.stack([unit(x) @ unit(x).T for x in adapters]).sum(0)
+    u, v = (torch.linalg.eigh(m)[1].flip(1)[:, :components] for m in (m_u, m_v))
+    return u.T, v.T
+
+
+@pytest.mark.parametrize(("own", "least"), [(0.5, 0.998), (1.0, 0.995), (4.0, 0.97)])
+def test_three_passes_keep_what_the_exact_solution_keeps(own: float, least: float) -> None:
+    adapters = decaying_adapters(60, 160, 140, own)
+    best = captured(adapters, *dense_bases(adapters, 24))
+    kept = [
+        captured(adapters, *fit_bases(reader(adapters), 160, 140, 24, passes=passes))
+        for passes in (1, 2, 3)
+    ]
+    assert kept[0] < kept[1] < kept[2] <= best * (1 + 1e-9)
+    assert kept[2] > least * best
+
+
+def test_both_blocks_keep_more_than_the_last_alone() -> None:
+    """Against subspace iteration ended by Rayleigh-Ritz on the same products, in float64."""
+    adapters = decaying_adapters(60, 160, 140, own=1.0)
+    m_v = torch.stack([unit(x).T @ unit(x) for x in adapters]).sum(0)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(160, 32, generator=generator))[0].double()
+    for _ in range(3):
+        q = torch.linalg.qr(m_v @ q)[0]
+    ritz = q @ torch.linalg.eigh(q.T @ m_v @ q)[1].flip(1)[:, :24]
+    v = fit_bases(reader(adapters), 160, 140, 24)[1].double()
+    assert torch.trace(v @ m_v @ v.T) > torch.trace(ritz.T @ m_v @ ritz)
+
+
+def test_order_and_stacking_do_not_matter() -> None:
+    # Two families, of which the second comes last and is small; ranks above a stack's rows.
+    adapters = decaying_adapters(30, 200, 180, 0.3) + decaying_adapters(6, 200, 180, 0.3, seed=1)
+    wide = random_adapters([150], 200, 180, seed=5)
+    sorted_ = [*adapters, *wide]
+    mixed = [*wide, *(sorted_[i] for i in torch.randperm(36).tolist())]
+    first, second = (fit_module(reader(x), 200, 180, 16, seed=3) for x in (sorted_, mixed))
+    torch.testing.assert_close(first.energy.sum(), second.energy.sum(), rtol=1e-4, atol=0)
+    again = fit_module(reader(sorted_), 200, 180, 16, seed=3)
+    assert torch.equal(first.v, again.v)
+    assert torch.equal(first.u_t, again.u_t)
+
+
+@pytest.mark.parametrize(("ranks", "reads"), [([4] * 3, 1), ([4] * 20, 4)])
+def test_how_often_the_adapters_are_read(ranks: list[int], reads: int) -> None:
+    adapters, starts = random_adapters(ranks, 40, 30), 0
+
+    def read() -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        nonlocal starts
+        starts += 1
+        yield from adapters
+
+    fit_bases(read, 40, 30, 8)
+    assert starts == reads
+
+
+def test_memory_does_not_grow_with_the_adapters() -> None:
+    """The peak of a process of its own, for 500 adapters that together take 98 MB."""
+    script = textwrap.dedent("""
+        import torch
+        from vllm_vlora.fit import fit_bases
+
+        def status(key):
+            line = next(x for x in open("/proc/self/status") if x.startswith(key))
+            return int(line.split()[1]) * 1024
+
+        def read(count, d_in, d_out):
+            for seed in range(count):
+                generator = torch.Generator().manual_seed(seed)
+                a, b = (torch.randn(8, d, generator=generator) for d in (d_in, d_out))
+                yield a, b.T.contiguous(), 1.0
+
+        torch.set_num_threads(1)
+        fit_bases(lambda: read(40, 64, 64), 64, 64, 8)  # what the libraries take at first use
+        before = status("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+        fit_bases(lambda: read(500, 2048, 4096), 2048, 4096, 40, passes=1)
+        print(status("VmHWM") - before)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 24 * (2048 + 4096) * 48 + 12e6
 
 
 def test_streaming_with_full_width_loses_nothing() -> None:

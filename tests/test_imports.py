@@ -21,10 +21,11 @@ FORBIDDEN = {
     "tools": ("vllm", "triton", "vllm_vlora.triton_kernels"),
 }  # fmt: skip
 LIBRARY_ORDER = [
-    "errors", "_version", "modes", "task_ids", "atomic", "hub", "whitening", "quantize", "peft_config", "adapters",
-    "manifest", "checkpoint", "representations", "fit", "collection", "formats", "scratch",
-    "allocation", "measure", "survey", "plan", "encoding", "report", "card", "model_layers", "memory",
-    "compression", "export", "validation",
+    "errors", "_version", "modes", "task_ids", "atomic", "hub", "executors", "whitening", "moments",
+    "texts", "calibration", "quantize", "options", "peft_config", "adapters", "evaluation", "manifest",
+    "checkpoint", "representations", "fit", "flat_fit", "clusters", "collection", "formats", "scratch",
+    "allocation", "measure", "survey", "sharing", "plan", "encoding", "report", "card", "model_layers",
+    "memory", "compression", "export", "validation",
 ]  # fmt: skip
 
 

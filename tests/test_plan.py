@@ -17,22 +17,27 @@ from vllm_vlora.allocation import (
     fit_to_budget,
     lower_hull,
 )
+from vllm_vlora.encoding import encode_option
+from vllm_vlora.formats import NARROW
+from vllm_vlora.manifest import BasisSpec
 from vllm_vlora.measure import (
+    JointCurve,
     JointMeter,
     component_grid,
-    joint_losses,
     measure_private,
     squared_norm,
 )
-from vllm_vlora.quantize import FORMATS, pack, row_nbytes, unpack
+from vllm_vlora.quantize import FORMATS, narrow_row_nbytes, pack, row_nbytes, unpack
 from vllm_vlora.representations import (
     balanced_svd,
     core_shape,
+    decode,
     dual_rows,
     encode_joint,
     encode_private,
     relative_error,
 )
+from vllm_vlora.whitening import FROBENIUS, Metric, Whitener
 
 
 def factors(rank: int, d_in: int, d_out: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,15 +92,19 @@ def test_joint_meter_equals_what_encoding_loses_at_every_width(format: str) -> N
     v = torch.linalg.qr(torch.cat([a.T, torch.randn(70, 7, generator=generator)], 1))[0].T
     u, v_packed = pack(u_t, format), pack(v, format)
     norm = squared_norm(a, b, scale)
-    captured = JointMeter(u, v_packed, grid).captured(a, b, scale)
-    for place, width in enumerate(grid):
+    captured = JointMeter(u, v_packed).captured(a, b, scale)
+    for width in grid:
         part_u = u.row_slice(0, min(width, 10))
         part_v = v_packed.row_slice(0, min(width, 12))
         basis = _basis(part_u, part_v)
         for core in ("float32", "bfloat16"):
-            stored = encode_joint(a, b, scale, dual_rows(part_u), dual_rows(part_v), core)
+            duals = dual_rows(unpack(part_u)), dual_rows(unpack(part_v))
+            stored = encode_joint(a, b, scale, *duals, core)
             lost, _ = relative_error(a, b, scale, stored, basis)
-            planned = float(joint_losses(captured, norm, core)[place])
+            spec = BasisSpec(part_u.rows, part_v.rows, format)
+            seen = captured[part_u.rows - 1, part_v.rows - 1].reshape(1, 1)
+            curve = JointCurve([spec], seen, torch.tensor([norm], dtype=torch.float64))
+            planned = float(curve.losses(core, [5], False)[0, 0])
             assert planned == pytest.approx(lost, rel=1e-3, abs=1e-6 * norm)
         form, rank, elements = core_shape(5, part_u.rows, part_v.rows)
         assert (stored.core, stored.rank) == (form, rank)
@@ -113,7 +122,7 @@ def test_dual_rows_lose_less_than_plain_projection() -> None:
     u_t = torch.linalg.qr(torch.randn(128, 40, generator=torch.Generator().manual_seed(2)))[0].T
     u, v = pack(u_t, "nf4"), pack(u_t.flip(0), "nf4")
     basis = _basis(u, v)
-    dual = encode_joint(a, b, 1.0, dual_rows(u), dual_rows(v), "float32")
+    dual = encode_joint(a, b, 1.0, dual_rows(unpack(u)), dual_rows(unpack(v)), "float32")
     plain = encode_joint(a, b, 1.0, unpack(u), unpack(v), "float32")
     assert (
         relative_error(a, b, 1.0, dual, basis)[0]  # type: ignore[arg-type]
@@ -236,3 +245,54 @@ def test_zero_delta_is_measured_as_no_loss() -> None:
     for curve in measure_private(a, b, 1.0, FORMATS, "float32"):
         assert all(loss == 0 for loss in curve.losses)
         assert curve.row_nbytes == row_nbytes(curve.format, 20) + row_nbytes(curve.format, 10)
+
+
+@settings(max_examples=15, deadline=None)
+@given(rank=st.integers(1, 7), seed=st.integers(0, 99))
+def test_narrow_curves_equal_what_encoding_loses(rank: int, seed: int) -> None:
+    a, b = factors(rank, 100, 70, seed)
+    (curve,) = measure_private(a, b, 0.5, [NARROW], "float32")
+    norm = squared_norm(a, b, 0.5)
+    sizes = [nbytes for nbytes, _ in curve.points(1.0)]
+    assert sizes == sorted(sizes)
+    for number in range(curve.count):
+        option = curve.option(number)
+        stored = encode_option(a, b, 0.5, option, FROBENIUS)
+        lost, _ = relative_error(a, b, 0.5, stored, None)
+        assert option.loss == pytest.approx(lost, rel=1e-5, abs=1e-12 * norm)
+        n4, n3, n2 = option.bits or (option.rank, 0, 0)
+        rows = [
+            narrow_row_nbytes(d, bits) * n
+            for d in (100, 70)
+            for bits, n in ((4, n4), (3, n3), (2, n2))
+        ]
+        assert option.nbytes == sum(rows)
+
+
+def test_whitened_losses_equal_those_of_the_dense_product() -> None:
+    a, b = factors(5, 40, 30)
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(200, 40, generator=generator) @ torch.diag(torch.logspace(0, -2, 40))
+    metric = Metric(Whitener.from_moment(inputs.T @ inputs / 200), None)
+    delta = 0.5 * b.double() @ a.double()
+    for curve in measure_private(a, b, 0.5, ["bfloat16", "nf4-dq", NARROW], "float32", metric):
+        for number in range(curve.count):
+            option = curve.option(number)
+            stored = encode_option(a, b, 0.5, option, metric)
+            new_a, new_b = decode(stored, None)
+            white = metric.a(new_b.double() @ new_a.double() - delta)
+            assert option.loss == pytest.approx(float(white.square().sum()), rel=1e-4, abs=1e-9)
+
+
+def test_a_metric_loses_less_of_what_the_model_sees_than_frobenius_does() -> None:
+    a, b = factors(8, 64, 48)
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(500, 64, generator=generator) * torch.logspace(0, -2, 64)
+    metric = Metric(Whitener.from_moment(inputs.T @ inputs / 500), None)
+    plain, white = (
+        measure_private(a, b, 1.0, ["float32"], "bfloat16", m)[0] for m in (FROBENIUS, metric)
+    )
+    stored = encode_option(a, b, 1.0, plain.option(3), FROBENIUS)
+    new_a, new_b = decode(stored, None)
+    seen = metric.a(new_b.double() @ new_a.double() - b.double() @ a.double()).square().sum()
+    assert white.option(3).loss < 0.8 * float(seen)

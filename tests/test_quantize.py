@@ -11,14 +11,20 @@ from hypothesis import strategies as st
 
 from vllm_vlora.quantize import (
     FORMATS,
+    NARROW_CODES,
     NF4_CODEBOOK,
     NF4_THRESHOLDS,
     PackedMatrix,
+    narrow_codes,
+    narrow_row_nbytes,
     nf4_scales,
     pack,
+    pack_narrow,
     part_specs,
     row_nbytes,
+    stack_rows,
     unpack,
+    widen_codes,
 )
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -343,3 +349,169 @@ def test_parts_that_contradict_the_format_are_refused() -> None:
         PackedMatrix("nf4", 3, 70, parts)
     with pytest.raises(ValueError, match="move them to one device"):
         PackedMatrix("nf4", 2, 70, parts | {"scales": parts["scales"].to("meta")})
+
+
+# ---- narrow rows
+
+
+def narrow_shapes() -> dict[str, st.SearchStrategy[int]]:
+    return {**shapes, "bits": st.sampled_from([2, 3])}
+
+
+def codes_of(packed: PackedMatrix) -> torch.Tensor:
+    codes = packed.parts["codes"]
+    return torch.stack([codes >> 4, codes & 15], dim=2).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "expected"),
+    [
+        # Places 0 1 2 3, then 3 2 1 0, then zeros: two bits each, the earlier the higher.
+        (2, "04bf fb40" + "00" * 28, "1be4" + "00" * 14),
+        # Places 0 to 7: upper bits 00 00 01 01 10 10 11 11, lowest ones 0 1 0 1 0 1 0 1.
+        (3, "0135 7adf" + "00" * 28, "05af" + "00" * 14 + "55" + "00" * 7),
+        # The last element of a block is in the lowest bits.
+        (3, "00" * 31 + "0f", "00" * 15 + "03" + "00" * 7 + "01"),
+        (2, "00" * 31 + "04" + "ff" * 32, "00" * 15 + "01" + "ff" * 16),
+    ],
+)
+def test_narrow_bytes(bits: int, codes: str, expected: str) -> None:
+    wide = torch.tensor(list(bytes.fromhex(codes)), dtype=torch.uint8)
+    narrow = narrow_codes(wide, bits)
+    assert bytes(narrow.tolist()).hex() == expected
+    assert torch.equal(widen_codes(narrow, bits), wide)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3]),
+    rows=st.integers(0, 3),
+    blocks=st.integers(0, 5),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_narrow_codes_round_trip(bits: int, rows: int, blocks: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.tensor(NARROW_CODES[bits], dtype=torch.uint8)
+    picks = torch.randint(len(allowed), (rows, blocks * 32, 2), generator=generator)
+    wide = (allowed[picks[..., 0]] << 4) | allowed[picks[..., 1]]
+    narrow = narrow_codes(wide, bits)
+    assert narrow.shape == (rows, blocks * 8 * bits)
+    assert torch.equal(widen_codes(narrow, bits), wide)
+    # Blocks are narrowed one by one, so that flat tensors of many rows are widened at once.
+    assert torch.equal(widen_codes(narrow.flatten(), bits), wide.flatten())
+
+
+@settings(max_examples=40, deadline=None)
+@given(**narrow_shapes(), exponent=st.integers(-149, 127))
+@example(rows=4, cols=130, seed=0, bits=2, exponent=127)
+@example(rows=4, cols=130, seed=0, bits=3, exponent=-149)
+def test_narrow_rows_are_rows_of_nf4_dq(
+    rows: int, cols: int, seed: int, bits: int, exponent: int
+) -> None:
+    matrix = random_matrix(rows, cols, seed, exponent)
+    packed = pack_narrow(matrix, bits)
+    assert packed.format == "nf4-dq"
+    assert set(codes_of(packed).flatten().tolist()) <= set(NARROW_CODES[bits])
+    back = unpack(packed).double()
+    assert torch.isfinite(back).all()
+    blocks = torch.nn.functional.pad(matrix, (0, -cols % 64)).unflatten(1, (-(-cols // 64), 64))
+    empty = (blocks == 0).all(2).repeat_interleave(64, dim=1)[:, :cols]
+    assert back[empty].count_nonzero() == 0
+    assert not torch.signbit(back[empty]).any()
+    # No worse than all zeros: the least-squares scale of any codes never is. A scale in 8 bits between
+    # the least and the greatest of a row of zero blocks and others may cost a little of that.
+    lost = (back - matrix.double()).square().sum(1)
+    whole = matrix.double().square().sum(1)
+    if exponent > -120:
+        assert (lost <= 1.001 * whole).all()
+    stored = narrow_codes(packed.parts["codes"], bits).numel()
+    others = sum(packed.parts[part].nbytes for part in ("scale_codes", "scale_range"))
+    assert stored + others == rows * narrow_row_nbytes(cols, bits)
+    assert narrow_row_nbytes(cols, 4) == row_nbytes("nf4-dq", cols)
+
+
+@settings(max_examples=25, deadline=None)
+@given(**narrow_shapes(), data=st.data())
+def test_narrow_rows_are_packed_independently(
+    rows: int, cols: int, seed: int, bits: int, data: st.DataObject
+) -> None:
+    matrix = random_matrix(rows, cols, seed)
+    start = data.draw(st.integers(0, rows))
+    stop = data.draw(st.integers(start, rows))
+    weight = torch.rand(cols, generator=torch.Generator().manual_seed(seed))
+    whole, piece = pack_narrow(matrix, bits, weight), pack_narrow(matrix[start:stop], bits, weight)
+    for name, part in whole.row_slice(start, stop).parts.items():
+        assert torch.equal(part, piece.parts[name])
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_packing_narrow_rows_in_chunks_is_packing_at_once(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = random_matrix(7, 70, seed=3)
+    at_once = pack_narrow(matrix, bits)
+    monkeypatch.setattr("vllm_vlora.quantize._CHUNK_ELEMENTS", 150)
+    in_chunks = pack_narrow(matrix, bits)
+    for name, part in at_once.parts.items():
+        assert torch.equal(part, in_chunks.parts[name])
+
+
+def best_by_search(block: torch.Tensor, bits: int, weight: torch.Tensor) -> float:
+    """The least squared error of a block over 4000 scales, in float64."""
+    book = torch.tensor(NF4_CODEBOOK, dtype=torch.float64)[list(NARROW_CODES[bits])]
+    scales = torch.linspace(0.2, 3.5, 4000, dtype=torch.float64)[:, None, None] * block.abs().max()
+    errors = (block[None, :, None] - scales * book).square().amin(2) * weight
+    return float(errors.sum(1).min())
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_scale_search_finds_nearly_the_best_scales(bits: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    # One block a row: the 8-bit scale is exact, so the search alone is judged.
+    matrix = torch.randn(60, 64, generator=generator)
+    weight = torch.rand(64, generator=generator) ** 4 if weighted else torch.ones(64)
+    back = unpack(pack_narrow(matrix, bits, weight if weighted else None))
+    lost = ((back - matrix).double().square() * weight).sum()
+    best = sum(best_by_search(row.double(), bits, weight.double()) for row in matrix)
+    assert best * 0.999 <= lost <= best * 1.03
+    if weighted:
+        plain = unpack(pack_narrow(matrix, bits))
+        assert lost < 0.95 * ((plain - matrix).double().square() * weight).sum()
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(4, 0.00848), (3, 0.0314), (2, 0.1121)])
+@pytest.mark.parametrize("cols", [576, 4096])
+def test_what_normal_rows_lose(bits: int, expected: float, cols: int) -> None:
+    matrix = torch.randn(2**18 // cols, cols, generator=torch.Generator().manual_seed(cols))
+    packed = pack(matrix, "nf4-dq") if bits == 4 else pack_narrow(matrix, bits)
+    lost = (unpack(packed) - matrix).square().sum() / matrix.square().sum()
+    assert float(lost) == pytest.approx(expected, rel=0.02)
+
+
+def test_rows_are_stacked_as_packed() -> None:
+    matrix = random_matrix(6, 130, seed=4)
+    parts = [pack(matrix[:2], "nf4-dq"), pack_narrow(matrix[2:3], 3), pack_narrow(matrix[3:], 2)]
+    stacked = stack_rows(parts)
+    assert (stacked.rows, stacked.cols, stacked.format) == (6, 130, "nf4-dq")
+    assert torch.equal(unpack(stacked), torch.cat([unpack(part) for part in parts]))
+    for wrong in ([], [parts[0], pack(matrix, "nf4")], [parts[0], pack(matrix[:, 1:], "nf4-dq")]):
+        with pytest.raises(ValueError, match="stack_rows needs matrices of one format"):
+            stack_rows(wrong)
+
+
+def test_bad_input_for_narrow_rows_is_refused() -> None:
+    ones = torch.ones(2, 5)
+    with pytest.raises(ValueError, match="3 or 2 bits, got 4"):
+        pack_narrow(ones, 4)
+    with pytest.raises(ValueError, match="2-D floating-point"):
+        pack_narrow(ones[0], 2)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        pack_narrow(ones * torch.nan, 2)
+    with pytest.raises(ValueError, match="too large"):
+        pack_narrow(ones.double() * 1e39, 3)
+    for weight in (torch.ones(4), -torch.ones(5), torch.full((5,), torch.inf)):
+        with pytest.raises(ValueError, match="weight must be 5 numbers"):
+            pack_narrow(ones, 2, weight)
+    with pytest.raises(ValueError, match="not those of rows with 2 bits"):
+        narrow_codes(pack(torch.randn(2, 64), "nf4").parts["codes"], 2)

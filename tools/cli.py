@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_vlora._version import __version__
+from vllm_vlora.tools.calibrate_command import calibrate
+from vllm_vlora.tools.evaluate_command import evaluate
 from vllm_vlora.tools.terminal import (
     EXIT_CHECK_FAILED,
     AsJson,
@@ -166,8 +168,8 @@ def compress(
     """
     with reported(verbose):
         from vllm_vlora.checkpoint import Checkpoint
-        from vllm_vlora.compression import CompressOptions
         from vllm_vlora.compression import compress as run
+        from vllm_vlora.options import CompressOptions
         from vllm_vlora.tools import summary as show
         from vllm_vlora.tools.inputs import collect, expansions
 
@@ -422,6 +424,10 @@ def plan(
             print_json(data)
         else:
             show.print_plan(open_console(), data)
+
+
+app.command()(calibrate)
+app.command()(evaluate)
 
 
 def _candidates(report: CompressReport) -> list[dict[str, Any]]:

@@ -13,10 +13,11 @@ from vllm_vlora._version import __version__
 if TYPE_CHECKING:
     from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
     from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.compression import CompressOptions, compress
+    from vllm_vlora.compression import compress
     from vllm_vlora.errors import VLoRAError
     from vllm_vlora.export import export_all, export_task
     from vllm_vlora.memory import MemoryPlan, plan_memory
+    from vllm_vlora.options import CompressOptions
     from vllm_vlora.plugin.requests import lora_request
     from vllm_vlora.report import CompressReport
     from vllm_vlora.validation import validate
@@ -26,7 +27,7 @@ _HOME = {
     "open_adapter": "adapters",
     "save_adapter": "adapters",
     "Checkpoint": "checkpoint",
-    "CompressOptions": "compression",
+    "CompressOptions": "options",
     "CompressReport": "report",
     "compress": "compression",
     "VLoRAError": "errors",

@@ -39,6 +39,25 @@ def lower_hull(points: Sequence[Point]) -> list[int]:
     return hull
 
 
+def pareto_front(points: Sequence[Point], most: int) -> list[int]:
+    """Indices of the options that nothing smaller beats, by rising bytes; the hull, and others.
+
+    Args:
+        most: how many to keep where there are more; the hull is always kept.
+    """
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[index][1] < points[front[-1]][1]:
+            front.append(index)
+    if len(front) <= most:
+        return front
+    kept = set(lower_hull([points[i] for i in front]))
+    others = [place for place in range(len(front)) if place not in kept]
+    room = max(most - len(kept), 0)
+    kept.update(others[number * len(others) // room] for number in range(room))
+    return [front[place] for place in sorted(kept)]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """Moving one chain on to its next option on the hull."""

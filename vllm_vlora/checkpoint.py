@@ -1,4 +1,4 @@
-"""Checkpoint format 1 in memory: written task by task, read back and checked.
+"""A checkpoint in memory: written task by task, read back and checked.
 
 ``manifest`` describes what lies on disk. Everything read is checked: names, sizes, dtypes, digests
 and that every number is finite.
@@ -25,34 +25,45 @@ from vllm_vlora.hub import resolve_snapshot
 from vllm_vlora.manifest import (
     BASIS_INDEX_FILE,
     BASIS_SHARD_BYTES,
+    CODE_PARTS,
     CONFIG_FILE,
     EXTRA_PREFIX,
-    FORMAT_VERSION,
     SAFETENSORS_DTYPES,
     TASKS_FILE,
     TASKS_FOLDER,
     BasisSpec,
     Config,
     FileRef,
+    FlatSpec,
     ModuleSpec,
     Segment,
     TaskRecord,
     basis_tensors,
     dtype_of,
+    encode_config,
+    encode_tasks,
+    format_version,
+    plain,
     read_checked,
     read_config,
     read_tasks,
     segment_sides,
+    shared_sides,
+    stored_parts,
     task_tensor_sizes,
     tensor_name,
 )
-from vllm_vlora.quantize import PackedMatrix, part_specs
+from vllm_vlora.quantize import PackedMatrix, narrow_codes, part_specs, widen_codes
 from vllm_vlora.task_ids import encode_task_id
 
 
 @dataclass(frozen=True)
 class StoredModule:
-    """One module of one task in memory: its segment's fields and its packed matrices by side."""
+    """One module of one task in memory: its segment's fields and its packed matrices by side.
+
+    The matrices of a task with ``bits`` hold 4-bit codes in every row, as ``pack_narrow`` makes them;
+    only the file has fewer.
+    """
 
     representation: str
     format: str
@@ -61,6 +72,8 @@ class StoredModule:
     scale: float = 1.0
     error: float = 0.0
     core: str | None = None
+    bits: tuple[int, int, int] | None = None
+    rows: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,26 @@ class Basis:
 
     u: PackedMatrix
     v: PackedMatrix
+
+
+@dataclass(frozen=True)
+class FlatBasis(Basis):
+    """What a module's ``flat`` tasks share, stacked as ``FlatSpec`` says.
+
+    ``u`` is ((k_out + 1) * rank, d_out) and ``v`` ((k_in + 1) * rank, d_in).
+    """
+
+    rank: int
+
+    @property
+    def k_out(self) -> int:
+        """Components of B transposed beside their mean."""
+        return self.u.rows // self.rank - 1
+
+    @property
+    def k_in(self) -> int:
+        """Components of A beside their mean."""
+        return self.v.rows // self.rank - 1
 
 
 @dataclass(frozen=True)
@@ -104,18 +137,29 @@ class CheckpointWriter:
     _basis_data_nbytes: int = 0
 
     def add_module(
-        self, name: str, d_in: int, d_out: int, kind: str = "linear", basis: Basis | None = None
+        self,
+        name: str,
+        d_in: int,
+        d_out: int,
+        kind: str = "linear",
+        basis: Basis | None = None,
+        flat: FlatBasis | None = None,
     ) -> ModuleSpec:
-        """Declare a module and store its basis, if it has one."""
+        """Declare a module and store what its tasks share: a basis, a flat one, both or nothing."""
         assert name not in self._index, f"module {name} declared twice"
         spec = ModuleSpec(name, d_in, d_out, kind)
+        shared: dict[str, PackedMatrix] = {}
         if basis is not None:
             spec.basis = BasisSpec(basis.u.rows, basis.v.rows, basis.u.format)
-            for side, matrix in (("U", basis.u), ("V", basis.v)):
-                for part, tensor in matrix.parts.items():
-                    self._pending[f"{name}.{side}.{part}"] = tensor.cpu().contiguous()
-            if sum(t.nbytes for t in self._pending.values()) >= self.shard_bytes:
-                self._flush_shard()
+            shared.update(U=basis.u, V=basis.v)
+        if flat is not None:
+            spec.flat = FlatSpec(flat.rank, flat.k_out, flat.k_in, flat.u.format)
+            shared.update(flatU=flat.u, flatV=flat.v)
+        for side, matrix in shared.items():
+            for part, tensor in matrix.parts.items():
+                self._pending[f"{name}.{side}.{part}"] = tensor.cpu().contiguous()
+        if shared and sum(t.nbytes for t in self._pending.values()) >= self.shard_bytes:
+            self._flush_shard()
         self._index[name] = len(self.modules)
         self.modules.append(spec)
         return spec
@@ -144,10 +188,12 @@ class CheckpointWriter:
                 stored.scale,
                 stored.error,
                 stored.core,
+                stored.bits,
+                stored.rows,
             )
             segments.append(segment)
             for side, matrix in stored.matrices.items():
-                for part, tensor in matrix.parts.items():
+                for part, tensor in _narrowed(matrix, segment.bits).items():
                     key = tensor_name(segment, side, part)
                     chunks.setdefault(key, []).append(tensor.cpu().reshape(-1))
         tensors = {key: torch.cat(parts) for key, parts in chunks.items()}
@@ -169,20 +215,42 @@ class CheckpointWriter:
         )
         return self.tasks[task_id]
 
+    def copy_task(self, checkpoint: Checkpoint, task_id: str) -> TaskRecord:
+        """Take over a task of another checkpoint: its file as it is, its record with modules found anew.
+
+        Its modules must be declared here, with the bases that it stands on. A basis may have grown at its
+        end: the segment then says which rows it uses.
+
+        Raises:
+            TaskNotFoundError, CheckpointError: no such task, or its file is damaged.
+        """
+        assert task_id not in self.tasks, f"task {task_id!r} added twice"
+        record = checkpoint.record(task_id)
+        segments = []
+        for segment in record.segments:
+            old = checkpoint.modules[segment.module]
+            place = self._index[old.name]
+            rows = _grown_rows(segment, old, self.modules[place])
+            segments.append(msgspec.structs.replace(segment, module=place, rows=rows))
+        ref = FileRef(record.file, record.sha256, record.nbytes)
+        self._write(record.file, read_checked(checkpoint.path / record.file, ref))
+        self.tasks[task_id] = msgspec.structs.replace(record, segments=segments)
+        return self.tasks[task_id]
+
     def finish(self, card: str) -> None:
         """Write the basis index, ``tasks.json``, the model card and, last, the manifest."""
         basis = self._finish_basis()
         (self.folder / "README.md").write_text(card, encoding="utf-8")
-        tasks = self._write(TASKS_FILE, msgspec.json.encode(self.tasks))
+        tasks = self._write(TASKS_FILE, encode_tasks(self.tasks))
         config = Config(
-            FORMAT_VERSION,
+            format_version(self.modules, self.tasks.values()),
             f"vllm-vlora {__version__}",
             self.base_model,
             self.modules,
             basis,
             tasks,
         )
-        self._write(CONFIG_FILE, msgspec.json.format(msgspec.json.encode(config)))
+        self._write(CONFIG_FILE, encode_config(config))
 
     def _flush_shard(self) -> None:
         path = self.folder / f"basis.part{len(self._shards)}"
@@ -216,6 +284,36 @@ class CheckpointWriter:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
         return FileRef(name, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _grown_rows(
+    segment: Segment, old: ModuleSpec, new: ModuleSpec
+) -> tuple[int, int, int, int] | None:
+    """The rows that a segment written on the basis of ``old`` uses of that of ``new``."""
+    assert (old.d_in, old.d_out, old.kind) == (new.d_in, new.d_out, new.kind), new.name
+    if segment.representation == "flat":
+        assert old.flat == new.flat, f"{new.name} has another flat basis"
+    if segment.representation != "joint" or segment.rows is not None or old.basis == new.basis:
+        return segment.rows
+    assert old.basis is not None
+    assert new.basis is not None
+    assert old.basis.k_out <= new.basis.k_out, f"the basis of {new.name} has shrunk"
+    assert old.basis.k_in <= new.basis.k_in, f"the basis of {new.name} has shrunk"
+    return 0, old.basis.k_out, 0, old.basis.k_in
+
+
+def _narrowed(
+    matrix: PackedMatrix, bits: tuple[int, int, int] | None
+) -> Mapping[str, torch.Tensor]:
+    """The parts of a matrix as its file has them (``manifest.stored_parts``)."""
+    if bits is None:
+        return matrix.parts
+    parts = dict(matrix.parts)
+    whole = parts.pop("codes").split(list(bits))
+    for (width, name), codes in zip(CODE_PARTS.items(), whole):
+        if len(codes):
+            parts[name] = codes if width == 4 else narrow_codes(codes, width)
+    return parts
 
 
 def _hash_file(path: Path) -> tuple[str, int]:
@@ -312,18 +410,25 @@ class Checkpoint:
         (measured errors, the module's place in the manifest) is not part of it.
         """
         record = self.record(task_id)
-        content = msgspec.json.encode(
-            [
-                record.sha256,
-                [
-                    [self.modules[s.module], s.representation, s.format, s.rank, s.scale, s.core]
-                    for s in record.segments
-                ],
-            ]
-        )
-        if any(self.modules[s.module].basis is not None for s in record.segments):
+        segments = [self._identity(segment) for segment in record.segments]
+        content = msgspec.json.encode([record.sha256, segments])
+        modules = [self.modules[segment.module] for segment in record.segments]
+        if any(module.basis is not None or module.flat is not None for module in modules):
             content += self.basis_digest.encode()
         return hashlib.sha256(content).hexdigest()[:32]
+
+    def _identity(self, s: Segment) -> list[Any]:
+        """What of a segment says something about the weights; as in format 1 where it uses no more."""
+        fields = [
+            plain(self.modules[s.module]),
+            s.representation,
+            s.format,
+            s.rank,
+            s.scale,
+            s.core,
+        ]
+        later = [s.bits, s.rows]
+        return fields + later if any(later) else fields
 
     def load_task(self, task_id: str, device: torch.device | str = "cpu") -> StoredTask:
         """Read one task whole, checked, with its packed matrices on ``device``.
@@ -351,7 +456,16 @@ class Checkpoint:
 
     def bases(self) -> Iterator[tuple[str, Basis]]:
         """Yield (module name, basis) for every module that has one; holds one shard at a time."""
-        wanted = {m.name: m for m in self.modules if m.basis is not None}
+        for name, representation, basis in self.shared():
+            if representation == "joint":
+                yield name, basis
+
+    def shared(self) -> Iterator[tuple[str, str, Basis]]:
+        """Yield (module name, representation, what its tasks of that representation share).
+
+        ``joint`` ones share a ``Basis``, ``flat`` ones a ``FlatBasis``. Holds one shard at a time.
+        """
+        wanted = {m.name: m for m in self.modules if m.basis is not None or m.flat is not None}
         held: dict[str, torch.Tensor] = {}
         for ref in self.config.basis:
             held.update(_load_checked(self.path / ref.file, ref))
@@ -359,13 +473,13 @@ class Checkpoint:
                 tensors = list(basis_tensors(wanted[name]))
                 if all(tensor_name in held for tensor_name, _, _ in tensors):
                     module = wanted.pop(name)
-                    parts: dict[str, dict[str, torch.Tensor]] = {"U": {}, "V": {}}
+                    parts: dict[str, dict[str, torch.Tensor]] = {}
                     for tensor_name, dtype, shape in tensors:
                         tensor = held.pop(tensor_name)
                         _check_tensor(self.path / ref.file, tensor_name, tensor, dtype, shape)
                         side, part = tensor_name[len(name) + 1 :].split(".", 1)
-                        parts[side][part] = tensor
-                    yield name, _make_basis(module, parts)
+                        parts.setdefault(side, {})[part] = tensor
+                    yield from _make_shared(module, parts)
         if wanted:
             raise CheckpointError(f"{self.path}: no basis for module {next(iter(wanted))}")
         if held:
@@ -374,19 +488,24 @@ class Checkpoint:
     def _split(
         self, record: TaskRecord, flat: Mapping[str, torch.Tensor]
     ) -> dict[str, StoredModule]:
+        flat = {name: _widened(name, tensor) for name, tensor in flat.items()}
         offsets = dict.fromkeys(flat, 0)
         modules = {}
         for segment in record.segments:
             spec = self.modules[segment.module]
             matrices = {}
             for side, (rows, cols) in segment_sides(segment, spec).items():
-                parts = {}
-                for part, (_, row_shape) in part_specs(segment.format, cols).items():
+                shapes = {
+                    part: shape for part, (_, shape) in part_specs(segment.format, cols).items()
+                }
+                taken: dict[str, list[torch.Tensor]] = {part: [] for part in shapes}
+                for part, _, count, _ in stored_parts(segment, rows, cols):
                     key = tensor_name(segment, side, part)
-                    size = rows * math.prod(row_shape)
-                    start = offsets[key]
-                    parts[part] = flat[key][start : start + size].view(rows, *row_shape)
+                    part = "codes" if part in CODE_PARTS.values() else part
+                    start, size = offsets[key], count * math.prod(shapes[part])
+                    taken[part].append(flat[key][start : start + size].view(count, *shapes[part]))
                     offsets[key] = start + size
+                parts = {name: t[0] if len(t) == 1 else torch.cat(t) for name, t in taken.items()}
                 matrices[side] = PackedMatrix(segment.format, rows, cols, parts)
             modules[spec.name] = StoredModule(
                 segment.representation,
@@ -396,17 +515,32 @@ class Checkpoint:
                 segment.scale,
                 segment.error,
                 segment.core,
+                segment.bits,
+                segment.rows,
             )
         return modules
 
 
-def _make_basis(module: ModuleSpec, parts: Mapping[str, dict[str, torch.Tensor]]) -> Basis:
-    spec = module.basis
-    assert spec is not None
-    return Basis(
-        PackedMatrix(spec.format, spec.k_out, module.d_out, parts["U"]),
-        PackedMatrix(spec.format, spec.k_in, module.d_in, parts["V"]),
-    )
+def _widened(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A flat tensor of a task's file; codes of 3 and 2 bits, which lie in whole blocks, as of 4."""
+    part = name.rsplit(".", 1)[-1]
+    for bits, narrow in CODE_PARTS.items():
+        if part == narrow and bits < 4:
+            return widen_codes(tensor, bits)
+    return tensor
+
+
+def _make_shared(
+    module: ModuleSpec, parts: Mapping[str, dict[str, torch.Tensor]]
+) -> Iterator[tuple[str, str, Basis]]:
+    sides = {
+        side: PackedMatrix(format, rows, cols, parts[side])
+        for side, format, rows, cols in shared_sides(module)
+    }
+    if module.basis is not None:
+        yield module.name, "joint", Basis(sides["U"], sides["V"])
+    if module.flat is not None:
+        yield module.name, "flat", FlatBasis(sides["flatU"], sides["flatV"], module.flat.rank)
 
 
 def _load_checked(path: Path, ref: FileRef) -> dict[str, torch.Tensor]:

@@ -93,9 +93,11 @@ class Collection:
         ranks = tuple(part.rank for part in parts)
         return Module(index, name, first.d_in, first.d_out, first.kind, tuple(tasks), ranks, dtype)
 
-    def read_module(self, module: Module) -> Iterator[ScaledFactors]:
-        """Every task's (A, B, scale) of one module, in the order of ``module.tasks``."""
-        for task in module.tasks:
+    def read_module(
+        self, module: Module, tasks: Sequence[int] | None = None
+    ) -> Iterator[ScaledFactors]:
+        """(A, B, scale) of one module of these tasks, by default all, in their order."""
+        for task in module.tasks if tasks is None else tasks:
             adapter = self.adapters[task]
             a, b = adapter.factors(module.name)
             yield a, b, adapter.modules[module.name].scale

@@ -1,15 +1,8 @@
-"""Compress a collection of adapters into one checkpoint, under a budget, by measured error.
+"""Compress a collection of adapters into a checkpoint.
 
-The adapters are streamed: every pass reads them module by module (or task by task) and keeps
-numbers only. Fitted bases and encoded cores wait in the unpublished output folder, not in memory.
-
-    collection   the adapters and the union of their modules
-    formats      the number formats to try
-    survey       error of every (task, module) at every rank and format, stored privately; a shared
-                 basis of every module, and the error of every task at every width of it
-    plan         ranks, widths and formats that meet the budget, for each representation
-    encoding     the best joint plan for real, with its real errors
-    here         choose the better plan, and write it task by task with its measured errors
+Passes over the adapters: measure (and fit bases), where only some tasks share a basis fit again,
+encode the cores, write the tasks. Every pass reads an adapter's weights a fixed number of times and
+holds one module of one adapter at a time.
 """
 
 from __future__ import annotations
@@ -17,112 +10,50 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
 
 from vllm_vlora.adapters import Adapter
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.card import model_card
 from vllm_vlora.checkpoint import CheckpointWriter
+from vllm_vlora.clusters import cluster_tasks
 from vllm_vlora.collection import Collection, Module, Progress, common_base_model
-from vllm_vlora.encoding import encode_task, encode_within
+from vllm_vlora.encoding import Encoder, stored_basis
 from vllm_vlora.errors import BudgetError, OptionError
-from vllm_vlora.formats import formats_to_try
+from vllm_vlora.executors import Executor
+from vllm_vlora.formats import Formats, formats_to_try
 from vllm_vlora.manifest import basis_nbytes, is_checkpoint
-from vllm_vlora.plan import MIXED, Budget, Plan, joint_problem, make_plans, private_problems
-from vllm_vlora.quantize import FLOAT_DTYPES
-from vllm_vlora.report import Candidate, CompressReport, TaskReport
+from vllm_vlora.options import CompressOptions
+from vllm_vlora.plan import (
+    MIXED,
+    Budget,
+    Plan,
+    Problem,
+    joint_problems,
+    make_plans,
+    mixed_problem,
+    private_problems,
+)
+from vllm_vlora.report import Candidate, CompressReport, CurvePoint, TaskReport
 from vllm_vlora.scratch import CoreSpool, FittedBases
-from vllm_vlora.survey import Survey, survey_joint, survey_private
-
-REPRESENTATION_CHOICES = ("auto", "joint", "private")
-QUANTIZE_CHOICES = ("auto", "none", "int8", "nf4")
-DEFAULT_RATIO = 3.5
-"""The ratio when nothing is asked for: NF4 at full rank, 4.5 bits for 16, fits with its headers."""
+from vllm_vlora.sharing import Sharing, decide_sharing
+from vllm_vlora.survey import Group, Survey, SurveyJob, SurveySettings, survey_modules
 
 # Planned errors equal measured ones up to float64 rounding; the margin keeps a promise exact.
 _MARGIN = 1e-6
-
-
-# --- options ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CompressOptions:
-    """What to compress to. At most one of ``ratio``, ``max_error``, ``num_components``.
-
-    Attributes:
-        representation: ``joint``, ``private``, or ``auto``, which plans both, measures both and
-            keeps the better: the lower root-mean-square error of the tasks, or under ``max_error``
-            the fewer bytes.
-        ratio: the originals' LoRA weights at 16 bits each over all bytes of the checkpoint's
-            safetensors files (without classifier heads and the like) is to be at least this. One or
-            less sets no limit. Default 3.5, unless one of the others is given.
-        max_error: ||delta_W' - delta_W||_F / ||delta_W||_F of the worst task is to be at most this,
-            in as few bytes as possible.
-        num_components: k of every shared basis, cut to what a module can have; implies ``joint``.
-            Sets no limit on bytes, so that ``quantize`` auto then means none.
-        quantize: number format of private factors and shared bases. ``none`` is the adapters' own
-            dtype; ``auto`` chooses by measured error among that, bfloat16, int8 and NF4.
-        double_quantize: NF4 may store its scales in 8 bits.
-        dtype: ``float32``, ``float16`` or ``bfloat16`` in place of the adapters' own dtype, and for
-            the cores of ``joint``.
-        seed: of the fit's random start.
-
-    Raises:
-        OptionError: unknown, out of range or contradictory values.
-    """
-
-    representation: str = "auto"
-    ratio: float | None = None
-    max_error: float | None = None
-    num_components: int | None = None
-    quantize: str = "auto"
-    double_quantize: bool = True
-    dtype: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_choice("representation", self.representation, REPRESENTATION_CHOICES)
-        _check_choice("quantize", self.quantize, QUANTIZE_CHOICES)
-        if self.dtype is not None:
-            _check_choice("dtype", self.dtype, tuple(FLOAT_DTYPES))
-        budgets = {
-            "ratio": self.ratio,
-            "max_error": self.max_error,
-            "num_components": self.num_components,
-        }
-        given = [name for name, value in budgets.items() if value is not None]
-        if len(given) > 1:
-            raise OptionError(f"{' and '.join(given)} contradict each other; give only one of them")
-        if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio > 0):
-            raise OptionError(f"ratio must be a positive number, got {self.ratio}")
-        if self.max_error is not None and not (
-            math.isfinite(self.max_error) and self.max_error >= 0
-        ):
-            raise OptionError(f"max_error must be zero or more, got {self.max_error}")
-        if self.num_components is not None and self.num_components < 1:
-            raise OptionError(f"num_components must be at least 1, got {self.num_components}")
-        if self.num_components is not None and self.representation == "private":
-            raise OptionError(
-                "num_components is the width of a shared basis, which private has none of; "
-                "use joint, or give a ratio"
-            )
-        if (
-            self.dtype is not None
-            and self.representation == "private"
-            and self.quantize in ("int8", "nf4")
-        ):
-            raise OptionError(
-                f"dtype {self.dtype} has no effect on private factors in {self.quantize}; "
-                "leave it out, or quantize none"
-            )
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise OptionError(f"unknown {name} {value!r}; use one of {', '.join(allowed)}")
+# Starting processes takes some seconds; below this many bytes they do not pay.
+_PARALLEL_NBYTES = 256 << 20
+# Up to this many (task, module) pairs, every number format is also planned by itself for the report.
+_ALONE_ENTRIES = 20_000
+# Under an error limit: the sizes, of the best plan so far, at which sharing is decided.
+_SIZES = (0.9, 0.6, 0.35)
+_CURVE_RATIOS = (2, 3, 3.5, 4, 6, 8, 12, 16, 24, 32)
 
 
 def compress(
@@ -137,138 +68,409 @@ def compress(
     """Compress adapters (task id -> opened adapter) into the checkpoint folder ``output``.
 
     Memory is one module's factors and bases, one task and planning numbers; the adapters are read
-    several times. The folder appears complete or not at all.
+    a fixed number of times. The folder appears complete or not at all.
 
     Args:
         adapters: in the order in which the checkpoint is to list them.
         force: replace an existing checkpoint.
         base_model: overrides what the adapters' configs name.
-        progress: called with (stage, done, total); stages are measure, fit, encode and write.
+        progress: called with (stage, done, total).
 
     Raises:
         AdapterError: no adapters, two that contradict each other, or weights that are not finite.
         BudgetError: no allowed plan meets the budget; says how near one can get.
+        DataError: the calibration cannot be read.
         OutputError: ``output`` exists and is not to be replaced, or cannot be written.
         TaskIdError: a task id that is not allowed.
     """
     started = time.monotonic()
     options = options or CompressOptions()
-    progress = progress or (lambda *_: None)
     collection = Collection(adapters)
-    common, warning = common_base_model(adapters)
-    base_model = base_model or common
     with publish_folder(output, force=force, owned=is_checkpoint) as folder:
         scratch = folder / ".scratch"
         scratch.mkdir()
-        chosen = _choose(collection, options, scratch, progress)
-        writer = CheckpointWriter(folder, base_model)
-        tasks = _write(writer, chosen, progress)
+        compression = Compression(collection, options, scratch, progress)
+        report = compression.write(folder, compression.choose(), base_model)
         shutil.rmtree(scratch)
-        bases = basis_nbytes(writer.modules)
-        report = CompressReport(
-            path=Path(output),
-            tasks=tasks,
-            representation=chosen.plan.representation,
-            format=chosen.plan.format,
-            original_nbytes=collection.original_nbytes,
-            nbytes=bases + sum(task.nbytes for task in tasks),
-            basis_nbytes=bases,
-            candidates=chosen.candidates,
-            warnings=[] if warning is None else [warning],
-        )
-        writer.finish(model_card(base_model, report))
+    report.path = Path(output)
     report.seconds = time.monotonic() - started
     return report
 
 
-# --- choosing ------------------------------------------------------------------------------------
+def predict(
+    adapters: Mapping[str, Adapter],
+    options: CompressOptions | None = None,
+    *,
+    ratios: Sequence[float] = _CURVE_RATIOS,
+    progress: Progress | None = None,
+) -> list[CurvePoint]:
+    """The error that every size would cost, for each ratio that can be had; writes nothing.
+
+    Args:
+        options: as of :func:`compress`; a budget in them is replaced by each of the ratios.
+
+    Raises:
+        As :func:`compress`.
+    """
+    options = replace(
+        options or CompressOptions(), ratio=min(ratios), max_bytes=None, max_error=None
+    )
+    with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
+        collection = Collection(adapters)
+        compression = Compression(collection, options, Path(scratch), progress)
+        points = []
+        for ratio in ratios:
+            nbytes = math.floor(collection.original_nbytes / ratio)
+            plans = compression.plans(Budget(nbytes, compression.gate()))[0]
+            if plans:
+                best = min(plans, key=lambda plan: plan.rms_error)
+                points.append(CurvePoint(ratio, _candidate(best)))
+        return points
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """The plan to write and what it is written from; bases and cores are those of a joint plan."""
+class Chosen:
+    """The plan to write and what it is written from; cores are those of shared bases."""
 
     plan: Plan
     candidates: list[Candidate]
-    survey: Survey
-    bases: FittedBases
     cores: CoreSpool | None
 
 
-def _choose(
-    collection: Collection, options: CompressOptions, scratch: Path, progress: Progress
-) -> _Chosen:
-    """Measure, plan and pick; raises BudgetError when nothing meets the budget."""
-    formats = formats_to_try(collection, _quantize(options), options.dtype, options.double_quantize)
-    shareable = _modules_to_share(collection, options)
-    budget = _budget(options, collection.original_nbytes)
-    only_joint = _representation(options) == "joint"
-    plans: list[Plan] = []
-    misses: list[float] = []
-    best, cores = None, None
+class Compression:
+    """One collection, measured once; plans are chosen and written as often as wanted.
 
-    skip = {module.name for module in shareable} if only_joint else set()
-    survey = survey_private(collection, formats, skip, progress)
-    if not only_joint:
-        plans, misses = make_plans(private_problems(survey, formats.labels), budget)
-        best = min(plans, key=budget.order, default=None)
+    Args:
+        scratch: an existing folder for what waits between the passes; the caller removes it.
+    """
 
-    bases = FittedBases(scratch / "fit")
-    if shareable and not (best and budget.is_perfect(best)):
-        limit = budget.nbytes
-        if budget.loss is not None:
-            # A joint plan is only wanted if it is smaller than the private one.
-            limit = best.nbytes if best else collection.original_nbytes
-        survey = survey_joint(
-            survey,
-            shareable,
-            formats,
-            bases,
-            num_components=options.num_components,
-            byte_limit=limit,
-            seed=options.seed,
-            progress=progress,
+    def __init__(
+        self,
+        collection: Collection,
+        options: CompressOptions,
+        scratch: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        self.collection = collection
+        self._options = options
+        self._scratch = scratch
+        self._progress = progress or (lambda *_: None)
+        self._formats: Formats = formats_to_try(
+            collection, options.number_format, options.dtype, options.double_quantize
         )
-        problems = (joint_problem(survey, label) for label in formats.labels)
-        joint, joint_misses = make_plans(problems, budget)
-        misses += joint_misses
-        place = min(range(len(joint)), key=lambda i: budget.order(joint[i]), default=None)
-        if place is not None and not (best and budget.clearly_prefers(best, joint[place])):
-            plan, cores = encode_within(joint[place], survey, bases, budget, scratch, progress)
-            joint[place] = plan
-            if cores is None:
-                misses.append(joint.pop(place).worst_error)
-            elif best is None or budget.order(plan) < budget.order(best):
-                best = plan
-        plans += joint
-    if best is None:
-        raise BudgetError(_out_of_reach(options, collection.original_nbytes, min(misses)))
-    if best.representation == "private":
-        cores = None
-    return _Chosen(best, [_candidate(plan) for plan in plans], survey, bases, cores)
+        self._shareable = _modules_to_share(collection, options)
+        limit = self.budget().nbytes
+        # Under an error limit a joint plan is only wanted if it is smaller than the originals.
+        if options.max_error is not None:
+            limit = collection.original_nbytes
+        self._settings = SurveySettings(
+            self._formats, options.num_components, limit, options.seed, options.calibration
+        )
+        self._bases = FittedBases(scratch / "fit")
+        self._executor = _executor(collection, options)
+        self._refits: dict[Group, int] = {}
+        self._encodings = 0
+
+    # --- measuring -------------------------------------------------------------------------------
+
+    @cached_property
+    def survey(self) -> Survey:
+        """What every way of storing each module alone, or on one basis for all, would lose."""
+        options, joint_only = self._options, self._options.shares in ("joint", "factored")
+        shared = {module.name for module in self._shareable}
+        sketch = self._may_cluster()
+        jobs = [
+            SurveyJob(
+                module.name,
+                private=not (joint_only and module.name in shared),
+                groups=((0, module.tasks),) if module.name in shared else (),
+                sketch=sketch and module.name in shared,
+            )
+            for module in self.collection.modules.values()
+        ]
+        survey = self._run(Survey(self.collection), jobs, "measure")
+        if joint_only and options.clusters != "auto" and int(options.clusters) > 1:
+            survey = self._clustered(survey) or survey
+        return survey
+
+    def _may_cluster(self) -> bool:
+        clusters = self._options.clusters
+        if clusters == "auto":
+            return self._options.shares == "auto" and len(self.collection.adapters) >= 6
+        return int(clusters) > 1
+
+    def _run(self, survey: Survey, jobs: Sequence[SurveyJob], stage: str) -> Survey:
+        return survey_modules(
+            survey, jobs, self._settings, self._bases, self._executor, self._progress, stage
+        )
+
+    def _clustered(self, survey: Survey) -> Survey | None:
+        """The survey with a basis for each cluster in place of one for all; None without any."""
+        if survey.affinity is None:
+            return None
+        clusters = cluster_tasks(survey.affinity, self._options.clusters)
+        if len(clusters) < 2:
+            return None
+        jobs = []
+        for module in self._shareable:
+            groups = [
+                (1 + number, tuple(task for task in cluster if task in set(module.tasks)))
+                for number, cluster in enumerate(clusters)
+            ]
+            least = 1 if self._options.shares != "auto" else 2
+            kept = tuple((number, tasks) for number, tasks in groups if len(tasks) >= least)
+            jobs.append(SurveyJob(module.name, False, kept))
+        return self._run(replace(survey, joint={}), jobs, "fit clusters")
+
+    # --- planning --------------------------------------------------------------------------------
+
+    def gate(self) -> torch.Tensor | None:
+        """The largest loss of each task beside a number of bytes."""
+        return None if self._options.gate is None else self._limits(self._options.gate)
+
+    def budget(self) -> Budget:
+        """What the options ask for."""
+        options = self._options
+        if options.max_error is not None:
+            return Budget(limits=self._limits(options.max_error))
+        if options.max_bytes is not None:
+            return Budget(options.max_bytes, self.gate())
+        if options.num_components is not None or options.wanted_ratio <= 1:
+            return Budget(None, None)
+        nbytes = math.floor(self.collection.original_nbytes / options.wanted_ratio)
+        return Budget(nbytes, self.gate())
+
+    def _limits(self, error: float) -> torch.Tensor:
+        limit = (error * (1 - _MARGIN)) ** 2
+        return torch.full((len(self.collection.adapters),), limit, dtype=torch.float64)
+
+    def plans(self, budget: Budget) -> tuple[list[Plan], list[float]]:
+        """Every plan that meets a budget; if there are none, how near each kind comes."""
+        plans, misses = make_plans(self._private_problems(), budget)
+        best = min(plans, key=budget.order, default=None)
+        if best is not None and budget.is_perfect(best):
+            return plans, misses
+        joint, joint_misses = make_plans(self._joint_problems(), budget)
+        plans, misses = plans + joint, misses + joint_misses
+        if self._options.shares == "auto" and self.survey.joint:
+            plans += self._mixed_plans(budget, min(plans, key=budget.order, default=None))
+        return plans, misses
+
+    def _private_problems(self) -> Iterator[Problem]:
+        if self._options.shares in ("joint", "factored"):
+            return
+        labels = self._formats.private_labels
+        problems = list(private_problems(self.survey, labels))
+        if len(self.survey.private) > _ALONE_ENTRIES:
+            problems = problems[-1:]
+        yield from problems
+
+    def _joint_problems(self) -> Iterator[Problem]:
+        if not self.survey.joint:
+            return
+        shares = "factored" if self._options.shares == "factored" else "joint"
+        for label in self._formats.labels:
+            found = next(iter(self.survey.joint.values()))
+            cores = self._formats.cores(found.curves[label].bases[0].format)
+            yield from joint_problems(self.survey, label, cores, shares)
+
+    def _mixed_plans(self, budget: Budget, best: Plan | None) -> list[Plan]:
+        """Plans in which some tasks share a basis, with one for all, and with one a cluster."""
+        sizes: list[int] = []
+        if budget.nbytes is not None:
+            sizes = [budget.nbytes]
+        elif best is not None:
+            sizes = [round(best.nbytes * part) for part in _SIZES]
+        plans = []
+        surveys = [self.survey]
+        clustered = self._clusters
+        if clustered is not None:
+            surveys.append(clustered)
+        for survey in surveys:
+            for size in sizes:
+                plan = self._mixed_plan(survey, size, budget)
+                if plan is not None:
+                    plans.append(plan)
+        return plans
+
+    @cached_property
+    def _clusters(self) -> Survey | None:
+        return self._clustered(self.survey)
+
+    def _mixed_plan(self, survey: Survey, nbytes: int, budget: Budget) -> Plan | None:
+        sharing = decide_sharing(survey, self._formats, nbytes)
+        if not sharing.sharers:
+            return None
+        survey = self._refitted(survey, sharing)
+        sharing = decide_sharing(survey, self._formats, nbytes)
+        return mixed_problem(survey, sharing).solve(budget) if sharing.sharers else None
+
+    def _refitted(self, survey: Survey, sharing: Sharing) -> Survey:
+        """Bases that only some of their tasks turned out to share, fitted again to these."""
+        groups = dict(survey.joint)
+        jobs: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+        for (name, number), found in survey.joint.items():
+            shared = sharing.sharers.get((name, number))
+            if shared is None:
+                del groups[name, number]
+            elif len(shared[2]) < len(found.tasks):
+                del groups[name, number]
+                fresh = self._refits[name, 0] = self._refits.get((name, 0), 1000) + 1
+                jobs.setdefault(name, []).append((fresh, shared[2]))
+        work = [SurveyJob(name, False, tuple(found)) for name, found in jobs.items()]
+        return self._run(replace(survey, joint=groups), work, "fit again") if work else survey
+
+    # --- choosing --------------------------------------------------------------------------------
+
+    def choose(self, budget: Budget | None = None) -> Chosen:
+        """The best plan within a budget, by default the options', with its cores encoded.
+
+        Raises:
+            BudgetError: nothing meets the budget.
+        """
+        budget = budget or self.budget()
+        plans, misses = self.plans(budget)
+        order = sorted(range(len(plans)), key=lambda i: budget.order(plans[i]))
+        best, cores = None, None
+        for place in order:
+            plan = plans[place]
+            if best is not None and budget.clearly_prefers(best, plan):
+                break
+            if not plan.joint:
+                measured, spool = plan, None
+            else:
+                measured, spool = self._encode(plan, budget)
+                if spool is None:
+                    misses.append(measured.worst_error)
+                    continue
+            plans[place] = measured
+            if best is None or budget.order(measured) < budget.order(best):
+                best, cores = measured, spool
+        if best is None:
+            raise BudgetError(self._out_of_reach(budget, min(misses, default=math.inf)))
+        kept = sorted(plans, key=budget.order)
+        return Chosen(best, [_candidate(plan) for plan in _distinct(kept, best)], cores)
+
+    def _encode(self, plan: Plan, budget: Budget) -> tuple[Plan, CoreSpool | None]:
+        folder = self._scratch / f"encoding{self._encodings}"
+        folder.mkdir()
+        self._encodings += 1
+        return self._encoder(folder).encode_within(plan, budget, partial(self._again, plan, budget))
+
+    def _again(self, plan: Plan, budget: Budget, limits: torch.Tensor) -> Plan | None:
+        """A plan of the same kind for smaller limits."""
+        tighter = Budget(budget.nbytes, limits)
+        plans = [
+            found
+            for found in self.plans(tighter)[0]
+            if found.representation == plan.representation and found.format == plan.format
+        ]
+        return min(plans, key=tighter.order, default=None)
+
+    def _encoder(self, folder: Path) -> Encoder:
+        return Encoder(
+            self.survey, self._settings, self._bases, self._executor, folder, self._progress
+        )
+
+    def _out_of_reach(self, budget: Budget, nearest: float) -> str:
+        """The line that says how near one can get: to the error, or to the bytes."""
+        representation, quantize = self._options.shares, self._options.quantize
+        if budget.by_size:
+            advice = "allow a larger error"
+            if quantize not in ("auto", "none"):
+                advice += ", or quantize none or auto"
+            elif representation == "joint":
+                advice += ", or use representation auto or private"
+            return (
+                f"no {representation} plan with quantize {quantize} keeps every task within a "
+                f"relative error of {self._options.max_error}; the least reachable for the worst "
+                f"task is {nearest:.3g}; {advice}"
+            )
+        advice = (
+            "ask for a smaller ratio" if self._options.max_bytes is None else "allow more bytes"
+        )
+        if self._options.gate is not None:
+            advice += f", or a gate above {self._options.gate:g}"
+        if quantize not in ("auto", "nf4"):
+            advice += ", or quantize auto or nf4"
+        if representation != "auto" and representation != "private":
+            advice += ", or use representation auto"
+        if not math.isfinite(nearest):
+            return f"no {representation} plan keeps every task within the gate; {advice}"
+        reached = math.floor(self.collection.original_nbytes / nearest * 100) / 100
+        asked = (
+            f"a ratio of {self._options.wanted_ratio:g}"
+            if self._options.max_bytes is None
+            else f"{self._options.max_bytes} bytes"
+        )
+        return (
+            f"{asked} is out of reach for {representation} plans with quantize {quantize}: the "
+            f"smallest reaches {reached:g} ({int(nearest)} bytes); {advice}"
+        )
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def write(self, folder: Path, chosen: Chosen, base_model: str | None = None) -> CompressReport:
+        """Write a chosen plan as a checkpoint into an existing folder; the manifest comes last."""
+        common, warning = common_base_model(
+            dict(zip(self.collection.task_ids, self.collection.adapters))
+        )
+        writer = CheckpointWriter(folder, base_model or common)
+        for module in self.collection.modules.values():
+            basis = stored_basis(chosen.plan, self._bases, module)
+            writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis)
+        tasks = []
+        for task in range(len(self.collection.task_ids)):
+            tasks.append(self._write_task(writer, chosen, task))
+            self._progress("write", len(tasks), len(self.collection.task_ids))
+        bases = basis_nbytes(writer.modules)
+        report = CompressReport(
+            path=folder,
+            tasks=tasks,
+            representation=chosen.plan.representation,
+            format=chosen.plan.format,
+            original_nbytes=self.collection.original_nbytes,
+            nbytes=bases + sum(task.nbytes for task in tasks),
+            basis_nbytes=bases,
+            candidates=chosen.candidates,
+            warnings=[] if warning is None else [warning],
+            raised=[self.collection.task_ids[task] for task in chosen.plan.raised],
+            calibrated=self._options.calibration is not None,
+        )
+        writer.finish(model_card(base_model or common, report))
+        return report
+
+    def _write_task(self, writer: CheckpointWriter, chosen: Chosen, task: int) -> TaskReport:
+        task_id, adapter = self.collection.task_ids[task], self.collection.adapters[task]
+        encoded = self._encoder(self._scratch).encode_task(chosen.plan, chosen.cores, task)
+        record = writer.add_task(
+            task_id,
+            encoded.modules,
+            original_nbytes=adapter.original_nbytes,
+            error=encoded.error,
+            adapter_config=adapter.config,
+            source=adapter.name,
+            extra=adapter.extra_tensors(),
+        )
+        ranks = [segment.rank for segment in record.segments]
+        return TaskReport(
+            task_id,
+            adapter.name,
+            (min(ranks), max(ranks)),
+            adapter.original_nbytes,
+            record.lora_nbytes,
+            record.error,
+            _summary(segment.representation for segment in record.segments),
+            _summary(segment.format for segment in record.segments),
+            encoded.seen,
+        )
 
 
-def _representation(options: CompressOptions) -> str:
-    return options.representation if options.num_components is None else "joint"
-
-
-def _quantize(options: CompressOptions) -> str:
-    if options.quantize == "auto" and options.num_components is not None:
-        return "none"
-    return options.quantize
-
-
-def _budget(options: CompressOptions, original_nbytes: int) -> Budget:
-    if options.max_error is not None:
-        return Budget(loss=(options.max_error * (1 - _MARGIN)) ** 2)
-    ratio = _ratio(options)
-    if options.num_components is not None or ratio <= 1:
-        return Budget()
-    return Budget(nbytes=math.floor(original_nbytes / ratio))
-
-
-def _ratio(options: CompressOptions) -> float:
-    return DEFAULT_RATIO if options.ratio is None else options.ratio
+def _executor(collection: Collection, options: CompressOptions) -> Executor:
+    if options.executor != "auto":
+        return Executor(options.executor, options.jobs)
+    pays = options.jobs > 1 or collection.original_nbytes >= _PARALLEL_NBYTES
+    return Executor("processes" if pays else "serial", options.jobs)
 
 
 def _modules_to_share(collection: Collection, options: CompressOptions) -> list[Module]:
@@ -276,12 +478,11 @@ def _modules_to_share(collection: Collection, options: CompressOptions) -> list[
 
     Whoever asks for joint, or for a number of components, gets bases all the same.
     """
-    representation = _representation(options)
-    if representation == "private":
+    if options.shares == "private":
         return []
     linear = [module for module in collection.modules.values() if module.kind == "linear"]
     shared = [module for module in linear if len(module.tasks) > 1]
-    if representation == "auto":
+    if options.shares == "auto":
         return shared
     chosen = linear if options.num_components is not None or not shared else shared
     if not chosen:
@@ -295,74 +496,12 @@ def _candidate(plan: Plan) -> Candidate:
     )
 
 
-def _out_of_reach(options: CompressOptions, original_nbytes: int, nearest: float) -> str:
-    """The line that says how near one can get: to the error, or to the bytes."""
-    representation, quantize = _representation(options), options.quantize
-    if options.max_error is not None:
-        advice = "allow a larger error"
-        if quantize not in ("auto", "none"):
-            advice += ", or quantize none or auto"
-        elif representation == "joint":
-            advice += ", or use representation auto or private"
-        return (
-            f"no {representation} plan with quantize {quantize} keeps every task within a relative "
-            f"error of {options.max_error}; the least reachable for the worst task is "
-            f"{nearest:.3g}; {advice}"
-        )
-    advice = "ask for a smaller ratio"
-    if quantize not in ("auto", "nf4"):
-        advice += ", or quantize auto or nf4"
-    if representation == "joint":
-        advice += ", or use representation auto"
-    reached = math.floor(original_nbytes / nearest * 100) / 100
-    return (
-        f"a ratio of {_ratio(options):g} is out of reach for {representation} plans with quantize "
-        f"{quantize}: the smallest, of rank 1, reaches {reached:g} ({nearest} bytes); {advice}"
-    )
-
-
-# --- writing -------------------------------------------------------------------------------------
-
-
-def _write(writer: CheckpointWriter, chosen: _Chosen, progress: Progress) -> list[TaskReport]:
-    """Write bases and tasks; the manifest waits for the report."""
-    plan, collection = chosen.plan, chosen.survey.collection
-    for module in collection.modules.values():
-        basis = None
-        if module.name in plan.joint:
-            basis = chosen.bases.read(module, plan.joint[module.name][0])
-        writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis)
-    tasks = []
-    for task in range(len(collection.task_ids)):
-        tasks.append(_write_task(writer, chosen, task))
-        progress("write", len(tasks), len(collection.task_ids))
-    return tasks
-
-
-def _write_task(writer: CheckpointWriter, chosen: _Chosen, task: int) -> TaskReport:
-    collection = chosen.survey.collection
-    task_id, adapter = collection.task_ids[task], collection.adapters[task]
-    encoded = encode_task(chosen.plan, chosen.survey, chosen.cores, task)
-    record = writer.add_task(
-        task_id,
-        encoded.modules,
-        original_nbytes=adapter.original_nbytes,
-        error=encoded.error,
-        adapter_config=adapter.config,
-        source=adapter.name,
-        extra=adapter.extra_tensors(),
-    )
-    ranks = [segment.rank for segment in record.segments]
-    return TaskReport(
-        task_id,
-        adapter.name,
-        (min(ranks), max(ranks)),
-        adapter.original_nbytes,
-        record.lora_nbytes,
-        record.error,
-        _summary(segment.representation for segment in record.segments),
-        _summary(segment.format for segment in record.segments),
-    )
+def _distinct(plans: Sequence[Plan], best: Plan) -> list[Plan]:
+    """The chosen plan, and the best of each other kind (representation and format)."""
+    found = {(best.representation, best.format): best}
+    for plan in plans:
+        found.setdefault((plan.representation, plan.format), plan)
+    return list(found.values())
 
 
 def _summary(values: Iterable[str]) -> str:

@@ -47,3 +47,7 @@ class IncompatibleVLLMError(VLoRAError):
 
 class SettingError(VLoRAError):
     """An environment variable of the plugin holds a value that it cannot have."""
+
+
+class DataError(VLoRAError):
+    """Text for calibration or evaluation, or a calibration, cannot be read or does not fit."""

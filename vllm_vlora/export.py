@@ -36,6 +36,8 @@ from vllm_vlora.representations import side_sources
 from vllm_vlora.task_ids import encode_task_id
 
 _QUANTIZED_DTYPE = torch.bfloat16
+# What tasks share, by the module's name and the tasks' representation.
+_Shared = Mapping[tuple[str, str], Basis]
 
 
 def export_task(
@@ -59,8 +61,7 @@ def export_task(
         TaskNotFoundError, CheckpointError: no such task, or the checkpoint is damaged.
         OutputError: the folder may not be replaced or cannot be written.
     """
-    wanted = _joint_modules(checkpoint, [task_id])
-    bases = {name: basis for name, basis in checkpoint.bases() if name in wanted} if wanted else {}
+    bases = _shared(checkpoint, [task_id])
     return _export(checkpoint, task_id, bases, Path(output), force, dtype)
 
 
@@ -88,11 +89,12 @@ def export_all(
         As :func:`export_task`.
     """
     folders = {task: Path(output).absolute() / encode_task_id(task) for task in task_ids}
-    wanted = _joint_modules(checkpoint, folders)
+    for task_id in folders:
+        checkpoint.record(task_id)
     if not force:
         for folder in folders.values():
             _check_absent(folder)
-    bases = {name: basis for name, basis in checkpoint.bases() if name in wanted} if wanted else {}
+    bases = _shared(checkpoint, folders)
     for done, (task_id, folder) in enumerate(folders.items(), 1):
         _export(checkpoint, task_id, bases, folder, force, dtype)
         if progress is not None:
@@ -100,13 +102,20 @@ def export_all(
     return folders
 
 
-def _joint_modules(checkpoint: Checkpoint, task_ids: Iterable[str]) -> set[str]:
-    """Names of the modules whose basis these tasks need."""
-    return {
-        checkpoint.modules[segment.module].name
+def _shared(checkpoint: Checkpoint, task_ids: Iterable[str]) -> _Shared:
+    """The bases that these tasks need, packed."""
+    wanted = {
+        (checkpoint.modules[segment.module].name, segment.representation)
         for task_id in task_ids
         for segment in checkpoint.record(task_id).segments
-        if segment.representation == "joint"
+        if segment.representation != "private"
+    }
+    if not wanted:
+        return {}
+    return {
+        (name, representation): basis
+        for name, representation, basis in checkpoint.shared()
+        if (name, representation) in wanted
     }
 
 
@@ -122,7 +131,7 @@ def _check_absent(folder: Path) -> None:
 def _export(
     checkpoint: Checkpoint,
     task_id: str,
-    bases: Mapping[str, Basis],
+    bases: _Shared,
     output: Path,
     force: bool,
     dtype: torch.dtype | None,
@@ -171,13 +180,13 @@ def _common_scale(task: StoredTask) -> float:
 
 def _factors(
     task: StoredTask,
-    bases: Mapping[str, Basis],
+    bases: _Shared,
     scale: float | None,
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Factors]]:
     """Yield (name, (A, B)) with delta_W = scale * B A; ``scale`` None: each module's own."""
     for name, stored in task.modules.items():
-        source_a, source_b = side_sources(stored, bases.get(name))
+        source_a, source_b = side_sources(stored, bases.get((name, stored.representation)))
         remaining = stored.scale / scale if scale is not None else 1.0
         b = dataclasses.replace(source_b, scale=remaining).to_dense().T
         wanted = dtype or FLOAT_DTYPES.get(stored.format, _QUANTIZED_DTYPE)

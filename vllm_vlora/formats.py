@@ -9,6 +9,9 @@ import torch
 from vllm_vlora.collection import Collection, Module
 from vllm_vlora.quantize import FLOAT_DTYPES, row_nbytes
 
+NARROW = "narrow"
+"""Label of NF4 whose bits are spread over the singular directions: 4, 3 or 2 a row."""
+NARROW_FORMAT = "nf4-dq"
 OWN = "own"
 """Label for each module's own dtype, where the adapters have several."""
 
@@ -32,11 +35,23 @@ class Formats:
         own = _own_format(dtype, self.dtype)
         return [own if label == OWN else label for label in self.labels]
 
-    def core(self, basis_format: str) -> str:
-        """The format of cores on bases of this one."""
+    @property
+    def private_labels(self) -> tuple[str, ...]:
+        """The labels for private factors: NF4 may also spread its bits over the directions."""
+        return (*self.labels, NARROW) if NARROW_FORMAT in self.labels else self.labels
+
+    def private_of(self, dtype: torch.dtype) -> list[str]:
+        """What each label of ``private_labels`` means for factors of this dtype."""
+        return self.of(dtype) + ([NARROW] if NARROW_FORMAT in self.labels else [])
+
+    def cores(self, basis_format: str) -> list[str]:
+        """The formats of cores to try on bases of this one: a float one, and quantised ones."""
         if self.dtype is not None:
-            return self.dtype
-        return "float32" if basis_format == "float32" else "bfloat16"
+            own = self.dtype
+        else:
+            own = "float32" if basis_format == "float32" else "bfloat16"
+        quantised = [format for format in ("int8", NARROW_FORMAT) if format in self.labels]
+        return [own, *quantised]
 
 
 def formats_to_try(

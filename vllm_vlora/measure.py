@@ -1,27 +1,53 @@
 """What storing one module loses, for every choice there is, without trying them one by one.
 
 - ``measure_private``: rows are packed independently, so quantising the balanced SVD factors once at
-  full rank gives the error of every truncation from small Gram matrices.
+  full rank gives the error of every truncation, and of every spread of 4, 3 and 2 bits over the
+  singular directions, from small Gram matrices.
 - ``JointMeter``: the rows of a packed basis are orthonormalised in order, so one core at full width
-  gives the error of every shorter basis.
+  gives the error of every smaller basis, whatever its two widths.
+
+Losses are squared norms in the module's ``Metric``: Frobenius, or as the model sees them.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from vllm_vlora.allocation import Point
+from vllm_vlora.allocation import Point, pareto_front
+from vllm_vlora.formats import NARROW, NARROW_FORMAT
 from vllm_vlora.manifest import BasisSpec
-from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, pack, row_nbytes, unpack
+from vllm_vlora.quantize import (
+    FLOAT_DTYPES,
+    PackedMatrix,
+    narrow_row_nbytes,
+    pack,
+    pack_narrow,
+    row_nbytes,
+    unpack,
+)
 from vllm_vlora.representations import balanced_svd, core_shape
+from vllm_vlora.whitening import FROBENIUS, Metric
 
-# Rounding two factors to p significant bits loses about 2 (2^-p)^2 / 6 of the squared norm; measured
-# on random cores: 5.5e-6 for bfloat16 (p = 8), 9e-8 for float16 (p = 11).
-_CORE_ROUNDING = {"float32": 0.0, "bfloat16": 5.5e-6, "float16": 9e-8}
+# Every cut between 4, 3 and 2 bits up to this rank, about as many cuts above it.
+_NARROW_CUTS = 20
+# Points of a narrow curve that are kept; the front of a rank-16 module has some 60.
+_NARROW_POINTS = 32
+
+# What rounding one matrix loses of its squared norm, measured on Gaussian matrices. Factors are two.
+_ROUNDING = {
+    "float32": 0.0,
+    "bfloat16": 2.75e-6,
+    "float16": 4.5e-8,
+    "int8": 6.0e-5,
+    "nf4": 9.0e-3,
+    "nf4-dq": 9.0e-3,
+}
 
 
 def squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
@@ -37,7 +63,8 @@ class PrivateOption:
     Attributes:
         format: number format. rank: rows kept.
         original: the adapter's own factors rather than its balanced SVD factors.
-        nbytes: of the packed factors. loss: ||delta_W' - delta_W||_F^2.
+        nbytes: of the packed factors. loss: ||delta_W' - delta_W||^2 in the module's metric.
+        bits: rows with 4, 3 and 2 bits; None where all have the format's.
     """
 
     format: str
@@ -45,6 +72,7 @@ class PrivateOption:
     original: bool
     nbytes: int
     loss: float
+    bits: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +81,7 @@ class PrivateCurve:
 
     Attributes:
         format: number format. row_nbytes: of a row of A and one of B transposed.
-        losses: ||delta_W' - delta_W||_F^2 for the first 1, 2, ... balanced SVD factors.
+        losses: of the first 1, 2, ... balanced SVD factors.
         original_rank, original_loss: the adapter's own factors instead, at their whole rank.
     """
 
@@ -83,91 +111,236 @@ class PrivateCurve:
         return points + [(rank * row, loss * weight) for rank, loss in enumerate(self.losses, 1)]
 
 
+@dataclass(frozen=True, slots=True)
+class NarrowCurve:
+    """The spreads of 4, 3 and 2 bits over the leading SVD factors that nothing smaller beats.
+
+    Attributes:
+        nbytes, losses: of every option. cuts: its rows with 4, 3 and 2 bits, one after another.
+    """
+
+    nbytes: array[int]
+    losses: array[float]
+    cuts: array[int]
+
+    @property
+    def count(self) -> int:
+        """Number of options."""
+        return len(self.nbytes)
+
+    def option(self, number: int) -> PrivateOption:
+        """The options by rising bytes."""
+        n4, n3, n2 = self.cuts[3 * number : 3 * number + 3]
+        bits = (n4, n3, n2) if n3 or n2 else None
+        nbytes, loss = self.nbytes[number], self.losses[number]
+        return PrivateOption(NARROW_FORMAT, n4 + n3 + n2, False, nbytes, loss, bits)
+
+    def points(self, weight: float) -> list[Point]:
+        """(bytes, weighted loss) of every option."""
+        return [(nbytes, loss * weight) for nbytes, loss in zip(self.nbytes, self.losses)]
+
+
+Curve = PrivateCurve | NarrowCurve
+
+
+def leading_factors(
+    a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SVD factors of scale * B A in the metric: A' (q, d_in) and B' transposed (q, d_out).
+
+    The first t rows of both are the best approximation of rank t that the metric knows (Eckart-Young
+    on S_out^T delta_W S_in, taken back).
+    """
+    white_b = metric.b_t(b.T.float()).T
+    svd_a, svd_b, _ = balanced_svd(metric.a(a.float()), white_b, scale)
+    return metric.unwhiten_a(svd_a), metric.unwhiten_b_t(svd_b.T.contiguous())
+
+
 def measure_private(
-    a: torch.Tensor, b: torch.Tensor, scale: float, formats: Sequence[str], own_format: str
-) -> list[PrivateCurve]:
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    formats: Sequence[str],
+    own_format: str,
+    metric: Metric = FROBENIUS,
+) -> list[Curve]:
     """Measure every rank in every format.
 
     Args:
         a: (r, d_in). b: (d_out, r). scale: of B A.
-        formats: the formats to try.
+        formats: the number formats to try, and ``NARROW``.
         own_format: the one in which the adapter's own factors lose nothing.
 
     Raises:
         ValueError: a value does not fit a format.
     """
-    rank, d_in, d_out = a.shape[0], a.shape[1], b.shape[0]
-    norm = squared_norm(a, b, scale)
-    svd_a, svd_b, _ = balanced_svd(a, b, scale)
-    curves = []
+    factors = _Factors(a, b, scale, metric)
+    curves: list[Curve] = []
     for format in formats:
-        # One packing and one Gram matrix a side serve the SVD factors and the adapter's own.
-        exact = format == own_format
-        new_a, new_b = (svd_a, svd_b.T) if exact else (torch.cat([svd_a, a]), _cat_rows(svd_b, b))
-        kept = svd_a.shape[0]
-        packed_a = unpack(pack(new_a, format)).double()
-        packed_b = unpack(pack(new_b, format)).double()
-        packed_b[kept:] *= scale
-        cross = ((packed_b @ b.double()) * (packed_a @ a.double().T)).sum(dim=1) * scale
-        gram = (packed_b @ packed_b.T) * (packed_a @ packed_a.T)
-        squares = gram[:kept, :kept].cumsum(0).cumsum(1).diagonal()
-        losses = (norm - 2 * cross[:kept].cumsum(0) + squares).clamp(min=0).tolist()
-        whole = norm - 2 * float(cross[kept:].sum()) + float(gram[kept:, kept:].sum())
-        row = row_nbytes(format, d_in) + row_nbytes(format, d_out)
-        own_loss = 0.0 if exact else max(whole, 0.0)
-        curves.append(PrivateCurve(format, row, array("d", losses), rank, own_loss))
+        if format == NARROW:
+            curves.append(_measure_narrow(factors))
+        else:
+            curves.append(_measure_format(factors, format, own_format))
     return curves
 
 
-def _cat_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.cat([left, right], dim=1).T.contiguous()
+class _Factors:
+    """One delta_W: its own factors, its leading ones, and what packed rows capture of it."""
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> None:
+        self.a, self.b_t, self.scale, self.metric = a, b.T.contiguous(), scale, metric
+        self.svd_a, self.svd_b_t = leading_factors(a, b, scale, metric)
+        self._white_a = metric.a(a.double())
+        self._white_b_t = metric.b_t(self.b_t.double()) * scale
+        grams = (self._white_a @ self._white_a.T) * (self._white_b_t @ self._white_b_t.T)
+        self.norm = max(float(grams.sum()), 0.0)
+
+    def grams(
+        self, rows_a: torch.Tensor, rows_b_t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For the rank-one terms of these rows: their product with delta_W, and with each other."""
+        white_a = self.metric.a(rows_a.double())
+        white_b_t = self.metric.b_t(rows_b_t.double())
+        cross = ((white_b_t @ self._white_b_t.T) * (white_a @ self._white_a.T)).sum(dim=1)
+        return cross, (white_b_t @ white_b_t.T) * (white_a @ white_a.T)
+
+
+def _measure_format(factors: _Factors, format: str, own_format: str) -> PrivateCurve:
+    # One packing and one Gram matrix a side serve the SVD factors and the adapter's own.
+    exact, kept = format == own_format, factors.svd_a.shape[0]
+    new_a = factors.svd_a if exact else torch.cat([factors.svd_a, factors.a.float()])
+    new_b_t = factors.svd_b_t if exact else torch.cat([factors.svd_b_t, factors.b_t.float()])
+    rows_a, rows_b_t = (unpack(pack(rows, format)).double() for rows in (new_a, new_b_t))
+    rows_b_t[kept:] *= factors.scale
+    cross, gram = factors.grams(rows_a, rows_b_t)
+    squares = gram[:kept, :kept].cumsum(0).cumsum(1).diagonal()
+    losses = (factors.norm - 2 * cross[:kept].cumsum(0) + squares).clamp(min=0).tolist()
+    whole = factors.norm - 2 * float(cross[kept:].sum()) + float(gram[kept:, kept:].sum())
+    row = row_nbytes(format, new_a.shape[1]) + row_nbytes(format, new_b_t.shape[1])
+    own_loss = 0.0 if exact else max(whole, 0.0)
+    return PrivateCurve(format, row, array("d", losses), factors.a.shape[0], own_loss)
+
+
+def _measure_narrow(factors: _Factors) -> NarrowCurve:
+    rank = factors.svd_a.shape[0]
+    packed = [
+        [pack_rows(side, bits) for bits in (4, 3, 2)] for side in (factors.svd_a, factors.svd_b_t)
+    ]
+    rows_a, rows_b_t = (torch.cat([unpack(matrix) for matrix in side]) for side in packed)
+    cross, gram = factors.grams(rows_a, rows_b_t)
+    cuts = _cuts(rank)
+    losses = (
+        factors.norm - 2 * _cut_sums(cross, cuts, rank) + _cut_squares(gram, cuts, rank)
+    ).clamp(min=0)
+    d_in, d_out = factors.svd_a.shape[1], factors.svd_b_t.shape[1]
+    rows = [narrow_row_nbytes(d_in, bits) + narrow_row_nbytes(d_out, bits) for bits in (4, 3, 2)]
+    counts = torch.stack([cuts[:, 0], cuts[:, 1] - cuts[:, 0], cuts[:, 2] - cuts[:, 1]], dim=1)
+    nbytes = (counts * torch.tensor(rows)).sum(dim=1).tolist()
+    front = pareto_front(list(zip(nbytes, losses.tolist())), _NARROW_POINTS)
+    return NarrowCurve(
+        array("q", [nbytes[i] for i in front]),
+        array("d", losses[front].tolist()),
+        array("H", counts[front].flatten().tolist()),
+    )
+
+
+def pack_rows(rows: torch.Tensor, bits: int) -> PackedMatrix:
+    """Rows in ``NARROW_FORMAT`` with 4, 3 or 2 bits."""
+    return pack(rows, NARROW_FORMAT) if bits == 4 else pack_narrow(rows, bits)
+
+
+def _cuts(rank: int) -> torch.Tensor:
+    """(cuts, 3): where 4 bits end, where 3 bits end, where 2 bits end; the last is positive."""
+    step = -(-rank // _NARROW_CUTS)
+    ends = torch.arange(0, rank + 1, step)
+    if ends[-1] != rank:
+        ends = torch.cat([ends, torch.tensor([rank])])
+    triples = torch.cartesian_prod(ends, ends, ends)
+    first, second, last = triples.unbind(1)
+    return triples[(first <= second) & (second <= last) & (last > 0)]
+
+
+def _bounds(cuts: torch.Tensor, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Start and end of each width's rows among the three packings stacked."""
+    first, second, last = cuts.unbind(1)
+    zero = torch.zeros_like(first)
+    return [
+        (zero, first),
+        (rank + first, rank + second),
+        (2 * rank + second, 2 * rank + last),
+    ]
+
+
+def _cut_sums(values: torch.Tensor, cuts: torch.Tensor, rank: int) -> torch.Tensor:
+    sums = torch.nn.functional.pad(values.cumsum(0), (1, 0))
+    return sum((sums[stop] - sums[start] for start, stop in _bounds(cuts, rank)), torch.zeros(1))
+
+
+def _cut_squares(gram: torch.Tensor, cuts: torch.Tensor, rank: int) -> torch.Tensor:
+    sums = torch.nn.functional.pad(gram.cumsum(0).cumsum(1), (1, 0, 1, 0))
+    bounds = _bounds(cuts, rank)
+    total = torch.zeros(len(cuts), dtype=gram.dtype)
+    for top, bottom in bounds:
+        for left, right in bounds:
+            total += sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+    return total
+
+
+# --- joint ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class JointCurve:
-    """Losses of all tasks of one module on a shared basis in one format.
+    """What shared bases of several widths, in one format, capture of each task's delta_W.
 
     Attributes:
-        bases: the widths that were measured. core_format: number format of the cores.
-        losses: ||delta_W' - delta_W||_F^2, (tasks of the module, bases) float64.
+        bases: the widths that were measured, each at least as wide as the one before.
+        captured: part of ||delta_W||^2, (tasks of the group, bases) float32.
+        norms: ||delta_W||^2 of every task of the group, float64.
     """
 
     bases: list[BasisSpec]
-    core_format: str
-    losses: torch.Tensor
+    captured: torch.Tensor
+    norms: torch.Tensor
+
+    def losses(self, core_format: str, ranks: Sequence[int], factored: bool) -> torch.Tensor:
+        """||delta_W' - delta_W||^2 with least-squares cores in this format, (tasks, bases) float64.
+
+        The rounding of the cores is the expected one.
+        """
+        captured = self.captured.double()
+        noise = _ROUNDING[core_format]
+        pairs = torch.tensor(
+            [
+                [core_shape(rank, b.k_out, b.k_in, factored)[0] == "factors" for b in self.bases]
+                for rank in ranks
+            ]
+        )
+        rounding = captured * noise * (1 + pairs.double())
+        return (self.norms[:, None] - captured).clamp(min=0) + rounding
 
 
 class JointMeter:
-    """What each number of components of a packed basis loses of a task.
+    """What each width of a packed basis captures of a task.
 
     Args:
         u: U transposed, packed, (k_out, d_out). v: V, packed, (k_in, d_in).
-        grid: the numbers of components to measure, each cut to k_out and k_in.
+        metric: of the module.
     """
 
-    def __init__(self, u: PackedMatrix, v: PackedMatrix, grid: Sequence[int]) -> None:
-        self._q_u = torch.linalg.qr(unpack(u).double().T)[0]
-        self._q_v = torch.linalg.qr(unpack(v).double().T)[0]
-        self._grid = torch.tensor(list(grid))
+    def __init__(self, u: PackedMatrix, v: PackedMatrix, metric: Metric = FROBENIUS) -> None:
+        self._metric = metric
+        self._q_u = torch.linalg.qr(metric.b_t(unpack(u).double()).T)[0]
+        self._q_v = torch.linalg.qr(metric.a(unpack(v).double()).T)[0]
 
     def captured(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-        """Part of ||delta_W||_F^2 that the first k components hold, for each k of the grid.
+        """(k_out, k_in) float64: [i, j] is the part of ||delta_W||^2 that i+1 and j+1 rows hold.
 
         With least-squares cores (``dual_rows``) that were not rounded, the rest is the loss.
         """
-        left = (self._q_u.T @ b.double()) * scale
-        squares = (left @ (a.double() @ self._q_v)).square()
-        # An entry (i, j) of the core is kept by every k above both i and j.
-        count = max(squares.shape)
-        gains = torch.zeros(count, dtype=torch.float64)
-        gains[: squares.shape[0]] += squares.tril().sum(dim=1)
-        gains[: squares.shape[1]] += squares.triu(1).sum(dim=0)
-        return gains.cumsum(0)[self._grid.clamp(max=count) - 1]
-
-
-def joint_losses(captured: torch.Tensor, norm: float, core_format: str) -> torch.Tensor:
-    """||delta_W' - delta_W||_F^2 from what is captured, with the expected rounding of the core."""
-    return (norm - captured).clamp(min=0) + _CORE_ROUNDING[core_format] * captured
+        left = (self._metric.b_t(b.double().T) @ self._q_u) * scale
+        right = self._metric.a(a.double()) @ self._q_v
+        return (left.T @ right).square().cumsum(0).cumsum(1)
 
 
 def component_grid(most: int) -> list[int]:
@@ -179,11 +352,61 @@ def component_grid(most: int) -> list[int]:
     return [*grid, most]
 
 
+def widths_path(captured: torch.Tensor, row_out: float, row_in: float) -> list[tuple[int, int]]:
+    """Pairs (k_out, k_in) worth considering, each grown from the one before on its better side.
+
+    Args:
+        captured: (k_out, k_in), as of ``JointMeter`` summed over the tasks.
+        row_out, row_in: bytes that one more row on either side takes, its share of the cores
+            included.
+    """
+    most_out, most_in = captured.shape
+    k_out = k_in = 1
+    path = [(1, 1)]
+    while k_out < most_out or k_in < most_in:
+        here = float(captured[k_out - 1, k_in - 1])
+        steps = []
+        for grow_out, grow_in in ((1, 0), (0, 1), (1, 1)):
+            to_out = min(k_out + grow_out * max(1, k_out // 16), most_out)
+            to_in = min(k_in + grow_in * max(1, k_in // 16), most_in)
+            nbytes = (to_out - k_out) * row_out + (to_in - k_in) * row_in
+            if nbytes > 0:
+                gain = float(captured[to_out - 1, to_in - 1]) - here
+                steps.append((gain / nbytes, to_out, to_in))
+        _, k_out, k_in = max(steps)
+        path.append((k_out, k_in))
+    return path
+
+
 def joint_nbytes(
-    basis: BasisSpec, d_out: int, d_in: int, ranks: Sequence[int], core_format: str
+    basis: BasisSpec,
+    d_out: int,
+    d_in: int,
+    ranks: Sequence[int],
+    core_format: str,
+    factored: bool = False,
 ) -> int:
     """Bytes of one module's basis and of the cores of tasks with these ranks."""
+    cores = sum(
+        count * core_nbytes(basis, rank, core_format, factored)
+        for rank, count in Counter(ranks).items()
+    )
+    return rows_nbytes(basis, d_out, d_in) + cores
+
+
+@lru_cache(maxsize=1 << 16)
+def rows_nbytes(basis: BasisSpec, d_out: int, d_in: int) -> int:
+    """Bytes of one module's basis."""
     rows = basis.k_out * row_nbytes(basis.format, d_out)
-    rows += basis.k_in * row_nbytes(basis.format, d_in)
-    elements = sum(core_shape(rank, basis.k_out, basis.k_in)[2] for rank in ranks)
-    return rows + elements * FLOAT_DTYPES[core_format].itemsize
+    return rows + basis.k_in * row_nbytes(basis.format, d_in)
+
+
+@lru_cache(maxsize=1 << 16)
+def core_nbytes(basis: BasisSpec, rank: int, core_format: str, factored: bool = False) -> int:
+    """Bytes of the core of one task of this rank."""
+    form, kept, elements = core_shape(rank, basis.k_out, basis.k_in, factored)
+    if core_format in FLOAT_DTYPES:
+        return elements * FLOAT_DTYPES[core_format].itemsize
+    if form == "dense":
+        return basis.k_out * row_nbytes(core_format, basis.k_in)
+    return kept * (row_nbytes(core_format, basis.k_in) + row_nbytes(core_format, basis.k_out))

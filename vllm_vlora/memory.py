@@ -10,8 +10,11 @@ columns:
   for ordinary adapters and for tasks that cannot run direct.
 * bases: to materialize, as stored and whole; to run direct, ``s * (k_in w_in + k_out w_out)``, or
   quantised ones packed.
-* cores: to materialize, float32 factors, ``4 rank (k_in + k_out)``; to run direct,
-  ``s * min(k_out k_in, rank (k_in + k_out))``, each rounded up to 8 elements.
+* cores: to materialize, float32 factors, ``4 rank (k_in + k_out)`` of the rows of the basis that a
+  task uses; to run direct, ``s * min(k_out k_in, rank (k_in + k_out))`` of all its rows, each rounded
+  up to 8 elements.
+* flat tasks are materialized: their components as stored and whole, and a task's loadings spread over
+  float32 factors, ``4 rank^2 (k_in + k_out + 2)``.
 * private factors, packed: to materialize ``rank * (row(d_in) + row(d_out))``, whole; to run direct
   ``rank * (row(w_in) + row(w_out))``, floats in the engine's dtype.
 * direct also: a record of 12 words for each slice, one for each of ``max_loras + 1`` slots and one for
@@ -30,7 +33,14 @@ from typing import TYPE_CHECKING
 
 from vllm_vlora.card import VLLM_LORA_RANKS, serving_rank
 from vllm_vlora.errors import ModelMismatchError, OptionError
-from vllm_vlora.manifest import BasisSpec, ModuleSpec, Segment, TaskRecord
+from vllm_vlora.manifest import (
+    BasisSpec,
+    ModuleSpec,
+    Segment,
+    TaskRecord,
+    core_widths,
+    shared_sides,
+)
 from vllm_vlora.model_layers import (
     LM_HEAD,
     LayerSlice,
@@ -42,6 +52,7 @@ from vllm_vlora.model_layers import (
 from vllm_vlora.modes import DEFAULT_PEFT_SLOTS
 from vllm_vlora.peft_config import lora_rank
 from vllm_vlora.quantize import FLOAT_DTYPES, NF4_CODEBOOK, row_nbytes
+from vllm_vlora.representations import dense_keeps_rank
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint import Checkpoint
@@ -156,7 +167,8 @@ def direct_obstacle(segments: Iterable[Segment], modules: Sequence[ModuleSpec]) 
     """Why a task with these segments cannot run direct, naming the module; None when it can.
 
     A task runs direct when each of its modules is a linear layer other than ``lm_head``, stored joint
-    or private: vLLM runs LoRA on ``lm_head`` and on embeddings through other calls.
+    or private: vLLM runs LoRA on ``lm_head`` and on embeddings through other calls. Flat tasks are
+    materialized: the direct pass would cost rank times as many products as they have components.
     """
     for segment in segments:
         module = modules[segment.module]
@@ -270,7 +282,8 @@ class _Task:
 
     Attributes:
         rank: of the slot it needs. obstacle: why it cannot run direct.
-        direct, sources: its bytes in either form. joint: the modules whose basis it needs.
+        direct, sources: its bytes in either form. shared: what it needs beside them, by module and
+            representation.
         read: what filling a slot reads.
         adapter: the original A and B in the engine's dtype, as stock vLLM copies them. host: the same
             over all ranks.
@@ -281,7 +294,7 @@ class _Task:
     obstacle: str | None
     direct: _FormBytes
     sources: _FormBytes
-    joint: frozenset[int]
+    shared: frozenset[tuple[int, str]]
     read: int
     adapter: int
     host: int
@@ -289,8 +302,14 @@ class _Task:
 
 @dataclass(frozen=True)
 class _BasisBytes:
-    direct: int
-    packed: int
+    direct: int = 0
+    packed: int = 0
+
+    def __add__(self, other: _BasisBytes) -> _BasisBytes:
+        return _BasisBytes(self.direct + other.direct, self.packed + other.packed)
+
+
+_NO_BASIS = _BasisBytes()
 
 
 @dataclass(frozen=True)
@@ -304,7 +323,7 @@ class _Counter:
     slot_row: int
     direct_slices: int
     tasks: list[_Task]
-    bases: dict[int, _BasisBytes]
+    bases: dict[tuple[int, str], _BasisBytes]
     rank: int
     stock_rank: int | None
     peft_slots: int
@@ -400,10 +419,10 @@ class _Counter:
         return _routing_nbytes(self.batched_tokens, max_loras) + 4 * len(NF4_CODEBOOK)
 
     def _bases_nbytes(self, direct: list[_Task], others: list[_Task]) -> int:
-        sliced = frozenset[int]().union(*(task.joint for task in direct))
-        packed = frozenset[int]().union(*(task.joint for task in others))
-        return sum(self.bases[module].direct for module in sliced) + sum(
-            self.bases[module].packed for module in packed
+        sliced = frozenset[tuple[int, str]]().union(*(task.shared for task in direct))
+        packed = frozenset[tuple[int, str]]().union(*(task.shared for task in others))
+        return sum(self.bases[key].direct for key in sliced) + sum(
+            self.bases[key].packed for key in packed
         )
 
 
@@ -432,19 +451,19 @@ def _count_task(
 ) -> _Task:
     direct = sources = _FormBytes()
     read = adapter = 0
-    joint = set()
+    shared = set()
     for segment in record.segments:
         module, (width_in, width_out) = modules[segment.module], widths[segment.module]
         whole, cut = (module.d_in, module.d_out), (width_in, width_out)
         adapter += _adapter_rank(record, segment, module) * sum(cut) * itemsize
-        if module.basis is not None and segment.representation == "joint":
-            joint.add(segment.module)
-            pair = segment.rank * (module.basis.k_in + module.basis.k_out) * _SIDE_ITEMSIZE
+        if segment.representation != "private":
+            shared.add((segment.module, segment.representation))
+            format, rows_out, rows_in = _shared_rows(segment, module)
+            pair = segment.rank * (rows_in + rows_out) * _SIDE_ITEMSIZE
             sources += _FormBytes(cores=pair)
-            direct += _FormBytes(cores=_core_elements(segment, module.basis) * itemsize)
-            read += pair
-            read += module.basis.k_in * _row(module.basis.format, width_in)
-            read += module.basis.k_out * _row(module.basis.format, width_out)
+            if module.basis is not None and segment.representation == "joint":
+                direct += _FormBytes(cores=_core_elements(segment, module.basis) * itemsize)
+            read += pair + rows_in * _row(format, width_in) + rows_out * _row(format, width_out)
         else:
             rank, format = segment.rank, segment.format
             stored = sum(_row(format, cols) for cols in whole)
@@ -460,7 +479,7 @@ def _count_task(
         obstacle=_task_obstacle(record, modules),
         direct=direct,
         sources=sources,
-        joint=frozenset(joint),
+        shared=frozenset(shared),
         read=read,
         adapter=adapter,
         # original_nbytes counts 16 bits a weight.
@@ -480,10 +499,21 @@ def _heads(record: TaskRecord) -> list[str]:
     return [name for name in record.extra if not name.endswith(_IGNORED_EXTRA)]
 
 
+def _shared_rows(segment: Segment, module: ModuleSpec) -> tuple[str, int, int]:
+    """(format, rows on B's side, rows on A's) of what a task that is not private multiplies with."""
+    if segment.representation == "flat":
+        assert module.flat is not None
+        flat = module.flat
+        return flat.format, (flat.k_out + 1) * flat.rank, (flat.k_in + 1) * flat.rank
+    assert module.basis is not None
+    return (module.basis.format, *core_widths(segment, module.basis))
+
+
 def _core_elements(segment: Segment, basis: BasisSpec) -> int:
     """Elements of a core as the direct path holds it: dense unless factors are smaller."""
     elements = basis.k_in * basis.k_out
-    if segment.core != "dense":
+    keeps = dense_keeps_rank(segment.format, segment.rank, core_widths(segment, basis))
+    if segment.core != "dense" or segment.rows is not None or not keeps:
         elements = min(elements, segment.rank * (basis.k_in + basis.k_out))
     return -(-elements // _CORE_ALIGNMENT) * _CORE_ALIGNMENT
 
@@ -510,20 +540,16 @@ def _count_bases(
     tp: int,
     itemsize: int,
     packed_basis: bool,
-) -> dict[int, _BasisBytes]:
-    found = {}
+) -> dict[tuple[int, str], _BasisBytes]:
+    found: dict[tuple[int, str], _BasisBytes] = {}
     for index, (module, item) in enumerate(zip(modules, fillers)):
-        basis = module.basis
-        if basis is None:
-            continue
         width_in, width_out = item.widths(tp)
-        sides = ((basis.k_in, module.d_in, width_in), (basis.k_out, module.d_out, width_out))
-        packed = direct = 0
-        for rows, cols, width in sides:
-            packed += rows * _row(basis.format, cols)
-            kept = _cut_row(basis.format, cols, width, itemsize)
-            direct += rows * (kept if packed_basis else width * itemsize)
-        found[index] = _BasisBytes(direct, packed)
+        for side, format, rows, cols in shared_sides(module):
+            key = index, "flat" if side.startswith("flat") else "joint"
+            width = width_in if side.endswith("V") else width_out
+            kept = _cut_row(format, cols, width, itemsize)
+            direct = rows * (kept if packed_basis else width * itemsize)
+            found[key] = found.get(key, _NO_BASIS) + _BasisBytes(direct, rows * _row(format, cols))
     return found
 
 

@@ -6,13 +6,15 @@ Bytes are those of the files, headers included, and known exactly. Losses come f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from vllm_vlora.allocation import (
     Point,
+    StepPath,
     build_path,
     cheapest_within,
     fit_to_budget,
@@ -30,14 +32,26 @@ from vllm_vlora.manifest import (
     safetensors_nbytes,
     task_tensor_sizes,
 )
-from vllm_vlora.measure import JointCurve, PrivateCurve, PrivateOption, joint_nbytes
+from vllm_vlora.measure import Curve, JointCurve, PrivateOption, joint_nbytes
 from vllm_vlora.representations import core_shape
-from vllm_vlora.survey import Survey
+from vllm_vlora.sharing import Sharing
+from vllm_vlora.survey import Group, Survey
 
 MIXED = "mixed"
 """In place of a format's or a representation's name where several are in use."""
 
 _CLEARLY = 0.98
+_GATE_ROUNDS = 24
+
+
+@dataclass(frozen=True)
+class SharedBasis:
+    """A group's basis as planned: its widths, the format of its cores, and who shares it."""
+
+    spec: BasisSpec
+    core_format: str
+    tasks: tuple[int, ...]
+    factored: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,18 +59,21 @@ class Plan:
     """A choice for every module of every task.
 
     Attributes:
-        private: (task number, module name) -> option. joint: module name -> (basis, core format).
-        losses: of each task, ||delta_W' - delta_W||_F^2 / ||delta_W||_F^2.
+        private: (task number, module name) -> option, of what is on no basis.
+        joint: group -> basis.
+        losses: of each task, ||delta_W' - delta_W||^2 / ||delta_W||^2 in the modules' metrics.
         data_nbytes: of the tensors. nbytes: of the files, headers included.
+        raised: tasks that were given more than their share to pass the gate.
     """
 
     representation: str
     format: str
-    private: dict[tuple[int, str], PrivateOption]
-    joint: dict[str, tuple[BasisSpec, str]]
+    private: Mapping[tuple[int, str], PrivateOption]
+    joint: Mapping[Group, SharedBasis]
     losses: torch.Tensor
     data_nbytes: int
     nbytes: int
+    raised: tuple[int, ...] = ()
 
     @property
     def rms_error(self) -> float:
@@ -73,34 +90,76 @@ class Plan:
         """The greatest relative error of a task."""
         return math.sqrt(float(self.losses.max()))
 
+    @cached_property
+    def blocks(self) -> dict[str, list[Block]]:
+        """Module name -> the groups whose bases stand beside each other in its stored basis."""
+        found: dict[str, list[Block]] = {}
+        for (name, number), shared in sorted(self.joint.items()):
+            before = found.setdefault(name, [])
+            start_out, start_in = (before[-1].rows[1], before[-1].rows[3]) if before else (0, 0)
+            rows = (start_out, start_out + shared.spec.k_out, start_in, start_in + shared.spec.k_in)
+            before.append(Block((name, number), shared, rows))
+        return found
+
+    def stored_rows(self, block: Block) -> tuple[int, int, int, int] | None:
+        """The rows of the stored basis that a core of this block names; None for all of them."""
+        return block.rows if len(self.blocks[block.group[0]]) > 1 else None
+
+    def basis_spec(self, name: str) -> BasisSpec | None:
+        """Of a module's whole stored basis; None where it has none."""
+        blocks = self.blocks.get(name)
+        if not blocks:
+            return None
+        _, k_out, _, k_in = blocks[-1].rows
+        return BasisSpec(k_out, k_in, blocks[0].shared.spec.format)
+
 
 @dataclass(frozen=True)
+class Block:
+    """A group's rows (u_start, u_stop, v_start, v_stop) within the stored basis of its module."""
+
+    group: Group
+    shared: SharedBasis
+    rows: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
 class Budget:
-    """What a plan may take, or what it may lose; at most one of the two is set.
+    """What a plan may take, and what it may lose.
 
     Attributes:
-        nbytes: of all files.
-        loss: ||delta_W' - delta_W||_F^2 / ||delta_W||_F^2 of the worst task.
+        nbytes: of all files; None for as few as possible within ``limits``, or, without these, for
+            no limit.
+        limits: of each task, its largest ||delta_W' - delta_W||^2 / ||delta_W||^2.
     """
 
     nbytes: int | None = None
-    loss: float | None = None
+    limits: torch.Tensor | None = None
+
+    @property
+    def by_size(self) -> bool:
+        """Whether the smallest plan is the best, and not the most faithful."""
+        return self.nbytes is None and self.limits is not None
 
     def order(self, plan: Plan) -> tuple[float, float]:
         """Sorts plans that meet the budget, the best one first."""
-        if self.loss is not None:
+        if self.by_size:
             return plan.nbytes, plan.rms_error
         return plan.rms_error, plan.nbytes
 
     def clearly_prefers(self, plan: Plan, other: Plan) -> bool:
         """Whether measuring the other plan's errors could not make it the better one."""
-        if self.loss is not None:
+        if self.by_size:
             return plan.nbytes < other.nbytes
         return plan.rms_error < other.rms_error * _CLEARLY
 
     def is_perfect(self, plan: Plan) -> bool:
         """Whether no plan can be better."""
-        return self.loss is None and plan.worst_error == 0
+        return not self.by_size and plan.worst_error == 0
+
+    def allows(self, losses: torch.Tensor) -> bool:
+        """Whether every task is within its limit."""
+        return self.limits is None or bool((losses <= self.limits).all())
 
 
 # --- what there is to choose ---------------------------------------------------------------------
@@ -112,7 +171,7 @@ class PrivateEntry:
 
     task: int
     module: Module
-    curves: Sequence[PrivateCurve]
+    curves: Sequence[Curve]
     weight: float
 
     def option(self, number: int) -> PrivateOption:
@@ -123,9 +182,10 @@ class PrivateEntry:
             number -= curve.count
         raise IndexError(number)
 
-    def points(self) -> list[Point]:
-        """(bytes, loss) of every option."""
-        return [point for curve in self.curves for point in curve.points(self.weight)]
+    def points(self, favour: Sequence[float] | None = None) -> list[Point]:
+        """(bytes, loss) of every option; ``favour`` multiplies the losses of each task."""
+        weight = self.weight * (1.0 if favour is None else favour[self.task])
+        return [point for curve in self.curves for point in curve.points(weight)]
 
     def best(self) -> int:
         """The option that loses least; the adapter's own factors where nothing loses less."""
@@ -139,26 +199,41 @@ class PrivateEntry:
 
 @dataclass(frozen=True)
 class JointEntry:
-    """The width of one module's basis: an option of a curve.
+    """The widths of one group's basis: an option of a curve.
 
-    ``losses`` are the curve's, relative to each task's whole delta_W.
+    ``losses`` are the sharers', relative to each task's whole delta_W: (tasks, options).
     """
 
+    group: Group
     module: Module
-    curve: JointCurve
+    tasks: tuple[int, ...]
+    bases: Sequence[BasisSpec]
+    core_format: str
+    factored: bool
     losses: torch.Tensor
 
     def nbytes(self, option: int) -> int:
         """Bytes of the basis and of all its cores."""
-        module, curve = self.module, self.curve
-        return joint_nbytes(
-            curve.bases[option], module.d_out, module.d_in, module.ranks, curve.core_format
-        )
+        return self._sizes[option]
 
-    def points(self) -> list[Point]:
-        """(bytes, loss) of every option."""
-        losses = self.losses.sum(dim=0).tolist()
-        return [(self.nbytes(option), loss) for option, loss in enumerate(losses)]
+    @cached_property
+    def _sizes(self) -> list[int]:
+        module = self.module
+        by_task = dict(zip(module.tasks, module.ranks))
+        ranks = [by_task[task] for task in self.tasks]
+        core, factored = self.core_format, self.factored
+        return [
+            joint_nbytes(basis, module.d_out, module.d_in, ranks, core, factored)
+            for basis in self.bases
+        ]
+
+    def points(self, favour: Sequence[float] | None = None) -> list[Point]:
+        """(bytes, loss) of every option; ``favour`` multiplies the losses of each task."""
+        losses = self.losses
+        if favour is not None:
+            scale = torch.tensor([favour[task] for task in self.tasks], dtype=torch.float64)
+            losses = losses * scale[:, None]
+        return [(self.nbytes(option), loss) for option, loss in enumerate(losses.sum(0).tolist())]
 
     def best(self) -> int:
         """The option that loses least."""
@@ -166,9 +241,13 @@ class JointEntry:
         return min(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
 
     def add_losses(self, option: int, losses: list[float]) -> None:
-        """Add what an option loses to every task's sum."""
-        for task, loss in zip(self.module.tasks, self.losses[:, option].tolist()):
+        """Add what an option loses to every sharer's sum."""
+        for task, loss in zip(self.tasks, self.losses[:, option].tolist()):
             losses[task] += loss
+
+    def shared(self, option: int) -> SharedBasis:
+        """The basis that an option stands for."""
+        return SharedBasis(self.bases[option], self.core_format, self.tasks, self.factored)
 
 
 Entry = PrivateEntry | JointEntry
@@ -187,25 +266,63 @@ def private_problems(survey: Survey, labels: Sequence[str]) -> Iterator[Problem]
         yield Problem("private", format, entries, survey.collection)
 
 
-def joint_problem(survey: Survey, label: str) -> Problem:
-    """Bases in one format; beside them, factors may take whichever format suits them best."""
+def joint_problems(
+    survey: Survey, label: str, cores: Sequence[str], representation: str
+) -> Iterator[Problem]:
+    """All tasks of a fitted group on its basis, in one format, with each of these core formats.
+
+    Beside them, factors may take whichever format suits them best.
+    """
+    for core in cores:
+        sharers = {g: (label, core, found.tasks) for g, found in survey.joint.items()}
+        yield _shared_problem(survey, sharers, representation, label)
+
+
+def mixed_problem(survey: Survey, sharing: Sharing) -> Problem:
+    """Some modules of some tasks on bases, and the rest private."""
+    return _shared_problem(survey, sharing.sharers, MIXED, MIXED)
+
+
+def _shared_problem(
+    survey: Survey,
+    sharers: Mapping[Group, tuple[str, str, tuple[int, ...]]],
+    representation: str,
+    format: str,
+) -> Problem:
     entries: list[Entry] = []
-    for name, joint_curves in survey.joint.items():
-        module, curve = survey.collection.modules[name], joint_curves[label]
-        weights = [survey.weights[task] for task in module.tasks]
-        scale = torch.tensor(weights, dtype=torch.float64)
-        entries.append(JointEntry(module, curve, curve.losses * scale[:, None]))
+    shared: set[tuple[int, str]] = set()
+    for group, (label, core, tasks) in sharers.items():
+        curve = survey.joint[group].curves[label]
+        entries.append(
+            _joint_entry(survey, group, curve, core, tasks, representation == "factored")
+        )
+        shared.update((task, group[0]) for task in tasks)
     entries += [
         _private_entry(survey, task, name, list(curves.values()))
         for (task, name), curves in survey.private.items()
-        if name not in survey.joint
+        if (task, name) not in shared
     ]
-    return Problem("joint", label, entries, survey.collection)
+    return Problem(representation, format, entries, survey.collection)
 
 
-def _private_entry(
-    survey: Survey, task: int, name: str, curves: Sequence[PrivateCurve]
-) -> PrivateEntry:
+def _joint_entry(
+    survey: Survey,
+    group: Group,
+    curve: JointCurve,
+    core: str,
+    tasks: tuple[int, ...],
+    factored: bool,
+) -> JointEntry:
+    module, found = survey.collection.modules[group[0]], survey.joint[group]
+    ranks = dict(zip(module.tasks, module.ranks))
+    places = [found.tasks.index(task) for task in tasks]
+    losses = curve.losses(core, [ranks[task] for task in found.tasks], factored)[places]
+    weights = torch.tensor([survey.weights[task] for task in tasks], dtype=torch.float64)
+    losses = losses * weights[:, None]
+    return JointEntry(group, module, tasks, curve.bases, core, factored, losses)
+
+
+def _private_entry(survey: Survey, task: int, name: str, curves: Sequence[Curve]) -> PrivateEntry:
     return PrivateEntry(task, survey.collection.modules[name], curves, survey.weights[task])
 
 
@@ -222,55 +339,76 @@ class Problem:
     collection: Collection
 
     def solve(self, budget: Budget) -> Plan | None:
-        """The plan that loses least in the budget's bytes, or takes least within its loss."""
-        if budget.loss is not None:
-            return self.cheapest(budget.loss)
+        """The plan that loses least in the budget's bytes, or takes least within its limits."""
+        if budget.by_size:
+            assert budget.limits is not None
+            return self.cheapest(budget.limits)
         if budget.nbytes is None:
             return self._plan(self._best())
-        path = build_path(len(self.entries), self._points)
+        favour = [1.0] * len(self.collection.adapters)
+        for _ in range(_GATE_ROUNDS):
+            plan = self._within(budget.nbytes, favour)
+            if plan is None or budget.allows(plan.losses):
+                raised = tuple(task for task, value in enumerate(favour) if value > 1)
+                return plan and replace(plan, raised=raised)
+            assert budget.limits is not None
+            for task in torch.nonzero(plan.losses > budget.limits).flatten().tolist():
+                favour[task] *= 2
+        return None
 
+    def nearest(self, budget: Budget) -> float:
+        """The least bytes, or the least error of the worst task, that can be had at all."""
+        if budget.by_size:
+            return self._plan(self._best()).worst_error
+        if budget.limits is not None:
+            plan = self.cheapest(budget.limits)
+            return math.inf if plan is None else plan.nbytes
+        return self._plan(self._path().start).nbytes
+
+    def cheapest(self, limits: torch.Tensor) -> Plan | None:
+        """The fewest bytes with every task's loss within its limit."""
+        if any(isinstance(entry, JointEntry) for entry in self.entries):
+            chosen = self._cheapest_together(limits)
+        else:
+            chosen = self._cheapest_private([0] * len(self.entries), limits.tolist())
+        return None if chosen is None else self._plan(chosen)
+
+    def _within(self, nbytes: int, favour: Sequence[float]) -> Plan | None:
         def sizes(options: list[int]) -> tuple[int, int]:
             plan = self._plan(options)
             return plan.data_nbytes, plan.nbytes
 
-        chosen = fit_to_budget(path, sizes, budget.nbytes)
+        chosen = fit_to_budget(self._path(favour), sizes, nbytes)
         return None if chosen is None else self._plan(chosen)
 
-    def nearest(self, budget: Budget) -> float:
-        """The least bytes, or the least error of the worst task, that can be had at all."""
-        if budget.loss is not None:
-            return self._plan(self._best()).worst_error
-        return self._plan(build_path(len(self.entries), self._points).start).nbytes
+    def _path(self, favour: Sequence[float] | None = None) -> StepPath:
+        return build_path(len(self.entries), lambda number: self.entries[number].points(favour))
 
-    def cheapest(self, limit: float) -> Plan | None:
-        """The fewest bytes with every task's loss within the limit."""
-        chosen = (
-            self._cheapest_by_task(limit)
-            if self.representation == "private"
-            else self._cheapest_together(limit)
-        )
-        return None if chosen is None else self._plan(chosen)
+    def _cheapest_private(self, chosen: list[int], rooms: Sequence[float]) -> list[int] | None:
+        """Private modules share nothing, so each task is a problem of its own.
 
-    def _cheapest_by_task(self, limit: float) -> list[int] | None:
-        """Private tasks share nothing, so each is a problem of its own."""
+        Args:
+            chosen: options, of which those of private entries are replaced.
+            rooms: what the private modules of each task may lose together.
+        """
         by_task: dict[int, list[int]] = {}
         for number, entry in enumerate(self.entries):
-            assert isinstance(entry, PrivateEntry)
-            by_task.setdefault(entry.task, []).append(number)
-        chosen = [0] * len(self.entries)
-        for numbers in by_task.values():
-            found = cheapest_within([self._points(number) for number in numbers], limit)
+            if isinstance(entry, PrivateEntry):
+                by_task.setdefault(entry.task, []).append(number)
+        chosen = list(chosen)
+        for task, numbers in by_task.items():
+            found = cheapest_within([self.entries[n].points() for n in numbers], rooms[task])
             if found is None:
                 return None
             for number, option in zip(numbers, found):
                 chosen[number] = option
         return chosen
 
-    def _cheapest_together(self, limit: float) -> list[int] | None:
-        path = build_path(len(self.entries), self._points)
+    def _cheapest_together(self, limits: torch.Tensor) -> list[int] | None:
+        path = self._path([1 / max(limit, 1e-30) for limit in limits.tolist()])
 
         def within(options: list[int]) -> bool:
-            return float(self._losses(options).max()) <= limit
+            return bool((self._losses(options) <= limits).all())
 
         count = shortest_prefix(path, within)
         if count is None:
@@ -281,10 +419,14 @@ class Problem:
             return within([*chosen[:chain], option, *chosen[chain + 1 :]])
 
         trim(path, count, chosen, good)
-        return chosen
-
-    def _points(self, number: int) -> list[Point]:
-        return self.entries[number].points()
+        # The worst task decided how far the path went; the private modules of the others may lose
+        # what their own limits leave.
+        losses = [0.0] * len(self.collection.adapters)
+        for entry, option in zip(self.entries, chosen):
+            if isinstance(entry, JointEntry):
+                entry.add_losses(option, losses)
+        rooms = [limit - loss for limit, loss in zip(limits.tolist(), losses)]
+        return self._cheapest_private(chosen, rooms) or chosen
 
     def _best(self) -> list[int]:
         return [entry.best() for entry in self.entries]
@@ -297,24 +439,19 @@ class Problem:
 
     def _plan(self, chosen: list[int]) -> Plan:
         private: dict[tuple[int, str], PrivateOption] = {}
-        joint: dict[str, tuple[BasisSpec, str]] = {}
+        joint: dict[Group, SharedBasis] = {}
         data_nbytes = 0
         for entry, number in zip(self.entries, chosen):
             if isinstance(entry, PrivateEntry):
                 option = private[entry.task, entry.module.name] = entry.option(number)
                 data_nbytes += option.nbytes
             else:
-                joint[entry.module.name] = entry.curve.bases[number], entry.curve.core_format
+                joint[entry.group] = entry.shared(number)
                 data_nbytes += entry.nbytes(number)
-        return Plan(
-            self.representation,
-            self.format,
-            private,
-            joint,
-            self._losses(chosen),
-            data_nbytes,
-            _file_nbytes(self.collection, private, joint),
+        plan = Plan(
+            self.representation, self.format, private, joint, self._losses(chosen), data_nbytes, 0
         )
+        return replace(plan, nbytes=_file_nbytes(self.collection, plan))
 
 
 def make_plans(problems: Iterable[Problem], budget: Budget) -> tuple[list[Plan], list[float]]:
@@ -333,36 +470,42 @@ def make_plans(problems: Iterable[Problem], budget: Budget) -> tuple[list[Plan],
 # --- sizes ---------------------------------------------------------------------------------------
 
 
-def _file_nbytes(
-    collection: Collection,
-    private: dict[tuple[int, str], PrivateOption],
-    joint: dict[str, tuple[BasisSpec, str]],
-) -> int:
+def _file_nbytes(collection: Collection, plan: Plan) -> int:
     """Bytes of every safetensors file that a plan makes, extra tensors' data left out."""
     specs = [
         ModuleSpec(
-            module.name,
-            module.d_in,
-            module.d_out,
-            module.kind,
-            joint[module.name][0] if module.name in joint else None,
+            module.name, module.d_in, module.d_out, module.kind, plan.basis_spec(module.name)
         )
         for module in collection.modules.values()
     ]
     basis = basis_nbytes(specs)
     # Each further shard has a header of its own: a length word, padding and two braces.
     total = basis + 64 * (basis // BASIS_SHARD_BYTES)
+    block_of = {
+        (task, name): block
+        for name, blocks in plan.blocks.items()
+        for block in blocks
+        for task in block.shared.tasks
+    }
     for task, adapter in enumerate(collection.adapters):
         segments = []
         for name, module in adapter.modules.items():
             index = collection.modules[name].index
-            if name in joint:
-                spec, core_format = joint[name]
-                core, rank, _ = core_shape(module.rank, spec.k_out, spec.k_in)
-                segments.append(Segment(index, "joint", core_format, rank, core=core))
+            block = block_of.get((task, name))
+            if block is not None:
+                shared = block.shared
+                core, rank, _ = core_shape(
+                    module.rank, shared.spec.k_out, shared.spec.k_in, shared.factored
+                )
+                rows = plan.stored_rows(block)
+                segments.append(
+                    Segment(index, "joint", shared.core_format, rank, core=core, rows=rows)
+                )
             else:
-                option = private[task, name]
-                segments.append(Segment(index, "private", option.format, option.rank))
+                option = plan.private[task, name]
+                segments.append(
+                    Segment(index, "private", option.format, option.rank, bits=option.bits)
+                )
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             name: (dtype, (count,))
             for name, (dtype, count) in task_tensor_sizes(segments, specs).items()

@@ -22,12 +22,20 @@ class Candidate(NamedTuple):
     worst_error: float
 
 
+class CurvePoint(NamedTuple):
+    """What a ratio would cost: the best plan found for it, with predicted errors."""
+
+    ratio: float
+    candidate: Candidate
+
+
 @dataclass
 class TaskReport:
     """What became of one task.
 
     ``ranks`` is the least and the greatest rank kept of its modules, ``nbytes`` its file without
     extra tensors, ``error`` the measured ||delta_W' - delta_W||_F / ||delta_W||_F over all modules.
+    ``seen_error`` is the same as the calibrated model sees it; without calibration it is ``error``.
     """
 
     task_id: str
@@ -38,11 +46,15 @@ class TaskReport:
     error: float
     representation: str
     format: str
+    seen_error: float = 0.0
 
 
 @dataclass
 class CompressReport:
-    """What ``compress`` did: sizes of the files, and errors measured on what they hold."""
+    """What ``compress`` did: sizes of the files, and errors measured on what they hold.
+
+    ``raised`` are the tasks that got more than their share of the bytes to pass the gate.
+    """
 
     path: Path
     tasks: list[TaskReport]
@@ -54,6 +66,8 @@ class CompressReport:
     candidates: list[Candidate]
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    raised: list[str] = field(default_factory=list)
+    calibrated: bool = False
 
     @property
     def ratio(self) -> float:

@@ -15,26 +15,26 @@ from vllm_vlora.quantize import PackedMatrix, pack
 
 
 class FittedBases:
-    """Fitted bases, each as wide as it may be wanted; packed when they are read back."""
+    """Fitted bases by module and group, each as wide as it may be wanted; packed when read back."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
-        self._folder = folder
+        self.folder = folder
 
-    def save(self, module: Module, u_t: torch.Tensor, v: torch.Tensor) -> None:
+    def save(self, module: Module, group: int, u_t: torch.Tensor, v: torch.Tensor) -> None:
         """Keep U transposed (k_out, d_out) and V (k_in, d_in)."""
-        safetensors.torch.save_file({"u": u_t, "v": v}, self._path(module))
+        safetensors.torch.save_file({"u": u_t, "v": v}, self._path(module, group))
 
-    def read(self, module: Module, spec: BasisSpec) -> Basis:
-        """The first components of a module's basis, in the number and format of ``spec``."""
-        fitted = safetensors.torch.load_file(self._path(module))
+    def read(self, module: Module, group: int, spec: BasisSpec) -> Basis:
+        """The first components of a group's basis, in the number and format of ``spec``."""
+        fitted = safetensors.torch.load_file(self._path(module, group))
         return Basis(
             pack(fitted["u"][: spec.k_out], spec.format),
             pack(fitted["v"][: spec.k_in], spec.format),
         )
 
-    def _path(self, module: Module) -> Path:
-        return self._folder / f"{module.index}.safetensors"
+    def _path(self, module: Module, group: int) -> Path:
+        return self.folder / f"{module.index}.{group}.safetensors"
 
 
 class CoreSpool:
@@ -48,11 +48,21 @@ class CoreSpool:
     def append(self, task: int, module: str, stored: StoredModule) -> None:
         """Keep one task's core of one module."""
         data = safetensors.torch.save(
-            {side: matrix.parts["values"] for side, matrix in stored.matrices.items()}
+            {
+                f"{side}.{part}": tensor
+                for side, matrix in stored.matrices.items()
+                for part, tensor in matrix.parts.items()
+            }
         )
         with (self._folder / str(task)).open("ab") as file:
             file.write(data)
-        bare = replace(stored, matrices={})
+        shapes = {
+            side: PackedMatrix(
+                m.format, 0, m.cols, {name: part[:0] for name, part in m.parts.items()}
+            )
+            for side, m in stored.matrices.items()
+        }
+        bare = replace(stored, matrices=shapes)
         self._entries.setdefault(task, []).append((module, len(data), bare))
 
     def read(self, task: int) -> dict[str, StoredModule]:
@@ -64,11 +74,14 @@ class CoreSpool:
         with (self._folder / str(task)).open("rb") as file:
             for module, size, bare in entries:
                 tensors = safetensors.torch.load(file.read(size))
-                matrices = {
-                    side: PackedMatrix(
-                        bare.format, values.shape[0], values.shape[1], {"values": values}
-                    )
-                    for side, values in tensors.items()
-                }
-                modules[module] = replace(bare, matrices=matrices)
+                modules[module] = replace(bare, matrices=_matrices(bare, tensors))
         return modules
+
+
+def _matrices(bare: StoredModule, tensors: dict[str, torch.Tensor]) -> dict[str, PackedMatrix]:
+    matrices = {}
+    for side, shape in bare.matrices.items():
+        parts = {name: tensors[f"{side}.{name}"] for name in shape.parts}
+        rows = len(next(iter(parts.values())))
+        matrices[side] = PackedMatrix(shape.format, rows, shape.cols, parts)
+    return matrices

@@ -1,145 +1,324 @@
 """Passes over the whole collection that measure what every way of storing it would lose.
 
-A pass reads the adapters and keeps numbers only; fitted bases wait on disk.
+One job a module reads its factors of all adapters and returns numbers; fitted bases wait on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection as Names
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
+from vllm_vlora.calibration import Calibration
+from vllm_vlora.clusters import affinities, sketch_task
 from vllm_vlora.collection import Collection, Module, Progress
-from vllm_vlora.fit import fit_bases
+from vllm_vlora.executors import Executor
+from vllm_vlora.fit import ScaledFactors, fit_bases
 from vllm_vlora.formats import FORMAT_OF_DTYPE, Formats
 from vllm_vlora.manifest import BasisSpec
 from vllm_vlora.measure import (
+    Curve,
     JointCurve,
     JointMeter,
-    PrivateCurve,
-    component_grid,
-    joint_losses,
     joint_nbytes,
     measure_private,
     squared_norm,
+    widths_path,
 )
-from vllm_vlora.quantize import pack
+from vllm_vlora.quantize import pack, row_nbytes
 from vllm_vlora.scratch import FittedBases
+from vllm_vlora.whitening import FROBENIUS, Metric
 
 # Fits are made somewhat wider than a module's even share of the budget, since a module that gains
 # more per byte than the others gets more than its share.
 _SHARE_SLACK = 4
 
+Group = tuple[str, int]
+"""(module name, number): tasks that may share one basis of this module."""
+
+
+@dataclass(frozen=True)
+class FittedGroup:
+    """A basis fitted to some tasks of a module, and what its widths capture.
+
+    Attributes:
+        tasks: their numbers. curves: format label -> curve.
+    """
+
+    tasks: tuple[int, ...]
+    curves: Mapping[str, JointCurve]
+
 
 @dataclass(frozen=True)
 class Survey:
-    """What the passes found out.
+    """What the passes found out; norms and losses are in the metric of each module.
 
     Attributes:
-        norms: (task number, module name) -> ||delta_W||_F^2.
-        private: (task number, module name) -> format label -> curve.
-        joint: module name -> format label -> curve, of the modules that have a basis fitted.
+        norms: (task number, module name) -> ||delta_W||^2.
+        private: (task number, module name) -> label -> curve.
+        joint: of the groups that have a basis fitted.
+        affinity: (tasks, tasks), summed over the modules that were sketched.
     """
 
     collection: Collection
-    norms: Mapping[tuple[int, str], float]
-    private: Mapping[tuple[int, str], Mapping[str, PrivateCurve]]
-    joint: Mapping[str, Mapping[str, JointCurve]] = field(default_factory=dict)
+    norms: Mapping[tuple[int, str], float] = field(default_factory=dict)
+    private: Mapping[tuple[int, str], Mapping[str, Curve]] = field(default_factory=dict)
+    joint: Mapping[Group, FittedGroup] = field(default_factory=dict)
+    affinity: torch.Tensor | None = None
 
     @cached_property
     def weights(self) -> list[float]:
-        """1 / ||delta_W||_F^2 of each task, so that every task counts alike."""
+        """1 / ||delta_W||^2 of each task, so that every task counts alike."""
         totals = [0.0] * len(self.collection.adapters)
         for (task, _), norm in self.norms.items():
             totals[task] += norm
         return [1 / total if total > 0 else 0.0 for total in totals]
 
 
-def survey_private(
-    collection: Collection, formats: Formats, skip: Names[str], progress: Progress
-) -> Survey:
-    """Measure every rank and format of every task's modules, but those named in ``skip``."""
-    norms, private = {}, {}
-    wanted = [[name for name in a.modules if name not in skip] for a in collection.adapters]
-    total, done = sum(len(names) for names in wanted), 0
-    for task, names in enumerate(wanted):
-        for name, (a, b, scale) in collection.read_task(task, names):
-            dtype = collection.adapters[task].modules[name].dtype
-            by_label = formats.of(dtype)
-            distinct = list(dict.fromkeys(by_label))
-            with collection.naming(task, name):
-                curves = measure_private(a, b, scale, distinct, FORMAT_OF_DTYPE[dtype])
-            by_format = dict(zip(distinct, curves))
-            private[task, name] = {
-                label: by_format[format] for label, format in zip(formats.labels, by_label)
-            }
-            norms[task, name] = squared_norm(a, b, scale)
-            done += 1
-            progress("measure", done, total)
-    return Survey(collection, norms, private)
+@dataclass(frozen=True)
+class SurveySettings:
+    """What to measure.
+
+    Attributes:
+        formats: the number formats to try.
+        num_components: the only width of a basis to measure; None measures all.
+        byte_limit: of all files together, which bounds the width; None for no limit.
+        seed: of the fits' random start.
+        calibration: folder of the second moments; None measures in the Frobenius norm.
+    """
+
+    formats: Formats
+    num_components: int | None = None
+    byte_limit: int | None = None
+    seed: int = 0
+    calibration: str | None = None
 
 
-def survey_joint(
+class SurveyJob(NamedTuple):
+    """What to do for one module.
+
+    ``private``: measure private storage. ``groups``: (number, tasks) to fit a basis to. ``sketch``:
+    of every task, to find out who resembles whom.
+    """
+
+    module: str
+    private: bool
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
+    sketch: bool = False
+
+
+class ModuleSurvey(NamedTuple):
+    """What one job found out; ``bases`` are (U transposed, V) of each group."""
+
+    norms: dict[int, float]
+    private: dict[int, dict[str, Curve]]
+    joint: dict[int, FittedGroup]
+    bases: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    affinity: torch.Tensor | None
+
+
+def survey_modules(
     survey: Survey,
-    modules: Sequence[Module],
-    formats: Formats,
+    jobs: Sequence[SurveyJob],
+    settings: SurveySettings,
     bases: FittedBases,
-    *,
-    num_components: int | None,
-    byte_limit: int | None,
-    seed: int,
+    executor: Executor,
     progress: Progress,
+    stage: str,
 ) -> Survey:
-    """Fit a basis to every module, as wide as it could be wanted, and measure every width.
+    """The survey with what these jobs measure, in place of what it had of the same modules.
 
     Args:
-        survey: of the private ways, which the result contains.
         bases: keeps what was fitted.
-        num_components: the only width to measure; None measures all.
-        byte_limit: of all files together, which bounds the width; None for no limit.
     """
-    collection, norms, joint = survey.collection, dict(survey.norms), {}
-    for done, module in enumerate(modules):
-        progress("fit", done, len(modules))
-        most = min(max(module.d_in, module.d_out), module.total_rank)
-        if num_components is not None:
-            most = min(most, num_components)
-        elif byte_limit is not None:
-            share = byte_limit * module.original_nbytes / collection.original_nbytes
-            most = _most_components(module, formats, most, share * _SHARE_SLACK)
-        u_t, v = fit_bases(
-            lambda module=module: collection.read_module(module),  # type: ignore[misc]
-            module.d_in,
-            module.d_out,
-            most,
-            seed=seed,
+    norms, private, joint = dict(survey.norms), dict(survey.private), dict(survey.joint)
+    affinity = survey.affinity
+    worker = Surveyor(survey.collection, settings)
+    progress(stage, 0, len(jobs))
+    for done, (job, found) in enumerate(zip(jobs, executor.run(worker, jobs)), 1):
+        module = survey.collection.modules[job.module]
+        norms.update({(task, job.module): norm for task, norm in found.norms.items()})
+        private.update({(task, job.module): curves for task, curves in found.private.items()})
+        for number, group in found.joint.items():
+            joint[job.module, number] = group
+            bases.save(module, number, *found.bases[number])
+        if found.affinity is not None:
+            if affinity is None:
+                count = len(survey.collection.adapters)
+                affinity = torch.zeros(count, count)
+            tasks = torch.tensor(module.tasks)
+            affinity[tasks[:, None], tasks] += found.affinity
+        progress(stage, done, len(jobs))
+    return replace(survey, norms=norms, private=private, joint=joint, affinity=affinity)
+
+
+@dataclass
+class Surveyor:
+    """Does jobs; travels to other processes, where it opens the calibration for itself."""
+
+    collection: Collection
+    settings: SurveySettings
+    _calibration: Calibration | None = None
+
+    def __call__(self, job: SurveyJob) -> ModuleSurvey:
+        """Measure one module.
+
+        Raises:
+            AdapterError: a value cannot be packed.
+        """
+        module = self.collection.modules[job.module]
+        metric = self.metric(job.module)
+        norms, private = {}, {}
+        if job.private:
+            for task, curves, norm in self._private(module, metric):
+                private[task], norms[task] = curves, norm
+        joint, bases = {}, {}
+        for number, tasks in job.groups:
+            joint[number], bases[number] = self._group(module, tasks, metric, len(job.groups))
+            norms.update(zip(tasks, next(iter(joint[number].curves.values())).norms.tolist()))
+        affinity = self._affinity(module) if job.sketch else None
+        return ModuleSurvey(norms, private, joint, bases, affinity)
+
+    def metric(self, module: str) -> Metric:
+        """How errors of this module are measured."""
+        if self.settings.calibration is None:
+            return FROBENIUS
+        if self._calibration is None:
+            self._calibration = Calibration.open(self.settings.calibration)
+        return self._calibration.metric(module)
+
+    def _affinity(self, module: Module) -> torch.Tensor:
+        factors = self.collection.read_module(module)
+        return affinities(torch.stack([sketch_task(*f, seed=module.index) for f in factors]))
+
+    def _private(
+        self, module: Module, metric: Metric
+    ) -> Iterator[tuple[int, dict[str, Curve], float]]:
+        formats = self.settings.formats
+        for task, (a, b, scale) in zip(module.tasks, self.collection.read_module(module)):
+            dtype = self.collection.adapters[task].modules[module.name].dtype
+            by_label = formats.private_of(dtype)
+            distinct = list(dict.fromkeys(by_label))
+            with self.collection.naming(task, module.name):
+                curves = measure_private(a, b, scale, distinct, FORMAT_OF_DTYPE[dtype], metric)
+            by_format = dict(zip(distinct, curves))
+            labelled = {
+                label: by_format[format] for label, format in zip(formats.private_labels, by_label)
+            }
+            yield task, labelled, _norm(a, b, scale, metric)
+
+    def _group(
+        self, module: Module, tasks: tuple[int, ...], metric: Metric, groups: int
+    ) -> tuple[FittedGroup, tuple[torch.Tensor, torch.Tensor]]:
+        """Fit a basis, as wide as it could be wanted, and measure every width."""
+
+        def read() -> Iterator[ScaledFactors]:
+            for a, b, scale in self.collection.read_module(module, tasks):
+                yield metric.a(a.float()), metric.b_t(b.T.float()).T, scale
+
+        most = self._most_components(module, tasks, groups)
+        white_u, white_v = fit_bases(read, module.d_in, module.d_out, most, seed=self.settings.seed)
+        u_t = _orthonormal(metric.unwhiten_b_t(white_u), metric is FROBENIUS)
+        v = _orthonormal(metric.unwhiten_a(white_v), metric is FROBENIUS)
+        widths = self._widths(module, tasks, u_t, v, metric)
+        curves = self._curves(module, tasks, u_t, v, widths, metric)
+        k_out, k_in = max(w[0] for w in widths), max(w[1] for w in widths)
+        return FittedGroup(tasks, curves), (u_t[:k_out].clone(), v[:k_in].clone())
+
+    def _most_components(self, module: Module, tasks: tuple[int, ...], groups: int) -> int:
+        ranks = _ranks(module, tasks)
+        # The blocks of several groups stand beside each other in one basis.
+        widest = max(max(module.d_in, module.d_out) // groups, 1)
+        most = min(widest, sum(min(rank, module.d_in, module.d_out) for rank in ranks))
+        settings = self.settings
+        if settings.num_components is not None:
+            return min(most, settings.num_components)
+        if settings.byte_limit is None:
+            return most
+        share = settings.byte_limit * module.original_nbytes / self.collection.original_nbytes
+        share *= len(tasks) / len(module.tasks)
+        return _most_components(module, ranks, settings.formats, most, share * _SHARE_SLACK)
+
+    def _widths(
+        self,
+        module: Module,
+        tasks: tuple[int, ...],
+        u_t: torch.Tensor,
+        v: torch.Tensor,
+        metric: Metric,
+    ) -> list[tuple[int, int]]:
+        """The pairs (k_out, k_in) to measure."""
+        if self.settings.num_components is not None:
+            return [(u_t.shape[0], v.shape[0])]
+        meter = JointMeter(pack(u_t, "float32"), pack(v, "float32"), metric)
+        total = torch.zeros(u_t.shape[0], v.shape[0], dtype=torch.float64)
+        for a, b, scale in self.collection.read_module(module, tasks):
+            norm = _norm(a, b, scale, metric)
+            if norm > 0:
+                total += meter.captured(a, b, scale) / norm
+        format = min(
+            self.settings.formats.of(module.dtype),
+            key=lambda f: row_nbytes(f, module.d_in) + row_nbytes(f, module.d_out),
         )
-        bases.save(module, u_t, v)
-        most = min(most, max(u_t.shape[0], v.shape[0]))
-        grid = component_grid(most) if num_components is None else [most]
-        module_norms, joint[module.name] = _measure_joint(collection, module, formats, u_t, v, grid)
-        norms.update({(task, module.name): n for task, n in zip(module.tasks, module_norms)})
-    progress("fit", len(modules), len(modules))
-    return replace(survey, norms=norms, joint=joint)
+        # A row more on one side adds one number to every row of that side's core factor.
+        cores = 2.0 * sum(min(rank, *total.shape) for rank in _ranks(module, tasks))
+        row_out = row_nbytes(format, module.d_out) + cores
+        return widths_path(total, row_out, row_nbytes(format, module.d_in) + cores)
+
+    def _curves(
+        self,
+        module: Module,
+        tasks: tuple[int, ...],
+        u_t: torch.Tensor,
+        v: torch.Tensor,
+        widths: list[tuple[int, int]],
+        metric: Metric,
+    ) -> dict[str, JointCurve]:
+        by_label = self.settings.formats.of(module.dtype)
+        meters = {f: JointMeter(pack(u_t, f), pack(v, f), metric) for f in dict.fromkeys(by_label)}
+        places = torch.tensor(widths).T - 1
+        captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
+        norms = torch.zeros(len(tasks), dtype=torch.float64)
+        for place, (a, b, scale) in enumerate(self.collection.read_module(module, tasks)):
+            norms[place] = _norm(a, b, scale, metric)
+            for format, meter in meters.items():
+                captured[format][place] = meter.captured(a, b, scale)[places[0], places[1]]
+        return {
+            label: JointCurve([BasisSpec(*w, format) for w in widths], captured[format], norms)
+            for label, format in zip(self.settings.formats.labels, by_label)
+        }
 
 
-def _most_components(module: Module, formats: Formats, most: int, share: float) -> int:
+def _norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:
+    return squared_norm(metric.a(a.double()), metric.b_t(b.T.double()).T, scale)
+
+
+def _orthonormal(rows: torch.Tensor, already: bool) -> torch.Tensor:
+    """Orthonormal rows of which the first n span what the first n given ones do."""
+    if already:
+        return rows
+    return torch.linalg.qr(rows.double().T)[0].T.float().contiguous()
+
+
+def _ranks(module: Module, tasks: Sequence[int]) -> list[int]:
+    ranks = dict(zip(module.tasks, module.ranks))
+    return [ranks[task] for task in tasks]
+
+
+def _most_components(
+    module: Module, ranks: Sequence[int], formats: Formats, most: int, share: float
+) -> int:
     """The most components, up to ``most``, that take ``share`` bytes in the smallest format."""
 
     def least_nbytes(components: int) -> int:
         k_out, k_in = min(components, module.d_out), min(components, module.d_in)
         return min(
-            joint_nbytes(
-                BasisSpec(k_out, k_in, format),
-                module.d_out,
-                module.d_in,
-                module.ranks,
-                formats.core(format),
-            )
+            joint_nbytes(BasisSpec(k_out, k_in, format), module.d_out, module.d_in, ranks, core)
             for format in formats.of(module.dtype)
+            for core in formats.cores(format)
         )
 
     low, high = 1, most
@@ -150,33 +329,3 @@ def _most_components(module: Module, formats: Formats, most: int, share: float) 
         else:
             high = middle - 1
     return low
-
-
-def _measure_joint(
-    collection: Collection,
-    module: Module,
-    formats: Formats,
-    u_t: torch.Tensor,
-    v: torch.Tensor,
-    grid: list[int],
-) -> tuple[list[float], dict[str, JointCurve]]:
-    """||delta_W||_F^2 of every task of the module, and format label -> curve."""
-    by_label = formats.of(module.dtype)
-    meters = [JointMeter(pack(u_t, format), pack(v, format), grid) for format in by_label]
-    losses = torch.zeros(len(meters), len(module.tasks), len(grid), dtype=torch.float64)
-    norms = []
-    for place, (a, b, scale) in enumerate(collection.read_module(module)):
-        norm = squared_norm(a, b, scale)
-        norms.append(norm)
-        for number, (format, meter) in enumerate(zip(by_label, meters)):
-            captured = meter.captured(a, b, scale)
-            losses[number, place] = joint_losses(captured, norm, formats.core(format))
-    k_out, k_in = u_t.shape[0], v.shape[0]
-    return norms, {
-        label: JointCurve(
-            [BasisSpec(min(k, k_out), min(k, k_in), format) for k in grid],
-            formats.core(format),
-            table,
-        )
-        for label, format, table in zip(formats.labels, by_label, losses)
-    }

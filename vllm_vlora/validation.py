@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,9 @@ from vllm_vlora.errors import CheckpointError, CheckpointVersionError
 from vllm_vlora.hub import resolve_snapshot
 from vllm_vlora.manifest import BASIS_INDEX_FILE, CONFIG_FILE
 from vllm_vlora.quantize import PackedMatrix, unpack
+
+# Ranges (start, stop) of rows, by module and side of its basis.
+_Ranges = Mapping[tuple[str, str], Collection[tuple[int, int]]]
 
 # How far rows that were orthonormal before they were packed may be from it: |G - I| <= tolerance.
 # Rounding to 16 bits moves a squared norm by about 2**-8 (bfloat16) or 2**-11 (float16).
@@ -28,8 +31,9 @@ def validate(
     """Read every file of a checkpoint and return the problems found, one line each.
 
     Checked are the manifest, every digest, every tensor's name, dtype, size and values, that the
-    bases' rows are orthonormal and that the shard index agrees with the shards. An empty list
-    means that the checkpoint is sound.
+    bases' rows are orthonormal (where every task of a basis uses some of its rows: each of these
+    ranges by itself) and that the shard index agrees with the shards. An empty list means that the
+    checkpoint is sound.
 
     Args:
         ref: a folder or a Hub id.
@@ -70,23 +74,46 @@ def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
 
 def _basis_problems(checkpoint: Checkpoint) -> list[str]:
     problems: list[str] = []
+    ranges = _used_ranges(checkpoint)
     try:
-        for name, basis in checkpoint.bases():
-            problems += _orthonormality_problems(checkpoint, name, basis)
+        for name, representation, basis in checkpoint.shared():
+            # The components that flat tasks share are weighted as they come.
+            if representation == "joint":
+                problems += _orthonormality_problems(checkpoint, name, basis, ranges)
     except CheckpointError as error:
         problems.append(str(error))
     return problems
 
 
-def _orthonormality_problems(checkpoint: Checkpoint, name: str, basis: Basis) -> Iterator[str]:
+def _used_ranges(checkpoint: Checkpoint) -> dict[tuple[str, str], set[tuple[int, int]]]:
+    """The rows of each side of a basis that tasks use together; all of them where no task says."""
+    found: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    for record in checkpoint.tasks.values():
+        for segment in record.segments:
+            module = checkpoint.modules[segment.module]
+            if segment.representation != "joint" or module.basis is None:
+                continue
+            whole = (0, module.basis.k_out, 0, module.basis.k_in)
+            u_start, u_stop, v_start, v_stop = segment.rows or whole
+            found.setdefault((module.name, "U"), set()).add((u_start, u_stop))
+            found.setdefault((module.name, "V"), set()).add((v_start, v_stop))
+    return found
+
+
+def _orthonormality_problems(
+    checkpoint: Checkpoint, name: str, basis: Basis, ranges: _Ranges
+) -> Iterator[str]:
     for side, matrix in (("U", basis.u), ("V", basis.v)):
-        distance = _distance_from_orthonormal(matrix)
         tolerance = _TOLERANCES.get(matrix.format, _QUANTIZED_TOLERANCE)
-        if not distance <= tolerance:
-            yield (
-                f"{checkpoint.path}: basis {side} of module {name} is not orthonormal: its Gram "
-                f"matrix is {distance:.3g} away from the identity, allowed is {tolerance:g}"
-            )
+        for start, stop in sorted(ranges.get((name, side), {(0, matrix.rows)})):
+            distance = _distance_from_orthonormal(matrix.row_slice(start, stop))
+            if not distance <= tolerance:
+                rows = "" if stop - start == matrix.rows else f", rows {start}:{stop},"
+                yield (
+                    f"{checkpoint.path}: basis {side} of module {name}{rows} is not orthonormal: "
+                    f"its Gram matrix is {distance:.3g} away from the identity, allowed is "
+                    f"{tolerance:g}"
+                )
 
 
 def _distance_from_orthonormal(matrix: PackedMatrix) -> float:

@@ -11,8 +11,25 @@ A S_in is taken back by S_in^-1. Without moments S is the identity and everythin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+
+class Whitening(Protocol):
+    """A square root S (d, d) of a damped moment, S S^T = H, that can be applied and undone.
+
+    ``rows`` are (n, d); every result is (n, d) in their dtype.
+    """
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ S."""
+
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ S^-1."""
+
+    def apply_transposed(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ S^T."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,83 @@ class Whitener:
         roots = (values.clamp(min=0) / mean + damping).sqrt()
         return cls(torch.ones(len(values)), vectors.T.float().contiguous(), roots.float())
 
+    @classmethod
+    def from_directions(
+        cls,
+        directions: torch.Tensor,
+        values: torch.Tensor,
+        rest: torch.Tensor,
+        damping: float = 1e-2,
+    ) -> Whitener:
+        """Of H = Q^T diag(values) Q + diag(rest), damped and scaled as in ``from_moment``; exact.
+
+        With D = diag(rest) + damping * mean * I, H is D^(1/2) (I + M M^T) D^(1/2) for
+        M = D^(-1/2) Q^T diag(values)^(1/2), and I + M M^T has the form of W W. Costs d p^2.
+
+        Args:
+            directions: Q (p, d); values (p,) and rest (d,) not negative.
+            values: the moment along each direction.
+            rest: the diagonal of what the directions leave.
+            damping: positive.
+
+        Raises:
+            ValueError: shapes that do not fit, or damping not positive.
+        """
+        if directions.shape != (len(values), len(rest)) or damping <= 0:
+            raise ValueError(f"{tuple(directions.shape)} directions, damping {damping}")
+        values, rest = values.double().clamp(min=0), rest.double().clamp(min=0)
+        strong = directions.double().T * values.sqrt()
+        mean = max(float((strong.square().sum() + rest.sum()) / len(rest)), 1e-30)
+        root = (rest / mean + damping).sqrt()
+        q, stretch, _ = torch.linalg.svd(strong / (mean**0.5 * root[:, None]), full_matrices=False)
+        return cls(root.float(), q.T.float().contiguous(), (1 + stretch.square()).sqrt().float())
+
+
+@dataclass(frozen=True)
+class TriangularWhitener:
+    """S = L, the Cholesky factor of a full moment: twelve times cheaper than eigenvectors.
+
+    Attributes:
+        factor: (d, d) float32, lower triangular, its diagonal positive.
+    """
+
+    factor: torch.Tensor
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ S, for rows (n, d); in the dtype of the rows."""
+        return rows @ self.factor.to(rows.dtype)
+
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ S^-1, for rows (n, d); in the dtype of the rows."""
+        # Triangular systems are not solved in 16 bits.
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        factor = self.factor.to(wide)
+        solved = torch.linalg.solve_triangular(factor, rows.to(wide), upper=False, left=False)
+        return solved.to(rows.dtype)
+
+    def apply_transposed(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ S^T, for rows (n, d); in the dtype of the rows."""
+        return rows @ self.factor.to(rows.dtype).T
+
+
+def whiten(moment: torch.Tensor, damping: float = 1e-2) -> Whitening:
+    """A square root of a full moment H (d, d), damped and scaled as in ``Whitener.from_moment``.
+
+    By Cholesky; by eigenvectors where rounding has left a damped moment that is not definite.
+
+    Raises:
+        ValueError: not square, or damping not positive.
+    """
+    if moment.dim() != 2 or moment.shape[0] != moment.shape[1] or damping <= 0:
+        raise ValueError(f"needs a square moment and a positive damping, got {moment.shape}")
+    mean = max(float(moment.double().diagonal().mean()), 1e-30)
+    damped = moment.double() / mean
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return Whitener.from_moment(moment, damping)
+    return TriangularWhitener(factor.float())
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -76,8 +170,8 @@ class Metric:
     ``None`` on a side is the identity there.
     """
 
-    input: Whitener | None = None
-    output: Whitener | None = None
+    input: Whitening | None = None
+    output: Whitening | None = None
 
     def a(self, a: torch.Tensor) -> torch.Tensor:
         """A S_in for A (n, d_in); rows of V are whitened alike."""

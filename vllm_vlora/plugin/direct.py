@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from vllm_vlora.checkpoint import Basis, Checkpoint, StoredModule, StoredTask
 from vllm_vlora.manifest import ModuleSpec, Segment
 from vllm_vlora.memory import direct_obstacle
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.quantize import FLOAT_DTYPES, NF4_BLOCK, PackedMatrix, unpack
+from vllm_vlora.representations import dense_keeps_rank, split_core
 from vllm_vlora.triton_kernels.direct import (
     DirectLayer,
     DirectSlice,
@@ -121,7 +123,7 @@ class DirectPath:
         for name, module in stored.modules.items():
             for number, layout in self._slices[self._engine_name(name)]:
                 if module.representation == "joint":
-                    core, rank = _core(module)
+                    core, rank = _core(module, *self._widths(number))
                     parts[number] = SliceTask(core=core, core_rank=rank)
                 elif module.rank:
                     parts[number] = self._private(module, layout)
@@ -173,6 +175,13 @@ class DirectPath:
                     "started with"
                 )
         return None
+
+    def _widths(self, number: int) -> tuple[int, int]:
+        """(k_out, k_in) of the basis that a slice's layer holds."""
+        layer = self._by_slice[number]
+        part = layer.slices[number - layer.index]
+        assert part.u is not None
+        return part.u.rows, part.k_in
 
     def _private(self, module: StoredModule, layout: SliceLayout) -> SliceTask:
         """This rank's columns of private factors, floats in the dtype of the layers' inputs."""
@@ -325,12 +334,27 @@ def _place_cores(
     return placed, whole.nbytes
 
 
-def _core(module: StoredModule) -> tuple[torch.Tensor, int]:
-    """(core, its rank or 0 when dense) as ``SliceTask`` holds them, in float32."""
+def _core(module: StoredModule, k_out: int, k_in: int) -> tuple[torch.Tensor, int]:
+    """(core, its rank or 0 when dense) as ``SliceTask`` holds them, in float32.
+
+    A core on some rows of the basis becomes one on all ``k_out`` and ``k_in`` of them, with zeros: the
+    layer's passes over the basis are the same for every task, whatever rows it uses.
+    """
+    u_start, u_stop, v_start, v_stop = module.rows or (0, k_out, 0, k_in)
+    dense_is_smaller = k_out * k_in <= module.rank * (k_out + k_in)
     if module.core == "dense":
-        return unpack(module.matrices["C"]) * module.scale, 0
-    a, b = unpack(module.matrices["A"]), unpack(module.matrices["B"]) * module.scale
-    if b.shape[1] * a.shape[1] <= module.rank * (b.shape[1] + a.shape[1]):
+        core = unpack(module.matrices["C"])
+        if dense_keeps_rank(module.format, module.rank, core.shape) and (
+            module.rows is None or dense_is_smaller
+        ):
+            padding = (v_start, k_in - v_stop, u_start, k_out - u_stop)
+            return F.pad(core * module.scale, padding), 0
+        a, b = split_core(core, module.rank)
+    else:
+        a, b = unpack(module.matrices["A"]), unpack(module.matrices["B"])
+    a = F.pad(a, (v_start, k_in - v_stop))
+    b = F.pad(b * module.scale, (u_start, k_out - u_stop))
+    if dense_is_smaller:
         return b.T @ a, 0
     return torch.cat([a, b], dim=1), module.rank
 

@@ -72,7 +72,8 @@ class ResidentStore:
         self._only_direct = only_direct
         self.direct: DirectPath | None = None
         self._tasks: dict[str, ResidentTask] = {}
-        self._bases: dict[str, dict[str, Basis]] = {}
+        # By the digest of all bases, then by module and the representation of the tasks that share it.
+        self._bases: dict[str, dict[tuple[str, str], Basis]] = {}
         self.seconds = 0.0
 
     def __len__(self) -> int:
@@ -182,7 +183,9 @@ class ResidentStore:
             return
         bases = self._bases.get(checkpoint.basis_digest, {})
         sources = {
-            self._engine_name(name): side_sources(self._lay_out(module), bases.get(name))
+            self._engine_name(name): side_sources(
+                self._lay_out(module), bases.get((name, module.representation))
+            )
             for name, module in stored.modules.items()
         }
         extra = dict(stored.extra)
@@ -192,17 +195,18 @@ class ResidentStore:
         """Hold the packed bases that these tasks are materialized from."""
         held = self._bases.setdefault(checkpoint.basis_digest, {})
         wanted = {
-            checkpoint.modules[segment.module].name
+            (checkpoint.modules[segment.module].name, segment.representation)
             for task_id in task_ids
             for segment in checkpoint.record(task_id).segments
-            if segment.representation == "joint"
+            if segment.representation != "private"
         }
         if wanted <= held.keys():
             return
-        for name, basis in checkpoint.bases():
-            if name in wanted and name not in held:
+        for name, representation, basis in checkpoint.shared():
+            key = name, representation
+            if key in wanted and key not in held:
                 u = basis.u.to(self._device)
-                held[name] = Basis(self._by_slot(u), basis.v.to(self._device))
+                held[key] = Basis(self._by_slot(u), basis.v.to(self._device))
 
     def _lay_out(self, module: StoredModule) -> StoredModule:
         if module.representation != "private":

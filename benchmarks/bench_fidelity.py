@@ -1,0 +1,185 @@
+"""What adapters keep when they are compressed: recovered fraction against bytes.
+
+Every representation, and the seed libraries vlora-dev and lorashare, on real collections:
+
+    python examples/collections/train.py unrelated -o .cache/collections/unrelated
+    python examples/collections/train.py family -o .cache/collections/family
+    python benchmarks/bench_fidelity.py
+
+Recovered fraction = (loss_base - loss_compressed) / (loss_base - loss_adapter) on held-out text. The
+tasks of a collection are compressed to each ratio; the tasks held out of the basis are added to the
+finished checkpoint. A ratio counts the originals' LoRA weights at 16 bits each over all bytes of the
+tensor files. The seed libraries write float32; their float32 tensors are counted at 16 bits, and
+`nbytes_on_disk` has the files as they are.
+
+    --quick                         a smoke run: two tasks of each kind, few examples, two ratios
+    --representations NAME ...      auto, private, joint, ...; vlora-dev, vlora-dev-nf4, lorashare;
+                                    NAME:option=value,... passes options of `compress`, with
+                                    @calibration for the collection's calibration text
+    --resume                        take points that were measured before with the same code and
+                                    settings; without it everything is measured again
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fidelity import ours, seeds
+from fidelity.built import Built, OutOfReachError
+from fidelity.inputs import CollectionFolder, training_record
+from fidelity.methods import SEEDS, Method, parse_method
+from fidelity.points import Judge, Point, PointStore, measure
+from fidelity.report import SCHEMA_VERSION, can_plot, plot, setting, table, write_json
+
+from vllm_vlora.compression import REPRESENTATION_CHOICES
+from vllm_vlora.errors import OptionError, VLoRAError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COLLECTIONS = Path(".cache/collections")
+RATIOS = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0)
+EXAMPLES = 16
+QUICK_RATIOS, QUICK_EXAMPLES, QUICK_TASKS = (4.0, 12.0), 4, 2
+CACHE = Path(".cache/bench_fidelity")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same over all points of one collection."""
+
+    collection: CollectionFolder
+    judge: Judge
+    store: PointStore
+    seeds_environment: Path
+    resume: bool
+
+    def points(self, method: Method, ratios: Sequence[float]) -> Iterator[Point]:
+        """A point for every ratio, measured or taken from the store."""
+        kept = {ratio: self._kept(method, ratio) for ratio in ratios}
+        missing = [ratio for ratio, point in kept.items() if point is None]
+        with tempfile.TemporaryDirectory(prefix="bench-fidelity-") as scratch:
+            work = {ratio: Path(scratch) / f"{ratio:g}" for ratio in missing}
+            if missing and method.is_seed:
+                python = seeds.make_environment(self.seeds_environment)
+                outputs = {work[ratio]: ratio for ratio in missing}
+                seeds.run_worker(python, method.representation, self.collection, outputs)
+            for ratio in ratios:
+                point = kept[ratio] or self._measure(method, ratio, work[ratio])
+                yield point
+
+    def _kept(self, method: Method, ratio: float) -> Point | None:
+        return self.store.read(self._key(method, ratio)) if self.resume else None
+
+    def _key(self, method: Method, ratio: float) -> str:
+        return self.store.key(self.collection, method, ratio)
+
+    def _measure(self, method: Method, ratio: float, folder: Path) -> Point:
+        point: Point = {
+            "collection": self.collection.name,
+            "representation": method.label,
+            "ratio_asked": ratio,
+        }
+        started = time.perf_counter()
+        try:
+            built = self._build(method, ratio, folder)
+            point |= measure(self.judge, self.collection, built)
+        except OutOfReachError as error:
+            point["reason"] = str(error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        point["seconds_in_all"] = time.perf_counter() - started
+        self.store.write(self._key(method, ratio), point)
+        return point
+
+    def _build(self, method: Method, ratio: float, folder: Path) -> Built:
+        if method.is_seed:
+            return seeds.read_built(folder, method.representation, self.collection)
+        return ours.build(method, ratio, self.collection, folder)
+
+
+def run_all(options: argparse.Namespace, methods: Sequence[Method]) -> dict[str, Any]:
+    """Measure every point; prints a line for each and writes the JSON file after each method."""
+    report: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "setting": setting(["python", *sys.argv]) | {"examples": options.examples},
+        "collections": {},
+        "points": [],
+    }
+    collections = [CollectionFolder(folder, options.tasks) for folder in options.collections]
+    judge = Judge(options.model, collections, options.examples)
+    store = PointStore(options.cache, str(options.model.resolve()), options.examples)
+    for collection in collections:
+        report["collections"][collection.name] = {
+            "digest": collection.digest,
+            "original_nbytes": collection.original_nbytes(collection.in_basis),
+            "held_out_nbytes": collection.original_nbytes(collection.held_out),
+            "training": training_record(collection.folder),
+        }
+        run = Run(collection, judge, store, options.seeds_environment, options.resume)
+        for method in methods:
+            for point in run.points(method, options.ratios):
+                report["points"].append(point)
+                print(table([point]).splitlines()[-1], flush=True)
+            write_json(report, options.output)
+    return report
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path(".cache/smollm2"))
+    parser.add_argument(
+        "--collections",
+        type=Path,
+        nargs="+",
+        default=[COLLECTIONS / "unrelated", COLLECTIONS / "family"],
+    )
+    parser.add_argument("--representations", nargs="+", metavar="NAME[:option=value,...]")
+    parser.add_argument("--ratios", type=float, nargs="+")
+    parser.add_argument("--examples", type=int, help=f"a task (default: {EXAMPLES})")
+    parser.add_argument("--tasks", type=int, help="of each kind (default: all)")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--cache", type=Path, default=CACHE / "points")
+    parser.add_argument("--seeds-environment", type=Path, default=CACHE / "seeds")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "fidelity-cpu.json")
+    parser.add_argument("--plot", type=Path, help="picture (default: beside the JSON file, .svg)")
+    options = parser.parse_args(arguments)
+    options.representations = options.representations or [*REPRESENTATION_CHOICES, *SEEDS]
+    options.ratios = options.ratios or (QUICK_RATIOS if options.quick else RATIOS)
+    options.examples = options.examples or (QUICK_EXAMPLES if options.quick else EXAMPLES)
+    options.tasks = options.tasks or (QUICK_TASKS if options.quick else None)
+    options.plot = options.plot or options.output.with_suffix(".svg")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        methods = [parse_method(text) for text in options.representations]
+        if not options.model.is_dir():
+            raise OptionError(
+                f"no model in {options.model}; make it with examples/demo/prepare_model.py"
+            )
+        report = run_all(options, methods)
+    except VLoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(report["points"]))
+    if can_plot():
+        plot(report, options.plot)
+    else:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

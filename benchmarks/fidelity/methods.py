@@ -1,0 +1,77 @@
+"""What is compared: our representations with options, and the seed libraries."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fidelity.inputs import CollectionFolder
+from vllm_vlora import CompressOptions
+from vllm_vlora.errors import OptionError
+
+SEEDS = {
+    "vlora-dev": {"library": "vlora-dev", "nf4": False},
+    "vlora-dev-nf4": {"library": "vlora-dev", "nf4": True},
+    "lorashare": {"library": "lorashare", "nf4": False},
+}
+CALIBRATION = "@calibration"
+"""Stands in an option for the collection's own calibration text."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the plot.
+
+    Attributes:
+        label: as it was asked for: ``joint``, ``joint:quantize=nf4``, ``lorashare``.
+        representation: of ours, or the name of a seed.
+        options: further fields of ``CompressOptions``; empty for a seed.
+    """
+
+    label: str
+    representation: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def is_seed(self) -> bool:
+        """Whether a seed library does it."""
+        return self.representation in SEEDS
+
+    def compress_options(self, ratio: float, collection: CollectionFolder) -> CompressOptions:
+        """Options of ``compress`` for a ratio."""
+        options = {
+            name: str(collection.calibration) if value == CALIBRATION else value
+            for name, value in self.options
+        }
+        return CompressOptions(representation=self.representation, ratio=ratio, **options)
+
+
+def parse_method(text: str) -> Method:
+    """``NAME`` or ``NAME:option=value,option=value``.
+
+    Raises:
+        OptionError: no such representation, seed or option.
+    """
+    name, _, rest = text.partition(":")
+    options = tuple(_parse_option(text, part) for part in rest.split(",") if part)
+    if name in SEEDS:
+        if options:
+            raise OptionError(f"{text}: a seed library takes no options here; leave them out")
+        return Method(text, name)
+    method = Method(text, name, options)
+    # Built once for its checks: a run of an hour should not end at a typing error.
+    method.compress_options(4.0, CollectionFolder(Path()))
+    return method
+
+
+def _parse_option(text: str, part: str) -> tuple[str, Any]:
+    name, equals, value = part.partition("=")
+    known = {field.name for field in fields(CompressOptions)} - {"representation", "ratio"}
+    if not equals or name not in known:
+        raise OptionError(f"{text}: unknown option {part!r}; use NAME=VALUE with {sorted(known)}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -1,0 +1,149 @@
+"""The JSON file, the table and the plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fidelity.points import Point
+from fidelity.seeds import PINS
+
+SCHEMA_VERSION = 1
+KINDS = {"in_basis": ("in basis", "ratio"), "held_out": ("added later", "ratio_with_added")}
+"""Kind of task -> its name, and the ratio of the files that hold it."""
+_LIBRARIES = ("vllm-vlora", "torch", "transformers", "safetensors")
+
+
+def setting(command: Sequence[str]) -> dict[str, Any]:
+    """Command, versions and machine."""
+    return {
+        "command": " ".join(command),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _LIBRARIES} | PINS,
+        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_model() -> str:
+    """Its name as Linux tells it, else the platform's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write the report beside and move it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+# --- table ---------------------------------------------------------------------------------------
+
+
+def table(points: Iterable[Point]) -> str:
+    """Markdown: a row a point; recovered fractions in per cent, mean and worst task."""
+    lines = [
+        "| collection | representation | asked | ratio | in basis | worst | added | worst | error |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += (_row(point) for point in points)
+    return "\n".join(lines)
+
+
+def _row(point: Point) -> str:
+    head = f"| {point['collection']} | {point['representation']} | {point['ratio_asked']:g}"
+    if "reason" in point:
+        return f"{head} | out of reach | | | | | |"
+    cells = [f"{point['ratio']:.2f}"]
+    for kind in KINDS:
+        figures = point[kind]
+        cells += [f"{100 * figures[name]:.1f}" if figures else "" for name in ("mean", "worst")]
+    inside = point["in_basis"]
+    cells.append(f"{inside['mean_error']:.3f}" if inside else "")
+    return " | ".join([head, *cells]) + " |"
+
+
+# --- plot ----------------------------------------------------------------------------------------
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def lines_of(
+    points: Iterable[Point], collection: str, kind: str
+) -> dict[str, list[tuple[float, float, float]]]:
+    """Representation -> (ratio reached, mean, worst recovered fraction), by ratio.
+
+    Sizes that a method reaches for several ratios asked are one place.
+    """
+    _, ratio = KINDS[kind]
+    lines: dict[str, dict[float, tuple[float, float, float]]] = {}
+    for point in points:
+        if point["collection"] == collection and point.get(kind):
+            figures = point[kind]
+            place = (point[ratio], figures["mean"], figures["worst"])
+            lines.setdefault(point["representation"], {})[point[ratio]] = place
+    return {name: [line[at] for at in sorted(line)] for name, line in lines.items()}
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Mean recovered fraction against ratio: a panel for each collection and kind of task.
+
+    A thin dashed line is the worst task.
+
+    Raises:
+        ValueError: matplotlib knows no picture of the kind that ``path`` ends with.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Without it an SVG differs from run to run.
+    matplotlib.rcParams["svg.hashsalt"] = "vllm-vlora"
+    collections = list(report["collections"])
+    figure = Figure(figsize=(5.5 * len(KINDS), 4.2 * len(collections)), layout="constrained")
+    panels = figure.subplots(len(collections), len(KINDS), squeeze=False, sharex=True)
+    names = list(dict.fromkeys(point["representation"] for point in report["points"]))
+    colours = {name: matplotlib.colormaps["tab10"](place % 10) for place, name in enumerate(names)}
+    for row, collection in zip(panels, collections):
+        for axis, kind in zip(row, KINDS):
+            lines = lines_of(report["points"], collection, kind)
+            _draw(axis, lines, colours)
+            axis.set_title(f"{collection}, {KINDS[kind][0]}")
+    figure.supxlabel("times smaller than the adapters' LoRA weights at 16 bits")
+    figure.supylabel("recovered fraction of the adapter's gain (mean of tasks; dashed: worst)")
+    handles = [
+        matplotlib.lines.Line2D([], [], color=colour, marker="o", label=name)
+        for name, colour in colours.items()
+    ]
+    figure.legend(handles=handles, loc="outside right upper")
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _draw(
+    axis: Any, lines: dict[str, list[tuple[float, float, float]]], colours: dict[str, Any]
+) -> None:
+    for name, places in lines.items():
+        ratios, means, worsts = zip(*places)
+        axis.plot(ratios, means, marker="o", markersize=4, color=colours[name])
+        axis.plot(ratios, worsts, linestyle="--", linewidth=0.7, color=colours[name])
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    # Harm has no bottom; what matters is above zero.
+    axis.set_ylim(0, 1.03)
+    axis.grid(alpha=0.3)

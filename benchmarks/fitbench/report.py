@@ -1,0 +1,78 @@
+"""From runs to medians, spreads and ratios, and the table that is printed."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from fitbench.collection import Size
+from fitbench.runs import Run
+
+Cell = dict[str, Any]
+
+
+def summarise(size: Size, k: int, runs: dict[str, list[Run]]) -> Cell:
+    """Everything about one size: a row a contestant, and ratios to ``ours`` in the same run.
+
+    Of a contestant that was stopped, seconds, memory and ratios are lower bounds.
+    """
+    rows = {name: _row(size, past) for name, past in runs.items() if past}
+    reference = rows.get("exact", {}).get("energy")
+    for row in rows.values():
+        row["times_ours"] = row["seconds"] / rows["ours"]["seconds"]
+        row["cpu_times_ours"] = row["cpu_seconds"] / rows["ours"]["cpu_seconds"]
+        if row["energy"] is not None and reference is not None:
+            row["energy_of_exact"] = row["energy"] / reference
+    return {
+        "d_in": size.d_in,
+        "d_out": size.d_out,
+        "adapters": size.adapters,
+        "rank": size.rank,
+        "k": k,
+        "adapter_nbytes": size.adapter_nbytes,
+        "rows": rows,
+    }
+
+
+def _row(size: Size, runs: list[Run]) -> Cell:
+    last = runs[-1]
+    return {
+        "runs": len(runs),
+        "stopped": any(run.stopped for run in runs),
+        "seconds": median(run.seconds for run in runs),
+        "seconds_all": [run.seconds for run in runs],
+        "cpu_seconds": median(run.cpu_seconds for run in runs),
+        "peak_nbytes": max(run.peak_nbytes for run in runs),
+        "peak_above_one_adapter_nbytes": max(run.peak_nbytes for run in runs) - size.adapter_nbytes,
+        "energy": last.energy,
+        "stored_nbytes": None if last.stored_numbers is None else 4 * last.stored_numbers,
+        "details": {key: median(run.details[key] for run in runs) for key in last.details},
+    }
+
+
+def format_cell(cell: Cell, floor_s: float) -> str:
+    """The table of one size."""
+    lines = [
+        f"{cell['d_in']} -> {cell['d_out']}, {cell['adapters']} adapters of rank {cell['rank']}, "
+        f"k {cell['k']} (floor of ours {floor_s:.1f} s)",
+        f"  {'':16}{'seconds':>10}{'min..max':>16}{'x ours':>9}{'x cpu':>9}{'peak MB':>10}"
+        f"{'- adapter':>11}{'energy':>9}{'of exact':>10}{'stored MB':>11}",
+    ]
+    for name, row in cell["rows"].items():
+        least = ">" if row["stopped"] else ""
+        spread = f"{min(row['seconds_all']):.1f}..{max(row['seconds_all']):.1f}"
+        stored = row["stored_nbytes"]
+        lines.append(
+            f"  {name:16}{least + format(row['seconds'], '.1f'):>10}{spread:>16}"
+            f"{least + format(row['times_ours'], '.1f'):>9}"
+            f"{least + format(row['cpu_times_ours'], '.1f'):>9}"
+            f"{least + format(row['peak_nbytes'] / 1e6, '.0f'):>10}"
+            f"{least + format(row['peak_above_one_adapter_nbytes'] / 1e6, '.0f'):>11}"
+            f"{_number(row['energy'], '.4f'):>9}{_number(row.get('energy_of_exact'), '.4f'):>10}"
+            f"{_number(None if stored is None else stored / 1e6, '.1f'):>11}"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

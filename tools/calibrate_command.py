@@ -1,0 +1,153 @@
+"""``calibrate``: gather what a base model's modules see, so that a fit can minimise that."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_vlora.tools.terminal import (
+    AsJson,
+    Verbose,
+    open_console,
+    print_json,
+    progress_bar,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from vllm_vlora.calibration import Calibration
+
+
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The base model: a folder or a Hub id.")
+    ],
+    data: Annotated[
+        list[Path],
+        typer.Argument(metavar="DATA...", help="Text like that of the tasks: .jsonl or .txt."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")
+    ],
+    max_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Stop after N tokens; 0: use all of the text."),
+    ] = 65536,
+    max_length: Annotated[
+        int,
+        typer.Option(metavar="N", help="Tokens of a row; plain text is split, the rest is cut."),
+    ] = 512,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows in a pass.")] = 4,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients/--no-gradients", help="Gather output gradients too, or inputs only."
+        ),
+    ] = True,
+    full: Annotated[
+        int, typer.Option(metavar="D", help="Keep moments of up to D dimensions whole.")
+    ] = 2048,
+    directions: Annotated[
+        int,
+        typer.Option(metavar="P", help="Directions kept of wider moments, beside a diagonal."),
+    ] = 256,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FLOAT",
+            help="The model's: float32, float16 or bfloat16. Default: float32 on CPU, bfloat16 "
+            "elsewhere.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing calibration.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Gather second moments of a base model's modules on some text.
+
+    A compression that is given them minimises what the model sees instead of
+    plain differences of weights. One pass; the result serves every collection
+    of adapters of this base model. Use text like that of the tasks, in the
+    form that they are prompted in. Needs transformers.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora calibrate org/model chats.jsonl -o calibration
+
+    vllm-vlora calibrate models/llama a.jsonl b.txt -o calibration --no-gradients
+    """
+    with reported(verbose):
+        _quieten()
+        from vllm_vlora.atomic import publish_folder
+        from vllm_vlora.calibration import is_calibration
+        from vllm_vlora.tools.gather import GatherOptions
+        from vllm_vlora.tools.gather import calibrate as run
+
+        options = GatherOptions(
+            max_tokens=max_tokens or None,
+            max_length=max_length,
+            batch_size=batch_size,
+            gradients=gradients,
+            full=full,
+            directions=directions,
+            device=device,
+            dtype=dtype,
+        )
+        start = time.perf_counter()
+        # The output is claimed first: a folder that is in the way shows before the long pass.
+        with publish_folder(output, force=force, owned=is_calibration) as folder:
+            with progress_bar(open_console(stderr=True)) as advance:
+                calibration = run(model, data, options, advance)
+            nbytes = calibration.write(folder)
+        summary = summarize(calibration, output, nbytes, time.perf_counter() - start)
+        if as_json:
+            print_json(summary)
+            return
+        console = open_console()
+        console.print(
+            f"{summary['modules']} modules, {summary['moments']} moments "
+            f"({summary['full_moments']} whole), {summary['tokens']} tokens of "
+            f"{summary['examples']} examples"
+        )
+        console.print(f"Wrote {output} ({nbytes / 1e6:.1f} MB) in {summary['seconds']:.1f} s.")
+
+
+def _quieten() -> None:
+    """Hugging Face's own bars would stand beside ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Without transformers there is nothing to quieten; the gathering says what to install.
+    with suppress(ImportError):
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+
+
+def summarize(
+    calibration: Calibration, output: Path, nbytes: int, seconds: float
+) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    import msgspec
+
+    from vllm_vlora.moments import FullMoment
+
+    moments = calibration.moments
+    return {
+        "calibration": str(output),
+        "bytes": nbytes,
+        "seconds": seconds,
+        "modules": len(calibration.modules),
+        "moments": len(moments),
+        "full_moments": sum(isinstance(moment, FullMoment) for moment in moments),
+        **msgspec.to_builtins(calibration.source),
+    }

@@ -1,0 +1,397 @@
+"""``evaluate``: what every task of a checkpoint lost on held-out text, and a gate on the worst."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_vlora.errors import OptionError, OutputError
+from vllm_vlora.tools.terminal import (
+    EXIT_CHECK_FAILED,
+    AsJson,
+    CheckpointRef,
+    Verbose,
+    open_console,
+    print_json,
+    progress_bar,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_vlora.checkpoint import Checkpoint
+
+_DATA_SUFFIXES = (".jsonl", ".txt")
+# Tasks that one line names at most.
+_NAMED_TASKS = 5
+
+
+def evaluate(
+    checkpoint: CheckpointRef,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TASK=FILE",
+            help="Held-out text of a task, .jsonl or .txt; or a folder with a file TASK.jsonl or "
+            "TASK.txt for each task. May be repeated.",
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The base model's folder or Hub id. Default: the one the checkpoint names.",
+            show_default=False,
+        ),
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder with the original adapters in sub-folders, named as the tasks or as when "
+            "they were compressed. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=PATH",
+            help="The original of one task. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    fail_under: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Exit with 1 if a task recovers less than X of its adapter's gain."
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a report with plots.")
+    ] = None,
+    save_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what --json prints to a file.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(metavar="N", help="Cut examples to N tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Examples in a forward pass.")] = 4,
+    max_examples: Annotated[
+        int | None, typer.Option(metavar="N", help="Use the first N examples of each file.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FLOAT",
+            help="The base model's: float32, float16 or bfloat16. Default: float32 on CPU, "
+            "bfloat16 elsewhere.",
+        ),
+    ] = None,
+    greedy_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Compare N greedily generated tokens; 0: none.")
+    ] = 16,
+    losses_only: Annotated[
+        bool, typer.Option("--losses-only", help="No KL and no agreement: quicker.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure what each task kept of its adapter, on held-out text.
+
+    Recovered is (loss of the base - loss of the task) / (loss of the base -
+    loss of the original adapter): 1 says that nothing was lost. Give the
+    originals with --adapters or --adapter; without them only losses are
+    reported. Needs transformers and peft.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora evaluate ckpt --base org/model --data heldout/ --adapters loras/
+
+    vllm-vlora evaluate ckpt --base models/llama --data sql=sql.jsonl
+    --adapter sql=runs/sql --html report.html
+
+    vllm-vlora evaluate ckpt --data heldout/ --adapters loras/ --fail-under 0.95
+    """
+    with reported(verbose):
+        for target in (html, save_json):
+            _check_target(target)
+        from vllm_vlora.checkpoint import Checkpoint
+
+        opened = Checkpoint.open(checkpoint)
+        files = find_data(opened, data)
+        originals = find_originals(opened, adapters or [], adapter or [])
+        if fail_under is not None:
+            _check_gate(files, originals)
+        with progress_bar(open_console(stderr=True)) as advance:
+            from vllm_vlora.tools.evaluator import (
+                EvaluationOptions,
+                Evaluator,
+                evaluate_checkpoint,
+            )
+
+            _quieten()
+            options = EvaluationOptions(
+                max_length, batch_size, max_examples, device, dtype, greedy_tokens
+            )
+            advance("load the base model", 0, 1)
+            evaluator = Evaluator(base or _recorded_base(opened), files, options)
+            report = evaluate_checkpoint(
+                evaluator,
+                opened,
+                originals,
+                losses_only=losses_only,
+                command=_command(),
+                progress=advance,
+            )
+        found = report.to_dict()
+        _write_reports(found, html, save_json)
+        if as_json:
+            print_json(found)
+        else:
+            print_report(open_console(), found)
+            if html is not None:
+                open_console().print(f"Wrote {html}", soft_wrap=True)
+        if fail_under is not None:
+            failure = gate_failure(found, fail_under)
+            if failure is not None:
+                open_console(stderr=True).print(failure, style="red", soft_wrap=True)
+                raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+# --- what is evaluated ----------------------------------------------------------------------------
+
+
+def find_data(checkpoint: Checkpoint, given: Iterable[str]) -> dict[str, list[Path]]:
+    """Task id -> data files, from ``TASK=FILE`` and from folders of files named as tasks.
+
+    Raises:
+        OptionError: not of that form, or a folder has no file of any task.
+        TaskNotFoundError: the checkpoint has no such task.
+    """
+    found: dict[str, list[Path]] = {}
+    for text in given:
+        if Path(text).expanduser().is_dir():
+            folder = Path(text).expanduser()
+            # By listing, since a task may be called "../x".
+            names = {
+                child.stem: child
+                for child in sorted(folder.iterdir())
+                if child.suffix in _DATA_SUFFIXES and child.is_file()
+            }
+            matches = _match_tasks(checkpoint, names)
+            if not matches:
+                raise OptionError(
+                    f"--data {text}: no file there is named as a task of {checkpoint.path} with "
+                    ".jsonl or .txt; give --data TASK=FILE"
+                )
+        else:
+            matches = dict([_parse_pair(checkpoint, "--data", text, "FILE")])
+        for task, path in matches.items():
+            found.setdefault(task, []).append(path)
+    # In the checkpoint's order, whatever the order of the options.
+    return {task: found[task] for task in checkpoint.tasks if task in found}
+
+
+def find_originals(
+    checkpoint: Checkpoint, folders: Iterable[str], named: Iterable[str]
+) -> dict[str, Path]:
+    """Task id -> folder of its original; a folder given by name goes before one that was found.
+
+    In a folder of adapters the sub-folder counts that has the task's id, its portable name, or the
+    name that the adapter had when it was compressed, if one task alone had it.
+
+    Raises:
+        OptionError: not of the form ``TASK=PATH``, or a folder has no original of any task.
+        TaskNotFoundError: the checkpoint has no such task.
+    """
+    found: dict[str, Path] = {}
+    for text in folders:
+        folder = Path(text).expanduser()
+        if not folder.is_dir():
+            raise OptionError(f"--adapters {text}: no such folder")
+        names = {
+            child.name: child
+            for child in sorted(folder.iterdir())
+            if (child / "adapter_config.json").is_file()
+        }
+        matches = _match_tasks(checkpoint, names, by_source=True)
+        if not matches:
+            raise OptionError(
+                f"--adapters {text}: no sub-folder is an adapter that a task of {checkpoint.path} is "
+                "named after; give --adapter TASK=PATH"
+            )
+        found = {**matches, **found}
+    found.update(_parse_pair(checkpoint, "--adapter", text, "PATH") for text in named)
+    return found
+
+
+def _match_tasks(
+    checkpoint: Checkpoint, paths: Mapping[str, Path], *, by_source: bool = False
+) -> dict[str, Path]:
+    from vllm_vlora.task_ids import encode_task_id
+
+    sources = [record.source for record in checkpoint.tasks.values()]
+    found = {}
+    for task, record in checkpoint.tasks.items():
+        names = [task, encode_task_id(task)]
+        if by_source and sources.count(record.source) == 1:
+            names.append(record.source)
+        path = next((paths[name] for name in names if name in paths), None)
+        if path is not None:
+            found[task] = path
+    return found
+
+
+def _parse_pair(checkpoint: Checkpoint, option: str, text: str, what: str) -> tuple[str, Path]:
+    # A task id may hold "=", so known ids come first, the longest one before all.
+    known = [task for task in checkpoint.tasks if text.startswith(f"{task}=")]
+    task = max(known, key=len) if known else text.partition("=")[0]
+    path = text[len(task) + 1 :]
+    if not task or not path:
+        raise OptionError(f"{option} {text!r} is neither a folder nor of the form TASK={what}")
+    checkpoint.record(task)
+    return task, Path(path).expanduser()
+
+
+def _recorded_base(checkpoint: Checkpoint) -> str:
+    if checkpoint.base_model is None:
+        raise OptionError(f"{checkpoint.path} names no base model; give it with --base MODEL")
+    return checkpoint.base_model
+
+
+def _check_gate(files: Mapping[str, Any], originals: Mapping[str, Any]) -> None:
+    missing = [task for task in files if task not in originals]
+    if missing:
+        raise OptionError(
+            f"--fail-under needs the original of every task with data; give that of {missing[0]!r} "
+            "with --adapters DIR or --adapter TASK=PATH"
+        )
+
+
+def _check_target(target: Path | None) -> None:
+    """Found out before the evaluation, which takes long."""
+    if target is None:
+        return
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; give the name of a file")
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise OutputError(
+            f"{target}: its folder does not exist or cannot be written; make it first"
+        )
+
+
+def _quieten() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def gate_failure(found: Mapping[str, Any], threshold: float) -> str | None:
+    """Why a report does not pass ``--fail-under``, in one line; None if it does.
+
+    A task without a recovered fraction neither passes nor fails; a report without any fails.
+    """
+    judged = [task for task in found["tasks"] if task["recovered"] is not None]
+    if not judged:
+        return f"no task could be judged against {threshold:g}: {found['tasks'][0]['undefined_because']}"
+    below = sorted(
+        (task for task in judged if task["recovered"] < threshold), key=lambda t: t["recovered"]
+    )
+    if not below:
+        return None
+    named = _some([f"{task['task']} {task['recovered']:.4f}" for task in below])
+    return f"{len(below)} of {len(judged)} tasks recover less than {threshold:g}: {named}"
+
+
+def _write_reports(found: Mapping[str, Any], html: Path | None, save_json: Path | None) -> None:
+    if html is not None:
+        from vllm_vlora.tools.html_report import render_report
+
+        html.write_text(render_report(found), encoding="utf-8")
+    if save_json is not None:
+        import json
+
+        text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
+        save_json.write_text(text + "\n", encoding="utf-8")
+
+
+def print_report(console: Console, found: Mapping[str, Any]) -> None:
+    """The table of tasks, the figures over all, and what a reader must know beside them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_vlora.card import format_bytes
+    from vllm_vlora.tools.summary import line
+
+    table = Table(header_style="bold")
+    table.add_column("Task", overflow="fold")
+    headings = ("Base", "Adapter", "Task's loss", "Recovered", "95 %", "Agree", "Greedy", "KL")
+    for heading in (*headings, "Error", "Size", "Tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task in found["tasks"]:
+        greedy = task["greedy"]
+        interval = task["recovered_interval"]
+        table.add_row(
+            Text(task["task"]),
+            _number(task["base_loss"]),
+            _number(task["adapter_loss"]),
+            _number(task["compressed_loss"]),
+            _number(task["recovered"]),
+            "-" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}",
+            _number(task["agreement"]),
+            "-" if greedy is None else f"{greedy['tokens']:.1f} of {greedy['possible']:.1f}",
+            _number(task["kl"]),
+            _number(task["error"]),
+            format_bytes(task["bytes"]),
+            str(task["tokens"]),
+        )
+    console.print(table)
+    overall = found["recovered"]
+    if overall["judged"]:
+        line(
+            console,
+            f"Recovered: mean {overall['mean']:.4f}, median {overall['median']:.4f}, worst "
+            f"{overall['worst']:.4f} ({overall['worst_task']}); {overall['judged']} of "
+            f"{len(found['tasks'])} tasks, {found['ratio']:.2f}x smaller",
+            style="bold",
+        )
+    for task in found["tasks"]:
+        if task["undefined_because"]:
+            line(
+                console, f"{task['task']}: not judged: {task['undefined_because']}", style="yellow"
+            )
+    if found["not_evaluated"]:
+        line(console, f"no data, left out: {_some(found['not_evaluated'])}", style="yellow")
+    line(
+        console,
+        "Losses and KL: nats per supervised token. Greedy: first tokens that agree. Error: relative, "
+        "Frobenius. 95 %: bootstrap over examples.",
+        style="dim",
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)})" if len(names) > _NAMED_TASKS else ""
+    return ", ".join(names[:_NAMED_TASKS]) + more
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,262 @@
+"""The fidelity report as one HTML page that opens without a network and runs no script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from vllm_vlora.card import format_bytes
+from vllm_vlora.evaluation import SPECTRUM_QUANTILES, module_kind, module_layer
+from vllm_vlora.tools import plots
+
+_BARS = 100
+# Modules without a number in their name (lm_head) stand in a column of their own.
+_NO_LAYER = "none"
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d5dae0;
+  --quiet: #5b6570; --data: #2f6db5; --hot: #b5432f; --cold: #2f6db5; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --paper: #15181c; --soft: #1f242a;
+  --line: #38404a; --quiet: #9aa5b1; --data: #6ea8e8; --hot: #f08a6c; --cold: #6ea8e8; } }
+body { margin: 0 auto; padding: 1.5rem; max-width: 68rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 0.4rem; }
+p, figcaption { color: var(--quiet); margin: 0.3rem 0; max-width: 60rem; overflow-wrap: anywhere; }
+figure, .scroll { margin: 0.6rem 0; overflow-x: auto; }
+.figures { display: flex; flex-wrap: wrap; gap: 0.7rem; margin: 1.2rem 0; }
+.figures div { background: var(--soft); border-radius: 6px; padding: 0.6rem 1rem; }
+.figures b { display: block; font-size: 1.4rem; }
+.figures span { color: var(--quiet); overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: top; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+svg { display: block; } svg .note { font-size: 11px; fill: var(--quiet); }
+svg .name { font-size: 12px; fill: var(--ink); font-weight: 600; }
+svg .grid { stroke: var(--line); } svg .axis { stroke: var(--quiet); }
+svg .limit { stroke: var(--ink); } svg .mark { fill: var(--data); fill-opacity: 0.75; }
+svg .band { fill: var(--data); fill-opacity: 0.25; }
+svg .curve { fill: none; stroke: var(--data); stroke-width: 2; }
+svg .heat { fill: var(--hot); } svg .cold { fill: var(--cold); }
+"""
+# Whatever a task is called, a browser will neither run nor fetch anything.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def render_report(found: Mapping[str, Any]) -> str:
+    """An HTML page from ``EvaluationReport.to_dict()``.
+
+    Text from outside (task ids, paths, module names) is escaped. The page has no script and no address
+    of another file, and its policy forbids both.
+    """
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
+        f"<title>Fidelity of {escape(found['checkpoint'])}</title>",
+        f"<style>{_STYLE}</style></head><body>",
+        *_head(found),
+        *_table_of_tasks(found["tasks"]),
+        *_recovered_figures(found["tasks"]),
+        *_error_figure(found["tasks"]),
+        *_spectra_figure(found["spectra"]),
+        *_similarity_figure(found),
+        *_provenance(found),
+        "</body></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _head(found: Mapping[str, Any]) -> Iterator[str]:
+    overall, tasks = found["recovered"], found["tasks"]
+    yield "<h1>What the tasks kept</h1>"
+    yield f"<p>{escape(found['checkpoint'])} on {escape(found['base_model'])}</p>"
+    yield '<div class="figures">'
+    if overall["judged"]:
+        yield _tile("worst recovered", _number(overall["worst"]), overall["worst_task"])
+        yield _tile("median", _number(overall["median"]), "")
+        yield _tile("mean", _number(overall["mean"]), f"{overall['judged']} tasks judged")
+    ratio = "-" if found["ratio"] is None else f"{found['ratio']:.2f}x"
+    sizes = f"{format_bytes(found['original_bytes'])} to {format_bytes(found['bytes'])}"
+    yield _tile("smaller", ratio, f"{sizes}; shared bases {format_bytes(found['basis_bytes'])}")
+    yield _tile("tasks", str(len(tasks)), f"{len(found['not_evaluated'])} more without data")
+    yield "</div>"
+    yield (
+        "<p>Recovered is (loss of the base - loss of the task) / (loss of the base - loss of the "
+        "original adapter) on held-out text: 1 says that nothing was lost, 0 that the task does no "
+        "more than the base. It is not clipped. Intervals are 95 % bootstrap intervals over "
+        "examples, drawn in pairs.</p>"
+    )
+
+
+def _tile(label: str, value: str, more: str) -> str:
+    return f"<div>{escape(label)}<b>{escape(value)}</b><span>{escape(more)}</span></div>"
+
+
+def _table_of_tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "<h2>Tasks</h2>"
+    headings = ("Task", "Base", "Adapter", "Task's loss", "Recovered", "95 %", "Agreement", "Greedy",
+                "KL", "Error", "Size", "Ratio", "Examples", "Tokens", "Stored as")  # fmt: skip
+    rows = []
+    for task in tasks:
+        greedy, interval = task["greedy"], task["recovered_interval"]
+        rows.append(
+            (
+                task["task"],
+                _number(task["base_loss"]),
+                _number(task["adapter_loss"]),
+                _number(task["compressed_loss"]),
+                _number(task["recovered"]),
+                "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
+                _number(task["agreement"]),
+                "-" if greedy is None else f"{greedy['tokens']:.1f} of {greedy['possible']:.1f}",
+                _number(task["kl"]),
+                _number(task["error"]),
+                format_bytes(task["bytes"]),
+                "-" if task["ratio"] is None else f"{task['ratio']:.2f}x",
+                str(task["examples"]),
+                str(task["tokens"]),
+                ", ".join(f"{name} ({count})" for name, count in task["stored_as"].items()),
+            )
+        )
+    yield _table(headings, rows, text=(0, len(headings) - 1))
+    yield (
+        "<p>Losses and KL(adapter || task) are nats per supervised token. Agreement: share of "
+        "supervised positions with the same most likely token. Greedy: first generated tokens that "
+        "agree with the adapter's, of those that could. Error: relative, Frobenius.</p>"
+    )
+    for task in tasks:
+        if task["undefined_because"]:
+            yield (
+                f"<p><b>{escape(task['task'])}</b>: no recovered fraction: "
+                f"{escape(task['undefined_because'])}</p>"
+            )
+
+
+def _recovered_figures(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    judged = sorted(
+        (task for task in tasks if task["recovered"] is not None), key=lambda t: t["recovered"]
+    )
+    if not judged:
+        return
+    shown = [
+        plots.Bar(task["task"], task["recovered"], _pair(task["recovered_interval"]))
+        for task in judged[:_BARS]
+    ]
+    cut = f" The worst {_BARS} of {len(judged)} tasks are shown." if len(judged) > _BARS else ""
+    yield "<h2>Recovered fraction, worst first</h2>"
+    yield _figure(plots.bars(shown), f"Lines are 95 % intervals; the axis line stands at 1.{cut}")
+    points = [plots.Point(t["task"], t["bytes"], t["recovered"]) for t in judged if t["bytes"]]
+    if points:
+        yield "<h2>Size against recovered fraction</h2>"
+        caption = "One point a task: bytes of its file, without its share of the shared bases."
+        yield _figure(plots.scatter(points, "bytes of the task", "recovered"), caption)
+
+
+def _error_figure(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    sums: dict[tuple[str, str], list[float]] = {}
+    layers: set[int] = set()
+    for task in tasks:
+        for name, error in task["module_errors"].items():
+            layer = module_layer(name)
+            layers |= set() if layer is None else {layer}
+            column = _NO_LAYER if layer is None else str(layer)
+            if error is not None:
+                sums.setdefault((module_kind(name), column), []).append(error**2)
+    if not sums:
+        return
+    cells = {place: math.sqrt(sum(found) / len(found)) for place, found in sums.items()}
+    columns = [str(layer) for layer in sorted(layers)]
+    columns += [_NO_LAYER] if any(column == _NO_LAYER for _, column in cells) else []
+    recorded = sum(task["errors_from"] == "checkpoint" for task in tasks)
+    source = "Measured against the originals."
+    if recorded:
+        source = (
+            f"For {recorded} of {len(tasks)} tasks as recorded at compression: no original given."
+        )
+    yield "<h2>Relative error by layer and module</h2>"
+    yield _figure(
+        plots.heatmap(cells, sorted({kind for kind, _ in cells}), columns, "Relative error"),
+        f"Root mean square over tasks of the relative error of delta_W (Frobenius). {source}",
+    )
+
+
+def _spectra_figure(spectra: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "<h2>Spectra</h2>"
+    if not spectra:
+        yield "<p>No original given.</p>"
+        return
+    low, middle, high = (f"{share:g}" for share in SPECTRUM_QUANTILES)
+    panels = [
+        plots.Band(
+            spectrum["kind"],
+            spectrum["quantiles"][low],
+            spectrum["quantiles"][middle],
+            spectrum["quantiles"][high],
+            spectrum["kept_rank"],
+        )
+        for spectrum in spectra
+    ]
+    yield _figure(
+        plots.spectra(panels),
+        "Singular values of the original delta_W, each module's scaled to norm 1: median over tasks "
+        "and layers, and the range from the 10th to the 90th percentile. The upright line stands "
+        "after the median rank that the checkpoint keeps.",
+    )
+
+
+def _similarity_figure(found: Mapping[str, Any]) -> Iterator[str]:
+    yield "<h2>Similarity of tasks</h2>"
+    if found["similarity"] is None:
+        yield "<p>Needs the originals of at least two tasks.</p>"
+        return
+    labels, cosines = found["similarity"]["tasks"], found["similarity"]["cosines"]
+    having = sum(task["original"] is not None for task in found["tasks"])
+    cut = f" The first {len(labels)} of {having} tasks are shown." if having > len(labels) else ""
+    order = "Rows and columns are in the table's order."
+    yield _figure(
+        plots.similarity(labels, cosines),
+        "Cosine between the original updates, all modules together: full colour is 1, none is 0, "
+        f"the other colour is below zero. {order}{cut}",
+    )
+
+
+def _provenance(found: Mapping[str, Any]) -> Iterator[str]:
+    yield "<h2>How it was measured</h2>"
+    yield _table(("", ""), list(found["setting"].items()), text=(0, 1))
+    yield f"<p>{found['seconds']:.1f} seconds.</p>"
+    yield "<h2>Data</h2>"
+    rows = [
+        (task["task"], ", ".join(task["data"]), task["data_sha256"], str(task["left_out"]))
+        for task in found["tasks"]
+    ]
+    yield _table(("Task", "Files", "SHA-256", "Left out"), rows, text=(0, 1, 2))
+    yield "<p>Left out: examples without a supervised token within the length that was read.</p>"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
+    def cells(tag: str, values: Sequence[str]) -> str:
+        kinds = [' class="text"' if place in text else "" for place in range(len(values))]
+        return "".join(
+            f"<{tag}{kind}>{escape(value)}</{tag}>" for kind, value in zip(kinds, values)
+        )
+
+    head = f"<thead><tr>{cells('th', headings)}</tr></thead>" if any(headings) else ""
+    body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table>{head}<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval[0], interval[1])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
