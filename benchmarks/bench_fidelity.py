@@ -14,8 +14,9 @@ tensor files. The seed libraries write float32; their float32 tensors are counte
 
     --quick                         a smoke run: two tasks of each kind, few examples, two ratios
     --representations NAME ...      auto, private, joint, ...; vlora-dev, vlora-dev-nf4, lorashare;
-                                    NAME:option=value,... passes options of `compress`, with
-                                    @calibration for the collection's calibration text
+                                    NAME:option=value,... passes options of `compress`;
+                                    calibration=@calibration gathers moments on the collection's
+                                    calibration text
     --resume                        take points that were measured before with the same code and
                                     settings; without it everything is measured again
 """
@@ -34,13 +35,14 @@ from typing import Any
 
 from fidelity import ours, seeds
 from fidelity.built import Built, OutOfReachError
+from fidelity.calibrations import Calibrations
 from fidelity.inputs import CollectionFolder, training_record
 from fidelity.methods import SEEDS, Method, parse_method
 from fidelity.points import Judge, Point, PointStore, measure
 from fidelity.report import SCHEMA_VERSION, can_plot, plot, setting, table, write_json
 
-from vllm_vlora.compression import REPRESENTATION_CHOICES
 from vllm_vlora.errors import OptionError, VLoRAError
+from vllm_vlora.options import REPRESENTATION_CHOICES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLLECTIONS = Path(".cache/collections")
@@ -56,6 +58,7 @@ class Run:
 
     collection: CollectionFolder
     judge: Judge
+    calibrations: Calibrations
     store: PointStore
     seeds_environment: Path
     resume: bool
@@ -101,7 +104,8 @@ class Run:
     def _build(self, method: Method, ratio: float, folder: Path) -> Built:
         if method.is_seed:
             return seeds.read_built(folder, method.representation, self.collection)
-        return ours.build(method, ratio, self.collection, folder)
+        calibration = self.calibrations.folder(self.collection) if method.is_calibrated else None
+        return ours.build(method, ratio, self.collection, calibration, folder)
 
 
 def run_all(options: argparse.Namespace, methods: Sequence[Method]) -> dict[str, Any]:
@@ -114,7 +118,8 @@ def run_all(options: argparse.Namespace, methods: Sequence[Method]) -> dict[str,
     }
     collections = [CollectionFolder(folder, options.tasks) for folder in options.collections]
     judge = Judge(options.model, collections, options.examples)
-    store = PointStore(options.cache, str(options.model.resolve()), options.examples)
+    calibrations = Calibrations(options.model, options.cache / "calibrations", options.resume)
+    store = PointStore(options.cache / "points", str(options.model.resolve()), options.examples)
     for collection in collections:
         report["collections"][collection.name] = {
             "digest": collection.digest,
@@ -122,7 +127,7 @@ def run_all(options: argparse.Namespace, methods: Sequence[Method]) -> dict[str,
             "held_out_nbytes": collection.original_nbytes(collection.held_out),
             "training": training_record(collection.folder),
         }
-        run = Run(collection, judge, store, options.seeds_environment, options.resume)
+        run = Run(collection, judge, calibrations, store, options.seeds_environment, options.resume)
         for method in methods:
             for point in run.points(method, options.ratios):
                 report["points"].append(point)
@@ -148,8 +153,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--tasks", type=int, help="of each kind (default: all)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--cache", type=Path, default=CACHE / "points")
-    parser.add_argument("--seeds-environment", type=Path, default=CACHE / "seeds")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--seeds-environment", type=Path, default=Path(".cache/seeds"))
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "fidelity-cpu.json")
     parser.add_argument("--plot", type=Path, help="picture (default: beside the JSON file, .svg)")
     options = parser.parse_args(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -24,6 +25,8 @@ from fitbench.report import format_cell, summarise
 from fitbench.runs import Policy, Run, start_worker, take_turns
 from fitbench.worker import CONTESTANTS
 
+from vllm_vlora.fit import fit_bases
+
 DESCRIPTION = """\
 Fit one module's shared basis to many adapters, from PEFT folders on disk (in the page cache) to the
 bases and every adapter's loadings in them:
@@ -36,8 +39,8 @@ bases and every adapter's loadings in them:
   exact            all eigenvectors of the matrices that ours approximates (torch.linalg.eigh, float32)
 
 Each measurement is a fresh process. Ours runs before every turn of a rival (A B A C ...), so that a
-drift of the machine hits all alike; a rival that takes more than 60 times our time is stopped, and
-its figures are then lower bounds, marked ">". Memory is the peak of the resident set above what the
+drift of the machine hits all alike; a rival that takes --stop-at times our time is stopped, and its
+figures are then lower bounds, marked ">". Memory is the peak of the resident set above what the
 process had after its imports and a warm-up. Energy is the mean over adapters of
 1 - ||delta_W' - delta_W||^2 / ||delta_W||^2 with float32 storage, k components for everybody. That is
 no equal size: vlora's components are whole adapters, rank times as large as ours, and when k reaches
@@ -51,15 +54,15 @@ large product and of a copy on this machine.
 EPILOG = """\
 examples:
   python benchmarks/bench_fit.py --quick --contestants ours,exact    a check that it runs, seconds
-  python benchmarks/bench_fit.py                                     all sizes
-  python benchmarks/bench_fit.py --sizes 4096x14336 --adapters 500 --stop-at 0
-                                                   the largest, to the end: half an hour
+  python benchmarks/bench_fit.py                                     all sizes, a quarter of an hour
+  python benchmarks/bench_fit.py --sizes 4096x14336 --adapters 500 --stop-at 60
+                                            the largest, with more patience: another quarter
+  python benchmarks/bench_fit.py --own 2 --contestants ours,exact    adapters that share little
 
 Other work on the machine spoils the figures: the load average is printed and stored with them.
 """
 DEFAULT_CONTESTANTS = ("ours", "vlora", "lorashare", "exact")
 SEEDS = {"vlora", "vlora-streaming", "lorashare"}
-PASSES, OVERSAMPLE = 3, 8
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 
@@ -105,25 +108,32 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="of every adapter (default: 16)")
     parser.add_argument("--k", type=int, help="components (default: 128)")
     parser.add_argument(
+        "--own",
+        type=float,
+        default=Spectrum.own,
+        help="norm of an adapter's private part, its share of the common directions having norm one "
+        f"(default: {Spectrum.own})",
+    )
+    parser.add_argument(
         "--contestants",
         type=parse_contestants,
         default=list(DEFAULT_CONTESTANTS),
         help=f"of {', '.join(CONTESTANTS)} (default: {','.join(DEFAULT_CONTESTANTS)})",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each (default: 2)")
     parser.add_argument(
         "--once-above",
         type=float,
-        default=20,
+        default=15,
         metavar="SECONDS",
-        help="a rival that takes longer has one turn (default: 20)",
+        help="a rival that takes longer has one turn (default: 15)",
     )
     parser.add_argument(
         "--stop-at",
         type=float,
-        default=60,
+        default=25,
         metavar="TIMES",
-        help="stop a rival after this multiple of our time; 0 for never (default: 60)",
+        help="stop a rival after this multiple of our time; 0 for never (default: 25)",
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, as a check")
@@ -144,6 +154,8 @@ def parse_arguments() -> argparse.Namespace:
     for option in ("rank", "k", "rounds", "threads"):
         if getattr(args, option) < 1:
             parser.error(f"--{option} must be at least 1")
+    if args.own < 0:
+        parser.error("--own must not be negative")
     if args.plot and not can_plot():
         parser.error("--plot needs matplotlib; leave it out or install matplotlib")
     return args
@@ -186,7 +198,7 @@ def contestant_pythons(args: argparse.Namespace) -> dict[str, str]:
 def measure(size: Size, args: argparse.Namespace, pythons: dict[str, str]) -> dict[str, Any]:
     """Write the collection, run everybody in turns, and summarise."""
     policy = Policy(args.rounds, args.once_above, args.stop_at or None)
-    spectrum = Spectrum()
+    spectrum = Spectrum(own=args.own)
     if args.quick:
         spectrum = replace(spectrum, shared=24)
     with tempfile.TemporaryDirectory(prefix="bench-fit-", dir=args.work) as folder:
@@ -239,18 +251,24 @@ def measure_rates(quick: bool) -> dict[str, float]:
 def our_flops(size: Size, k: int) -> float:
     """Of the large products: four a pass, and two for the loadings."""
     numbers = size.adapters * size.rank * (size.d_in + size.d_out)
-    return numbers * (PASSES * 4 * (k + OVERSAMPLE) + 2 * k)
+    return numbers * (our_default("passes") * 4 * (k + our_default("oversample")) + 2 * k)
+
+
+def our_default(name: str) -> int:
+    """Of an argument of ``fit_bases``, with which ours runs."""
+    value: int = inspect.signature(fit_bases).parameters[name].default
+    return value
 
 
 def floor_s(size: Size, k: int, rates: dict[str, float]) -> float:
     """Seconds for our products and reads, if there were nothing else."""
-    nbytes = (PASSES + 1) * size.adapters * size.adapter_nbytes
+    nbytes = (our_default("passes") + 1) * size.adapters * size.adapter_nbytes
     return our_flops(size, k) / rates["flops_per_s"] + nbytes / rates["copied_bytes_per_s"]
 
 
 def estimate_s(size: Size, args: argparse.Namespace) -> float:
-    """Seconds for a size, from what one core of an EPYC of 2025 took; processes take 4 s to start."""
-    ours = 2 + 3e-11 * our_flops(size, args.k)
+    """Seconds for a size, from what one core of an EPYC of 2025 took; processes start in 3 s."""
+    ours = 1 + 2e-11 * our_flops(size, args.k)
     smaller = [min(d, size.adapters * size.rank) for d in (size.d_in, size.d_out)]
     rivals = {
         "vlora": 1.2e-9 * size.adapters * (size.adapters + 100) * size.adapter_nbytes / 4,
@@ -258,10 +276,11 @@ def estimate_s(size: Size, args: argparse.Namespace) -> float:
         "lorashare": 3e-10 * (size.d_in**3 + size.d_out**3),
         "exact": 3.2e-10 * sum(d**3 for d in smaller),
     }
+    chosen = {name: seconds for name, seconds in rivals.items() if name in args.contestants}
+    if not chosen:
+        return args.rounds * (ours + 6)
     total = 0.0
-    for name, seconds in rivals.items():
-        if name not in args.contestants:
-            continue
+    for name, seconds in chosen.items():
         if args.stop_at and name != "exact":
             seconds = min(seconds, args.stop_at * ours)
         turns = 1 if seconds > args.once_above else args.rounds

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import write_tiny_llama
 
+from vllm_vlora.calibration import Calibration
 from vllm_vlora.errors import DataError, OptionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -72,12 +73,15 @@ def test_a_folder_without_adapters_says_how_to_make_some(tmp_path: Path) -> None
         _ = CollectionFolder(tmp_path).in_basis
 
 
-def test_a_method_passes_typed_options_on(collection: Path) -> None:
-    found = CollectionFolder(collection)
+def test_a_method_passes_typed_options_on() -> None:
     method = parse_method("joint:quantize=nf4,double_quantize=False,seed=3")
-    options = method.compress_options(6.0, found)
+    options = method.compress_options(6.0, None)
     assert (options.representation, options.ratio) == ("joint", 6.0)
     assert (options.quantize, options.double_quantize, options.seed) == ("nf4", False, 3)
+    assert not method.is_calibrated
+    calibrated = parse_method("auto:calibration=@calibration")
+    assert calibrated.is_calibrated
+    assert calibrated.compress_options(6.0, Path("there")).calibration == "there"
     assert parse_method("lorashare").is_seed
 
 
@@ -142,6 +146,18 @@ def test_a_point_has_the_fraction_of_its_own_losses_and_its_own_ratio(report: An
     rows = [row for row in point["tasks"].values() if not row["held_out"]]
     assert point["in_basis"]["mean"] == pytest.approx(sum(r["recovered"] for r in rows) / 2)
     assert point["in_basis"]["worst"] == min(row["recovered"] for row in rows)
+
+
+def test_a_calibrated_method_sees_the_collections_text(
+    model: Path, collection: Path, tmp_path: Path
+) -> None:
+    label = "joint:calibration=@calibration"
+    found = _run(model, collection, tmp_path, "--representations", label, "joint", "--ratios", "6")
+    (folder,) = (tmp_path / "cache" / "calibrations").iterdir()
+    assert Calibration.open(folder).source.data == ["calibration.jsonl"]
+    plain, calibrated = _point(found, "joint", 6.0), _point(found, label, 6.0)
+    # Another norm is minimised, at a cost in this one.
+    assert calibrated["in_basis"]["mean_error"] > plain["in_basis"]["mean_error"]
 
 
 def test_a_ratio_out_of_reach_is_a_point_with_its_reason(report: Any) -> None:

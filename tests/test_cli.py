@@ -21,9 +21,9 @@ from vllm_vlora import __version__
 from vllm_vlora.adapters import open_adapter, save_adapter
 from vllm_vlora.card import format_bytes, serving_rank
 from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.compression import DEFAULT_RATIO
 from vllm_vlora.manifest import CONFIG_FILE
 from vllm_vlora.memory import plan_memory
+from vllm_vlora.options import DEFAULT_RATIO
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
 
@@ -408,7 +408,7 @@ def test_validate_reports_soundness_and_damage(adapters: Path, tmp_path: Path) -
     assert "2 problems" in text
     data = json.loads(invoke("validate", output, "--json", code=1).stdout)
     assert (data["sound"], len(data["problems"])) == (False, 2)
-    (output / CONFIG_FILE).write_text('{"format_version": 2}')
+    (output / CONFIG_FILE).write_text('{"format_version": 3}')
     assert "upgrade" in error_line("validate", output)
 
 

@@ -24,8 +24,8 @@ LIBRARY_ORDER = [
     "errors", "_version", "modes", "task_ids", "atomic", "hub", "executors", "whitening", "moments",
     "texts", "calibration", "quantize", "options", "peft_config", "adapters", "evaluation", "manifest",
     "checkpoint", "representations", "fit", "flat_fit", "clusters", "collection", "formats", "scratch",
-    "allocation", "measure", "survey", "sharing", "plan", "encoding", "report", "card", "model_layers",
-    "memory", "compression", "export", "validation",
+    "allocation", "measure", "flat", "survey", "sharing", "plan", "encoding", "report", "card",
+    "model_layers", "memory", "compression", "projection", "growth", "editing", "adding", "recovery", "export", "validation",
 ]  # fmt: skip
 
 

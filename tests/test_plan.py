@@ -285,8 +285,8 @@ def test_whitened_losses_equal_those_of_the_dense_product() -> None:
 
 
 def test_a_metric_loses_less_of_what_the_model_sees_than_frobenius_does() -> None:
-    a, b = factors(8, 64, 48)
     generator = torch.Generator().manual_seed(4)
+    a, b = torch.randn(8, 64, generator=generator), torch.randn(48, 8, generator=generator)
     inputs = torch.randn(500, 64, generator=generator) * torch.logspace(0, -2, 64)
     metric = Metric(Whitener.from_moment(inputs.T @ inputs / 500), None)
     plain, white = (

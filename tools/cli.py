@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vllm_vlora._version import __version__
 from vllm_vlora.tools.calibrate_command import calibrate
+from vllm_vlora.tools.compress_command import compress
 from vllm_vlora.tools.evaluate_command import evaluate
 from vllm_vlora.tools.terminal import (
     EXIT_CHECK_FAILED,
@@ -24,7 +24,7 @@ from vllm_vlora.tools.terminal import (
 )
 
 if TYPE_CHECKING:
-    from vllm_vlora.report import CompressReport
+    pass
 
 app = typer.Typer(
     name="vllm-vlora",
@@ -34,31 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Representation(str, Enum):
-    """How tasks are stored."""
-
-    auto = "auto"
-    joint = "joint"
-    private = "private"
-
-
-class Quantize(str, Enum):
-    """Number format of private factors and of shared bases; cores stay floats."""
-
-    auto = "auto"
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
-
-
-class Dtype(str, Enum):
-    """Floating-point format of what is not quantised."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 def main() -> None:
@@ -97,113 +72,7 @@ def vllm_vlora(
     """
 
 
-@app.command()
-def compress(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="CKPT", help="The folder to write.")
-    ],
-    adapters: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="ADAPTER",
-            help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters.",
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID=PATH",
-            help="Give the adapter at PATH the task id ID instead of its folder's name. "
-            "May be repeated.",
-        ),
-    ] = None,
-    ratio: Annotated[
-        float | None,
-        typer.Option(metavar="R", help="Be at least R times smaller than the adapters at 16 bits."),
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            metavar="E", help="Be as small as a relative error of E in the worst task allows."
-        ),
-    ] = None,
-    num_components: Annotated[
-        int | None,
-        typer.Option(metavar="K", help="Make every shared basis K wide (implies joint)."),
-    ] = None,
-    representation: Annotated[
-        Representation,
-        typer.Option(help="Share a basis, do not, or let measured error choose."),
-    ] = Representation.auto,
-    quantize: Annotated[
-        Quantize, typer.Option(help="Number format of private factors and shared bases.")
-    ] = Quantize.auto,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            metavar="FLOAT",
-            help="float32, float16 or bfloat16, where nothing is quantised. "
-            "Default: the adapters' own.",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """Compress adapters of one base model into one checkpoint.
-
-    Give at most one budget: --ratio, --max-error or --num-components;
-    without one the ratio is 3.5. Adapters may differ in rank, alpha and
-    target modules. The checkpoint appears only when it is whole: an
-    interrupted run leaves an old one as it was.
-
-    [bold]Examples[/bold]
-
-    vllm-vlora compress adapters/ -o ckpt --ratio 6
-
-    vllm-vlora compress sql/ org/chat-lora -o ckpt --max-error 0.1
-
-    vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
-    """
-    with reported(verbose):
-        from vllm_vlora.checkpoint import Checkpoint
-        from vllm_vlora.compression import compress as run
-        from vllm_vlora.options import CompressOptions
-        from vllm_vlora.tools import summary as show
-        from vllm_vlora.tools.inputs import collect, expansions
-
-        options = CompressOptions(
-            representation=representation.value,
-            ratio=ratio,
-            max_error=max_error,
-            num_components=num_components,
-            quantize=quantize.value,
-            dtype=dtype.value if dtype else None,
-        )
-        messages = open_console(stderr=True)
-        refs: list[str] = []
-        for given, found in expansions(adapters or []):
-            if found != [given]:
-                show.line(messages, f"{given} is a folder of adapters: {len(found)} found")
-            refs += found
-        collected = collect(refs, name or [])
-        with progress_bar(messages) as advance:
-            report = run(collected, output, options, force=force, progress=advance)
-        for warning in report.warnings:
-            show.line(messages, f"Warning: {warning}", style="yellow")
-        data = show.summarize(Checkpoint.open(output), str(output))
-        data["candidates"] = _candidates(report)
-        data["seconds"] = report.seconds
-        if as_json:
-            print_json(data)
-            return
-        console = open_console()
-        show.print_tasks(console, data)
-        chosen = (report.representation, report.format)
-        show.print_candidates(console, data, chosen, by_error=max_error is not None)
-        show.line(console, f"Wrote {data['checkpoint']} in {report.seconds:.1f} s.")
-        show.print_serving(console, data)
+app.command()(compress)
 
 
 @app.command()
@@ -428,17 +297,3 @@ def plan(
 
 app.command()(calibrate)
 app.command()(evaluate)
-
-
-def _candidates(report: CompressReport) -> list[dict[str, Any]]:
-    """What ``auto`` measured, as JSON data."""
-    return [
-        {
-            "representation": candidate.representation,
-            "format": candidate.format,
-            "bytes": candidate.nbytes,
-            "mean_error": candidate.mean_error,
-            "worst_error": candidate.worst_error,
-        }
-        for candidate in report.candidates
-    ]

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -171,7 +171,17 @@ def evaluate(
 # --- what is evaluated ----------------------------------------------------------------------------
 
 
-def find_data(checkpoint: Checkpoint, given: Iterable[str]) -> dict[str, list[Path]]:
+class KnownTasks(Protocol):
+    """The tasks that data can belong to: those of a checkpoint, or of one that is to be made."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tasks(self) -> Mapping[str, Any]: ...
+    def record(self, task: str) -> Any: ...
+
+
+def find_data(checkpoint: KnownTasks, given: Iterable[str]) -> dict[str, list[Path]]:
     """Task id -> data files, from ``TASK=FILE`` and from folders of files named as tasks.
 
     Raises:
@@ -236,11 +246,11 @@ def find_originals(
 
 
 def _match_tasks(
-    checkpoint: Checkpoint, paths: Mapping[str, Path], *, by_source: bool = False
+    checkpoint: KnownTasks, paths: Mapping[str, Path], *, by_source: bool = False
 ) -> dict[str, Path]:
     from vllm_vlora.task_ids import encode_task_id
 
-    sources = [record.source for record in checkpoint.tasks.values()]
+    sources = [record.source for record in checkpoint.tasks.values()] if by_source else []
     found = {}
     for task, record in checkpoint.tasks.items():
         names = [task, encode_task_id(task)]
@@ -252,7 +262,7 @@ def _match_tasks(
     return found
 
 
-def _parse_pair(checkpoint: Checkpoint, option: str, text: str, what: str) -> tuple[str, Path]:
+def _parse_pair(checkpoint: KnownTasks, option: str, text: str, what: str) -> tuple[str, Path]:
     # A task id may hold "=", so known ids come first, the longest one before all.
     known = [task for task in checkpoint.tasks if text.startswith(f"{task}=")]
     task = max(known, key=len) if known else text.partition("=")[0]

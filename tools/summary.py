@@ -178,6 +178,56 @@ def print_candidates(
     console.print(table)
 
 
+def print_curve(console: Console, original_nbytes: int, points: list[dict[str, Any]]) -> None:
+    """What every size would cost."""
+    table = Table(
+        title="Predicted; nothing was written",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+    )
+    for column in ("Ratio", "Size", "Mean error", "Worst error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("Best stored as", overflow="fold")
+    for point in points:
+        table.add_row(
+            f"{point['ratio']:g}x",
+            format_bytes(point["bytes"]),
+            f"{point['mean_error']:.4f}",
+            f"{point['worst_error']:.4f}",
+            f"{point['representation']} {point['format']}",
+        )
+    console.print(table)
+    line(
+        console,
+        f"The adapters take {format_bytes(original_nbytes)} at 16 bits. Error: relative; what it "
+        "does to answers `vllm-vlora evaluate` says.",
+        style="dim",
+    )
+
+
+def print_quality(console: Console, summary: dict[str, Any]) -> None:
+    """Which tasks were given more than others, and what was recovered, where that was asked for."""
+    if summary["raised"]:
+        line(console, f"Given more bytes to pass the gate: {', '.join(summary['raised'])}")
+    recovered = summary.get("recovered", {})
+    defined = {task: value for task, value in recovered.items() if value is not None}
+    if defined:
+        worst = min(defined, key=defined.__getitem__)
+        mean = sum(defined.values()) / len(defined)
+        line(console, f"Recovered: mean {mean:.3f}, worst {defined[worst]:.3f} ({worst})")
+    undefined = [task for task, value in recovered.items() if value is None]
+    if undefined:
+        line(
+            console,
+            "Not judged, since the adapter gains nothing clear on this text: "
+            f"{', '.join(undefined)}",
+            style="yellow",
+        )
+    if summary["kept"]:
+        line(console, f"Kept as they were, since less would not do: {', '.join(summary['kept'])}")
+
+
 def print_overview(console: Console, summary: dict[str, Any]) -> None:
     """Where the checkpoint is, what it is for and how large it is."""
     line(console, f"Checkpoint     {summary['checkpoint']}")

@@ -13,7 +13,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-_BUDGET_ROUNDS = 6
+import numpy as np
+
+_BUDGET_ROUNDS = 12
 # Chains that get a second look where the budget or the error limit cuts the path: only the bytes of
 # about one step are at stake there, however many chains there are.
 _FILLED_CHAINS = 256
@@ -45,10 +47,11 @@ def pareto_front(points: Sequence[Point], most: int) -> list[int]:
     Args:
         most: how many to keep where there are more; the hull is always kept.
     """
-    front: list[int] = []
-    for index in sorted(range(len(points)), key=lambda i: points[i]):
-        if not front or points[index][1] < points[front[-1]][1]:
-            front.append(index)
+    sizes, losses = np.array(points, dtype=float).reshape(-1, 2).T
+    order = np.lexsort((losses, sizes))
+    least = np.minimum.accumulate(losses[order])
+    smaller = np.append(True, least[1:] < least[:-1])[: len(order)]
+    front = order[smaller].tolist()
     if len(front) <= most:
         return front
     kept = set(lower_hull([points[i] for i in front]))
@@ -147,19 +150,29 @@ def fit_to_budget(
     """
     data, files = sizes(path.start)
     best = list(path.start) if files <= limit else None
-    overhead = files - data
+    overhead, best_data = files - data, 0
+    # Where the files do not fit with the overhead assumed, and where it turns out to be too much.
+    least, most = 0, limit
     for _ in range(_BUDGET_ROUNDS):
         chosen = allocate(path, limit - overhead)
         if chosen is None:
-            break
-        data, files = sizes(chosen)
-        if files <= limit:
-            best = chosen
-            if files - data >= overhead:
-                break
-            overhead = files - data
+            most = overhead
         else:
+            data, files = sizes(chosen)
+            if files <= limit:
+                most = overhead
+                if data > best_data:
+                    best, best_data = chosen, data
+                if files - data >= overhead or least >= most:
+                    break
+                overhead = max(files - data, least)
+                continue
+            least = max(least, overhead + 1)
             overhead = max(files - data, overhead + files - limit)
+        if overhead >= most:
+            overhead = (least + most) // 2
+        if least >= most:
+            break
     return best
 
 

@@ -7,6 +7,7 @@ holds one module of one adapter at a time.
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
@@ -20,11 +21,12 @@ import torch
 
 from vllm_vlora.adapters import Adapter
 from vllm_vlora.atomic import publish_folder
+from vllm_vlora.calibration import Calibration
 from vllm_vlora.card import model_card
 from vllm_vlora.checkpoint import CheckpointWriter
 from vllm_vlora.clusters import cluster_tasks
 from vllm_vlora.collection import Collection, Module, Progress, common_base_model
-from vllm_vlora.encoding import Encoder, stored_basis
+from vllm_vlora.encoding import Encoder, stored_basis, stored_flat
 from vllm_vlora.errors import BudgetError, OptionError
 from vllm_vlora.executors import Executor
 from vllm_vlora.formats import Formats, formats_to_try
@@ -35,6 +37,7 @@ from vllm_vlora.plan import (
     Budget,
     Plan,
     Problem,
+    flat_problem,
     joint_problems,
     make_plans,
     mixed_problem,
@@ -51,8 +54,11 @@ _MARGIN = 1e-6
 _PARALLEL_NBYTES = 256 << 20
 # Up to this many (task, module) pairs, every number format is also planned by itself for the report.
 _ALONE_ENTRIES = 20_000
+_FLAT_ADAPTERS = 128
 # Under an error limit: the sizes, of the best plan so far, at which sharing is decided.
 _SIZES = (0.9, 0.6, 0.35)
+# Losses below this are the very numbers, which no basis gives.
+_EXACT = 1e-5
 _CURVE_RATIOS = (2, 3, 3.5, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -142,6 +148,8 @@ class Compression:
 
     Args:
         scratch: an existing folder for what waits between the passes; the caller removes it.
+        bounded: whether the options' budget bounds the widths of bases; otherwise only the originals'
+            size does, for budgets that come later.
     """
 
     def __init__(
@@ -150,6 +158,8 @@ class Compression:
         options: CompressOptions,
         scratch: Path,
         progress: Progress | None = None,
+        *,
+        bounded: bool = True,
     ) -> None:
         self.collection = collection
         self._options = options
@@ -161,11 +171,15 @@ class Compression:
         self._shareable = _modules_to_share(collection, options)
         limit = self.budget().nbytes
         # Under an error limit a joint plan is only wanted if it is smaller than the originals.
-        if options.max_error is not None:
+        if options.max_error is not None or not bounded:
             limit = collection.original_nbytes
         self._settings = SurveySettings(
             self._formats, options.num_components, limit, options.seed, options.calibration
         )
+        if options.calibration is not None:
+            Calibration.open(options.calibration).check_shapes(
+                (module.name, module.d_in, module.d_out) for module in collection.modules.values()
+            )
         self._bases = FittedBases(scratch / "fit")
         self._executor = _executor(collection, options)
         self._refits: dict[Group, int] = {}
@@ -176,14 +190,16 @@ class Compression:
     @cached_property
     def survey(self) -> Survey:
         """What every way of storing each module alone, or on one basis for all, would lose."""
-        options, joint_only = self._options, self._options.shares in ("joint", "factored")
+        options, joint_only = self._options, self._options.shares in ("joint", "factored", "flat")
+        flat = self._tries_flat()
         shared = {module.name for module in self._shareable}
-        sketch = self._may_cluster()
+        sketch, only_flat = self._may_cluster(), options.shares == "flat"
         jobs = [
             SurveyJob(
                 module.name,
                 private=not (joint_only and module.name in shared),
-                groups=((0, module.tasks),) if module.name in shared else (),
+                groups=((0, module.tasks),) if module.name in shared and not only_flat else (),
+                flat=flat and module.name in shared,
                 sketch=sketch and module.name in shared,
             )
             for module in self.collection.modules.values()
@@ -192,6 +208,14 @@ class Compression:
         if joint_only and options.clusters != "auto" and int(options.clusters) > 1:
             survey = self._clustered(survey) or survey
         return survey
+
+    def _tries_flat(self) -> bool:
+        if self._options.shares == "flat":
+            return True
+        # A flat basis holds whole adapters: with many of them it is large, and slow to fit.
+        ranks = {rank for module in self._shareable for rank in module.ranks}
+        few = 2 < len(self.collection.adapters) <= _FLAT_ADAPTERS
+        return self._options.shares == "auto" and len(ranks) == 1 and few
 
     def _may_cluster(self) -> bool:
         clusters = self._options.clusters
@@ -250,14 +274,15 @@ class Compression:
         best = min(plans, key=budget.order, default=None)
         if best is not None and budget.is_perfect(best):
             return plans, misses
-        joint, joint_misses = make_plans(self._joint_problems(), budget)
+        problems = itertools.chain(self._joint_problems(), self._flat_problems())
+        joint, joint_misses = make_plans(problems, budget)
         plans, misses = plans + joint, misses + joint_misses
         if self._options.shares == "auto" and self.survey.joint:
             plans += self._mixed_plans(budget, min(plans, key=budget.order, default=None))
         return plans, misses
 
     def _private_problems(self) -> Iterator[Problem]:
-        if self._options.shares in ("joint", "factored"):
+        if self._options.shares in ("joint", "factored", "flat"):
             return
         labels = self._formats.private_labels
         problems = list(private_problems(self.survey, labels))
@@ -266,26 +291,35 @@ class Compression:
         yield from problems
 
     def _joint_problems(self) -> Iterator[Problem]:
-        if not self.survey.joint:
-            return
+        if self.survey.joint:
+            yield from self._problems_on_bases(self.survey)
+
+    def _problems_on_bases(self, survey: Survey) -> Iterator[Problem]:
+        """Every task on a basis, for each format of the bases and of the cores."""
         shares = "factored" if self._options.shares == "factored" else "joint"
         for label in self._formats.labels:
-            found = next(iter(self.survey.joint.values()))
+            found = next(iter(survey.joint.values()))
             cores = self._formats.cores(found.curves[label].bases[0].format)
-            yield from joint_problems(self.survey, label, cores, shares)
+            yield from joint_problems(survey, label, cores, shares)
+
+    def _flat_problems(self) -> Iterator[Problem]:
+        if self.survey.flat:
+            for label in self._formats.labels:
+                yield flat_problem(self.survey, label)
 
     def _mixed_plans(self, budget: Budget, best: Plan | None) -> list[Plan]:
         """Plans in which some tasks share a basis, with one for all, and with one a cluster."""
+        headers = 0 if best is None else best.nbytes - best.data_nbytes
         sizes: list[int] = []
         if budget.nbytes is not None:
-            sizes = [budget.nbytes]
+            sizes = [budget.nbytes - headers]
         elif best is not None:
-            sizes = [round(best.nbytes * part) for part in _SIZES]
+            sizes = [round(best.data_nbytes * part) for part in _SIZES]
         plans = []
         surveys = [self.survey]
-        clustered = self._clusters
-        if clustered is not None:
-            surveys.append(clustered)
+        if self._clusters is not None:
+            surveys.append(self._clusters)
+            plans += make_plans(self._problems_on_bases(self._clusters), budget)[0]
         for survey in surveys:
             for size in sizes:
                 plan = self._mixed_plan(survey, size, budget)
@@ -298,11 +332,14 @@ class Compression:
         return self._clustered(self.survey)
 
     def _mixed_plan(self, survey: Survey, nbytes: int, budget: Budget) -> Plan | None:
-        sharing = decide_sharing(survey, self._formats, nbytes)
+        # Whoever may lose nothing stays private, and must not keep the others from sharing.
+        alone = () if budget.limits is None else torch.nonzero(budget.limits < _EXACT).flatten()
+        private = frozenset(int(task) for task in alone)
+        sharing = decide_sharing(survey, self._formats, nbytes, private)
         if not sharing.sharers:
             return None
         survey = self._refitted(survey, sharing)
-        sharing = decide_sharing(survey, self._formats, nbytes)
+        sharing = decide_sharing(survey, self._formats, nbytes, private)
         return mixed_problem(survey, sharing).solve(budget) if sharing.sharers else None
 
     def _refitted(self, survey: Survey, sharing: Sharing) -> Survey:
@@ -418,7 +455,8 @@ class Compression:
         writer = CheckpointWriter(folder, base_model or common)
         for module in self.collection.modules.values():
             basis = stored_basis(chosen.plan, self._bases, module)
-            writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis)
+            flat = stored_flat(chosen.plan, self._bases, self.collection, module.name)
+            writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis, flat)
         tasks = []
         for task in range(len(self.collection.task_ids)):
             tasks.append(self._write_task(writer, chosen, task))

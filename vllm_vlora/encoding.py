@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_vlora.checkpoint import Basis, StoredModule
-from vllm_vlora.collection import Module, Progress
+from vllm_vlora.checkpoint import Basis, FlatBasis, StoredModule
+from vllm_vlora.collection import Collection, Module, Progress
 from vllm_vlora.executors import Executor
+from vllm_vlora.flat import FlatProjection, pack_flat
 from vllm_vlora.measure import PrivateOption, leading_factors, squared_norm
 from vllm_vlora.plan import Block, Budget, Plan, SharedBasis
 from vllm_vlora.quantize import stack_rows, unpack
@@ -116,6 +117,7 @@ class Encoder:
         names = list(collection.adapters[task].modules)
         joint = cores.read(task) if cores else {}
         surveyor = Surveyor(collection, self.settings)
+        flat = {name: _flat_basis(plan, self.bases, collection, name) for name in plan.flat}
         modules, losses = dict[str, StoredModule](), []
         for name, (a, b, scale) in collection.read_task(task, names):
             metric = surveyor.metric(name)
@@ -124,6 +126,12 @@ class Encoder:
                 modules[name] = joint[name]
                 # The metric's loss of a core was measured when it was encoded.
                 losses.append(Loss(joint[name].error ** 2 * norm, norm, 0.0, 0.0))
+                continue
+            if name in flat:
+                basis = flat[name]
+                stored = FlatProjection(basis)(a, b, scale, plan.flat[name].loadings_format)
+                losses.append(measure_loss(a, b, scale, stored, basis, metric))
+                modules[name] = replace(stored, error=losses[-1].error)
                 continue
             option = plan.private[task, name]
             with collection.naming(task, name):
@@ -246,6 +254,17 @@ def measure_loss(
 def _relative(lost: float, norm: float) -> float:
     # A delta_W of zero is stored as zero, so there is nothing to divide.
     return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
+
+
+def stored_flat(
+    plan: Plan, bases: FittedBases, collection: Collection, name: str
+) -> FlatBasis | None:
+    """The flat basis of a module as it is stored; None where it has none."""
+    return _flat_basis(plan, bases, collection, name) if name in plan.flat else None
+
+
+def _flat_basis(plan: Plan, bases: FittedBases, collection: Collection, name: str) -> FlatBasis:
+    return pack_flat(*bases.read_flat(collection.modules[name]), plan.flat[name].spec)
 
 
 def stored_basis(plan: Plan, bases: FittedBases, module: Module) -> Basis | None:

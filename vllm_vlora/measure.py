@@ -194,6 +194,16 @@ class _Factors:
         self._white_b_t = metric.b_t(self.b_t.double()) * scale
         grams = (self._white_a @ self._white_a.T) * (self._white_b_t @ self._white_b_t.T)
         self.norm = max(float(grams.sum()), 0.0)
+        self._rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def rounded(self, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The leading factors as a format stores them."""
+        if format not in self._rounded:
+            self._rounded[format] = (
+                unpack(pack(self.svd_a, format)),
+                unpack(pack(self.svd_b_t, format)),
+            )
+        return self._rounded[format]
 
     def grams(
         self, rows_a: torch.Tensor, rows_b_t: torch.Tensor
@@ -206,27 +216,28 @@ class _Factors:
 
 
 def _measure_format(factors: _Factors, format: str, own_format: str) -> PrivateCurve:
-    # One packing and one Gram matrix a side serve the SVD factors and the adapter's own.
-    exact, kept = format == own_format, factors.svd_a.shape[0]
-    new_a = factors.svd_a if exact else torch.cat([factors.svd_a, factors.a.float()])
-    new_b_t = factors.svd_b_t if exact else torch.cat([factors.svd_b_t, factors.b_t.float()])
-    rows_a, rows_b_t = (unpack(pack(rows, format)).double() for rows in (new_a, new_b_t))
-    rows_b_t[kept:] *= factors.scale
+    cross, gram = factors.grams(*factors.rounded(format))
+    squares = gram.cumsum(0).cumsum(1).diagonal()
+    losses = (factors.norm - 2 * cross.cumsum(0) + squares).clamp(min=0).tolist()
+    own_loss = 0.0 if format == own_format else _own_loss(factors, format)
+    rank, d_in, d_out = *factors.a.shape, factors.b_t.shape[1]
+    row = row_nbytes(format, d_in) + row_nbytes(format, d_out)
+    return PrivateCurve(format, row, array("d", losses), rank, own_loss)
+
+
+def _own_loss(factors: _Factors, format: str) -> float:
+    rows_a = unpack(pack(factors.a.float(), format))
+    rows_b_t = unpack(pack(factors.b_t.float(), format)).double() * factors.scale
     cross, gram = factors.grams(rows_a, rows_b_t)
-    squares = gram[:kept, :kept].cumsum(0).cumsum(1).diagonal()
-    losses = (factors.norm - 2 * cross[:kept].cumsum(0) + squares).clamp(min=0).tolist()
-    whole = factors.norm - 2 * float(cross[kept:].sum()) + float(gram[kept:, kept:].sum())
-    row = row_nbytes(format, new_a.shape[1]) + row_nbytes(format, new_b_t.shape[1])
-    own_loss = 0.0 if exact else max(whole, 0.0)
-    return PrivateCurve(format, row, array("d", losses), factors.a.shape[0], own_loss)
+    return max(factors.norm - 2 * float(cross.sum()) + float(gram.sum()), 0.0)
 
 
 def _measure_narrow(factors: _Factors) -> NarrowCurve:
     rank = factors.svd_a.shape[0]
-    packed = [
-        [pack_rows(side, bits) for bits in (4, 3, 2)] for side in (factors.svd_a, factors.svd_b_t)
-    ]
-    rows_a, rows_b_t = (torch.cat([unpack(matrix) for matrix in side]) for side in packed)
+    rows_a, rows_b_t = (
+        torch.cat([wide, *(unpack(pack_narrow(rows, bits)) for bits in (3, 2))])
+        for wide, rows in zip(factors.rounded(NARROW_FORMAT), (factors.svd_a, factors.svd_b_t))
+    )
     cross, gram = factors.grams(rows_a, rows_b_t)
     cuts = _cuts(rank)
     losses = (

@@ -9,7 +9,7 @@ from vllm_vlora.errors import OptionError
 from vllm_vlora.executors import Executor
 from vllm_vlora.quantize import FLOAT_DTYPES
 
-REPRESENTATION_CHOICES = ("auto", "joint", "factored", "private")
+REPRESENTATION_CHOICES = ("auto", "joint", "factored", "flat", "private")
 QUANTIZE_CHOICES = ("auto", "none", "int8", "nf4")
 DEFAULT_RATIO = 3.5
 """The ratio when nothing is asked for: NF4 at full rank, 4.5 bits for 16, fits with its headers."""
@@ -22,9 +22,10 @@ class CompressOptions:
 
     Attributes:
         representation: ``joint`` shares a basis among all tasks, ``factored`` does so with cores in
-            factor form only, ``private`` shares nothing. ``auto`` plans all of these, and bases that
-            only some tasks share, measures them and keeps the best: the lowest root-mean-square
-            error of the tasks, or under ``max_error`` the fewest bytes.
+            factor form only, ``flat`` shares the principal components of flattened factors (vlora),
+            ``private`` shares nothing. ``auto`` plans joint, flat, private, and bases that only some
+            tasks share, measures them and keeps the best: the lowest root-mean-square error of the
+            tasks, or under ``max_error`` the fewest bytes.
         ratio: the originals' LoRA weights at 16 bits each over all bytes of the checkpoint's
             safetensors files (without classifier heads and the like) is to be at least this. One or
             less sets no limit. Default 3.5, unless one of the others is given.
@@ -122,6 +123,12 @@ class CompressOptions:
             raise OptionError(f"clusters must be auto or at least 1, got {self.clusters}")
         if self.clusters > 1 and self.representation == "private":
             raise OptionError("clusters are groups that share a basis, which private has none of")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a size or an error is asked for."""
+        wanted = (self.ratio, self.max_bytes, self.max_error, self.num_components, self.gate)
+        return any(value is not None for value in wanted)
 
     @property
     def shares(self) -> str:

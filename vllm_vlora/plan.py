@@ -22,10 +22,12 @@ from vllm_vlora.allocation import (
     trim,
 )
 from vllm_vlora.collection import Collection, Module
+from vllm_vlora.flat import FlatCurve, flat_nbytes, loadings_nbytes
 from vllm_vlora.manifest import (
     BASIS_SHARD_BYTES,
     EXTRA_PREFIX,
     BasisSpec,
+    FlatSpec,
     ModuleSpec,
     Segment,
     basis_nbytes,
@@ -54,13 +56,22 @@ class SharedBasis:
     factored: bool = False
 
 
+@dataclass(frozen=True)
+class SharedFlat:
+    """A module's flat basis as planned, the format of the loadings, and who shares it."""
+
+    spec: FlatSpec
+    loadings_format: str
+    tasks: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A choice for every module of every task.
 
     Attributes:
         private: (task number, module name) -> option, of what is on no basis.
-        joint: group -> basis.
+        joint: group -> basis. flat: module name -> flat basis.
         losses: of each task, ||delta_W' - delta_W||^2 / ||delta_W||^2 in the modules' metrics.
         data_nbytes: of the tensors. nbytes: of the files, headers included.
         raised: tasks that were given more than their share to pass the gate.
@@ -70,6 +81,7 @@ class Plan:
     format: str
     private: Mapping[tuple[int, str], PrivateOption]
     joint: Mapping[Group, SharedBasis]
+    flat: Mapping[str, SharedFlat]
     losses: torch.Tensor
     data_nbytes: int
     nbytes: int
@@ -229,10 +241,7 @@ class JointEntry:
 
     def points(self, favour: Sequence[float] | None = None) -> list[Point]:
         """(bytes, loss) of every option; ``favour`` multiplies the losses of each task."""
-        losses = self.losses
-        if favour is not None:
-            scale = torch.tensor([favour[task] for task in self.tasks], dtype=torch.float64)
-            losses = losses * scale[:, None]
+        losses = _favoured(self.losses, self.tasks, favour)
         return [(self.nbytes(option), loss) for option, loss in enumerate(losses.sum(0).tolist())]
 
     def best(self) -> int:
@@ -250,7 +259,50 @@ class JointEntry:
         return SharedBasis(self.bases[option], self.core_format, self.tasks, self.factored)
 
 
-Entry = PrivateEntry | JointEntry
+@dataclass(frozen=True)
+class FlatEntry:
+    """The width of one module's flat basis: an option of a curve; ``losses`` as of ``JointEntry``."""
+
+    module: Module
+    tasks: tuple[int, ...]
+    curve: FlatCurve
+    losses: torch.Tensor
+
+    def nbytes(self, option: int) -> int:
+        """Bytes of the basis and of all loadings."""
+        spec = self.curve.specs[option]
+        own = loadings_nbytes(spec, self.curve.loadings_format)
+        return flat_nbytes(spec, self.module.d_out, self.module.d_in) + len(self.tasks) * own
+
+    def points(self, favour: Sequence[float] | None = None) -> list[Point]:
+        """(bytes, loss) of every option; ``favour`` multiplies the losses of each task."""
+        losses = _favoured(self.losses, self.tasks, favour)
+        return [(self.nbytes(option), loss) for option, loss in enumerate(losses.sum(0).tolist())]
+
+    def best(self) -> int:
+        """The option that loses least."""
+        points = self.points()
+        return min(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
+
+    def add_losses(self, option: int, losses: list[float]) -> None:
+        """Add what an option loses to every sharer's sum."""
+        for task, loss in zip(self.tasks, self.losses[:, option].tolist()):
+            losses[task] += loss
+
+    def shared(self, option: int) -> SharedFlat:
+        """The basis that an option stands for."""
+        return SharedFlat(self.curve.specs[option], self.curve.loadings_format, self.tasks)
+
+
+def _favoured(
+    losses: torch.Tensor, tasks: Sequence[int], favour: Sequence[float] | None
+) -> torch.Tensor:
+    if favour is None:
+        return losses
+    return losses * torch.tensor([favour[task] for task in tasks], dtype=torch.float64)[:, None]
+
+
+Entry = PrivateEntry | JointEntry | FlatEntry
 
 
 def private_problems(survey: Survey, labels: Sequence[str]) -> Iterator[Problem]:
@@ -281,6 +333,22 @@ def joint_problems(
 def mixed_problem(survey: Survey, sharing: Sharing) -> Problem:
     """Some modules of some tasks on bases, and the rest private."""
     return _shared_problem(survey, sharing.sharers, MIXED, MIXED)
+
+
+def flat_problem(survey: Survey, label: str) -> Problem:
+    """All tasks of the modules that have a flat basis on it; the other modules private."""
+    entries: list[Entry] = []
+    for name, group in survey.flat.items():
+        weights = torch.tensor([survey.weights[t] for t in group.tasks], dtype=torch.float64)
+        curve = group.curves[label]
+        losses = curve.losses * weights[:, None]
+        entries.append(FlatEntry(survey.collection.modules[name], group.tasks, curve, losses))
+    entries += [
+        _private_entry(survey, task, name, list(curves.values()))
+        for (task, name), curves in survey.private.items()
+        if name not in survey.flat
+    ]
+    return Problem("flat", label, entries, survey.collection)
 
 
 def _shared_problem(
@@ -367,7 +435,7 @@ class Problem:
 
     def cheapest(self, limits: torch.Tensor) -> Plan | None:
         """The fewest bytes with every task's loss within its limit."""
-        if any(isinstance(entry, JointEntry) for entry in self.entries):
+        if any(not isinstance(entry, PrivateEntry) for entry in self.entries):
             chosen = self._cheapest_together(limits)
         else:
             chosen = self._cheapest_private([0] * len(self.entries), limits.tolist())
@@ -423,7 +491,7 @@ class Problem:
         # what their own limits leave.
         losses = [0.0] * len(self.collection.adapters)
         for entry, option in zip(self.entries, chosen):
-            if isinstance(entry, JointEntry):
+            if not isinstance(entry, PrivateEntry):
                 entry.add_losses(option, losses)
         rooms = [limit - loss for limit, loss in zip(limits.tolist(), losses)]
         return self._cheapest_private(chosen, rooms) or chosen
@@ -440,16 +508,27 @@ class Problem:
     def _plan(self, chosen: list[int]) -> Plan:
         private: dict[tuple[int, str], PrivateOption] = {}
         joint: dict[Group, SharedBasis] = {}
+        flat: dict[str, SharedFlat] = {}
         data_nbytes = 0
         for entry, number in zip(self.entries, chosen):
             if isinstance(entry, PrivateEntry):
                 option = private[entry.task, entry.module.name] = entry.option(number)
                 data_nbytes += option.nbytes
+                continue
+            data_nbytes += entry.nbytes(number)
+            if isinstance(entry, FlatEntry):
+                flat[entry.module.name] = entry.shared(number)
             else:
                 joint[entry.group] = entry.shared(number)
-                data_nbytes += entry.nbytes(number)
         plan = Plan(
-            self.representation, self.format, private, joint, self._losses(chosen), data_nbytes, 0
+            self.representation,
+            self.format,
+            private,
+            joint,
+            flat,
+            self._losses(chosen),
+            data_nbytes,
+            0,
         )
         return replace(plan, nbytes=_file_nbytes(self.collection, plan))
 
@@ -470,11 +549,20 @@ def make_plans(problems: Iterable[Problem], budget: Budget) -> tuple[list[Plan],
 # --- sizes ---------------------------------------------------------------------------------------
 
 
+def _flat_spec(plan: Plan, name: str) -> FlatSpec | None:
+    return plan.flat[name].spec if name in plan.flat else None
+
+
 def _file_nbytes(collection: Collection, plan: Plan) -> int:
     """Bytes of every safetensors file that a plan makes, extra tensors' data left out."""
     specs = [
         ModuleSpec(
-            module.name, module.d_in, module.d_out, module.kind, plan.basis_spec(module.name)
+            module.name,
+            module.d_in,
+            module.d_out,
+            module.kind,
+            plan.basis_spec(module.name),
+            _flat_spec(plan, module.name),
         )
         for module in collection.modules.values()
     ]
@@ -491,7 +579,10 @@ def _file_nbytes(collection: Collection, plan: Plan) -> int:
         segments = []
         for name, module in adapter.modules.items():
             index = collection.modules[name].index
-            block = block_of.get((task, name))
+            block, flat = block_of.get((task, name)), plan.flat.get(name)
+            if flat is not None:
+                segments.append(Segment(index, "flat", flat.loadings_format, flat.spec.rank))
+                continue
             if block is not None:
                 shared = block.shared
                 core, rank, _ = core_shape(

@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -326,11 +327,13 @@ def pack_narrow(
             f"{list(matrix.shape)}"
         )
     rows, cols = matrix.shape
-    if not torch.isfinite(matrix).all():
+    if not _is_finite(matrix):
         raise ValueError("the matrix holds NaN or infinite values, which cannot be packed")
     if matrix.numel() == 0:
         return pack(matrix, "nf4-dq")
-    weights = _block_weights(weight, cols, matrix.device)
+    # Padding has no weight, so that only whole blocks can do without.
+    plain = weight is None and cols % NF4_BLOCK == 0
+    weights = None if plain else _block_weights(weight, cols, matrix.device)
     # The search takes several times the memory of a plain packing.
     step = max(1, _CHUNK_ELEMENTS // 4 // cols)
     return stack_rows(
@@ -447,11 +450,17 @@ def unpack(
     return _unpack_nf4(packed, start, stop).to(dtype)
 
 
+def _is_finite(matrix: torch.Tensor) -> bool:
+    # A NaN or an infinity is also the least or the greatest value; this takes a tenth of
+    # isfinite().all().
+    return not matrix.numel() or bool(torch.isfinite(torch.stack(matrix.aminmax())).all())
+
+
 def _pack_rows(matrix: torch.Tensor, format: str) -> dict[str, torch.Tensor]:
-    if not torch.isfinite(matrix).all():
+    if not _is_finite(matrix):
         raise ValueError("the matrix holds NaN or infinite values, which cannot be packed")
     values = matrix.to(FLOAT_DTYPES.get(format, torch.float32))
-    if not torch.isfinite(values).all():
+    if not _is_finite(values):
         raise ValueError(
             f"the matrix holds values too large for {format} (largest magnitude "
             f"{matrix.abs().max().item():g}): pack it in a wider format"
@@ -479,12 +488,22 @@ def _pack_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = F.pad(values, (0, -cols % NF4_BLOCK)).view(rows, -1, NF4_BLOCK)
     scales = blocks.abs().amax(dim=2)
     thresholds = torch.tensor(NF4_THRESHOLDS, dtype=torch.float32, device=values.device)
-    scaled = (blocks / scales.unsqueeze(2)).contiguous()
-    codes = torch.bucketize(scaled, thresholds, out_int32=True)
+    codes = _count_above(blocks / scales.unsqueeze(2), thresholds)
     # In a block of zeros x / amax is NaN, which has no place among the thresholds.
-    codes = torch.where(scales.unsqueeze(2) > 0, codes.to(torch.uint8), _ZERO_CODE)
-    codes = codes.to(torch.uint8).view(rows, -1, 2)
+    codes = torch.where(scales.unsqueeze(2) > 0, codes, _ZERO_CODE).view(rows, -1, 2)
     return (codes[..., 0] << 4) | codes[..., 1], scales
+
+
+def _count_above(values: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """How many of a few thresholds each value is above, uint8; NaN is above none.
+
+    Passes of comparisons take a third of the time of ``torch.bucketize``.
+    """
+    counts = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    above = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    for threshold in thresholds:
+        counts += torch.gt(values, threshold, out=above).view(torch.uint8)
+    return counts
 
 
 def _block_weights(weight: torch.Tensor | None, cols: int, device: torch.device) -> torch.Tensor:
@@ -502,10 +521,12 @@ def _block_weights(weight: torch.Tensor | None, cols: int, device: torch.device)
     return F.pad(scaled, (0, -cols % NF4_BLOCK)).view(1, -1, NF4_BLOCK)
 
 
-def _pack_narrow_rows(matrix: torch.Tensor, bits: int, weights: torch.Tensor) -> PackedMatrix:
+def _pack_narrow_rows(
+    matrix: torch.Tensor, bits: int, weights: torch.Tensor | None
+) -> PackedMatrix:
     rows, cols = matrix.shape
     values = matrix.float()
-    if not torch.isfinite(values).all():
+    if not _is_finite(values):
         raise ValueError("the matrix holds values too large for nf4-dq: scale it down")
     blocks = F.pad(values, (0, -cols % NF4_BLOCK)).view(rows, -1, NF4_BLOCK)
     scale_codes, scale_range = _pack_scales(_narrow_scales(blocks, bits, weights))
@@ -514,27 +535,32 @@ def _pack_narrow_rows(matrix: torch.Tensor, bits: int, weights: torch.Tensor) ->
     packed = PackedMatrix("nf4-dq", rows, cols, parts)
     _, thresholds, kept = _narrow_tables(bits, matrix.device)
     scales = nf4_scales(packed).unsqueeze(2)
-    index = torch.bucketize((blocks / scales).contiguous(), thresholds, out_int32=True)
+    index = _count_above(blocks / scales, thresholds)
     # A scale of zero: the product is zero whatever the code, and +0.0 with one that is not negative.
     index = torch.where(scales > 0, index, len(kept) // 2)
-    codes = kept[index].view(rows, -1, 2)
+    codes = kept[index.int()].view(rows, -1, 2)
     parts["codes"] = (codes[..., 0] << 4) | codes[..., 1]
     return PackedMatrix("nf4-dq", rows, cols, parts)
 
 
-def _narrow_scales(blocks: torch.Tensor, bits: int, weights: torch.Tensor) -> torch.Tensor:
+def _narrow_scales(blocks: torch.Tensor, bits: int, weights: torch.Tensor | None) -> torch.Tensor:
     """The scale of each block, ``[rows, blocks]``, by the search that ``pack_narrow`` describes.
 
     With a block's elements in order, the sums that a scale's codes need are differences of running sums
-    at the thresholds: one sort serves all scales, which is three times as fast as coding at each.
+    at the thresholds: one sort serves all scales, which is several times as fast as coding at each.
     """
     book, thresholds, _ = _narrow_tables(bits, blocks.device)
     amax = blocks.abs().amax(dim=2)
-    ordered, order = torch.where(amax.unsqueeze(2) > 0, blocks / amax.unsqueeze(2), 0.0).sort(dim=2)
-    weights = weights.expand_as(ordered).gather(2, order)
+    scaled = torch.where(amax.unsqueeze(2) > 0, blocks / amax.unsqueeze(2), 0.0)
     fractions = torch.tensor(_NARROW_FRACTIONS, device=blocks.device)
-    bounds = (fractions[:, None] * thresholds).expand(*amax.shape, -1, -1).flatten(2)
-    below = torch.searchsorted(ordered, bounds.contiguous(), right=True)
+    if weights is None:
+        ordered = weighted = _sort(scaled)
+        counted = torch.ones_like(ordered)
+    else:
+        ordered, order = scaled.sort(dim=2)
+        counted = weights.expand_as(ordered).gather(2, order)
+        weighted = ordered * counted
+    below = _count_at_most(ordered, (fractions[:, None] * thresholds).flatten())
 
     def summed(values: torch.Tensor, by_code: torch.Tensor) -> torch.Tensor:
         """Sum of ``values`` times what ``by_code`` has for an element's code, for each scale."""
@@ -542,12 +568,33 @@ def _narrow_scales(blocks: torch.Tensor, bits: int, weights: torch.Tensor) -> to
         parts = running.gather(2, below).unflatten(2, (len(fractions), -1))
         return running[..., -1:] * by_code[-1] - (parts * by_code.diff()).sum(dim=3)
 
-    product, norm = summed(ordered * weights, book), summed(weights, book.square())
+    product, norm = summed(weighted, book), summed(counted, book.square())
     # With its best scale, product / norm, a choice of codes explains this much of the energy.
     gain = torch.where((norm > 0) & (product > 0), product.square() / norm, 0.0)
     best = gain.argmax(dim=2, keepdim=True)
     scale = torch.where(gain > 0, product / norm, 0.0).gather(2, best).squeeze(2)
     return (scale * amax).clamp_(max=torch.finfo(torch.float32).max)
+
+
+def _sort(blocks: torch.Tensor) -> torch.Tensor:
+    """Each block in order. torch sorts places along with values, and takes twenty times as long."""
+    if blocks.device.type != "cpu":
+        return blocks.sort(dim=2).values
+    return torch.from_numpy(np.sort(blocks.numpy(), axis=2))
+
+
+def _count_at_most(ordered: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """How many elements of each ordered block are at most each bound: ``[rows, blocks, bounds]``.
+
+    Bisects all blocks at once, in half of the time of ``torch.searchsorted``.
+    """
+    counts = torch.zeros(*ordered.shape[:2], len(bounds), dtype=torch.int64, device=ordered.device)
+    step = ordered.shape[2] // 2
+    while step:
+        counts.add_(ordered.gather(2, counts + (step - 1)) <= bounds, alpha=step)
+        step //= 2
+    # The steps sum to one less than a block.
+    return counts.add_(ordered.gather(2, counts) <= bounds)
 
 
 def _narrow_tables(

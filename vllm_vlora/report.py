@@ -54,6 +54,8 @@ class CompressReport:
     """What ``compress`` did: sizes of the files, and errors measured on what they hold.
 
     ``raised`` are the tasks that got more than their share of the bytes to pass the gate.
+    ``recovered`` and ``kept`` are set by ``compress_to_quality``: the recovered fraction of every task
+    (None where it is undefined), and the tasks that are stored as they were, since less would not do.
     """
 
     path: Path
@@ -68,6 +70,8 @@ class CompressReport:
     seconds: float = 0.0
     raised: list[str] = field(default_factory=list)
     calibrated: bool = False
+    recovered: dict[str, float | None] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:

@@ -33,6 +33,15 @@ class FittedBases:
             pack(fitted["v"][: spec.k_in], spec.format),
         )
 
+    def save_flat(self, module: Module, u: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep a flat basis' stacked rows."""
+        safetensors.torch.save_file({"u": u, "v": v}, self.folder / f"{module.index}.flat")
+
+    def read_flat(self, module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of U transposed and of V of a flat basis, as wide as it was fitted."""
+        fitted = safetensors.torch.load_file(self.folder / f"{module.index}.flat")
+        return fitted["u"], fitted["v"]
+
     def _path(self, module: Module, group: int) -> Path:
         return self.folder / f"{module.index}.{group}.safetensors"
 

@@ -9,7 +9,7 @@ finds the price at which the bytes meet the budget (Lagrangian relaxation, as in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +35,14 @@ class Sharing:
 
 
 def decide_sharing(
-    survey: Survey, formats: Formats, nbytes: int, factored: bool = False
+    survey: Survey, formats: Formats, nbytes: int, private: Set[int] = frozenset()
 ) -> Sharing:
-    """The sharers at the price at which everything together takes about ``nbytes`` bytes."""
-    modules = [_PricedModule(survey, name, formats, factored) for name in survey.collection.modules]
+    """The sharers at the price at which everything together takes about ``nbytes`` bytes.
+
+    Args:
+        private: numbers of tasks that share nothing.
+    """
+    modules = [_PricedModule(survey, name, formats, private) for name in survey.collection.modules]
 
     def total(price: float) -> float:
         return sum(module.nbytes(price) for module in modules)
@@ -63,7 +67,7 @@ def decide_sharing(
 class _PricedModule:
     """The options of one module, of all tasks, as arrays of bytes and weighted losses."""
 
-    def __init__(self, survey: Survey, name: str, formats: Formats, factored: bool) -> None:
+    def __init__(self, survey: Survey, name: str, formats: Formats, private: Set[int]) -> None:
         self._module = survey.collection.modules[name]
         self._row = {task: row for row, task in enumerate(self._module.tasks)}
         sizes: list[int] = []
@@ -83,7 +87,7 @@ class _PricedModule:
         self._starts = np.array(starts)
         self._groups = {
             group: [
-                _PricedBasis(survey, self._module, found.tasks, label, curve, core, factored)
+                _PricedBasis(survey, self._module, found.tasks, label, curve, core, private)
                 for label, curve in found.curves.items()
                 for core in formats.cores(curve.bases[0].format)
             ]
@@ -160,7 +164,7 @@ class _PricedBasis:
         label: str,
         curve: JointCurve,
         core: str,
-        factored: bool,
+        private: Set[int],
     ) -> None:
         self.label, self._core, self._tasks = label, core, tasks
         by_task = dict(zip(module.tasks, module.ranks))
@@ -169,12 +173,13 @@ class _PricedBasis:
         columns = list(range(len(curve.bases) - 1, -1, -step))
         widths = [curve.bases[column] for column in columns]
         scale = torch.tensor([survey.weights[task] for task in tasks], dtype=torch.float64)
-        losses = curve.losses(core, ranks, factored)[:, columns] * scale[:, None]
+        losses = curve.losses(core, ranks, False)[:, columns] * scale[:, None]
+        losses[[place for place, task in enumerate(tasks) if task in private]] = torch.inf
         self._losses = losses.numpy()
         self._basis_sizes = np.array(
             [rows_nbytes(basis, module.d_out, module.d_in) for basis in widths], dtype=float
         )
-        self._core_sizes = _core_sizes(widths, ranks, core, factored)
+        self._core_sizes = _core_sizes(widths, ranks, core)
 
     def offer(self, price: float, least: np.ndarray, row: dict[int, int]) -> _Offer:
         """The best width, for the tasks that gain by it."""
@@ -193,10 +198,6 @@ class _PricedBasis:
         )
 
 
-def _core_sizes(
-    widths: Sequence[BasisSpec], ranks: Sequence[int], core: str, factored: bool
-) -> np.ndarray:
-    by_rank = {
-        rank: [core_nbytes(basis, rank, core, factored) for basis in widths] for rank in set(ranks)
-    }
+def _core_sizes(widths: Sequence[BasisSpec], ranks: Sequence[int], core: str) -> np.ndarray:
+    by_rank = {rank: [core_nbytes(basis, rank, core) for basis in widths] for rank in set(ranks)}
     return np.array([by_rank[rank] for rank in ranks], dtype=float)

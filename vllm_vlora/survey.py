@@ -17,8 +17,10 @@ from vllm_vlora.clusters import affinities, sketch_task
 from vllm_vlora.collection import Collection, Module, Progress
 from vllm_vlora.executors import Executor
 from vllm_vlora.fit import ScaledFactors, fit_bases
+from vllm_vlora.flat import FlatGroup, flat_rows, flat_widths, measure_flat
+from vllm_vlora.flat_fit import fit_flat
 from vllm_vlora.formats import FORMAT_OF_DTYPE, Formats
-from vllm_vlora.manifest import BasisSpec
+from vllm_vlora.manifest import BasisSpec, FlatSpec
 from vllm_vlora.measure import (
     Curve,
     JointCurve,
@@ -59,7 +61,7 @@ class Survey:
     Attributes:
         norms: (task number, module name) -> ||delta_W||^2.
         private: (task number, module name) -> label -> curve.
-        joint: of the groups that have a basis fitted.
+        joint: of the groups that have a basis fitted. flat: of the modules with a flat basis fitted.
         affinity: (tasks, tasks), summed over the modules that were sketched.
     """
 
@@ -67,6 +69,7 @@ class Survey:
     norms: Mapping[tuple[int, str], float] = field(default_factory=dict)
     private: Mapping[tuple[int, str], Mapping[str, Curve]] = field(default_factory=dict)
     joint: Mapping[Group, FittedGroup] = field(default_factory=dict)
+    flat: Mapping[str, FlatGroup] = field(default_factory=dict)
     affinity: torch.Tensor | None = None
 
     @cached_property
@@ -101,13 +104,14 @@ class SurveyJob(NamedTuple):
     """What to do for one module.
 
     ``private``: measure private storage. ``groups``: (number, tasks) to fit a basis to. ``sketch``:
-    of every task, to find out who resembles whom.
+    of every task, to find out who resembles whom. ``flat``: fit a flat basis too.
     """
 
     module: str
     private: bool
     groups: tuple[tuple[int, tuple[int, ...]], ...]
     sketch: bool = False
+    flat: bool = False
 
 
 class ModuleSurvey(NamedTuple):
@@ -118,6 +122,7 @@ class ModuleSurvey(NamedTuple):
     joint: dict[int, FittedGroup]
     bases: dict[int, tuple[torch.Tensor, torch.Tensor]]
     affinity: torch.Tensor | None
+    flat: tuple[FlatGroup, torch.Tensor, torch.Tensor] | None
 
 
 def survey_modules(
@@ -135,7 +140,7 @@ def survey_modules(
         bases: keeps what was fitted.
     """
     norms, private, joint = dict(survey.norms), dict(survey.private), dict(survey.joint)
-    affinity = survey.affinity
+    affinity, flat = survey.affinity, dict(survey.flat)
     worker = Surveyor(survey.collection, settings)
     progress(stage, 0, len(jobs))
     for done, (job, found) in enumerate(zip(jobs, executor.run(worker, jobs)), 1):
@@ -145,6 +150,9 @@ def survey_modules(
         for number, group in found.joint.items():
             joint[job.module, number] = group
             bases.save(module, number, *found.bases[number])
+        if found.flat is not None:
+            flat[job.module], u, v = found.flat
+            bases.save_flat(module, u, v)
         if found.affinity is not None:
             if affinity is None:
                 count = len(survey.collection.adapters)
@@ -152,7 +160,7 @@ def survey_modules(
             tasks = torch.tensor(module.tasks)
             affinity[tasks[:, None], tasks] += found.affinity
         progress(stage, done, len(jobs))
-    return replace(survey, norms=norms, private=private, joint=joint, affinity=affinity)
+    return replace(survey, norms=norms, private=private, joint=joint, flat=flat, affinity=affinity)
 
 
 @dataclass
@@ -180,7 +188,11 @@ class Surveyor:
             joint[number], bases[number] = self._group(module, tasks, metric, len(job.groups))
             norms.update(zip(tasks, next(iter(joint[number].curves.values())).norms.tolist()))
         affinity = self._affinity(module) if job.sketch else None
-        return ModuleSurvey(norms, private, joint, bases, affinity)
+        flat = self._flat(module, metric) if job.flat else None
+        if flat is not None:
+            factors = self.collection.read_module(module)
+            norms.update((t, _norm(*f, metric)) for t, f in zip(module.tasks, factors))
+        return ModuleSurvey(norms, private, joint, bases, affinity, flat)
 
     def metric(self, module: str) -> Metric:
         """How errors of this module are measured."""
@@ -188,11 +200,41 @@ class Surveyor:
             return FROBENIUS
         if self._calibration is None:
             self._calibration = Calibration.open(self.settings.calibration)
-        return self._calibration.metric(module)
+        found = self._calibration
+        if found.covers(module):
+            return replace(found.metric(module), weight=found.weight(module))
+        # Nothing was seen of this module; it counts as the others do in the middle.
+        weights = sorted(found.weight(record.name) for record in found.modules)
+        return Metric(weight=weights[len(weights) // 2])
 
     def _affinity(self, module: Module) -> torch.Tensor:
         factors = self.collection.read_module(module)
         return affinities(torch.stack([sketch_task(*f, seed=module.index) for f in factors]))
+
+    def _flat(self, module: Module, metric: Metric) -> tuple[FlatGroup, torch.Tensor, torch.Tensor]:
+        """Fit a flat basis to all tasks of a module and measure its widths."""
+        rank, formats = max(module.ranks), self.settings.formats
+        most = max(len(module.tasks) - 1, 1)
+        if self.settings.num_components is not None:
+            most = min(most, self.settings.num_components)
+        fit = fit_flat(
+            lambda: self.collection.read_module(module),
+            rank,
+            module.d_in,
+            module.d_out,
+            most,
+            seed=self.settings.seed,
+        )
+        u, v = flat_rows(fit)
+        kept = len(fit.components_a)
+        widths = [kept] if self.settings.num_components is not None else flat_widths(kept)
+        curves = {}
+        for label, format in zip(formats.labels, formats.of(module.dtype)):
+            specs = [FlatSpec(rank, k, k, format) for k in widths]
+            own = formats.cores(format)[0]
+            factors = self.collection.read_module(module)
+            curves[label] = measure_flat(factors, u, v, specs, own, metric)
+        return FlatGroup(module.tasks, curves), u, v
 
     def _private(
         self, module: Module, metric: Metric

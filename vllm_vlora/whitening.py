@@ -10,6 +10,7 @@ A S_in is taken back by S_in^-1. Without moments S is the identity and everythin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -167,27 +168,32 @@ def whiten(moment: torch.Tensor, damping: float = 1e-2) -> Whitening:
 class Metric:
     """How errors of one module's delta_W are measured: ||S_out^T (delta_W' - delta_W) S_in||_F.
 
-    ``None`` on a side is the identity there.
+    Attributes:
+        input, output: S_in and S_out; None is the identity.
+        weight: factor of the squared norm, which makes modules comparable.
     """
 
     input: Whitening | None = None
     output: Whitening | None = None
+    weight: float = 1.0
 
     def a(self, a: torch.Tensor) -> torch.Tensor:
         """A S_in for A (n, d_in); rows of V are whitened alike."""
         return a if self.input is None else self.input.apply(a)
 
     def b_t(self, b_t: torch.Tensor) -> torch.Tensor:
-        """B^T S_out for B transposed (n, d_out); rows of U transposed are whitened alike."""
-        return b_t if self.output is None else self.output.apply(b_t)
+        """sqrt(weight) B^T S_out for B transposed (n, d_out); rows of U transposed alike."""
+        white = b_t if self.output is None else self.output.apply(b_t)
+        return white if self.weight == 1.0 else white * math.sqrt(self.weight)
 
     def unwhiten_a(self, a: torch.Tensor) -> torch.Tensor:
         """The A of which ``a`` is A S_in."""
         return a if self.input is None else self.input.solve(a)
 
     def unwhiten_b_t(self, b_t: torch.Tensor) -> torch.Tensor:
-        """The B transposed of which ``b_t`` is B^T S_out."""
-        return b_t if self.output is None else self.output.solve(b_t)
+        """The B transposed of which ``b_t`` is sqrt(weight) B^T S_out."""
+        plain = b_t if self.weight == 1.0 else b_t / math.sqrt(self.weight)
+        return plain if self.output is None else self.output.solve(plain)
 
 
 FROBENIUS = Metric()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fidelity.inputs import CollectionFolder
 from vllm_vlora import CompressOptions
 from vllm_vlora.errors import OptionError
 
@@ -17,7 +16,7 @@ SEEDS = {
     "lorashare": {"library": "lorashare", "nf4": False},
 }
 CALIBRATION = "@calibration"
-"""Stands in an option for the collection's own calibration text."""
+"""Stands in an option for a calibration on the collection's own text."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,15 @@ class Method:
         """Whether a seed library does it."""
         return self.representation in SEEDS
 
-    def compress_options(self, ratio: float, collection: CollectionFolder) -> CompressOptions:
-        """Options of ``compress`` for a ratio."""
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it needs a calibration."""
+        return any(value == CALIBRATION for _, value in self.options)
+
+    def compress_options(self, ratio: float, calibration: Path | None) -> CompressOptions:
+        """Options of ``compress`` for a ratio; ``calibration`` is the folder, where one is needed."""
         options = {
-            name: str(collection.calibration) if value == CALIBRATION else value
+            name: str(calibration) if value == CALIBRATION else value
             for name, value in self.options
         }
         return CompressOptions(representation=self.representation, ratio=ratio, **options)
@@ -62,7 +66,7 @@ def parse_method(text: str) -> Method:
         return Method(text, name)
     method = Method(text, name, options)
     # Built once for its checks: a run of an hour should not end at a typing error.
-    method.compress_options(4.0, CollectionFolder(Path()))
+    method.compress_options(4.0, Path("calibration"))
     return method
 
 

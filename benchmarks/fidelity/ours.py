@@ -16,7 +16,13 @@ from vllm_vlora import Checkpoint, compress, export_all, open_adapter
 from vllm_vlora.errors import BudgetError
 
 
-def build(method: Method, ratio: float, collection: CollectionFolder, folder: Path) -> Built:
+def build(
+    method: Method,
+    ratio: float,
+    collection: CollectionFolder,
+    calibration: Path | None,
+    folder: Path,
+) -> Built:
     """Compress to ``ratio`` and reconstruct.
 
     The reconstructions are float32, so that nothing is lost that the checkpoint holds.
@@ -24,7 +30,7 @@ def build(method: Method, ratio: float, collection: CollectionFolder, folder: Pa
     Raises:
         OutOfReachError: no plan reaches the ratio.
     """
-    options = method.compress_options(ratio, collection)
+    options = method.compress_options(ratio, calibration)
     adapters = {task: open_adapter(path) for task, path in collection.in_basis.items()}
     started = time.perf_counter()
     try:

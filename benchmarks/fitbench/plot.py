@@ -27,7 +27,7 @@ def draw(cells: list[dict[str, Any]], title: str, path: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * len(cells), 6.4), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 3.6 * len(cells)), 6.4), layout="constrained")
     axes = figure.subplots(2, len(cells), squeeze=False)
     for column, cell in enumerate(cells):
         head = f"{cell['d_in']} -> {cell['d_out']}\n{cell['adapters']} adapters"
@@ -36,7 +36,7 @@ def draw(cells: list[dict[str, Any]], title: str, path: str) -> None:
         axes[0][column].set_title(head)
     axes[0][0].set_ylabel("seconds (median)")
     axes[1][0].set_ylabel("peak MB above the start")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=130)
 
 
@@ -49,5 +49,6 @@ def _bars(axis: Any, rows: dict[str, Any], key: str, unit: float) -> None:
     ]
     axis.bar_label(bars, labels, fontsize="small")
     axis.set_yscale("log")
+    axis.tick_params(axis="y", which="minor", labelleft=False)
     axis.margins(y=0.15)
     axis.tick_params(axis="x", labelrotation=30, labelsize="small")

@@ -1,0 +1,369 @@
+"""``compress``: adapters of one base model into one checkpoint."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_vlora.tools.terminal import (
+    AsJson,
+    Verbose,
+    open_console,
+    print_json,
+    progress_bar,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+    from vllm_vlora.adapters import Adapter
+    from vllm_vlora.options import CompressOptions
+    from vllm_vlora.report import Candidate, CompressReport
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ki|mi|gi|ti|[kmgt])?b?\s*", re.IGNORECASE)
+
+
+class Representation(str, Enum):
+    """How tasks are stored."""
+
+    auto = "auto"
+    joint = "joint"
+    factored = "factored"
+    flat = "flat"
+    private = "private"
+
+
+class Quantize(str, Enum):
+    """Number format of factors, bases and cores."""
+
+    auto = "auto"
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class Dtype(str, Enum):
+    """Floating-point format of what is not quantised."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class ExecutorKind(str, Enum):
+    """Where modules are worked on."""
+
+    auto = "auto"
+    serial = "serial"
+    processes = "processes"
+    ray = "ray"
+
+
+def compress(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="CKPT", help="The folder to write.", show_default=False
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=PATH",
+            help="Give the adapter at PATH the task id ID instead of its folder's name. "
+            "May be repeated.",
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="Be at least R times smaller than the adapters at 16 bits."),
+    ] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Take at most this: 500MB, 1.5GiB, or bytes."),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="E", help="Be as small as a relative error of E in the worst task allows."
+        ),
+    ] = None,
+    min_recovered: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Be as small as recovering X of every adapter's gain allows; runs the model, and "
+            "needs --data.",
+        ),
+    ] = None,
+    num_components: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Make every shared basis K wide (implies joint)."),
+    ] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="E",
+            help="With a ratio or a size: no task may have a relative error above E. Those above "
+            "get more of the bytes, and are named.",
+        ),
+    ] = None,
+    representation: Annotated[
+        Representation,
+        typer.Option(help="Share a basis, do not, or let measured error choose."),
+    ] = Representation.auto,
+    clusters: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Groups of tasks that get a basis of their own; auto tries some where tasks "
+            "resemble each other.",
+        ),
+    ] = "auto",
+    quantize: Annotated[
+        Quantize, typer.Option(help="Number format of factors, bases and cores.")
+    ] = Quantize.auto,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            metavar="FLOAT",
+            help="float32, float16 or bfloat16, where nothing is quantised. "
+            "Default: the adapters' own.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Minimise the error that the model sees: a folder of `vllm-vlora calibrate`.",
+        ),
+    ] = None,
+    executor: Annotated[
+        ExecutorKind,
+        typer.Option(help="Where modules are worked on; ray takes RAY_ADDRESS's cluster."),
+    ] = ExecutorKind.auto,
+    jobs: Annotated[
+        int, typer.Option(metavar="N", help="Processes or Ray tasks at once; 0: one a core.")
+    ] = 0,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="For --min-recovered: the base model's folder or Hub id. Default: the one the "
+            "adapters name.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=FILE",
+            help="For --min-recovered: held-out text, as for `evaluate`.",
+            show_default=False,
+        ),
+    ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Predict the error at every size, and write nothing."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compress adapters of one base model into one checkpoint.
+
+    Give at most one budget: --ratio, --max-bytes, --max-error,
+    --min-recovered or --num-components; without one the ratio is 3.5.
+    Adapters may differ in rank, alpha and target modules. The checkpoint
+    appears only when it is whole: an interrupted run leaves an old one as it
+    was.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora compress adapters/ --plan
+
+    vllm-vlora compress adapters/ -o ckpt --ratio 6
+
+    vllm-vlora compress sql/ org/chat-lora -o ckpt --max-error 0.1
+
+    vllm-vlora compress adapters/ -o ckpt --ratio 8 --calibration calibration/
+
+    vllm-vlora compress adapters/ -o ckpt --min-recovered 0.97 --data heldout/
+
+    vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
+    """
+    if output is None and not plan:
+        raise typer.BadParameter("give -o CKPT, or --plan to write nothing", param_hint="--output")
+    with reported(verbose):
+        from vllm_vlora.options import CompressOptions
+        from vllm_vlora.tools import summary as show
+
+        options = CompressOptions(
+            representation=representation.value,
+            ratio=ratio,
+            max_bytes=None if max_bytes is None else parse_size(max_bytes),
+            max_error=max_error,
+            num_components=num_components,
+            gate=gate,
+            clusters=_parse_clusters(clusters),
+            quantize=quantize.value,
+            dtype=dtype.value if dtype else None,
+            calibration=None if calibration is None else str(calibration),
+            executor=executor.value,
+            jobs=jobs,
+        )
+        messages = open_console(stderr=True)
+        collected = _collect(adapters or [], name or [], messages)
+        if plan:
+            _predict(collected, options, messages, as_json)
+            return
+        assert output is not None
+        if min_recovered is not None:
+            report = _to_quality(
+                collected, output, min_recovered, options, force, base, data or [], messages
+            )
+        else:
+            _check_unused(base, data)
+            report = _compress(collected, output, options, force, messages)
+        for warning in report.warnings:
+            show.line(messages, f"Warning: {warning}", style="yellow")
+        _print_report(report, output, as_json, by_size=max_error is not None)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``500MB``, ``1.5 GiB`` or ``12345``; units with i count in 1024s.
+
+    Raises:
+        OptionError: not a size.
+    """
+    from vllm_vlora.errors import OptionError
+
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise OptionError(f"{text!r} is not a size; give bytes, or a number with kB, MB, GB or GiB")
+    unit = (found[2] or "").lower()
+    scale = 1024 ** ("kmgt".index(unit[0]) + 1) if unit.endswith("i") else _UNITS[unit]
+    return int(float(found[1]) * scale)
+
+
+def _parse_clusters(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _check_unused(base: str | None, data: list[str] | None) -> None:
+    from vllm_vlora.errors import OptionError
+
+    if base is not None or data:
+        raise OptionError("--base and --data are for --min-recovered; `evaluate` judges afterwards")
+
+
+def _collect(adapters: list[str], names: list[str], messages: Console) -> dict[str, Adapter]:
+    from vllm_vlora.tools import summary as show
+    from vllm_vlora.tools.inputs import collect, expansions
+
+    refs: list[str] = []
+    for given, found in expansions(adapters):
+        if found != [given]:
+            show.line(messages, f"{given} is a folder of adapters: {len(found)} found")
+        refs += found
+    return collect(refs, names)
+
+
+def _compress(
+    collected: Mapping[str, Adapter],
+    output: Path,
+    options: CompressOptions,
+    force: bool,
+    messages: Console,
+) -> CompressReport:
+    from vllm_vlora.compression import compress as run
+
+    with progress_bar(messages) as advance:
+        return run(collected, output, options, force=force, progress=advance)
+
+
+def _to_quality(
+    collected: Mapping[str, Adapter],
+    output: Path,
+    least: float,
+    options: CompressOptions,
+    force: bool,
+    base: str | None,
+    data: list[str],
+    messages: Console,
+) -> CompressReport:
+    from vllm_vlora.recovery import compress_to_quality
+    from vllm_vlora.tools.judge import make_judge
+
+    with progress_bar(messages) as advance:
+        judge = make_judge(collected, base, data, advance)
+        return compress_to_quality(
+            collected, output, least, judge, options, force=force, progress=advance
+        )
+
+
+def _predict(
+    collected: Mapping[str, Adapter], options: CompressOptions, messages: Console, as_json: bool
+) -> None:
+    from vllm_vlora.collection import Collection
+    from vllm_vlora.compression import predict
+    from vllm_vlora.tools import summary as show
+
+    with progress_bar(messages) as advance:
+        points = predict(collected, options, progress=advance)
+    original = Collection(collected).original_nbytes
+    rows = [{"ratio": p.ratio, **_candidate(p.candidate)} for p in points]
+    if as_json:
+        print_json({"original_bytes": original, "points": rows})
+    else:
+        show.print_curve(open_console(), original, rows)
+
+
+def _print_report(report: CompressReport, output: Path, as_json: bool, *, by_size: bool) -> None:
+    from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.tools import summary as show
+
+    data = show.summarize(Checkpoint.open(output), str(output))
+    data["candidates"] = [_candidate(candidate) for candidate in report.candidates]
+    data["seconds"] = report.seconds
+    data["raised"], data["kept"] = report.raised, report.kept
+    if report.calibrated:
+        data["seen_errors"] = {task.task_id: task.seen_error for task in report.tasks}
+    if report.recovered:
+        data["recovered"] = report.recovered
+    if as_json:
+        print_json(data)
+        return
+    console = open_console()
+    show.print_tasks(console, data)
+    show.print_candidates(console, data, (report.representation, report.format), by_error=by_size)
+    show.print_quality(console, data)
+    show.line(console, f"Wrote {data['checkpoint']} in {report.seconds:.1f} s.")
+    show.print_serving(console, data)
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    """What was measured, as JSON data."""
+    return {
+        "representation": candidate.representation,
+        "format": candidate.format,
+        "bytes": candidate.nbytes,
+        "mean_error": candidate.mean_error,
+        "worst_error": candidate.worst_error,
+    }

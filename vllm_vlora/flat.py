@@ -1,0 +1,146 @@
+"""The ``flat`` representation: each task is a point in a module's principal components (vlora).
+
+A and B transposed of every task are flattened; what is shared is their means and leading principal
+components, what a task has of its own is k numbers a side. The components depend on how a factor pair
+is turned (A and B give the same delta_W as R A and B R^-1), so this suits adapters that were trained
+from one common start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_vlora.checkpoint import FlatBasis, StoredModule
+from vllm_vlora.fit import ScaledFactors
+from vllm_vlora.flat_fit import FlatFit
+from vllm_vlora.manifest import FlatSpec
+from vllm_vlora.measure import squared_norm
+from vllm_vlora.quantize import FLOAT_DTYPES, pack, row_nbytes, unpack
+from vllm_vlora.representations import decode, encode_flat
+from vllm_vlora.whitening import Metric
+
+_WIDTHS = 10
+
+
+@dataclass(frozen=True)
+class FlatCurve:
+    """Losses of all tasks of a module on flat bases of several widths, in one format.
+
+    Attributes:
+        specs: the widths. losses: ||delta_W' - delta_W||^2 in the metric, (tasks, specs) float64.
+        loadings_format: number format of the tasks' own numbers.
+    """
+
+    specs: list[FlatSpec]
+    losses: torch.Tensor
+    loadings_format: str
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """The tasks of a module on a flat basis, and format label -> curve."""
+
+    tasks: tuple[int, ...]
+    curves: Mapping[str, FlatCurve]
+
+
+def flat_rows(fit: FlatFit) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and components stacked as stored: ((k + 1) rank, d_out) and ((k + 1) rank, d_in)."""
+    u = torch.cat([fit.mean_b[None], fit.components_b])
+    v = torch.cat([fit.mean_a[None], fit.components_a])
+    return u.flatten(0, 1), v.flatten(0, 1)
+
+
+def pack_flat(u: torch.Tensor, v: torch.Tensor, spec: FlatSpec) -> FlatBasis:
+    """The stacked rows as stored with this width and format."""
+    rows_u, rows_v = (spec.k_out + 1) * spec.rank, (spec.k_in + 1) * spec.rank
+    return FlatBasis(pack(u[:rows_u], spec.format), pack(v[:rows_v], spec.format), spec.rank)
+
+
+def flat_nbytes(spec: FlatSpec, d_out: int, d_in: int) -> int:
+    """Bytes of a module's flat basis."""
+    rows_u, rows_v = (spec.k_out + 1) * spec.rank, (spec.k_in + 1) * spec.rank
+    return rows_u * row_nbytes(spec.format, d_out) + rows_v * row_nbytes(spec.format, d_in)
+
+
+def loadings_nbytes(spec: FlatSpec, format: str) -> int:
+    """Bytes of one task's own numbers of one module."""
+    return (spec.k_out + spec.k_in) * FLOAT_DTYPES[format].itemsize
+
+
+def flat_widths(most: int) -> list[int]:
+    """Numbers of components worth considering, 1 .. most, at most ten of them."""
+    return sorted({max(1, round(most * (i + 1) / _WIDTHS)) for i in range(_WIDTHS)})
+
+
+class FlatProjection:
+    """Nearest points to tasks on a packed flat basis."""
+
+    def __init__(self, basis: FlatBasis) -> None:
+        self._rank = basis.rank
+        self._sides = [_Side(unpack(matrix).double(), basis.rank) for matrix in (basis.v, basis.u)]
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, scale: float, format: str) -> StoredModule:
+        """A task's loadings, least squares on each side."""
+        row_a = self._pad(a.double())
+        row_b = self._pad(b.double().T * scale)
+        side_a, side_b = self._sides
+        return encode_flat(
+            side_a.loadings(row_a).float(), side_b.loadings(row_b).float(), format, self._rank
+        )
+
+    def _pad(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(rows, (0, 0, 0, self._rank - rows.shape[0])).flatten()
+
+
+class _Side:
+    def __init__(self, rows: torch.Tensor, rank: int) -> None:
+        points = rows.view(-1, rank * rows.shape[1])
+        self._mean, self._components = points[0], points[1:]
+        gram = self._components @ self._components.T
+        # Packing leaves the components nearly orthonormal; the trace keeps a zero one solvable.
+        floor = 1e-12 * float(gram.diagonal().mean())
+        self._gram = gram + max(floor, 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
+
+    def loadings(self, row: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve(self._gram, self._components @ (row - self._mean))
+
+
+def measure_flat(
+    factors: Iterator[ScaledFactors],
+    u: torch.Tensor,
+    v: torch.Tensor,
+    specs: Sequence[FlatSpec],
+    loadings_format: str,
+    metric: Metric,
+) -> FlatCurve:
+    """What every width loses of every task."""
+    bases = [pack_flat(u, v, spec) for spec in specs]
+    projections = [FlatProjection(basis) for basis in bases]
+    rows = []
+    for a, b, scale in factors:
+        rows.append(
+            [
+                flat_loss(a, b, scale, project(a, b, scale, loadings_format), basis, metric)
+                for project, basis in zip(projections, bases)
+            ]
+        )
+    return FlatCurve(list(specs), torch.tensor(rows, dtype=torch.float64), loadings_format)
+
+
+def flat_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    stored: StoredModule,
+    basis: FlatBasis,
+    metric: Metric,
+) -> float:
+    """||delta_W' - delta_W||^2 in the metric."""
+    new_a, new_b = decode(stored, basis)
+    stacked_a = torch.cat([new_a.double(), a.double()])
+    stacked_b = torch.cat([new_b.double(), -scale * b.double()], dim=1)
+    return squared_norm(metric.a(stacked_a), metric.b_t(stacked_b.T).T, 1.0)
