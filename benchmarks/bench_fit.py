@@ -80,14 +80,18 @@ def main() -> int:
     print(f"about {estimate / 60:.0f} min on a quiet two-core machine of 2025\n", flush=True)
     pythons = contestant_pythons(args)
     for size in sizes:
-        cell = measure(size, args, pythons)
+        try:
+            cell = measure(size, args, pythons)
+        except RuntimeError as error:
+            print(f"{size}: {error}", file=sys.stderr)
+            return 1
         cell["floor_s"] = floor_s(size, args.k, rates)
         report["cells"].append(cell)
+        report["load_average_at_end"] = os.getloadavg()[0]
         print(format_cell(cell, cell["floor_s"]) + "\n", flush=True)
-    report["load_average_at_end"] = os.getloadavg()[0]
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if args.json:  # After each size: a long run that is cut short keeps what it has.
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         draw(report["cells"], f"Fit of rank {args.rank}, k {args.k}: {report['device']}", args.plot)
     return 0
@@ -190,7 +194,12 @@ def contestant_pythons(args: argparse.Namespace) -> dict[str, str]:
     if SEEDS & set(args.contestants):
         from fidelity.seeds import make_environment
 
-        seeds = str(make_environment(args.seeds_environment))
+        from vllm_vlora.errors import OptionError
+
+        try:
+            seeds = str(make_environment(args.seeds_environment))
+        except OptionError as error:
+            raise SystemExit(f"{error}; here that is --contestants ours,exact") from error
         pythons |= {name: seeds for name in args.contestants if name in SEEDS}
     return pythons
 

@@ -64,7 +64,9 @@ class AddOptions:
     Attributes:
         ratio: a new adapter's LoRA weights at 16 bits each over the bytes of its file (and of its
             share of the rows by which bases grow) is to be at least this; one or less sets no limit.
-            Default: the checkpoint's ratio, bases counted, so that adding keeps it.
+            Default: the checkpoint's ratio, bases counted, so that adding keeps it; a task that would
+            lose more than any of the checkpoint's gets more bytes, until it does not or has a ratio
+            of 3.5.
         max_bytes: all new tasks together, divided by the sizes of their originals.
         max_error: as of ``CompressOptions``, of the new tasks.
         quantize, double_quantize, dtype, calibration: as of ``CompressOptions``.
@@ -357,7 +359,7 @@ class Addition:
         chains = [choices[task, name] for name in adapter.modules]
         return TaskPlanner(list(self._specs.values()), chains, adapter.extra)
 
-    def targets(self) -> tuple[list[Target], str]:
+    def targets(self, planners: Sequence[TaskPlanner]) -> tuple[list[Target], str]:
         """What each new task may take or lose, and that in words."""
         options, sizes = self._options, [a.original_nbytes for a in self.collection.adapters]
         if options.max_error is not None:
@@ -367,14 +369,37 @@ class Addition:
             total = sum(sizes)
             shares = [options.max_bytes * size // total for size in sizes]
             return [Target(share) for share in shares], f"{options.max_bytes} bytes together"
-        ratio, words = options.ratio, "the ratio asked for"
-        if ratio is None:
-            ratio, words = self.checkpoint.ratio, "the checkpoint's ratio, bases counted"
-            if not self.checkpoint.tasks:
-                ratio, words = DEFAULT_RATIO, "the default ratio"
+        ratio = self.checkpoint.ratio if options.ratio is None else options.ratio
         if ratio <= 1:
             return [Target()] * len(sizes), "no limit of bytes"
-        return [Target(math.floor(size / ratio)) for size in sizes], f"{ratio:.2f}x, {words}"
+        if options.ratio is not None:
+            return [Target(math.floor(size / ratio)) for size in sizes], f"{ratio:g}x"
+        found = [self._default(planner, size) for planner, size in zip(planners, sizes)]
+        words = f"{ratio:.2f}x, the checkpoint's ratio, bases counted"
+        if ratio > DEFAULT_RATIO:
+            words += f"; up to {DEFAULT_RATIO}x for tasks that would lose more than those it has"
+        return found, words
+
+    def _default(self, planner: TaskPlanner, size: int) -> Target:
+        """The checkpoint's ratio; more bytes, up to the default ratio, for a task that is too poor.
+
+        Whoever compressed relatives to a small part of their size wants no stranger at that ratio.
+        """
+        target = Target(math.floor(size / self.checkpoint.ratio))
+        most = Target(math.floor(size / DEFAULT_RATIO))
+        assert target.nbytes is not None
+        assert most.nbytes is not None
+        plan = planner.best(target)
+        good = Target(loss=(self._worst_error * (1 + _MARGIN)) ** 2)
+        if (plan is not None and plan.loss <= good.loss) or most.nbytes <= target.nbytes:
+            return target
+        enough = planner.best(good)
+        return most if enough is None or enough.nbytes > most.nbytes else Target(enough.nbytes)
+
+    @property
+    def _worst_error(self) -> float:
+        """Of the tasks that the checkpoint has."""
+        return max((record.error for record in self.checkpoint.tasks.values()), default=math.inf)
 
     def _plan(self, planner: TaskPlanner, target: Target, task: int) -> TaskPlan:
         plan = planner.best(target)
@@ -607,8 +632,14 @@ class Addition:
             if (task, name) not in offered
         ]
         limit = targets[takers[0]].loss if takers else None
-        nbytes = None if limit is not None else sum(targets[task].nbytes or 0 for task in takers)
-        return decide_growth(offers, fixed, nbytes, limit)
+        if limit is not None:
+            return decide_growth(offers, fixed, None, limit)
+        room = sum((targets[t].nbytes or 0) - self._header(choices, t) for t in takers)
+        return decide_growth(offers, fixed, room, None)
+
+    def _header(self, choices: Mapping[tuple[int, str], ModuleChoices], task: int) -> int:
+        """About what the header of a task's file takes: as with the smallest option everywhere."""
+        return self.planner(choices, task).least_header()
 
     def _measure_grown(
         self,
@@ -650,10 +681,10 @@ class Addition:
         Raises:
             BudgetError: a task cannot meet its target.
         """
-        targets, words = self.targets()
         choices = self.measure()
+        planners = [self.planner(choices, task) for task in range(len(self.collection.task_ids))]
+        targets, words = self.targets(planners)
         growth = self.grow(choices, targets) if expand else None
-        planners = [self.planner(choices, task) for task in range(len(targets))]
         plans = []
         for task, (planner, target) in enumerate(zip(planners, targets)):
             grown_plan = None if growth is None else growth.plans.get(task)
@@ -836,8 +867,8 @@ class Addition:
                 )
         if expand and growth is None:
             found.append("no basis has grown: new rows cost more than they keep")
-        worst = max((record.error for record in self.checkpoint.tasks.values()), default=math.inf)
-        poor = [task.task_id for task in added if task.error > worst * (1 + _MARGIN)]
+        worst = self._worst_error
+        poor = [task.task_id for task in added if task.error > worst * (1 + 2 * _MARGIN)]
         if poor and self._options.max_error is None:
             named = ", ".join(map(repr, poor[:5])) + (", ..." if len(poor) > 5 else "")
             found.append(

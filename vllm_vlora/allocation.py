@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,11 +28,8 @@ Point = tuple[int, float]
 def lower_hull(points: Sequence[Point]) -> list[int]:
     """Indices of the lower convex hull, from the fewest bytes to the least loss, both strict."""
     hull: list[int] = []
-    for index in sorted(range(len(points)), key=lambda i: points[i]):
+    for index in _smaller_loss(points):
         nbytes, loss = points[index]
-        if hull and loss >= points[hull[-1]][1]:
-            continue
-        # Sorted by (bytes, loss), so equal bytes with a smaller loss cannot come later.
         while len(hull) >= 2:
             (n0, l0), (n1, l1) = points[hull[-2]], points[hull[-1]]
             if (l0 - l1) * (nbytes - n1) > (l1 - loss) * (n1 - n0):
@@ -41,17 +39,22 @@ def lower_hull(points: Sequence[Point]) -> list[int]:
     return hull
 
 
+def _smaller_loss(points: Sequence[Point]) -> list[int]:
+    """Indices by rising bytes, of the options that lose less than all before them."""
+    sizes, losses = np.array(points, dtype=float).reshape(-1, 2).T
+    order = np.lexsort((losses, sizes))
+    least = np.minimum.accumulate(losses[order])
+    smaller = np.append(True, least[1:] < least[:-1])[: len(order)]
+    return order[smaller].tolist()
+
+
 def pareto_front(points: Sequence[Point], most: int) -> list[int]:
     """Indices of the options that nothing smaller beats, by rising bytes; the hull, and others.
 
     Args:
         most: how many to keep where there are more; the hull is always kept.
     """
-    sizes, losses = np.array(points, dtype=float).reshape(-1, 2).T
-    order = np.lexsort((losses, sizes))
-    least = np.minimum.accumulate(losses[order])
-    smaller = np.append(True, least[1:] < least[:-1])[: len(order)]
-    front = order[smaller].tolist()
+    front = _smaller_loss(points)
     if len(front) <= most:
         return front
     kept = set(lower_hull([points[i] for i in front]))
@@ -83,6 +86,16 @@ class StepPath:
     start_nbytes: int
     steps: list[Step]
 
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """Bytes of the first 1, 2, ... steps together, (steps,) int64."""
+        return np.cumsum(np.array([step.nbytes for step in self.steps], dtype=np.int64))
+
+    @cached_property
+    def least_step(self) -> int:
+        """Bytes of the smallest step."""
+        return min((step.nbytes for step in self.steps), default=0)
+
     def prefix(self, count: int) -> list[int]:
         """The option of every chain after ``count`` steps."""
         chosen = list(self.start)
@@ -113,16 +126,20 @@ def allocate(path: StepPath, budget: int) -> list[int] | None:
     room = budget - path.start_nbytes
     if room < 0:
         return None
-    chosen = list(path.start)
+    taken = int(np.searchsorted(path.totals, room, side="right"))
+    chosen = path.prefix(taken)
+    room -= int(path.totals[taken - 1]) if taken else 0
     blocked: dict[int, None] = {}
-    for step in path.steps:
+    for step in itertools.islice(path.steps, taken, None):
         if step.chain in blocked:
             continue
-        if step.nbytes > room:
-            blocked[step.chain] = None
+        if step.nbytes <= room:
+            chosen[step.chain] = step.option
+            room -= step.nbytes
             continue
-        chosen[step.chain] = step.option
-        room -= step.nbytes
+        blocked[step.chain] = None
+        if room < path.least_step and len(blocked) >= _FILLED_CHAINS:
+            break
     # The step that did not fit may span options which do: those above the hull between its ends.
     for chain in itertools.islice(blocked, _FILLED_CHAINS):
         points = path.points(chain)

@@ -321,12 +321,11 @@ class JointCurve:
         """
         captured = self.captured.double()
         noise = _ROUNDING[core_format]
-        pairs = torch.tensor(
-            [
-                [core_shape(rank, b.k_out, b.k_in, factored)[0] == "factors" for b in self.bases]
-                for rank in ranks
-            ]
-        )
+        by_rank = {
+            rank: [core_shape(rank, b.k_out, b.k_in, factored)[0] == "factors" for b in self.bases]
+            for rank in set(ranks)
+        }
+        pairs = torch.tensor([by_rank[rank] for rank in ranks])
         rounding = captured * noise * (1 + pairs.double())
         return (self.norms[:, None] - captured).clamp(min=0) + rounding
 

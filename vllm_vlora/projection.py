@@ -301,6 +301,14 @@ class TaskPlanner:
             found.append(self._plan([min(chain, key=_size) for chain in chains]).nbytes)
         return min(found)
 
+    def least_header(self) -> int:
+        """Bytes of a file's header where all modules are stored alike."""
+        found = []
+        for labels, formats in self._mixtures():
+            smallest = [min(c.options(labels, formats), key=_size) for c in self.choices]
+            found.append(self._file_nbytes(smallest) - sum(map(_size, smallest)))
+        return min(found)
+
     def segments(self, options: Sequence[Option]) -> list[Segment]:
         """What the manifest says of these options; scales and errors left out."""
         return [_segment(c.module, option) for c, option in zip(self.choices, options)]

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from engine_world import (
 )
 
 from vllm_vlora.errors import CheckpointError, TaskNotFoundError
+from vllm_vlora.manifest import Segment
 
 pytestmark = pytest.mark.engine
 
@@ -231,29 +233,57 @@ def test_requests_for_what_does_not_exist(engine: Engine, tmp_path: Path) -> Non
         lora_request(tmp_path, "task")
 
 
+# Options, tasks, and what some segment must be for the case to be one.
+LOSSY: dict[str, tuple[dict[str, Any], list[str], Callable[[Segment], bool]]] = {
+    "nf4": (
+        {"representation": "private", "quantize": "nf4", "double_quantize": False, "ratio": 1.8},
+        ["everything", "attention"],
+        lambda segment: segment.format == "nf4",
+    ),
+    "int8": (
+        {"representation": "private", "quantize": "int8", "ratio": 1.8},
+        ["everything", "attention"],
+        lambda segment: segment.format == "int8",
+    ),
+    "bits": (
+        {"representation": "private", "quantize": "nf4", "ratio": 4.5},
+        ["everything", "half-packed"],
+        lambda segment: segment.bits is not None,
+    ),
+    "flat": (
+        {"representation": "flat", "num_components": 1},
+        ["attention", "everything", "rslora"],
+        lambda segment: segment.representation == "flat",
+    ),
+    "clusters": (
+        {"representation": "joint", "quantize": "int8", "clusters": 2, "ratio": 1.2},
+        ["attention", "everything", "rslora", "half-packed"],
+        lambda segment: segment.rows is not None and segment.format == "int8",
+    ),
+}
+
+
 def test_lossy_tasks_answer_as_their_export_does_in_stock_vllm(
     engine: Engine, world: World
 ) -> None:
-    """NF4 and int8 dequantised in the slots, against the same weights exported as PEFT folders."""
+    """What loses something, in every form that it is stored in, against its export as PEFT folders."""
     from vllm_vlora import lora_request
     from vllm_vlora.checkpoint import Checkpoint
     from vllm_vlora.export import export_task
 
-    names = ["everything", "attention"]
     exported, requests = {}, {}
-    for quantize in ("nf4", "int8"):
+    for kind, (options, names, holds) in LOSSY.items():
         path = world.compress(
-            f"lossy-{quantize}",
-            {name: world.adapters[name] for name in names},
-            representation="private",
-            quantize=quantize,
-            ratio=1.8,
+            f"lossy-{kind}", {name: world.adapters[name] for name in names}, **options
         )
+        checkpoint = Checkpoint.open(path)
+        segments = [segment for r in checkpoint.tasks.values() for segment in r.segments]
+        assert any(holds(segment) for segment in segments), kind
         for name in names:
-            key = f"{name}-{quantize}"
+            key = f"{name}-{kind}"
             requests[key] = lora_request(path, name)
             exported[key] = export_task(
-                Checkpoint.open(path), name, world.root / "exported" / key, dtype=torch.float32
+                checkpoint, name, world.root / "exported" / key, dtype=torch.float32
             )
     reference = stock_tokens(world.model, exported, PROMPTS)
     for key, request in requests.items():

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,8 @@ def stock_tokens(
 def make_world(root: Path) -> World:
     """Model, adapters and references under ``root``; takes about a minute."""
     from vllm_vlora.adapters import open_adapter
-    from vllm_vlora.compression import CompressOptions, compress
+    from vllm_vlora.compression import compress
+    from vllm_vlora.options import CompressOptions
 
     model = make_model(root / "model")
     adapters = {
@@ -236,8 +237,13 @@ def exact(world: World, representation: str) -> Path:
 
 
 def mixed(world: World) -> Path:
-    """The exact tasks in one checkpoint: joint, private, or both over their modules; made once."""
-    from vllm_vlora.checkpoint import Checkpoint, CheckpointWriter
+    """The exact tasks in one checkpoint: joint, private, or both over their modules; made once.
+
+    Every basis is stored twice, as two clusters of tasks have theirs beside each other, and joint cores
+    name the rows of one of the two.
+    """
+    from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter
+    from vllm_vlora.quantize import stack_rows
 
     folder = world.root / "exact-mixed"
     if folder.exists():
@@ -249,6 +255,8 @@ def mixed(world: World) -> Path:
     bases = dict(joint.bases())
     for module in joint.modules:
         basis = bases.get(module.name)
+        if basis is not None:
+            basis = Basis(stack_rows([basis.u] * 2), stack_rows([basis.v] * 2))
         writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis)
     for number, task in enumerate(ADAPTERS):
         first, second = (joint, private) if number % 3 else (private, joint)
@@ -256,6 +264,12 @@ def mixed(world: World) -> Path:
         if number % 3 != 1:
             others = second.load_task(task).modules
             modules = {n: (others[n] if i % 2 else m) for i, (n, m) in enumerate(modules.items())}
+        for name, stored in modules.items():
+            if stored.representation == "joint":
+                basis = bases[name]
+                u, v = number % 2 * basis.u.rows, number % 2 * basis.v.rows
+                rows = (u, u + basis.u.rows, v, v + basis.v.rows)
+                modules[name] = replace(stored, rows=rows)
         writer.add_task(task, modules, original_nbytes=1, error=0.0, adapter_config={})
     writer.finish("card")
     return folder
