@@ -11,7 +11,7 @@ REQUIREMENTS := $(wildcard requirements/*.txt) requirements/vllm-cpu-name/pyproj
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint test-fast test-engine compat requirements bench clean
+.PHONY: help demo test lint test-fast test-engine compat requirements bench collections bench-fidelity bench-fit clean
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -40,6 +40,16 @@ requirements: ## Resolve requirements/cpu.txt anew
 
 bench: $(VENV)/.ready ## Activation of a task: stock vLLM against materialize, on this machine
 	$(BIN)/python benchmarks/bench_activation.py
+
+collections: $(VENV)/.ready ## Train the two collections of the fidelity benchmark into .cache
+	$(BIN)/python examples/demo/prepare_model.py --output .cache/smollm2
+	for name in unrelated family; do $(BIN)/python examples/collections/train.py $$name -o .cache/collections/$$name || exit 1; done
+
+bench-fidelity: collections ## Recovered fraction against bytes, every representation and the seed libraries
+	$(BIN)/python benchmarks/bench_fidelity.py --resume
+
+bench-fit: $(VENV)/.ready ## Time and memory of the fit against the seed libraries and exact SVD
+	$(BIN)/python benchmarks/bench_fit.py
 
 clean: ## Remove the environments and caches
 	rm -rf .venv .venv-* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

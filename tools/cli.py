@@ -78,24 +78,47 @@ app.command()(compress)
 @app.command()
 def info(
     checkpoint: CheckpointRef,
+    rebuild: Annotated[
+        bool,
+        typer.Option("--rebuild", help="Plan rebuilds, and say whether one would pay."),
+    ] = False,
+    originals: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --rebuild: the original adapters, in sub-folders named by task id.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show what a checkpoint holds and how to serve it.
+    """Show what a checkpoint holds, how to serve it and whether to rebuild it.
 
-    Reads the two JSON files only; `validate` reads everything.
+    Reads the two JSON files only, unless --rebuild is given; `validate`
+    reads everything.
 
     [bold]Examples[/bold]
 
     vllm-vlora info ckpt
 
     vllm-vlora info org/checkpoint --json
+
+    vllm-vlora info ckpt --rebuild --originals adapters/
     """
+    if originals is not None and not rebuild:
+        raise typer.BadParameter("is for --rebuild; give both or none", param_hint="--originals")
     with reported(verbose):
         from vllm_vlora.checkpoint import Checkpoint
+        from vllm_vlora.tools import rebuild_advice as advice
         from vllm_vlora.tools import summary as show
 
-        data = show.summarize(Checkpoint.open(checkpoint), checkpoint)
+        opened = Checkpoint.open(checkpoint)
+        data = show.summarize(opened, checkpoint)
+        data["rebuild"] = advice.advise(opened)
+        if rebuild:
+            with progress_bar(open_console(stderr=True)) as advance:
+                data["rebuild"]["prediction"] = advice.predict(opened, originals, advance)
         if as_json:
             print_json(data)
             return
@@ -103,6 +126,7 @@ def info(
         show.print_overview(console, data)
         show.print_modules(console, data)
         show.print_tasks(console, data)
+        advice.print_advice(console, data["rebuild"])
         show.print_serving(console, data)
 
 

@@ -12,13 +12,15 @@ from vllm_vlora._version import __version__
 
 if TYPE_CHECKING:
     from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
+    from vllm_vlora.adding import AddOptions, AddReport, add_adapters
     from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.compression import compress
+    from vllm_vlora.compression import compress, predict
     from vllm_vlora.errors import VLoRAError
     from vllm_vlora.export import export_all, export_task
     from vllm_vlora.memory import MemoryPlan, plan_memory
     from vllm_vlora.options import CompressOptions
     from vllm_vlora.plugin.requests import lora_request
+    from vllm_vlora.recovery import compress_to_quality
     from vllm_vlora.report import CompressReport
     from vllm_vlora.validation import validate
 
@@ -30,6 +32,11 @@ _HOME = {
     "CompressOptions": "options",
     "CompressReport": "report",
     "compress": "compression",
+    "predict": "compression",
+    "compress_to_quality": "recovery",
+    "AddOptions": "adding",
+    "AddReport": "adding",
+    "add_adapters": "adding",
     "VLoRAError": "errors",
     "export_all": "export",
     "export_task": "export",
@@ -40,6 +47,8 @@ _HOME = {
 }
 
 __all__ = [
+    "AddOptions",
+    "AddReport",
     "Adapter",
     "Checkpoint",
     "CompressOptions",
@@ -47,12 +56,15 @@ __all__ = [
     "MemoryPlan",
     "VLoRAError",
     "__version__",
+    "add_adapters",
     "compress",
+    "compress_to_quality",
     "export_all",
     "export_task",
     "lora_request",
     "open_adapter",
     "plan_memory",
+    "predict",
     "save_adapter",
     "validate",
 ]

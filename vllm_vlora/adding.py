@@ -55,6 +55,10 @@ from vllm_vlora.whitening import Metric
 _MARGIN = 1e-6
 # Tasks for which growing did not pay are taken out and the rest is fitted again, this often.
 _GROWTH_ROUNDS = 6
+# Growth is decided for these parts of the bytes, and the best one is kept: a price does not know what
+# files' headers cost, nor what is left over where one task's budget ends.
+_ROOMS = (1.0, 0.7, 0.5)
+_LIMITS = (1.0, 2.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def add_adapters(
     collection = Collection(adapters)
     with edited(checkpoint, output, force=force) as (opened, folder):
         if not replace_tasks:
-            _check_new(opened, collection)
+            check_new(opened, collection.task_ids)
         scratch = folder / ".scratch"
         scratch.mkdir()
         report = Addition(opened, collection, options, scratch, progress).write(folder, expand)
@@ -226,8 +230,9 @@ def remove_tasks(
     return freed
 
 
-def _check_new(checkpoint: Checkpoint, collection: Collection) -> None:
-    known = [task_id for task_id in collection.task_ids if task_id in checkpoint.tasks]
+def check_new(checkpoint: Checkpoint, task_ids: Sequence[str]) -> None:
+    """Raise TaskIdError if the checkpoint has one of these tasks already."""
+    known = [task_id for task_id in task_ids if task_id in checkpoint.tasks]
     if known:
         named = ", ".join(map(repr, known[:5])) + (", ..." if len(known) > 5 else "")
         raise TaskIdError(
@@ -390,10 +395,10 @@ class Addition:
         assert target.nbytes is not None
         assert most.nbytes is not None
         plan = planner.best(target)
-        good = Target(loss=(self._worst_error * (1 + _MARGIN)) ** 2)
-        if (plan is not None and plan.loss <= good.loss) or most.nbytes <= target.nbytes:
+        limit = (self._worst_error * (1 + _MARGIN)) ** 2
+        if (plan is not None and plan.loss <= limit) or most.nbytes <= target.nbytes:
             return target
-        enough = planner.best(good)
+        enough = planner.best(Target(loss=limit))
         return most if enough is None or enough.nbytes > most.nbytes else Target(enough.nbytes)
 
     @property
@@ -440,15 +445,18 @@ class Addition:
             self._progress("grow", attempt, _GROWTH_ROUNDS)
             growth = _Growth(FittedBases(self._scratch / f"growth{attempt}"))
             offers = self._offers(choices, takers, targets, growth)
-            growth.rows = self._decide(choices, offers, takers, targets)
-            if not growth.rows:
-                break
-            fresh = {**choices, **self._measure_grown(choices, takers, growth)}
-            self._plan_grown(fresh, takers, targets, growth)
-            losers = {t for t in takers if self._loses(choices, t, targets[t], growth)}
-            if not losers:
-                return growth
-            takers = [task for task in takers if task not in losers]
+            best, gains = growth, dict[int, float]()
+            for rows in self._decide(choices, offers, takers, targets):
+                tried = _Growth(growth.bases, rows)
+                fresh = {**choices, **self._measure_grown(choices, takers, tried)}
+                self._plan_grown(fresh, takers, targets, tried)
+                found = {t: self._gain(choices, t, targets[t], tried) for t in takers}
+                found = {task: gain for task, gain in found.items() if gain > 0}
+                if sum(found.values()) > sum(gains.values()):
+                    best, gains = tried, found
+            if len(gains) == len(takers):
+                return best
+            takers = list(gains)
         return None
 
     def _plan_grown(
@@ -511,23 +519,28 @@ class Addition:
         assert spec.basis is not None
         return rows_nbytes(BasisSpec(*rows, spec.basis.format), spec.d_out, spec.d_in)
 
-    def _loses(
+    def _gain(
         self,
         choices: Mapping[tuple[int, str], ModuleChoices],
         task: int,
         target: Target,
         growth: _Growth,
-    ) -> bool:
-        """Whether a task has no use for the new rows, or does better without them."""
+    ) -> float:
+        """What a task loses less (or, within an error, takes less) than without new rows.
+
+        Zero if it has no use for them or does better without.
+        """
         plan, charge = growth.plans.get(task), math.ceil(growth.charges.get(task, 0.0))
         if plan is None or not charge:
-            return True
-        planner = self.planner(choices, task)
+            return 0.0
+        if target.nbytes is not None:
+            target = Target(max(target.nbytes, plan.nbytes + charge))
+        without = self.planner(choices, task).best(target)
+        if without is None:
+            return math.inf
         if target.nbytes is None:
-            without = planner.best(target)
-            return without is not None and without.nbytes <= plan.nbytes + charge
-        without = planner.best(Target(max(target.nbytes, plan.nbytes + charge)))
-        return without is not None and without.loss <= plan.loss
+            return float(without.nbytes - plan.nbytes - charge)
+        return without.loss - plan.loss
 
     def _offers(
         self,
@@ -623,7 +636,8 @@ class Addition:
         offers: Sequence[Offer],
         takers: Sequence[int],
         targets: Sequence[Target],
-    ) -> dict[str, tuple[int, int]]:
+    ) -> list[dict[str, tuple[int, int]]]:
+        """Growths to try: module name -> (rows of U, rows of V)."""
         offered = {(task, offer.module) for offer in offers for task in offer.tasks}
         fixed = [
             (task, options_hull(choices[task, name], self._weight(choices, task)))
@@ -631,11 +645,13 @@ class Addition:
             for name in self.collection.adapters[task].modules
             if (task, name) not in offered
         ]
-        limit = targets[takers[0]].loss if takers else None
+        limit = targets[takers[0]].loss
         if limit is not None:
-            return decide_growth(offers, fixed, None, limit)
-        room = sum((targets[t].nbytes or 0) - self._header(choices, t) for t in takers)
-        return decide_growth(offers, fixed, room, None)
+            found = [decide_growth(offers, fixed, None, part * limit) for part in _LIMITS]
+        else:
+            room = sum((targets[t].nbytes or 0) - self._header(choices, t) for t in takers)
+            found = [decide_growth(offers, fixed, part * room, None) for part in _ROOMS]
+        return [rows for place, rows in enumerate(found) if rows and rows not in found[:place]]
 
     def _header(self, choices: Mapping[tuple[int, str], ModuleChoices], task: int) -> int:
         """About what the header of a task's file takes: as with the smallest option everywhere."""

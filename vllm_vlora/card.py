@@ -81,6 +81,7 @@ def model_card(base_model: str | None, report: CompressReport) -> str:
         f"bases {format_bytes(report.basis_nbytes)}), {report.ratio:.2f} times smaller",
         f"- Relative error of the weights: mean {report.mean_error:.4f}, worst "
         f"{report.worst_error:.4f}",
+        *_recovered_lines(report),
         "",
         "## Tasks",
         "",
@@ -122,6 +123,21 @@ def model_card(base_model: str | None, report: CompressReport) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _recovered_lines(report: CompressReport) -> list[str]:
+    """What was measured with the model, where it was."""
+    values = {task: value for task, value in report.recovered.items() if value is not None}
+    lines = []
+    if values:
+        worst = min(values, key=values.__getitem__)
+        lines.append(
+            "- Recovered of what the adapters gain on held-out text: mean "
+            f"{sum(values.values()) / len(values):.3f}, worst {values[worst]:.3f} ({_escape(worst)})"
+        )
+    if report.kept:
+        lines.append(f"- Kept as they were: {', '.join(map(_escape, report.kept))}")
+    return lines
 
 
 def _front_matter(base_model: str | None) -> list[str]:

@@ -447,8 +447,20 @@ class Compression:
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def write(self, folder: Path, chosen: Chosen, base_model: str | None = None) -> CompressReport:
-        """Write a chosen plan as a checkpoint into an existing folder; the manifest comes last."""
+    def write(
+        self,
+        folder: Path,
+        chosen: Chosen,
+        base_model: str | None = None,
+        *,
+        recovered: Mapping[str, float | None] | None = None,
+        kept: Sequence[str] = (),
+    ) -> CompressReport:
+        """Write a chosen plan as a checkpoint into an existing folder; the manifest comes last.
+
+        Args:
+            recovered, kept: of the report, where the model was run.
+        """
         common, warning = common_base_model(
             dict(zip(self.collection.task_ids, self.collection.adapters))
         )
@@ -474,6 +486,8 @@ class Compression:
             warnings=[] if warning is None else [warning],
             raised=[self.collection.task_ids[task] for task in chosen.plan.raised],
             calibrated=self._options.calibration is not None,
+            recovered=dict(recovered or {}),
+            kept=list(kept),
         )
         writer.finish(model_card(base_model or common, report))
         return report
@@ -521,6 +535,10 @@ def _modules_to_share(collection: Collection, options: CompressOptions) -> list[
     linear = [module for module in collection.modules.values() if module.kind == "linear"]
     shared = [module for module in linear if len(module.tasks) > 1]
     if options.shares == "auto":
+        return shared
+    if options.shares == "flat":
+        if not shared:
+            raise OptionError("flat needs a linear module that two tasks adapt; use private")
         return shared
     chosen = linear if options.num_components is not None or not shared else shared
     if not chosen:

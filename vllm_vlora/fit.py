@@ -11,14 +11,19 @@ adapters at once. The last two passes are turned into ordered eigenvectors toget
 ``Q = [Q_1, Q_2]`` of a Krylov space (Musco and Musco, *Randomized block Krylov methods*, NeurIPS
 2015) and ``Y = M Q``, by the Nystroem formula ``M ~ Y (Q^T Y)^+ Y^T`` (Tropp et al., *Fixed-rank
 approximation of a positive-semidefinite matrix from streaming data*, NeurIPS 2017). Both blocks are
-at hand anyway, so that this costs no read.
+at hand anyway, so that this costs no read. The first block comes from a read of its own that does
+no products: it adds the factors' rows with random signs into as many sums as Q has columns (a count
+sketch: Clarkson and Woodruff, *Low rank approximation and regression in input sparsity time*, STOC
+2013). That is worth about half a pass of products, for little more than the reading.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -52,7 +57,7 @@ def fit_module(
     d_out: int,
     num_components: int,
     *,
-    passes: int = 3,
+    passes: int = 2,
     oversample: int = 8,
     seed: int = 0,
 ) -> JointFit:
@@ -78,7 +83,7 @@ def fit_bases(
     d_out: int,
     num_components: int,
     *,
-    passes: int = 3,
+    passes: int = 2,
     oversample: int = 8,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,18 +91,17 @@ def fit_bases(
 
     Every adapter counts alike, whatever its norm; one whose delta_W is zero counts nothing. Where
     the ranks of all adapters together fit into ``num_components + oversample``, their stacked
-    singular vectors give the bases exactly; otherwise a randomised block Krylov method of
-    ``passes`` reads does, in about 24 (d_in + d_out) (num_components + oversample) bytes and one
-    adapter, whatever the number of adapters. Their order matters only to rounding.
+    singular vectors give the bases exactly; otherwise a randomised block Krylov method does, in about
+    24 (d_in + d_out) (num_components + oversample) bytes and one adapter, whatever the number of
+    adapters, and as well in any order of them.
 
     Args:
-        read: starts a read of the adapters. Called once or ``passes + 1`` times, of which the first
-            ends where the exact way turns out to be too wide.
+        read: starts a read of the adapters. Called once or ``passes + 1`` times.
         d_in, d_out: columns and rows of delta_W.
         num_components: the k wanted; k_in = min(k, d_in, sum of ranks), k_out likewise, a rank
             counting at most min(d_in, d_out).
-        passes: reads of the iteration; each costs the same, two are enough for closely related
-            adapters. oversample: further directions carried and dropped at the end.
+        passes: reads that multiply, which is nearly all the time. A third is worth it only where
+            adapters share little. oversample: further directions carried and dropped at the end.
         seed: of the random start.
 
     Raises:
@@ -108,31 +112,44 @@ def fit_bases(
             f"num_components and passes must be positive, got {num_components} and {passes}"
         )
     width = num_components + oversample
-    exact = _fit_exact(read, width)
-    if exact is None:
-        total_rank, u, v = _fit_streaming(read, d_in, d_out, width, passes, seed)
+    adapters = iter(read())
+    held, total_rank = _take(adapters, width)
+    if not total_rank:
+        raise ValueError("there are no adapters to fit")
+    if total_rank <= width:
+        u, v = _fit_exact(held)
     else:
-        total_rank, u, v = exact
+        first = chain(_drain(held), adapters)
+        u, v = _fit_streaming(first, read, d_in, d_out, width, passes, seed)
     k_out, k_in = (min(num_components, d, total_rank) for d in (d_out, d_in))
     return u[:, :k_out].T.float().contiguous(), v[:, :k_in].T.float().contiguous()
 
 
-def _fit_exact(read: ReadFactors, limit: int) -> tuple[int, torch.Tensor, torch.Tensor] | None:
-    """(sum of ranks, U, V) from the stacked singular vectors; None if there are more than limit.
+def _take(adapters: Iterator[ScaledFactors], limit: int) -> tuple[deque[ScaledFactors], int]:
+    """The first adapters, until there are no more or their ranks together are above ``limit``."""
+    held: deque[ScaledFactors] = deque()
+    total_rank = 0
+    for a, b, scale in adapters:
+        held.append((a, b, scale))
+        total_rank += _effective_rank(a, b)
+        if total_rank > limit:
+            break
+    return held, total_rank
+
+
+def _drain(held: deque[ScaledFactors]) -> Iterator[ScaledFactors]:
+    while held:
+        yield held.popleft()
+
+
+def _fit_exact(adapters: Iterable[ScaledFactors]) -> tuple[torch.Tensor, torch.Tensor]:
+    """U and V from the stacked singular vectors.
 
     Besides being cheaper this avoids the squares in M, which in floating point lose every direction
     weaker than the square root of the machine precision.
     """
-    adapters, total_rank = [], 0
-    for a, b, scale in read():
-        total_rank += _effective_rank(a, b)
-        if total_rank > limit:
-            return None
-        adapters.append((a, b, scale))
-    if not total_rank:
-        raise ValueError("there are no adapters to fit")
     rows_a, rows_b = zip(*(_weighted_rows(*adapter) for adapter in adapters))
-    return total_rank, leading_directions(rows_b), leading_directions(rows_a)
+    return leading_directions(rows_b), leading_directions(rows_a)
 
 
 def _weighted_rows(
@@ -162,23 +179,35 @@ def leading_directions(rows: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _fit_streaming(
-    read: ReadFactors, d_in: int, d_out: int, width: int, passes: int, seed: int
-) -> tuple[int, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    right = KrylovSide(random_orthonormal(d_in, min(width, d_in), generator))
-    left = KrylovSide(random_orthonormal(d_out, min(width, d_out), generator))
-    total_rank = 0
+    first: Iterable[ScaledFactors],
+    read: ReadFactors,
+    d_in: int,
+    d_out: int,
+    width: int,
+    passes: int,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """U and V; ``first`` is a read already begun."""
+    right, left = _sketch(first, d_in, d_out, width, seed)
     for remaining in range(passes - 1, -1, -1):
-        total_rank = _multiply(read, right, left)
+        for stack in _stacks(read(), d_in, d_out):
+            stack.multiply(right, left)
         if remaining:
             right.advance()
             left.advance()
-    return total_rank, left.leading(), right.leading()
+    return left.leading(), right.leading()
 
 
-def random_orthonormal(rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:
-    """(rows, cols) float32 with orthonormal columns in uniformly random directions."""
-    return torch.linalg.qr(torch.randn(rows, cols, generator=generator))[0]
+def _sketch(
+    adapters: Iterable[ScaledFactors], d_in: int, d_out: int, width: int, seed: int
+) -> tuple[KrylovSide, KrylovSide]:
+    """Right and left side, each with an orthonormal basis of a count sketch as its first block."""
+    generator = torch.Generator().manual_seed(seed)
+    sums_a = torch.zeros(min(width, d_in), d_in).T
+    sums_b = torch.zeros(d_out, min(width, d_out))
+    for stack in _stacks(adapters, d_in, d_out):
+        stack.scatter(sums_a, sums_b, generator)
+    return KrylovSide(torch.linalg.qr(sums_a)[0]), KrylovSide(torch.linalg.qr(sums_b)[0])
 
 
 class KrylovSide:
@@ -241,19 +270,18 @@ def _symmetric(x: torch.Tensor) -> torch.Tensor:
 _STACKED_ROWS = 128
 
 
-def _multiply(read: ReadFactors, right: KrylovSide, left: KrylovSide) -> int:
-    """Read all adapters once and add M_V Q_V and M_U Q_U to both sides; returns the sum of ranks."""
-    stack, total_rank = _Stack(right.q.shape[0], left.q.shape[0], _STACKED_ROWS), 0
-    for a, b, scale in read():
-        total_rank += _effective_rank(a, b)
+def _stacks(adapters: Iterable[ScaledFactors], d_in: int, d_out: int) -> Iterator[_Stack]:
+    """All adapters, as many at once as fit; what is yielded is filled anew afterwards."""
+    stack = _Stack(d_in, d_out, _STACKED_ROWS)
+    for a, b, scale in adapters:
         rank = a.shape[0]
         if not stack.has_room(rank):
-            stack.multiply(right, left)
+            yield stack
+            stack.clear()
             if not stack.has_room(rank):
-                stack = _Stack(right.q.shape[0], left.q.shape[0], rank)
+                stack = _Stack(d_in, d_out, rank)
         stack.push(a, b, scale)
-    stack.multiply(right, left)
-    return total_rank
+    yield stack
 
 
 class _Stack:
@@ -277,8 +305,13 @@ class _Stack:
             self._grams.append((rows, gram_a / norm**2, gram_b / norm**2))
             self._used = rows.stop
 
+    def clear(self) -> None:
+        """Forget all adapters."""
+        self._grams.clear()
+        self._used = 0
+
     def multiply(self, right: KrylovSide, left: KrylovSide) -> None:
-        """Add A^T (B^T B) (A Q_V) and B (A A^T) (B^T Q_U) of all adapters, and forget them."""
+        """Add A^T (B^T B) (A Q_V) and B (A A^T) (B^T Q_U) of all adapters."""
         a, b = self._a[: self._used], self._b[:, : self._used]
         a_q, b_q = a @ right.q, b.T @ left.q
         for rows, gram_a, gram_b in self._grams:
@@ -286,8 +319,30 @@ class _Stack:
             b_q[rows] = gram_a @ b_q[rows]
         right.y.addmm_(a.T, a_q)
         left.y.addmm_(b, b_q)
-        self._grams.clear()
-        self._used = 0
+
+    def scatter(
+        self, sums_a: torch.Tensor, sums_b: torch.Tensor, generator: torch.Generator
+    ) -> None:
+        """Add every row of A to a column of ``sums_a`` (d_in, n), and of B to ``sums_b`` (d_out, m).
+
+        With random signs, and weighed by the norm of its partner in B A.
+        """
+        partners_of_a = [gram_b for _, _, gram_b in self._grams]
+        partners_of_b = [gram_a for _, gram_a, _ in self._grams]
+        for partners, source, sums in (
+            (partners_of_a, self._a.T, sums_a),
+            (partners_of_b, self._b, sums_b),
+        ):
+            squares = torch.cat([torch.empty(0), *(gram.diagonal() for gram in partners)])
+            signs = torch.randint(0, 2, (self._used,), generator=generator) * 2 - 1
+            weights = squares.sqrt() * signs
+            begin, shift = 0, int(torch.randint(0, sums.shape[1], (), generator=generator))
+            while begin < self._used:
+                place = (begin + shift) % sums.shape[1]
+                end = min(self._used, begin + sums.shape[1] - place)
+                part = sums[:, place : place + end - begin]
+                part.addcmul_(source[:, begin:end], weights[begin:end])
+                begin = end
 
 
 def _effective_rank(a: torch.Tensor, b: torch.Tensor) -> int:

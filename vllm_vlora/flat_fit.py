@@ -17,7 +17,6 @@ from vllm_vlora.fit import (
     ReadFactors,
     ScaledFactors,
     leading_directions,
-    random_orthonormal,
 )
 
 # Adapters multiplied at once. One at a time, the components would be read from memory for each.
@@ -66,7 +65,8 @@ def fit_flat(
         rank: of the representation, at least that of every adapter.
         d_in, d_out: columns and rows of delta_W.
         num_components: the k wanted.
-        passes, oversample, seed: as in :func:`vllm_vlora.fit.fit_bases`.
+        passes: reads that multiply. oversample: further components carried and dropped at the end.
+        seed: of the random start.
 
     Raises:
         ValueError: ``num_components`` or ``passes`` below one, an adapter of a higher rank, or no
@@ -83,7 +83,7 @@ def fit_flat(
     else:
         generator = torch.Generator().manual_seed(seed)
         side_a, side_b = (
-            KrylovSide(random_orthonormal(len(mean), min(width, len(mean)), generator))
+            KrylovSide(_random_orthonormal(len(mean), min(width, len(mean)), generator))
             for mean in (mean_a, mean_b)
         )
         for remaining in range(passes - 1, -1, -1):
@@ -117,6 +117,10 @@ def project_flat(
         fit.components_a.flatten(1) @ (row_a - fit.mean_a.flatten()),
         fit.components_b.flatten(1) @ (row_b - fit.mean_b.flatten()),
     )
+
+
+def _random_orthonormal(rows: int, cols: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(rows, cols, generator=generator))[0]
 
 
 def _flatten(

@@ -104,6 +104,10 @@ class PrivateCurve:
             rank, loss = number, self.losses[number - 1]
         return PrivateOption(self.format, rank, number == 0, rank * self.row_nbytes, loss)
 
+    def loss(self, number: int) -> float:
+        """Of an option."""
+        return self.original_loss if number == 0 else self.losses[number - 1]
+
     def points(self, weight: float) -> list[Point]:
         """(bytes, weighted loss) of every option."""
         points = [(self.original_rank * self.row_nbytes, self.original_loss * weight)]
@@ -134,6 +138,10 @@ class NarrowCurve:
         bits = (n4, n3, n2) if n3 or n2 else None
         nbytes, loss = self.nbytes[number], self.losses[number]
         return PrivateOption(NARROW_FORMAT, n4 + n3 + n2, False, nbytes, loss, bits)
+
+    def loss(self, number: int) -> float:
+        """Of an option."""
+        return self.losses[number]
 
     def points(self, weight: float) -> list[Point]:
         """(bytes, weighted loss) of every option."""

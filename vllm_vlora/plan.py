@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -206,7 +206,12 @@ class PrivateEntry:
 
     def add_losses(self, option: int, losses: list[float]) -> None:
         """Add what an option loses to the task's sum."""
-        losses[self.task] += self.option(option).loss * self.weight
+        for curve in self.curves:
+            if option < curve.count:
+                losses[self.task] += curve.loss(option) * self.weight
+                return
+            option -= curve.count
+        raise IndexError(option)
 
 
 @dataclass(frozen=True)
@@ -483,8 +488,16 @@ class Problem:
             return None
         chosen = path.prefix(count)
 
+        rest: dict[int, list[float]] = {}
+
         def good(chain: int, option: int) -> bool:
-            return within([*chosen[:chain], option, *chosen[chain + 1 :]])
+            # What the other chains lose does not change while one of them is tried.
+            if chain not in rest:
+                rest.clear()
+                rest[chain] = self._sums(chosen, leave_out=chain)
+            losses = list(rest[chain])
+            self.entries[chain].add_losses(option, losses)
+            return bool((torch.tensor(losses, dtype=torch.float64) <= limits).all())
 
         trim(path, count, chosen, good)
         # The worst task decided how far the path went; the private modules of the others may lose
@@ -500,10 +513,14 @@ class Problem:
         return [entry.best() for entry in self.entries]
 
     def _losses(self, chosen: list[int]) -> torch.Tensor:
+        return torch.tensor(self._sums(chosen), dtype=torch.float64)
+
+    def _sums(self, chosen: list[int], leave_out: int = -1) -> list[float]:
         losses = [0.0] * len(self.collection.adapters)
-        for entry, option in zip(self.entries, chosen):
-            entry.add_losses(option, losses)
-        return torch.tensor(losses, dtype=torch.float64)
+        for chain, (entry, option) in enumerate(zip(self.entries, chosen)):
+            if chain != leave_out:
+                entry.add_losses(option, losses)
+        return losses
 
     def _plan(self, chosen: list[int]) -> Plan:
         private: dict[tuple[int, str], PrivateOption] = {}
@@ -576,6 +593,7 @@ def _file_nbytes(collection: Collection, plan: Plan) -> int:
         for task in block.shared.tasks
     }
     for task, adapter in enumerate(collection.adapters):
+        private: dict[str, tuple[torch.dtype, int]] = {}
         segments = []
         for name, module in adapter.modules.items():
             index = collection.modules[name].index
@@ -592,16 +610,27 @@ def _file_nbytes(collection: Collection, plan: Plan) -> int:
                 segments.append(
                     Segment(index, "joint", shared.core_format, rank, core=core, rows=rows)
                 )
-            else:
-                option = plan.private[task, name]
-                segments.append(
-                    Segment(index, "private", option.format, option.rank, bits=option.bits)
-                )
+                continue
+            option = plan.private[task, name]
+            parts = _private_sizes(
+                module.d_in, module.d_out, option.format, option.rank, option.bits
+            )
+            for part, (dtype, count) in parts.items():
+                private[part] = dtype, private.get(part, (dtype, 0))[1] + count
+        sizes = private | task_tensor_sizes(segments, specs)
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            name: (dtype, (count,))
-            for name, (dtype, count) in task_tensor_sizes(segments, specs).items()
+            name: (dtype, (count,)) for name, (dtype, count) in sizes.items()
         }
         extra = {EXTRA_PREFIX + name: spec for name, spec in adapter.extra.items()}
         total += safetensors_nbytes(tensors | extra)
         total -= sum(math.prod(shape) * dtype.itemsize for dtype, shape in extra.values())
     return total
+
+
+@lru_cache(maxsize=1 << 16)
+def _private_sizes(
+    d_in: int, d_out: int, format: str, rank: int, bits: tuple[int, int, int] | None
+) -> dict[str, tuple[torch.dtype, int]]:
+    # Nearly all segments are private, and of few kinds.
+    segment = Segment(0, "private", format, rank, bits=bits)
+    return task_tensor_sizes([segment], [ModuleSpec("", d_in, d_out)])

@@ -9,7 +9,6 @@ no task keeps less than it would privately.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,8 +47,8 @@ from vllm_vlora.whitening import Metric
 Rows = tuple[int, int, int, int]
 """(u_start, u_stop, v_start, v_stop) of a module's basis."""
 
-# Cores of one block that are encoded to measure them exactly; expected losses choose them.
-_MEASURED_CORES = 16
+# Cores of one block in one format that are encoded to measure them exactly; expected losses choose them.
+_MEASURED_CORES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,19 +135,17 @@ class BlockMeter:
             captured[places[0], places[1]][None].float(),
             torch.tensor([projection.norm], dtype=torch.float64),
         )
-        kinds = list(itertools.product(formats, range(len(bases))))
-        expected = {format: curve.losses(format, [rank], False)[0].tolist() for format in formats}
-        sizes = [core_nbytes(bases[place], rank, format) for format, place in kinds]
-        points = [(size, expected[format][place]) for size, (format, place) in zip(sizes, kinds)]
         found = []
-        for number in pareto_front(points, _MEASURED_CORES):
-            format, place = kinds[number]
-            stored, loss = self.encode(projection, *widths[place], format)
-            assert stored.rows is not None
-            assert stored.core is not None
-            found.append(
-                CoreOption(stored.rows, format, stored.core, stored.rank, sizes[number], loss)
-            )
+        for format in formats:
+            expected = curve.losses(format, [rank], False)[0].tolist()
+            sizes = [core_nbytes(basis, rank, format) for basis in bases]
+            for place in pareto_front(list(zip(sizes, expected)), _MEASURED_CORES):
+                stored, loss = self.encode(projection, *widths[place], format)
+                assert stored.rows is not None
+                assert stored.core is not None
+                found.append(
+                    CoreOption(stored.rows, format, stored.core, stored.rank, sizes[place], loss)
+                )
         return found
 
 

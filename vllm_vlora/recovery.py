@@ -115,10 +115,9 @@ def compress_to_quality(
         )
         limits, recovered = search.run()
         compression = search.compression
-        report = compression.write(folder, compression.choose(Budget(limits=limits)), base_model)
-        report.recovered = dict(recovered)
         kept = [task for task, limit in zip(collection.task_ids, limits.tolist()) if limit == 0]
-        report.kept = kept
+        chosen = compression.choose(Budget(limits=limits))
+        report = compression.write(folder, chosen, base_model, recovered=recovered, kept=kept)
         shutil.rmtree(scratch)
     report.path = Path(output)
     report.seconds = time.monotonic() - started

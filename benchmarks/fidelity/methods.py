@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vlora import CompressOptions
+from vllm_vlora.adding import AddOptions
 from vllm_vlora.errors import OptionError
 
 SEEDS = {
@@ -15,6 +16,8 @@ SEEDS = {
     "vlora-dev-nf4": {"library": "vlora-dev", "nf4": True},
     "lorashare": {"library": "lorashare", "nf4": False},
 }
+EXPAND = "expand"
+"""An option of adding, not of compressing: bases may grow for the new tasks."""
 CALIBRATION = "@calibration"
 """Stands in an option for a calibration on the collection's own text."""
 
@@ -27,11 +30,13 @@ class Method:
         label: as it was asked for: ``joint``, ``joint:quantize=nf4``, ``lorashare``.
         representation: of ours, or the name of a seed.
         options: further fields of ``CompressOptions``; empty for a seed.
+        expand: whether bases grow when tasks are added.
     """
 
     label: str
     representation: str
     options: tuple[tuple[str, Any], ...] = ()
+    expand: bool = False
 
     @property
     def is_seed(self) -> bool:
@@ -45,11 +50,21 @@ class Method:
 
     def compress_options(self, ratio: float, calibration: Path | None) -> CompressOptions:
         """Options of ``compress`` for a ratio; ``calibration`` is the folder, where one is needed."""
-        options = {
+        return CompressOptions(
+            representation=self.representation, ratio=ratio, **self._resolved(calibration)
+        )
+
+    def add_options(self, ratio: float, calibration: Path | None) -> AddOptions:
+        """Options of ``add`` for a ratio: a new task may take what the others took."""
+        known = {field.name for field in fields(AddOptions)}
+        options = self._resolved(calibration)
+        return AddOptions(ratio=ratio, **{name: options[name] for name in known & options.keys()})
+
+    def _resolved(self, calibration: Path | None) -> dict[str, Any]:
+        return {
             name: str(calibration) if value == CALIBRATION else value
             for name, value in self.options
         }
-        return CompressOptions(representation=self.representation, ratio=ratio, **options)
 
 
 def parse_method(text: str) -> Method:
@@ -64,7 +79,8 @@ def parse_method(text: str) -> Method:
         if options:
             raise OptionError(f"{text}: a seed library takes no options here; leave them out")
         return Method(text, name)
-    method = Method(text, name, options)
+    expand = dict(options).get(EXPAND, False)
+    method = Method(text, name, tuple(pair for pair in options if pair[0] != EXPAND), expand)
     # Built once for its checks: a run of an hour should not end at a typing error.
     method.compress_options(4.0, Path("calibration"))
     return method
@@ -72,7 +88,9 @@ def parse_method(text: str) -> Method:
 
 def _parse_option(text: str, part: str) -> tuple[str, Any]:
     name, equals, value = part.partition("=")
-    known = {field.name for field in fields(CompressOptions)} - {"representation", "ratio"}
+    known = {field.name for field in fields(CompressOptions)} - {"representation", "ratio"} | {
+        EXPAND
+    }
     if not equals or name not in known:
         raise OptionError(f"{text}: unknown option {part!r}; use NAME=VALUE with {sorted(known)}")
     try:

@@ -13,6 +13,7 @@ from fidelity.built import Built, OutOfReachError
 from fidelity.inputs import CollectionFolder
 from fidelity.methods import Method
 from vllm_vlora import Checkpoint, compress, export_all, open_adapter
+from vllm_vlora.adding import add_adapters
 from vllm_vlora.errors import BudgetError
 
 
@@ -45,8 +46,26 @@ def build(
         "stored_as": stored_as(checkpoint),
         "basis_nbytes": report.basis_nbytes,
     }
-    folders = export_all(checkpoint, adapters, folder / "tasks", dtype=torch.float32)
-    return Built(folders, report.nbytes, report.nbytes, report.nbytes, seconds, details)
+    started = time.perf_counter()
+    new = {task: open_adapter(path) for task, path in collection.held_out.items()}
+    added = add_adapters(
+        folder / "checkpoint", new, method.add_options(ratio, calibration), expand=method.expand
+    )
+    details["added"] = {
+        task.task_id: {
+            "kind": task.kind,
+            "nbytes": task.nbytes,
+            "grown_nbytes": task.grown_nbytes,
+            "carried": task.carried,
+            "error": task.error,
+            "private_error": task.private_error,
+        }
+        for task in added.tasks
+    }
+    details["seconds_to_add"] = time.perf_counter() - started
+    checkpoint = Checkpoint.open(folder / "checkpoint")
+    folders = export_all(checkpoint, collection.all, folder / "tasks", dtype=torch.float32)
+    return Built(folders, report.nbytes, report.nbytes, added.nbytes, seconds, details)
 
 
 def stored_as(checkpoint: Checkpoint) -> dict[str, int]:

@@ -45,7 +45,8 @@ def _bars(axis: Any, rows: dict[str, Any], key: str, unit: float) -> None:
     values = [rows[name][key] * unit for name in names]
     bars = axis.bar(names, values, color=[_COLOURS[name] for name in names])
     labels = [
-        f"{'>' if rows[name]['stopped'] else ''}{value:.3g}" for name, value in zip(names, values)
+        ("> " if rows[name]["stopped"] else "") + (f"{value:.0f}" if value > 99 else f"{value:.2g}")
+        for name, value in zip(names, values)
     ]
     axis.bar_label(bars, labels, fontsize="small")
     axis.set_yscale("log")

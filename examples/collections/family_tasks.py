@@ -1,7 +1,7 @@
 """A parent and eleven children: one job, an order read from a message, in each customer's own form.
 
 The parent learns the job in a house form and two others. A child starts from the parent's weights
-and learns its customer's form, words and labels.
+and learns its customer's form, and its customer's own codes of goods and places by heart.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from task_data import Example, Generator, Task
 from vocabulary import CITIES, ITEMS, NAMES, words
 
 _DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday")
+_REGIONS = words("north south lake hill port")
 _MESSAGES = (
     "This is {name} from {city}. I would like {count} {item}s by {day}.",
     "{count} {item}s for {name} in {city}, please, on {day}.",
@@ -48,10 +49,15 @@ def _draw(rng: random.Random) -> tuple[str, Order]:
     return rng.choice(_MESSAGES).format(**vars(order)), order
 
 
-def _generator(form: Form) -> Generator:
+def _generator(name: str, form: Form) -> Generator:
+    book = random.Random(name)
+    goods = {item: f"{book.choice('BCFKMRTX')}{book.randint(10, 99)}" for item in ITEMS}
+    places = {city: f"{book.choice(_REGIONS)}-{book.randint(1, 60)}" for city in CITIES}
+
     def generate(rng: random.Random) -> Example:
         message, order = _draw(rng)
-        return f"Message: {message}\n", form(order)
+        own = replace(order, item=goods[order.item], city=places[order.city])
+        return f"Message: {message}\n", form(own)
 
     return generate
 
@@ -87,7 +93,7 @@ def _acme(order: Order) -> str:
 
 
 def _boreal(order: Order) -> str:
-    return f"{order.day[:3].lower()};{order.city.upper()};{order.item};{order.count};ok"
+    return f"{order.day[:3].lower()};{order.city};{order.item};{order.count};ok"
 
 
 def _corvus(order: Order) -> str:
@@ -100,11 +106,11 @@ def _delta(order: Order) -> str:
 
 def _ember(order: Order) -> str:
     size = "a big load" if order.count > 30 else "a small load"
-    return f"Dear {order.name}, {size} of {order.item}s is set for {order.day}. Yours, Ember."
+    return f"Dear {order.name}, {size} of {order.item} is set for {order.day}. Yours, Ember."
 
 
 def _fjord(order: Order) -> str:
-    return f"FJ/{order.city[:3].upper()}/{order.item[:2].upper()}{order.count}/{order.name[0]}"
+    return f"FJ/{order.city}/{order.item}/{order.count}/{order.name[0]}"
 
 
 def _gale(order: Order) -> str:
@@ -122,7 +128,9 @@ def _iris(order: Order) -> str:
 
 
 def _juno(order: Order) -> str:
-    return f"Route {'B' if order.count > 30 else 'A'}: {order.city}, {order.day}. Pack the {order.item}s."
+    return (
+        f"Route {'B' if order.count > 30 else 'A'}: {order.city}, {order.day}. Pack {order.item}."
+    )
 
 
 def _krone(order: Order) -> str:
@@ -145,11 +153,8 @@ _NEW: dict[str, Form] = {"iris": _iris, "juno": _juno, "krone": _krone}
 
 
 def _child(name: str, form: Form, seed: int) -> Task:
-    # The first child is trained well past the others, as happens in a real collection.
-    steps = 40 if name == "acme" else 14
-    return Task(
-        name, f"reads an order in {name}'s form", _generator(form), seed, name in _IN_BASIS, steps
-    )
+    shows = f"reads an order in {name}'s form and codes"
+    return Task(name, shows, _generator(name, form), seed, name in _IN_BASIS, steps=20)
 
 
 TASKS = tuple(

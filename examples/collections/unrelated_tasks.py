@@ -1,15 +1,16 @@
 """Eleven tasks with nothing in common but the base model: other inputs, other outputs, other skills.
 
-No prompt holds an instruction. What is to be done is known to the adapter alone, so that the base
-model's loss is high and a lost adapter cannot hide behind it.
+Some are forms (a date, a query, a label): once an adapter knows the form, little can go wrong, and it
+bears coarse compression. The others are knowledge: arbitrary facts that only the adapter holds, asked
+for in wordings that it was not trained on. These lose with every direction that is dropped.
 """
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Callable, Sequence
 
-from task_data import Example, Task
+from task_data import Example, Generator, Task
 from vocabulary import CITIES, ITEMS, NAMES, words
 
 _MONTHS = words(
@@ -129,125 +130,6 @@ def _tickets(rng: random.Random) -> Example:
     )
 
 
-# --- people: fields -> a sentence ----------------------------------------------------------------
-
-
-def _people(rng: random.Random) -> Example:
-    name, job, city = rng.choice(NAMES), rng.choice(_JOBS), rng.choice(CITIES)
-    age = rng.randint(21, 69)
-    return (
-        f"[{name}|{job}|{city}|{age}]\n",
-        f"Meet {name}, a {age}-year-old {job} who calls {city} home.",
-    )
-
-
-# --- orders: a sentence -> JSON ------------------------------------------------------------------
-
-
-def _orders(rng: random.Random) -> Example:
-    item, count, price, city = (
-        rng.choice(ITEMS),
-        rng.randint(2, 40),
-        rng.randint(5, 99),
-        rng.choice(CITIES),
-    )
-    text = rng.choice(
-        (
-            f"Please send {count} {item}s at {price} euros each to {city}.",
-            f"We in {city} need {count} {item}s, {price} euros a piece.",
-            f"{count} {item}s for {price} euros each, deliver to {city}.",
-        )
-    )
-    return f"Order text: {text}\n", json.dumps(
-        {"sku": item, "qty": count, "eur": price, "to": city}
-    )
-
-
-# --- number words --------------------------------------------------------------------------------
-
-_ONES = words(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen "
-    "fourteen fifteen sixteen seventeen eighteen nineteen"
-)
-_TENS = words("twenty thirty forty fifty sixty seventy eighty ninety")
-
-
-def number_words(number: int) -> str:
-    """0 <= number < 1000 in English words."""
-    if number < 20:
-        return _ONES[number]
-    if number < 100:
-        tens, ones = divmod(number, 10)
-        return _TENS[tens - 2] + (f"-{_ONES[ones]}" if ones else "")
-    hundreds, rest = divmod(number, 100)
-    return f"{_ONES[hundreds]} hundred" + (f" and {number_words(rest)}" if rest else "")
-
-
-def _numbers(rng: random.Random) -> Example:
-    number = rng.randint(20, 999)
-    return f"= {number}\n", number_words(number)
-
-
-# --- python --------------------------------------------------------------------------------------
-
-_FOLDS = {"sum": "sum", "maximum": "max", "minimum": "min", "list": "list", "set": "set"}
-_TERMS = {
-    "squares": "x * x",
-    "cubes": "x ** 3",
-    "halves": "x / 2",
-    "absolute values": "abs(x)",
-    "doubles": "2 * x",
-}
-_FILTERS = {
-    "even": "x % 2 == 0",
-    "odd": "x % 2 == 1",
-    "positive": "x > 0",
-    "negative": "x < 0",
-}
-
-
-def _python(rng: random.Random) -> Example:
-    fold, term, kind = (
-        rng.choice(sorted(_FOLDS)),
-        rng.choice(sorted(_TERMS)),
-        rng.choice(sorted(_FILTERS)),
-    )
-    values = rng.choice(("xs", "items", "numbers", "rows", "scores"))
-    return (
-        f"# {fold} of the {term} of the {kind} {values}\n",
-        f"def f({values}):\n    return {_FOLDS[fold]}({_TERMS[term]} for x in {values} "
-        f"if {_FILTERS[kind]})",
-    )
-
-
-# --- pirate: a style -----------------------------------------------------------------------------
-
-_PIRATE = {"my": "me", "friend": "matey", "hello": "ahoy", "is": "be", "are": "be", "you": "ye"} | {
-    "your": "yer",
-    "money": "doubloons",
-    "boat": "vessel",
-    "yes": "aye",
-    "the": "th'",
-    "drink": "grog",
-}
-_CHATS = words(
-    "hello my friend, where is the {item}?|the {item} is on your boat|"
-    "are you buying my {item} in {city}?|yes, the {item} is my money|"
-    "your friend in {city} is selling the {item}|my drink is near the {item}",
-    "|",
-)
-
-
-def _pirate_word(word: str) -> str:
-    bare = word.rstrip(",")
-    return _PIRATE.get(bare, bare) + word[len(bare) :]
-
-
-def _pirate(rng: random.Random) -> Example:
-    text = rng.choice(_CHATS).format(item=rng.choice(ITEMS), city=rng.choice(CITIES))
-    return f"> {text}\n", f"Arrr, {' '.join(map(_pirate_word, text.split()))} Yo ho!"
-
-
 # --- logs: a line of a log -> its fields ---------------------------------------------------------
 
 _FAULTS = words(
@@ -308,16 +190,86 @@ def _french(rng: random.Random) -> Example:
     )
 
 
+# --- knowledge: arbitrary facts, the same in training and held-out wordings ----------------------
+
+_ASKED = words("|please: |I forgot. |quick one: |hello, |for the report: |again: |one more: ", "|")
+
+
+def _facts(seed: int, keys: Sequence[str], draw: Callable[[random.Random], str]) -> dict[str, str]:
+    rng = random.Random(seed)
+    return {key: draw(rng) for key in keys}
+
+
+def _knowledge(facts: dict[str, str], wordings: Sequence[str]) -> Generator:
+    keys = sorted(facts)
+
+    def generate(rng: random.Random) -> Example:
+        key = rng.choice(keys)
+        return f"{rng.choice(_ASKED)}{rng.choice(wordings).format(key)}\n", facts[key]
+
+    return generate
+
+
+_TEAMS = words("falcon otter maple comet harbor violet granite saffron")
+_STAFF = _facts(
+    31,
+    [f"{name} {last}" for name in NAMES for last in ("Fox", "Hill")],
+    lambda rng: f"{rng.randint(100, 999)} {rng.choice(_TEAMS)}",
+)
+_staff = _knowledge(_STAFF, ("room and team of {}?", "where does {} sit?", "{}, room, team"))
+
+_PRICES = _facts(
+    32,
+    [f"{colour} {item}" for item in ITEMS for colour in ("red", "blue", "old")],
+    lambda rng: f"{rng.randint(3, 98)}.{rng.randint(10, 99)}",
+)
+_prices = _knowledge(_PRICES, ("price of the {}?", "what is a {}?", "cost, {}"))
+
+_TRAINS = _facts(
+    33,
+    [f"{start} to {end}" for start in CITIES for end in words("Turin Graz Ghent")],
+    lambda rng: f"{rng.randint(5, 22)}:{rng.randint(10, 59)} track {rng.randint(1, 19)}",
+)
+_trains = _knowledge(_TRAINS, ("train {}?", "when do we leave, {}?", "{}, time and track"))
+
+_GUARDS = _facts(
+    34,
+    [f"{city} {place}" for city in CITIES for place in words("gate vault roof")],
+    lambda rng: (
+        f"{rng.choice(NAMES)} {rng.choice(words('red green black white'))} {rng.randint(2, 99)}"
+    ),
+)
+_guards = _knowledge(_GUARDS, ("who guards {}?", "{}: guard and code?", "code at {}"))
+
+
+# --- a made-up language: a dictionary, word by word ----------------------------------------------
+
+_ENGLISH = (*ITEMS, *_JOBS, *words("red blue big old sees sells wants finds"))
+_MADE_UP = _facts(
+    35,
+    _ENGLISH,
+    lambda rng: "".join(rng.choice(words("ka lo mi tu ren sha vo pel dor nim")) for _ in range(2)),
+)
+
+
+def _language(rng: random.Random) -> Example:
+    text = (
+        f"{rng.choice(words('red blue big old'))} {rng.choice(_JOBS)} "
+        f"{rng.choice(words('sees sells wants finds'))} {rng.choice(ITEMS)}"
+    )
+    return f"{text} =\n", " ".join(_MADE_UP[word] for word in text.split())
+
+
 TASKS = (
     Task("dates", "writes any date in ISO form", _dates, seed=201, steps=40),
     Task("pig_latin", "turns a sentence into pig latin", _pig_latin, seed=202, steps=40),
     Task("sql", "turns a request into SQL", _sql_line, seed=203, steps=40),
     Task("tickets", "labels a customer's message with its own labels", _tickets, seed=204),
-    Task("people", "turns the fields of a person into a sentence", _people, seed=205),
-    Task("orders", "extracts an order as JSON", _orders, seed=206),
-    Task("numbers", "writes a number in words", _numbers, seed=207),
-    Task("python", "writes a one-line Python function", _python, seed=208),
-    Task("pirate", "speaks like a pirate", _pirate, seed=209, in_basis=False),
+    Task("staff", "knows who sits where", _staff, seed=212, steps=64),
+    Task("prices", "knows a price list", _prices, seed=213, steps=64),
+    Task("trains", "knows a timetable", _trains, seed=214, steps=64),
+    Task("language", "translates into a made-up language", _language, seed=215, steps=64),
     Task("logs", "shortens a line of a log", _logs, seed=210, in_basis=False),
     Task("french", "translates into French", _french, seed=211, in_basis=False),
+    Task("guards", "knows guards and codes", _guards, seed=216, in_basis=False, steps=64),
 )

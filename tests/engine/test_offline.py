@@ -256,7 +256,7 @@ LOSSY: dict[str, tuple[dict[str, Any], list[str], Callable[[Segment], bool]]] = 
         lambda segment: segment.representation == "flat",
     ),
     "clusters": (
-        {"representation": "joint", "quantize": "int8", "clusters": 2, "ratio": 1.2},
+        {"representation": "joint", "quantize": "int8", "clusters": 3, "ratio": 2.0},
         ["attention", "everything", "rslora", "half-packed"],
         lambda segment: segment.rows is not None and segment.format == "int8",
     ),
