@@ -271,7 +271,7 @@ def our_default(name: str) -> int:
 
 def floor_s(size: Size, k: int, rates: dict[str, float]) -> float:
     """Seconds for our products and reads, if there were nothing else."""
-    nbytes = (our_default("passes") + 1) * size.adapters * size.adapter_nbytes
+    nbytes = (our_default("passes") + 2) * size.adapters * size.adapter_nbytes
     return our_flops(size, k) / rates["flops_per_s"] + nbytes / rates["copied_bytes_per_s"]
 
 

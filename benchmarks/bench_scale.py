@@ -217,7 +217,9 @@ def measure(
     adapters = {}
     for name in names:
         opened = open_adapter(folder / name)
-        adapters[name] = CountingAdapter(**{f.name: getattr(opened, f.name) for f in fields(opened)})
+        adapters[name] = CountingAdapter(
+            **{f.name: getattr(opened, f.name) for f in fields(opened)}
+        )
     for old in (folder / "reads").iterdir():
         old.unlink()
     before = _peak_mb()
@@ -295,9 +297,7 @@ def extrapolate(
     """All linear modules of a Llama-7B, at the same cost for each number of a factor."""
     count = cell["adapters"]
     here = sum(d_in + d_out for _, d_in, d_out in args.shapes)
-    whole = LAYERS * sum(
-        PER_LAYER[name] * (d_in + d_out) for name, d_in, d_out in (SQUARE, WIDE)
-    )
+    whole = LAYERS * sum(PER_LAYER[name] * (d_in + d_out) for name, d_in, d_out in (SQUARE, WIDE))
     times = whole / here
     originals = times * done.original_nbytes
     modules = LAYERS * sum(PER_LAYER.values())

@@ -21,13 +21,16 @@ from vllm_vlora import __version__
 from vllm_vlora.adapters import open_adapter, save_adapter
 from vllm_vlora.card import format_bytes, serving_rank
 from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.errors import OptionError
 from vllm_vlora.manifest import CONFIG_FILE
 from vllm_vlora.memory import plan_memory
 from vllm_vlora.options import DEFAULT_RATIO
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
+from vllm_vlora.tools.compress_command import parse_size
 
-COMMANDS = ("compress", "info", "validate", "export", "plan")
+COMMANDS = ("compress", "info", "validate", "export", "plan", "calibrate", "evaluate")
+FORMAT2 = Path(__file__).parent / "data" / "format2"
 runner = CliRunner()
 
 
@@ -241,7 +244,7 @@ def test_wrong_calls_say_what_is_wrong(
 
 def test_calls_that_the_parser_refuses(adapters: Path) -> None:
     assert "--output" in usage_error("compress", adapters)
-    assert "flat" in usage_error("compress", adapters, "-o", "x", "--representation", "flat")
+    assert "curved" in usage_error("compress", adapters, "-o", "x", "--representation", "curved")
     assert "nonsense" in usage_error("nonsense")
     assert "--all" in usage_error("export", "ckpt", "-o", "x")
     assert "--all" in usage_error("export", "ckpt", "task", "--all", "-o", "x")
@@ -684,3 +687,37 @@ def test_an_interrupted_run_leaves_the_old_checkpoint_and_nothing_else(
     assert "Traceback" not in stderr
     assert same_files(output) == before
     assert [p.name for p in output.parent.iterdir()] == ["ckpt"]
+
+
+def test_info_tells_bits_and_flat_bases() -> None:
+    data = json.loads(invoke("info", FORMAT2, "--json").stdout)
+    rows = [task["nf4_rows_by_bits"] for task in data["tasks"]]
+    assert any(counts.get("3") or counts.get("2") for counts in rows)
+    assert any(module["flat"] for module in data["modules"])
+    table = invoke("info", FORMAT2).stdout
+    assert " bits" in table
+    assert "flat " in table
+
+
+def test_a_plan_is_predicted_and_nothing_is_written(adapters: Path, tmp_path: Path) -> None:
+    before = same_files(tmp_path)
+    data = json.loads(invoke("compress", adapters, "--plan", "--json").stdout)
+    ratios = [point["ratio"] for point in data["points"]]
+    assert ratios == sorted(ratios)
+    assert all(data["original_bytes"] / p["bytes"] >= p["ratio"] for p in data["points"])
+    assert "Predicted" in invoke("compress", adapters, "--plan").stdout
+    assert "give -o CKPT" in usage_error("compress", adapters)
+    assert same_files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("12345", 12345), ("1.5 kB", 1500), ("2MiB", 2 << 20), ("3g", 3 * 10**9)]
+)
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MB", "1 XB", "-5", "1e3"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match="not a size"):
+        parse_size(text)

@@ -13,7 +13,10 @@ from rich.text import Text
 from vllm_vlora.card import format_bytes, format_ratio, serve_command, serving_rank
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.manifest import Segment
 
 
 def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
@@ -48,6 +51,13 @@ def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
                     "k_in": module.basis.k_in,
                     "format": module.basis.format,
                 },
+                "flat": module.flat
+                and {
+                    "rank": module.flat.rank,
+                    "k_out": module.flat.k_out,
+                    "k_in": module.flat.k_in,
+                    "format": module.flat.format,
+                },
             }
             for module in checkpoint.modules
         ],
@@ -73,7 +83,18 @@ def _summarize_task(checkpoint: Checkpoint, task_id: str) -> dict[str, Any]:
         "max_rank": max(ranks, default=0),
         "modules": len(ranks),
         "stored_as": dict(stored.most_common()),
+        "nf4_rows_by_bits": _rows_by_bits(record.segments),
     }
+
+
+def _rows_by_bits(segments: Sequence[Segment]) -> dict[str, int]:
+    """How many rows of doubly quantised NF4 factors have 4, 3 and 2 bits."""
+    counts: Counter[str] = Counter()
+    for segment in segments:
+        if segment.representation == "private" and segment.format == "nf4-dq":
+            for bits, rows in zip("432", segment.bits or (segment.rank, 0, 0)):
+                counts[bits] += rows
+    return dict(counts)
 
 
 def print_tasks(console: Console, summary: dict[str, Any]) -> None:
@@ -91,7 +112,7 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
             format_bytes(task["bytes"]),
             format_ratio(task["original_bytes"], task["bytes"]),
             _range(task["min_rank"], task["max_rank"]),
-            _stored_as(task["stored_as"]),
+            _stored_as(task["stored_as"]) + _mean_bits(task["nf4_rows_by_bits"]),
             f"{task['error']:.4f}",
         )
     table.add_section()
@@ -132,14 +153,22 @@ def print_modules(console: Console, summary: dict[str, Any]) -> None:
     table.add_column("Basis k_out x k_in", justify="right")
     table.add_column("Basis format")
     for (leaf, kind, d_out, d_in), modules in groups.items():
-        bases = [module["basis"] for module in modules if module["basis"]]
+        shared = {
+            name: [module[name] for module in modules if module[name]] for name in ("basis", "flat")
+        }
+        formats = sorted({found["format"] for bases in shared.values() for found in bases})
+        extents = [
+            f"{prefix}{_basis_extent(shared[name], len(modules))}"
+            for name, prefix in (("basis", ""), ("flat", "flat "))
+            if shared[name]
+        ]
         table.add_row(
             Text(leaf),
             str(len(modules)),
             kind,
             f"{d_out} x {d_in}",
-            _basis_extent(bases, len(modules)),
-            ", ".join(sorted({basis["format"] for basis in bases})) or "-",
+            ", ".join(extents) or "-",
+            ", ".join(formats) or "-",
         )
     console.print(table)
 
@@ -271,13 +300,19 @@ def _stored_as(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {'/'.join(kinds)}" for name, kinds in formats.items())
 
 
+def _mean_bits(rows: dict[str, int]) -> str:
+    """``, 3.2 bits``, where rows have fewer than four."""
+    if not rows or rows["4"] == sum(rows.values()):
+        return ""
+    mean = sum(int(bits) * count for bits, count in rows.items()) / sum(rows.values())
+    return f", {mean:.1f} bits"
+
+
 def _range(low: int, high: int) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
 def _basis_extent(bases: list[dict[str, Any]], count: int) -> str:
-    if not bases:
-        return "-"
     k_out, k_in = ([basis[key] for basis in bases] for key in ("k_out", "k_in"))
     text = f"{_range(min(k_out), max(k_out))} x {_range(min(k_in), max(k_in))}"
     return text if len(bases) == count else f"{text} ({len(bases)} of {count})"

@@ -487,7 +487,6 @@ class Problem:
         if count is None:
             return None
         chosen = path.prefix(count)
-
         rest: dict[int, list[float]] = {}
 
         def good(chain: int, option: int) -> bool:
