@@ -46,7 +46,7 @@ from vllm_vlora.options import REPRESENTATION_CHOICES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLLECTIONS = Path(".cache/collections")
-RATIOS = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0)
+RATIOS = (4.0, 8.0, 12.0, 16.0, 32.0, 64.0)
 EXAMPLES = 16
 QUICK_RATIOS, QUICK_EXAMPLES, QUICK_TASKS = (4.0, 12.0), 4, 2
 CACHE = Path(".cache/bench_fidelity")

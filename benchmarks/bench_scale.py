@@ -31,8 +31,9 @@ and report for each representation: seconds of each stage, peak memory of this p
 largest worker, how often each adapter's modules were read, bytes of the checkpoint, and what all 224
 linear modules of a Llama-7B would take with the same number of adapters. The folder is removed again.
 
-The floor is the time to read the weights once at --disk-gb-s and to do the arithmetic that a fit and a
-measurement cannot do without, at the speed of a large float32 product on the threads used.
+The floor is the time to read the weights once at --disk-gb-s, and to do the products with the factors
+that fitting and measuring a basis of 1024 components take, at the speed of a large float32 product on
+one thread. It leaves out orthogonalising, packing and writing.
 """
 EPILOG = """\
 examples:
@@ -45,7 +46,12 @@ LAYERS = 32
 SQUARE, WIDE = ("q_proj", 4096, 4096), ("down_proj", 11008, 4096)
 PER_LAYER = {"q_proj": 4, "down_proj": 3}
 QUICK = (("q_proj", 256, 256), ("down_proj", 704, 256))
-LAPTOP_GB = 16
+# The widest basis that compress fits of its own accord, and the products with its components that a
+# number of a factor takes part in: twice in each of three passes, once for the widths, once in each of
+# three number formats.
+COMPONENTS = 1024
+PRODUCTS = 2 * 3 + 1 + 3
+# Common directions of the synthetic adapters.
 COMMON = 48
 
 
@@ -82,7 +88,9 @@ def main() -> int:
             adapters = write_adapters(folder, count, args)
             for representation in args.representations:
                 # Each in a process of its own, so that peaks of memory are its own too.
-                cell = in_child(measure, folder, adapters, representation, args)
+                cell = in_child(
+                    measure, folder, adapters, representation, args, report["float32_gflops"]
+                )
                 report["cells"].append(cell)
                 print(format_cell(cell), flush=True)
         finally:
@@ -135,7 +143,7 @@ def _counts(text: str) -> list[int]:
 def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "scale",
-        "command": " ".join(["python", "benchmarks/bench_scale.py", *sys.argv[1:]]),
+        "command": _command(args),
         "device": f"{platform.processor() or platform.machine()}, {_cpu_name()}",
         "torch": version("torch"),
         "python": platform.python_version(),
@@ -145,6 +153,13 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
         "load_average_at_start": os.getloadavg()[0],
         "cells": [],
     }
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What was typed, without where files went."""
+    paths = {str(args.json), str(args.folder), "--json", "--folder"}
+    typed = [part for part in sys.argv[1:] if part not in paths]
+    return " ".join(["python", "benchmarks/bench_scale.py", *typed])
 
 
 def _cpu_name() -> str:
@@ -210,7 +225,11 @@ def in_child(function: Any, *arguments: Any) -> Any:
 
 
 def measure(
-    folder: Path, names: Sequence[str], representation: str, args: argparse.Namespace
+    folder: Path,
+    names: Sequence[str],
+    representation: str,
+    args: argparse.Namespace,
+    gflops: float,
 ) -> dict[str, Any]:
     """Compress once; everything that is reported of it."""
     torch.set_num_threads(1)
@@ -254,7 +273,7 @@ def measure(
         "reads_per_task_and_module": sorted(set(reads.values())),
         "read_gb": sum(reads.values()) / modules * adapters[names[0]].original_nbytes / 1e9,
     }
-    return cell | {"all_modules": extrapolate(cell, done, args)}
+    return cell | {"all_modules": extrapolate(cell, done, args, gflops)}
 
 
 class Stages:
@@ -292,26 +311,28 @@ def _peak_mb() -> float:
 
 
 def extrapolate(
-    cell: dict[str, Any], done: CompressReport, args: argparse.Namespace
+    cell: dict[str, Any], done: CompressReport, args: argparse.Namespace, gflops: float
 ) -> dict[str, float]:
     """All linear modules of a Llama-7B, at the same cost for each number of a factor."""
     count = cell["adapters"]
     here = sum(d_in + d_out for _, d_in, d_out in args.shapes)
     whole = LAYERS * sum(PER_LAYER[name] * (d_in + d_out) for name, d_in, d_out in (SQUARE, WIDE))
     times = whole / here
-    originals = times * done.original_nbytes
+    originals_gb = times * done.original_nbytes / 1e9
+    core_hours = cell["cpu_seconds"] * times / 3600
+    floor_flop = 2 * PRODUCTS * COMPONENTS * args.rank * whole * count
     modules = LAYERS * sum(PER_LAYER.values())
-    numbers_mb = (cell["peak_mb"] - cell["peak_mb_before"]) / 1024
     return {
         "modules": modules,
-        "originals_gb": originals / 1e9,
-        "core_hours": cell["cpu_seconds"] * times / 3600,
-        "hours_on_cores": cell["cpu_seconds"] * times / 3600 / args.cores,
+        "originals_gb": originals_gb,
+        "core_hours": core_hours,
+        "hours_on_cores": core_hours / args.cores,
+        "cores": args.cores,
+        "floor_core_hours": floor_flop / gflops / 1e9 / 3600,
         "read_gb": cell["read_gb"] * times,
         "read_hours": cell["read_gb"] * times / args.disk_gb_s / 3600,
-        "floor_read_hours": originals / 1e9 / args.disk_gb_s / 3600,
-        "peak_above_start_gb_here": numbers_mb,
-        "pairs_of_task_and_module": modules * count,
+        "floor_read_hours": originals_gb / args.disk_gb_s / 3600,
+        "tasks_times_modules": modules * count,
     }
 
 
@@ -328,7 +349,9 @@ def format_cell(cell: dict[str, Any]) -> str:
         f"{cell['largest_worker_mb']:.0f} MB; each module of each adapter read {reads} times, "
         f"{cell['read_gb']:.1f} GB\n"
         f"  all {whole['modules']} modules: {whole['core_hours']:.1f} core hours, "
-        f"{whole['read_gb']:.0f} GB read ({whole['read_hours']:.2f} h at the disk's speed; once: "
+        f"{whole['hours_on_cores']:.1f} h on {whole['cores']} cores (floor of the products "
+        f"{whole['floor_core_hours']:.1f} core hours)\n"
+        f"  and {whole['read_gb']:.0f} GB read, {whole['read_hours']:.2f} h at the disk's speed (once: "
         f"{whole['floor_read_hours']:.2f} h)"
     )
 

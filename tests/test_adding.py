@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from vllm_vlora import editing
 from vllm_vlora.adapters import Adapter, open_adapter
 from vllm_vlora.adding import AddedTask, AddOptions, AddReport, add_adapters, remove_tasks
+from vllm_vlora.calibration import Calibration, ModuleRecord, Settings, Source
 from vllm_vlora.checkpoint import Basis, Checkpoint
 from vllm_vlora.compression import compress
 from vllm_vlora.errors import (
@@ -32,6 +33,7 @@ from vllm_vlora.errors import (
 from vllm_vlora.export import export_task
 from vllm_vlora.growth import ResidualFit
 from vllm_vlora.manifest import CONFIG_FILE
+from vllm_vlora.moments import FullMoment
 from vllm_vlora.options import CompressOptions
 from vllm_vlora.quantize import pack, unpack
 from vllm_vlora.rebuilding import find_originals, predict_rebuild, rebuild, rebuild_advice
@@ -70,7 +72,7 @@ def strangers(tmp_path: Path, count: int = 2, seed: int = 3) -> dict[str, Adapte
     )
 
 
-def others(tmp_path: Path, count: int = 10) -> dict[str, Adapter]:
+def others(tmp_path: Path, count: int = 8) -> dict[str, Adapter]:
     """A family of its own, which the checkpoint's bases do not hold."""
     return renamed(
         family(tmp_path / "others", count, related=True, shapes=SHAPES, seed=8), "second-"
@@ -156,8 +158,8 @@ def test_what_the_bases_carry_is_the_projection_on_them(tmp_path: Path) -> None:
         assert task.carried == pytest.approx(held / norm, rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("ratio", [3.0, 5.0, 8.0])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("ratio", [3.0, 7.0])
 @pytest.mark.parametrize("expand", [False, True])
 def test_never_below_private_at_the_same_bytes(
     tmp_path: Path, seed: int, ratio: float, expand: bool
@@ -210,20 +212,20 @@ def test_the_default_keeps_the_ratio_except_for_poor_tasks(tmp_path: Path) -> No
     path, _, relatives = world(tmp_path, representation="joint")
     before = Checkpoint.open(path)
     worst = max(record.error for record in before.tasks.values())
-    tasks = check(
-        path, relatives | strangers(tmp_path), add_adapters(path, relatives | strangers(tmp_path))
-    )
-    for task in tasks.values():
+    new = relatives | strangers(tmp_path)
+    tasks = check(path, new, add_adapters(path, new))
+    for task_id, task in tasks.items():
         ratio = task.original_nbytes / task.nbytes
-        assert ratio >= 3.5
-        assert ratio >= before.ratio or task.kind != "projected" or task.error <= worst * 1.001
+        assert ratio >= (before.ratio if task_id in relatives else 3.5)
+        assert (task.error < 1.5 * worst) == (task_id in relatives)
+        assert (ratio < before.ratio) == (task_id not in relatives)
 
 
 def test_a_task_that_loses_more_is_named(tmp_path: Path) -> None:
     path, _, _ = world(tmp_path, representation="joint")
     report = add_adapters(path, strangers(tmp_path))
     assert len(report.warnings) == 1
-    assert "'other-task0', 'other-task1' lose more" in report.warnings[0]
+    assert "'other-task0', 'other-task1' lose far more" in report.warnings[0]
     assert "--expand" in report.warnings[0]
 
 
@@ -236,17 +238,15 @@ def test_blocks_of_clusters_are_projected_on_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "ckpt"
     options = CompressOptions(ratio=4, representation="joint", clusters=2)
     compress(first | second, path, options)
-    tasks = check(path, new, add_adapters(path, new))
+    tasks = check(path, new, add_adapters(path, new, AddOptions(ratio=8)))
     checkpoint = Checkpoint.open(path)
     for task_id, task in tasks.items():
-        assert task.kind != "private"
+        assert task.kind == "projected"
         assert task.carried > 0.9
         relative = task_id.replace("7", "0")
         for new_segment, old in zip(
             checkpoint.record(task_id).segments, checkpoint.record(relative).segments
         ):
-            if new_segment.representation == "private":
-                continue
             assert new_segment.rows is not None
             assert old.rows is not None
             assert new_segment.rows[0] == old.rows[0]
@@ -276,7 +276,7 @@ def test_other_modules_ranks_kinds_and_heads(tmp_path: Path) -> None:
     assert tasks["zero"].error == 0.0
 
 
-def test_calibration_decides_what_is_kept(tmp_path: Path) -> None:
+def test_a_core_loses_what_it_says_and_no_core_loses_less(tmp_path: Path) -> None:
     from vllm_vlora.projection import BlockMeter
 
     generator = torch.Generator().manual_seed(0)
@@ -313,6 +313,55 @@ def test_calibration_decides_what_is_kept(tmp_path: Path) -> None:
             assert loss == pytest.approx(least, rel=1e-6)
 
 
+SOURCE = Source(
+    base_model="org/base",
+    data=["text.jsonl"],
+    data_sha256="0" * 64,
+    examples=400,
+    tokens=400,
+    gradient_tokens=400,
+    settings=Settings(400, 100, 4, True, 2048, 256, "float32"),
+    versions={},
+)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_calibration_keeps_more_of_what_the_model_sees(tmp_path: Path, expand: bool) -> None:
+    path, _, relatives = world(tmp_path, representation="joint")
+    new = relatives | others(tmp_path, 4)
+    records, moments = [], []
+    for number, (name, (d_in, d_out)) in enumerate(SHAPES.items()):
+        moments += [
+            FullMoment(torch.diag(torch.logspace(0, -3, d_in))),
+            FullMoment(torch.diag(torch.logspace(0, -1, d_out)) * 10.0**-number),
+        ]
+        records.append(ModuleRecord(name, d_in, d_out, 2 * number, 2 * number + 1))
+    Calibration(SOURCE, records, moments).save(tmp_path / "moments")
+    options = AddOptions(ratio=6, calibration=str(tmp_path / "moments"))
+    white = add_adapters(path, new, options, expand=expand, output=tmp_path / "white")
+    plain = add_adapters(path, new, AddOptions(ratio=6), expand=expand, output=tmp_path / "plain")
+    check(tmp_path / "white", new, white)
+    checkpoints = [Checkpoint.open(tmp_path / name) for name in ("white", "plain")]
+    for task in white.tasks:
+        seen = [_seen(checkpoint, task.task_id, new[task.task_id]) for checkpoint in checkpoints]
+        # The metric's damping is in the report's figure and not in this one.
+        assert task.seen_error == pytest.approx(seen[0], rel=0.2, abs=0.005)
+        assert task.private_error is None or task.seen_error <= task.private_error * (1 + 1e-6)
+    assert sum(task.error for task in white.tasks) > sum(task.error for task in plain.tasks)
+
+
+def _seen(checkpoint: Checkpoint, task_id: str, adapter: Adapter) -> float:
+    lost = norm = 0.0
+    for number, (name, (a, b)) in enumerate(decoded(checkpoint, task_id).items()):
+        d_in, d_out = SHAPES[name]
+        left = (torch.logspace(0, -1, d_out).double() * 10.0**-number).sqrt()[:, None]
+        right = torch.logspace(0, -3, d_in).double().sqrt()
+        wanted = left * dense(adapter, name) * right
+        lost += float((left * (b.double() @ a.double()) * right - wanted).square().sum())
+        norm += float(wanted.square().sum())
+    return math.sqrt(lost / norm)
+
+
 # --- what stays -------------------------------------------------------------------------------------
 
 
@@ -335,14 +384,16 @@ def test_what_is_there_stays_byte_for_byte(tmp_path: Path) -> None:
     assert {task_id: checkpoint.digest(task_id) for task_id in identities} == identities
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
-def test_grown_bases_leave_old_tasks_to_the_bit(tmp_path: Path, quantize: str) -> None:
+@pytest.mark.parametrize(("quantize", "ratio"), [("none", 4.5), ("int8", 4.5), ("nf4", 6.0)])
+def test_grown_bases_leave_old_tasks_to_the_bit(
+    tmp_path: Path, quantize: str, ratio: float
+) -> None:
     path, adapters, _ = world(tmp_path, representation="joint", quantize=quantize)
     before, old = digests(path), Checkpoint.open(path)
     factors = {task_id: decoded(old, task_id) for task_id in adapters}
     first_bases = dict(old.bases())
     new = others(tmp_path)
-    report = add_adapters(path, new, expand=True)
+    report = add_adapters(path, new, AddOptions(ratio=ratio), expand=True)
     tasks = check(path, new, report)
     checkpoint = Checkpoint.open(path)
     assert report.grown == 2
@@ -571,7 +622,7 @@ def test_rows_that_nobody_uses_are_counted(tmp_path: Path) -> None:
     path, _, _ = world(tmp_path, representation="joint")
     new = others(tmp_path)
     grown = add_adapters(path, new, expand=True).grown_nbytes
-    assert not rebuild_advice(Checkpoint.open(path)).likely
+    assert rebuild_advice(Checkpoint.open(path)).idle_nbytes == 0
     remove_tasks(path, list(new))
     advice = rebuild_advice(Checkpoint.open(path))
     assert advice.likely
@@ -666,11 +717,13 @@ def test_the_command_adds_and_says_why(tmp_path: Path) -> None:
     result = invoke(commands, "add", path, folder, "-o", tmp_path / "copy")
     assert "task12: projected; the shared bases hold 9" in result.stdout
     assert "other-task0: private; the shared bases hold" in result.stdout
-    assert "Warning: 'other-task0' loses more" in result.stdout
+    assert "Warning: 'other-task0' loses far more" in result.stdout
     data = json.loads(invoke(commands, "add", path, folder, "--json").stdout)
     assert [task["task_id"] for task in data["tasks"]] == sorted(new)
     assert data["bytes"] == Checkpoint.open(path).nbytes
-    assert {task["kind"] for task in data["tasks"]} == {"projected", "private"}
+    kinds = {task["task_id"]: task["kind"] for task in data["tasks"]}
+    assert kinds["other-task0"] == "private"
+    assert kinds["task12"] == "projected"
     again = invoke(commands, "add", path, folder, code=2)
     assert again.stderr.startswith("Error: ")
     assert "--replace" in again.stderr
@@ -707,12 +760,12 @@ def test_the_command_rebuilds_and_info_says_when(tmp_path: Path) -> None:
     originals = put(tmp_path, "originals", adapters)
     assert "A rebuild may pay" not in invoke(cli, "info", path).stdout
     invoke(commands, "add", path, folder)
-    assert "A rebuild may pay: 10 tasks are private" in invoke(cli, "info", path).stdout
+    assert "A rebuild may pay: 8 tasks are private" in invoke(cli, "info", path).stdout
     assert "A rebuild pays" in invoke(cli, "info", path, "--rebuild").stdout
     missing = invoke(cli, "info", path, "--rebuild", "--originals", originals, code=2)
-    assert "no adapter for 10 of 22 tasks" in missing.stderr
+    assert "no adapter for 8 of 20 tasks" in missing.stderr
     missing = invoke(commands, "add", path, "--rebuild", "--originals", originals, code=2)
-    assert "no adapter for 10 of 22 tasks" in missing.stderr
+    assert "no adapter for 8 of 20 tasks" in missing.stderr
     before = Checkpoint.open(path)
     args = ("add", path, folder, "--replace", "--rebuild", "--originals", originals, "--json")
     data = json.loads(invoke(commands, *args).stdout)

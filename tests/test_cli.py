@@ -29,7 +29,17 @@ from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
 from vllm_vlora.tools.compress_command import parse_size
 
-COMMANDS = ("compress", "info", "validate", "export", "plan", "calibrate", "evaluate")
+COMMANDS = (
+    "compress",
+    "info",
+    "validate",
+    "export",
+    "plan",
+    "calibrate",
+    "evaluate",
+    "add",
+    "remove",
+)
 FORMAT2 = Path(__file__).parent / "data" / "format2"
 runner = CliRunner()
 

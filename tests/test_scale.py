@@ -93,7 +93,7 @@ def watched(
     ("options", "most_reads"),
     [
         # Measured, then written.
-        (CompressOptions("private", ratio=8, executor="serial"), 2),
+        (CompressOptions("private", ratio=3, executor="serial"), 2),
         # Whether it can be fitted at once, three passes, curves, cores; then written.
         (CompressOptions("joint", num_components=6, executor="serial"), 7),
         # The same, and the widths.
@@ -108,7 +108,8 @@ def test_reads_and_what_is_held_do_not_grow_with_the_adapters(
     many = watched(adapters, 48, tmp_path, options)
     assert len(many.reads) == 48 * len(SHAPES)
     assert max(many.reads.values()) <= max(few.reads.values()) <= most_reads
-    assert many.most == few.most
+    # Up to 16 are multiplied at once, and some more give narrow bases exactly.
+    assert many.most <= 20
     assert many.alive == 0
 
 

@@ -73,7 +73,7 @@ def add(
         typer.Option(
             metavar="R",
             help="Store each new task at least R times smaller than at 16 bits. Default: the "
-            "checkpoint's ratio, and down to 3.5 for tasks that would lose more than any in it.",
+            "checkpoint's ratio, and down to 3.5 for tasks that would lose far more than any in it.",
             show_default=False,
         ),
     ] = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vllm_vlora._version import __version__
+from vllm_vlora.tools.add_command import add, remove
 from vllm_vlora.tools.calibrate_command import calibrate
 from vllm_vlora.tools.compress_command import compress
 from vllm_vlora.tools.evaluate_command import evaluate
@@ -319,5 +320,7 @@ def plan(
             show.print_plan(open_console(), data)
 
 
+app.command()(add)
+app.command()(remove)
 app.command()(calibrate)
 app.command()(evaluate)

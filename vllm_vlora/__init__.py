@@ -12,7 +12,7 @@ from vllm_vlora._version import __version__
 
 if TYPE_CHECKING:
     from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
-    from vllm_vlora.adding import AddOptions, AddReport, add_adapters
+    from vllm_vlora.adding import AddOptions, AddReport, add_adapters, remove_tasks
     from vllm_vlora.checkpoint import Checkpoint
     from vllm_vlora.compression import compress, predict
     from vllm_vlora.errors import VLoRAError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm_vlora.memory import MemoryPlan, plan_memory
     from vllm_vlora.options import CompressOptions
     from vllm_vlora.plugin.requests import lora_request
+    from vllm_vlora.rebuilding import rebuild
     from vllm_vlora.recovery import compress_to_quality
     from vllm_vlora.report import CompressReport
     from vllm_vlora.validation import validate
@@ -37,6 +38,8 @@ _HOME = {
     "AddOptions": "adding",
     "AddReport": "adding",
     "add_adapters": "adding",
+    "remove_tasks": "adding",
+    "rebuild": "rebuilding",
     "VLoRAError": "errors",
     "export_all": "export",
     "export_task": "export",
@@ -65,6 +68,8 @@ __all__ = [
     "open_adapter",
     "plan_memory",
     "predict",
+    "rebuild",
+    "remove_tasks",
     "save_adapter",
     "validate",
 ]

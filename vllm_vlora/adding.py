@@ -53,6 +53,9 @@ from vllm_vlora.whitening import Metric
 
 # Losses are compared up to float64 rounding; the margin keeps a promise exact.
 _MARGIN = 1e-6
+# A new task is poor when it loses this many times what the poorest one of the checkpoint loses: one that
+# the bases were not fitted to always loses somewhat more.
+_POOR = 1.5
 # Tasks for which growing did not pay are taken out and the rest is fitted again, this often.
 _GROWTH_ROUNDS = 6
 # Growth is decided for these parts of the bytes, and the best one is kept: a price does not know what
@@ -69,8 +72,8 @@ class AddOptions:
         ratio: a new adapter's LoRA weights at 16 bits each over the bytes of its file (and of its
             share of the rows by which bases grow) is to be at least this; one or less sets no limit.
             Default: the checkpoint's ratio, bases counted, so that adding keeps it; a task that would
-            lose more than any of the checkpoint's gets more bytes, until it does not or has a ratio
-            of 3.5.
+            lose more than 1.5 times what any of the checkpoint's does gets more bytes, until it does
+            not or has a ratio of 3.5.
         max_bytes: all new tasks together, divided by the sizes of their originals.
         max_error: as of ``CompressOptions``, of the new tasks.
         quantize, double_quantize, dtype, calibration: as of ``CompressOptions``.
@@ -382,7 +385,9 @@ class Addition:
         found = [self._default(planner, size) for planner, size in zip(planners, sizes)]
         words = f"{ratio:.2f}x, the checkpoint's ratio, bases counted"
         if ratio > DEFAULT_RATIO:
-            words += f"; up to {DEFAULT_RATIO}x for tasks that would lose more than those it has"
+            words += (
+                f"; up to {DEFAULT_RATIO}x for tasks that would lose far more than those it has"
+            )
         return found, words
 
     def _default(self, planner: TaskPlanner, size: int) -> Target:
@@ -395,7 +400,7 @@ class Addition:
         assert target.nbytes is not None
         assert most.nbytes is not None
         plan = planner.best(target)
-        limit = (self._worst_error * (1 + _MARGIN)) ** 2
+        limit = (self._worst_error * _POOR) ** 2
         if (plan is not None and plan.loss <= limit) or most.nbytes <= target.nbytes:
             return target
         enough = planner.best(Target(loss=limit))
@@ -884,11 +889,11 @@ class Addition:
         if expand and growth is None:
             found.append("no basis has grown: new rows cost more than they keep")
         worst = self._worst_error
-        poor = [task.task_id for task in added if task.error > worst * (1 + 2 * _MARGIN)]
+        poor = [task.task_id for task in added if task.error > worst * _POOR * (1 + _MARGIN)]
         if poor and self._options.max_error is None:
             named = ", ".join(map(repr, poor[:5])) + (", ..." if len(poor) > 5 else "")
             found.append(
-                f"{named} {'loses' if len(poor) == 1 else 'lose'} more than any task that the "
+                f"{named} {'loses' if len(poor) == 1 else 'lose'} far more than any task that the "
                 f"checkpoint had ({worst:.3f}): allow more bytes (--ratio, --max-error)"
                 + ("" if expand else ", let bases grow (--expand)")
                 + ", or fit everything anew (--rebuild)"
