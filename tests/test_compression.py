@@ -228,7 +228,7 @@ def test_budget_out_of_reach_says_what_is_reachable(
         {"max_error": -0.1},
         {"num_components": 0},
         {"num_components": 3, "representation": "private"},
-        {"representation": "flat"},
+        {"representation": "curved"},
         {"quantize": "int4"},
         {"dtype": "float64"},
         {"dtype": "float32", "quantize": "nf4", "representation": "private"},

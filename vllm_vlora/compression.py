@@ -26,7 +26,7 @@ from vllm_vlora.card import model_card
 from vllm_vlora.checkpoint import CheckpointWriter
 from vllm_vlora.clusters import cluster_tasks
 from vllm_vlora.collection import Collection, Module, Progress, common_base_model
-from vllm_vlora.encoding import Encoder, stored_basis, stored_flat
+from vllm_vlora.encoding import EncodedTask, Encoder, stored_basis, stored_flat
 from vllm_vlora.errors import BudgetError, OptionError
 from vllm_vlora.executors import Executor
 from vllm_vlora.formats import Formats, formats_to_try
@@ -373,7 +373,7 @@ class Compression:
             plan = plans[place]
             if best is not None and budget.clearly_prefers(best, plan):
                 break
-            if not plan.joint:
+            if not plan.joint and not plan.flat:
                 measured, spool = plan, None
             else:
                 measured, spool = self._encode(plan, budget)
@@ -467,11 +467,12 @@ class Compression:
         writer = CheckpointWriter(folder, base_model or common)
         for module in self.collection.modules.values():
             basis = stored_basis(chosen.plan, self._bases, module)
-            flat = stored_flat(chosen.plan, self._bases, self.collection, module.name)
+            flat = stored_flat(chosen.plan, self._bases, module)
             writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis, flat)
         tasks = []
-        for task in range(len(self.collection.task_ids)):
-            tasks.append(self._write_task(writer, chosen, task))
+        encoder = self._encoder(self._scratch)
+        for task, encoded in enumerate(encoder.encode_tasks(chosen.plan, chosen.cores)):
+            tasks.append(self._write_task(writer, task, encoded))
             self._progress("write", len(tasks), len(self.collection.task_ids))
         bases = basis_nbytes(writer.modules)
         report = CompressReport(
@@ -492,9 +493,8 @@ class Compression:
         writer.finish(model_card(base_model or common, report))
         return report
 
-    def _write_task(self, writer: CheckpointWriter, chosen: Chosen, task: int) -> TaskReport:
+    def _write_task(self, writer: CheckpointWriter, task: int, encoded: EncodedTask) -> TaskReport:
         task_id, adapter = self.collection.task_ids[task], self.collection.adapters[task]
-        encoded = self._encoder(self._scratch).encode_task(chosen.plan, chosen.cores, task)
         record = writer.add_task(
             task_id,
             encoded.modules,

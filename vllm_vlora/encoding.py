@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from vllm_vlora.checkpoint import Basis, FlatBasis, StoredModule
-from vllm_vlora.collection import Collection, Module, Progress
+from vllm_vlora.collection import Module, Progress
 from vllm_vlora.executors import Executor
 from vllm_vlora.flat import FlatProjection, pack_flat
 from vllm_vlora.measure import PrivateOption, leading_factors, squared_norm
-from vllm_vlora.plan import Block, Budget, Plan, SharedBasis
+from vllm_vlora.plan import Block, Budget, Plan, SharedBasis, SharedFlat
 from vllm_vlora.quantize import stack_rows, unpack
 from vllm_vlora.representations import (
     decode,
@@ -98,9 +98,10 @@ class Encoder:
         collection, weights = self.survey.collection, self.survey.weights
         losses = torch.zeros(len(collection.adapters), dtype=torch.float64)
         jobs = [
-            CoreJob(name, tuple((b, plan.stored_rows(b)) for b in blocks))
+            CoreJob(name, tuple((b, plan.stored_rows(b)) for b in blocks), None)
             for name, blocks in plan.blocks.items()
         ]
+        jobs += [CoreJob(name, (), flat) for name, flat in plan.flat.items()]
         worker = CoreEncoder(Surveyor(collection, self.settings), self.bases)
         for done, (job, found) in enumerate(zip(jobs, self.executor.run(worker, jobs)), 1):
             for task, stored, seen_lost in found:
@@ -111,84 +112,112 @@ class Encoder:
             losses[task] += option.loss * weights[task]
         return replace(plan, losses=losses), cores
 
-    def encode_task(self, plan: Plan, cores: CoreSpool | None, task: int) -> EncodedTask:
-        """One task's cores, read back, and its private modules, encoded now."""
-        collection = self.survey.collection
+    def encode_tasks(self, plan: Plan, cores: CoreSpool | None) -> Iterator[EncodedTask]:
+        """Every task in its order: its cores, read back, and its other modules, encoded now."""
+        surveyor = Surveyor(self.survey.collection, self.settings)
+        worker = TaskEncoder(surveyor, plan, self.bases, cores)
+        return self.executor.run(worker, range(len(self.survey.collection.adapters)))
+
+
+@dataclass
+class TaskEncoder:
+    """Encodes one task; travels to other processes."""
+
+    surveyor: Surveyor
+    plan: Plan
+    bases: FittedBases
+    cores: CoreSpool | None
+
+    def __call__(self, task: int) -> EncodedTask:
+        """The modules of one task as they are stored, and its errors.
+
+        Raises:
+            AdapterError: a value cannot be packed.
+        """
+        plan, collection = self.plan, self.surveyor.collection
         names = list(collection.adapters[task].modules)
-        joint = cores.read(task) if cores else {}
-        surveyor = Surveyor(collection, self.settings)
-        flat = {name: _flat_basis(plan, self.bases, collection, name) for name in plan.flat}
+        joint = self.cores.read(task) if self.cores else {}
         modules, losses = dict[str, StoredModule](), []
         for name, (a, b, scale) in collection.read_task(task, names):
-            metric = surveyor.metric(name)
+            metric = self.surveyor.metric(name)
             if name in joint:
-                norm = squared_norm(a, b, scale)
                 modules[name] = joint[name]
-                # The metric's loss of a core was measured when it was encoded.
+                # What a core loses was measured when it was encoded.
+                norm = squared_norm(a, b, scale)
                 losses.append(Loss(joint[name].error ** 2 * norm, norm, 0.0, 0.0))
                 continue
-            if name in flat:
-                basis = flat[name]
-                stored = FlatProjection(basis)(a, b, scale, plan.flat[name].loadings_format)
-                losses.append(measure_loss(a, b, scale, stored, basis, metric))
-                modules[name] = replace(stored, error=losses[-1].error)
-                continue
-            option = plan.private[task, name]
             with collection.naming(task, name):
-                stored = encode_option(a, b, scale, option, metric)
-            # Zero is only ever planned where the stored numbers are the adapter's own.
-            if option.original and option.loss == 0:
-                norm = squared_norm(a, b, scale)
-                loss = Loss(0.0, norm, 0.0, 0.0)
-            else:
-                loss = measure_loss(a, b, scale, stored, None, metric)
-            modules[name] = replace(stored, error=loss.error)
+                modules[name], loss = self._encode(task, name, a, b, scale, metric)
             losses.append(loss)
         error = _relative(sum(x.lost for x in losses), sum(x.norm for x in losses))
         seen = math.sqrt(max(float(plan.losses[task]), 0.0))
-        return EncodedTask(modules, error, error if metric_is_plain(self.settings) else seen)
+        plain = self.surveyor.settings.calibration is None
+        return EncodedTask(modules, error, error if plain else seen)
 
-
-def metric_is_plain(settings: SurveySettings) -> bool:
-    """Whether losses are Frobenius."""
-    return settings.calibration is None
+    def _encode(
+        self, task: int, name: str, a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric
+    ) -> tuple[StoredModule, Loss]:
+        option = self.plan.private[task, name]
+        stored = encode_option(a, b, scale, option, metric)
+        # Zero is only ever planned where the stored numbers are the adapter's own.
+        if option.original and option.loss == 0:
+            return stored, Loss(0.0, squared_norm(a, b, scale), 0.0, 0.0)
+        loss = measure_loss(a, b, scale, stored, None, metric)
+        return replace(stored, error=loss.error), loss
 
 
 class CoreJob(NamedTuple):
-    """The cores of one module: its blocks, and the rows that their segments are to name."""
+    """What one module's sharers have of their own: cores of its blocks, with the rows that their
+    segments are to name, or loadings on its flat basis."""
 
     module: str
     blocks: tuple[tuple[Block, tuple[int, int, int, int] | None], ...]
+    flat: SharedFlat | None
 
 
 @dataclass
 class CoreEncoder:
-    """Encodes the cores of one module; travels to other processes."""
+    """Encodes the cores and loadings of one module; travels to other processes."""
 
     surveyor: Surveyor
     bases: FittedBases
 
     def __call__(self, job: CoreJob) -> list[tuple[int, StoredModule, float]]:
-        """(task number, core with its Frobenius error, loss in the metric) of every sharer.
+        """(task number, what is stored with its Frobenius error, loss in the metric) of every sharer.
 
         Raises:
             AdapterError: a value cannot be packed.
         """
-        collection = self.surveyor.collection
-        module, metric = collection.modules[job.module], self.surveyor.metric(job.module)
+        module = self.surveyor.collection.modules[job.module]
+        metric = self.surveyor.metric(job.module)
         found = []
         for block, rows in job.blocks:
-            shared = block.shared
-            basis = self.bases.read(module, block.group[1], shared.spec)
-            project = CoreProjection(basis, metric, shared)
-            for task, (a, b, scale) in zip(
-                shared.tasks, collection.read_module(module, shared.tasks)
+            basis = self.bases.read(module, block.group[1], block.shared.spec)
+            project = CoreProjection(basis, metric, block.shared)
+            for task, stored, seen in self._encode(
+                module, block.shared.tasks, project, basis, metric
             ):
-                with collection.naming(task, job.module):
-                    stored = project(a, b, scale)
-                loss = measure_loss(a, b, scale, stored, basis, metric)
-                found.append((task, replace(stored, error=loss.error, rows=rows), loss.seen_lost))
+                found.append((task, replace(stored, rows=rows), seen))
+        if job.flat is not None:
+            flat = pack_flat(*self.bases.read_flat(module), job.flat.spec)
+            nearest = FlatProjection(flat, job.flat.loadings_format)
+            found += self._encode(module, job.flat.tasks, nearest, flat, metric)
         return found
+
+    def _encode(
+        self,
+        module: Module,
+        tasks: Sequence[int],
+        project: Callable[[torch.Tensor, torch.Tensor, float], StoredModule],
+        basis: Basis,
+        metric: Metric,
+    ) -> Iterator[tuple[int, StoredModule, float]]:
+        collection = self.surveyor.collection
+        for task, (a, b, scale) in zip(tasks, collection.read_module(module, tasks)):
+            with collection.naming(task, module.name):
+                stored = project(a, b, scale)
+            loss = measure_loss(a, b, scale, stored, basis, metric)
+            yield task, replace(stored, error=loss.error), loss.seen_lost
 
 
 class CoreProjection:
@@ -256,15 +285,10 @@ def _relative(lost: float, norm: float) -> float:
     return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
 
 
-def stored_flat(
-    plan: Plan, bases: FittedBases, collection: Collection, name: str
-) -> FlatBasis | None:
+def stored_flat(plan: Plan, bases: FittedBases, module: Module) -> FlatBasis | None:
     """The flat basis of a module as it is stored; None where it has none."""
-    return _flat_basis(plan, bases, collection, name) if name in plan.flat else None
-
-
-def _flat_basis(plan: Plan, bases: FittedBases, collection: Collection, name: str) -> FlatBasis:
-    return pack_flat(*bases.read_flat(collection.modules[name]), plan.flat[name].spec)
+    flat = plan.flat.get(module.name)
+    return None if flat is None else pack_flat(*bases.read_flat(module), flat.spec)
 
 
 def stored_basis(plan: Plan, bases: FittedBases, module: Module) -> Basis | None:

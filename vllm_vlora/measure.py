@@ -348,17 +348,49 @@ class JointMeter:
 
     def __init__(self, u: PackedMatrix, v: PackedMatrix, metric: Metric = FROBENIUS) -> None:
         self._metric = metric
-        self._q_u = torch.linalg.qr(metric.b_t(unpack(u).double()).T)[0]
-        self._q_v = torch.linalg.qr(metric.a(unpack(v).double()).T)[0]
+        # Orthonormal to float64's rounding; what single factors capture is kept in float32 anyway.
+        self._q_u = torch.linalg.qr(metric.b_t(unpack(u).double()).T)[0].float()
+        self._q_v = torch.linalg.qr(metric.a(unpack(v).double()).T)[0].float()
+
+    def energy(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """(k_out, k_in) float64: the squared entries of the core on the orthonormal rows."""
+        left, right = self._sides(a, b, scale)
+        return (left.T @ right).square()
 
     def captured(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
         """(k_out, k_in) float64: [i, j] is the part of ||delta_W||^2 that i+1 and j+1 rows hold.
 
         With least-squares cores (``dual_rows``) that were not rounded, the rest is the loss.
         """
-        left = (self._metric.b_t(b.double().T) @ self._q_u) * scale
-        right = self._metric.a(a.double()) @ self._q_v
-        return (left.T @ right).square().cumsum(0).cumsum(1)
+        return self.energy(a, b, scale).cumsum(0).cumsum(1)
+
+    def captured_at(
+        self, a: torch.Tensor, b: torch.Tensor, scale: float, widths: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """(widths,) float64: ``captured`` at these (k_out, k_in), neither of which ever falls.
+
+        With L and R the core's factors cut to a width, ||L^T R||^2 = tr((L L^T) (R R^T)): small sums
+        in place of a whole core.
+        """
+        left, right = self._sides(a, b, scale)
+        left_grams = _gram_prefixes(left, [k_out for k_out, _ in widths])
+        right_grams = _gram_prefixes(right, [k_in for _, k_in in widths])
+        return (left_grams * right_grams).sum(dim=(1, 2))
+
+    def _sides(
+        self, a: torch.Tensor, b: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors (r, k_out) and (r, k_in) float64 of the core on the orthonormal rows."""
+        left = self._metric.b_t(b.float().T) @ self._q_u
+        right = self._metric.a(a.float()) @ self._q_v
+        return left.double() * scale, right.double()
+
+
+def _gram_prefixes(rows: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+    """(ends, r, r): rows[:, :end] @ rows[:, :end].T for each of the rising ends."""
+    starts = [0, *ends[:-1]]
+    grams = [rows[:, start:end] @ rows[:, start:end].T for start, end in zip(starts, ends)]
+    return torch.stack(grams).cumsum(0)
 
 
 def component_grid(most: int) -> list[int]:

@@ -37,6 +37,11 @@ from vllm_vlora.whitening import FROBENIUS, Metric
 # Fits are made somewhat wider than a module's even share of the budget, since a module that gains
 # more per byte than the others gets more than its share.
 _SHARE_SLACK = 4
+# Cost grows with the width, and a core on so many rows hardly saves bytes: at 4096 columns it has a
+# quarter of the numbers of the factors.
+_MOST_COMPONENTS = 1024
+# Each component of a flat basis is as large as an adapter, and all are held at once.
+_MOST_FLAT = 64
 
 Group = tuple[str, int]
 """(module name, number): tasks that may share one basis of this module."""
@@ -214,7 +219,7 @@ class Surveyor:
     def _flat(self, module: Module, metric: Metric) -> tuple[FlatGroup, torch.Tensor, torch.Tensor]:
         """Fit a flat basis to all tasks of a module and measure its widths."""
         rank, formats = max(module.ranks), self.settings.formats
-        most = max(len(module.tasks) - 1, 1)
+        most = min(max(len(module.tasks) - 1, 1), _MOST_FLAT)
         if self.settings.num_components is not None:
             most = min(most, self.settings.num_components)
         fit = fit_flat(
@@ -282,6 +287,7 @@ class Surveyor:
             return most
         share = settings.byte_limit * module.original_nbytes / self.collection.original_nbytes
         share *= len(tasks) / len(module.tasks)
+        most = min(most, _MOST_COMPONENTS)
         return _most_components(module, ranks, settings.formats, most, share * _SHARE_SLACK)
 
     def _widths(
@@ -300,7 +306,8 @@ class Surveyor:
         for a, b, scale in self.collection.read_module(module, tasks):
             norm = _norm(a, b, scale, metric)
             if norm > 0:
-                total += meter.captured(a, b, scale) / norm
+                total += meter.energy(a, b, scale) / norm
+        total = total.cumsum(0).cumsum(1)
         format = min(
             self.settings.formats.of(module.dtype),
             key=lambda f: row_nbytes(f, module.d_in) + row_nbytes(f, module.d_out),
@@ -321,13 +328,12 @@ class Surveyor:
     ) -> dict[str, JointCurve]:
         by_label = self.settings.formats.of(module.dtype)
         meters = {f: JointMeter(pack(u_t, f), pack(v, f), metric) for f in dict.fromkeys(by_label)}
-        places = torch.tensor(widths).T - 1
         captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
         norms = torch.zeros(len(tasks), dtype=torch.float64)
         for place, (a, b, scale) in enumerate(self.collection.read_module(module, tasks)):
             norms[place] = _norm(a, b, scale, metric)
             for format, meter in meters.items():
-                captured[format][place] = meter.captured(a, b, scale)[places[0], places[1]]
+                captured[format][place] = meter.captured_at(a, b, scale, widths)
         return {
             label: JointCurve([BasisSpec(*w, format) for w in widths], captured[format], norms)
             for label, format in zip(self.settings.formats.labels, by_label)
