@@ -150,8 +150,9 @@ def compress(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR",
-            help="Minimise the error that the model sees: a folder of `vllm-vlora calibrate`.",
+            metavar="PATH",
+            help="Minimise the error that the model sees: a folder of `vllm-vlora calibrate`, or text "
+            "(.jsonl, .txt) to gather one from, which is kept beside it.",
         ),
     ] = None,
     executor: Annotated[
@@ -165,8 +166,8 @@ def compress(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="For --min-recovered: the base model's folder or Hub id. Default: the one the "
-            "adapters name.",
+            help="The base model's folder or Hub id, for --min-recovered and for calibration text. "
+            "Default: the one the adapters name.",
             show_default=False,
         ),
     ] = None,
@@ -224,12 +225,15 @@ def compress(
             clusters=_parse_clusters(clusters),
             quantize=quantize.value,
             dtype=dtype.value if dtype else None,
-            calibration=None if calibration is None else str(calibration),
+            calibration=None,
             executor=executor.value,
             jobs=jobs,
         )
         messages = open_console(stderr=True)
+        _check_unused(base, data, calibration, min_recovered)
         collected = _collect(adapters or [], name or [], messages)
+        if calibration is not None:
+            options = _calibrated(options, calibration, base, collected, messages)
         if plan:
             _predict(collected, options, messages, as_json)
             return
@@ -239,7 +243,6 @@ def compress(
                 collected, output, min_recovered, options, force, base, data or [], messages
             )
         else:
-            _check_unused(base, data)
             report = _compress(collected, output, options, force, messages)
         for warning in report.warnings:
             show.line(messages, f"Warning: {warning}", style="yellow")
@@ -266,11 +269,33 @@ def _parse_clusters(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def _check_unused(base: str | None, data: list[str] | None) -> None:
+def _check_unused(
+    base: str | None, data: list[str] | None, calibration: Path | None, least: float | None
+) -> None:
     from vllm_vlora.errors import OptionError
 
-    if base is not None or data:
-        raise OptionError("--base and --data are for --min-recovered; `evaluate` judges afterwards")
+    if data and least is None:
+        raise OptionError("--data is for --min-recovered; `evaluate` judges afterwards")
+    if base is not None and least is None and (calibration is None or calibration.is_dir()):
+        raise OptionError("--base is for --min-recovered and for calibration text; leave it out")
+
+
+def _calibrated(
+    options: CompressOptions,
+    given: Path,
+    base: str | None,
+    collected: Mapping[str, Adapter],
+    messages: Console,
+) -> CompressOptions:
+    """The options with the calibration folder that is given, or gathered from the text given."""
+    from dataclasses import replace
+
+    from vllm_vlora.tools.calibrations import calibration_folder
+
+    with progress_bar(messages) as advance:
+        return replace(
+            options, calibration=str(calibration_folder(given, base, collected, advance))
+        )
 
 
 def _collect(adapters: list[str], names: list[str], messages: Console) -> dict[str, Adapter]:

@@ -51,7 +51,7 @@ from vllm_vlora.survey import Group, Survey, SurveyJob, SurveySettings, survey_m
 # Planned errors equal measured ones up to float64 rounding; the margin keeps a promise exact.
 _MARGIN = 1e-6
 # Starting processes takes some seconds; below this many bytes they do not pay.
-_PARALLEL_NBYTES = 256 << 20
+_PARALLEL_NBYTES = 64 << 20
 # Up to this many (task, module) pairs, every number format is also planned by itself for the report.
 _ALONE_ENTRIES = 20_000
 _FLAT_ADAPTERS = 128
