@@ -101,9 +101,21 @@ def test_every_task_recovers_what_was_asked_for(world: Path, tmp_path: Path) -> 
     assert data["bytes"] < 0.6 * data["original_bytes"]
 
 
+def test_the_model_judges_the_representations(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ckpt"
+    command = ("compress", world / "adapters", "-o", out, "--ratio", 1.5)
+    command += ("--base", world / "model", "--data", world / "data")
+    data = json.loads(invoke(*command, "--json").stdout)
+    judged = {c["representation"]: c["recovered"] for c in data["candidates"]}
+    assert {"private", "joint"} <= judged.keys()
+    assert data["original_bytes"] / data["bytes"] >= 1.5
+    mean = sum(data["recovered"].values()) / len(data["recovered"])
+    assert mean == max(judged.values())
+    assert "Recovered" in invoke(*command, "--force").stdout
+
+
 def test_what_does_not_go_together_is_one_line(world: Path, tmp_path: Path) -> None:
     command = ("compress", world / "adapters", "-o", tmp_path / "x")
-    assert "--min-recovered" in invoke(*command, "--data", "a=b", code=2).stderr
     assert "--base" in invoke(*command, "--base", "m", code=2).stderr
     partly = (*command, "--min-recovered", 0.9, "--data", f"count={world / 'data' / 'count.jsonl'}")
     assert "'greet' has none" in invoke(*partly, "--base", world / "model", code=2).stderr

@@ -166,8 +166,8 @@ def compress(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The base model's folder or Hub id, for --min-recovered and for calibration text. "
-            "Default: the one the adapters name.",
+            help="The base model's folder or Hub id, for --data and for calibration text. Default: "
+            "the one the adapters name.",
             show_default=False,
         ),
     ] = None,
@@ -175,7 +175,8 @@ def compress(
         list[str] | None,
         typer.Option(
             metavar="TASK=FILE",
-            help="For --min-recovered: held-out text, as for `evaluate`.",
+            help="Held-out text, as for `evaluate`: the model then judges which representation "
+            "keeps most. --min-recovered needs it.",
             show_default=False,
         ),
     ] = None,
@@ -205,6 +206,8 @@ def compress(
 
     vllm-vlora compress adapters/ -o ckpt --ratio 8 --calibration calibration/
 
+    vllm-vlora compress adapters/ -o ckpt --ratio 16 --data heldout/
+
     vllm-vlora compress adapters/ -o ckpt --min-recovered 0.97 --data heldout/
 
     vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
@@ -230,7 +233,7 @@ def compress(
             jobs=jobs,
         )
         messages = open_console(stderr=True)
-        _check_unused(base, data, calibration, min_recovered)
+        _check_unused(base, data, calibration)
         collected = _collect(adapters or [], name or [], messages)
         if calibration is not None:
             options = _calibrated(options, calibration, base, collected, messages)
@@ -238,8 +241,8 @@ def compress(
             _predict(collected, options, messages, as_json)
             return
         assert output is not None
-        if min_recovered is not None:
-            report = _to_quality(
+        if min_recovered is not None or data:
+            report = _judged(
                 collected, output, min_recovered, options, force, base, data or [], messages
             )
         else:
@@ -269,15 +272,11 @@ def _parse_clusters(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def _check_unused(
-    base: str | None, data: list[str] | None, calibration: Path | None, least: float | None
-) -> None:
+def _check_unused(base: str | None, data: list[str] | None, calibration: Path | None) -> None:
     from vllm_vlora.errors import OptionError
 
-    if data and least is None:
-        raise OptionError("--data is for --min-recovered; `evaluate` judges afterwards")
-    if base is not None and least is None and (calibration is None or calibration.is_dir()):
-        raise OptionError("--base is for --min-recovered and for calibration text; leave it out")
+    if base is not None and not data and (calibration is None or calibration.is_dir()):
+        raise OptionError("--base is for --data and for calibration text; leave it out")
 
 
 def _calibrated(
@@ -323,21 +322,23 @@ def _compress(
         return run(collected, output, options, force=force, progress=advance)
 
 
-def _to_quality(
+def _judged(
     collected: Mapping[str, Adapter],
     output: Path,
-    least: float,
+    least: float | None,
     options: CompressOptions,
     force: bool,
     base: str | None,
     data: list[str],
     messages: Console,
 ) -> CompressReport:
-    from vllm_vlora.recovery import compress_to_quality
+    from vllm_vlora.recovery import compress_judged, compress_to_quality
     from vllm_vlora.tools.judge import make_judge
 
     with progress_bar(messages) as advance:
         judge = make_judge(collected, base, data, advance)
+        if least is None:
+            return compress_judged(collected, output, judge, options, force=force, progress=advance)
         return compress_to_quality(
             collected, output, least, judge, options, force=force, progress=advance
         )
@@ -391,4 +392,5 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "bytes": candidate.nbytes,
         "mean_error": candidate.mean_error,
         "worst_error": candidate.worst_error,
+        **({} if candidate.recovered is None else {"recovered": candidate.recovered}),
     }

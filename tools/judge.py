@@ -44,7 +44,7 @@ def make_judge(
     missing = [task for task in adapters if task not in files]
     if missing:
         raise OptionError(
-            f"--min-recovered needs held-out text of every task; {missing[0]!r} has none: give "
+            f"judging needs held-out text of every task; {missing[0]!r} has none: give "
             "--data TASK=FILE, or a folder with TASK.jsonl"
         )
     base = base or common_base_model(adapters)[0]

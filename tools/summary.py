@@ -191,7 +191,9 @@ def print_candidates(
     table.add_column("")
     for column in ("Representation", "Format"):
         table.add_column(column)
-    for column in ("Size", "Mean error", "Worst error"):
+    judged = any("recovered" in candidate for candidate in summary["candidates"])
+    columns = ("Size", "Mean error", "Worst error", *(["Recovered"] if judged else []))
+    for column in columns:
         table.add_column(column, justify="right")
     for candidate in summary["candidates"]:
         is_chosen = (candidate["representation"], candidate["format"]) == chosen
@@ -202,6 +204,7 @@ def print_candidates(
             format_bytes(candidate["bytes"]),
             f"{candidate['mean_error']:.4f}",
             f"{candidate['worst_error']:.4f}",
+            *([f"{candidate['recovered']:.4f}"] if judged else []),
             style="bold" if is_chosen else "",
         )
     console.print(table)

@@ -45,7 +45,7 @@ from vllm_vlora.plan import (
 )
 from vllm_vlora.report import Candidate, CompressReport, CurvePoint, TaskReport
 from vllm_vlora.scratch import CoreSpool, FittedBases
-from vllm_vlora.sharing import Sharing, decide_sharing
+from vllm_vlora.sharing import SHARED_LOSS, Sharing, decide_sharing
 from vllm_vlora.survey import Group, Survey, SurveyJob, SurveySettings, survey_modules
 
 # Planned errors equal measured ones up to float64 rounding; the margin keeps a promise exact.
@@ -129,7 +129,7 @@ def predict(
             nbytes = math.floor(collection.original_nbytes / ratio)
             plans = compression.plans(Budget(nbytes, compression.gate()))[0]
             if plans:
-                best = min(plans, key=lambda plan: plan.rms_error)
+                best = min(plans, key=lambda plan: plan.likely_error)
                 points.append(CurvePoint(ratio, _candidate(best)))
         return points
 
@@ -335,11 +335,13 @@ class Compression:
         # Whoever may lose nothing stays private, and must not keep the others from sharing.
         alone = () if budget.limits is None else torch.nonzero(budget.limits < _EXACT).flatten()
         private = frozenset(int(task) for task in alone)
-        sharing = decide_sharing(survey, self._formats, nbytes, private)
+        # Under error limits the error itself is what counts.
+        counted = 1.0 if budget.by_size else SHARED_LOSS
+        sharing = decide_sharing(survey, self._formats, nbytes, private, counted)
         if not sharing.sharers:
             return None
         survey = self._refitted(survey, sharing)
-        sharing = decide_sharing(survey, self._formats, nbytes, private)
+        sharing = decide_sharing(survey, self._formats, nbytes, private, counted)
         return mixed_problem(survey, sharing).solve(budget) if sharing.sharers else None
 
     def _refitted(self, survey: Survey, sharing: Sharing) -> Survey:
@@ -387,6 +389,30 @@ class Compression:
             raise BudgetError(self._out_of_reach(budget, min(misses, default=math.inf)))
         kept = sorted(plans, key=budget.order)
         return Chosen(best, [_candidate(plan) for plan in _distinct(kept, best)], cores)
+
+    def best_of_each(self) -> list[Chosen]:
+        """The best plan of every representation within the options' budget, with cores encoded.
+
+        Raises:
+            BudgetError: nothing meets the budget.
+        """
+        budget = self.budget()
+        plans, misses = self.plans(budget)
+        found: dict[str, tuple[Plan, CoreSpool | None]] = {}
+        for plan in sorted(plans, key=budget.order):
+            if plan.representation in found:
+                continue
+            if not plan.joint and not plan.flat:
+                found[plan.representation] = plan, None
+                continue
+            measured, cores = self._encode(plan, budget)
+            if cores is None:
+                misses.append(measured.worst_error)
+            else:
+                found[plan.representation] = measured, cores
+        if not found:
+            raise BudgetError(self._out_of_reach(budget, min(misses, default=math.inf)))
+        return [Chosen(plan, [_candidate(plan)], cores) for plan, cores in found.values()]
 
     def _encode(self, plan: Plan, budget: Budget) -> tuple[Plan, CoreSpool | None]:
         folder = self._scratch / f"encoding{self._encodings}"

@@ -25,7 +25,8 @@ class CompressOptions:
             factor form only, ``flat`` shares the principal components of flattened factors (vlora),
             ``private`` shares nothing. ``auto`` plans joint, flat, private, and bases that only some
             tasks share, measures them and keeps the best: the lowest root-mean-square error of the
-            tasks, or under ``max_error`` the fewest bytes.
+            tasks, with what shared bases lose counted ``sharing.SHARED_LOSS`` times, or under
+            ``max_error`` the fewest bytes.
         ratio: the originals' LoRA weights at 16 bits each over all bytes of the checkpoint's
             safetensors files (without classifier heads and the like) is to be at least this. One or
             less sets no limit. Default 3.5, unless one of the others is given.

@@ -36,7 +36,7 @@ from vllm_vlora.manifest import (
 )
 from vllm_vlora.measure import Curve, JointCurve, PrivateOption, joint_nbytes
 from vllm_vlora.representations import core_shape
-from vllm_vlora.sharing import Sharing
+from vllm_vlora.sharing import SHARED_LOSS, Sharing
 from vllm_vlora.survey import Group, Survey
 
 MIXED = "mixed"
@@ -74,6 +74,7 @@ class Plan:
         joint: group -> basis. flat: module name -> flat basis.
         losses: of each task, ||delta_W' - delta_W||^2 / ||delta_W||^2 in the modules' metrics.
         data_nbytes: of the tensors. nbytes: of the files, headers included.
+        private_losses: the part of ``losses`` that private modules have.
         raised: tasks that were given more than their share to pass the gate.
     """
 
@@ -85,12 +86,19 @@ class Plan:
     losses: torch.Tensor
     data_nbytes: int
     nbytes: int
+    private_losses: torch.Tensor
     raised: tuple[int, ...] = ()
 
     @property
     def rms_error(self) -> float:
         """Root mean square of the tasks' relative errors."""
         return math.sqrt(float(self.losses.mean()))
+
+    @property
+    def likely_error(self) -> float:
+        """``rms_error`` with what shared bases lose counted ``SHARED_LOSS`` times."""
+        shared = (self.losses - self.private_losses).clamp(min=0)
+        return math.sqrt(float((self.private_losses + SHARED_LOSS * shared).mean()))
 
     @property
     def mean_error(self) -> float:
@@ -157,13 +165,13 @@ class Budget:
         """Sorts plans that meet the budget, the best one first."""
         if self.by_size:
             return plan.nbytes, plan.rms_error
-        return plan.rms_error, plan.nbytes
+        return plan.likely_error, plan.nbytes
 
     def clearly_prefers(self, plan: Plan, other: Plan) -> bool:
         """Whether measuring the other plan's errors could not make it the better one."""
         if self.by_size:
             return plan.nbytes < other.nbytes
-        return plan.rms_error < other.rms_error * _CLEARLY
+        return plan.likely_error < other.likely_error * _CLEARLY
 
     def is_perfect(self, plan: Plan) -> bool:
         """Whether no plan can be better."""
@@ -514,6 +522,13 @@ class Problem:
     def _losses(self, chosen: list[int]) -> torch.Tensor:
         return torch.tensor(self._sums(chosen), dtype=torch.float64)
 
+    def _private_losses(self, chosen: list[int]) -> torch.Tensor:
+        losses = [0.0] * len(self.collection.adapters)
+        for entry, option in zip(self.entries, chosen):
+            if isinstance(entry, PrivateEntry):
+                entry.add_losses(option, losses)
+        return torch.tensor(losses, dtype=torch.float64)
+
     def _sums(self, chosen: list[int], leave_out: int = -1) -> list[float]:
         losses = [0.0] * len(self.collection.adapters)
         for chain, (entry, option) in enumerate(zip(self.entries, chosen)):
@@ -545,6 +560,7 @@ class Problem:
             self._losses(chosen),
             data_nbytes,
             0,
+            self._private_losses(chosen),
         )
         return replace(plan, nbytes=_file_nbytes(self.collection, plan))
 

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -122,6 +122,59 @@ def compress_to_quality(
     report.path = Path(output)
     report.seconds = time.monotonic() - started
     return report
+
+
+def compress_judged(
+    adapters: Mapping[str, Adapter],
+    output: str | Path,
+    judge: Judge,
+    options: CompressOptions | None = None,
+    *,
+    force: bool = False,
+    base_model: str | None = None,
+    progress: Progress | None = None,
+) -> CompressReport:
+    """Compress to a budget; the representation is chosen by what the tasks recover, not by error.
+
+    The best plan of every representation, by error, is written, judged, and the one with the highest
+    mean kept. The error alone can be wrong about this: a basis that a family shares keeps what its
+    members have in common, and loses what sets them apart.
+
+    Args:
+        judge: measures recovered fractions on a checkpoint that is never published.
+
+    Raises:
+        As :func:`compression.compress`.
+    """
+    started = time.monotonic()
+    collection = Collection(adapters)
+    with publish_folder(output, force=force, owned=is_checkpoint) as folder:
+        scratch = folder / ".scratch"
+        scratch.mkdir()
+        compression = Compression(collection, options or CompressOptions(), scratch, progress)
+        judged = []
+        for number, chosen in enumerate(compression.best_of_each()):
+            trial = scratch / f"trial{number}"
+            trial.mkdir()
+            compression.write(trial, chosen, base_model)
+            judged.append((chosen, judge(trial)))
+            shutil.rmtree(trial)
+        best, recovered = max(judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error))
+        candidates = [
+            chosen.candidates[0]._replace(recovered=_mean(found)) for chosen, found in judged
+        ]
+        best = replace(best, candidates=candidates)
+        report = compression.write(folder, best, base_model, recovered=recovered)
+        shutil.rmtree(scratch)
+    report.path = Path(output)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _mean(recovered: Mapping[str, float | None]) -> float:
+    """Of the fractions that are defined; zero where none is, so that the error decides."""
+    values = [value for value in recovered.values() if value is not None]
+    return sum(values) / len(values) if values else 0.0
 
 
 class _QualitySearch:

@@ -13,6 +13,7 @@ class Candidate(NamedTuple):
 
     ``format`` is that of private factors or of the bases: a number format, ``own`` where adapters
     of several dtypes each keep theirs, or ``mixed`` where every module has the one that suits it.
+    ``recovered`` is the mean recovered fraction, where the model was asked.
     """
 
     representation: str
@@ -20,6 +21,7 @@ class Candidate(NamedTuple):
     nbytes: int
     mean_error: float
     worst_error: float
+    recovered: float | None = None
 
 
 class CurvePoint(NamedTuple):
