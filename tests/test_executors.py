@@ -163,9 +163,12 @@ def test_ctrl_c_ends_all_processes_without_their_complaints(kind: str, tmp_path:
     script.write_text(
         textwrap.dedent(
             f"""
+            import signal
             from executor_jobs import dawdle
             from vllm_vlora.executors import Executor
             if __name__ == "__main__":
+                # A run in the background of a shell inherits that the signal is ignored.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 try:
                     for number in Executor("{kind}", 2).run(dawdle, range(8)):
                         print("got", number, flush=True)
