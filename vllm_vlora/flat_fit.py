@@ -1,9 +1,9 @@
 """Fit the flat representation of one module to a stream of adapters: principal components of factors.
 
 Each adapter's A and scaled B, flattened, are one vector a side. A side is described by the mean of
-these vectors and their leading principal components, an adapter by its k loadings a side (vlora,
-https://pypi.org/project/vlora-dev). Unlike the bases of ``fit.py`` this depends on how an adapter
-splits delta_W into factors; it suits adapters fine-tuned from common factors, whose splits agree.
+these vectors and their leading principal components, an adapter by its k loadings a side (vlora, the
+package vlora-dev). Unlike the bases of ``fit.py`` this depends on how an adapter splits delta_W into
+factors; it suits adapters fine-tuned from common factors, whose splits agree.
 """
 
 from __future__ import annotations
