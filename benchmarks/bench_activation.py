@@ -329,7 +329,7 @@ class Work:
 
     def make_adapters(self, count: int) -> dict[str, Any]:
         """Write PEFT folders 0 to ``count`` - 1, where they are not there, and open all of them."""
-        from vllm_vlora import open_adapter, save_adapter
+        from vllm_vlora import open_adapter, write_adapter
 
         shapes, rank = self.shapes(), self.args.rank
         config = {
@@ -344,7 +344,7 @@ class Work:
         for number in range(count):
             path = self.adapter_folder / str(number)
             if not path.exists():
-                save_adapter(path, config, random_factors(shapes, rank, number))
+                write_adapter(path, config, random_factors(shapes, rank, number))
             opened[f"task-{number}"] = open_adapter(path)
         return opened
 

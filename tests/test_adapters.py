@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from vllm_vlora import peft_config
-from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
+from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
 from vllm_vlora.errors import AdapterError, OutputError
 from vllm_vlora.peft_config import lora_rank, lora_scale
 
@@ -162,7 +162,7 @@ def test_a_round_trip_gives_peft_the_same_logits(case: dict[str, Any], tmp_path:
     model = trained(case)
     model.save_pretrained(tmp_path / "first")
     adapter = open_adapter(tmp_path / "first")
-    saved = save_adapter(
+    saved = write_adapter(
         tmp_path / "second",
         adapter.config,
         adapter.iter_factors(),
@@ -592,7 +592,7 @@ def test_what_is_saved_is_what_is_opened(
         "use_rslora": rslora,
     }
     out = tmp_path_factory.mktemp("saved") / "adapter"
-    save_adapter(out, config, factors, dict(zip(names, kinds, strict=False)))
+    write_adapter(out, config, factors, dict(zip(names, kinds, strict=False)))
     adapter = open_adapter(out)
     assert adapter.config == config
     assert list(adapter.modules) == names
@@ -607,7 +607,7 @@ def test_what_is_saved_is_what_is_opened(
 def test_factors_that_are_views_of_shared_memory(tmp_path: Path) -> None:
     basis = torch.randn(16, 8)
     a, b = basis.T[:4], basis[:12, 4:]
-    save_adapter(tmp_path / "out", CONFIG, {Q: (a, b), V: (a, b)})
+    write_adapter(tmp_path / "out", CONFIG, {Q: (a, b), V: (a, b)})
     adapter = open_adapter(tmp_path / "out")
     for name in (Q, V):
         assert torch.equal(adapter.factors(name)[0], a)
@@ -616,7 +616,7 @@ def test_factors_that_are_views_of_shared_memory(tmp_path: Path) -> None:
 
 def test_the_order_of_patterns_survives(tmp_path: Path) -> None:
     pattern = {"v_proj": 2, "self_attn.v_proj": 9, "a": 1}
-    save_adapter(tmp_path / "out", CONFIG | {"rank_pattern": pattern}, {Q: ones(), V: ones(2)})
+    write_adapter(tmp_path / "out", CONFIG | {"rank_pattern": pattern}, {Q: ones(), V: ones(2)})
     adapter = open_adapter(tmp_path / "out")
     assert list(adapter.config["rank_pattern"]) == list(pattern)
     assert list(adapter.config) == sorted(adapter.config)
@@ -639,13 +639,13 @@ def test_nothing_contradictory_is_written(
     tmp_path: Path, factors: Any, config: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(AdapterError, match=re.escape(said)):
-        save_adapter(tmp_path / "out", CONFIG | config, factors)
+        write_adapter(tmp_path / "out", CONFIG | config, factors)
     assert os.listdir(tmp_path) == []
 
 
 def test_an_unknown_kind(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="'conv'"):
-        save_adapter(tmp_path / "out", CONFIG, {Q: ones()}, {Q: "conv"})
+        write_adapter(tmp_path / "out", CONFIG, {Q: ones()}, {Q: "conv"})
 
 
 def add_readme(folder: Path) -> None:
@@ -672,13 +672,13 @@ def remove_config(folder: Path) -> None:
 def test_which_folders_are_replaced(
     tmp_path: Path, change: Callable[[Path], None], force: bool, replaced: bool
 ) -> None:
-    out = save_adapter(tmp_path / "out", CONFIG, {Q: ones()})
+    out = write_adapter(tmp_path / "out", CONFIG, {Q: ones()})
     change(out)
     before = sorted(os.listdir(out))
     if replaced:
-        save_adapter(out, CONFIG, {V: ones()}, force=force)
+        write_adapter(out, CONFIG, {V: ones()}, force=force)
         assert list(open_adapter(out).modules) == [V]
     else:
         with pytest.raises(OutputError, match="out"):
-            save_adapter(out, CONFIG, {V: ones()}, force=force)
+            write_adapter(out, CONFIG, {V: ones()}, force=force)
         assert sorted(os.listdir(out)) == before

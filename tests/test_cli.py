@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vllm_vlora import __version__
-from vllm_vlora.adapters import open_adapter, save_adapter
+from vllm_vlora.adapters import open_adapter, write_adapter
 from vllm_vlora.card import format_bytes, serving_rank
 from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.errors import OptionError
@@ -88,7 +88,7 @@ def make_adapter(
         "target_modules": ["q_proj", "v_proj"],
         "base_model_name_or_path": "org/base",
     }
-    return save_adapter(folder, settings | config, factors)
+    return write_adapter(folder, settings | config, factors)
 
 
 def edit_config(folder: Path, **values: Any) -> None:

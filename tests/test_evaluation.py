@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
+from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
 from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.compression import CompressOptions, compress
 from vllm_vlora.errors import AdapterError, DataError, ModelMismatchError, OptionError
@@ -627,7 +627,7 @@ def make_adapter(tmp_path: Path) -> Make:
             for module, (d_out, d_in) in modules.items()
         }
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["x"]}
-        return open_adapter(save_adapter(tmp_path / name, config, factors))
+        return open_adapter(write_adapter(tmp_path / name, config, factors))
 
     return make
 

@@ -18,7 +18,7 @@ import ray
 import torch
 from executor_jobs import FatalAdapter, Product, dawdle, die, refuse
 
-from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
+from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
 from vllm_vlora.compression import CompressOptions, compress
 from vllm_vlora.errors import AdapterError, OptionError, VLoRAError
 from vllm_vlora.executors import Executor
@@ -67,7 +67,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
             "peft_type": "LORA", "r": 6, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"],
             "base_model_name_or_path": "org/base",
         }  # fmt: skip
-        save_adapter(folder / f"task{task}", config, factors)
+        write_adapter(folder / f"task{task}", config, factors)
         found[f"task{task}"] = open_adapter(folder / f"task{task}")
     return found
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from synthetic import SHAPES, check, dense, family, run, save
 
-from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
+from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
 from vllm_vlora.calibration import Calibration, ModuleRecord, Settings, Source
 from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.collection import Collection
@@ -59,7 +59,7 @@ def same_start(folder: Path, count: int) -> dict[str, Adapter]:
             for n, (a, b) in start.items()
         }
         config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-        save_adapter(folder / f"t{number}", config, factors)
+        write_adapter(folder / f"t{number}", config, factors)
         found[f"t{number}"] = open_adapter(folder / f"t{number}")
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_vlora.adapters import Adapter, Factors, open_adapter, save_adapter
+from vllm_vlora.adapters import Adapter, Factors, open_adapter, write_adapter
 from vllm_vlora.compression import CompressOptions, compress
 
 SHAPES = {"l.0.q_proj": (96, 80), "l.0.v_proj": (96, 40)}
@@ -74,7 +74,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
         config = {
             "peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
         }  # fmt: skip
-        save_adapter(folder / f"task{task}", config, factors)
+        write_adapter(folder / f"task{task}", config, factors)
         opened = open_adapter(folder / f"task{task}")
         values = {field.name: getattr(opened, field.name) for field in fields(opened)}
         found[f"task{task}"] = WatchedAdapter(**values)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_vlora._version import __version__
 
 if TYPE_CHECKING:
-    from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
+    from vllm_vlora.adapters import Adapter, open_adapter
     from vllm_vlora.adding import AddOptions, AddReport, add_adapters, remove_tasks
     from vllm_vlora.checkpoint import Checkpoint
     from vllm_vlora.compression import compress, predict
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "adapters",
     "open_adapter": "adapters",
-    "save_adapter": "adapters",
     "Checkpoint": "checkpoint",
     "CompressOptions": "options",
     "CompressReport": "report",
@@ -70,7 +69,6 @@ __all__ = [
     "predict",
     "rebuild",
     "remove_tasks",
-    "save_adapter",
     "validate",
 ]
 

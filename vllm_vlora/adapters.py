@@ -213,7 +213,7 @@ def open_adapter(ref: str | Path) -> Adapter:
     )
 
 
-def save_adapter(
+def write_adapter(
     out_dir: str | Path,
     config: Mapping[str, Any],
     factors: Mapping[str, Factors] | Iterable[tuple[str, Factors]],

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from vllm_vlora.adapters import Factors, save_adapter
+from vllm_vlora.adapters import Factors, write_adapter
 from vllm_vlora.atomic import exists_error
 from vllm_vlora.checkpoint import Basis, Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OutputError
@@ -145,7 +145,7 @@ def _export(
     else:
         scale = _common_scale(task)
         config = _new_config(task, original, scale, checkpoint.base_model)
-    return save_adapter(
+    return write_adapter(
         output,
         config,
         _factors(task, bases, scale, dtype),

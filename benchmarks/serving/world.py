@@ -157,7 +157,7 @@ class World:
         return json.dumps({**asdict(self.plan), "written_by": source})
 
     def _write_adapters(self) -> None:
-        from vllm_vlora import save_adapter
+        from vllm_vlora import write_adapter
 
         factory = _FactorFactory(self._shapes(), self.plan.rank)
         config = {
@@ -173,7 +173,7 @@ class World:
             if folder.exists():
                 continue
             if number < self.plan.distinct:
-                save_adapter(folder, config, factory.make(number))
+                write_adapter(folder, config, factory.make(number))
             else:
                 shutil.copytree(
                     self.adapter(number % self.plan.distinct), folder, copy_function=os.link

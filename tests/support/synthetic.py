@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_vlora.adapters import Adapter, open_adapter, save_adapter
+from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
 from vllm_vlora.checkpoint import Checkpoint
 from vllm_vlora.compression import compress
 from vllm_vlora.options import CompressOptions
@@ -55,7 +55,7 @@ def save(
     }
     if extra:
         config["modules_to_save"] = ["score"]
-    save_adapter(folder, config, factors, kinds, extra)
+    write_adapter(folder, config, factors, kinds, extra)
     return open_adapter(folder)
 
 
