@@ -27,7 +27,7 @@ from vllm_vlora.memory import plan_memory
 from vllm_vlora.options import DEFAULT_RATIO
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
-from vllm_vlora.tools.compress_command import parse_size
+from vllm_vlora.tools.common_options import parse_size
 
 COMMANDS = (
     "compress",

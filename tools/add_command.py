@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_vlora.errors import OptionError
+from vllm_vlora.tools.common_options import (
+    AdapterRefs,
+    MaxBytes,
+    Names,
+    Quantize,
+    parse_size,
+)
 from vllm_vlora.tools.terminal import (
     AsJson,
     CheckpointRef,
@@ -28,15 +34,6 @@ if TYPE_CHECKING:
     from vllm_vlora.report import CompressReport
 
 
-class Quantize(str, Enum):
-    """Number format of what is stored for the new tasks."""
-
-    auto = "auto"
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
-
-
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -52,22 +49,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint at --
 
 def add(
     checkpoint: CheckpointRef,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="ADAPTER",
-            help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters.",
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID=PATH",
-            help="Give the adapter at PATH the task id ID. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    adapters: AdapterRefs = None,
+    name: Names = None,
     ratio: Annotated[
         float | None,
         typer.Option(
@@ -83,9 +66,7 @@ def add(
             metavar="E", help="Take as few bytes as a relative error of E allows each new task."
         ),
     ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option(metavar="N", help="Let all new tasks together take N bytes.")
-    ] = None,
+    max_bytes: MaxBytes = None,
     quantize: Annotated[
         Quantize, typer.Option(help="Number format of what is stored for the new tasks.")
     ] = Quantize.auto,
@@ -138,20 +119,23 @@ def add(
     """
     with reported(verbose):
         from vllm_vlora.adding import AddOptions
-        from vllm_vlora.tools.inputs import collect
-        from vllm_vlora.tools.inputs import expand as expand_ref
+        from vllm_vlora.tools.inputs import collect_shown
 
         _check_rebuild(rebuild, originals, expand)
         options = AddOptions(
             ratio=ratio,
-            max_bytes=max_bytes,
+            max_bytes=None if max_bytes is None else parse_size(max_bytes),
             max_error=max_error,
             quantize=quantize.value,
             calibration=None if calibration is None else str(calibration),
         )
-        refs = [found for ref in adapters or [] for found in expand_ref(ref)]
+        messages = open_console(stderr=True)
         # A rebuild may also come without new adapters, after some were removed.
-        collected = collect(refs, name or []) if refs or name or not rebuild else {}
+        collected = (
+            collect_shown(adapters or [], name or [], messages)
+            if adapters or name or not rebuild
+            else {}
+        )
         target = checkpoint if output is None else str(output)
         if rebuild:
             assert originals is not None
@@ -159,7 +143,7 @@ def add(
             return
         from vllm_vlora.adding import add_adapters
 
-        with progress_bar(open_console(stderr=True)) as advance:
+        with progress_bar(messages) as advance:
             report = add_adapters(
                 checkpoint,
                 collected,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_vlora.tools.common_options import BatchSize, Device, ModelDtype
 from vllm_vlora.tools.terminal import (
     AsJson,
     Verbose,
@@ -42,7 +41,7 @@ def calibrate(
         int,
         typer.Option(metavar="N", help="Tokens of a row; plain text is split, the rest is cut."),
     ] = 512,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows in a pass.")] = 4,
+    batch_size: BatchSize = 4,
     gradients: Annotated[
         bool,
         typer.Option(
@@ -56,18 +55,8 @@ def calibrate(
         int,
         typer.Option(metavar="P", help="Directions kept of wider moments, beside a diagonal."),
     ] = 256,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FLOAT",
-            help="The model's: float32, float16 or bfloat16. Default: float32 on CPU, bfloat16 "
-            "elsewhere.",
-        ),
-    ] = None,
+    device: Device = None,
+    dtype: ModelDtype = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing calibration.")
     ] = False,
@@ -88,12 +77,13 @@ def calibrate(
     vllm-vlora calibrate models/llama a.jsonl b.txt -o calibration --no-gradients
     """
     with reported(verbose):
-        _quieten()
         from vllm_vlora.atomic import publish_folder
         from vllm_vlora.calibration import is_calibration
+        from vllm_vlora.tools.base_model import quieten
         from vllm_vlora.tools.gather import GatherOptions
         from vllm_vlora.tools.gather import calibrate as run
 
+        quieten()
         options = GatherOptions(
             max_tokens=max_tokens or None,
             max_length=max_length,
@@ -121,16 +111,6 @@ def calibrate(
             f"{summary['examples']} examples"
         )
         console.print(f"Wrote {output} ({nbytes / 1e6:.1f} MB) in {summary['seconds']:.1f} s.")
-
-
-def _quieten() -> None:
-    """Hugging Face's own bars would stand beside ours."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Without transformers there is nothing to quieten; the gathering says what to install.
-    with suppress(ImportError):
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
 
 
 def summarize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,9 +23,6 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="vllm-vlora",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_vlora.tools.common_options import (
+    AdapterRefs,
+    MaxBytes,
+    Names,
+    Quantize,
+    parse_size,
+)
 from vllm_vlora.tools.terminal import (
     AsJson,
     Verbose,
@@ -27,9 +33,6 @@ if TYPE_CHECKING:
     from vllm_vlora.options import CompressOptions
     from vllm_vlora.report import Candidate, CompressReport
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ki|mi|gi|ti|[kmgt])?b?\s*", re.IGNORECASE)
-
 
 class Representation(str, Enum):
     """How tasks are stored."""
@@ -39,15 +42,6 @@ class Representation(str, Enum):
     factored = "factored"
     flat = "flat"
     private = "private"
-
-
-class Quantize(str, Enum):
-    """Number format of factors, bases and cores."""
-
-    auto = "auto"
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
 
 
 class Dtype(str, Enum):
@@ -68,36 +62,19 @@ class ExecutorKind(str, Enum):
 
 
 def compress(
-    adapters: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="ADAPTER",
-            help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters.",
-            show_default=False,
-        ),
-    ] = None,
+    adapters: AdapterRefs = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", metavar="CKPT", help="The folder to write.", show_default=False
         ),
     ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID=PATH",
-            help="Give the adapter at PATH the task id ID instead of its folder's name. "
-            "May be repeated.",
-        ),
-    ] = None,
+    name: Names = None,
     ratio: Annotated[
         float | None,
         typer.Option(metavar="R", help="Be at least R times smaller than the adapters at 16 bits."),
     ] = None,
-    max_bytes: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Take at most this: 500MB, 1.5GiB, or bytes."),
-    ] = None,
+    max_bytes: MaxBytes = None,
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -217,6 +194,7 @@ def compress(
     with reported(verbose):
         from vllm_vlora.options import CompressOptions
         from vllm_vlora.tools import summary as show
+        from vllm_vlora.tools.inputs import collect_shown
 
         options = CompressOptions(
             representation=representation.value,
@@ -234,7 +212,7 @@ def compress(
         )
         messages = open_console(stderr=True)
         _check_unused(base, data, calibration)
-        collected = _collect(adapters or [], name or [], messages)
+        collected = collect_shown(adapters or [], name or [], messages)
         if calibration is not None:
             options = _calibrated(options, calibration, base, collected, messages)
         if plan:
@@ -250,22 +228,6 @@ def compress(
         for warning in report.warnings:
             show.line(messages, f"Warning: {warning}", style="yellow")
         _print_report(report, output, as_json, by_size=max_error is not None)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``500MB``, ``1.5 GiB`` or ``12345``; units with i count in 1024s.
-
-    Raises:
-        OptionError: not a size.
-    """
-    from vllm_vlora.errors import OptionError
-
-    found = _SIZE.fullmatch(text)
-    if not found:
-        raise OptionError(f"{text!r} is not a size; give bytes, or a number with kB, MB, GB or GiB")
-    unit = (found[2] or "").lower()
-    scale = 1024 ** ("kmgt".index(unit[0]) + 1) if unit.endswith("i") else _UNITS[unit]
-    return int(float(found[1]) * scale)
 
 
 def _parse_clusters(text: str) -> int | str:
@@ -295,18 +257,6 @@ def _calibrated(
         return replace(
             options, calibration=str(calibration_folder(given, base, collected, advance))
         )
-
-
-def _collect(adapters: list[str], names: list[str], messages: Console) -> dict[str, Adapter]:
-    from vllm_vlora.tools import summary as show
-    from vllm_vlora.tools.inputs import collect, expansions
-
-    refs: list[str] = []
-    for given, found in expansions(adapters):
-        if found != [given]:
-            show.line(messages, f"{given} is a folder of adapters: {len(found)} found")
-        refs += found
-    return collect(refs, names)
 
 
 def _compress(
@@ -347,13 +297,12 @@ def _judged(
 def _predict(
     collected: Mapping[str, Adapter], options: CompressOptions, messages: Console, as_json: bool
 ) -> None:
-    from vllm_vlora.collection import Collection
     from vllm_vlora.compression import predict
     from vllm_vlora.tools import summary as show
 
     with progress_bar(messages) as advance:
         points = predict(collected, options, progress=advance)
-    original = Collection(collected).original_nbytes
+    original = sum(adapter.original_nbytes for adapter in collected.values())
     rows = [{"ratio": p.ratio, **_candidate(p.candidate)} for p in points]
     if as_json:
         print_json({"original_bytes": original, "points": rows})

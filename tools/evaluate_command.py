@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from vllm_vlora.errors import OptionError, OutputError
+from vllm_vlora.tools.common_options import BatchSize, Device, ModelDtype
 from vllm_vlora.tools.terminal import (
     EXIT_CHECK_FAILED,
     AsJson,
@@ -81,22 +82,12 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Write what --json prints to a file.")
     ] = None,
     max_length: Annotated[int, typer.Option(metavar="N", help="Cut examples to N tokens.")] = 1024,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Examples in a forward pass.")] = 4,
+    batch_size: BatchSize = 4,
     max_examples: Annotated[
         int | None, typer.Option(metavar="N", help="Use the first N examples of each file.")
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ... Default: a GPU if there is one."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FLOAT",
-            help="The base model's: float32, float16 or bfloat16. Default: float32 on CPU, "
-            "bfloat16 elsewhere.",
-        ),
-    ] = None,
+    device: Device = None,
+    dtype: ModelDtype = None,
     greedy_tokens: Annotated[
         int, typer.Option(metavar="N", help="Compare N greedily generated tokens; 0: none.")
     ] = 16,
@@ -133,13 +124,14 @@ def evaluate(
         if fail_under is not None:
             _check_gate(files, originals)
         with progress_bar(open_console(stderr=True)) as advance:
+            from vllm_vlora.tools.base_model import quieten
             from vllm_vlora.tools.evaluator import (
                 EvaluationOptions,
                 Evaluator,
                 evaluate_checkpoint,
             )
 
-            _quieten()
+            quieten()
             options = EvaluationOptions(
                 max_length, batch_size, max_examples, device, dtype, greedy_tokens
             )
@@ -298,13 +290,6 @@ def _check_target(target: Path | None) -> None:
         raise OutputError(
             f"{target}: its folder does not exist or cannot be written; make it first"
         )
-
-
-def _quieten() -> None:
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _command() -> str:

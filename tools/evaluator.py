@@ -51,6 +51,7 @@ from vllm_vlora.texts import (
     read_examples,
     tokenize,
 )
+from vllm_vlora.tools.base_model import check_dtype, first_line, load_base_model, resolve
 
 Progress = Callable[[str, int, int], None]
 
@@ -92,20 +93,11 @@ class EvaluationOptions:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.max_examples is not None and self.max_examples < 1:
             raise OptionError(f"max_examples must be at least 1, got {self.max_examples}")
-        if self.dtype is not None and self.dtype not in FLOAT_DTYPES:
-            raise OptionError(f"dtype {self.dtype!r} is unknown; give {', '.join(FLOAT_DTYPES)}")
+        check_dtype(self.dtype)
 
     def resolve(self) -> tuple[torch.device, torch.dtype]:
         """The device and the dtype that the model gets."""
-        try:
-            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(0, device=device)
-        # torch raises plain RuntimeErrors and AssertionErrors for devices that it lacks.
-        except (RuntimeError, AssertionError) as error:
-            raise OptionError(
-                f"device {self.device!r} cannot be used: {_first_line(error)}"
-            ) from error
-        name = self.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        device, name = resolve(self.device, self.dtype)
         return device, FLOAT_DTYPES[name]
 
 
@@ -360,8 +352,7 @@ class Evaluator:
                         adapted.load_adapter(str(folder), name)
                 except (ValueError, RuntimeError) as error:
                     raise AdapterError(
-                        f"{folder}: PEFT cannot load it onto {self.model_name}: "
-                        f"{_first_line(error)}"
+                        f"{folder}: PEFT cannot load it onto {self.model_name}: {first_line(error)}"
                     ) from error
             assert adapted is not None
             adapted.set_adapter(next(iter(folders)))
@@ -488,20 +479,13 @@ def _in_chunks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _load_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         import peft  # noqa: F401
-        import transformers
     except ImportError as error:
         raise OptionError(
-            f"evaluation needs transformers and peft ({error}); "
-            "install them: pip install 'vllm-vlora[peft]'"
+            f"evaluation needs peft ({error}); install it: pip install 'vllm-vlora[evaluate]'"
         ) from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"base model {name!r} cannot be loaded: {_first_line(error)}; give the folder or Hub id "
-            "of a causal language model with its tokenizer"
-        ) from error
+    tokenizer, model = load_base_model(name, device, dtype)
+    import transformers
+
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     # Nothing else of the model's own settings (penalties, sampling) belongs in a comparison.
@@ -510,12 +494,7 @@ def _load_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[An
         eos_token_id=sorted(end for end in ends if end is not None) or None,
         pad_token_id=padding_id(tokenizer),
     )
-    return tokenizer, model.to(device).eval()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return tokenizer, model.eval()
 
 
 # --- a whole checkpoint ---------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from vllm_vlora.texts import (
     read_examples,
     tokenize_windows,
 )
+from vllm_vlora.tools.base_model import check_dtype, load_base_model, resolve
 
 Advance = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -74,20 +75,7 @@ class GatherOptions:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise OptionError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        if self.dtype is not None and self.dtype not in FLOAT_DTYPES:
-            raise OptionError(f"dtype {self.dtype!r} is unknown; give {', '.join(FLOAT_DTYPES)}")
-
-    def resolve(self) -> tuple[torch.device, str]:
-        """The device and the name of the dtype that the model gets."""
-        try:
-            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(0, device=device)
-        # torch raises plain RuntimeErrors and AssertionErrors for devices that it lacks.
-        except (RuntimeError, AssertionError) as error:
-            raise OptionError(
-                f"device {self.device!r} cannot be used: {_first_line(error)}"
-            ) from error
-        return device, self.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        check_dtype(self.dtype)
 
 
 def calibrate(
@@ -109,10 +97,10 @@ def calibrate(
         DataError: a file cannot be read, no token of it carries a loss, or a moment is not finite.
     """
     options = options or GatherOptions()
-    device, dtype = options.resolve()
+    device, dtype = resolve(options.device, options.dtype)
     digest = data_digest(data)
     advance("Load the model", 0, 1)
-    tokenizer, network = _load(str(model), device, FLOAT_DTYPES[dtype])
+    tokenizer, network = load_base_model(str(model), device, FLOAT_DTYPES[dtype])
     rows = _select_rows(data, tokenizer, options)
     settings = Settings(
         options.max_tokens,
@@ -365,29 +353,6 @@ def _interleave(lists: Iterable[list[Any]]) -> Iterator[Any]:
 def _reached(row: Row) -> int:
     """Positions of a row that a gradient reaches: those before its last token with a loss."""
     return max((i for i, label in enumerate(row.labels) if label != IGNORED), default=0)
-
-
-def _load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    try:
-        import transformers
-    except ImportError as error:
-        raise OptionError(
-            f"calibration needs transformers ({error}); install it: pip install 'vllm-vlora[peft]'"
-        ) from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"base model {name!r} cannot be loaded: {_first_line(error)}; give the folder or Hub id "
-            "of a causal language model with its tokenizer"
-        ) from error
-    return tokenizer, model.to(device)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _versions() -> dict[str, str]:

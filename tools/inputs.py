@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import AdapterError, TaskIdError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vllm_vlora.adapters import Adapter
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -97,7 +99,16 @@ def _identity(ref: str) -> str:
     return os.path.realpath(path) if path.exists() else ref
 
 
-def expansions(refs: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield (argument, the adapters it stands for)."""
-    for ref in refs:
-        yield ref, expand(ref)
+def collect_shown(
+    given: Iterable[str], names: Iterable[str], messages: Console
+) -> dict[str, Adapter]:
+    """As :func:`collect`, of arguments not yet expanded; says how many a folder stands for."""
+    from vllm_vlora.tools.summary import line
+
+    refs: list[str] = []
+    for ref in given:
+        found = expand(ref)
+        if found != [ref]:
+            line(messages, f"{ref} is a folder of adapters: {len(found)} found")
+        refs += found
+    return collect(refs, names)

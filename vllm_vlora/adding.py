@@ -20,7 +20,7 @@ from vllm_vlora.adapters import Adapter
 from vllm_vlora.checkpoint import Basis, Checkpoint, StoredModule
 from vllm_vlora.collection import Collection, Module, Progress
 from vllm_vlora.editing import Successor, edited
-from vllm_vlora.encoding import Loss, encode_option, measure_loss
+from vllm_vlora.encoding import Loss, encode_kept, measure_loss, relative
 from vllm_vlora.errors import AdapterError, BudgetError, OptionError, TaskIdError
 from vllm_vlora.formats import formats_to_try
 from vllm_vlora.growth import (
@@ -48,7 +48,7 @@ from vllm_vlora.projection import (
 )
 from vllm_vlora.representations import basis_rows
 from vllm_vlora.scratch import CoreSpool, FittedBases
-from vllm_vlora.survey import SurveyJob, Surveyor, SurveySettings
+from vllm_vlora.survey import SurveyJob, Surveyor, SurveySettings, check_calibration
 from vllm_vlora.whitening import Metric
 
 # Losses are compared up to float64 rounding; the margin keeps a promise exact.
@@ -294,6 +294,7 @@ class Addition:
             )
         self._places = {name: place for place, name in enumerate(self._specs)}
         self._check_shapes()
+        check_calibration(options.calibration, collection)
         self._blocks = self._find_blocks()
         self._growth: _Growth | None = None
 
@@ -823,17 +824,11 @@ class Addition:
                 modules[name] = cores[name]
                 losses.append(encoded.losses[task, name])
                 continue
-            metric = self._surveyor.metric(name)
             with self.collection.naming(task, name):
-                stored = encode_option(a, b, scale, option, metric)
-            loss = measure_loss(a, b, scale, stored, None, metric)
-            # Zero is only ever planned where the stored numbers are the adapter's own.
-            if option.original and option.loss == 0:
-                loss = Loss(0.0, loss.norm, 0.0, loss.seen_norm)
-            modules[name] = replace(stored, error=loss.error)
+                modules[name], loss = encode_kept(a, b, scale, option, self._surveyor.metric(name))
             losses.append(loss)
-        error = _relative(sum(x.lost for x in losses), sum(x.norm for x in losses))
-        seen = _relative(sum(x.seen_lost for x in losses), sum(x.seen_norm for x in losses))
+        error = relative(sum(x.lost for x in losses), sum(x.norm for x in losses))
+        seen = relative(sum(x.seen_lost for x in losses), sum(x.seen_norm for x in losses))
         record = writer.add_task(
             self.collection.task_ids[task],
             modules,
@@ -916,11 +911,6 @@ class _Encoded:
 
     cores: CoreSpool
     losses: dict[tuple[int, str], Loss] = field(default_factory=dict)
-
-
-def _relative(lost: float, norm: float) -> float:
-    # A delta_W of zero is stored as zero, so there is nothing to divide.
-    return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
 
 
 def _order(writer: Successor, task_ids: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +21,6 @@ import torch
 
 from vllm_vlora.adapters import Adapter
 from vllm_vlora.atomic import publish_folder
-from vllm_vlora.calibration import Calibration
 from vllm_vlora.card import model_card
 from vllm_vlora.checkpoint import CheckpointWriter
 from vllm_vlora.clusters import cluster_tasks
@@ -46,7 +45,15 @@ from vllm_vlora.plan import (
 from vllm_vlora.report import Candidate, CompressReport, CurvePoint, TaskReport
 from vllm_vlora.scratch import CoreSpool, FittedBases
 from vllm_vlora.sharing import SHARED_LOSS, Sharing, decide_sharing
-from vllm_vlora.survey import Group, Survey, SurveyJob, SurveySettings, survey_modules
+from vllm_vlora.survey import (
+    FittedGroup,
+    Group,
+    Survey,
+    SurveyJob,
+    SurveySettings,
+    check_calibration,
+    survey_modules,
+)
 
 # Planned errors equal measured ones up to float64 rounding; the margin keeps a promise exact.
 _MARGIN = 1e-6
@@ -89,14 +96,28 @@ def compress(
         OutputError: ``output`` exists and is not to be replaced, or cannot be written.
         TaskIdError: a task id that is not allowed.
     """
+
+    def make(folder: Path, scratch: Path) -> CompressReport:
+        collection = Collection(adapters)
+        compression = Compression(collection, options or CompressOptions(), scratch, progress)
+        return compression.write(folder, compression.choose(), base_model)
+
+    return publish_checkpoint(output, force, make)
+
+
+def publish_checkpoint(
+    output: str | Path, force: bool, make: Callable[[Path, Path], CompressReport]
+) -> CompressReport:
+    """What ``make`` writes into (folder, scratch folder), published as ``output``, with its time.
+
+    Raises:
+        OutputError: ``output`` exists and is not to be replaced, or cannot be written.
+    """
     started = time.monotonic()
-    options = options or CompressOptions()
-    collection = Collection(adapters)
     with publish_folder(output, force=force, owned=is_checkpoint) as folder:
         scratch = folder / ".scratch"
         scratch.mkdir()
-        compression = Compression(collection, options, scratch, progress)
-        report = compression.write(folder, compression.choose(), base_model)
+        report = make(folder, scratch)
         shutil.rmtree(scratch)
     report.path = Path(output)
     report.seconds = time.monotonic() - started
@@ -176,13 +197,11 @@ class Compression:
         self._settings = SurveySettings(
             self._formats, options.num_components, limit, options.seed, options.calibration
         )
-        if options.calibration is not None:
-            Calibration.open(options.calibration).check_shapes(
-                (module.name, module.d_in, module.d_out) for module in collection.modules.values()
-            )
+        check_calibration(options.calibration, collection)
         self._bases = FittedBases(scratch / "fit")
         self._executor = _executor(collection, options)
-        self._refits: dict[Group, int] = {}
+        self._refits: dict[tuple[str, tuple[tuple[int, ...], ...]], dict[int, FittedGroup]] = {}
+        self._numbers = itertools.count(1001)
         self._encodings = 0
 
     # --- measuring -------------------------------------------------------------------------------
@@ -345,19 +364,36 @@ class Compression:
         return mixed_problem(survey, sharing).solve(budget) if sharing.sharers else None
 
     def _refitted(self, survey: Survey, sharing: Sharing) -> Survey:
-        """Bases that only some of their tasks turned out to share, fitted again to these."""
-        groups = dict(survey.joint)
-        jobs: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-        for (name, number), found in survey.joint.items():
-            shared = sharing.sharers.get((name, number))
-            if shared is None:
-                del groups[name, number]
-            elif len(shared[2]) < len(found.tasks):
-                del groups[name, number]
-                fresh = self._refits[name, 0] = self._refits.get((name, 0), 1000) + 1
-                jobs.setdefault(name, []).append((fresh, shared[2]))
-        work = [SurveyJob(name, False, tuple(found)) for name, found in jobs.items()]
-        return self._run(replace(survey, joint=groups), work, "fit again") if work else survey
+        """Bases that only some of their tasks turned out to share, fitted again to these.
+
+        Each is fitted once: later plans often end with the same sharers.
+        """
+        groups: dict[Group, FittedGroup] = {}
+        wanted: dict[str, list[tuple[int, ...]]] = {}
+        for group, found in survey.joint.items():
+            if group not in sharing.sharers:
+                continue
+            tasks = sharing.sharers[group][2]
+            if len(tasks) == len(found.tasks):
+                groups[group] = found
+            else:
+                wanted.setdefault(group[0], []).append(tasks)
+        # How wide a basis may be depends on those beside it, so they are fitted together.
+        keys = [(name, tuple(sharers)) for name, sharers in wanted.items()]
+        self._fit_again([key for key in keys if key not in self._refits])
+        for key in keys:
+            groups.update(((key[0], number), fit) for number, fit in self._refits[key].items())
+        return replace(survey, joint=groups)
+
+    def _fit_again(self, keys: Sequence[tuple[str, tuple[tuple[int, ...], ...]]]) -> None:
+        jobs = [
+            SurveyJob(name, False, tuple((next(self._numbers), tasks) for tasks in sharers))
+            for name, sharers in keys
+        ]
+        if jobs:
+            found = self._run(Survey(self.collection), jobs, "fit again").joint
+            for key, job in zip(keys, jobs):
+                self._refits[key] = {n: found[job.module, n] for n, _ in job.groups}
 
     # --- choosing --------------------------------------------------------------------------------
 
@@ -375,13 +411,10 @@ class Compression:
             plan = plans[place]
             if best is not None and budget.clearly_prefers(best, plan):
                 break
-            if not plan.joint and not plan.flat:
-                measured, spool = plan, None
-            else:
-                measured, spool = self._encode(plan, budget)
-                if spool is None:
-                    misses.append(measured.worst_error)
-                    continue
+            encoded = self._measured(plan, budget, misses)
+            if encoded is None:
+                continue
+            measured, spool = encoded
             plans[place] = measured
             if best is None or budget.order(measured) < budget.order(best):
                 best, cores = measured, spool
@@ -402,17 +435,24 @@ class Compression:
         for plan in sorted(plans, key=budget.order):
             if plan.representation in found:
                 continue
-            if not plan.joint and not plan.flat:
-                found[plan.representation] = plan, None
-                continue
-            measured, cores = self._encode(plan, budget)
-            if cores is None:
-                misses.append(measured.worst_error)
-            else:
-                found[plan.representation] = measured, cores
+            encoded = self._measured(plan, budget, misses)
+            if encoded is not None:
+                found[plan.representation] = encoded
         if not found:
             raise BudgetError(self._out_of_reach(budget, min(misses, default=math.inf)))
         return [Chosen(plan, [_candidate(plan)], cores) for plan, cores in found.values()]
+
+    def _measured(
+        self, plan: Plan, budget: Budget, misses: list[float]
+    ) -> tuple[Plan, CoreSpool | None] | None:
+        """The plan with measured losses, and its cores; None, and a miss more, if it breaks a promise."""
+        if not plan.joint and not plan.flat:
+            return plan, None
+        measured, cores = self._encode(plan, budget)
+        if cores is None:
+            misses.append(measured.worst_error)
+            return None
+        return measured, cores
 
     def _encode(self, plan: Plan, budget: Budget) -> tuple[Plan, CoreSpool | None]:
         folder = self._scratch / f"encoding{self._encodings}"

@@ -7,15 +7,16 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
 
 from vllm_vlora.checkpoint import Basis, FlatBasis, StoredModule
-from vllm_vlora.collection import Module, Progress
+from vllm_vlora.collection import Collection, Module, Progress
 from vllm_vlora.executors import Executor
 from vllm_vlora.flat import FlatProjection, pack_flat
-from vllm_vlora.measure import PrivateOption, leading_factors, squared_norm
+from vllm_vlora.measure import PrivateOption, leading_factors, seen_squared_norm, squared_norm
 from vllm_vlora.plan import Block, Budget, Plan, SharedBasis, SharedFlat
 from vllm_vlora.quantize import stack_rows, unpack
 from vllm_vlora.representations import (
@@ -55,7 +56,7 @@ class Loss(NamedTuple):
     @property
     def error(self) -> float:
         """Relative, Frobenius."""
-        return _relative(self.lost, self.norm)
+        return relative(self.lost, self.norm)
 
 
 @dataclass(frozen=True)
@@ -113,20 +114,69 @@ class Encoder:
         return replace(plan, losses=losses), cores
 
     def encode_tasks(self, plan: Plan, cores: CoreSpool | None) -> Iterator[EncodedTask]:
-        """Every task in its order: its cores, read back, and its other modules, encoded now."""
+        """Every task in its order: what is kept on disk, read back, and the rest, encoded now."""
         surveyor = Surveyor(self.survey.collection, self.settings)
-        worker = TaskEncoder(surveyor, plan, self.bases, cores)
-        return self.executor.run(worker, range(len(self.survey.collection.adapters)))
+        spools = [] if cores is None else [cores]
+        with TemporaryDirectory(prefix="private", dir=self.scratch) as folder:
+            # A metric's square roots are taken once a module, not for every task again.
+            if self.settings.calibration is not None:
+                spools.append(
+                    self._encode_private(surveyor, plan, CoreSpool(Path(folder) / "kept"))
+                )
+            worker = TaskEncoder(surveyor.collection, plan, tuple(spools), surveyor.calibrated)
+            yield from self.executor.run(worker, range(len(surveyor.collection.adapters)))
+
+    def _encode_private(self, surveyor: Surveyor, plan: Plan, kept: CoreSpool) -> CoreSpool:
+        """The spool, filled module by module with what tasks have of their own."""
+        options: dict[str, list[tuple[int, PrivateOption]]] = {}
+        for (task, name), option in plan.private.items():
+            options.setdefault(name, []).append((task, option))
+        worker = PrivateEncoder(surveyor)
+        jobs = list(options.items())
+        for done, ((name, _), found) in enumerate(zip(jobs, self.executor.run(worker, jobs)), 1):
+            for task, stored in found:
+                kept.append(task, name, stored)
+            self.progress("encode private", done, len(jobs))
+        return kept
+
+
+@dataclass
+class PrivateEncoder:
+    """Encodes one module's private factors; travels to other processes."""
+
+    surveyor: Surveyor
+
+    def __call__(
+        self, job: tuple[str, Sequence[tuple[int, PrivateOption]]]
+    ) -> list[tuple[int, StoredModule]]:
+        """(task number, what is stored with its Frobenius error) of (module name, its options).
+
+        Raises:
+            AdapterError: a value cannot be packed.
+        """
+        name, options = job
+        collection, metric = self.surveyor.collection, self.surveyor.metric(name)
+        factors = collection.read_module(collection.modules[name], [task for task, _ in options])
+        found = []
+        for (task, option), (a, b, scale) in zip(options, factors):
+            with collection.naming(task, name):
+                found.append((task, encode_kept(a, b, scale, option, metric)[0]))
+        return found
 
 
 @dataclass
 class TaskEncoder:
-    """Encodes one task; travels to other processes."""
+    """Puts one task together; travels to other processes.
 
-    surveyor: Surveyor
+    Attributes:
+        spools: what was encoded before, with its errors.
+        calibrated: whether errors were planned in another metric than Frobenius.
+    """
+
+    collection: Collection
     plan: Plan
-    bases: FittedBases
-    cores: CoreSpool | None
+    spools: tuple[CoreSpool, ...]
+    calibrated: bool
 
     def __call__(self, task: int) -> EncodedTask:
         """The modules of one task as they are stored, and its errors.
@@ -134,36 +184,22 @@ class TaskEncoder:
         Raises:
             AdapterError: a value cannot be packed.
         """
-        plan, collection = self.plan, self.surveyor.collection
-        names = list(collection.adapters[task].modules)
-        joint = self.cores.read(task) if self.cores else {}
+        names = list(self.collection.adapters[task].modules)
+        kept = {name: module for spool in self.spools for name, module in spool.read(task).items()}
         modules, losses = dict[str, StoredModule](), []
-        for name, (a, b, scale) in collection.read_task(task, names):
-            metric = self.surveyor.metric(name)
-            if name in joint:
-                modules[name] = joint[name]
-                # What a core loses was measured when it was encoded.
+        for name, (a, b, scale) in self.collection.read_task(task, names):
+            if name in kept:
+                modules[name] = kept[name]
                 norm = squared_norm(a, b, scale)
-                losses.append(Loss(joint[name].error ** 2 * norm, norm, 0.0, 0.0))
-                continue
-            with collection.naming(task, name):
-                modules[name], loss = self._encode(task, name, a, b, scale, metric)
+                loss = Loss(kept[name].error ** 2 * norm, norm, 0.0, 0.0)
+            else:
+                option = self.plan.private[task, name]
+                with self.collection.naming(task, name):
+                    modules[name], loss = encode_kept(a, b, scale, option, FROBENIUS)
             losses.append(loss)
-        error = _relative(sum(x.lost for x in losses), sum(x.norm for x in losses))
-        seen = math.sqrt(max(float(plan.losses[task]), 0.0))
-        plain = self.surveyor.settings.calibration is None
-        return EncodedTask(modules, error, error if plain else seen)
-
-    def _encode(
-        self, task: int, name: str, a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric
-    ) -> tuple[StoredModule, Loss]:
-        option = self.plan.private[task, name]
-        stored = encode_option(a, b, scale, option, metric)
-        # Zero is only ever planned where the stored numbers are the adapter's own.
-        if option.original and option.loss == 0:
-            return stored, Loss(0.0, squared_norm(a, b, scale), 0.0, 0.0)
-        loss = measure_loss(a, b, scale, stored, None, metric)
-        return replace(stored, error=loss.error), loss
+        error = relative(sum(x.lost for x in losses), sum(x.norm for x in losses))
+        seen = math.sqrt(max(float(self.plan.losses[task]), 0.0))
+        return EncodedTask(modules, error, seen if self.calibrated else error)
 
 
 class CoreJob(NamedTuple):
@@ -259,6 +295,20 @@ def encode_option(
     return encode_narrow(svd_a, svd_b_t.T, 1.0, option.bits)
 
 
+def encode_kept(
+    a: torch.Tensor, b: torch.Tensor, scale: float, option: PrivateOption, metric: Metric
+) -> tuple[StoredModule, Loss]:
+    """Private factors as an option says, with their error, and what they lost."""
+    stored = encode_option(a, b, scale, option, metric)
+    # Zero is only ever planned where the stored numbers are the adapter's own.
+    if option.original and option.loss == 0:
+        return stored, Loss(
+            0.0, squared_norm(a, b, scale), 0.0, seen_squared_norm(a, b, scale, metric)
+        )
+    loss = measure_loss(a, b, scale, stored, None, metric)
+    return replace(stored, error=loss.error), loss
+
+
 def measure_loss(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -276,11 +326,12 @@ def measure_loss(
     difference_a = torch.cat([new_a.double(), a.double()])
     difference_b = torch.cat([new_b.double(), -scale * b.double()], dim=1)
     white_a, white_b = metric.a(difference_a), metric.b_t(difference_b.T).T
-    seen_norm = squared_norm(metric.a(a.double()), metric.b_t(b.T.double()).T, scale)
+    seen_norm = seen_squared_norm(a, b, scale, metric)
     return Loss(lost, norm, squared_norm(white_a, white_b, 1.0), seen_norm)
 
 
-def _relative(lost: float, norm: float) -> float:
+def relative(lost: float, norm: float) -> float:
+    """sqrt(lost / norm), of squared norms."""
     # A delta_W of zero is stored as zero, so there is nothing to divide.
     return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
 

@@ -18,9 +18,8 @@ from vllm_vlora.checkpoint import FlatBasis, StoredModule
 from vllm_vlora.fit import ScaledFactors
 from vllm_vlora.flat_fit import FlatFit
 from vllm_vlora.manifest import FlatSpec
-from vllm_vlora.measure import squared_norm
 from vllm_vlora.quantize import FLOAT_DTYPES, pack, row_nbytes, unpack
-from vllm_vlora.representations import decode, encode_flat
+from vllm_vlora.representations import encode_flat
 from vllm_vlora.whitening import Metric
 
 _WIDTHS = 10
@@ -182,18 +181,3 @@ class _FlatMeter:
         white_a = self._metric.a(rows_a.double().view(count * self._rank, -1))
         white_b = self._metric.b_t(rows_b.double().view(count * self._rank, -1))
         return white_a.view(count, self._rank, -1), white_b.view(count, self._rank, -1)
-
-
-def flat_loss(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    stored: StoredModule,
-    basis: FlatBasis,
-    metric: Metric,
-) -> float:
-    """||delta_W' - delta_W||^2 in the metric."""
-    new_a, new_b = decode(stored, basis)
-    stacked_a = torch.cat([new_a.double(), a.double()])
-    stacked_b = torch.cat([new_b.double(), -scale * b.double()], dim=1)
-    return squared_norm(metric.a(stacked_a), metric.b_t(stacked_b.T).T, 1.0)

@@ -56,6 +56,11 @@ def squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
     return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) * scale**2
 
 
+def seen_squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:
+    """||scale * B A||^2 in the metric, float64."""
+    return squared_norm(metric.a(a.double()), metric.b_t(b.T.double()).T, scale)
+
+
 @dataclass(frozen=True, slots=True)
 class PrivateOption:
     """One way to store one module of one task privately.

@@ -222,12 +222,41 @@ class PrivateEntry:
         raise IndexError(option)
 
 
-@dataclass(frozen=True)
-class JointEntry:
-    """The widths of one group's basis: an option of a curve.
+class _SharedEntry:
+    """What several tasks share of one module: an option of a curve.
 
     ``losses`` are the sharers', relative to each task's whole delta_W: (tasks, options).
     """
+
+    tasks: tuple[int, ...]
+    losses: torch.Tensor
+
+    def nbytes(self, option: int) -> int:
+        """Bytes of what is shared and of what every sharer has of its own."""
+        raise NotImplementedError
+
+    def points(self, favour: Sequence[float] | None = None) -> list[Point]:
+        """(bytes, loss) of every option; ``favour`` multiplies the losses of each task."""
+        losses = self.losses
+        if favour is not None:
+            own = [favour[task] for task in self.tasks]
+            losses = losses * torch.tensor(own, dtype=torch.float64)[:, None]
+        return [(self.nbytes(option), loss) for option, loss in enumerate(losses.sum(0).tolist())]
+
+    def best(self) -> int:
+        """The option that loses least."""
+        points = self.points()
+        return min(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
+
+    def add_losses(self, option: int, losses: list[float]) -> None:
+        """Add what an option loses to every sharer's sum."""
+        for task, loss in zip(self.tasks, self.losses[:, option].tolist()):
+            losses[task] += loss
+
+
+@dataclass(frozen=True)
+class JointEntry(_SharedEntry):
+    """The widths of one group's basis, each with all cores on it."""
 
     group: Group
     module: Module
@@ -252,29 +281,14 @@ class JointEntry:
             for basis in self.bases
         ]
 
-    def points(self, favour: Sequence[float] | None = None) -> list[Point]:
-        """(bytes, loss) of every option; ``favour`` multiplies the losses of each task."""
-        losses = _favoured(self.losses, self.tasks, favour)
-        return [(self.nbytes(option), loss) for option, loss in enumerate(losses.sum(0).tolist())]
-
-    def best(self) -> int:
-        """The option that loses least."""
-        points = self.points()
-        return min(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
-
-    def add_losses(self, option: int, losses: list[float]) -> None:
-        """Add what an option loses to every sharer's sum."""
-        for task, loss in zip(self.tasks, self.losses[:, option].tolist()):
-            losses[task] += loss
-
     def shared(self, option: int) -> SharedBasis:
         """The basis that an option stands for."""
         return SharedBasis(self.bases[option], self.core_format, self.tasks, self.factored)
 
 
 @dataclass(frozen=True)
-class FlatEntry:
-    """The width of one module's flat basis: an option of a curve; ``losses`` as of ``JointEntry``."""
+class FlatEntry(_SharedEntry):
+    """The width of one module's flat basis, each with all loadings on it."""
 
     module: Module
     tasks: tuple[int, ...]
@@ -287,32 +301,9 @@ class FlatEntry:
         own = loadings_nbytes(spec, self.curve.loadings_format)
         return flat_nbytes(spec, self.module.d_out, self.module.d_in) + len(self.tasks) * own
 
-    def points(self, favour: Sequence[float] | None = None) -> list[Point]:
-        """(bytes, loss) of every option; ``favour`` multiplies the losses of each task."""
-        losses = _favoured(self.losses, self.tasks, favour)
-        return [(self.nbytes(option), loss) for option, loss in enumerate(losses.sum(0).tolist())]
-
-    def best(self) -> int:
-        """The option that loses least."""
-        points = self.points()
-        return min(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
-
-    def add_losses(self, option: int, losses: list[float]) -> None:
-        """Add what an option loses to every sharer's sum."""
-        for task, loss in zip(self.tasks, self.losses[:, option].tolist()):
-            losses[task] += loss
-
     def shared(self, option: int) -> SharedFlat:
         """The basis that an option stands for."""
         return SharedFlat(self.curve.specs[option], self.curve.loadings_format, self.tasks)
-
-
-def _favoured(
-    losses: torch.Tensor, tasks: Sequence[int], favour: Sequence[float] | None
-) -> torch.Tensor:
-    if favour is None:
-        return losses
-    return losses * torch.tensor([favour[task] for task in tasks], dtype=torch.float64)[:, None]
 
 
 Entry = PrivateEntry | JointEntry | FlatEntry

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,9 @@ from pathlib import Path
 import torch
 
 from vllm_vlora.adapters import Adapter
-from vllm_vlora.atomic import publish_folder
 from vllm_vlora.collection import Collection, Progress
-from vllm_vlora.compression import Compression
+from vllm_vlora.compression import Compression, publish_checkpoint
 from vllm_vlora.errors import OptionError
-from vllm_vlora.manifest import is_checkpoint
 from vllm_vlora.options import CompressOptions
 from vllm_vlora.plan import Budget
 from vllm_vlora.report import CompressReport
@@ -94,7 +91,6 @@ def compress_to_quality(
     Raises:
         As :func:`compression.compress`; OptionError for a budget in the options.
     """
-    started = time.monotonic()
     options = options or CompressOptions()
     if not 0 < least <= 1:
         raise OptionError(f"min_recovered must be above 0 and at most 1, got {least}")
@@ -103,25 +99,16 @@ def compress_to_quality(
             "min_recovered finds the size by itself; leave out ratio, max_bytes, max_error, gate "
             "and num_components"
         )
-    collection = Collection(adapters)
-    with publish_folder(output, force=force, owned=is_checkpoint) as folder:
-        scratch = folder / ".scratch"
-        scratch.mkdir()
-        search = _QualitySearch(
-            Compression(collection, options, scratch, progress, bounded=False),
-            scratch,
-            judge,
-            least,
-        )
-        limits, recovered = search.run()
-        compression = search.compression
+
+    def make(folder: Path, scratch: Path) -> CompressReport:
+        collection = Collection(adapters)
+        compression = Compression(collection, options, scratch, progress, bounded=False)
+        limits, recovered = _QualitySearch(compression, scratch, judge, least).run()
         kept = [task for task, limit in zip(collection.task_ids, limits.tolist()) if limit == 0]
         chosen = compression.choose(Budget(limits=limits))
-        report = compression.write(folder, chosen, base_model, recovered=recovered, kept=kept)
-        shutil.rmtree(scratch)
-    report.path = Path(output)
-    report.seconds = time.monotonic() - started
-    return report
+        return compression.write(folder, chosen, base_model, recovered=recovered, kept=kept)
+
+    return publish_checkpoint(output, force, make)
 
 
 def compress_judged(
@@ -146,11 +133,9 @@ def compress_judged(
     Raises:
         As :func:`compression.compress`.
     """
-    started = time.monotonic()
-    collection = Collection(adapters)
-    with publish_folder(output, force=force, owned=is_checkpoint) as folder:
-        scratch = folder / ".scratch"
-        scratch.mkdir()
+
+    def make(folder: Path, scratch: Path) -> CompressReport:
+        collection = Collection(adapters)
         compression = Compression(collection, options or CompressOptions(), scratch, progress)
         judged = []
         for number, chosen in enumerate(compression.best_of_each()):
@@ -164,11 +149,9 @@ def compress_judged(
             chosen.candidates[0]._replace(recovered=_mean(found)) for chosen, found in judged
         ]
         best = replace(best, candidates=candidates)
-        report = compression.write(folder, best, base_model, recovered=recovered)
-        shutil.rmtree(scratch)
-    report.path = Path(output)
-    report.seconds = time.monotonic() - started
-    return report
+        return compression.write(folder, best, base_model, recovered=recovered)
+
+    return publish_checkpoint(output, force, make)
 
 
 def _mean(recovered: Mapping[str, float | None]) -> float:

@@ -27,7 +27,7 @@ from vllm_vlora.measure import (
     JointMeter,
     joint_nbytes,
     measure_private,
-    squared_norm,
+    seen_squared_norm,
     widths_path,
 )
 from vllm_vlora.quantize import pack, row_nbytes
@@ -196,15 +196,22 @@ class Surveyor:
         flat = self._flat(module, metric) if job.flat else None
         if flat is not None:
             factors = self.collection.read_module(module)
-            norms.update((t, _norm(*f, metric)) for t, f in zip(module.tasks, factors))
+            norms.update((t, seen_squared_norm(*f, metric)) for t, f in zip(module.tasks, factors))
         return ModuleSurvey(norms, private, joint, bases, affinity, flat)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether errors are measured in another metric than Frobenius."""
+        return self.settings.calibration is not None
 
     def metric(self, module: str) -> Metric:
         """How errors of this module are measured."""
         if self.settings.calibration is None:
             return FROBENIUS
         if self._calibration is None:
-            self._calibration = Calibration.open(self.settings.calibration)
+            # Whoever made the settings has compared the digests (check_calibration); a process for
+            # each job would read all files again.
+            self._calibration = Calibration.open(self.settings.calibration, verify=False)
         found = self._calibration
         if found.covers(module):
             return replace(found.metric(module), weight=found.weight(module))
@@ -255,7 +262,7 @@ class Surveyor:
             labelled = {
                 label: by_format[format] for label, format in zip(formats.private_labels, by_label)
             }
-            yield task, labelled, _norm(a, b, scale, metric)
+            yield task, labelled, seen_squared_norm(a, b, scale, metric)
 
     def _group(
         self, module: Module, tasks: tuple[int, ...], metric: Metric, groups: int
@@ -304,7 +311,7 @@ class Surveyor:
         meter = JointMeter(pack(u_t, "float32"), pack(v, "float32"), metric)
         total = torch.zeros(u_t.shape[0], v.shape[0], dtype=torch.float64)
         for a, b, scale in self.collection.read_module(module, tasks):
-            norm = _norm(a, b, scale, metric)
+            norm = seen_squared_norm(a, b, scale, metric)
             if norm > 0:
                 total += meter.energy(a, b, scale) / norm
         total = total.cumsum(0).cumsum(1)
@@ -331,7 +338,7 @@ class Surveyor:
         captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
         norms = torch.zeros(len(tasks), dtype=torch.float64)
         for place, (a, b, scale) in enumerate(self.collection.read_module(module, tasks)):
-            norms[place] = _norm(a, b, scale, metric)
+            norms[place] = seen_squared_norm(a, b, scale, metric)
             for format, meter in meters.items():
                 captured[format][place] = meter.captured_at(a, b, scale, widths)
         return {
@@ -340,8 +347,16 @@ class Surveyor:
         }
 
 
-def _norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:
-    return squared_norm(metric.a(a.double()), metric.b_t(b.T.double()).T, scale)
+def check_calibration(path: str | None, collection: Collection) -> None:
+    """Read a calibration whole, and compare it with the adapters; nothing where there is none.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or is another model's.
+    """
+    if path is not None:
+        Calibration.open(path).check_shapes(
+            (module.name, module.d_in, module.d_out) for module in collection.modules.values()
+        )
 
 
 def _orthonormal(rows: torch.Tensor, already: bool) -> torch.Tensor:

@@ -1,0 +1,81 @@
+"""Options and arguments that several commands have, with one wording each."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from vllm_vlora.errors import OptionError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ki|mi|gi|ti|[kmgt])?b?\s*", re.IGNORECASE)
+
+
+class Quantize(str, Enum):
+    """Number format of factors, bases and cores."""
+
+    auto = "auto"
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+AdapterRefs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters.",
+        show_default=False,
+    ),
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--name",
+        metavar="ID=PATH",
+        help="Give the adapter at PATH the task id ID instead of its folder's name. "
+        "May be repeated.",
+        show_default=False,
+    ),
+]
+MaxBytes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Take at most this: 500MB, 1.5GiB, or bytes.", show_default=False
+    ),
+]
+BatchSize = Annotated[int, typer.Option(metavar="N", help="Rows of text in a pass of the model.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.",
+        show_default=False,
+    ),
+]
+ModelDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FLOAT",
+        help="The base model's: float32, float16 or bfloat16. Default: float32 on CPU, bfloat16 "
+        "elsewhere.",
+        show_default=False,
+    ),
+]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``500MB``, ``1.5 GiB`` or ``12345``; units with i count in 1024s.
+
+    Raises:
+        OptionError: not a size.
+    """
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise OptionError(f"{text!r} is not a size; give bytes, or a number with kB, MB, GB or GiB")
+    unit = (found[2] or "").lower()
+    scale = 1024 ** ("kmgt".index(unit[0]) + 1) if unit.endswith("i") else _UNITS[unit]
+    return int(float(found[1]) * scale)
