@@ -25,6 +25,7 @@ from vllm_vlora.errors import (
     AdapterError,
     BudgetError,
     CheckpointError,
+    DataError,
     OptionError,
     OutputError,
     TaskIdError,
@@ -348,6 +349,16 @@ def test_calibration_keeps_more_of_what_the_model_sees(tmp_path: Path, expand: b
         assert task.seen_error == pytest.approx(seen[0], rel=0.2, abs=0.005)
         assert task.private_error is None or task.seen_error <= task.private_error * (1 + 1e-6)
     assert sum(task.error for task in white.tasks) > sum(task.error for task in plain.tasks)
+
+
+def test_another_models_calibration_is_refused(tmp_path: Path) -> None:
+    path, _, relatives = world(tmp_path, representation="joint")
+    name, (d_in, d_out) = next(iter(SHAPES.items()))
+    moments = [FullMoment(torch.eye(d_in + 1)), FullMoment(torch.eye(d_out))]
+    record = ModuleRecord(name, d_in + 1, d_out, 0, 1)
+    Calibration(SOURCE, [record], moments).save(tmp_path / "moments")
+    with pytest.raises(DataError, match="calibrate the adapters' base model"):
+        add_adapters(path, relatives, AddOptions(calibration=str(tmp_path / "moments")))
 
 
 def _seen(checkpoint: Checkpoint, task_id: str, adapter: Adapter) -> float:
@@ -725,12 +736,16 @@ def test_the_command_adds_and_says_why(tmp_path: Path) -> None:
     assert kinds["other-task0"] == "private"
     assert kinds["task12"] == "projected"
     again = invoke(commands, "add", path, folder, code=2)
-    assert again.stderr.startswith("Error: ")
+    assert again.stderr.splitlines()[-1].startswith("Error: ")
     assert "--replace" in again.stderr
     invoke(commands, "add", path, folder, "--replace", "--expand", "--ratio", "4")
     invoke(commands, "add", path, folder, "--name", f"x={folder / 'task12'}", code=2)
     invoke(commands, "add", path, "--name", f"x={folder / 'task12'}", "--max-error", "0.2")
     assert "x" in Checkpoint.open(path).tasks
+    one = ("--task-id", "y", "--incremental", "--max-bytes", "40kB", "-o", tmp_path / "with-y")
+    invoke(commands, "add", path, folder / "task13", *one)
+    assert "y" in Checkpoint.open(tmp_path / "with-y").tasks
+    assert "single adapter" in invoke(commands, "add", path, *["--task-id", "y"], code=2).stderr
     data = json.loads(invoke(commands, "remove", path, "x", "task13", "--json").stdout)
     assert data["removed"] == ["x", "task13"]
     assert "Removed 1 task" in invoke(commands, "remove", path, "task12").stdout

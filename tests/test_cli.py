@@ -440,6 +440,27 @@ def test_export_one_task_several_and_all(shared: Path, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"one", "two", "all"}
 
 
+def test_export_writes_the_config_that_is_asked_for(shared: Path, tmp_path: Path) -> None:
+    options = ("--alpha", "32", "--base-model", "org/other", "--target-modules", "q_proj,v_proj")
+    result = invoke("export", shared, "a/b", "-o", tmp_path / "out", *options, "--json")
+    assert json.loads(result.stdout) == {"a/b": str(tmp_path / "out")}
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["base_model_name_or_path"]) == (32, "org/other")
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    exported = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    original = load_file(shared.parent / "adapter1" / "adapter_model.safetensors")
+    for name in original:
+        if "lora_B" in name:
+            other = name.replace("lora_B", "lora_A")
+            got = 32 / 4 * exported[name].float() @ exported[other].float()
+            wanted = 8 / 4 * original[name].float() @ original[other].float()
+            torch.testing.assert_close(got, wanted)
+    refused = error_line(
+        "export", shared, "a/b", "-o", tmp_path / "x", "--target-modules", "v_proj"
+    )
+    assert "q_proj" in refused
+
+
 def test_export_refuses_what_it_cannot_do(shared: Path, tmp_path: Path) -> None:
     assert "'nope'" in error_line("export", shared, "nope", "-o", tmp_path / "out")
     assert "'nope'" in error_line("export", shared, "a/b", "nope", "-o", tmp_path / "out")

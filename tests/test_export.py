@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from vllm_vlora.adapters import Adapter, open_adapter
 from vllm_vlora.card import VLLM_LORA_RANKS
 from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter, StoredModule
-from vllm_vlora.errors import CheckpointError, OutputError, TaskNotFoundError
-from vllm_vlora.export import export_all, export_task
+from vllm_vlora.errors import CheckpointError, OptionError, OutputError, TaskNotFoundError
+from vllm_vlora.export import ConfigChanges, export_all, export_task
 from vllm_vlora.quantize import pack, unpack
 from vllm_vlora.representations import balanced_svd, decode, encode_joint, encode_private
 from vllm_vlora.task_ids import encode_task_id
@@ -244,6 +244,31 @@ def test_the_stored_scale_stays_in_alpha(tmp_path: Path) -> None:
         a, b = exported.factors(name)
         assert torch.equal(a, unpack(stored.matrices["A"]))
         assert torch.equal(b.T, unpack(stored.matrices["B"]))
+
+
+def test_changes_of_the_config_leave_what_the_task_computes(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "a", r=4, lora_alpha=8)
+    checkpoint = store(tmp_path / "ckpt", {"t": (adapter, keep(adapter))})
+    changes = ConfigChanges(32, "org/other", ("q_proj", "v_proj", "down_proj"))
+    folder = export_task(checkpoint, "t", tmp_path / "out", changes=changes)
+    config = json.loads((folder / CONFIG).read_text())
+    assert (config["lora_alpha"], config["r"]) == (32, 4)
+    assert config["base_model_name_or_path"] == "org/other"
+    assert config["target_modules"] == ["q_proj", "v_proj", "down_proj"]
+    assert_peft_computes_what_is_stored(folder, checkpoint, "t")
+    changed = ConfigChanges(target_modules=("q_proj", "v_proj"))
+    with pytest.raises(OptionError, match="down_proj, which none"):
+        export_task(checkpoint, "t", tmp_path / "never", changes=changed)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"alpha": 0.0}, {"alpha": float("nan")}, {"target_modules": ()}, {"target_modules": ("",)}],
+)
+def test_changes_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        ConfigChanges(**wrong)
 
 
 def test_joint_tasks_and_only_the_adapted_modules(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from vllm_vlora.options import CompressOptions
 from vllm_vlora.plan import Budget
 from vllm_vlora.recovery import compress_to_quality
 from vllm_vlora.representations import decode
+from vllm_vlora.survey import Surveyor
+from vllm_vlora.whitening import Metric
 
 # Wide enough that headers are a small part of a file.
 WIDE = {name: (4 * d_in, 4 * d_out) for name, (d_in, d_out) in SHAPES.items()}
@@ -323,3 +325,47 @@ def test_calibration_keeps_more_of_what_the_model_sees(tmp_path: Path, represent
     mean = sum(task.seen_error**2 for task in white.tasks) / len(white.tasks)
     assert mean == pytest.approx(seen["white"], rel=0.15)
     assert white.rms_error > plain.rms_error
+
+
+def test_a_metric_is_made_once_a_module_and_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its square roots take longer than a task's factors; they are not taken again for every task."""
+    adapters = family(tmp_path / "in", 6, related=False)
+    folder, asked, metric = (
+        calibration_of(tmp_path / "calibration"),
+        Counter[str](),
+        Surveyor.metric,
+    )
+
+    def counted(self: Surveyor, module: str) -> Metric:
+        asked[module] += 1
+        return metric(self, module)
+
+    monkeypatch.setattr(Surveyor, "metric", counted)
+    options: dict[str, Any] = {"representation": "private", "executor": "serial"}
+    run(adapters, tmp_path / "out", ratio=4.0, calibration=str(folder), **options)
+    assert asked.keys() == SHAPES.keys()
+    assert set(asked.values()) == {2}
+
+
+def test_a_basis_is_refitted_once_for_the_same_sharers(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 12, related=True, shapes=WIDE)
+    others = family(tmp_path / "strange", 4, related=False, seed=9, shapes=WIDE)
+    adapters |= {f"s{name}": adapter for name, adapter in others.items()}
+    starts: list[str] = []
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    compression = Compression(
+        Collection(adapters),
+        CompressOptions(ratio=4.0, executor="serial"),
+        scratch,
+        lambda stage, done, total: starts.append(stage) if done == 0 else None,
+    )
+    first = compression.plans(compression.budget())[0]
+    fits = starts.count("fit again")
+    assert fits > 0
+    again = compression.plans(compression.budget())[0]
+    assert starts.count("fit again") == fits
+    assert [plan.nbytes for plan in again] == [plan.nbytes for plan in first]
+    assert all(torch.equal(x.losses, y.losses) for x, y in zip(first, again, strict=True))

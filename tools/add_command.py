@@ -51,6 +51,10 @@ def add(
     checkpoint: CheckpointRef,
     adapters: AdapterRefs = None,
     name: Names = None,
+    task_id: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="The task id of a single adapter.", show_default=False),
+    ] = None,
     ratio: Annotated[
         float | None,
         typer.Option(
@@ -73,7 +77,9 @@ def add(
     expand: Annotated[
         bool,
         typer.Option(
-            "--expand", help="Let shared bases grow for the new tasks where that keeps more."
+            "--expand",
+            "--incremental",
+            help="Let shared bases grow for the new tasks where that keeps more.",
         ),
     ] = False,
     rebuild: Annotated[
@@ -129,6 +135,8 @@ def add(
             quantize=quantize.value,
             calibration=None if calibration is None else str(calibration),
         )
+        if task_id is not None:
+            adapters, name = None, [f"{task_id}={_only(adapters, name)}"]
         messages = open_console(stderr=True)
         # A rebuild may also come without new adapters, after some were removed.
         collected = (
@@ -190,6 +198,15 @@ def remove(
             return
         count = f"{len(removed)} task{'s' if len(removed) > 1 else ''}"
         line(open_console(), f"Removed {count} ({format_bytes(freed)}) from {target}.")
+
+
+def _only(adapters: list[str] | None, name: list[str] | None) -> str:
+    if name or len(adapters or []) != 1:
+        raise OptionError(
+            "--task-id names a single adapter; give --name ID=PATH for each of several"
+        )
+    assert adapters
+    return adapters[0]
 
 
 def _check_rebuild(rebuild: bool, originals: Path | None, expand: bool) -> None:

@@ -172,9 +172,32 @@ def export(
         typer.Argument(metavar="TASK", help="The tasks to take out.", show_default=False),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Take every task out.")] = False,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            metavar="A",
+            help="Write this lora_alpha, and B to match. Default: the task's.",
+            show_default=False,
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Write this base model. Default: the task's.", show_default=False
+        ),
+    ] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Write these target modules; they must select what is adapted. Default: full names.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace existing adapter folders.")
     ] = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Turn tasks back into standard PEFT folders.
@@ -193,13 +216,17 @@ def export(
         raise typer.BadParameter("name the tasks to export, or give --all", param_hint="TASK")
     with reported(verbose):
         from vllm_vlora.checkpoint import Checkpoint
-        from vllm_vlora.export import export_all, export_task
+        from vllm_vlora.export import ConfigChanges, export_all, export_task
         from vllm_vlora.tools import summary as show
 
+        targets = None if target_modules is None else tuple(target_modules.split(","))
+        changes = ConfigChanges(alpha, base_model, targets)
         opened = Checkpoint.open(checkpoint)
         wanted = list(dict.fromkeys(tasks or opened.tasks))
         if len(wanted) == 1 and not everything:
-            folders = {wanted[0]: export_task(opened, wanted[0], output, force=force)}
+            folders = {
+                wanted[0]: export_task(opened, wanted[0], output, force=force, changes=changes)
+            }
         else:
             with progress_bar(open_console(stderr=True)) as advance:
                 folders = export_all(
@@ -207,8 +234,12 @@ def export(
                     wanted,
                     output,
                     force=force,
+                    changes=changes,
                     progress=lambda _, done, total: advance("export", done, total),
                 )
+        if as_json:
+            print_json({task_id: str(folder) for task_id, folder in folders.items()})
+            return
         console = open_console()
         for task_id, folder in folders.items():
             show.line(console, f"{task_id} -> {folder}")

@@ -18,9 +18,11 @@ adapter to the model's 16-bit type anyway.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import torch
 from vllm_vlora.adapters import Factors, write_adapter
 from vllm_vlora.atomic import exists_error
 from vllm_vlora.checkpoint import Basis, Checkpoint, StoredTask
-from vllm_vlora.errors import CheckpointError, OutputError
+from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.peft_config import lora_rank, lora_scale
 from vllm_vlora.quantize import FLOAT_DTYPES
 from vllm_vlora.representations import side_sources
@@ -40,6 +42,50 @@ _QUANTIZED_DTYPE = torch.bfloat16
 _Shared = Mapping[tuple[str, str], Basis]
 
 
+@dataclass(frozen=True)
+class ConfigChanges:
+    """What an exported ``adapter_config.json`` is to say; delta_W stays what it is.
+
+    Attributes:
+        alpha: ``lora_alpha``, at the most common rank; B is scaled to match. None keeps the task's.
+        base_model: ``base_model_name_or_path``; None keeps the task's.
+        target_modules: last parts of module names ("q_proj") that select the adapted modules;
+            None keeps the task's.
+
+    Raises:
+        OptionError: alpha is not a positive number, or the list of targets is empty.
+    """
+
+    alpha: float | None = None
+    base_model: str | None = None
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise OptionError(f"alpha must be a positive number, got {self.alpha}")
+        if self.target_modules is not None and not all(self.target_modules or ("",)):
+            raise OptionError("target_modules must name modules: q_proj,v_proj")
+
+    def apply(self, config: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+        """The config with these changes.
+
+        Raises:
+            OptionError: an adapted module is no target.
+        """
+        changed = dict(config)
+        if self.base_model is not None:
+            changed["base_model_name_or_path"] = self.base_model
+        if self.target_modules is not None:
+            for name in modules:
+                if not any(f".{name}".endswith(f".{target}") for target in self.target_modules):
+                    raise OptionError(
+                        f"the task adapts {name}, which none of the target modules "
+                        f"{', '.join(self.target_modules)} selects; name them all"
+                    )
+            changed["target_modules"] = list(self.target_modules)
+        return changed
+
+
 def export_task(
     checkpoint: Checkpoint,
     task_id: str,
@@ -47,22 +93,25 @@ def export_task(
     *,
     force: bool = False,
     dtype: torch.dtype | None = None,
+    changes: ConfigChanges | None = None,
 ) -> Path:
     """Write one task as the PEFT folder ``output``, atomically.
 
     Args:
         force: replace a folder that holds a PEFT adapter and nothing else.
         dtype: of the LoRA factors; None picks it per module (see the module's docstring).
+        changes: to the config that is written.
 
     Returns:
         The folder's absolute path.
 
     Raises:
         TaskNotFoundError, CheckpointError: no such task, or the checkpoint is damaged.
+        OptionError: the changes do not fit the task.
         OutputError: the folder may not be replaced or cannot be written.
     """
     bases = _shared(checkpoint, [task_id])
-    return _export(checkpoint, task_id, bases, Path(output), force, dtype)
+    return _export(checkpoint, task_id, bases, Path(output), force, dtype, changes)
 
 
 def export_all(
@@ -72,6 +121,7 @@ def export_all(
     *,
     force: bool = False,
     dtype: torch.dtype | None = None,
+    changes: ConfigChanges | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Path]:
     """Write tasks as the PEFT folders ``output/<portable name>``, each atomically.
@@ -96,7 +146,7 @@ def export_all(
             _check_absent(folder)
     bases = _shared(checkpoint, folders)
     for done, (task_id, folder) in enumerate(folders.items(), 1):
-        _export(checkpoint, task_id, bases, folder, force, dtype)
+        _export(checkpoint, task_id, bases, folder, force, dtype, changes)
         if progress is not None:
             progress(task_id, done, len(folders))
     return folders
@@ -135,19 +185,22 @@ def _export(
     output: Path,
     force: bool,
     dtype: torch.dtype | None,
+    changes: ConfigChanges | None,
 ) -> Path:
+    changes = changes or ConfigChanges()
     task = checkpoint.load_task(task_id)
     if not task.modules:
         raise CheckpointError(f"{checkpoint.path}: task {task_id!r} adapts no module")
     original = checkpoint.record(task_id).adapter_config
-    if _kept_as_it_was(task, original):
+    if changes.alpha is None and _kept_as_it_was(task, original):
         config, scale = original, None
     else:
-        scale = _common_scale(task)
+        rank = _common_rank(task)
+        scale = _common_scale(task) if changes.alpha is None else changes.alpha / rank
         config = _new_config(task, original, scale, checkpoint.base_model)
     return write_adapter(
         output,
-        config,
+        changes.apply(config, task.modules),
         _factors(task, bases, scale, dtype),
         {module.name: module.kind for module in checkpoint.modules},
         task.extra,
@@ -176,6 +229,10 @@ def _common_scale(task: StoredTask) -> float:
     """The most common scale other than zero; 1 if there is none."""
     counts = Counter(stored.scale for stored in task.modules.values() if stored.scale != 0.0)
     return counts.most_common(1)[0][0] if counts else 1.0
+
+
+def _common_rank(task: StoredTask) -> int:
+    return Counter(stored.rank for stored in task.modules.values()).most_common(1)[0][0]
 
 
 def _factors(
@@ -208,7 +265,7 @@ def _new_config(
 ) -> dict[str, Any]:
     """``original`` with ranks, alphas and targets that describe the decoded factors."""
     ranks = {name: stored.rank for name, stored in task.modules.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+    rank = _common_rank(task)
     patterns = _rank_pattern(ranks, rank)
     config = {"task_type": None, "bias": "none", **original}
     config.update(
