@@ -114,15 +114,27 @@ def test_auto_keeps_the_better(
     assert (auto.representation, auto.format, auto.nbytes) in [c[:3] for c in auto.candidates]
 
 
+@pytest.mark.parametrize(("representation", "most"), [("joint", 18), ("factored", 18), ("flat", 3)])
+def test_more_components_than_there_are_are_refused(
+    tmp_path: Path, representation: str, most: int
+) -> None:
+    related = representation == "flat"
+    adapters = family(tmp_path / "in", 4, related=related, dtype=torch.float32)
+    options: dict[str, Any] = {"representation": representation, "num_components": most + 1}
+    with pytest.raises(OptionError, match=f"only {most} .* at most {most}"):
+        run(adapters, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_joint_is_exact_with_enough_components(tmp_path: Path) -> None:
     adapters = family(tmp_path / "in", 4, related=False, dtype=torch.float32)
-    report = run(adapters, tmp_path / "out", num_components=1000)
+    total_rank = 4 + 5 + 4 + 5
+    report = run(adapters, tmp_path / "out", num_components=total_rank)
     checkpoint = check(tmp_path / "out", adapters, report)
     assert report.worst_error < 1e-6
     assert {
         segment.representation for r in checkpoint.tasks.values() for segment in r.segments
     } == {"joint"}
-    total_rank = 4 + 5 + 4 + 5
     for module in checkpoint.modules:
         assert module.basis is not None
         assert (module.basis.k_out, module.basis.k_in) == (total_rank, total_rank)

@@ -43,11 +43,6 @@ class Module:
         """Bytes of its LoRA weights in all tasks, at 16 bits each."""
         return 2 * sum(self.ranks) * (self.d_in + self.d_out)
 
-    @property
-    def total_rank(self) -> int:
-        """The rank that the delta_W of all tasks can have together."""
-        return sum(min(rank, self.d_in, self.d_out) for rank in self.ranks)
-
 
 class Collection:
     """The adapters by number, and the union of their modules by name.

@@ -11,7 +11,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from vllm_vlora.card import model_card
 from vllm_vlora.checkpoint import CheckpointWriter
 from vllm_vlora.clusters import cluster_tasks
 from vllm_vlora.collection import Collection, Module, Progress, common_base_model
+from vllm_vlora.contents import report_task
 from vllm_vlora.encoding import EncodedTask, Encoder, stored_basis, stored_flat
 from vllm_vlora.errors import BudgetError, OptionError
 from vllm_vlora.executors import Executor
@@ -32,7 +33,6 @@ from vllm_vlora.formats import Formats, formats_to_try
 from vllm_vlora.manifest import basis_nbytes, is_checkpoint
 from vllm_vlora.options import CompressOptions
 from vllm_vlora.plan import (
-    MIXED,
     Budget,
     Plan,
     Problem,
@@ -52,6 +52,7 @@ from vllm_vlora.survey import (
     SurveyJob,
     SurveySettings,
     check_calibration,
+    directions,
     survey_modules,
 )
 
@@ -95,6 +96,12 @@ def compress(
         DataError: the calibration cannot be read.
         OutputError: ``output`` exists and is not to be replaced, or cannot be written.
         TaskIdError: a task id that is not allowed.
+
+    Examples:
+        >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
+        >>> report = compress(tasks, folder / "checkpoint", CompressOptions(max_error=0.1))
+        >>> report.worst_error <= 0.1, validate(folder / "checkpoint")
+        (True, [])
     """
 
     def make(folder: Path, scratch: Path) -> CompressReport:
@@ -138,6 +145,12 @@ def predict(
 
     Raises:
         As :func:`compress`.
+
+    Examples:
+        >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
+        >>> points = predict(tasks, ratios=[0.3, 0.6])
+        >>> points[0].candidate.nbytes < sum(t.original_nbytes for t in tasks.values()) / 0.3
+        True
     """
     options = replace(
         options or CompressOptions(), ratio=min(ratios), max_bytes=None, max_error=None
@@ -190,6 +203,7 @@ class Compression:
             collection, options.number_format, options.dtype, options.double_quantize
         )
         self._shareable = _modules_to_share(collection, options)
+        _check_components(self._shareable, options)
         limit = self.budget().nbytes
         # Under an error limit a joint plan is only wanted if it is smaller than the originals.
         if options.max_error is not None or not bounded:
@@ -570,18 +584,7 @@ class Compression:
             source=adapter.name,
             extra=adapter.extra_tensors(),
         )
-        ranks = [segment.rank for segment in record.segments]
-        return TaskReport(
-            task_id,
-            adapter.name,
-            (min(ranks), max(ranks)),
-            adapter.original_nbytes,
-            record.lora_nbytes,
-            record.error,
-            _summary(segment.representation for segment in record.segments),
-            _summary(segment.format for segment in record.segments),
-            encoded.seen,
-        )
+        return replace(report_task(task_id, record), seen_error=encoded.seen)
 
 
 def _executor(collection: Collection, options: CompressOptions) -> Executor:
@@ -612,6 +615,21 @@ def _modules_to_share(collection: Collection, options: CompressOptions) -> list[
     return chosen
 
 
+def _check_components(modules: Sequence[Module], options: CompressOptions) -> None:
+    """Refuse more components than any module has; modules that have fewer keep all of theirs."""
+    wanted = options.num_components
+    if wanted is None or not modules:
+        return
+    if options.shares == "flat":
+        most, what = max(len(m.tasks) for m in modules) - 1, "components beside the adapters' mean"
+    else:
+        most, what = max(map(directions, modules)), "directions in any module"
+    if wanted > most:
+        raise OptionError(
+            f"num_components is {wanted}, but there are only {most} {what}; ask for at most {most}"
+        )
+
+
 def _candidate(plan: Plan) -> Candidate:
     return Candidate(
         plan.representation, plan.format, plan.nbytes, plan.mean_error, plan.worst_error
@@ -624,8 +642,3 @@ def _distinct(plans: Sequence[Plan], best: Plan) -> list[Plan]:
     for plan in plans:
         found.setdefault((plan.representation, plan.format), plan)
     return list(found.values())
-
-
-def _summary(values: Iterable[str]) -> str:
-    distinct = set(values)
-    return distinct.pop() if len(distinct) == 1 else MIXED

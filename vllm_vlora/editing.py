@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.card import model_card
 from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter, FlatBasis
+from vllm_vlora.contents import report_contents
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.manifest import (
     BASIS_INDEX_FILE,
@@ -22,12 +23,10 @@ from vllm_vlora.manifest import (
     TASKS_FOLDER,
     FileRef,
     ModuleSpec,
-    TaskRecord,
     basis_nbytes,
     is_checkpoint,
 )
-from vllm_vlora.plan import MIXED
-from vllm_vlora.report import CompressReport, TaskReport
+from vllm_vlora.report import CompressReport
 
 _CARD_FILE = "README.md"
 _CHUNK = 1 << 22
@@ -118,45 +117,13 @@ class Successor(CheckpointWriter):
 
     def finish_edited(self) -> CompressReport:
         """Write the rest, with a model card; returns what the card says."""
-        tasks = [_task_report(task_id, record) for task_id, record in self.tasks.items()]
         bases = basis_nbytes(self.modules) if self._kept is None else self._old.basis_nbytes
-        segments = [segment for record in self.tasks.values() for segment in record.segments]
-        report = CompressReport(
-            path=self.folder,
-            tasks=tasks,
-            representation=common(segment.representation for segment in segments),
-            format=common(segment.format for segment in segments),
-            original_nbytes=sum(task.original_nbytes for task in tasks),
-            nbytes=bases + sum(task.nbytes for task in tasks),
-            basis_nbytes=bases,
-            candidates=[],
-        )
+        report = report_contents(self.folder, self.tasks, bases)
         self.finish(model_card(self.base_model, report))
         return report
 
     def _finish_basis(self) -> list[FileRef]:
         return super()._finish_basis() if self._kept is None else self._kept
-
-
-def common(values: Iterable[str]) -> str:
-    """The one value that all have, or ``mixed``."""
-    distinct = set(values)
-    return distinct.pop() if len(distinct) == 1 else MIXED
-
-
-def _task_report(task_id: str, record: TaskRecord) -> TaskReport:
-    ranks = [segment.rank for segment in record.segments]
-    return TaskReport(
-        task_id,
-        record.source,
-        (min(ranks, default=0), max(ranks, default=0)),
-        record.original_nbytes,
-        record.lora_nbytes,
-        record.error,
-        common(segment.representation for segment in record.segments),
-        common(segment.format for segment in record.segments),
-        record.error,
-    )
 
 
 def _shared_by_module(

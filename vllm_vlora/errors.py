@@ -1,11 +1,26 @@
-"""Exceptions that a user may see. Each message is one line and says what to do next."""
+"""Exceptions that a user may see. Each message is one line and says what to do next.
+
+Three are built-in errors as well: code written for vlora catches ``KeyError`` and ``ValueError``.
+"""
 
 
 class VLoRAError(Exception):
-    """Base of every error this package raises for bad input or a bad environment."""
+    """Base of every error this package raises for bad input or a bad environment.
+
+    Examples:
+        >>> try:
+        ...     Checkpoint.open(folder)
+        ... except VLoRAError as error:
+        ...     print(type(error).__name__)
+        CheckpointError
+    """
+
+    def __str__(self) -> str:
+        # KeyError, which one error below is too, would show its message in quotes.
+        return Exception.__str__(self)
 
 
-class AdapterError(VLoRAError):
+class AdapterError(VLoRAError, ValueError):
     """An adapter cannot be read, or uses a feature that has no exact low-rank form."""
 
 
@@ -21,15 +36,15 @@ class CheckpointVersionError(CheckpointError):
     """The checkpoint was written by a newer format than this version reads."""
 
 
-class TaskNotFoundError(CheckpointError):
-    """The checkpoint holds no task of that name."""
+class TaskNotFoundError(CheckpointError, KeyError):
+    """The checkpoint or the subspace holds no task of that name."""
 
 
 class OutputError(VLoRAError):
     """The output exists already, is not ours to replace, or cannot be written."""
 
 
-class OptionError(VLoRAError):
+class OptionError(VLoRAError, ValueError):
     """An option is out of range, unknown, or contradicts another one."""
 
 

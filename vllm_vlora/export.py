@@ -32,7 +32,7 @@ from vllm_vlora.adapters import Factors, write_adapter
 from vllm_vlora.atomic import exists_error
 from vllm_vlora.checkpoint import Basis, Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
-from vllm_vlora.peft_config import lora_rank, lora_scale
+from vllm_vlora.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.quantize import FLOAT_DTYPES
 from vllm_vlora.representations import side_sources
 from vllm_vlora.task_ids import encode_task_id
@@ -54,6 +54,12 @@ class ConfigChanges:
 
     Raises:
         OptionError: alpha is not a positive number, or the list of targets is empty.
+
+    Examples:
+        >>> changes = ConfigChanges(alpha=32, base_model="org/model")
+        >>> path = export_task(Checkpoint.open(checkpoint), "task_1", folder / "lora", changes=changes)
+        >>> open_adapter(path).config["lora_alpha"], open_adapter(path).base_model
+        (32, 'org/model')
     """
 
     alpha: float | None = None
@@ -109,6 +115,11 @@ def export_task(
         TaskNotFoundError, CheckpointError: no such task, or the checkpoint is damaged.
         OptionError: the changes do not fit the task.
         OutputError: the folder may not be replaced or cannot be written.
+
+    Examples:
+        >>> path = export_task(Checkpoint.open(checkpoint), "task_1", folder / "lora")
+        >>> sorted(file.name for file in path.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     bases = _shared(checkpoint, [task_id])
     return _export(checkpoint, task_id, bases, Path(output), force, dtype, changes)
@@ -137,6 +148,11 @@ def export_all(
 
     Raises:
         As :func:`export_task`.
+
+    Examples:
+        >>> written = export_all(Checkpoint.open(checkpoint), ["task_0", "task_3"], folder)
+        >>> [path.name for path in written.values()]
+        ['task_0', 'task_3']
     """
     folders = {task: Path(output).absolute() / encode_task_id(task) for task in task_ids}
     for task_id in folders:
@@ -264,18 +280,12 @@ def _new_config(
     task: StoredTask, original: Mapping[str, Any], scale: float, base_model: str | None
 ) -> dict[str, Any]:
     """``original`` with ranks, alphas and targets that describe the decoded factors."""
-    ranks = {name: stored.rank for name, stored in task.modules.items()}
-    rank = _common_rank(task)
-    patterns = _rank_pattern(ranks, rank)
+    pairs = {name: (stored.rank, scale * stored.rank) for name, stored in task.modules.items()}
     config = {"task_type": None, "bias": "none", **original}
     config.update(
+        rank_options(pairs),
         peft_type="LORA",
-        r=rank,
-        lora_alpha=_number(scale * rank),
-        rank_pattern=patterns,
-        alpha_pattern={name: _number(scale * value) for name, value in patterns.items()},
-        use_rslora=False,
-        target_modules=sorted(ranks),
+        target_modules=sorted(pairs),
         # Full names select the modules; these would select among them a second time.
         layers_to_transform=None,
         layers_pattern=None,
@@ -284,19 +294,3 @@ def _new_config(
     if not config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = base_model
     return config
-
-
-def _rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
-    """Full module name -> rank where it is not ``default``.
-
-    PEFT lets the first key win that matches the *end* of a module's name, so longer names come
-    first, and a module of the default rank is named where a shorter key would match it.
-    """
-    special = {name for name, rank in ranks.items() if rank != default}
-    shadowed = {name for name in ranks if any(name.endswith(f".{key}") for key in special)}
-    return {name: ranks[name] for name in sorted(special | shadowed, key=lambda n: (-len(n), n))}
-
-
-def _number(value: float) -> int | float:
-    """PEFT declares alpha as a whole number, and usually it is one."""
-    return int(value) if value == int(value) else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -140,6 +141,34 @@ def lora_rank(config: Mapping[str, Any], name: str) -> int:
     """Return the rank PEFT gives the module ``name``: by ``rank_pattern``, else ``r``."""
     rank = _match_pattern(config.get("rank_pattern"), name)
     return int(config["r"] if rank is None else rank)
+
+
+def rank_options(pairs: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """The options of a config that give every module its rank and alpha.
+
+    The most common pair is the default, others stand in patterns under full names. PEFT lets the first
+    key win that matches the *end* of a module's name, so longer names come first, and a module with the
+    default pair is named where a shorter key would match it.
+
+    Args:
+        pairs: module name -> (rank, alpha).
+    """
+    rank, alpha = Counter(pairs.values()).most_common(1)[0][0]
+    special = {name for name, pair in pairs.items() if pair != (rank, alpha)}
+    shadowed = {name for name in pairs if any(name.endswith(f".{key}") for key in special)}
+    ordered = sorted(special | shadowed, key=lambda name: (-len(name), name))
+    return {
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "rank_pattern": {name: pairs[name][0] for name in ordered},
+        "alpha_pattern": {name: _number(pairs[name][1]) for name in ordered},
+        "use_rslora": False,
+    }
+
+
+def _number(value: float) -> int | float:
+    """PEFT declares alpha as a whole number, and usually it is one."""
+    return int(value) if value == int(value) else value
 
 
 def _match_pattern(pattern: Mapping[str, Any] | None, name: str) -> Any:

@@ -347,6 +347,12 @@ class Surveyor:
         }
 
 
+def directions(module: Module) -> int:
+    """The most components that a shared basis of a module can have on either side."""
+    ranks = sum(min(rank, module.d_in, module.d_out) for rank in module.ranks)
+    return min(max(module.d_in, module.d_out), ranks)
+
+
 def check_calibration(path: str | None, collection: Collection) -> None:
     """Read a calibration whole, and compare it with the adapters; nothing where there is none.
 
