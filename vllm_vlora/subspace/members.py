@@ -1,0 +1,169 @@
+"""The adapters that a subspace is fitted to: in memory or on disk, and the layers they share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from vllm_vlora.adapters import Adapter, open_adapter
+from vllm_vlora.errors import AdapterError, OptionError, TaskIdError
+from vllm_vlora.fit import ScaledFactors
+from vllm_vlora.subspace.weights import LoRAWeights
+from vllm_vlora.task_ids import validate_task_id
+
+MISSING = ("error", "zero", "common")
+AnyAdapter: TypeAlias = LoRAWeights | Adapter | str | Path
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer of one adapter; ``kind`` is "linear" or "embedding"."""
+
+    d_in: int
+    d_out: int
+    rank: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter of a collection, under its task id; weights are read when asked for.
+
+    ``read`` yields (layer, (A, B, scale)) for the named layers, in their order.
+    """
+
+    task_id: str
+    shapes: Mapping[str, LayerShape]
+    read: Callable[[Iterable[str]], Iterator[tuple[str, ScaledFactors]]]
+    read_extra: Callable[[], Mapping[str, Tensor]]
+    metadata: Mapping[str, Any]
+    source: str = ""
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether its config gives an alpha; without one its scales are 1."""
+        return self.metadata.get("lora_alpha") is not None
+
+    @property
+    def original_nbytes(self) -> int:
+        """Bytes of its LoRA weights at 16 bits each."""
+        return 2 * sum(s.rank * (s.d_in + s.d_out) for s in self.shapes.values())
+
+
+def as_member(adapter: AnyAdapter, task_id: str) -> Member:
+    """An adapter under a task id.
+
+    Raises:
+        TaskIdError: the id is not allowed. AdapterError: the adapter cannot be opened.
+    """
+    validate_task_id(task_id)
+    if isinstance(adapter, LoRAWeights):
+        return _in_memory(adapter, task_id)
+    opened = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
+    return _on_disk(opened, task_id, str(opened.path if isinstance(adapter, Adapter) else adapter))
+
+
+def as_members(adapters: Sequence[AnyAdapter], task_ids: Sequence[str] | None) -> list[Member]:
+    """Adapters under their task ids, by default ``task_0``, ``task_1``, ...
+
+    Raises:
+        AdapterError: there are none, or one cannot be opened.
+        OptionError: not one id an adapter. TaskIdError: an id twice, or one that is not allowed.
+    """
+    if not adapters:
+        raise AdapterError("there are no adapters; give at least one")
+    names = [f"task_{i}" for i in range(len(adapters))] if task_ids is None else list(task_ids)
+    if len(names) != len(adapters):
+        raise OptionError(
+            f"{len(names)} task_ids for {len(adapters)} adapters; give one id an adapter"
+        )
+    for name in names:
+        if names.count(name) > 1:
+            raise TaskIdError(f"task id {name!r} is given twice; name each task once")
+    return [as_member(adapter, name) for adapter, name in zip(adapters, names)]
+
+
+def share_layers(members: Sequence[Member], missing: str) -> list[Member]:
+    """The adapters with the layers that a subspace of them has.
+
+    Args:
+        missing: what is done where an adapter lacks a layer of another one. "error": AdapterError.
+            "zero": it has no update there. "common": the layer is left out of all, with a warning.
+
+    Raises:
+        AdapterError: see ``missing``; no layer is common; or a layer's shapes differ.
+        OptionError: ``missing`` is something else.
+    """
+    if missing not in MISSING:
+        raise OptionError(f"missing is {missing!r}; give one of {', '.join(MISSING)}")
+    _check_shapes(members)
+    names = list(dict.fromkeys(name for member in members for name in member.shapes))
+    lacking = [(member, name) for name in names for member in members if name not in member.shapes]
+    if not lacking or missing == "zero":
+        return list(members)
+    if missing == "error":
+        member, name = lacking[0]
+        raise AdapterError(
+            f"task {member.task_id!r} lacks layer {name!r}, which another adapter has; pass "
+            'missing="zero" (no update there) or missing="common" (leave the layer out)'
+        )
+    dropped = {name for _, name in lacking}
+    common = [name for name in names if name not in dropped]
+    if not common:
+        raise AdapterError("the adapters have no layer in common; build apart what differs")
+    warnings.warn(
+        f"{len(dropped)} layers that not every adapter has are left out, {sorted(dropped)[0]} among "
+        "them",
+        stacklevel=4,
+    )
+    return [replace(m, shapes={name: m.shapes[name] for name in common}) for m in members]
+
+
+def _check_shapes(members: Sequence[Member]) -> None:
+    first: dict[str, Member] = {}
+    for member in members:
+        for name, shape in member.shapes.items():
+            other = first.setdefault(name, member)
+            known = other.shapes[name]
+            if (known.d_in, known.d_out, known.kind) != (shape.d_in, shape.d_out, shape.kind):
+                raise AdapterError(
+                    f"layer {name!r} is a {known.d_out} x {known.d_in} {known.kind} in task "
+                    f"{other.task_id!r} and a {shape.d_out} x {shape.d_in} {shape.kind} in task "
+                    f"{member.task_id!r}; put together adapters of one base model only"
+                )
+
+
+def _in_memory(weights: LoRAWeights, task_id: str) -> Member:
+    def read(names: Iterable[str]) -> Iterator[tuple[str, ScaledFactors]]:
+        for name in names:
+            a, b = weights.lora_a[name].detach(), weights.lora_b[name].detach()
+            # Fits run on the CPU in float32.
+            yield name, (a.float().cpu(), b.float().cpu(), weights.scale(name))
+
+    shapes = {
+        name: LayerShape(
+            weights.lora_a[name].shape[1],
+            weights.lora_b[name].shape[0],
+            weights.lora_a[name].shape[0],
+            weights.kinds.get(name, "linear"),
+        )
+        for name in sorted(weights.layer_names)
+    }
+    return Member(task_id, shapes, read, lambda: weights.extra, weights.metadata)
+
+
+def _on_disk(adapter: Adapter, task_id: str, source: str) -> Member:
+    def read(names: Iterable[str]) -> Iterator[tuple[str, ScaledFactors]]:
+        for name, (a, b) in adapter.iter_factors(names):
+            yield name, (a, b, adapter.modules[name].scale)
+
+    shapes = {
+        name: LayerShape(module.d_in, module.d_out, module.rank, module.kind)
+        for name, module in adapter.modules.items()
+    }
+    return Member(task_id, shapes, read, adapter.extra_tensors, adapter.config, source)

@@ -1,0 +1,288 @@
+"""A LoRA adapter in memory, and its way from and to a PEFT folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_vlora.adapters import KINDS, Adapter, Factors, open_adapter, write_adapter
+from vllm_vlora.errors import AdapterError
+from vllm_vlora.peft_config import lora_rank, lora_scale, rank_options
+
+
+@dataclass
+class LoRAWeights:
+    """One adapter: for each layer ``delta_W = scale * B A``.
+
+    Attributes:
+        layer_names: paths of the adapted layers in the base model.
+        lora_a: layer -> A, (r, d_in). lora_b: layer -> B, (d_out, r). Unscaled, of one floating dtype or
+            several; r may differ between layers.
+        rank: the largest r.
+        metadata: ``adapter_config.json`` as read; {} where nothing is known, and the scale is then 1.
+        kinds: layer -> "embedding" where it is not linear.
+        extra: tensors that are not LoRA (classifier heads, ...) under PEFT's names.
+
+    Raises:
+        AdapterError: a layer lacks a factor, shapes disagree, ``rank`` is not the largest, or a value is
+            NaN or infinite.
+
+    Examples:
+        >>> a, b = torch.ones(2, 12), torch.ones(8, 2)
+        >>> weights = LoRAWeights(["q_proj"], {"q_proj": a}, {"q_proj": b}, rank=2)
+        >>> weights.scale("q_proj")
+        1.0
+    """
+
+    layer_names: list[str]
+    lora_a: dict[str, Tensor]
+    lora_b: dict[str, Tensor]
+    rank: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_names(self)
+        for layer in self.layer_names:
+            _check_layer(layer, self.lora_a[layer], self.lora_b[layer])
+        for key, tensor in self.extra.items():
+            _check_finite(f"extra tensor {key!r}", tensor)
+        largest = max(a.shape[0] for a in self.lora_a.values())
+        if self.rank != largest:
+            raise AdapterError(
+                f"the adapter's rank is given as {self.rank}, but the largest of its layers is "
+                f"{largest}; give rank={largest}"
+            )
+
+    def __repr__(self) -> str:
+        return f"LoRAWeights(rank={self.rank}, layers={len(self.layer_names)})"
+
+    @classmethod
+    def from_adapter(cls, adapter: Adapter) -> LoRAWeights:
+        """Read all weights of an opened adapter.
+
+        Raises:
+            AdapterError: a value is NaN or infinite, or the file changed since it was opened.
+
+        Examples:
+            >>> LoRAWeights.from_adapter(open_adapter(adapter_dirs[0]))
+            LoRAWeights(rank=2, layers=2)
+        """
+        factors = dict(adapter.iter_factors())
+        return cls(
+            list(factors),
+            {name: a for name, (a, _) in factors.items()},
+            {name: b for name, (_, b) in factors.items()},
+            max(module.rank for module in adapter.modules.values()),
+            dict(adapter.config),
+            {m.name: m.kind for m in adapter.modules.values() if m.kind != "linear"},
+            adapter.extra_tensors(),
+        )
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the metadata gives an alpha; without one every scale is 1."""
+        return self.metadata.get("lora_alpha") is not None
+
+    def scale(self, layer: str) -> float:
+        """alpha / r of a layer by PEFT's rules (``use_rslora`` and ``alpha_pattern`` honoured).
+
+        Raises:
+            KeyError: no such layer.
+
+        Examples:
+            >>> adapters[0].scale("layers.0.q_proj")
+            2.0
+        """
+        rank = self.lora_a[layer].shape[0]
+        return lora_scale(self.metadata, layer, rank)[1] if self.has_scale else 1.0
+
+    def scaled(self, layer: str) -> Factors:
+        """(A (r, d_in), scale * B (d_out, r)) in float32, so that delta_W = B A.
+
+        Raises:
+            KeyError: no such layer.
+
+        Examples:
+            >>> a, b = adapters[0].scaled("layers.0.q_proj")
+            >>> tuple((b @ a).shape)
+            (8, 12)
+        """
+        return self.lora_a[layer].float(), self.scale(layer) * self.lora_b[layer].float()
+
+
+def load_adapter(path: str | Path) -> LoRAWeights:
+    """Read a PEFT adapter: a local folder, or a Hub id ("org/name", "org/name@revision").
+
+    Raises:
+        AdapterError: it cannot be found or read, contradicts itself, or is not plain LoRA.
+
+    Examples:
+        >>> load_adapter(adapter_dirs[0]).layer_names
+        ['layers.0.q_proj', 'layers.0.v_proj']
+    """
+    return LoRAWeights.from_adapter(open_adapter(path))
+
+
+def load_adapter_from_hub(repo_id: str, revision: str | None = None) -> LoRAWeights:
+    """Read a PEFT adapter from the Hugging Face Hub.
+
+    Args:
+        repo_id: "org/name". revision: a branch, tag or commit.
+
+    Raises:
+        AdapterError: no such repository or revision, no access, offline, or not plain LoRA.
+
+    Examples:
+        >>> load_adapter_from_hub("no id")
+        Traceback (most recent call last):
+          ...
+        vllm_vlora.errors.AdapterError: adapter 'no id': no such folder, and not a Hub id ...
+    """
+    return load_adapter(repo_id if revision is None else f"{repo_id}@{revision}")
+
+
+def save_adapter(weights: LoRAWeights, path: str | Path, *, force: bool = False) -> Path:
+    """Write a PEFT folder, atomically, that PEFT and vLLM load.
+
+    Its config is the adapter's metadata where that describes the factors exactly. Otherwise ranks and
+    alphas are set such that PEFT's scale of each layer is :meth:`LoRAWeights.scale`, with a
+    ``rank_pattern`` where ranks differ, and the layers are named in full.
+
+    Args:
+        path: the folder to publish. force: replace a folder that holds a PEFT adapter and nothing else.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        AdapterError: values that PEFT's format cannot hold (float64), or metadata that is not plain LoRA.
+        OutputError: the folder exists and may not be replaced, or cannot be written.
+
+    Examples:
+        >>> saved = save_adapter(adapters[0], folder / "adapter")
+        >>> torch.equal(load_adapter(saved).lora_a["layers.0.q_proj"],
+        ...             adapters[0].lora_a["layers.0.q_proj"])
+        True
+    """
+    factors = {name: (weights.lora_a[name], weights.lora_b[name]) for name in weights.layer_names}
+    return write_adapter(
+        path, exact_config(weights), factors, weights.kinds, weights.extra, force=force
+    )
+
+
+def exact_config(weights: LoRAWeights) -> dict[str, Any]:
+    """An ``adapter_config.json`` whose ranks and scales are those of the weights."""
+    config = {"task_type": None, "bias": "none", **plain_json(weights.metadata)}
+    config["peft_type"] = config.get("peft_type") or "LORA"
+    if not _describes(config, weights):
+        config.update(own_rank_options(weights))
+    if not _selects_layers(config, weights.layer_names):
+        # Full names select the layers; the others would select among them a second time.
+        config.update(
+            target_modules=sorted(weights.layer_names),
+            layers_to_transform=None,
+            layers_pattern=None,
+            exclude_modules=None,
+        )
+    return config
+
+
+def plain_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata as JSON has it; sets, which PEFT's config object holds, become sorted lists.
+
+    Raises:
+        AdapterError: a value that JSON cannot hold.
+    """
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(metadata), default=_plain_value))
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"the adapter's metadata is not JSON ({error}); correct it") from error
+    return copy
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} of type {type(value).__name__}")
+
+
+def _describes(config: Mapping[str, Any], weights: LoRAWeights) -> bool:
+    if not isinstance(config.get("r"), int) or not weights.has_scale:
+        return False
+    return all(lora_rank(config, name) == a.shape[0] for name, a in weights.lora_a.items())
+
+
+def own_rank_options(weights: LoRAWeights) -> dict[str, Any]:
+    """The options of a config that give its ranks and scales."""
+    ranks = {name: a.shape[0] for name, a in weights.lora_a.items()}
+    return rank_options({name: (r, weights.scale(name) * r) for name, r in ranks.items()})
+
+
+def _selects_layers(config: Mapping[str, Any], layers: list[str]) -> bool:
+    """Whether PEFT would adapt every layer by this config."""
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return False
+    targets = config.get("target_modules")
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        try:
+            return all(re.fullmatch(targets, layer) for layer in layers)
+        except re.error:
+            return False
+    names = tuple(targets or ())
+    return all(any(n == layer or layer.endswith(f".{n}") for n in names) for layer in layers)
+
+
+def _check_names(weights: LoRAWeights) -> None:
+    names = weights.layer_names
+    if not names:
+        raise AdapterError("the adapter has no layers; give at least one")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise AdapterError(f"layer {twice!r} is named twice; name each layer once")
+    for side, factors in (("lora_a", weights.lora_a), ("lora_b", weights.lora_b)):
+        for name in names:
+            if name not in factors:
+                raise AdapterError(f"layer {name!r} has no {side}; give both factors of a layer")
+        for name in factors:
+            if name not in names:
+                raise AdapterError(
+                    f"{side} has layer {name!r}, which layer_names lacks; name it or leave it out"
+                )
+    for name, kind in weights.kinds.items():
+        if name not in names or kind not in KINDS:
+            raise AdapterError(
+                f"kinds has {name!r}: {kind!r}; name layers of the adapter, with one of {KINDS}"
+            )
+
+
+def _check_layer(layer: str, a: Tensor, b: Tensor) -> None:
+    shown = f"layer {layer!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}"
+    if a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape):
+        raise AdapterError(f"{shown}, not two matrices (r, d_in) and (d_out, r)")
+    if a.shape[0] != b.shape[1]:
+        raise AdapterError(f"{shown}, whose ranks differ; give (r, d_in) and (d_out, r)")
+    for side, tensor in (("lora_A", a), ("lora_B", b)):
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{side} of layer {layer!r} is {tensor.dtype}; give floats")
+        _check_finite(f"{side} of layer {layer!r}", tensor)
+
+
+def _check_finite(what: str, tensor: Tensor) -> None:
+    values = tensor.detach()
+    # One-byte floats have no isfinite of their own.
+    values = values.float() if values.is_floating_point() and values.itemsize == 1 else values
+    if values.numel() and not bool(torch.isfinite(torch.stack(values.aminmax())).all()):
+        raise AdapterError(f"{what} holds NaN or infinite values; leave the adapter out")
