@@ -1,0 +1,108 @@
+"""``convert``: checkpoints of vlora and lorashare become ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_vlora.tools.terminal import (
+    AsJson,
+    Verbose,
+    open_console,
+    print_json,
+    progress_bar,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from vllm_vlora.foreign.convert import ConvertReport
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A checkpoint of vlora or lorashare: a folder or a Hub id."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The checkpoint to write.")
+    ],
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            metavar="A",
+            help="For vlora, which keeps none: the lora_alpha of its adapters. Default: alpha = rank.",
+            show_default=False,
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The base model to record; vlora names none.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DIR.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn a checkpoint of vlora or lorashare into one that vLLM serves.
+
+    Nothing is lost: every stored number is kept bit for bit. SRC stays as it
+    is. Read are vlora 0.3 and 1.0, packed in NF4 or not, and lorashare 0.1.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora convert shared_subspace/ -o ckpt --alpha 32 --base-model org/model
+
+    vllm-vlora convert org/share-checkpoint -o ckpt
+    """
+    with reported(verbose):
+        from vllm_vlora.foreign.convert import convert as run
+
+        with progress_bar(open_console(stderr=True)) as advance:
+            report = run(
+                source, output, alpha=alpha, base_model=base_model, force=force, progress=advance
+            )
+        if as_json:
+            print_json(_as_data(source, report))
+        else:
+            _print(source, report)
+
+
+def _as_data(source: str, report: ConvertReport) -> dict[str, Any]:
+    return {
+        "source": source,
+        "kind": report.kind,
+        "checkpoint": str(report.path.expanduser().absolute()),
+        "tasks": report.task_ids,
+        "modules": report.modules,
+        "representation": report.representation,
+        "format": report.format,
+        "source_bytes": report.source_nbytes,
+        "bytes": report.nbytes,
+        "original_bytes": report.original_nbytes,
+        "warnings": report.warnings,
+    }
+
+
+def _print(source: str, report: ConvertReport) -> None:
+    from vllm_vlora.card import format_bytes
+    from vllm_vlora.tools import summary as show
+
+    errors = open_console(stderr=True)
+    for warning in report.warnings:
+        show.line(errors, f"Warning: {warning}", style="yellow")
+    console = open_console()
+    count = len(report.task_ids)
+    show.line(
+        console,
+        f"{source}: {report.kind}, {count} task{'' if count == 1 else 's'}, {report.modules} "
+        f"modules, {format_bytes(report.source_nbytes)}",
+    )
+    show.line(
+        console,
+        f"{report.path}: {report.representation}, {report.format}, {format_bytes(report.nbytes)}",
+    )

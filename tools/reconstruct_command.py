@@ -1,0 +1,108 @@
+"""``reconstruct``: lorashare's name for taking adapters out of a checkpoint, of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vllm_vlora.tools.terminal import (
+    AsJson,
+    Verbose,
+    open_console,
+    print_json,
+    progress_bar,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from vllm_vlora.checkpoint import Checkpoint
+
+
+def reconstruct(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT",
+            help="A checkpoint of ours, of lorashare or of vlora: a folder or a Hub id.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")
+    ],
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The adapter to take out.", show_default=False),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Take every adapter out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace existing adapter folders.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write adapters of a checkpoint as standard PEFT folders.
+
+    As `export` does, under lorashare's options, and from checkpoints of
+    lorashare and vlora too. --adapter makes DIR itself the adapter, --all
+    makes DIR/NAME for each, in a form of the name that every file system
+    allows.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora reconstruct ckpt --adapter cola -o cola-lora
+
+    vllm-vlora reconstruct org/share-checkpoint --all -o adapters/
+    """
+    if everything == (adapter is not None):
+        raise typer.BadParameter(
+            "give --adapter NAME or --all, one of them", param_hint="--adapter"
+        )
+    with reported(verbose):
+        from vllm_vlora.export import export_all, export_task
+        from vllm_vlora.tools import summary as show
+
+        with _opened(checkpoint) as opened:
+            if adapter is not None:
+                folders = {adapter: export_task(opened, adapter, output, force=force)}
+            else:
+                with progress_bar(open_console(stderr=True)) as advance:
+                    folders = export_all(
+                        opened,
+                        opened.tasks,
+                        output,
+                        force=force,
+                        progress=lambda _, done, total: advance("reconstruct", done, total),
+                    )
+        if as_json:
+            print_json({name: str(folder) for name, folder in folders.items()})
+            return
+        console = open_console()
+        for name, folder in folders.items():
+            show.line(console, f"{name} -> {folder}")
+
+
+@contextmanager
+def _opened(ref: str) -> Iterator[Checkpoint]:
+    """A checkpoint of ours, or another package's, converted into a folder that is removed again."""
+    from tempfile import TemporaryDirectory
+
+    from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.errors import CheckpointError
+    from vllm_vlora.foreign.convert import convert, detect_kind
+    from vllm_vlora.hub import resolve_snapshot
+    from vllm_vlora.tools import summary as show
+
+    folder = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    if detect_kind(folder) not in ("vlora", "lorashare"):
+        yield Checkpoint.open(folder)
+        return
+    with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
+        report = convert(folder, Path(scratch) / "converted")
+        console = open_console(stderr=True)
+        for warning in report.warnings:
+            show.line(console, f"Warning: {warning}", style="yellow")
+        yield Checkpoint.open(report.path)

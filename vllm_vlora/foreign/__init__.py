@@ -1,0 +1,1 @@
+"""Checkpoints of other packages, vlora (vlora-dev) and lorashare: read, checked and converted."""

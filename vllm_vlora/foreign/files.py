@@ -1,0 +1,127 @@
+"""JSON and safetensors that another package wrote: names, shapes and every number checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllm_vlora.errors import CheckpointError
+from vllm_vlora.manifest import SAFETENSORS_DTYPES
+from vllm_vlora.quantize import FLOAT_DTYPES
+
+T = TypeVar("T")
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """The JSON object of a file as a msgspec struct; fields that the struct lacks are left out.
+
+    Raises:
+        CheckpointError: no such file, no JSON, or a field of another type.
+    """
+    try:
+        # Their statistics may hold Infinity, which json.dump writes and strict JSON forbids.
+        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), kind)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {error}; copy the checkpoint again") from error
+
+
+def inside(folder: Path, *parts: str) -> Path:
+    """``folder/parts...``, each part a plain relative path that stays inside.
+
+    Raises:
+        CheckpointError: it would leave the folder.
+    """
+    for part in parts:
+        if not part or part.startswith("/") or "\\" in part or "\0" in part:
+            raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
+        if ".." in part.split("/"):
+            raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
+    return folder.joinpath(*parts)
+
+
+class TensorFile:
+    """A safetensors file that is read tensor by tensor.
+
+    Raises:
+        CheckpointError: it is missing or not a whole safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path}: the file is missing; copy the checkpoint again"
+            ) from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({error}); copy the checkpoint again"
+            ) from error
+        self.names = frozenset(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        self._check_name(name)
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of any dtype that a checkpoint can hold, finite.
+
+        Raises:
+            CheckpointError: no such tensor, another dtype, or a value that is not finite.
+        """
+        self._check_name(name)
+        try:
+            # A copy: a tensor that kept its mapping would keep the file's.
+            tensor = self._file.get_tensor(name).clone()
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r}: {error}") from error
+        if tensor.dtype not in SAFETENSORS_DTYPES:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} has the unsupported dtype {tensor.dtype}"
+            )
+        values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(f"{self.path}: tensor {name!r} holds NaN or infinity")
+        return tensor
+
+    def floats(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
+        """A float32, float16 or bfloat16 tensor; None in ``shape`` is any size.
+
+        Raises:
+            CheckpointError: as :meth:`tensor`, or another shape or dtype.
+        """
+        found = self.shape(name)
+        fits = len(found) == len(shape) and all(w in (None, f) for w, f in zip(shape, found))
+        if 0 in found:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is empty, {list(found)}")
+        if not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is {list(found)}, expected [{wanted}]"
+            )
+        tensor = self.tensor(name)
+        if tensor.dtype not in FLOAT_DTYPES.values():
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is {tensor.dtype}; only float32, float16 and "
+                "bfloat16 can be kept exactly, so save the checkpoint in one of them"
+            )
+        return tensor
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.names:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
