@@ -35,11 +35,11 @@ from vllm_vlora.evaluation import (
     module_kind,
     module_layer,
     recovered_fraction,
-    similarity_matrix,
     summarize_recovered,
     total_error,
 )
 from vllm_vlora.export import export_task
+from vllm_vlora.subspace.analysis import cosines, inner_products
 from vllm_vlora.texts import Row
 from vllm_vlora.tools.evaluate_command import evaluate
 from vllm_vlora.tools.evaluator import (
@@ -696,7 +696,7 @@ def test_similarities_are_cosines_of_the_updates(make_adapter: Make) -> None:
         for a in adapters
     ]
     stacked = torch.stack([vector / vector.norm() for vector in vectors])
-    found = similarity_matrix(adapters)
+    found = cosines(inner_products(adapters))
     assert torch.allclose(found, stacked @ stacked.T, atol=1e-5)
     assert found[0, 2] == pytest.approx(1, abs=1e-5)
 

@@ -36,11 +36,11 @@ from vllm_vlora.evaluation import (
     divergence_sum,
     greedy_agreement,
     recovered_fraction,
-    similarity_matrix,
     total_error,
 )
 from vllm_vlora.export import export_all
 from vllm_vlora.quantize import FLOAT_DTYPES
+from vllm_vlora.subspace.analysis import cosines, inner_products
 from vllm_vlora.texts import (
     IGNORED,
     Batch,
@@ -619,8 +619,8 @@ def _similarity(
     tasks = tuple(adapters)[:SIMILARITY_LIMIT]
     if len(tasks) < 2:
         return None
-    cosines = similarity_matrix([adapters[task] for task in tasks])
-    return tasks, tuple(tuple(row) for row in cosines.tolist())
+    found = cosines(inner_products([adapters[task] for task in tasks]))
+    return tasks, tuple(tuple(row) for row in found.tolist())
 
 
 def describe_setting(

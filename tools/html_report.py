@@ -15,7 +15,7 @@ _BARS = 100
 # Modules without a number in their name (lm_head) stand in a column of their own.
 _NO_LAYER = "none"
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d5dae0;
   --quiet: #5b6570; --data: #2f6db5; --hot: #b5432f; --cold: #2f6db5; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --paper: #15181c; --soft: #1f242a;
@@ -43,7 +43,7 @@ svg .curve { fill: none; stroke: var(--data); stroke-width: 2; }
 svg .heat { fill: var(--hot); } svg .cold { fill: var(--cold); }
 """
 # Whatever a task is called, a browser will neither run nor fetch anything.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render_report(found: Mapping[str, Any]) -> str:
@@ -56,9 +56,9 @@ def render_report(found: Mapping[str, Any]) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
         f"<title>Fidelity of {escape(found['checkpoint'])}</title>",
-        f"<style>{_STYLE}</style></head><body>",
+        f"<style>{STYLE}</style></head><body>",
         *_head(found),
         *_table_of_tasks(found["tasks"]),
         *_recovered_figures(found["tasks"]),

@@ -323,38 +323,6 @@ def _core(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return r_b @ r_a.T
 
 
-def similarity_matrix(adapters: Sequence[Adapter]) -> torch.Tensor:
-    """Cosines between the tasks' updates, all modules together: (tasks, tasks) float64.
-
-    <delta_W_i, delta_W_j> = tr(A_i^T B_i^T B_j A_j) = sum((B_i^T B_j) * (A_i A_j^T)), summed over
-    modules: two Gram matrices of the stacked factors a module, R x R with R the sum of all ranks.
-    Modules that one of two tasks does not adapt count as zero there. A task whose update is zero has
-    cosine 0 with all others.
-
-    Memory: R (d_in + d_out) + 3 R^2 numbers of one module.
-    """
-    products = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
-    for name in sorted({name for adapter in adapters for name in adapter.modules}):
-        stacked_a, stacked_b, owners = [], [], []
-        for place, adapter in enumerate(adapters):
-            if name not in adapter.modules:
-                continue
-            a, b = adapter.factors(name)
-            stacked_a.append(a.float())
-            stacked_b.append(b.float().T * adapter.modules[name].scale)
-            owners += [place] * a.shape[0]
-        rows_a, rows_b = torch.cat(stacked_a), torch.cat(stacked_b)
-        gram = ((rows_a @ rows_a.T) * (rows_b @ rows_b.T)).double()
-        member = torch.zeros(len(adapters), len(owners), dtype=torch.float64)
-        member[owners, range(len(owners))] = 1.0
-        products += member @ gram @ member.T
-    norms = products.diagonal().clamp(min=0).sqrt()
-    norms[norms == 0] = 1.0
-    cosines = (products / norms.outer(norms)).clamp(-1.0, 1.0)
-    cosines.fill_diagonal_(1.0)
-    return cosines
-
-
 @dataclass(frozen=True)
 class Spectrum:
     """Singular values of one kind of module over tasks and layers, each module's scaled to norm 1.

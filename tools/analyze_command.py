@@ -1,0 +1,257 @@
+"""``analyze``: how adapters relate to each other, before anything is compressed or merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_vlora.tools.terminal import (
+    AsJson,
+    Verbose,
+    open_console,
+    print_json,
+    progress_bar,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_vlora.adapters import Adapter
+    from vllm_vlora.evaluation import Spectrum
+
+# A matrix wider than this is left to --json and --plot.
+_MOST_COLUMNS = 12
+
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write figures as FILE.html, or as FILE.png (needs matplotlib).",
+        show_default=False,
+    ),
+]
+
+
+def analyze(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters.",
+        ),
+    ],
+    threshold: Annotated[
+        float,
+        typer.Option(
+            metavar="C", help="Cosine from which two adapters are one cluster.", min=-1, max=1
+        ),
+    ] = 0.9,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=PATH",
+            help="Call the adapter at PATH ID. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare adapters: similarity, clusters, outliers, effective ranks.
+
+    Everything is measured on the updates s B A, so neither the way they are
+    factored nor alpha hides a resemblance. Adapters are read module by module.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora analyze adapters/
+
+    vllm-vlora analyze lora-a lora-b lora-c --threshold 0.8 --json
+
+    vllm-vlora analyze adapters/ --plot similarity.html
+    """
+    with reported(verbose):
+        from vllm_vlora.tools.inputs import collect, expand
+        from vllm_vlora.tools.task_plots import check_plot_path
+
+        if plot is not None:
+            check_plot_path(plot)
+        refs = [found for ref in adapters for found in expand(ref)]
+        opened = collect(refs, name or [])
+        with progress_bar(open_console(stderr=True)) as advance:
+            data, spectra = _measure(opened, threshold, advance)
+        if plot is not None:
+            _plot(plot, data, spectra)
+            data["plot"] = str(plot)
+        if as_json:
+            print_json(data)
+        else:
+            _print(open_console(), data)
+
+
+def _measure(
+    adapters: dict[str, Adapter], threshold: float, advance: Any
+) -> tuple[dict[str, Any], list[Spectrum]]:
+    """What ``--json`` prints, and the singular values for the plot."""
+    from vllm_vlora.evaluation import ModuleFidelity, SpectrumCollector
+    from vllm_vlora.subspace.analysis import (
+        compute_similarity_matrix,
+        effective_rank,
+        find_clusters,
+        find_outliers,
+        scaled_layers,
+        singular_values,
+    )
+
+    names, opened = list(adapters), list(adapters.values())
+    advance("compare", 0, 1)
+    similarity = compute_similarity_matrix(opened)
+    clusters = [[names[place] for place in group] for group in find_clusters(similarity, threshold)]
+    outliers = find_outliers(opened) if _can_stand_out(len(opened)) else None
+    collector, described = SpectrumCollector(), []
+    for done, (name, adapter) in enumerate(adapters.items(), 1):
+        modules, ranks = [], {}
+        for module, factors in scaled_layers(adapter):
+            sigma = singular_values(*factors)
+            squared = float(sigma.square().sum())
+            modules.append(ModuleFidelity(module, 0.0, squared, tuple(sigma.tolist())))
+            ranks[module] = effective_rank(sigma)
+        collector.add(modules, {module: round(rank) for module, rank in ranks.items()})
+        described.append(
+            {
+                "adapter": name,
+                "modules": len(modules),
+                "max_rank": max(module.rank for module in adapter.modules.values()),
+                "effective_rank": sum(ranks.values()) / len(ranks),
+                "norm": math.sqrt(sum(module.norm_squared for module in modules)),
+            }
+        )
+        advance("spectra", done, len(adapters))
+    rows = similarity.tolist()
+    data: dict[str, Any] = {
+        "similarity_matrix": {
+            name: dict(zip(names, row)) for name, row in zip(names, rows, strict=True)
+        },
+        "clusters": clusters,
+        "threshold": threshold,
+        "redundant_count": sum(len(cluster) - 1 for cluster in clusters),
+        "outliers": None
+        if outliers is None
+        else [
+            {
+                "adapter": names[found["index"]],
+                "distance": found["distance"],
+                "z_score": found["z_score"],
+            }
+            for found in outliers
+        ],
+        "adapters": described,
+    }
+    return data, collector.spectra()
+
+
+def _can_stand_out(count: int) -> bool:
+    """Whether so many adapters can have an outlier at all (``find_outliers``)."""
+    return count >= 3 and (count - 1) / math.sqrt(count) > 2.0
+
+
+def _print(console: Console, data: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_vlora.tools.summary import line
+
+    names = [adapter["adapter"] for adapter in data["adapters"]]
+    table = Table(header_style="bold")
+    table.add_column("Adapter", overflow="fold")
+    for column in ("Modules", "Rank", "Effective", "Norm", "Nearest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for adapter in data["adapters"]:
+        table.add_row(
+            Text(adapter["adapter"]),
+            str(adapter["modules"]),
+            str(adapter["max_rank"]),
+            f"{adapter['effective_rank']:.1f}",
+            f"{adapter['norm']:.3g}",
+            Text(_nearest(data["similarity_matrix"][adapter["adapter"]], adapter["adapter"])),
+        )
+    console.print(table)
+    if len(names) <= _MOST_COLUMNS:
+        _print_matrix(console, names, data["similarity_matrix"])
+    else:
+        line(console, f"{len(names)} x {len(names)} cosines: see --json or --plot.", style="dim")
+    for number, cluster in enumerate(data["clusters"], 1):
+        line(console, f"Cluster {number}: {', '.join(cluster)}")
+    redundant, limit = data["redundant_count"], data["threshold"]
+    count = redundant or "none"
+    line(console, f"Adapters that could be redundant (cosine {limit:g} or more): {count}")
+    for found in data["outliers"] or ():
+        line(
+            console,
+            f"Outlier: {found['adapter']}, {found['z_score']:.1f} standard deviations away",
+            style="yellow",
+        )
+    if "plot" in data:
+        line(console, f"Wrote {data['plot']}")
+
+
+def _nearest(row: dict[str, float], own: str) -> str:
+    name = max((other for other in row if other != own), key=row.__getitem__)
+    return f"{row[name]:.3f} {name}"
+
+
+def _print_matrix(
+    console: Console, names: Sequence[str], matrix: dict[str, dict[str, float]]
+) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Cosines", title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("", overflow="fold")
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for name in names:
+        table.add_row(Text(name), *(f"{matrix[name][other]:.3f}" for other in names))
+    console.print(table)
+
+
+def _plot(path: Path, data: dict[str, Any], spectra: Sequence[Spectrum]) -> None:
+    from vllm_vlora.tools import plots, task_plots
+
+    matrix = data["similarity_matrix"]
+    names = list(matrix)
+    panels = []
+    for found in spectra:
+        low, middle, high = found.quantiles
+        panels.append(plots.Band(found.kind, low, middle, high, found.kept_rank))
+    task_plots.save_plot(
+        path,
+        f"{len(names)} adapters",
+        [
+            task_plots.Similarities(
+                "Similarity",
+                "Cosine between the updates, all modules together.",
+                names,
+                [list(row.values()) for row in matrix.values()],
+            ),
+            task_plots.Bars(
+                "Effective rank",
+                "exp of the entropy of the squared singular values, mean over modules.",
+                names,
+                [adapter["effective_rank"] for adapter in data["adapters"]],
+            ),
+            task_plots.Spectra(
+                "Spectra",
+                "Singular values of the updates, each module's scaled to norm 1: median over "
+                "adapters and layers, and the range from the 10th to the 90th percentile. The "
+                "upright line stands after the median effective rank.",
+                panels,
+            ),
+        ],
+    )

@@ -1,0 +1,134 @@
+"""``diff``: two tasks of a checkpoint, or two adapters, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_vlora.errors import OptionError
+from vllm_vlora.tools.analyze_command import Plot
+from vllm_vlora.tools.terminal import AsJson, Verbose, open_console, print_json, reported
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_vlora.subspace.analysis import Update
+
+
+def diff(
+    refs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CKPT TASK TASK | ADAPTER ADAPTER",
+            help="A checkpoint and two of its tasks, or two adapters (PEFT folders or Hub ids).",
+        ),
+    ],
+    plot: Plot = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare two tasks or adapters, layer by layer.
+
+    Distances are ||W_a - W_b|| (Frobenius) of the updates s B A, so two
+    factorings of one update are at distance 0.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora diff ckpt summarize translate
+
+    vllm-vlora diff runs/lora-old runs/lora-new --plot changes.html
+    """
+    with reported(verbose):
+        from vllm_vlora.subspace.analysis import adapter_diff, update_norm
+        from vllm_vlora.tools.task_plots import check_plot_path
+
+        if plot is not None:
+            check_plot_path(plot)
+        names, pair = _open(refs)
+        layers = adapter_diff(*pair)
+        squares = [found["l2_distance"] ** 2 for found in layers.values()]
+        norms = [math.sqrt(sum(update_norm(*f) ** 2 for f in _factors(side))) for side in pair]
+        data: dict[str, Any] = {
+            "a": names[0],
+            "b": names[1],
+            "norm_a": norms[0],
+            "norm_b": norms[1],
+            "l2_distance": math.sqrt(sum(squares)),
+            "cosine_sim": _cosine(pair),
+            "layers": layers,
+        }
+        if plot is not None:
+            _plot(plot, data)
+            data["plot"] = str(plot)
+        if as_json:
+            print_json(data)
+        else:
+            _print(open_console(), data)
+
+
+def _open(refs: list[str]) -> tuple[tuple[str, str], tuple[Update, Update]]:
+    from vllm_vlora.adapters import open_adapter
+    from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.subspace.blending import read_tasks
+
+    if len(refs) == 2:
+        first, second = map(open_adapter, refs)
+        return (refs[0], refs[1]), (first, second)
+    if len(refs) == 3:
+        task_a, task_b = read_tasks(Checkpoint.open(refs[0]), refs[1:])
+        return (refs[1], refs[2]), (task_a, task_b)
+    raise OptionError(
+        f"{len(refs)} names given; give a checkpoint and two of its tasks, or two adapters"
+    )
+
+
+def _factors(side: Update) -> list[Any]:
+    from vllm_vlora.subspace.analysis import scaled_layers
+
+    return [factors for _, factors in scaled_layers(side)]
+
+
+def _cosine(pair: tuple[Update, Update]) -> float:
+    from vllm_vlora.subspace.analysis import compute_similarity_matrix
+
+    return float(compute_similarity_matrix(pair)[0, 1])
+
+
+def _print(console: Console, data: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_vlora.tools.summary import line
+
+    table = Table(header_style="bold")
+    table.add_column("Layer", overflow="fold")
+    for column in ("L2 distance", "Cosine"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, found in data["layers"].items():
+        table.add_row(Text(name), f"{found['l2_distance']:.4g}", f"{found['cosine_sim']:.4f}")
+    table.add_section()
+    table.add_row("all", f"{data['l2_distance']:.4g}", f"{data['cosine_sim']:.4f}", style="bold")
+    console.print(table)
+    line(console, f"Norms: {data['a']} {data['norm_a']:.4g}, {data['b']} {data['norm_b']:.4g}")
+    if "plot" in data:
+        line(console, f"Wrote {data['plot']}")
+
+
+def _plot(path: Path, data: dict[str, Any]) -> None:
+    from vllm_vlora.tools.task_plots import Bars, save_plot
+
+    names = list(data["layers"])
+    distances, cosines = (
+        [found[key] for found in data["layers"].values()] for key in ("l2_distance", "cosine_sim")
+    )
+    save_plot(
+        path,
+        f"{data['a']} and {data['b']}",
+        [
+            Bars("L2 distance", "||W_a - W_b|| (Frobenius) of the updates.", names, distances),
+            Bars("Cosine", "Of the updates; below zero they oppose each other.", names, cosines),
+        ],
+    )

@@ -1,0 +1,292 @@
+"""``merge``: several adapters, or tasks of a checkpoint, become one."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_vlora.errors import OptionError
+from vllm_vlora.tools.terminal import (
+    AsJson,
+    Verbose,
+    open_console,
+    print_json,
+    progress_bar,
+    reported,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_vlora.subspace.blending import BlendedTask
+    from vllm_vlora.subspace.merging import MergedWeights
+    from vllm_vlora.subspace.weights import LoRAWeights
+
+
+class Method(str, Enum):
+    """How updates become one."""
+
+    average = "average"
+    ties = "ties"
+    dare = "dare"
+
+
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters; with "
+            "--checkpoint, tasks of it.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The PEFT folder to write.", show_default=False
+        ),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="Weighted sum, TIES or DARE.")] = Method.average,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...",
+            help="One weight each. Default: 1 / N; 1 for ties, which takes a mean itself.",
+            show_default=False,
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(metavar="D", help="ties: share of elements to keep. Default: 0.5."),
+    ] = None,
+    drop_rate: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="dare: probability to drop an element. Default: 0.5."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="dare: of the random masks.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            help="The most that a layer may have. Default: for average what is exact, else the "
+            "largest among the adapters.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(metavar="CKPT", help="Merge tasks of this checkpoint.", show_default=False),
+    ] = None,
+    new_task: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="TASK",
+            help="With --checkpoint: write the weighted sum into CKPT as this task.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an adapter at DIR, or TASK in CKPT.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge adapters into one: weighted sum, TIES or DARE.
+
+    The sum is exact, in stacked factors. TIES and DARE choose elements of the
+    updates, so their result is cut to a rank, and what that loses is said.
+    Ranks and alphas may differ.
+
+    [bold]Examples[/bold]
+
+    vllm-vlora merge lora-a lora-b -o merged --weights 0.7,0.3
+
+    vllm-vlora merge adapters/ -o merged --method ties --density 0.3 --rank 32
+
+    vllm-vlora merge --checkpoint ckpt summarize translate --as both
+    """
+    with reported(verbose):
+        chosen = _parse_weights(weights)
+        options = _method_options(method, density, drop_rate, seed, rank)
+        if new_task is not None:
+            _check_blend(checkpoint, output, method)
+            assert checkpoint is not None
+            blended = _blend(checkpoint, adapters, chosen, new_task, rank, force)
+            _show_blend(blended, checkpoint, as_json)
+            return
+        if output is None:
+            raise OptionError("nowhere to write; give -o DIR, or --checkpoint CKPT --as TASK")
+        _check_absent(output, force)
+        names, opened = _read(adapters, checkpoint)
+        if len(opened) < 2:
+            raise OptionError(f"{len(opened)} adapter given; name at least two to merge")
+        from vllm_vlora.subspace.merging import MERGE_METHODS
+        from vllm_vlora.subspace.weights import save_adapter
+
+        merged = MERGE_METHODS[method.value](opened, weights=chosen, **options)
+        folder = save_adapter(merged, output, force=force)
+        data = _describe(merged, names, method, chosen, folder)
+        if as_json:
+            print_json(data)
+        else:
+            _print(open_console(), data)
+
+
+def _parse_weights(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(
+            f"--weights {text!r} is not numbers between commas; write it as 0.7,0.3"
+        ) from error
+
+
+def _method_options(
+    method: Method,
+    density: float | None,
+    drop_rate: float | None,
+    seed: int | None,
+    rank: int | None,
+) -> dict[str, Any]:
+    """Arguments of the method; an option of another method is an error, not ignored."""
+    given = {"density": density, "drop_rate": drop_rate, "seed": seed}
+    own = {Method.average: (), Method.ties: ("density",), Method.dare: ("drop_rate", "seed")}
+    for name, value in given.items():
+        if value is not None and name not in own[method]:
+            other = next(m.value for m, names in own.items() if name in names)
+            raise OptionError(
+                f"--{name.replace('_', '-')} is for --method {other}; leave it out with "
+                f"{method.value}"
+            )
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return {**options, "rank": rank}
+
+
+def _check_absent(output: Path, force: bool) -> None:
+    """What is in the way is found now, and not after a long merge."""
+    from vllm_vlora.atomic import exists_error
+
+    taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if taken and not force:
+        raise exists_error(output)
+
+
+def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRAWeights]]:
+    with progress_bar(open_console(stderr=True)) as advance:
+        if checkpoint is not None:
+            from vllm_vlora.checkpoint import Checkpoint
+            from vllm_vlora.subspace.blending import read_tasks
+
+            advance("read", 0, 1)
+            return refs, read_tasks(Checkpoint.open(checkpoint), refs)
+        from vllm_vlora.subspace.weights import LoRAWeights
+        from vllm_vlora.tools.inputs import collect, expand
+
+        opened = collect([found for ref in refs for found in expand(ref)], [])
+        read = []
+        for done, adapter in enumerate(opened.values(), 1):
+            read.append(LoRAWeights.from_adapter(adapter))
+            advance("read", done, len(opened))
+        return list(opened), read
+
+
+def _check_blend(checkpoint: str | None, output: Path | None, method: Method) -> None:
+    if checkpoint is None:
+        raise OptionError("--as writes into a checkpoint; name it with --checkpoint CKPT")
+    if output is not None:
+        raise OptionError("--as writes into the checkpoint and -o an adapter; give one of them")
+    if method is not Method.average:
+        raise OptionError(
+            f"--as stores a weighted sum, which {method.value} is not; write the merge with -o DIR "
+            "and `vllm-vlora add` it"
+        )
+
+
+def _blend(
+    checkpoint: str,
+    tasks: list[str],
+    weights: list[float] | None,
+    new_task: str,
+    rank: int | None,
+    force: bool,
+) -> BlendedTask:
+    from vllm_vlora.subspace.blending import blend_tasks
+
+    chosen = [1 / len(tasks)] * len(tasks) if weights is None else weights
+    if len(chosen) != len(tasks):
+        raise OptionError(f"{len(chosen)} weights for {len(tasks)} tasks; give one weight each")
+    if len(set(tasks)) < len(tasks):
+        raise OptionError("a task is named twice; name each once, with one weight")
+    return blend_tasks(checkpoint, dict(zip(tasks, chosen)), new_task, rank=rank, replace=force)
+
+
+def _show_blend(blended: BlendedTask, checkpoint: str, as_json: bool) -> None:
+    from vllm_vlora.card import format_bytes
+    from vllm_vlora.tools.summary import line
+
+    low, high = blended.ranks
+    if as_json:
+        print_json(
+            {
+                "checkpoint": checkpoint,
+                "task": blended.task_id,
+                "stored_as": blended.representation,
+                "min_rank": low,
+                "max_rank": high,
+                "bytes": blended.nbytes,
+                "error": blended.error,
+            }
+        )
+        return
+    rank = str(low) if low == high else f"{low}-{high}"
+    line(
+        open_console(),
+        f"Wrote task {blended.task_id} into {checkpoint}: {blended.representation}, rank {rank}, "
+        f"{format_bytes(blended.nbytes)}, relative error {blended.error:.2g}.",
+    )
+
+
+def _describe(
+    merged: MergedWeights,
+    names: list[str],
+    method: Method,
+    weights: list[float] | None,
+    folder: Path,
+) -> dict[str, Any]:
+    default = 1.0 if method is Method.ties else 1 / len(names)
+    return {
+        "output": str(folder),
+        "method": method.value,
+        "adapters": names,
+        "weights": [default] * len(names) if weights is None else weights,
+        "seed": merged.seed,
+        "modules": len(merged.layer_names),
+        "max_rank": merged.rank,
+        "truncation_error": merged.truncation_error,
+    }
+
+
+def _print(console: Console, data: dict[str, Any]) -> None:
+    from vllm_vlora.tools.summary import line
+
+    terms = ", ".join(
+        f"{weight:g} {name}" for name, weight in zip(data["adapters"], data["weights"])
+    )
+    seed = "" if data["seed"] is None else f", seed {data['seed']}"
+    line(console, f"Merged {terms} ({data['method']}{seed}).")
+    lost = data["truncation_error"]
+    said = f"cutting it to this rank lost {lost:.1%} of its norm" if lost else "exact"
+    line(
+        console,
+        f"{data['output']}: {data['modules']} modules, rank up to {data['max_rank']}; {said}.",
+    )
+    if lost:
+        line(console, "A larger --rank loses less.", style="dim")
