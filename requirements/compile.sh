@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Regenerate requirements/cpu.txt: a full pinned list, installed with --no-deps (`make requirements`).
+# Regenerate cpu.txt and docs.txt: full pinned lists, installed with --no-deps (`make requirements`).
 set -euo pipefail
 cd "$(dirname "$0")"
 python="${1:-python3}"
@@ -7,10 +7,17 @@ tools="$(mktemp -d)"
 trap 'rm -rf "$tools"' EXIT
 "$python" -m venv "$tools"
 "$tools/bin/pip" install --quiet uv
-"$tools/bin/uv" pip compile --quiet cpu.in --override overrides.txt --python-version 3.11 \
-    --no-header --no-annotate --output-file "$tools/all.txt"
-{
-    echo "# Made by requirements/compile.sh from cpu.in; do not edit. Install with --no-deps."
-    # torch comes from torch.txt; the CUDA parts belong to its other build.
-    grep -vE '^(torch==|nvidia-|cuda-)' "$tools/all.txt"
-} > cpu.txt
+# resolve NAME [OPTION...]: NAME.txt from NAME.in.
+resolve() {
+    local name="$1"
+    shift
+    "$tools/bin/uv" pip compile --quiet "$name.in" "$@" --python-version 3.11 \
+        --no-header --no-annotate --output-file "$tools/$name.txt"
+    {
+        echo "# Made by requirements/compile.sh from $name.in; do not edit. Install with --no-deps."
+        # torch comes from torch.txt; the CUDA parts belong to its other build.
+        grep -vE '^(torch==|nvidia-|cuda-)' "$tools/$name.txt"
+    } > "$name.txt"
+}
+resolve cpu --override overrides.txt
+resolve docs

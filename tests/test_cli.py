@@ -39,6 +39,14 @@ COMMANDS = (
     "evaluate",
     "add",
     "remove",
+    "analyze",
+    "benchmark",
+    "convert",
+    "diff",
+    "merge",
+    "pull",
+    "push",
+    "reconstruct",
 )
 FORMAT2 = Path(__file__).parent / "data" / "format2"
 runner = CliRunner()

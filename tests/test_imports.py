@@ -22,11 +22,18 @@ FORBIDDEN = {
 }  # fmt: skip
 LIBRARY_ORDER = [
     "errors", "_version", "modes", "task_ids", "atomic", "hub", "executors", "whitening", "moments",
-    "texts", "calibration", "quantize", "options", "peft_config", "adapters", "evaluation", "manifest",
-    "checkpoint", "representations", "fit", "flat_fit", "clusters", "collection", "formats", "scratch",
-    "allocation", "measure", "flat", "survey", "sharing", "plan", "encoding", "report", "card",
-    "model_layers", "memory", "compression", "projection", "growth", "editing", "adding", "recovery",
-    "export", "rebuilding", "validation",
+    "texts", "calibration", "quantize", "options", "peft_config", "adapters", "evaluation",
+    "manifest", "checkpoint", "representations", "fit", "flat_fit", "clusters", "collection",
+    "formats", "scratch", "allocation", "measure", "flat", "survey", "sharing", "plan", "encoding",
+    "report", "contents", "card", "model_layers", "memory", "compression", "projection", "growth",
+    "editing", "adding", "recovery", "export", "rebuilding", "validation", "foreign.files",
+    "foreign.lorashare_files", "foreign.vlora_files", "foreign.convert", "hub_repository",
+    "share_model", "subspace.algebra", "subspace.layers", "subspace.rounding", "subspace.tasks",
+    "subspace.weights", "subspace.analysis", "subspace.members", "subspace.fitting",
+    "subspace.merging", "subspace.storage", "subspace.sizes", "subspace.state",
+    "subspace.refitting", "subspace.shared", "subspace.blending", "subspace.pipeline",
+    "subspace.router", "subspace.updates", "subspace.attaching", "subspace.heads", "subspace.model",
+    "subspace.training", "integrations.huggingface",
 ]  # fmt: skip
 
 

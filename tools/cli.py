@@ -9,9 +9,16 @@ import typer
 
 from vllm_vlora._version import __version__
 from vllm_vlora.tools.add_command import add, remove
+from vllm_vlora.tools.analyze_command import analyze
+from vllm_vlora.tools.benchmark_command import benchmark
 from vllm_vlora.tools.calibrate_command import calibrate
 from vllm_vlora.tools.compress_command import compress
+from vllm_vlora.tools.convert_command import convert
+from vllm_vlora.tools.diff_command import diff
 from vllm_vlora.tools.evaluate_command import evaluate
+from vllm_vlora.tools.hub_command import pull, push
+from vllm_vlora.tools.merge_command import merge
+from vllm_vlora.tools.reconstruct_command import reconstruct
 from vllm_vlora.tools.terminal import (
     EXIT_CHECK_FAILED,
     AsJson,
@@ -70,10 +77,13 @@ def vllm_vlora(
     """
 
 
-app.command()(compress)
+_MAKE, _LOOK = "Make and change checkpoints", "Look and judge"
+_TAKE, _ADAPTERS = "Take out and pass on", "Adapters"
+
+app.command(rich_help_panel=_MAKE)(compress)
 
 
-@app.command()
+@app.command(rich_help_panel=_LOOK)
 def info(
     checkpoint: CheckpointRef,
     rebuild: Annotated[
@@ -128,7 +138,7 @@ def info(
         show.print_serving(console, data)
 
 
-@app.command()
+@app.command(rich_help_panel=_LOOK)
 def validate(
     checkpoint: CheckpointRef,
     as_json: AsJson = False,
@@ -161,7 +171,7 @@ def validate(
             raise typer.Exit(EXIT_CHECK_FAILED)
 
 
-@app.command()
+@app.command(rich_help_panel=_TAKE)
 def export(
     checkpoint: CheckpointRef,
     output: Annotated[
@@ -245,7 +255,7 @@ def export(
             show.line(console, f"{task_id} -> {folder}")
 
 
-@app.command()
+@app.command(rich_help_panel=_LOOK)
 def plan(
     checkpoint: CheckpointRef,
     max_loras: Annotated[
@@ -348,7 +358,11 @@ def plan(
             show.print_plan(open_console(), data)
 
 
-app.command()(add)
-app.command()(remove)
-app.command()(calibrate)
-app.command()(evaluate)
+for panel, commands in (
+    (_MAKE, (add, remove, calibrate, convert)),
+    (_LOOK, (evaluate, benchmark)),
+    (_TAKE, (reconstruct, push, pull)),
+    (_ADAPTERS, (analyze, diff, merge)),
+):
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)

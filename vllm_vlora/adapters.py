@@ -108,6 +108,12 @@ class Adapter:
         modules: the adapted modules, sorted by name.
         extra: dtype and shape of every tensor that is not LoRA (classifier heads and other
             ``modules_to_save``, embeddings saved whole), under its name in the file.
+
+    Examples:
+        >>> adapter = open_adapter(adapter_dirs[0])
+        >>> a, b = adapter.factors("layers.0.v_proj")
+        >>> tuple(a.shape), tuple(b.shape), adapter.modules["layers.0.v_proj"].scale
+        ((2, 12), (6, 2), 2.0)
     """
 
     path: Path
@@ -189,6 +195,11 @@ def open_adapter(ref: str | Path) -> Adapter:
         AdapterError: it cannot be found or read, contradicts itself, or uses a feature with no
             exact low-rank form (DoRA, LoHa, convolutions, pickled weights, ...); one line that
             names the adapter, the offending thing and what to do.
+
+    Examples:
+        >>> adapter = open_adapter(adapter_dirs[0])
+        >>> adapter.name, adapter.modules["layers.0.q_proj"].rank
+        ('task_0', 2)
     """
     folder = resolve_snapshot(
         ref, what="adapter", error=AdapterError, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]

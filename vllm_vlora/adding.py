@@ -80,6 +80,13 @@ class AddOptions:
 
     Raises:
         OptionError: unknown, out of range or contradictory values.
+
+    Examples:
+        >>> AddOptions(ratio=4).max_error is None
+        True
+        >>> AddOptions(ratio=4, max_error=0.1)
+        Traceback (most recent call last):
+        vllm_vlora.errors.OptionError: ratio and max_error contradict each other; give only one of them
     """
 
     ratio: float | None = None
@@ -138,6 +145,12 @@ class AddReport:
 
     ``grown`` counts the modules whose basis has grown, ``grown_nbytes`` the bytes of their new rows.
     ``budget`` says what the new tasks were allowed, in words.
+
+    Examples:
+        >>> new = {"new": open_adapter(adapter_dirs[0])}
+        >>> report = add_adapters(checkpoint, new, AddOptions(max_error=0.1))
+        >>> report.nbytes > report.nbytes_before, report.tasks[0].error <= 0.1
+        (True, True)
     """
 
     path: Path
@@ -186,6 +199,11 @@ def add_adapters(
         CheckpointError, DataError: the checkpoint or the calibration cannot be read.
         OutputError: the checkpoint cannot be written, or was changed meanwhile.
         TaskIdError: a task id that is not allowed, or that the checkpoint has already.
+
+    Examples:
+        >>> report = add_adapters(checkpoint, {"new": open_adapter(adapter_dirs[0])})
+        >>> report.tasks[0].task_id, list(Checkpoint.open(checkpoint).tasks)[-1]
+        ('new', 'new')
     """
     started = time.monotonic()
     options = options or AddOptions()
@@ -217,6 +235,11 @@ def remove_tasks(
     Raises:
         TaskNotFoundError: no such task. OptionError: no task would be left.
         CheckpointError, OutputError: as :func:`add_adapters`.
+
+    Examples:
+        >>> freed = remove_tasks(checkpoint, ["task_1", "task_3"])
+        >>> freed > 0, list(Checkpoint.open(checkpoint).tasks)
+        (True, ['task_0', 'task_2'])
     """
     with edited(checkpoint, output, force=force) as (opened, folder):
         freed = sum(opened.record(task_id).nbytes for task_id in dict.fromkeys(task_ids))

@@ -337,6 +337,13 @@ class Checkpoint:
     Raises:
         CheckpointError: something is missing, damaged or contradicts the manifest.
         CheckpointVersionError: a newer format wrote it.
+
+    Examples:
+        >>> opened = Checkpoint.open(checkpoint)
+        >>> list(opened.tasks)
+        ['task_0', 'task_1', 'task_2', 'task_3']
+        >>> opened.load_task("task_1").modules["layers.0.q_proj"].representation
+        'joint'
     """
 
     def __init__(self, path: Path, config: Config, tasks: dict[str, TaskRecord]) -> None:

@@ -1,6 +1,7 @@
 """Exceptions that a user may see. Each message is one line and says what to do next.
 
-Three are built-in errors as well: code written for vlora catches ``KeyError`` and ``ValueError``.
+Four are built-in errors as well: code written for vlora catches ``KeyError``, ``ValueError`` and
+``RuntimeError``.
 """
 
 
@@ -50,6 +51,10 @@ class OptionError(VLoRAError, ValueError):
 
 class BudgetError(VLoRAError):
     """No allowed representation meets the asked size or error."""
+
+
+class ModelStateError(VLoRAError, RuntimeError):
+    """A model cannot do this now: a task is merged into its weights, or it is quantised or compiled."""
 
 
 class ModelMismatchError(VLoRAError):

@@ -145,6 +145,11 @@ class MemoryPlan:
         modes: stock vLLM first, then :data:`MODES`.
         not_direct: task id -> why it cannot run direct.
         assumptions: what was taken for granted, a sentence each.
+
+    Examples:
+        >>> found = plan_memory(Checkpoint.open(checkpoint), max_loras=64, tp=2)
+        >>> found.tasks, found.mode("direct").direct_tasks, found.not_direct
+        (4, 4, {})
     """
 
     tp: int
@@ -216,6 +221,11 @@ def plan_memory(
         OptionError: an option is out of range, the rank is too small for every mode, or the
             tensor-parallel size does not divide a layer.
         ModelMismatchError: the model, or its target modules, lack a module of the checkpoint.
+
+    Examples:
+        >>> found = plan_memory(Checkpoint.open(checkpoint), max_loras=64)
+        >>> [memory.mode for memory in found.modes]
+        ['stock', 'materialize', 'direct', 'auto']
     """
     counts = {
         "max_loras": max_loras,

@@ -51,6 +51,12 @@ class CompressOptions:
 
     Raises:
         OptionError: unknown, out of range or contradictory values.
+
+    Examples:
+        >>> CompressOptions(ratio=6, gate=0.3).shares
+        'auto'
+        >>> CompressOptions(num_components=4).shares
+        'joint'
     """
 
     representation: str = "auto"

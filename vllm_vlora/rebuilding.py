@@ -86,6 +86,12 @@ def rebuild(
     Raises:
         AdapterError: a task of the checkpoint has no adapter here.
         As :func:`compression.compress`.
+
+    Examples:
+        >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
+        >>> report = rebuild(checkpoint, tasks, AddOptions(max_error=0.1))
+        >>> report.worst_error <= 0.1
+        True
     """
     opened, options = Checkpoint.open(checkpoint), options or AddOptions()
     missing = [task_id for task_id in opened.tasks if task_id not in adapters]

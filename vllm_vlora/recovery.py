@@ -90,6 +90,15 @@ def compress_to_quality(
 
     Raises:
         As :func:`compression.compress`; OptionError for a budget in the options.
+
+    Examples:
+        >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
+        >>> def judge(path):
+        ...     records = Checkpoint.open(path).tasks
+        ...     return {task: 1 - record.error**2 for task, record in records.items()}
+        >>> report = compress_to_quality(tasks, folder / "checkpoint", 0.9, judge)
+        >>> min(report.recovered.values()) >= 0.9
+        True
     """
     options = options or CompressOptions()
     if not 0 < least <= 1:

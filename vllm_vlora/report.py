@@ -58,6 +58,14 @@ class CompressReport:
     ``raised`` are the tasks that got more than their share of the bytes to pass the gate.
     ``recovered`` and ``kept`` are set by ``compress_to_quality``: the recovered fraction of every task
     (None where it is undefined), and the tasks that are stored as they were, since less would not do.
+
+    Examples:
+        >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
+        >>> report = compress(tasks, folder / "checkpoint", CompressOptions(max_error=0.05))
+        >>> report.worst_error <= 0.05
+        True
+        >>> [task.task_id for task in report.tasks]
+        ['task_0', 'task_1', 'task_2', 'task_3']
     """
 
     path: Path

@@ -744,7 +744,7 @@ def _enough_components(collection: Collection, module: Module, threshold: float)
         return collection.read_module(module)
 
     total = sum(squared_norm(a, b, scale) > 0 for a, b, scale in read())
-    most = min(module.total_rank, max(module.d_in, module.d_out))
+    most = directions(module)
     width = min(_FIRST_WIDTH, most)
     while True:
         captured = fit_module(read, module.d_in, module.d_out, width).energy.cumsum(0).cumsum(1)

@@ -42,6 +42,10 @@ def validate(
     Raises:
         CheckpointError: there is no checkpoint at ``ref`` to check.
         CheckpointVersionError: a newer format wrote it, so this version cannot tell.
+
+    Examples:
+        >>> validate(checkpoint)
+        []
     """
     path = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
     try:

@@ -28,6 +28,10 @@ def lora_request(checkpoint: str | Path | Checkpoint, task: str) -> LoRARequest:
     Raises:
         CheckpointError: the checkpoint cannot be read.
         TaskNotFoundError: it has no such task.
+
+    Examples:
+        >>> lora_request(checkpoint, "task_1").lora_name
+        'task_1'
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     opened.record(task)

@@ -1,0 +1,151 @@
+"""What examples in docstrings and on the pages of ``docs/`` find in scope, made when it is named.
+
+* ``torch``, and every public name of ``vllm_vlora``;
+* ``adapter_dirs``: four PEFT folders as strings, ``task_0`` to ``task_3``: rank 2, alpha 4, on
+  ``layers.0.q_proj`` (d_in 12, d_out 8) and ``layers.0.v_proj`` (12, 6);
+* ``adapters``: the same as a list of ``LoRAWeights``;
+* ``subspace``, ``joint``: ``SharedSubspace`` of them, flat with 2 components and joint with 4;
+* ``checkpoint``: path of a compressed checkpoint of them;
+* ``vlora_checkpoint``: path of a checkpoint that vlora wrote, of tasks cola, mrpc, rte and team/wnli;
+* ``base_model``: an ``nn.Module`` with these linears; ``forward(x (B, 12)) -> (B, 14)``;
+* ``folder``: an empty ``pathlib.Path``, which is also the working folder.
+
+Every run gets everything anew, so an example may change what it likes.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import vllm_vlora
+from vllm_vlora.adapters import open_adapter, write_adapter
+from vllm_vlora.compression import compress
+from vllm_vlora.options import CompressOptions
+
+RANK, ALPHA, TASKS = 2, 4, 4
+SHAPES = {"layers.0.q_proj": (12, 8), "layers.0.v_proj": (12, 6)}
+
+
+class Layer(nn.Module):
+    """Two linears side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(12, 8)
+        self.v_proj = nn.Linear(12, 6)
+
+
+class BaseModel(nn.Module):
+    """(B, 12) -> (B, 14)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layers[0]
+        return torch.cat([layer.q_proj(x), layer.v_proj(x)], dim=-1)
+
+
+def write_adapters(root: Path) -> list[str]:
+    """The four adapters as PEFT folders: one parent, and something of its own for each."""
+    generator = torch.Generator().manual_seed(0)
+    parents = {
+        name: (
+            torch.randn(RANK, d_in, generator=generator),
+            torch.randn(d_out, RANK, generator=generator),
+        )
+        for name, (d_in, d_out) in SHAPES.items()
+    }
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": ["q_proj", "v_proj"],
+        "base_model_name_or_path": "org/tiny",
+    }
+    folders = []
+    for task in range(TASKS):
+        factors = {
+            name: (
+                a + 0.3 * torch.randn(a.shape, generator=generator),
+                b + 0.3 * torch.randn(b.shape, generator=generator),
+            )
+            for name, (a, b) in parents.items()
+        }
+        folders.append(str(write_adapter(root / f"task_{task}", config, factors)))
+    return folders
+
+
+class DocumentedWorld:
+    """Makes the names that a source text mentions, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[str, Any] = {}
+        self._makers: dict[str, Callable[[], Any]] = {
+            "torch": lambda: torch,
+            "vllm_vlora": lambda: vllm_vlora,
+            "adapter_dirs": lambda: write_adapters(self._folder / "world"),
+            "adapters": self._adapters,
+            "subspace": self._subspace,
+            "joint": self._joint,
+            "checkpoint": self._checkpoint,
+            "vlora_checkpoint": self._vlora_checkpoint,
+            "base_model": self._base_model,
+            "folder": self._empty,
+        }
+
+    def names(self, source: str) -> dict[str, Any]:
+        """Name -> thing, for every name of this world and every public one that ``source`` has."""
+        words = set(re.findall(r"\w+", source))
+        public = {name: getattr(vllm_vlora, name) for name in vllm_vlora.__all__ if name in words}
+        return public | {name: self[name] for name in self._makers if name in words}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def _adapters(self) -> list[Any]:
+        from vllm_vlora.subspace.weights import load_adapter
+
+        return [load_adapter(folder) for folder in self["adapter_dirs"]]
+
+    def _subspace(self) -> Any:
+        from vllm_vlora.subspace.shared import SharedSubspace
+
+        return SharedSubspace.from_adapters(self["adapters"], num_components=2)
+
+    def _joint(self) -> Any:
+        from vllm_vlora.subspace.shared import SharedSubspace
+
+        return SharedSubspace.from_adapters(
+            self["adapters"], num_components=4, representation="joint"
+        )
+
+    def _checkpoint(self) -> Path:
+        path = self._folder / "world" / "checkpoint"
+        opened = {Path(folder).name: open_adapter(folder) for folder in self["adapter_dirs"]}
+        compress(opened, path, CompressOptions(num_components=4))
+        return path
+
+    def _vlora_checkpoint(self) -> Path:
+        written = Path(__file__).parent.parent / "data" / "seeds" / "vlora-1.0.0-float"
+        return Path(shutil.copytree(written, self._folder / "world" / "vlora"))
+
+    def _base_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return BaseModel()
+
+    def _empty(self) -> Path:
+        path = self._folder / "folder"
+        path.mkdir(exist_ok=True)
+        return path
