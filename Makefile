@@ -18,7 +18,7 @@ help: ## Say what each target does
 demo: $(VENV)/.ready ## Compress ten real adapters, serve them with vLLM on CPU, print what happened
 	$(BIN)/python examples/demo/run_demo.py
 
-test: lint test-fast test-engine ## Lint, types and every test
+test: lint docs test-fast test-engine ## Lint, types, the site and every test
 
 lint: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/ruff check .

@@ -91,7 +91,13 @@ def compress(
     ] = None,
     num_components: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Make every shared basis K wide (implies joint)."),
+        typer.Option(
+            "--num-components",
+            "-k",
+            metavar="K",
+            help="Make every shared basis K wide, or as wide as its module has directions "
+            "(implies joint).",
+        ),
     ] = None,
     gate: Annotated[
         float | None,
