@@ -170,7 +170,7 @@ MADE = {
     "joint nf4": {"representation": "joint", "num_components": 8, "quantize": "nf4"},
     "private": {"representation": "private", "ratio": 2.0},
     "private nf4": {"representation": "private", "quantize": "nf4", "ratio": 4.0},
-    "flat": {"representation": "flat", "num_components": 2, "quantize": "none"},
+    "flat": {"representation": "flat", "num_components": 1, "quantize": "none"},
     "auto": {"ratio": 4.0},
 }
 

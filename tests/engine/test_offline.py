@@ -285,10 +285,37 @@ def test_lossy_tasks_answer_as_their_export_does_in_stock_vllm(
             exported[key] = export_task(
                 checkpoint, name, world.root / "exported" / key, dtype=torch.float32
             )
+    for kind, (path, names) in _made_under_the_seeds_names(world).items():
+        for name in names:
+            key = f"{name}-{kind}"
+            requests[key] = lora_request(path, name)
+            exported[key] = export_task(
+                Checkpoint.open(path), name, world.root / "exported" / key, dtype=torch.float32
+            )
     reference = stock_tokens(world.model, exported, PROMPTS)
     for key, request in requests.items():
         tokens = engine.generate(PROMPTS, [request] * len(PROMPTS))
         assert tokens == reference[key], key
+
+
+def _made_under_the_seeds_names(world: World) -> dict[str, tuple[Path, list[str]]]:
+    """Checkpoints of SharedSubspace and SHAREModel, and a blend of two tasks written into one."""
+    from vllm_vlora import SharedSubspace, SHAREModel, blend_tasks, load_adapter
+
+    names = ["attention", "everything", "rslora"]
+    subspace, share = world.root / "subspace", world.root / "share"
+    SharedSubspace.from_adapters(
+        [load_adapter(world.adapters[name]) for name in names],
+        task_ids=names,
+        num_components=6,
+        representation="joint",
+        missing="zero",
+    ).save(subspace)
+    blend_tasks(subspace, {"attention": 0.5, "everything": 0.5}, "blend")
+    SHAREModel.from_adapters(
+        {name: str(world.adapters[name]) for name in names}, num_components=6
+    ).save_pretrained(share)
+    return {"subspace": (subspace, [*names, "blend"]), "share": (share, names)}
 
 
 def _still_answers(engine: Engine) -> None:

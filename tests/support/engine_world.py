@@ -218,13 +218,24 @@ def make_world(root: Path) -> World:
     return World(root, model, adapters, ordinary, reference, make)
 
 
+def _all_directions(world: World) -> int:
+    """Components of a basis that loses nothing of any module."""
+    from vllm_vlora.adapters import open_adapter
+    from vllm_vlora.collection import Collection
+    from vllm_vlora.survey import directions
+
+    opened = {task: open_adapter(path) for task, path in world.adapters.items()}
+    modules = Collection(opened).modules.values()
+    return max(directions(module) for module in modules if module.kind == "linear")
+
+
 def exact(world: World, representation: str) -> Path:
     """A checkpoint of all adapters that loses nothing but float32 rounding; made once."""
     name = f"exact-{representation}"
     if (world.root / name).exists():
         return world.root / name
     if representation == "joint":
-        options: dict = {"num_components": 256}
+        options: dict = {"num_components": _all_directions(world)}
     else:
         options = {"ratio": 0.1}
     return world.compress(
