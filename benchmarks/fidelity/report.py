@@ -102,10 +102,14 @@ def lines_of(
     return {name: [line[at] for at in sorted(line)] for name, line in lines.items()}
 
 
+# What a picture shows as lost where nothing is.
+_LEAST_LOST = 5e-4
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """Mean recovered fraction against ratio: a panel for each collection and kind of task.
 
-    A thin dashed line is the worst task.
+    A thin dashed line is the worst task. The axis is logarithmic in what is lost.
 
     Raises:
         ValueError: matplotlib knows no picture of the kind that ``path`` ends with.
@@ -131,7 +135,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         matplotlib.lines.Line2D([], [], color=colour, marker="o", label=name)
         for name, colour in colours.items()
     ]
-    figure.legend(handles=handles, loc="outside right upper")
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -140,10 +144,18 @@ def _draw(
 ) -> None:
     for name, places in lines.items():
         ratios, means, worsts = zip(*places)
-        axis.plot(ratios, means, marker="o", markersize=4, color=colours[name])
-        axis.plot(ratios, worsts, linestyle="--", linewidth=0.7, color=colours[name])
+        axis.plot(ratios, _lost(means), marker="o", markersize=4, color=colours[name])
+        axis.plot(ratios, _lost(worsts), linestyle="--", linewidth=0.7, color=colours[name])
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    # Harm has no bottom; what matters is above zero.
-    axis.set_ylim(0, 1.03)
+    # By what is lost, so that 0.99 and 0.999 are apart; harm has no bottom, and all of it is at zero.
+    axis.set_yscale("log")
+    axis.set_ylim(1.0, _LEAST_LOST / 2)
+    axis.set_yticks([1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter(lambda lost, _: f"{1 - lost:.4g}")
     axis.grid(alpha=0.3)
+
+
+def _lost(recovered: Sequence[float]) -> list[float]:
+    return [min(max(1 - value, _LEAST_LOST), 1.0) for value in recovered]
