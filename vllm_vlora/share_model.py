@@ -28,6 +28,7 @@ from vllm_vlora.checkpoint import Basis, Checkpoint, StoredModule, StoredTask
 from vllm_vlora.collection import Collection, Module
 from vllm_vlora.compression import compress
 from vllm_vlora.editing import Successor, edited
+from vllm_vlora.encoding import relative
 from vllm_vlora.errors import AdapterError, CheckpointError, OptionError, TaskIdError
 from vllm_vlora.export import export_task
 from vllm_vlora.fit import fit_module
@@ -389,7 +390,7 @@ class SHAREModel:
                     f"checkpoint {new_b.shape[0]} x {new_a.shape[1]}; name the original adapter"
                 )
             lost, norm = relative_error(a, b, module.scale, stored, basis)
-            errors[name] = _relative(lost, norm)
+            errors[name] = relative(lost, norm)
         return errors
 
     def _write(self, adapter_name: str, folder: Path, force: bool) -> Path:
@@ -509,7 +510,7 @@ class SHAREModel:
                 name,
                 cores,
                 original_nbytes=adapter.original_nbytes,
-                error=_relative(lost, norm),
+                error=relative(lost, norm),
                 adapter_config=adapter.config,
                 source=adapter.name,
                 extra=adapter.extra_tensors(),
@@ -766,8 +767,3 @@ def _shared_params(module: Any) -> int:
     if flat is not None:
         count += flat.rank * ((flat.k_out + 1) * module.d_out + (flat.k_in + 1) * module.d_in)
     return count
-
-
-def _relative(lost: float, norm: float) -> float:
-    # A delta_W of zero is stored as zero, so there is nothing to divide.
-    return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)

@@ -24,6 +24,7 @@ from vllm_vlora.adapters import Factors
 from vllm_vlora.checkpoint import Basis, Checkpoint, StoredModule, StoredTask
 from vllm_vlora.contents import common
 from vllm_vlora.editing import Successor, edited
+from vllm_vlora.encoding import relative
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
 from vllm_vlora.manifest import ModuleSpec
 from vllm_vlora.measure import squared_norm
@@ -420,13 +421,13 @@ class _Blend:
                 continue
             stored, (module_lost, module_norm) = self._module(spec, parts)
             original += 2 * stored.rank * (spec.d_in + spec.d_out)
-            modules[spec.name] = replace(stored, error=_relative(module_lost, module_norm))
+            modules[spec.name] = replace(stored, error=relative(module_lost, module_norm))
             lost, norm = lost + module_lost, norm + module_norm
         writer.add_task(
             task_id,
             modules,
             original_nbytes=original,
-            error=_relative(lost, norm),
+            error=relative(lost, norm),
             adapter_config=self._config(modules),
             source=_formula(self._weights),
             extra=common_extra([task.extra for task in self._tasks]),
@@ -575,7 +576,3 @@ def _formula(weights: Mapping[str, float]) -> str:
     """ "0.6*a+0.4*b" """
     text = "+".join(f"{weight:g}*{task_id}" for task_id, weight in weights.items())
     return text.replace("+-", "-")
-
-
-def _relative(lost: float, norm: float) -> float:
-    return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
