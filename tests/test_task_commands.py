@@ -293,7 +293,13 @@ def test_merge_of_tasks(checkpoint: Path, tmp_path: Path) -> None:
     assert "already" in error_line(
         "merge", "--checkpoint", checkpoint, "task0", "task1", "--as", "more"
     )
-    invoke("merge", "--checkpoint", checkpoint, "task0", "task1", "--as", "more", "--force")
+    full = data_of("merge", "--checkpoint", checkpoint, "task0", "task1", "--as", "more", "--force")
+    tasks = ("--checkpoint", checkpoint, "task0", "task1", "--as", "small", "--format", "int8")
+    small = data_of("merge", *tasks)
+    assert small["bytes"] < 0.6 * full["bytes"]
+    assert full["error"] < 1e-5 < small["error"] < 0.02
+    segments = Checkpoint.open(checkpoint).record("small").segments
+    assert {segment.format for segment in segments} == {"int8"}
 
 
 def test_merge_refuses(folders: list[str], checkpoint: Path, tmp_path: Path) -> None:
@@ -313,6 +319,8 @@ def test_merge_refuses(folders: list[str], checkpoint: Path, tmp_path: Path) -> 
     tasks = ["--checkpoint", checkpoint, "task0", "task1"]
     assert "give one of them" in error_line("merge", *tasks, "--as", "x", "-o", out)
     assert "weighted sum" in error_line("merge", *tasks, "--as", "x", "--method", "ties")
+    assert "give --checkpoint and --as" in error_line("merge", *two, "-o", out, "--format", "int8")
+    assert "unknown" in error_line("merge", *tasks, "--as", "x", "--format", "int3")
     assert "named twice" in error_line(
         "merge", "--checkpoint", checkpoint, "task0", "task0", "--as", "x"
     )

@@ -91,6 +91,16 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="With --as: what TASK is stored in, as bfloat16, int8 or nf4-dq. Default: float32, "
+            "which loses nothing.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an adapter at DIR, or TASK in CKPT.")
     ] = False,
@@ -110,6 +120,8 @@ def merge(
     vllm-vlora merge adapters/ -o merged --method ties --density 0.3 --rank 32
 
     vllm-vlora merge --checkpoint ckpt summarize translate --as both
+
+    vllm-vlora merge --checkpoint ckpt sql fr --as both --format nf4-dq
     """
     with reported(verbose):
         chosen = _parse_weights(weights)
@@ -117,9 +129,13 @@ def merge(
         if new_task is not None:
             _check_blend(checkpoint, output, method)
             assert checkpoint is not None
-            blended = _blend(checkpoint, adapters, chosen, new_task, rank, force)
+            blended = _blend(
+                checkpoint, adapters, chosen, new_task, rank, format or "float32", force
+            )
             _show_blend(blended, checkpoint, as_json)
             return
+        if format is not None:
+            raise OptionError("--format is for a task in a checkpoint; give --checkpoint and --as")
         if output is None:
             raise OptionError("nowhere to write; give -o DIR, or --checkpoint CKPT --as TASK")
         _check_absent(output, force)
@@ -216,6 +232,7 @@ def _blend(
     weights: list[float] | None,
     new_task: str,
     rank: int | None,
+    format: str,
     force: bool,
 ) -> BlendedTask:
     from vllm_vlora.subspace.blending import blend_tasks
@@ -225,7 +242,8 @@ def _blend(
         raise OptionError(f"{len(chosen)} weights for {len(tasks)} tasks; give one weight each")
     if len(set(tasks)) < len(tasks):
         raise OptionError("a task is named twice; name each once, with one weight")
-    return blend_tasks(checkpoint, dict(zip(tasks, chosen)), new_task, rank=rank, replace=force)
+    named = dict(zip(tasks, chosen))
+    return blend_tasks(checkpoint, named, new_task, rank=rank, format=format, replace=force)
 
 
 def _show_blend(blended: BlendedTask, checkpoint: str, as_json: bool) -> None:
