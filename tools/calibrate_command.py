@@ -45,7 +45,8 @@ def calibrate(
     gradients: Annotated[
         bool,
         typer.Option(
-            "--gradients/--no-gradients", help="Gather output gradients too, or inputs only."
+            "--gradients/--no-gradients",
+            help="Gather output gradients too, or inputs only, which often keeps less.",
         ),
     ] = True,
     full: Annotated[
