@@ -22,8 +22,8 @@ FORBIDDEN = {
 }  # fmt: skip
 LIBRARY_ORDER = [
     "errors", "_version", "modes", "task_ids", "atomic", "hub", "executors", "whitening", "moments",
-    "texts", "calibration", "quantize", "options", "peft_config", "adapters", "evaluation",
-    "manifest", "checkpoint", "representations", "fit", "flat_fit", "clusters", "collection",
+    "texts", "calibration", "quantize", "options", "peft_config", "adapters", "manifest",
+    "checkpoint", "representations", "evaluation", "fit", "flat_fit", "clusters", "collection",
     "formats", "scratch", "allocation", "measure", "flat", "survey", "sharing", "plan", "encoding",
     "report", "contents", "card", "model_layers", "memory", "compression", "projection", "growth",
     "editing", "adding", "recovery", "export", "rebuilding", "validation", "foreign.files",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -466,6 +466,24 @@ class Checkpoint:
         for name, representation, basis in self.shared():
             if representation == "joint":
                 yield name, basis
+
+    def shared_by(self, task_ids: Iterable[str]) -> dict[tuple[str, str], Basis]:
+        """(module name, representation) -> what these tasks share there, as it is packed.
+
+        Raises:
+            TaskNotFoundError: no such task. CheckpointError: a basis file is damaged.
+        """
+        wanted = {
+            (self.modules[segment.module].name, segment.representation)
+            for task_id in task_ids
+            for segment in self.record(task_id).segments
+            if segment.representation != "private"
+        }
+        if not wanted:
+            return {}
+        return {
+            (name, kind): basis for name, kind, basis in self.shared() if (name, kind) in wanted
+        }
 
     def shared(self) -> Iterator[tuple[str, str, Basis]]:
         """Yield (module name, representation, what its tasks of that representation share).

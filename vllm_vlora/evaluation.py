@@ -24,6 +24,7 @@ import torch
 
 from vllm_vlora.adapters import Adapter, Factors
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.representations import small_product
 
 MIN_GAIN = 0.01
 """Nats per token by which an adapter must improve on the base before a fraction means anything."""
@@ -304,23 +305,16 @@ def _scaled(factors: Factors, scale: float) -> Factors:
 
 def _compare_module(name: str, original: Factors, copy: Factors | None) -> ModuleFidelity:
     a, b = original
-    sigma = torch.linalg.svdvals(_core(a, b))
+    sigma = torch.linalg.svdvals(small_product(a, b))
     difference = sigma
     if copy is not None:
-        difference = _core(torch.cat([copy[0], a]), torch.cat([copy[1], -b], dim=1))
+        difference = small_product(torch.cat([copy[0], a]), torch.cat([copy[1], -b], dim=1))
     return ModuleFidelity(
         name,
         float(difference.square().sum()),
         float(sigma.square().sum()),
         tuple(sigma.tolist()),
     )
-
-
-def _core(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A small matrix with the singular values of B A: A (r, d_in), B (d_out, r)."""
-    r_a = torch.linalg.qr(a.T, mode="r").R
-    r_b = torch.linalg.qr(b, mode="r").R
-    return r_b @ r_a.T
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def export_task(
         >>> sorted(file.name for file in path.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    bases = _shared(checkpoint, [task_id])
+    bases = checkpoint.shared_by([task_id])
     return _export(checkpoint, task_id, bases, Path(output), force, dtype, changes)
 
 
@@ -160,29 +160,12 @@ def export_all(
     if not force:
         for folder in folders.values():
             _check_absent(folder)
-    bases = _shared(checkpoint, folders)
+    bases = checkpoint.shared_by(folders)
     for done, (task_id, folder) in enumerate(folders.items(), 1):
         _export(checkpoint, task_id, bases, folder, force, dtype, changes)
         if progress is not None:
             progress(task_id, done, len(folders))
     return folders
-
-
-def _shared(checkpoint: Checkpoint, task_ids: Iterable[str]) -> _Shared:
-    """The bases that these tasks need, packed."""
-    wanted = {
-        (checkpoint.modules[segment.module].name, segment.representation)
-        for task_id in task_ids
-        for segment in checkpoint.record(task_id).segments
-        if segment.representation != "private"
-    }
-    if not wanted:
-        return {}
-    return {
-        (name, representation): basis
-        for name, representation, basis in checkpoint.shared()
-        if (name, representation) in wanted
-    }
 
 
 def _check_absent(folder: Path) -> None:

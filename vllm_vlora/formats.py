@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_vlora.collection import Collection, Module
-from vllm_vlora.quantize import FLOAT_DTYPES, row_nbytes
+from vllm_vlora.quantize import FORMAT_OF_DTYPE, row_nbytes
 
 NARROW = "narrow"
 """Label of NF4 whose bits are spread over the singular directions: 4, 3 or 2 a row."""
@@ -15,7 +15,6 @@ NARROW_FORMAT = "nf4-dq"
 OWN = "own"
 """Label for each module's own dtype, where the adapters have several."""
 
-FORMAT_OF_DTYPE = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 # Generous for the four entries by which an nf4-dq task file's header exceeds an nf4 one's.
 _DOUBLE_QUANTIZE_HEADER = 2048
 

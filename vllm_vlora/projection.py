@@ -41,7 +41,7 @@ from vllm_vlora.measure import (
     widths_path,
 )
 from vllm_vlora.quantize import unpack
-from vllm_vlora.representations import encode_joint, split_core
+from vllm_vlora.representations import core_factors, encode_joint
 from vllm_vlora.whitening import Metric
 
 Rows = tuple[int, int, int, int]
@@ -112,7 +112,7 @@ class BlockMeter:
         rows = (u_start, u_start + k_out, v_start, v_start + k_in)
         eyes = torch.eye(k_out), torch.eye(k_in)
         stored = encode_joint(core_a, core_b, 1.0, *eyes, format, rows)
-        new_a, new_b_t = (x.double() for x in _core_factors(stored))
+        new_a, new_b_t = (x.double() for x in core_factors(stored))
         wanted = left @ right
         difference = wanted - r_u @ (new_b_t.T @ new_a) @ r_v.T
         loss = projection.norm - float(wanted.square().sum()) + float(difference.square().sum())
@@ -164,13 +164,6 @@ class Projection:
     def captured(self) -> torch.Tensor:
         """(k_out, k_in): [i, j] is the part of ||delta_W||^2 that i+1 and j+1 rows hold."""
         return (self.left @ self.right).square().cumsum(0).cumsum(1)
-
-
-def _core_factors(stored: StoredModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rank, k_in) and (rank, k_out) as they are decoded."""
-    if stored.core == "dense":
-        return split_core(unpack(stored.matrices["C"]), stored.rank)
-    return unpack(stored.matrices["A"]), unpack(stored.matrices["B"])
 
 
 def used_blocks(spec: ModuleSpec, segments: Sequence[Segment]) -> list[Rows]:

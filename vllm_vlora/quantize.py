@@ -100,6 +100,8 @@ FLOAT_DTYPES = MappingProxyType(
     {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 )
 """The formats that store values as they are, and the dtype of their one part."""
+FORMAT_OF_DTYPE = MappingProxyType({dtype: name for name, dtype in FLOAT_DTYPES.items()})
+"""The other way round."""
 
 _ZERO_CODE = 7
 # Entry b holds the two values of byte b as one 8-byte word: one look-up gives both, and copying

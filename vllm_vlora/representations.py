@@ -227,15 +227,19 @@ def side_sources(stored: StoredModule, basis: Basis | None) -> tuple[SideSource,
             SideSource(basis.u, _flat_left(stored.matrices["B"], stored.rank), stored.scale),
         )
     assert stored.representation == "joint"
-    if stored.core == "dense":
-        left_a, left_b = split_core(unpack(stored.matrices["C"]), stored.rank)
-    else:
-        left_a, left_b = unpack(stored.matrices["A"]), unpack(stored.matrices["B"])
+    left_a, left_b = core_factors(stored)
     basis = basis_rows(stored, basis)
     return (
         SideSource(basis.v, left_a, 1.0),
         SideSource(basis.u, left_b, stored.scale),
     )
+
+
+def core_factors(stored: StoredModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """A joint core as (rank, k_in) and (rank, k_out), the scale left out: C = second^T first."""
+    if stored.core == "dense":
+        return split_core(unpack(stored.matrices["C"]), stored.rank)
+    return unpack(stored.matrices["A"]), unpack(stored.matrices["B"])
 
 
 def basis_rows(stored: StoredModule, basis: Basis) -> Basis:
@@ -296,9 +300,12 @@ def relative_error(
     a_old, b_old = a.double(), b.double() * scale
     stacked_a = torch.cat([a_new.double(), a_old])
     stacked_b = torch.cat([b_new.double(), -b_old], dim=1)
-    _, r_a = torch.linalg.qr(stacked_a.T)
-    _, r_b = torch.linalg.qr(stacked_b)
-    difference = (r_b @ r_a.T).square().sum()
-    _, r_a = torch.linalg.qr(a_old.T)
-    _, r_b = torch.linalg.qr(b_old)
-    return float(difference), float((r_b @ r_a.T).square().sum())
+    difference = small_product(stacked_a, stacked_b).square().sum()
+    return float(difference), float(small_product(a_old, b_old).square().sum())
+
+
+def small_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A matrix of at most (r, r) with the singular values of B A: A (r, d_in), B (d_out, r)."""
+    r_a = torch.linalg.qr(a.T, mode="r").R
+    r_b = torch.linalg.qr(b, mode="r").R
+    return r_b @ r_a.T

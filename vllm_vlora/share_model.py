@@ -39,7 +39,7 @@ from vllm_vlora.manifest import segment_sides
 from vllm_vlora.measure import squared_norm
 from vllm_vlora.options import CompressOptions
 from vllm_vlora.peft_config import CONFIG_FILE, lora_rank, lora_scale
-from vllm_vlora.quantize import FLOAT_DTYPES, unpack
+from vllm_vlora.quantize import FORMAT_OF_DTYPE, unpack
 from vllm_vlora.representations import decode, dual_rows, encode_joint, relative_error
 from vllm_vlora.survey import directions
 from vllm_vlora.task_ids import validate_task_id
@@ -538,7 +538,7 @@ class SHAREModel:
         # Clusters and grown bases: their rows together are no basis that was fitted to all.
         if any(segment.rows is not None for segment in segments):
             return None
-        format = next(known for known, dtype in FLOAT_DTYPES.items() if dtype == module.dtype)
+        format = FORMAT_OF_DTYPE[module.dtype]
         stored = StoredModule("joint", format, 1, {}, core="factors")
         basis = self._basis(name, stored)
         assert basis is not None

@@ -19,7 +19,7 @@ from vllm_vlora.executors import Executor
 from vllm_vlora.fit import ScaledFactors, fit_bases
 from vllm_vlora.flat import FlatGroup, flat_rows, flat_widths, measure_flat
 from vllm_vlora.flat_fit import fit_flat
-from vllm_vlora.formats import FORMAT_OF_DTYPE, Formats
+from vllm_vlora.formats import Formats
 from vllm_vlora.manifest import BasisSpec, FlatSpec
 from vllm_vlora.measure import (
     Curve,
@@ -30,7 +30,7 @@ from vllm_vlora.measure import (
     seen_squared_norm,
     widths_path,
 )
-from vllm_vlora.quantize import pack, row_nbytes
+from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack, row_nbytes
 from vllm_vlora.scratch import FittedBases
 from vllm_vlora.whitening import FROBENIUS, Metric
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,8 @@ from vllm_vlora.foreign.lorashare_files import LoraShareFiles, ShareAdapter
 from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
 from vllm_vlora.hub import resolve_snapshot
 from vllm_vlora.manifest import basis_nbytes, is_checkpoint
-from vllm_vlora.quantize import FLOAT_DTYPES, pack
+from vllm_vlora.peft_config import rank_options
+from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack
 from vllm_vlora.representations import encode_flat
 
 
@@ -223,22 +223,12 @@ class _FromVLoRA:
 
     def _config(self) -> dict[str, Any]:
         """An ``adapter_config.json`` that describes the factors; vlora keeps none."""
-        rank = Counter(self._ranks.values()).most_common(1)[0][0]
-        # PEFT takes the first key that matches the end of a name.
-        others = sorted(
-            (name for name in self._ranks if self._ranks[name] != rank), key=len, reverse=True
-        )
-        return {
+        pairs = {n: (r, r if self._alpha is None else self._alpha) for n, r in self._ranks.items()}
+        return rank_options(pairs) | {
             "peft_type": "LORA",
             "task_type": None,
             "base_model_name_or_path": self.base_model,
             "bias": "none",
-            "r": rank,
-            "lora_alpha": rank if self._alpha is None else self._alpha,
-            "rank_pattern": {name: self._ranks[name] for name in others},
-            "alpha_pattern": {
-                name: self._ranks[name] if self._alpha is None else self._alpha for name in others
-            },
             "target_modules": self._files.layer_names,
         }
 
@@ -324,4 +314,4 @@ def _listed(names: Sequence[str]) -> str:
 def _common_format(tensors: Sequence[torch.Tensor]) -> str:
     """The number format that holds all of these exactly."""
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    return next(format for format, known in FLOAT_DTYPES.items() if known == dtype)
+    return FORMAT_OF_DTYPE[dtype]

@@ -18,7 +18,7 @@ from vllm_vlora.checkpoint import Basis, Checkpoint, StoredModule, StoredTask
 from vllm_vlora.manifest import ModuleSpec, Segment
 from vllm_vlora.memory import direct_obstacle
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
-from vllm_vlora.quantize import FLOAT_DTYPES, NF4_BLOCK, PackedMatrix, unpack
+from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, NF4_BLOCK, PackedMatrix, unpack
 from vllm_vlora.representations import dense_keeps_rank, split_core
 from vllm_vlora.triton_kernels.direct import (
     DirectLayer,
@@ -307,9 +307,8 @@ def _aligned(matrix: PackedMatrix) -> PackedMatrix:
 
 
 def _dense(values: torch.Tensor) -> PackedMatrix:
-    format = next(name for name, dtype in FLOAT_DTYPES.items() if dtype == values.dtype)
     rows, cols = values.shape
-    return PackedMatrix(format, rows, cols, {"values": values.contiguous()})
+    return PackedMatrix(FORMAT_OF_DTYPE[values.dtype], rows, cols, {"values": values.contiguous()})
 
 
 def _bases(layer: DirectLayer) -> Iterator[PackedMatrix]:

@@ -20,6 +20,7 @@ import torch
 
 from vllm_vlora.adapters import Adapter, Factors
 from vllm_vlora.errors import AdapterError, OptionError
+from vllm_vlora.representations import small_product
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer
 from vllm_vlora.subspace.weights import LoRAWeights
 
@@ -272,9 +273,7 @@ def centroid_distances(products: torch.Tensor) -> torch.Tensor:
 
 def singular_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(r,) float64 singular values of B A, descending, by QR; A (r, d_in), B (d_out, r)."""
-    r_a = torch.linalg.qr(a.double().T, mode="r").R
-    r_b = torch.linalg.qr(b.double(), mode="r").R
-    return torch.linalg.svdvals(r_b @ r_a.T)
+    return torch.linalg.svdvals(small_product(a.double(), b.double()))
 
 
 def update_norm(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -32,17 +32,17 @@ from vllm_vlora.quantize import FORMATS, unpack
 from vllm_vlora.representations import (
     balanced_svd,
     basis_rows,
+    core_factors,
     decode,
     encode_joint,
     encode_private,
     relative_error,
-    split_core,
 )
 from vllm_vlora.subspace.layers import JointLayer
 from vllm_vlora.subspace.merging import common_config, common_extra, unscaled_config
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
-from vllm_vlora.subspace.weights import LoRAWeights, exact_config
+from vllm_vlora.subspace.weights import LoRAWeights, described, exact_config
 from vllm_vlora.task_ids import validate_task_id
 
 # Singular values below this share of the largest task's norm are rounding: tasks share directions.
@@ -284,7 +284,7 @@ def read_tasks(checkpoint: Checkpoint, task_ids: Sequence[str]) -> list[LoRAWeig
         ['layers.0.q_proj', 'layers.0.v_proj']
     """
     stored = [checkpoint.load_task(task_id) for task_id in task_ids]
-    shared = _shared_by(checkpoint, stored)
+    shared = checkpoint.shared_by(task_ids)
     kinds = {spec.name: spec.kind for spec in checkpoint.modules if spec.kind != "linear"}
     return [
         _decoded(task, shared, kinds, checkpoint.record(task.task_id).adapter_config)
@@ -404,7 +404,7 @@ class _Blend:
         self._checkpoint, self._weights = checkpoint, weights
         self._rank, self._format = rank, format
         self._tasks = [checkpoint.load_task(task_id) for task_id in weights]
-        self._shared = _shared_by(checkpoint, self._tasks)
+        self._shared = checkpoint.shared_by(weights)
 
     def write(self, writer: Successor, task_id: str) -> None:
         """Encode every module of any of the tasks, with the error of its numbers as stored."""
@@ -467,7 +467,7 @@ class _Blend:
         widths = hull[1] - hull[0], hull[3] - hull[2]
         factors = []
         for (weight, stored), rows in zip(parts, own):
-            left, right = _core_factors(stored)
+            right, left = core_factors(stored)
             padded_a = torch.zeros(len(right), widths[1])
             padded_b = torch.zeros(widths[0], len(left))
             padded_a[:, rows[2] - hull[2] : rows[3] - hull[2]] = right
@@ -489,23 +489,8 @@ class _Blend:
     def _config(self, modules: Mapping[str, StoredModule]) -> dict[str, object]:
         """A config of scale 1 with these ranks, otherwise like that of the first task."""
         configs = [self._checkpoint.record(task.task_id).adapter_config for task in self._tasks]
-        ranks = {name: stored.rank for name, stored in modules.items()}
-        shapes = LoRAWeights(
-            list(ranks),
-            {name: torch.ones(rank, 1) for name, rank in ranks.items()},
-            {name: torch.ones(1, rank) for name, rank in ranks.items()},
-            max(ranks.values()),
-            common_config(configs, [task.modules for task in self._tasks]),
-        )
-        return exact_config(shapes)
-
-
-def _core_factors(stored: StoredModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """(left (q, k_out), right (q, k_in)) of a joint core, scale left out: C = left^T right."""
-    if stored.core == "dense":
-        right, left = split_core(unpack(stored.matrices["C"]), stored.rank)
-        return left, right
-    return unpack(stored.matrices["B"]), unpack(stored.matrices["A"])
+        config = common_config(configs, [task.modules for task in self._tasks])
+        return described(config, {name: (m.rank, float(m.rank)) for name, m in modules.items()})
 
 
 def _summed(parts: Sequence[tuple[float, Factors]]) -> tuple[Factors, Factors]:
@@ -521,23 +506,6 @@ def _summed(parts: Sequence[tuple[float, Factors]]) -> tuple[Factors, Factors]:
     if kept == 0:
         return (a, torch.zeros_like(b)), (short_a[:1] * 0, short_b[:, :1] * 0)
     return (a, b), (short_a[:kept], short_b[:, :kept])
-
-
-def _shared_by(checkpoint: Checkpoint, tasks: Sequence[StoredTask]) -> _Shared:
-    """What the modules of these tasks share, packed."""
-    wanted = {
-        (name, stored.representation)
-        for task in tasks
-        for name, stored in task.modules.items()
-        if stored.representation != "private"
-    }
-    if not wanted:
-        return {}
-    return {
-        (name, representation): basis
-        for name, representation, basis in checkpoint.shared()
-        if (name, representation) in wanted
-    }
 
 
 def _decoded(

@@ -25,7 +25,7 @@ from vllm_vlora.checkpoint import Basis, FlatBasis
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.flat import flat_rows
 from vllm_vlora.flat_fit import FlatFit, project_flat
-from vllm_vlora.quantize import FLOAT_DTYPES, pack, unpack
+from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, pack, unpack
 from vllm_vlora.subspace.algebra import gram_schmidt
 
 Loadings: TypeAlias = tuple[Tensor, Tensor | None]
@@ -477,7 +477,6 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 
 def _float_format(dtype: torch.dtype) -> str:
-    for name, known in FLOAT_DTYPES.items():
-        if known == dtype:
-            return name
-    raise OptionError(f"{dtype} cannot be stored; call to(dtype=torch.float32) first")
+    if dtype not in FORMAT_OF_DTYPE:
+        raise OptionError(f"{dtype} cannot be stored; call to(dtype=torch.float32) first")
+    return FORMAT_OF_DTYPE[dtype]

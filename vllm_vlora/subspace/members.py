@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,9 +83,9 @@ def as_members(adapters: Sequence[AnyAdapter], task_ids: Sequence[str] | None) -
         raise OptionError(
             f"{len(names)} task_ids for {len(adapters)} adapters; give one id an adapter"
         )
-    for name in names:
-        if names.count(name) > 1:
-            raise TaskIdError(f"task id {name!r} is given twice; name each task once")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise TaskIdError(f"task id {name!r} is given twice; name each task once")
     return [as_member(adapter, name) for adapter, name in zip(adapters, names)]
 
 

@@ -36,14 +36,12 @@ from vllm_vlora.manifest import (
     task_nbytes,
 )
 from vllm_vlora.peft_config import lora_rank
-from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, pack, unpack
+from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, PackedMatrix, pack, unpack
 from vllm_vlora.representations import dense_keeps_rank, encode_flat, split_core
 from vllm_vlora.subspace.fitting import core_rank, with_spectra
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
 from vllm_vlora.subspace.weights import plain_json
-
-_FORMATS = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -161,12 +159,12 @@ def _own_format(task: TaskProjection, layer: str) -> str:
         return packed.format
     first, second = task.at(layer)
     dtype = first.dtype if second is None else torch.promote_types(first.dtype, second.dtype)
-    if dtype not in _FORMATS:
+    if dtype not in FORMAT_OF_DTYPE:
         raise OptionError(
             f"task {task.task_id!r} is {dtype}, which cannot be stored; call to(dtype=torch.float32) "
             "first"
         )
-    return _FORMATS[dtype]
+    return FORMAT_OF_DTYPE[dtype]
 
 
 def _packed_core(task: TaskProjection, layer: str) -> PackedMatrix | None:

@@ -181,14 +181,25 @@ def save_adapter(weights: LoRAWeights, path: str | Path, *, force: bool = False)
 
 def exact_config(weights: LoRAWeights) -> dict[str, Any]:
     """An ``adapter_config.json`` whose ranks and scales are those of the weights."""
-    config = {"task_type": None, "bias": "none", **plain_json(weights.metadata)}
+    return described(weights.metadata, _rank_pairs(weights))
+
+
+def described(
+    metadata: Mapping[str, Any], pairs: Mapping[str, tuple[int, float]]
+) -> dict[str, Any]:
+    """The metadata as an ``adapter_config.json``, with ranks and alphas where it says others or none.
+
+    Args:
+        pairs: layer -> (rank, alpha).
+    """
+    config = {"task_type": None, "bias": "none", **plain_json(metadata)}
     config["peft_type"] = config.get("peft_type") or "LORA"
-    if not _describes(config, weights):
-        config.update(own_rank_options(weights))
-    if not _selects_layers(config, weights.layer_names):
+    if not _describes(config, pairs):
+        config.update(rank_options(pairs))
+    if not _selects_layers(config, list(pairs)):
         # Full names select the layers; the others would select among them a second time.
         config.update(
-            target_modules=sorted(weights.layer_names),
+            target_modules=sorted(pairs),
             layers_to_transform=None,
             layers_pattern=None,
             exclude_modules=None,
@@ -217,16 +228,20 @@ def _plain_value(value: Any) -> Any:
     raise TypeError(f"{value!r} of type {type(value).__name__}")
 
 
-def _describes(config: Mapping[str, Any], weights: LoRAWeights) -> bool:
-    if not isinstance(config.get("r"), int) or not weights.has_scale:
+def _describes(config: Mapping[str, Any], pairs: Mapping[str, tuple[int, float]]) -> bool:
+    if not isinstance(config.get("r"), int) or config.get("lora_alpha") is None:
         return False
-    return all(lora_rank(config, name) == a.shape[0] for name, a in weights.lora_a.items())
+    return all(lora_rank(config, name) == rank for name, (rank, _) in pairs.items())
 
 
 def own_rank_options(weights: LoRAWeights) -> dict[str, Any]:
     """The options of a config that give its ranks and scales."""
-    ranks = {name: a.shape[0] for name, a in weights.lora_a.items()}
-    return rank_options({name: (r, weights.scale(name) * r) for name, r in ranks.items()})
+    return rank_options(_rank_pairs(weights))
+
+
+def _rank_pairs(weights: LoRAWeights) -> dict[str, tuple[int, float]]:
+    ranks = {name: weights.lora_a[name].shape[0] for name in weights.layer_names}
+    return {name: (rank, weights.scale(name) * rank) for name, rank in ranks.items()}
 
 
 def _selects_layers(config: Mapping[str, Any], layers: list[str]) -> bool:
