@@ -16,6 +16,7 @@ from vllm_vlora.tools.compress_command import compress
 from vllm_vlora.tools.convert_command import convert
 from vllm_vlora.tools.diff_command import diff
 from vllm_vlora.tools.evaluate_command import evaluate
+from vllm_vlora.tools.exporting import show_folders, write_folders
 from vllm_vlora.tools.hub_command import pull, push
 from vllm_vlora.tools.merge_command import merge
 from vllm_vlora.tools.reconstruct_command import reconstruct
@@ -226,8 +227,7 @@ def export(
         raise typer.BadParameter("name the tasks to export, or give --all", param_hint="TASK")
     with reported(verbose):
         from vllm_vlora.checkpoint import Checkpoint
-        from vllm_vlora.export import ConfigChanges, export_all, export_task
-        from vllm_vlora.tools import summary as show
+        from vllm_vlora.export import ConfigChanges, export_task
 
         targets = None if target_modules is None else tuple(target_modules.split(","))
         changes = ConfigChanges(alpha, base_model, targets)
@@ -238,21 +238,8 @@ def export(
                 wanted[0]: export_task(opened, wanted[0], output, force=force, changes=changes)
             }
         else:
-            with progress_bar(open_console(stderr=True)) as advance:
-                folders = export_all(
-                    opened,
-                    wanted,
-                    output,
-                    force=force,
-                    changes=changes,
-                    progress=lambda _, done, total: advance("export", done, total),
-                )
-        if as_json:
-            print_json({task_id: str(folder) for task_id, folder in folders.items()})
-            return
-        console = open_console()
-        for task_id, folder in folders.items():
-            show.line(console, f"{task_id} -> {folder}")
+            folders = write_folders(opened, wanted, output, "export", force=force, changes=changes)
+        show_folders(folders, as_json)
 
 
 @app.command(rich_help_panel=_LOOK)

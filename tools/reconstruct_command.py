@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_vlora.tools.exporting import show_folders, write_folders
 from vllm_vlora.tools.terminal import (
     AsJson,
     Verbose,
     open_console,
-    print_json,
-    progress_bar,
     reported,
 )
 
@@ -62,27 +61,14 @@ def reconstruct(
             "give --adapter NAME or --all, one of them", param_hint="--adapter"
         )
     with reported(verbose):
-        from vllm_vlora.export import export_all, export_task
-        from vllm_vlora.tools import summary as show
+        from vllm_vlora.export import export_task
 
         with _opened(checkpoint) as opened:
             if adapter is not None:
                 folders = {adapter: export_task(opened, adapter, output, force=force)}
             else:
-                with progress_bar(open_console(stderr=True)) as advance:
-                    folders = export_all(
-                        opened,
-                        opened.tasks,
-                        output,
-                        force=force,
-                        progress=lambda _, done, total: advance("reconstruct", done, total),
-                    )
-        if as_json:
-            print_json({name: str(folder) for name, folder in folders.items()})
-            return
-        console = open_console()
-        for name, folder in folders.items():
-            show.line(console, f"{name} -> {folder}")
+                folders = write_folders(opened, opened.tasks, output, "reconstruct", force=force)
+        show_folders(folders, as_json)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_adapters import ALPHA, RANK, SHAPES, TinyModel
 from torch import nn
 
 import vllm_vlora
@@ -29,29 +30,7 @@ from vllm_vlora.adapters import open_adapter, write_adapter
 from vllm_vlora.compression import compress
 from vllm_vlora.options import CompressOptions
 
-RANK, ALPHA, TASKS = 2, 4, 4
-SHAPES = {"layers.0.q_proj": (12, 8), "layers.0.v_proj": (12, 6)}
-
-
-class Layer(nn.Module):
-    """Two linears side by side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(12, 8)
-        self.v_proj = nn.Linear(12, 6)
-
-
-class BaseModel(nn.Module):
-    """(B, 12) -> (B, 14)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Layer()])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.layers[0]
-        return torch.cat([layer.q_proj(x), layer.v_proj(x)], dim=-1)
+TASKS = 4
 
 
 def write_adapters(root: Path) -> list[str]:
@@ -143,7 +122,7 @@ class DocumentedWorld:
 
     def _base_model(self) -> nn.Module:
         torch.manual_seed(0)
-        return BaseModel()
+        return TinyModel()
 
     def _empty(self) -> Path:
         path = self._folder / "folder"

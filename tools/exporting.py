@@ -1,0 +1,48 @@
+"""Tasks to PEFT folders, as ``export`` and ``reconstruct`` write and show them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_vlora.tools.terminal import open_console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.export import ConfigChanges
+
+
+def write_folders(
+    checkpoint: Checkpoint,
+    tasks: Iterable[str],
+    output: Path,
+    stage: str,
+    *,
+    force: bool,
+    changes: ConfigChanges | None = None,
+) -> dict[str, Path]:
+    """A folder in ``output`` for each task, with a bar; see ``export_all``."""
+    from vllm_vlora.export import export_all
+
+    with progress_bar(open_console(stderr=True)) as advance:
+        return export_all(
+            checkpoint,
+            tasks,
+            output,
+            force=force,
+            changes=changes,
+            progress=lambda _, done, total: advance(stage, done, total),
+        )
+
+
+def show_folders(folders: Mapping[str, Path], as_json: bool) -> None:
+    """What was written: JSON, or a line each."""
+    from vllm_vlora.tools.summary import line
+
+    if as_json:
+        print_json({task_id: str(folder) for task_id, folder in folders.items()})
+        return
+    console = open_console()
+    for task_id, folder in folders.items():
+        line(console, f"{task_id} -> {folder}")
