@@ -571,7 +571,7 @@ def resident_method(manager: Any, name: str, folder: Path, written: int) -> Meth
     """vllm-vlora's path from one checkpoint, made resident here."""
     from vllm_vlora import lora_request
     from vllm_vlora.plugin.identity import task_path
-    from vllm_vlora.representations import decode
+    from vllm_vlora.representations.decode import decode
 
     store = manager._adapter_manager.vlora_store
     held = store.nbytes
@@ -611,7 +611,7 @@ def resident_method(manager: Any, name: str, folder: Path, written: int) -> Meth
 def direct_method(manager: Any, name: str, folder: Path) -> Method:
     """vllm-vlora's direct mode, from the checkpoint that the engine started with."""
     from vllm_vlora import Checkpoint, lora_request
-    from vllm_vlora.representations import decode
+    from vllm_vlora.representations.decode import decode
 
     checkpoint = Checkpoint.open(folder)
     task_ids = list(checkpoint.tasks)

@@ -41,8 +41,8 @@ from fidelity.methods import SEEDS, Method, parse_method
 from fidelity.points import Judge, Point, PointStore, measure
 from fidelity.report import SCHEMA_VERSION, can_plot, plot, setting, table, write_json
 
+from vllm_vlora.compression.options import REPRESENTATION_CHOICES
 from vllm_vlora.errors import OptionError, VLoRAError
-from vllm_vlora.options import REPRESENTATION_CHOICES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLLECTIONS = Path(".cache/collections")

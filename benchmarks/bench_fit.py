@@ -25,13 +25,13 @@ from fitbench.report import format_cell, summarise
 from fitbench.runs import Policy, Run, start_worker, take_turns
 from fitbench.worker import CONTESTANTS
 
-from vllm_vlora.fit import fit_bases
+from vllm_vlora.fitting.shared_basis import fit_bases
 
 DESCRIPTION = """\
 Fit one module's shared basis to many adapters, from PEFT folders on disk (in the page cache) to the
 bases and every adapter's loadings in them:
 
-  ours             vllm_vlora.fit, streaming; one more read for the loadings
+  ours             vllm_vlora.fitting.shared_basis, streaming; one more read for the loadings
   vlora            vlora-dev, SharedSubspace.from_adapters
   vlora-streaming  vlora-dev, from_adapters_streaming; grows with the cube of the number of adapters,
                    so that it must be asked for

@@ -21,9 +21,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from vllm_vlora.adapters import Adapter, Factors, open_adapter
-from vllm_vlora.compression import CompressOptions, compress
-from vllm_vlora.report import CompressReport
+from vllm_vlora.adapters.peft_folder import Adapter, Factors, open_adapter
+from vllm_vlora.checkpoint.report import CompressReport
+from vllm_vlora.compression.pipeline import CompressOptions, compress
 
 DESCRIPTION = """\
 Write synthetic PEFT adapters (bfloat16, a family around common directions) to a folder, compress them,

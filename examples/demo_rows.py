@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from vllm_vlora.texts import Batch, Example, Message, Row, make_batches, padding_id, tokenize
+from vllm_vlora.evaluation.texts import (
+    Batch,
+    Example,
+    Message,
+    Row,
+    make_batches,
+    padding_id,
+    tokenize,
+)
 
 DEMO = Path(__file__).resolve().parent / "demo"
 ADAPTERS = DEMO / "adapters"

@@ -33,12 +33,12 @@ from demo_rows import (
 from transformers import Trainer, TrainingArguments
 
 from vllm_vlora.errors import VLoRAError
+from vllm_vlora.evaluation.texts import Row, make_batches, padding_id, read_examples, tokenize
 from vllm_vlora.integrations.huggingface import VLoRACallback
-from vllm_vlora.subspace.model import VLoRAModel
+from vllm_vlora.model.training import orthogonal_init
+from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
-from vllm_vlora.subspace.training import orthogonal_init
 from vllm_vlora.subspace.weights import LoRAWeights, load_adapter
-from vllm_vlora.texts import Row, make_batches, padding_id, read_examples, tokenize
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import torch
 from demo_rows import ADAPTERS, MODEL, adapter_folders, load_model
 
 from vllm_vlora.errors import VLoRAError
-from vllm_vlora.subspace.model import VLoRAModel
+from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
 
 

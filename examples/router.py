@@ -32,10 +32,17 @@ from demo_rows import (
 )
 
 from vllm_vlora.errors import VLoRAError
-from vllm_vlora.subspace.model import VLoRAModel
-from vllm_vlora.subspace.router import TaskRouter
+from vllm_vlora.evaluation.texts import (
+    IGNORED,
+    Row,
+    make_batches,
+    padding_id,
+    read_examples,
+    tokenize,
+)
+from vllm_vlora.model.router import TaskRouter
+from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
-from vllm_vlora.texts import IGNORED, Row, make_batches, padding_id, read_examples, tokenize
 
 TASKS = ["sentiment", "sql", "keywords", "ticket"]
 

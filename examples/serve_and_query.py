@@ -30,7 +30,7 @@ from pathlib import Path
 import openai
 
 from vllm_vlora import Checkpoint, VLoRAError
-from vllm_vlora.card import serving_rank
+from vllm_vlora.checkpoint.card import serving_rank
 
 START_SECONDS = 600
 

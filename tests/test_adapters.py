@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vllm_vlora import peft_config
-from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
+from vllm_vlora.adapters import peft_config
+from vllm_vlora.adapters.peft_config import lora_rank, lora_scale
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
 from vllm_vlora.errors import AdapterError, OutputError
-from vllm_vlora.peft_config import lora_rank, lora_scale
 
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.1.self_attn.v_proj"

@@ -15,12 +15,17 @@ import typer
 from synthetic import dense, family, save
 from typer.testing import CliRunner
 
-from vllm_vlora import editing
-from vllm_vlora.adapters import Adapter, open_adapter
-from vllm_vlora.adding import AddedTask, AddOptions, AddReport, add_adapters, remove_tasks
-from vllm_vlora.calibration import Calibration, ModuleRecord, Settings, Source
-from vllm_vlora.checkpoint import Basis, Checkpoint
-from vllm_vlora.compression import compress
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
+from vllm_vlora.checkpoint import successor
+from vllm_vlora.checkpoint.export import export_task
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE
+from vllm_vlora.checkpoint.reader import Basis, Checkpoint
+from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
+from vllm_vlora.editing.adding import AddedTask, AddOptions, AddReport, add_adapters, remove_tasks
+from vllm_vlora.editing.growth_offers import ResidualFit
+from vllm_vlora.editing.rebuilding import find_originals, predict_rebuild, rebuild, rebuild_advice
 from vllm_vlora.errors import (
     AdapterError,
     BudgetError,
@@ -31,19 +36,14 @@ from vllm_vlora.errors import (
     TaskIdError,
     TaskNotFoundError,
 )
-from vllm_vlora.export import export_task
-from vllm_vlora.growth import ResidualFit
-from vllm_vlora.manifest import CONFIG_FILE
-from vllm_vlora.moments import FullMoment
-from vllm_vlora.options import CompressOptions
+from vllm_vlora.fitting.calibration import Calibration, ModuleRecord, Settings, Source
+from vllm_vlora.fitting.moments import FullMoment
+from vllm_vlora.fitting.whitening import FROBENIUS, Metric, Whitener
 from vllm_vlora.quantize import pack, unpack
-from vllm_vlora.rebuilding import find_originals, predict_rebuild, rebuild, rebuild_advice
-from vllm_vlora.representations import decode
+from vllm_vlora.representations.decode import decode
 from vllm_vlora.tools.add_command import add as add_command
 from vllm_vlora.tools.add_command import remove as remove_command
 from vllm_vlora.tools.cli import app as cli
-from vllm_vlora.validation import validate
-from vllm_vlora.whitening import FROBENIUS, Metric, Whitener
 
 # Wide enough that a file's header is not most of it.
 SHAPES = {"model.layers.0.q_proj": (192, 160), "model.layers.0.v_proj": (192, 96)}
@@ -278,7 +278,7 @@ def test_other_modules_ranks_kinds_and_heads(tmp_path: Path) -> None:
 
 
 def test_a_core_loses_what_it_says_and_no_core_loses_less(tmp_path: Path) -> None:
-    from vllm_vlora.projection import BlockMeter
+    from vllm_vlora.editing.projection import BlockMeter
 
     generator = torch.Generator().manual_seed(0)
     moment = torch.diag(torch.logspace(0, -3, 24))
@@ -575,11 +575,11 @@ def test_a_crash_leaves_the_old_checkpoint(
     path, _, relatives = world(tmp_path)
     before = digests(path)
 
-    def crash(self: editing.Successor) -> None:
+    def crash(self: successor.Successor) -> None:
         assert list(self.tasks) != []
         raise error
 
-    monkeypatch.setattr(editing.Successor, "finish_edited", crash)
+    monkeypatch.setattr(successor.Successor, "finish_edited", crash)
     new = relatives | others(tmp_path)
     for expand in (False, True):
         with pytest.raises(error):
@@ -594,17 +594,17 @@ def test_a_change_by_somebody_else_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, adapters, relatives = world(tmp_path)
-    finish = editing.Successor.finish_edited
+    finish = successor.Successor.finish_edited
     calls: list[Path] = []
     theirs = strangers(tmp_path)
 
-    def meanwhile(self: editing.Successor) -> Any:
+    def meanwhile(self: successor.Successor) -> Any:
         calls.append(self.folder)
         if len(calls) == 1:
             add_adapters(path, theirs)
         return finish(self)
 
-    monkeypatch.setattr(editing.Successor, "finish_edited", meanwhile)
+    monkeypatch.setattr(successor.Successor, "finish_edited", meanwhile)
     with pytest.raises(OutputError, match="was changed meanwhile"):
         add_adapters(path, relatives)
     assert list(Checkpoint.open(path).tasks) == [*adapters, *theirs]

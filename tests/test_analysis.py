@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_adapters import SHAPES, delta_w, save_tiny_adapters, tiny_adapters, tiny_weights
 
-from vllm_vlora.adapters import open_adapter
+from vllm_vlora.adapters.peft_folder import open_adapter
 from vllm_vlora.errors import AdapterError, OptionError
-from vllm_vlora.subspace.analysis import (
+from vllm_vlora.merging.analysis import (
     adapter_diff,
     centroid_distances,
     compute_similarity_matrix,
@@ -105,7 +105,7 @@ def test_opened_adapters_give_the_same(tmp_path: Path) -> None:
 def test_inner_products_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = mixed()
     rows = torch.stack([flattened(weights) for weights in adapters])
-    monkeypatch.setattr("vllm_vlora.subspace.analysis._ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("vllm_vlora.merging.analysis._ROWS_AT_ONCE", 2)
     products = inner_products(adapters)
     assert torch.allclose(products, rows @ rows.T, rtol=1e-6)
     distances = (rows - rows.mean(0)).norm(dim=1)

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import write_tiny_llama
 
-from vllm_vlora.calibration import Calibration
 from vllm_vlora.errors import DataError, OptionError
+from vllm_vlora.fitting.calibration import Calibration
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "examples" / "collections")]

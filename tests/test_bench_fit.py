@@ -21,7 +21,7 @@ from fitbench.report import format_cell, summarise  # noqa: E402
 from fitbench.runs import Policy, Run, start_worker, take_turns  # noqa: E402
 from fitbench.worker import Fitted, exact, kept_energy  # noqa: E402
 
-from vllm_vlora.adapters import open_adapter  # noqa: E402
+from vllm_vlora.adapters.peft_folder import open_adapter  # noqa: E402
 
 SIZE = Size(d_in=24, d_out=20, adapters=6, rank=3)
 

@@ -12,12 +12,13 @@ from synthetic import SHAPES, dense, family, run
 from tiny_adapters import SHAPES as TINY
 from tiny_adapters import delta_w, tiny_adapters, tiny_weights
 
-from vllm_vlora.adapters import Adapter, open_adapter
-from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
+from vllm_vlora.checkpoint.export import export_task
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError, VLoRAError
-from vllm_vlora.export import export_task
-from vllm_vlora.subspace.analysis import compute_similarity_matrix
-from vllm_vlora.subspace.blending import (
+from vllm_vlora.merging.analysis import compute_similarity_matrix
+from vllm_vlora.merging.blending import (
     blend_tasks,
     core_similarity,
     interpolate_tasks,
@@ -26,7 +27,6 @@ from vllm_vlora.subspace.blending import (
 )
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.weights import LoRAWeights
-from vllm_vlora.validation import validate
 
 WEIGHTS = {"task0": 0.6, "task2": 0.7, "task1": -0.3}
 

@@ -16,13 +16,13 @@ import typer
 from byte_tokenizer import make_byte_tokenizer
 from typer.testing import CliRunner
 
-from vllm_vlora.calibration import HEADER_FILE, Calibration, Settings, Source
 from vllm_vlora.errors import DataError, OptionError, OutputError
-from vllm_vlora.moments import FullMoment, LowRankMoment
-from vllm_vlora.texts import IGNORED, Row, read_examples, tokenize
+from vllm_vlora.evaluation.calibrate import GatherOptions, calibrate, gather
+from vllm_vlora.evaluation.texts import IGNORED, Row, read_examples, tokenize
+from vllm_vlora.fitting.calibration import HEADER_FILE, Calibration, Settings, Source
+from vllm_vlora.fitting.moments import FullMoment, LowRankMoment
+from vllm_vlora.fitting.whitening import FROBENIUS
 from vllm_vlora.tools.calibrate_command import calibrate as command
-from vllm_vlora.tools.gather import GatherOptions, calibrate, gather
-from vllm_vlora.whitening import FROBENIUS
 
 LAYER = "model.layers.1"
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -270,7 +270,7 @@ def test_what_was_saved_is_read_back(gathered: Calibration, saved: Path) -> None
 def test_sketches_are_read_back_over_several_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_vlora.calibration.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("vllm_vlora.fitting.calibration.SHARD_BYTES", 40_000)
     rows = rows_of_tokens()
     found = gather(tiny_llama(), rows, source_of(rows, full=64, directions=8), pad_id=0)
     nbytes = found.save(tmp_path / "c")

@@ -14,9 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter, StoredModule
-from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
-from vllm_vlora.manifest import (
+from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -25,10 +23,12 @@ from vllm_vlora.manifest import (
     is_checkpoint,
     task_nbytes,
 )
+from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter, StoredModule
+from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
 from vllm_vlora.quantize import FORMATS, PackedMatrix, pack, unpack
-from vllm_vlora.representations import encode_joint, encode_private
+from vllm_vlora.representations.decode import encode_joint, encode_private
 from vllm_vlora.task_ids import encode_task_id
-from vllm_vlora.validation import validate
 
 DATA = Path(__file__).parent / "data" / "format1"
 Q, V, EMBED = "model.layers.0.q_proj", "model.layers.0.v_proj", "model.embed_tokens"

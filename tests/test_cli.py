@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vllm_vlora import __version__
-from vllm_vlora.adapters import open_adapter, write_adapter
-from vllm_vlora.card import format_bytes, serving_rank
-from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
+from vllm_vlora.checkpoint.card import format_bytes, serving_rank
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.compression.options import DEFAULT_RATIO
 from vllm_vlora.errors import OptionError
-from vllm_vlora.manifest import CONFIG_FILE
-from vllm_vlora.memory import plan_memory
-from vllm_vlora.options import DEFAULT_RATIO
+from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
 from vllm_vlora.tools.common_options import parse_size
@@ -661,7 +661,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(large: Path, tmp_pat
 # error of its own: safetensors was seen to turn SystemExit into a ValueError.
 SWALLOWED = """
 import os, sys, time
-import vllm_vlora.compression as compression
+import vllm_vlora.compression.pipeline as compression
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.tools.cli import main
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_llama import write_tiny_llama
 
 from vllm_vlora import open_adapter
-from vllm_vlora.texts import read_examples
+from vllm_vlora.evaluation.texts import read_examples
 
 COLLECTIONS = Path(__file__).resolve().parent.parent / "examples" / "collections"
 sys.path.insert(0, str(COLLECTIONS))

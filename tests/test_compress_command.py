@@ -11,10 +11,10 @@ import torch
 from tiny_llama import write_tiny_llama
 from typer.testing import CliRunner
 
-from vllm_vlora.adapters import open_adapter
-from vllm_vlora.calibration import Calibration
+from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
+from vllm_vlora.fitting.calibration import Calibration
 from vllm_vlora.tools.cli import app
-from vllm_vlora.tools.evaluator import EvaluationOptions, Evaluator
 
 TEXTS = {"count": "one two three four five", "greet": "hello, how do you do?"}
 runner = CliRunner()

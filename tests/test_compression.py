@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 from synthetic import SHAPES, check, family, run, save
 
-from vllm_vlora import measure
-from vllm_vlora.adapters import Adapter
-from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.compression import CompressOptions, compress
+from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.compression.pipeline import CompressOptions, compress
 from vllm_vlora.errors import AdapterError, BudgetError, OptionError, OutputError, TaskIdError
-from vllm_vlora.sharing import SHARED_LOSS
+from vllm_vlora.planning import private_curves
+from vllm_vlora.planning.sharing import SHARED_LOSS
 
 
 @pytest.mark.parametrize("related", [True, False])
@@ -62,7 +62,7 @@ def test_max_error_holds_where_planning_was_too_hopeful(
     adapters = family(tmp_path / "in", 8, related=False)
     honest = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
     for format in ("bfloat16", "int8", "nf4-dq"):
-        monkeypatch.setitem(measure._ROUNDING, format, -0.01)
+        monkeypatch.setitem(private_curves._ROUNDING, format, -0.01)
     report = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
     check(tmp_path / "out", adapters, report)
     assert report.worst_error <= limit

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import vllm_vlora
 from vllm_vlora import Checkpoint, open_adapter
-from vllm_vlora.adapters import write_adapter
+from vllm_vlora.adapters.peft_folder import write_adapter
 from vllm_vlora.tools.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent

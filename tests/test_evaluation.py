@@ -20,11 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
-from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.compression import CompressOptions, compress
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
+from vllm_vlora.checkpoint.export import export_task
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.compression.pipeline import CompressOptions, compress
 from vllm_vlora.errors import AdapterError, DataError, ModelMismatchError, OptionError
-from vllm_vlora.evaluation import (
+from vllm_vlora.evaluation.evaluator import (
+    EvaluationOptions,
+    Evaluator,
+    evaluate_checkpoint,
+    prompt_of,
+)
+from vllm_vlora.evaluation.fidelity import (
     MIN_GAIN,
     ExampleLosses,
     SpectrumCollector,
@@ -38,16 +45,9 @@ from vllm_vlora.evaluation import (
     summarize_recovered,
     total_error,
 )
-from vllm_vlora.export import export_task
-from vllm_vlora.subspace.analysis import cosines, inner_products
-from vllm_vlora.texts import Row
+from vllm_vlora.evaluation.texts import Row
+from vllm_vlora.merging.analysis import cosines, inner_products
 from vllm_vlora.tools.evaluate_command import evaluate
-from vllm_vlora.tools.evaluator import (
-    EvaluationOptions,
-    Evaluator,
-    evaluate_checkpoint,
-    prompt_of,
-)
 
 TASKS = ("sql", "chat", "<script>alert(1)</script>")
 # r, alpha, targets: ranks and modules differ between tasks.
@@ -317,7 +317,7 @@ def test_results_do_not_depend_on_how_logits_are_had(
 ) -> None:
     """In chunks of three tokens, and from a model that only gives all positions."""
     expected = evaluator.compare("sql", world.adapters["chat"], world.adapters["sql"])
-    monkeypatch.setattr("vllm_vlora.tools.evaluator._LOGITS_AT_ONCE", 3 * 64)
+    monkeypatch.setattr("vllm_vlora.evaluation.evaluator._LOGITS_AT_ONCE", 3 * 64)
     other = make_evaluator(world)
     other._takes_logits_to_keep = False
     found = other.compare("sql", world.adapters["chat"], world.adapters["sql"])

@@ -12,8 +12,8 @@ import pytest
 import torch
 from byte_tokenizer import make_byte_tokenizer
 
-from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.validation import validate
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.validation import validate
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TASKS = ["french", "keywords", "sentiment", "sql", "ticket"]

@@ -18,10 +18,10 @@ import ray
 import torch
 from executor_jobs import FatalAdapter, Product, dawdle, die, refuse
 
-from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
-from vllm_vlora.compression import CompressOptions, compress
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
+from vllm_vlora.compression.pipeline import CompressOptions, compress
 from vllm_vlora.errors import AdapterError, OptionError, VLoRAError
-from vllm_vlora.executors import Executor
+from vllm_vlora.planning.executors import Executor
 
 SUPPORT = Path(__file__).parent / "support"
 KINDS = ("serial", "processes", "ray")
@@ -165,7 +165,7 @@ def test_ctrl_c_ends_all_processes_without_their_complaints(kind: str, tmp_path:
             f"""
             import signal
             from executor_jobs import dawdle
-            from vllm_vlora.executors import Executor
+            from vllm_vlora.planning.executors import Executor
             if __name__ == "__main__":
                 # A run in the background of a shell inherits that the signal is ignored.
                 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -208,7 +208,7 @@ def test_children_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None
         textwrap.dedent(
             """
             from executor_jobs import dawdle
-            from vllm_vlora.executors import Executor
+            from vllm_vlora.planning.executors import Executor
             if __name__ == "__main__":
                 for number in Executor("processes", 2).run(dawdle, range(8)):
                     print("got", number, flush=True)
@@ -249,7 +249,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "from executor_jobs import die\n"
-        "from vllm_vlora.executors import Executor\n"
+        "from vllm_vlora.planning.executors import Executor\n"
         "print(list(Executor('processes', 2).run(die, [2, 3])))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(SUPPORT)}
@@ -297,7 +297,7 @@ def test_ray_address_is_honoured_and_a_local_cluster_ends(cluster: str, tmp_path
 
 def test_an_unreachable_cluster_is_an_option_error(tmp_path: Path) -> None:
     code = (
-        "from vllm_vlora.executors import Executor\n"
+        "from vllm_vlora.planning.executors import Executor\n"
         "from vllm_vlora.errors import OptionError\n"
         "try:\n"
         "    list(Executor('ray').run(len, ['a']))\n"
@@ -331,5 +331,5 @@ def test_unknown_executors_and_negative_jobs_are_refused() -> None:
 
 
 def test_no_jobs_start_nothing(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_vlora.executors._connect", None)
+    monkeypatch.setattr("vllm_vlora.planning.executors._connect", None)
     assert list(executor.run(die, [])) == []

@@ -13,13 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from vllm_vlora.adapters import Adapter, open_adapter
-from vllm_vlora.card import VLLM_LORA_RANKS
-from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter, StoredModule
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
+from vllm_vlora.checkpoint.card import VLLM_LORA_RANKS
+from vllm_vlora.checkpoint.export import ConfigChanges, export_all, export_task
+from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter, StoredModule
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError, TaskNotFoundError
-from vllm_vlora.export import ConfigChanges, export_all, export_task
 from vllm_vlora.quantize import pack, unpack
-from vllm_vlora.representations import balanced_svd, decode, encode_joint, encode_private
+from vllm_vlora.representations.decode import balanced_svd, decode, encode_joint, encode_private
 from vllm_vlora.task_ids import encode_task_id
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

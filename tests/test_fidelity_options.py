@@ -10,19 +10,19 @@ import pytest
 import torch
 from synthetic import SHAPES, check, dense, family, run, save
 
-from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
-from vllm_vlora.calibration import Calibration, ModuleRecord, Settings, Source
-from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.collection import Collection
-from vllm_vlora.compression import Compression, predict
+from vllm_vlora.adapters.collection import Collection
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import Compression, predict
+from vllm_vlora.compression.quality import compress_to_quality
 from vllm_vlora.errors import BudgetError, OptionError
-from vllm_vlora.moments import FullMoment
-from vllm_vlora.options import CompressOptions
-from vllm_vlora.plan import Budget
-from vllm_vlora.recovery import compress_to_quality
-from vllm_vlora.representations import decode
-from vllm_vlora.survey import Surveyor
-from vllm_vlora.whitening import Metric
+from vllm_vlora.fitting.calibration import Calibration, ModuleRecord, Settings, Source
+from vllm_vlora.fitting.moments import FullMoment
+from vllm_vlora.fitting.whitening import Metric
+from vllm_vlora.planning.plan import Budget
+from vllm_vlora.planning.survey import Surveyor
+from vllm_vlora.representations.decode import decode
 
 # Wide enough that headers are a small part of a file.
 WIDE = {name: (4 * d_in, 4 * d_out) for name, (d_in, d_out) in SHAPES.items()}

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.fit import fit_bases, fit_module
+from vllm_vlora.fitting.shared_basis import fit_bases, fit_module
 
 Adapters = list[tuple[torch.Tensor, torch.Tensor, float]]
 
@@ -196,7 +196,7 @@ def test_memory_does_not_grow_with_the_adapters() -> None:
     """The peak of a process of its own, for 500 adapters that together take 98 MB."""
     script = textwrap.dedent("""
         import torch
-        from vllm_vlora.fit import fit_bases
+        from vllm_vlora.fitting.shared_basis import fit_bases
 
         def status(key):
             line = next(x for x in open("/proc/self/status") if x.startswith(key))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from vllm_vlora.flat_fit import FlatFit, fit_flat, project_flat
+from vllm_vlora.fitting.flat_basis import FlatFit, fit_flat, project_flat
 
 Adapters = list[tuple[torch.Tensor, torch.Tensor, float]]
 Factors = tuple[torch.Tensor, torch.Tensor, float]
@@ -160,7 +160,7 @@ def test_memory_does_not_grow_with_the_adapters() -> None:
     """The peak of a process of its own, for 400 adapters that together take 105 MB."""
     script = textwrap.dedent("""
         import torch
-        from vllm_vlora.flat_fit import fit_flat
+        from vllm_vlora.fitting.flat_basis import fit_flat
 
         def status(key):
             line = next(x for x in open("/proc/self/status") if x.startswith(key))

@@ -17,8 +17,10 @@ import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vllm_vlora.adapters import open_adapter
-from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.checkpoint.export import export_all, export_task
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import (
     AdapterError,
     CheckpointError,
@@ -26,15 +28,13 @@ from vllm_vlora.errors import (
     OutputError,
     TaskIdError,
 )
-from vllm_vlora.export import export_all, export_task
 from vllm_vlora.foreign.convert import convert, detect_kind
 from vllm_vlora.foreign.lorashare_files import LoraShareFiles
 from vllm_vlora.foreign.vlora_files import VLoRAFiles
 from vllm_vlora.quantize import unpack
-from vllm_vlora.representations import decode
+from vllm_vlora.representations.decode import decode
 from vllm_vlora.tools.convert_command import convert as convert_command
 from vllm_vlora.tools.reconstruct_command import reconstruct as reconstruct_command
-from vllm_vlora.validation import validate
 
 SEEDS = Path(__file__).parent / "data" / "seeds"
 NAMES = sorted(

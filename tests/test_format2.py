@@ -27,29 +27,25 @@ from format2_world import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.checkpoint import (
+from vllm_vlora.checkpoint.export import export_all
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE, TASKS_FILE, basis_nbytes, task_nbytes
+from vllm_vlora.checkpoint.reader import (
     Basis,
     Checkpoint,
     CheckpointWriter,
     FlatBasis,
     StoredModule,
 )
+from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import CheckpointError
-from vllm_vlora.export import export_all
-from vllm_vlora.manifest import (
-    CONFIG_FILE,
-    TASKS_FILE,
-    basis_nbytes,
-    task_nbytes,
-)
-from vllm_vlora.memory import plan_memory
 from vllm_vlora.plugin.direct import DirectPath, DirectSlots
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
+from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.quantize import FORMATS, PackedMatrix, narrow_row_nbytes, pack, row_nbytes, unpack
-from vllm_vlora.representations import (
+from vllm_vlora.representations.decode import (
     decode,
     encode_joint,
     encode_narrow,
@@ -58,7 +54,6 @@ from vllm_vlora.representations import (
 )
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.triton_kernels.direct import add_direct
-from vllm_vlora.validation import validate
 
 DATA = Path(__file__).parent / "data" / "format2"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 
 from vllm_vlora.errors import AdapterError, CheckpointError
-from vllm_vlora.hub import ref_name, resolve_snapshot
+from vllm_vlora.snapshots import ref_name, resolve_snapshot
 
 COMMIT = "1" * 40
 FILES = {"adapter_config.json": b'{"r": 8}', "weights.bin": b"not wanted"}
@@ -87,7 +87,7 @@ def resolve_in_subprocess(ref: str, home: Path, **environment: str) -> tuple[boo
     program = (
         "import sys\n"
         "from vllm_vlora.errors import AdapterError\n"
-        "from vllm_vlora.hub import resolve_snapshot\n"
+        "from vllm_vlora.snapshots import resolve_snapshot\n"
         "try:\n"
         "    print(resolve_snapshot(sys.argv[1], what='adapter', error=AdapterError,\n"
         "                           allow_patterns=['*.json']))\n"

@@ -20,14 +20,15 @@ from huggingface_hub.utils import RepositoryNotFoundError
 from synthetic import family, run
 from typer.testing import CliRunner
 
-from vllm_vlora import hub, hub_repository
-from vllm_vlora.checkpoint import Checkpoint, CheckpointWriter
+from vllm_vlora import snapshots
+from vllm_vlora.checkpoint import hub
+from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
+from vllm_vlora.checkpoint.reader import Checkpoint, CheckpointWriter
+from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
-from vllm_vlora.hub_repository import pull_checkpoint, push_checkpoint
-from vllm_vlora.share_model import SHAREModel
+from vllm_vlora.subspace.share_model import SHAREModel
 from vllm_vlora.tools.hub_command import pull as pull_command
 from vllm_vlora.tools.hub_command import push as push_command
-from vllm_vlora.validation import validate
 
 REPO = "org/tasks"
 
@@ -129,8 +130,8 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     found = FakeHub(tmp_path / "hub")
-    monkeypatch.setattr(hub_repository.huggingface_hub, "HfApi", found)
-    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", found.snapshot_download)
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", found)
+    monkeypatch.setattr(snapshots.huggingface_hub, "snapshot_download", found.snapshot_download)
     return found
 
 

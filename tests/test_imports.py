@@ -17,7 +17,7 @@ FORBIDDEN = {
                 "vllm_vlora.triton_kernels"),
     "plugin": ("typer", "rich", "vllm_vlora.tools"),
     "triton_kernels": ("vllm", "typer", "rich", "vllm_vlora.plugin", "vllm_vlora.tools",
-                       "vllm_vlora.checkpoint"),
+                       "vllm_vlora.checkpoint.reader"),
     "tools": ("vllm", "triton", "vllm_vlora.triton_kernels"),
 }  # fmt: skip
 LIBRARY_ORDER = [

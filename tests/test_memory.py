@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter
+from vllm_vlora.checkpoint.manifest import ModuleSpec, Segment
+from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter
 from vllm_vlora.errors import ModelMismatchError, OptionError
-from vllm_vlora.manifest import ModuleSpec, Segment
-from vllm_vlora.memory import (
+from vllm_vlora.plugin import settings
+from vllm_vlora.plugin.direct import DirectPath, LayerLayout
+from vllm_vlora.plugin.memory import (
     DEFAULT_PEFT_SLOTS,
     MODES,
     STOCK,
@@ -22,19 +24,17 @@ from vllm_vlora.memory import (
     direct_obstacle,
     plan_memory,
 )
-from vllm_vlora.model_layers import (
+from vllm_vlora.plugin.model_layers import (
     LayerSlice,
     ModelShape,
     module_slice,
     read_model_shape,
     targeted,
 )
-from vllm_vlora.plugin import settings
-from vllm_vlora.plugin.direct import DirectPath, LayerLayout
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.slots import Run, SliceLayout
 from vllm_vlora.quantize import pack, unpack
-from vllm_vlora.representations import encode_joint, encode_private
+from vllm_vlora.representations.decode import encode_joint, encode_private
 from vllm_vlora.tools.cli import plan as plan_command
 
 Q, OUT, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "lm_head"

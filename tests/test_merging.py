@@ -18,8 +18,8 @@ from tiny_adapters import (
 )
 
 from vllm_vlora.errors import AdapterError, OptionError
-from vllm_vlora.subspace import merging
-from vllm_vlora.subspace.merging import (
+from vllm_vlora.merging import merging
+from vllm_vlora.merging.merging import (
     MERGE_METHODS,
     MergedWeights,
     dare_mask,

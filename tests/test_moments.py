@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.moments import FullMoment, FullSum, LowRankMoment, SketchSum, moment_nbytes, new_sum
+from vllm_vlora.fitting.moments import (
+    FullMoment,
+    FullSum,
+    LowRankMoment,
+    SketchSum,
+    moment_nbytes,
+    new_sum,
+)
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.allocation import (
+from vllm_vlora.checkpoint.manifest import BasisSpec
+from vllm_vlora.compression.encoding import encode_option
+from vllm_vlora.fitting.whitening import FROBENIUS, Metric, Whitener
+from vllm_vlora.planning.allocation import (
     Point,
     allocate,
     build_path,
@@ -17,10 +20,8 @@ from vllm_vlora.allocation import (
     fit_to_budget,
     lower_hull,
 )
-from vllm_vlora.encoding import encode_option
-from vllm_vlora.formats import NARROW
-from vllm_vlora.manifest import BasisSpec
-from vllm_vlora.measure import (
+from vllm_vlora.planning.number_formats import NARROW
+from vllm_vlora.planning.private_curves import (
     JointCurve,
     JointMeter,
     component_grid,
@@ -28,7 +29,7 @@ from vllm_vlora.measure import (
     squared_norm,
 )
 from vllm_vlora.quantize import FORMATS, narrow_row_nbytes, pack, row_nbytes, unpack
-from vllm_vlora.representations import (
+from vllm_vlora.representations.decode import (
     balanced_svd,
     core_shape,
     decode,
@@ -37,7 +38,6 @@ from vllm_vlora.representations import (
     encode_private,
     relative_error,
 )
-from vllm_vlora.whitening import FROBENIUS, Metric, Whitener
 
 
 def factors(rank: int, d_in: int, d_out: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +112,7 @@ def test_joint_meter_equals_what_encoding_loses_at_every_width(format: str) -> N
 
 
 def _basis(u: object, v: object) -> object:
-    from vllm_vlora.checkpoint import Basis
+    from vllm_vlora.checkpoint.reader import Basis
 
     return Basis(u, v)  # type: ignore[arg-type]
 

@@ -7,8 +7,8 @@ import torch
 from tiny_adapters import TinyModel, tiny_adapters, tiny_weights
 
 from vllm_vlora.errors import OptionError, TaskNotFoundError
-from vllm_vlora.subspace.model import VLoRAModel
-from vllm_vlora.subspace.router import TaskRouter
+from vllm_vlora.model.router import TaskRouter
+from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
 
 TASKS = [f"task_{i}" for i in range(4)]
@@ -93,7 +93,7 @@ def test_a_router_of_a_subspace_prefers_no_task_at_first() -> None:
 
 def test_the_init_tells_sizes_from_directions() -> None:
     """Cosines of cores are those of the updates, since the bases are orthonormal."""
-    from vllm_vlora.subspace.router import _loading_cosines
+    from vllm_vlora.model.router import _loading_cosines
 
     adapters = tiny_adapters(4, spread=0.4)
     joint = SharedSubspace.from_adapters(adapters, num_components=8, representation="joint")

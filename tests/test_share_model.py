@@ -23,8 +23,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
-from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import (
     AdapterError,
     CheckpointError,
@@ -33,8 +34,7 @@ from vllm_vlora.errors import (
     TaskIdError,
     TaskNotFoundError,
 )
-from vllm_vlora.share_model import SHAREModel
-from vllm_vlora.validation import validate
+from vllm_vlora.subspace.share_model import SHAREModel
 
 SEEDS = Path(__file__).parent / "data" / "seeds"
 Q, V = SHAPES

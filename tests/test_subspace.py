@@ -21,7 +21,7 @@ from tiny_adapters import (
     tiny_weights,
 )
 
-from vllm_vlora.adapters import open_adapter, write_adapter
+from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
 from vllm_vlora.errors import (
     AdapterError,
     OptionError,

@@ -19,21 +19,27 @@ from tiny_adapters import (
     tiny_weights,
 )
 
-from vllm_vlora.adapters import open_adapter
+from vllm_vlora.adapters.peft_folder import open_adapter
 from vllm_vlora.atomic import publish_folder
-from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter, FlatBasis, StoredModule
-from vllm_vlora.compression import compress
+from vllm_vlora.checkpoint.export import export_all, export_task
+from vllm_vlora.checkpoint.manifest import is_checkpoint
+from vllm_vlora.checkpoint.reader import (
+    Basis,
+    Checkpoint,
+    CheckpointWriter,
+    FlatBasis,
+    StoredModule,
+)
+from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
-from vllm_vlora.export import export_all, export_task
-from vllm_vlora.manifest import is_checkpoint
-from vllm_vlora.memory import plan_memory
-from vllm_vlora.options import CompressOptions
+from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.quantize import pack
-from vllm_vlora.representations import decode, encode_flat
+from vllm_vlora.representations.decode import decode, encode_flat
 from vllm_vlora.subspace.layers import FlatLayer
 from vllm_vlora.subspace.shared import SharedSubspace, TaskProjection
 from vllm_vlora.subspace.weights import LoRAWeights, load_adapter
-from vllm_vlora.validation import validate
 
 Q, V = SHAPES
 SEEDS = Path(__file__).parent / "data" / "seeds"

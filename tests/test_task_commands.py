@@ -17,16 +17,16 @@ from synthetic import dense, family, run
 from tiny_adapters import delta_w, save_tiny_adapters, tiny_adapters, tiny_weights
 from typer.testing import CliRunner
 
-from vllm_vlora.adapters import open_adapter
-from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.subspace.merging import dare_merge, ties_merge
+from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.merging.merging import dare_merge, ties_merge
 from vllm_vlora.subspace.weights import load_adapter, save_adapter
 from vllm_vlora.tools import task_plots
 from vllm_vlora.tools.analyze_command import analyze
 from vllm_vlora.tools.benchmark_command import benchmark
 from vllm_vlora.tools.diff_command import diff
 from vllm_vlora.tools.merge_command import merge
-from vllm_vlora.validation import validate
 
 HOSTILE = "<script>alert(1)</script>&"
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_vlora.errors import DataError
-from vllm_vlora.texts import (
+from vllm_vlora.evaluation.texts import (
     IGNORED,
     Example,
     Message,

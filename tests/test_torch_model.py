@@ -14,20 +14,20 @@ from tiny_adapters import SHAPES, TinyModel, save_tiny_adapters, tiny_adapters, 
 from tiny_llama import write_tiny_llama
 from torch import nn
 
-from vllm_vlora.adapters import open_adapter
-from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.checkpoint.export import export_task
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import (
     ModelMismatchError,
     OptionError,
     TaskNotFoundError,
     VLoRAError,
 )
-from vllm_vlora.export import export_task
-from vllm_vlora.representations import decode
-from vllm_vlora.subspace.model import VLoRAModel
+from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, updates_of
+from vllm_vlora.model.vlora_model import VLoRAModel
+from vllm_vlora.representations.decode import decode
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.tasks import TaskProjection
-from vllm_vlora.subspace.updates import LowRankUpdate, MixedUpdate, updates_of
 from vllm_vlora.subspace.weights import LoRAWeights, save_adapter
 
 TASKS = [f"task_{i}" for i in range(4)]

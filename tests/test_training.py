@@ -20,10 +20,10 @@ from cipher_tasks import (
 from tiny_adapters import TinyModel, tiny_adapters
 
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
-from vllm_vlora.subspace.attaching import AdaptedLayer
-from vllm_vlora.subspace.model import VLoRAModel
+from vllm_vlora.model.attaching import AdaptedLayer
+from vllm_vlora.model.training import SubspaceTrainer, orthogonal_init
+from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
-from vllm_vlora.subspace.training import SubspaceTrainer, orthogonal_init
 from vllm_vlora.subspace.weights import load_adapter
 
 NEW: Task = (2, 1)

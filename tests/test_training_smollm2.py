@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.validation import validate
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.validation import validate
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.whitening import (
+from vllm_vlora.fitting.whitening import (
     FROBENIUS,
     Metric,
     TriangularWhitener,

@@ -29,9 +29,9 @@ from vllm_vlora.tools.terminal import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_vlora.adapters import Adapter
-    from vllm_vlora.adding import AddOptions, AddReport
-    from vllm_vlora.report import CompressReport
+    from vllm_vlora.adapters.peft_folder import Adapter
+    from vllm_vlora.checkpoint.report import CompressReport
+    from vllm_vlora.editing.adding import AddOptions, AddReport
 
 
 Output = Annotated[
@@ -124,7 +124,7 @@ def add(
     vllm-vlora add ckpt new-lora/ --rebuild --originals adapters/
     """
     with reported(verbose):
-        from vllm_vlora.adding import AddOptions
+        from vllm_vlora.editing.adding import AddOptions
         from vllm_vlora.tools.inputs import collect_shown
 
         _check_rebuild(rebuild, originals, expand)
@@ -149,7 +149,7 @@ def add(
             assert originals is not None
             _rebuild(checkpoint, collected, originals, options, replace, output, force, as_json)
             return
-        from vllm_vlora.adding import add_adapters
+        from vllm_vlora.editing.adding import add_adapters
 
         with progress_bar(messages) as advance:
             report = add_adapters(
@@ -186,8 +186,8 @@ def remove(
     vllm-vlora remove ckpt summarize translate
     """
     with reported(verbose):
-        from vllm_vlora.adding import remove_tasks
-        from vllm_vlora.card import format_bytes
+        from vllm_vlora.checkpoint.card import format_bytes
+        from vllm_vlora.editing.adding import remove_tasks
         from vllm_vlora.tools.summary import line
 
         freed = remove_tasks(checkpoint, tasks, output=output, force=force)
@@ -228,9 +228,9 @@ def _rebuild(
     force: bool,
     as_json: bool,
 ) -> None:
-    from vllm_vlora.adding import check_new
-    from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.rebuilding import find_originals, rebuild
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.editing.adding import check_new
+    from vllm_vlora.editing.rebuilding import find_originals, rebuild
 
     opened = Checkpoint.open(checkpoint)
     if not replace:
@@ -276,7 +276,7 @@ def _print_added(console: Console, report: AddReport, target: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from vllm_vlora.card import format_bytes, format_ratio
+    from vllm_vlora.checkpoint.card import format_bytes, format_ratio
     from vllm_vlora.tools.summary import line
 
     table = Table(header_style="bold")
@@ -334,7 +334,7 @@ def _rebuilt_json(
 
 
 def _print_rebuilt(console: Console, report: CompressReport, before: int, target: str) -> None:
-    from vllm_vlora.card import format_bytes
+    from vllm_vlora.checkpoint.card import format_bytes
     from vllm_vlora.tools.summary import line
 
     for warning in report.warnings:

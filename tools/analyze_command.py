@@ -21,8 +21,8 @@ from vllm_vlora.tools.terminal import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_vlora.adapters import Adapter
-    from vllm_vlora.evaluation import Spectrum
+    from vllm_vlora.adapters.peft_folder import Adapter
+    from vllm_vlora.evaluation.fidelity import Spectrum
 
 # A matrix wider than this is left to --json and --plot.
 _MOST_COLUMNS = 12
@@ -99,8 +99,8 @@ def _measure(
     adapters: dict[str, Adapter], threshold: float, advance: Any
 ) -> tuple[dict[str, Any], list[Spectrum]]:
     """What ``--json`` prints, and the singular values for the plot."""
-    from vllm_vlora.evaluation import ModuleFidelity, SpectrumCollector
-    from vllm_vlora.subspace.analysis import (
+    from vllm_vlora.evaluation.fidelity import ModuleFidelity, SpectrumCollector
+    from vllm_vlora.merging.analysis import (
         compute_similarity_matrix,
         effective_rank,
         find_clusters,

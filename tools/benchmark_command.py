@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from vllm_vlora.checkpoint import Basis, Checkpoint
-    from vllm_vlora.manifest import ModuleSpec
+    from vllm_vlora.checkpoint.manifest import ModuleSpec
+    from vllm_vlora.checkpoint.reader import Basis, Checkpoint
 
 _Operation = Callable[[], object]
 
@@ -57,7 +57,7 @@ def benchmark(
     vllm-vlora benchmark ckpt --task summarize --runs 30 --json
     """
     with reported(verbose):
-        from vllm_vlora.checkpoint import Checkpoint
+        from vllm_vlora.checkpoint.reader import Checkpoint
 
         opened = Checkpoint.open(checkpoint)
         chosen = _choose(opened, task)
@@ -101,9 +101,9 @@ def _operations(
     checkpoint: Checkpoint, task: str, scratch: Path
 ) -> Iterator[tuple[str, str, _Operation]]:
     """(name, what it means, what to time)."""
-    from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.export import export_task
-    from vllm_vlora.representations import decode
+    from vllm_vlora.checkpoint.export import export_task
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.representations.decode import decode
 
     shared = {(name, kind): basis for name, kind, basis in checkpoint.shared()}
     stored = checkpoint.load_task(task)
@@ -135,7 +135,7 @@ def _operations(
 
 def _switches(checkpoint: Checkpoint, task: str) -> Iterator[tuple[str, str, _Operation]]:
     """Switching a PyTorch model between this task and another, or the base where there is one only."""
-    from vllm_vlora.subspace.model import VLoRAModel
+    from vllm_vlora.model.vlora_model import VLoRAModel
 
     other = next((task_id for task_id in checkpoint.tasks if task_id != task), None)
     for name, meaning, cached in (
@@ -167,10 +167,10 @@ def _projection(
     shared: dict[tuple[str, str], Basis], factors: dict[str, Any]
 ) -> Iterator[tuple[str, str, _Operation]]:
     """Projecting the task's factors on the bases of its modules, where there are some."""
-    from vllm_vlora.checkpoint import FlatBasis
-    from vllm_vlora.flat import FlatProjection
+    from vllm_vlora.checkpoint.reader import FlatBasis
+    from vllm_vlora.planning.flat_curves import FlatProjection
     from vllm_vlora.quantize import unpack
-    from vllm_vlora.representations import encode_joint
+    from vllm_vlora.representations.decode import encode_joint
 
     steps: list[_Operation] = []
     for (name, _), basis in shared.items():

@@ -19,7 +19,7 @@ from vllm_vlora.tools.terminal import (
 )
 
 if TYPE_CHECKING:
-    from vllm_vlora.calibration import Calibration
+    from vllm_vlora.fitting.calibration import Calibration
 
 
 def calibrate(
@@ -79,10 +79,10 @@ def calibrate(
     """
     with reported(verbose):
         from vllm_vlora.atomic import publish_folder
-        from vllm_vlora.calibration import is_calibration
-        from vllm_vlora.tools.base_model import quieten
-        from vllm_vlora.tools.gather import GatherOptions
-        from vllm_vlora.tools.gather import calibrate as run
+        from vllm_vlora.evaluation.base_model import quieten
+        from vllm_vlora.evaluation.calibrate import GatherOptions
+        from vllm_vlora.evaluation.calibrate import calibrate as run
+        from vllm_vlora.fitting.calibration import is_calibration
 
         quieten()
         options = GatherOptions(
@@ -120,7 +120,7 @@ def summarize(
     """What ``--json`` prints."""
     import msgspec
 
-    from vllm_vlora.moments import FullMoment
+    from vllm_vlora.fitting.moments import FullMoment
 
     moments = calibration.moments
     return {

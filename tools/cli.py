@@ -118,7 +118,7 @@ def info(
     if originals is not None and not rebuild:
         raise typer.BadParameter("is for --rebuild; give both or none", param_hint="--originals")
     with reported(verbose):
-        from vllm_vlora.checkpoint import Checkpoint
+        from vllm_vlora.checkpoint.reader import Checkpoint
         from vllm_vlora.tools import rebuild_advice as advice
         from vllm_vlora.tools import summary as show
 
@@ -155,8 +155,8 @@ def validate(
     vllm-vlora validate ckpt && rsync -a ckpt server:/models/
     """
     with reported(verbose):
+        from vllm_vlora.checkpoint.validation import validate as run
         from vllm_vlora.tools import summary as show
-        from vllm_vlora.validation import validate as run
 
         with progress_bar(open_console(stderr=True)) as advance:
             problems = run(checkpoint, progress=lambda _, done, all_: advance("read", done, all_))
@@ -226,8 +226,8 @@ def export(
     if everything == bool(tasks):
         raise typer.BadParameter("name the tasks to export, or give --all", param_hint="TASK")
     with reported(verbose):
-        from vllm_vlora.checkpoint import Checkpoint
-        from vllm_vlora.export import ConfigChanges, export_task
+        from vllm_vlora.checkpoint.export import ConfigChanges, export_task
+        from vllm_vlora.checkpoint.reader import Checkpoint
 
         targets = None if target_modules is None else tuple(target_modules.split(","))
         changes = ConfigChanges(alpha, base_model, targets)
@@ -318,9 +318,9 @@ def plan(
     vllm-vlora plan ckpt --max-loras 64 --memory 8 --gpu-memory 80
     """
     with reported(verbose):
-        from vllm_vlora.checkpoint import Checkpoint
-        from vllm_vlora.memory import plan_memory
-        from vllm_vlora.model_layers import read_model_shape
+        from vllm_vlora.checkpoint.reader import Checkpoint
+        from vllm_vlora.plugin.memory import plan_memory
+        from vllm_vlora.plugin.model_layers import read_model_shape
         from vllm_vlora.tools import memory_table as show
 
         found = plan_memory(

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from vllm_vlora.adapters import Adapter
-    from vllm_vlora.options import CompressOptions
-    from vllm_vlora.report import Candidate, CompressReport
+    from vllm_vlora.adapters.peft_folder import Adapter
+    from vllm_vlora.checkpoint.report import Candidate, CompressReport
+    from vllm_vlora.compression.options import CompressOptions
 
 
 class Representation(str, Enum):
@@ -198,7 +198,7 @@ def compress(
     if output is None and not plan:
         raise typer.BadParameter("give -o CKPT, or --plan to write nothing", param_hint="--output")
     with reported(verbose):
-        from vllm_vlora.options import CompressOptions
+        from vllm_vlora.compression.options import CompressOptions
         from vllm_vlora.tools import summary as show
         from vllm_vlora.tools.inputs import collect_shown
 
@@ -257,7 +257,7 @@ def _calibrated(
     """The options with the calibration folder that is given, or gathered from the text given."""
     from dataclasses import replace
 
-    from vllm_vlora.tools.calibrations import calibration_folder
+    from vllm_vlora.evaluation.calibrations import calibration_folder
 
     with progress_bar(messages) as advance:
         return replace(
@@ -272,7 +272,7 @@ def _compress(
     force: bool,
     messages: Console,
 ) -> CompressReport:
-    from vllm_vlora.compression import compress as run
+    from vllm_vlora.compression.pipeline import compress as run
 
     with progress_bar(messages) as advance:
         return run(collected, output, options, force=force, progress=advance)
@@ -288,8 +288,8 @@ def _judged(
     data: list[str],
     messages: Console,
 ) -> CompressReport:
-    from vllm_vlora.recovery import compress_judged, compress_to_quality
-    from vllm_vlora.tools.judge import make_judge
+    from vllm_vlora.compression.quality import compress_judged, compress_to_quality
+    from vllm_vlora.evaluation.judge import make_judge
 
     with progress_bar(messages) as advance:
         judge = make_judge(collected, base, data, advance)
@@ -303,7 +303,7 @@ def _judged(
 def _predict(
     collected: Mapping[str, Adapter], options: CompressOptions, messages: Console, as_json: bool
 ) -> None:
-    from vllm_vlora.compression import predict
+    from vllm_vlora.compression.pipeline import predict
     from vllm_vlora.tools import summary as show
 
     with progress_bar(messages) as advance:
@@ -317,7 +317,7 @@ def _predict(
 
 
 def _print_report(report: CompressReport, output: Path, as_json: bool, *, by_size: bool) -> None:
-    from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.checkpoint.reader import Checkpoint
     from vllm_vlora.tools import summary as show
 
     data = show.summarize(Checkpoint.open(output), str(output))

@@ -89,7 +89,7 @@ def _as_data(source: str, report: ConvertReport) -> dict[str, Any]:
 
 
 def _print(source: str, report: ConvertReport) -> None:
-    from vllm_vlora.card import format_bytes
+    from vllm_vlora.checkpoint.card import format_bytes
     from vllm_vlora.tools import summary as show
 
     errors = open_console(stderr=True)

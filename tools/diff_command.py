@@ -15,7 +15,7 @@ from vllm_vlora.tools.terminal import AsJson, Verbose, open_console, print_json,
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_vlora.subspace.analysis import Update
+    from vllm_vlora.merging.analysis import Update
 
 
 def diff(
@@ -42,7 +42,7 @@ def diff(
     vllm-vlora diff runs/lora-old runs/lora-new --plot changes.html
     """
     with reported(verbose):
-        from vllm_vlora.subspace.analysis import adapter_diff, update_norm
+        from vllm_vlora.merging.analysis import adapter_diff, update_norm
         from vllm_vlora.tools.task_plots import check_plot_path
 
         if plot is not None:
@@ -70,9 +70,9 @@ def diff(
 
 
 def _open(refs: list[str]) -> tuple[tuple[str, str], tuple[Update, Update]]:
-    from vllm_vlora.adapters import open_adapter
-    from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.subspace.blending import read_tasks
+    from vllm_vlora.adapters.peft_folder import open_adapter
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.merging.blending import read_tasks
 
     if len(refs) == 2:
         first, second = map(open_adapter, refs)
@@ -86,13 +86,13 @@ def _open(refs: list[str]) -> tuple[tuple[str, str], tuple[Update, Update]]:
 
 
 def _factors(side: Update) -> list[Any]:
-    from vllm_vlora.subspace.analysis import scaled_layers
+    from vllm_vlora.merging.analysis import scaled_layers
 
     return [factors for _, factors in scaled_layers(side)]
 
 
 def _cosine(pair: tuple[Update, Update]) -> float:
-    from vllm_vlora.subspace.analysis import compute_similarity_matrix
+    from vllm_vlora.merging.analysis import compute_similarity_matrix
 
     return float(compute_similarity_matrix(pair)[0, 1])
 

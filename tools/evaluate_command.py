@@ -27,7 +27,7 @@ from vllm_vlora.tools.terminal import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.checkpoint.reader import Checkpoint
 
 _DATA_SUFFIXES = (".jsonl", ".txt")
 # Tasks that one line names at most.
@@ -116,7 +116,7 @@ def evaluate(
     with reported(verbose):
         for target in (html, save_json):
             _check_target(target)
-        from vllm_vlora.checkpoint import Checkpoint
+        from vllm_vlora.checkpoint.reader import Checkpoint
 
         opened = Checkpoint.open(checkpoint)
         files = find_data(opened, data)
@@ -124,8 +124,8 @@ def evaluate(
         if fail_under is not None:
             _check_gate(files, originals)
         with progress_bar(open_console(stderr=True)) as advance:
-            from vllm_vlora.tools.base_model import quieten
-            from vllm_vlora.tools.evaluator import (
+            from vllm_vlora.evaluation.base_model import quieten
+            from vllm_vlora.evaluation.evaluator import (
                 EvaluationOptions,
                 Evaluator,
                 evaluate_checkpoint,
@@ -333,7 +333,7 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from vllm_vlora.card import format_bytes
+    from vllm_vlora.checkpoint.card import format_bytes
     from vllm_vlora.tools.summary import line
 
     table = Table(header_style="bold")

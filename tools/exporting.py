@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from vllm_vlora.tools.terminal import open_console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.export import ConfigChanges
+    from vllm_vlora.checkpoint.export import ConfigChanges
+    from vllm_vlora.checkpoint.reader import Checkpoint
 
 
 def write_folders(
@@ -23,7 +23,7 @@ def write_folders(
     changes: ConfigChanges | None = None,
 ) -> dict[str, Path]:
     """A folder in ``output`` for each task, with a bar; see ``export_all``."""
-    from vllm_vlora.export import export_all
+    from vllm_vlora.checkpoint.export import export_all
 
     with progress_bar(open_console(stderr=True)) as advance:
         return export_all(

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from vllm_vlora.card import format_bytes
-from vllm_vlora.evaluation import SPECTRUM_QUANTILES, module_kind, module_layer
+from vllm_vlora.checkpoint.card import format_bytes
+from vllm_vlora.evaluation.fidelity import SPECTRUM_QUANTILES, module_kind, module_layer
 from vllm_vlora.tools import plots
 
 _BARS = 100

@@ -46,8 +46,8 @@ def push(
     VLLM_VLORA_CHECKPOINT=org/my-tasks vllm serve BASE_MODEL --enable-lora
     """
     with reported(verbose):
-        from vllm_vlora.card import format_bytes
-        from vllm_vlora.hub_repository import push_checkpoint
+        from vllm_vlora.checkpoint.card import format_bytes
+        from vllm_vlora.checkpoint.hub import push_checkpoint
         from vllm_vlora.tools import summary as show
 
         report = push_checkpoint(
@@ -87,8 +87,8 @@ def pull(
     vllm-vlora pull org/my-tasks@v1 -o ckpt
     """
     with reported(verbose):
-        from vllm_vlora.card import format_bytes
-        from vllm_vlora.hub_repository import pull_checkpoint
+        from vllm_vlora.checkpoint.card import format_bytes
+        from vllm_vlora.checkpoint.hub import pull_checkpoint
         from vllm_vlora.tools import summary as show
 
         opened = pull_checkpoint(repo, output, force=force)

@@ -12,7 +12,7 @@ from vllm_vlora.errors import AdapterError, TaskIdError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_vlora.adapters import Adapter
+    from vllm_vlora.adapters.peft_folder import Adapter
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -57,7 +57,7 @@ def collect(refs: Iterable[str], names: Iterable[str]) -> dict[str, Adapter]:
         AdapterError: an adapter cannot be opened.
         TaskIdError: an id is impossible, or two adapters have the same.
     """
-    from vllm_vlora.adapters import open_adapter
+    from vllm_vlora.adapters.peft_folder import open_adapter
     from vllm_vlora.task_ids import validate_task_id
 
     named: dict[str, list[str]] = {}

@@ -11,7 +11,7 @@ from rich.table import Table
 from vllm_vlora.tools.summary import line
 
 if TYPE_CHECKING:
-    from vllm_vlora.memory import MemoryPlan, ModeMemory
+    from vllm_vlora.plugin.memory import MemoryPlan, ModeMemory
 
 _MIB = 1 << 20
 _GIB = 1 << 30

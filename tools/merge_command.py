@@ -21,8 +21,8 @@ from vllm_vlora.tools.terminal import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_vlora.subspace.blending import BlendedTask
-    from vllm_vlora.subspace.merging import MergedWeights
+    from vllm_vlora.merging.blending import BlendedTask
+    from vllm_vlora.merging.merging import MergedWeights
     from vllm_vlora.subspace.weights import LoRAWeights
 
 
@@ -142,7 +142,7 @@ def merge(
         names, opened = _read(adapters, checkpoint)
         if len(opened) < 2:
             raise OptionError(f"{len(opened)} adapter given; name at least two to merge")
-        from vllm_vlora.subspace.merging import MERGE_METHODS
+        from vllm_vlora.merging.merging import MERGE_METHODS
         from vllm_vlora.subspace.weights import save_adapter
 
         merged = MERGE_METHODS[method.value](opened, weights=chosen, **options)
@@ -198,8 +198,8 @@ def _check_absent(output: Path, force: bool) -> None:
 def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRAWeights]]:
     with progress_bar(open_console(stderr=True)) as advance:
         if checkpoint is not None:
-            from vllm_vlora.checkpoint import Checkpoint
-            from vllm_vlora.subspace.blending import read_tasks
+            from vllm_vlora.checkpoint.reader import Checkpoint
+            from vllm_vlora.merging.blending import read_tasks
 
             advance("read", 0, 1)
             return refs, read_tasks(Checkpoint.open(checkpoint), refs)
@@ -235,7 +235,7 @@ def _blend(
     format: str,
     force: bool,
 ) -> BlendedTask:
-    from vllm_vlora.subspace.blending import blend_tasks
+    from vllm_vlora.merging.blending import blend_tasks
 
     chosen = [1 / len(tasks)] * len(tasks) if weights is None else weights
     if len(chosen) != len(tasks):
@@ -247,7 +247,7 @@ def _blend(
 
 
 def _show_blend(blended: BlendedTask, checkpoint: str, as_json: bool) -> None:
-    from vllm_vlora.card import format_bytes
+    from vllm_vlora.checkpoint.card import format_bytes
     from vllm_vlora.tools.summary import line
 
     low, high = blended.ranks

@@ -282,7 +282,7 @@ def _short(text: str, limit: int = _LABEL_CHARACTERS) -> str:
 
 
 def _size(count: float) -> str:
-    from vllm_vlora.card import format_bytes
+    from vllm_vlora.checkpoint.card import format_bytes
 
     return format_bytes(round(count))
 

@@ -18,7 +18,7 @@ from vllm_vlora.tools.terminal import (
 )
 
 if TYPE_CHECKING:
-    from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.checkpoint.reader import Checkpoint
 
 
 def reconstruct(
@@ -61,7 +61,7 @@ def reconstruct(
             "give --adapter NAME or --all, one of them", param_hint="--adapter"
         )
     with reported(verbose):
-        from vllm_vlora.export import export_task
+        from vllm_vlora.checkpoint.export import export_task
 
         with _opened(checkpoint) as opened:
             if adapter is not None:
@@ -76,10 +76,10 @@ def _opened(ref: str) -> Iterator[Checkpoint]:
     """A checkpoint of ours, or another package's, converted into a folder that is removed again."""
     from tempfile import TemporaryDirectory
 
-    from vllm_vlora.checkpoint import Checkpoint
+    from vllm_vlora.checkpoint.reader import Checkpoint
     from vllm_vlora.errors import CheckpointError
     from vllm_vlora.foreign.convert import convert, detect_kind
-    from vllm_vlora.hub import resolve_snapshot
+    from vllm_vlora.snapshots import resolve_snapshot
     from vllm_vlora.tools import summary as show
 
     folder = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_vlora.card import format_bytes, format_ratio, serve_command, serving_rank
+from vllm_vlora.checkpoint.card import format_bytes, format_ratio, serve_command, serving_rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.manifest import Segment
+    from vllm_vlora.checkpoint.manifest import Segment
+    from vllm_vlora.checkpoint.reader import Checkpoint
 
 
 def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:

@@ -11,21 +11,39 @@ from typing import TYPE_CHECKING, Any
 from vllm_vlora._version import __version__
 
 if TYPE_CHECKING:
-    from vllm_vlora.adapters import Adapter, open_adapter
-    from vllm_vlora.adding import AddOptions, AddReport, add_adapters, remove_tasks
-    from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.compression import compress, predict
+    from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
+    from vllm_vlora.checkpoint.export import ConfigChanges, export_all, export_task
+    from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.checkpoint.report import CompressReport
+    from vllm_vlora.checkpoint.validation import validate
+    from vllm_vlora.compression.options import CompressOptions
+    from vllm_vlora.compression.pipeline import compress, predict
+    from vllm_vlora.compression.quality import compress_to_quality
+    from vllm_vlora.editing.adding import AddOptions, AddReport, add_adapters, remove_tasks
+    from vllm_vlora.editing.rebuilding import rebuild
     from vllm_vlora.errors import VLoRAError
-    from vllm_vlora.export import ConfigChanges, export_all, export_task
     from vllm_vlora.foreign.convert import convert
-    from vllm_vlora.hub_repository import pull_checkpoint, push_checkpoint
-    from vllm_vlora.memory import MemoryPlan, plan_memory
-    from vllm_vlora.options import CompressOptions
+    from vllm_vlora.merging.analysis import (
+        adapter_diff,
+        compute_similarity_matrix,
+        find_clusters,
+        find_outliers,
+        subspace_coverage,
+    )
+    from vllm_vlora.merging.blending import (
+        blend_tasks,
+        core_similarity,
+        interpolate_tasks,
+        negate_task,
+    )
+    from vllm_vlora.merging.merging import dare_merge, task_arithmetic, ties_merge
+    from vllm_vlora.model.router import TaskRouter
+    from vllm_vlora.model.training import SubspaceTrainer, orthogonal_init
+    from vllm_vlora.model.updates import LowRankUpdate, updates_of
+    from vllm_vlora.model.vlora_model import VLoRAModel
+    from vllm_vlora.plugin.memory import MemoryPlan, plan_memory
     from vllm_vlora.plugin.requests import lora_request
-    from vllm_vlora.rebuilding import rebuild
-    from vllm_vlora.recovery import compress_to_quality
-    from vllm_vlora.report import CompressReport
-    from vllm_vlora.share_model import SHAREModel
     from vllm_vlora.subspace.algebra import (
         compute_svd,
         explained_variance_ratio,
@@ -38,52 +56,47 @@ if TYPE_CHECKING:
         reconstruct_from_subspace,
         select_num_components,
     )
-    from vllm_vlora.subspace.analysis import (
-        adapter_diff,
-        compute_similarity_matrix,
-        find_clusters,
-        find_outliers,
-        subspace_coverage,
-    )
-    from vllm_vlora.subspace.blending import (
-        blend_tasks,
-        core_similarity,
-        interpolate_tasks,
-        negate_task,
-    )
-    from vllm_vlora.subspace.merging import dare_merge, task_arithmetic, ties_merge
-    from vllm_vlora.subspace.model import VLoRAModel
     from vllm_vlora.subspace.pipeline import absorb_task, extract_adapter, init_subspace
-    from vllm_vlora.subspace.router import TaskRouter
+    from vllm_vlora.subspace.share_model import SHAREModel
     from vllm_vlora.subspace.shared import SharedSubspace
     from vllm_vlora.subspace.tasks import TaskProjection
-    from vllm_vlora.subspace.training import SubspaceTrainer, orthogonal_init
-    from vllm_vlora.subspace.updates import LowRankUpdate, updates_of
     from vllm_vlora.subspace.weights import (
         LoRAWeights,
         load_adapter,
         load_adapter_from_hub,
         save_adapter,
     )
-    from vllm_vlora.validation import validate
 
 # Module -> the public names that it is the home of.
 _NAMES = {
-    "adapters": ("Adapter", "open_adapter"),
-    "adding": ("AddOptions", "AddReport", "add_adapters", "remove_tasks"),
-    "checkpoint": ("Checkpoint",),
-    "compression": ("compress", "predict"),
+    "adapters.peft_folder": ("Adapter", "open_adapter"),
+    "checkpoint.export": ("ConfigChanges", "export_all", "export_task"),
+    "checkpoint.hub": ("pull_checkpoint", "push_checkpoint"),
+    "checkpoint.reader": ("Checkpoint",),
+    "checkpoint.report": ("CompressReport",),
+    "checkpoint.validation": ("validate",),
+    "compression.options": ("CompressOptions",),
+    "compression.pipeline": ("compress", "predict"),
+    "compression.quality": ("compress_to_quality",),
+    "editing.adding": ("AddOptions", "AddReport", "add_adapters", "remove_tasks"),
+    "editing.rebuilding": ("rebuild",),
     "errors": ("VLoRAError",),
-    "export": ("ConfigChanges", "export_all", "export_task"),
     "foreign.convert": ("convert",),
-    "hub_repository": ("pull_checkpoint", "push_checkpoint"),
-    "memory": ("MemoryPlan", "plan_memory"),
-    "options": ("CompressOptions",),
+    "merging.analysis": (
+        "adapter_diff",
+        "compute_similarity_matrix",
+        "find_clusters",
+        "find_outliers",
+        "subspace_coverage",
+    ),
+    "merging.blending": ("blend_tasks", "core_similarity", "interpolate_tasks", "negate_task"),
+    "merging.merging": ("dare_merge", "task_arithmetic", "ties_merge"),
+    "model.router": ("TaskRouter",),
+    "model.training": ("SubspaceTrainer", "orthogonal_init"),
+    "model.updates": ("LowRankUpdate", "updates_of"),
+    "model.vlora_model": ("VLoRAModel",),
+    "plugin.memory": ("MemoryPlan", "plan_memory"),
     "plugin.requests": ("lora_request",),
-    "rebuilding": ("rebuild",),
-    "recovery": ("compress_to_quality",),
-    "report": ("CompressReport",),
-    "share_model": ("SHAREModel",),
     "subspace.algebra": (
         "compute_svd",
         "explained_variance_ratio",
@@ -96,24 +109,11 @@ _NAMES = {
         "reconstruct_from_subspace",
         "select_num_components",
     ),
-    "subspace.analysis": (
-        "adapter_diff",
-        "compute_similarity_matrix",
-        "find_clusters",
-        "find_outliers",
-        "subspace_coverage",
-    ),
-    "subspace.blending": ("blend_tasks", "core_similarity", "interpolate_tasks", "negate_task"),
-    "subspace.merging": ("dare_merge", "task_arithmetic", "ties_merge"),
-    "subspace.model": ("VLoRAModel",),
     "subspace.pipeline": ("absorb_task", "extract_adapter", "init_subspace"),
-    "subspace.router": ("TaskRouter",),
+    "subspace.share_model": ("SHAREModel",),
     "subspace.shared": ("SharedSubspace",),
     "subspace.tasks": ("TaskProjection",),
-    "subspace.training": ("SubspaceTrainer", "orthogonal_init"),
-    "subspace.updates": ("LowRankUpdate", "updates_of"),
     "subspace.weights": ("LoRAWeights", "load_adapter", "load_adapter_from_hub", "save_adapter"),
-    "validation": ("validate",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -27,7 +27,7 @@ class Calibrations:
         Raises:
             DataError: the collection has no such text.
         """
-        from vllm_vlora.tools.gather import calibrate
+        from vllm_vlora.evaluation.calibrate import calibrate
 
         digest = hashlib.sha256(str(self._model.resolve()).encode())
         if collection.calibration.exists():

@@ -17,11 +17,11 @@ from fidelity.built import Built, OutOfReachError
 from fidelity.inputs import CollectionFolder
 from fidelity.methods import Method
 from vllm_vlora import Checkpoint, CompressReport, export_all, open_adapter
-from vllm_vlora.adding import add_adapters
-from vllm_vlora.collection import Collection
-from vllm_vlora.compression import Compression
+from vllm_vlora.adapters.collection import Collection
+from vllm_vlora.compression.pipeline import Compression
+from vllm_vlora.editing.adding import add_adapters
 from vllm_vlora.errors import BudgetError
-from vllm_vlora.plan import Budget
+from vllm_vlora.planning.plan import Budget
 
 
 def build(

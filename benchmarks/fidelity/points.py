@@ -15,8 +15,8 @@ from fidelity.inputs import CollectionFolder
 from fidelity.methods import Method
 from fidelity.seeds import PINS
 from vllm_vlora import open_adapter
-from vllm_vlora.evaluation import compare_weights, total_error
-from vllm_vlora.tools.evaluator import Comparison, EvaluationOptions, Evaluator
+from vllm_vlora.evaluation.evaluator import Comparison, EvaluationOptions, Evaluator
+from vllm_vlora.evaluation.fidelity import compare_weights, total_error
 
 Point = dict[str, Any]
 _BATCH_SIZE = 8

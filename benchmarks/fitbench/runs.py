@@ -17,7 +17,7 @@ from fitbench.worker import status_nbytes
 _WORKER = Path(__file__).with_name("worker.py")
 # What is imported before the clock starts.
 _IMPORTS = {
-    "ours": ["vllm_vlora.adapters", "vllm_vlora.fit"],
+    "ours": ["vllm_vlora.adapters.peft_folder", "vllm_vlora.fitting.shared_basis"],
     "vlora": ["vlora"],
     "vlora-streaming": ["vlora"],
     "lorashare": ["lorashare"],

@@ -42,9 +42,9 @@ Contestant = Callable[[list[str], int], Fitted]
 
 
 def ours(paths: list[str], k: int) -> Fitted:
-    """vllm_vlora.fit.fit_bases, and one more read for the loadings, which go to a file."""
-    from vllm_vlora.adapters import open_adapter
-    from vllm_vlora.fit import fit_bases
+    """``fit_bases``, and one more read for the loadings, which go to a file."""
+    from vllm_vlora.adapters.peft_folder import open_adapter
+    from vllm_vlora.fitting.shared_basis import fit_bases
 
     started = time.perf_counter()
     adapters = [open_adapter(path) for path in paths]

@@ -286,8 +286,8 @@ def _repeat_tasks(source: Path, target: Path, task_ids: list[str]) -> None:
     """A checkpoint of ``task_ids`` whose tasks are those of ``source``, again and again."""
     from vllm_vlora import Checkpoint
     from vllm_vlora.atomic import publish_folder
-    from vllm_vlora.checkpoint import CheckpointWriter
-    from vllm_vlora.manifest import is_checkpoint
+    from vllm_vlora.checkpoint.manifest import is_checkpoint
+    from vllm_vlora.checkpoint.reader import CheckpointWriter
 
     checkpoint = Checkpoint.open(source)
     bases = dict(checkpoint.bases())

@@ -183,8 +183,8 @@ if __name__ == "__main__":
 
 
 def test_a_thousand_distinct_tasks_in_one_batch(world: World) -> None:
-    from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.export import export_task
+    from vllm_vlora.checkpoint.export import export_task
+    from vllm_vlora.checkpoint.reader import Checkpoint
 
     count, sample = 1024, (0, 1, 341, 682, 1023)
     path = family(world, count)

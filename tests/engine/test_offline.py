@@ -23,8 +23,8 @@ from engine_world import (
     stock_tokens,
 )
 
+from vllm_vlora.checkpoint.manifest import Segment
 from vllm_vlora.errors import CheckpointError, TaskNotFoundError
-from vllm_vlora.manifest import Segment
 
 pytestmark = pytest.mark.engine
 
@@ -268,8 +268,8 @@ def test_lossy_tasks_answer_as_their_export_does_in_stock_vllm(
 ) -> None:
     """What loses something, in every form that it is stored in, against its export as PEFT folders."""
     from vllm_vlora import lora_request
-    from vllm_vlora.checkpoint import Checkpoint
-    from vllm_vlora.export import export_task
+    from vllm_vlora.checkpoint.export import export_task
+    from vllm_vlora.checkpoint.reader import Checkpoint
 
     exported, requests = {}, {}
     for kind, (options, names, holds) in LOSSY.items():

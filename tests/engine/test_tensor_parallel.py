@@ -16,9 +16,9 @@ from engine_world import (
     run_script,
 )
 
-from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.memory import plan_memory
-from vllm_vlora.model_layers import read_model_shape
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.plugin.memory import plan_memory
+from vllm_vlora.plugin.model_layers import read_model_shape
 
 pytestmark = pytest.mark.engine
 

@@ -26,9 +26,9 @@ from tiny_adapters import ALPHA, RANK, SHAPES, TinyModel
 from torch import nn
 
 import vllm_vlora
-from vllm_vlora.adapters import open_adapter, write_adapter
-from vllm_vlora.compression import compress
-from vllm_vlora.options import CompressOptions
+from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
 
 TASKS = 4
 

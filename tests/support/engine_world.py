@@ -196,9 +196,9 @@ def stock_tokens(
 
 def make_world(root: Path) -> World:
     """Model, adapters and references under ``root``; takes about a minute."""
-    from vllm_vlora.adapters import open_adapter
-    from vllm_vlora.compression import compress
-    from vllm_vlora.options import CompressOptions
+    from vllm_vlora.adapters.peft_folder import open_adapter
+    from vllm_vlora.compression.options import CompressOptions
+    from vllm_vlora.compression.pipeline import compress
 
     model = make_model(root / "model")
     adapters = {
@@ -220,9 +220,9 @@ def make_world(root: Path) -> World:
 
 def _all_directions(world: World) -> int:
     """Components of a basis that loses nothing of any module."""
-    from vllm_vlora.adapters import open_adapter
-    from vllm_vlora.collection import Collection
-    from vllm_vlora.survey import directions
+    from vllm_vlora.adapters.collection import Collection
+    from vllm_vlora.adapters.peft_folder import open_adapter
+    from vllm_vlora.planning.survey import directions
 
     opened = {task: open_adapter(path) for task, path in world.adapters.items()}
     modules = Collection(opened).modules.values()
@@ -253,7 +253,7 @@ def mixed(world: World) -> Path:
     Every basis is stored twice, as two clusters of tasks have theirs beside each other, and joint cores
     name the rows of one of the two.
     """
-    from vllm_vlora.checkpoint import Basis, Checkpoint, CheckpointWriter
+    from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter
     from vllm_vlora.quantize import stack_rows
 
     folder = world.root / "exact-mixed"
@@ -288,9 +288,9 @@ def mixed(world: World) -> Path:
 
 def family(world: World, count: int) -> Path:
     """``count`` tasks of different weights: interpolations, in core space, of two exact ones."""
-    from vllm_vlora.checkpoint import Checkpoint, CheckpointWriter, StoredModule
+    from vllm_vlora.checkpoint.reader import Checkpoint, CheckpointWriter, StoredModule
     from vllm_vlora.quantize import pack
-    from vllm_vlora.representations import decode
+    from vllm_vlora.representations.decode import decode
 
     joint = Checkpoint.open(exact(world, "joint"))
     folder = world.root / f"family-{count}"

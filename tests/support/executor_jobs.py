@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_vlora.adapters import Adapter, Factors
+from vllm_vlora.adapters.peft_folder import Adapter, Factors
 from vllm_vlora.errors import AdapterError
 
 

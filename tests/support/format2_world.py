@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_vlora.checkpoint import (
+from vllm_vlora.checkpoint.reader import (
     Basis,
     Checkpoint,
     CheckpointWriter,
@@ -15,7 +15,7 @@ from vllm_vlora.checkpoint import (
     StoredModule,
 )
 from vllm_vlora.quantize import pack, unpack
-from vllm_vlora.representations import (
+from vllm_vlora.representations.decode import (
     encode_flat,
     encode_joint,
     encode_narrow,

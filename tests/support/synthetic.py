@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_vlora.adapters import Adapter, open_adapter, write_adapter
-from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.compression import compress
-from vllm_vlora.options import CompressOptions
-from vllm_vlora.report import CompressReport
-from vllm_vlora.representations import decode
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.report import CompressReport
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
+from vllm_vlora.representations.decode import decode
 
 SHAPES = {"model.layers.0.q_proj": (96, 80), "model.layers.0.v_proj": (96, 40)}
 

@@ -22,20 +22,20 @@ from typing import Any
 
 import torch
 
+from vllm_vlora.adapters.collection import Progress
+from vllm_vlora.adapters.peft_config import rank_options
 from vllm_vlora.atomic import publish_folder
-from vllm_vlora.card import format_bytes, model_card
-from vllm_vlora.checkpoint import Basis, CheckpointWriter, FlatBasis, StoredModule
-from vllm_vlora.collection import Progress
-from vllm_vlora.contents import report_contents
+from vllm_vlora.checkpoint.card import format_bytes, model_card
+from vllm_vlora.checkpoint.contents import report_contents
+from vllm_vlora.checkpoint.manifest import basis_nbytes, is_checkpoint
+from vllm_vlora.checkpoint.reader import Basis, CheckpointWriter, FlatBasis, StoredModule
 from vllm_vlora.errors import CheckpointError, OptionError
 from vllm_vlora.foreign.lorashare_files import CONFIG_FILE as SHARE_CONFIG_FILE
 from vllm_vlora.foreign.lorashare_files import LoraShareFiles, ShareAdapter
 from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
-from vllm_vlora.hub import resolve_snapshot
-from vllm_vlora.manifest import basis_nbytes, is_checkpoint
-from vllm_vlora.peft_config import rank_options
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack
-from vllm_vlora.representations import encode_flat
+from vllm_vlora.representations.decode import encode_flat
+from vllm_vlora.snapshots import resolve_snapshot
 
 
 @dataclass(frozen=True)

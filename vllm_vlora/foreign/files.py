@@ -10,8 +10,8 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vllm_vlora.checkpoint.manifest import SAFETENSORS_DTYPES
 from vllm_vlora.errors import CheckpointError
-from vllm_vlora.manifest import SAFETENSORS_DTYPES
 from vllm_vlora.quantize import FLOAT_DTYPES
 
 T = TypeVar("T")

@@ -24,9 +24,9 @@ from typing import Any
 import msgspec
 import torch
 
+from vllm_vlora.adapters.peft_config import check_config, check_extra_key, lora_rank, lora_scale
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.foreign.files import TensorFile, inside, read_json
-from vllm_vlora.peft_config import check_config, check_extra_key, lora_rank, lora_scale
 
 CONFIG_FILE = "share_config.json"
 _COMPONENTS_FILE = "shared_components.safetensors"

@@ -14,10 +14,10 @@ except ImportError as error:
     ) from error
 
 from vllm_vlora.errors import OptionError
-from vllm_vlora.subspace.attaching import AdaptedLayer, find_layers
-from vllm_vlora.subspace.model import VLoRAModel
+from vllm_vlora.model.attaching import AdaptedLayer, find_layers
+from vllm_vlora.model.training import SubspaceTrainer
+from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
-from vllm_vlora.subspace.training import SubspaceTrainer
 
 _PREFIX = "vlora_"
 

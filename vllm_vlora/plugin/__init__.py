@@ -79,7 +79,7 @@ def _checkpoint_folder() -> str | None:
     reference = os.environ.get(CHECKPOINT_VARIABLE)
     if not reference:
         return None
-    from vllm_vlora.hub import resolve_snapshot
+    from vllm_vlora.snapshots import resolve_snapshot
 
     return str(resolve_snapshot(reference, what="checkpoint", error=CheckpointError))
 

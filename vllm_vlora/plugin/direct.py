@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vllm_vlora.checkpoint import Basis, Checkpoint, StoredModule, StoredTask
-from vllm_vlora.manifest import ModuleSpec, Segment
-from vllm_vlora.memory import direct_obstacle
+from vllm_vlora.checkpoint.manifest import ModuleSpec, Segment
+from vllm_vlora.checkpoint.reader import Basis, Checkpoint, StoredModule, StoredTask
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
+from vllm_vlora.plugin.memory import direct_obstacle
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, NF4_BLOCK, PackedMatrix, unpack
-from vllm_vlora.representations import dense_keeps_rank, split_core
+from vllm_vlora.representations.decode import dense_keeps_rank, split_core
 from vllm_vlora.triton_kernels.direct import (
     DirectLayer,
     DirectSlice,

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_vlora.checkpoint import Checkpoint
-from vllm_vlora.manifest import TASKS_FOLDER
+from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
+from vllm_vlora.checkpoint.reader import Checkpoint
 
 _DIGEST_LENGTH = 32
 # vLLM's own counters start at 1; ids from 2**20 on keep clear of them. Its GPU runner holds ids in

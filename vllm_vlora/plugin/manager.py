@@ -22,7 +22,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import is_base_embedding_weights
 from vllm.platforms import current_platform
 
-from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import ModelMismatchError
 from vllm_vlora.plugin.direct import DirectPath, DirectSlots
 from vllm_vlora.plugin.identity import parse_task_path

@@ -7,7 +7,7 @@ from pathlib import Path
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from vllm_vlora.checkpoint import Checkpoint
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.plugin.identity import task_ids_to_int, task_path
 

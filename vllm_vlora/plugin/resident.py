@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from vllm_vlora.checkpoint import Basis, Checkpoint, StoredModule
+from vllm_vlora.checkpoint.reader import Basis, Checkpoint, StoredModule
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.identity import TaskPath, task_path
 from vllm_vlora.quantize import PackedMatrix
-from vllm_vlora.representations import SideSource, side_sources
+from vllm_vlora.representations.decode import SideSource, side_sources
 from vllm_vlora.triton_kernels.direct import DirectTask
 
 Check = Callable[[Checkpoint, Iterable[str], bool], None]

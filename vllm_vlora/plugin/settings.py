@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_vlora.errors import SettingError
-from vllm_vlora.modes import DEFAULT_PEFT_SLOTS, MODES
+from vllm_vlora.plugin.modes import DEFAULT_PEFT_SLOTS, MODES
 
 MODE_VARIABLE = "VLLM_VLORA_MODE"
 SLOTS_VARIABLE = "VLLM_VLORA_SLOTS"

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from vllm_vlora.adapters import Adapter, open_adapter
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.errors import AdapterError, OptionError, TaskIdError
-from vllm_vlora.fit import ScaledFactors
+from vllm_vlora.fitting.shared_basis import ScaledFactors
 from vllm_vlora.subspace.weights import LoRAWeights
 from vllm_vlora.task_ids import validate_task_id
 

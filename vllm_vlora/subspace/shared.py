@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from vllm_vlora.errors import OptionError
-from vllm_vlora.hub import ref_name
+from vllm_vlora.snapshots import ref_name
 from vllm_vlora.subspace.fitting import Choice, check_components, project_member
 from vllm_vlora.subspace.members import AnyAdapter, as_member, as_members, share_layers
 from vllm_vlora.subspace.refitting import FittedState

@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_vlora.adapters.peft_config import lora_rank
 from vllm_vlora.atomic import publish_folder
-from vllm_vlora.card import model_card
-from vllm_vlora.checkpoint import Checkpoint, CheckpointWriter, FlatBasis, StoredModule
-from vllm_vlora.contents import report_contents
-from vllm_vlora.errors import CheckpointError, OptionError
-from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
-from vllm_vlora.hub import resolve_snapshot
-from vllm_vlora.manifest import (
+from vllm_vlora.checkpoint.card import model_card
+from vllm_vlora.checkpoint.contents import report_contents
+from vllm_vlora.checkpoint.manifest import (
     BasisSpec,
     FlatSpec,
     ModuleSpec,
@@ -35,9 +32,12 @@ from vllm_vlora.manifest import (
     is_checkpoint,
     task_nbytes,
 )
-from vllm_vlora.peft_config import lora_rank
+from vllm_vlora.checkpoint.reader import Checkpoint, CheckpointWriter, FlatBasis, StoredModule
+from vllm_vlora.errors import CheckpointError, OptionError
+from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, PackedMatrix, pack, unpack
-from vllm_vlora.representations import dense_keeps_rank, encode_flat, split_core
+from vllm_vlora.representations.decode import dense_keeps_rank, encode_flat, split_core
+from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.subspace.fitting import core_rank, with_spectra
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_vlora.adapters import KINDS, Adapter, Factors, open_adapter, write_adapter
+from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
+from vllm_vlora.adapters.peft_folder import KINDS, Adapter, Factors, open_adapter, write_adapter
 from vllm_vlora.errors import AdapterError
-from vllm_vlora.peft_config import lora_rank, lora_scale, rank_options
 
 
 @dataclass

@@ -1,0 +1,5 @@
+"""The checkpoint folder: read, write, edit atomically, check, describe, export, push and pull."""
+
+from vllm_vlora.checkpoint.reader import Checkpoint, CheckpointWriter
+
+__all__ = ["Checkpoint", "CheckpointWriter"]

@@ -1,0 +1,152 @@
+"""The Hub model card of a checkpoint, and how sizes and the serving command are worded.
+
+The card follows the Hub's conventions for adapters: YAML front matter with ``base_model`` and
+``library_name``, so that the checkpoint is listed under its base model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_vlora.checkpoint.report import CompressReport
+
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM accepts for ``--max-lora-rank`` (``vllm.config.lora.MaxLoRARanks``)."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&!])")
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def format_bytes(count: int) -> str:
+    """``count`` bytes in decimal units with three digits: 812 B, 4.61 MB, 12.3 GB."""
+    value, unit = float(count), 0
+    while value >= 999.5 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    if unit == 0:
+        return f"{count} B"
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{decimals}f} {_UNITS[unit]}"
+
+
+def format_ratio(original: int, stored: int) -> str:
+    """``original / stored`` as ``7.5x``; a dash where nothing is stored."""
+    return f"{original / stored:.2f}x" if stored else "-"
+
+
+def serving_rank(rank: int) -> int | None:
+    """The smallest ``--max-lora-rank`` of vLLM's that holds ``rank``; None above 512."""
+    return next((allowed for allowed in VLLM_LORA_RANKS if allowed >= rank), None)
+
+
+def serve_command(checkpoint: str, base_model: str | None, max_rank: int) -> str:
+    """The shell line that serves every task of a checkpoint from vLLM, ready to paste.
+
+    Args:
+        checkpoint: folder or Hub id. base_model: None leaves a placeholder. max_rank: the largest
+        rank of any task; one beyond what vLLM accepts leaves a placeholder.
+    """
+    model = "BASE_MODEL" if base_model is None else shlex.quote(base_model)
+    rank = serving_rank(max_rank)
+    return (
+        f"VLLM_VLORA_CHECKPOINT={shlex.quote(checkpoint)} vllm serve {model} --enable-lora "
+        f"--max-lora-rank {rank if rank is not None else 'RANK'}"
+    )
+
+
+def model_card(base_model: str | None, report: CompressReport) -> str:
+    """Return the text of the checkpoint's ``README.md``.
+
+    Args:
+        base_model: Hub id or path of the base model. Only a Hub id enters the front matter, which
+            the Hub refuses to accept with anything else.
+        report: what ``compress`` did, one entry a task.
+    """
+    count = len(report.tasks)
+    lines = [
+        *_front_matter(base_model),
+        "",
+        f"# {count} LoRA {'adapter' if count == 1 else 'adapters'} in one checkpoint",
+        "",
+        f"Base model: {_escape(base_model) if base_model else 'not recorded'}. Written by "
+        "vllm-vlora. Representation: "
+        f"{report.representation}, number format: {report.format}.",
+        "",
+        f"- Adapters before: {format_bytes(report.original_nbytes)} (LoRA weights at 16 bits each)",
+        f"- This checkpoint: {format_bytes(report.nbytes)} (all safetensors files, of which shared "
+        f"bases {format_bytes(report.basis_nbytes)}), {report.ratio:.2f} times smaller",
+        f"- Relative error of the weights: mean {report.mean_error:.4f}, worst "
+        f"{report.worst_error:.4f}",
+        *_recovered_lines(report),
+        "",
+        "## Tasks",
+        "",
+        "| Task | Before | Stored | Ratio | Relative error |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {_escape(task.task_id)} | {format_bytes(task.original_nbytes)} "
+        f"| {format_bytes(task.nbytes)} | {format_ratio(task.original_nbytes, task.nbytes)} "
+        f"| {task.error:.4f} |"
+        for task in report.tasks
+    ]
+    lines += [
+        "",
+        "*Stored* is the task's own file; the shared bases come once on top of it.",
+        "",
+        "Relative error is `||W' - W|| / ||W||` in the Frobenius norm, W being the adapter's "
+        "weight update over all its modules. **It is a proxy:** it says how close the stored "
+        "weights are to the adapter's, not how well the task is still done. Evaluate the tasks "
+        "that matter to you.",
+        "",
+        "## Serve",
+        "",
+        "```bash",
+        "pip install vllm vllm-vlora",
+        serve_command("CHECKPOINT", base_model, max(task.ranks[1] for task in report.tasks)),
+        "```",
+        "",
+        "`CHECKPOINT` is this folder or this repository's Hub id. A request names its task in the "
+        "`model` field of the OpenAI API.",
+        "",
+        "## Take a task out again",
+        "",
+        "```bash",
+        "vllm-vlora export CHECKPOINT TASK -o FOLDER",
+        "```",
+        "",
+        "writes a standard PEFT folder, which PEFT and vLLM load without this package.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _recovered_lines(report: CompressReport) -> list[str]:
+    """What was measured with the model, where it was."""
+    values = {task: value for task, value in report.recovered.items() if value is not None}
+    lines = []
+    if values:
+        worst = min(values, key=values.__getitem__)
+        lines.append(
+            "- Recovered of what the adapters gain on held-out text: mean "
+            f"{sum(values.values()) / len(values):.3f}, worst {values[worst]:.3f} ({_escape(worst)})"
+        )
+    if report.kept:
+        lines.append(f"- Kept as they were: {', '.join(map(_escape, report.kept))}")
+    return lines
+
+
+def _front_matter(base_model: str | None) -> list[str]:
+    lines = ["---"]
+    if base_model is not None and _HUB_ID.fullmatch(base_model):
+        # A JSON string is a YAML scalar, whatever characters it holds.
+        lines += [f"base_model: {json.dumps(base_model)}", "base_model_relation: adapter"]
+    return [*lines, "library_name: vllm-vlora", "tags:", "- lora", "- vllm", "- peft", "---"]
+
+
+def _escape(text: str) -> str:
+    return _MARKDOWN_SPECIAL.sub(r"\\\1", text)

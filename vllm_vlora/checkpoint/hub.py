@@ -1,0 +1,216 @@
+"""Push a checkpoint to the Hugging Face Hub, and pull one, checked before and after.
+
+A push is one commit: whoever downloads the repository gets the old checkpoint or the new one. The token
+is huggingface_hub's own business (``HF_TOKEN``, or ``hf auth login``).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.utils import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    validate_repo_id,
+)
+
+from vllm_vlora.atomic import publish_folder
+from vllm_vlora.checkpoint.card import model_card
+from vllm_vlora.checkpoint.contents import report_contents
+from vllm_vlora.checkpoint.manifest import (
+    BASIS_INDEX_FILE,
+    CONFIG_FILE,
+    TASKS_FILE,
+    TASKS_FOLDER,
+    is_checkpoint,
+)
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.errors import CheckpointError, OptionError, OutputError
+from vllm_vlora.snapshots import resolve_snapshot
+
+_CARD_FILE = "README.md"
+_TASK_FILES = f"{TASKS_FOLDER}/*.safetensors"
+_BASIS_FILES = "basis*.safetensors"
+_UPLOADED = [
+    CONFIG_FILE,
+    TASKS_FILE,
+    _TASK_FILES,
+    _BASIS_FILES,
+    BASIS_INDEX_FILE,
+    _CARD_FILE,
+    "LICENSE*",
+]
+# Files of an earlier checkpoint that the new one does not have.
+_REPLACED = [_TASK_FILES, _BASIS_FILES, BASIS_INDEX_FILE]
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What was pushed: the repository, the revision that was written to and the page of the commit."""
+
+    repo_id: str
+    revision: str
+    url: str
+    commit: str
+    tasks: int
+    nbytes: int
+
+
+def push_checkpoint(
+    checkpoint: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    message: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> PushReport:
+    """Upload a checkpoint and its model card as one commit; make the repository where there is none.
+
+    Only the checkpoint's own files and a licence are uploaded; files of an earlier checkpoint in the
+    repository are removed in the same commit.
+
+    Args:
+        checkpoint: a folder. repo_id: ``org/name``.
+        private: of a repository that is made; None leaves it to the organisation.
+        message: of the commit. revision: a branch, made where there is none; ``main`` by default.
+        token: in place of huggingface_hub's own.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged; nothing was uploaded.
+        OptionError: ``repo_id`` is no Hub id.
+        OutputError: the Hub refuses or cannot be reached.
+
+    Examples:
+        >>> push_checkpoint(checkpoint, "not a Hub id")
+        Traceback (most recent call last):
+        ...
+        vllm_vlora.errors.OptionError: 'not a Hub id' is no Hub id of the form org/name ...
+    """
+    _check_repo_id(repo_id)
+    path = Path(checkpoint).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {str(path)!r}: no such folder")
+    _check_sound(path)
+    opened = Checkpoint.open(path)
+    api = _api(token)
+    count = len(opened.tasks)
+    words = message or f"{count} LoRA {'task' if count == 1 else 'tasks'} (vllm-vlora)"
+    try:
+        url = str(api.create_repo(repo_id, private=private, exist_ok=True))
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=path,
+            commit_message=words,
+            revision=revision,
+            allow_patterns=_UPLOADED,
+            delete_patterns=_REPLACED,
+        )
+        if not (path / _CARD_FILE).exists():
+            api.upload_file(
+                path_or_fileobj=_card(opened),
+                path_in_repo=_CARD_FILE,
+                repo_id=repo_id,
+                revision=revision,
+                commit_message="Model card",
+            )
+    # The transport's errors differ between versions of huggingface_hub (requests, httpx), and a
+    # failed upload of any kind is the same to the user.
+    except Exception as problem:
+        raise OutputError(f"cannot push to {repo_id}: {_explain(problem)}") from problem
+    return PushReport(
+        repo_id, revision or "main", url, str(commit.commit_url), count, opened.nbytes
+    )
+
+
+def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Checkpoint:
+    """Download a checkpoint into a folder that appears whole and checked, or not at all.
+
+    Args:
+        ref: ``org/name`` or ``org/name@revision``. output: the folder to publish.
+        force: replace a checkpoint at ``output``.
+
+    Returns:
+        The checkpoint in its new place, opened.
+
+    Raises:
+        CheckpointError: no such repository, no checkpoint in it, or a file that is damaged.
+        OutputError: ``output`` may not be replaced or cannot be written.
+
+    Examples:
+        >>> pull_checkpoint(str(checkpoint), folder / "copy").tasks.keys()
+        dict_keys(['task_0', 'task_1', 'task_2', 'task_3'])
+    """
+    snapshot = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    opened = Checkpoint.open(snapshot)
+    with publish_folder(output, force=force, owned=is_checkpoint) as folder:
+        for name in _files(opened):
+            target = folder / name
+            target.parent.mkdir(exist_ok=True)
+            try:
+                # The Hub's cache holds links to its blobs; the copy is the file itself.
+                shutil.copyfile(snapshot / name, target)
+            except FileNotFoundError as error:
+                raise CheckpointError(
+                    f"{ref}: {name} is missing; it was not pushed whole"
+                ) from error
+        _check_sound(folder)
+    return Checkpoint.open(output)
+
+
+def _api(token: str | None) -> Any:
+    return huggingface_hub.HfApi(token=token)
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise OptionError(
+            f"{repo_id!r} is no Hub id of the form org/name ({_first_line(error)})"
+        ) from error
+
+
+def _check_sound(path: Path) -> None:
+    """Raise CheckpointError unless every file of the checkpoint is as its manifest says."""
+    problems = validate(path)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{problems[0]}{more}; nothing was published")
+
+
+def _files(checkpoint: Checkpoint) -> list[str]:
+    """The checkpoint's files, and what describes it."""
+    refs = [*checkpoint.config.basis, checkpoint.config.tasks]
+    names = [CONFIG_FILE, *(ref.file for ref in refs)]
+    names += [record.file for record in checkpoint.tasks.values()]
+    beside = [BASIS_INDEX_FILE, _CARD_FILE]
+    beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
+    return names + [name for name in beside if (checkpoint.path / name).is_file()]
+
+
+def _card(checkpoint: Checkpoint) -> bytes:
+    contents = report_contents(checkpoint.path, checkpoint.tasks, checkpoint.basis_nbytes)
+    return model_card(checkpoint.base_model, contents).encode()
+
+
+def _explain(problem: Exception) -> str:
+    response = getattr(problem, "response", None)
+    status = getattr(response, "status_code", None)
+    denied = isinstance(problem, HfHubHTTPError) and status in (401, 403)
+    if denied or isinstance(problem, RepositoryNotFoundError):
+        return "the Hub denies access: set HF_TOKEN to a token that may write there"
+    return f"{_first_line(problem)}; check the network and push again"
+
+
+def _first_line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__

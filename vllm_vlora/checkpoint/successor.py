@@ -1,0 +1,166 @@
+"""Write a checkpoint anew with other tasks, atomically; what stays in it stays byte for byte.
+
+Task files are copied with their digests checked. Basis files are too, unless bases have grown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vllm_vlora.atomic import publish_folder
+from vllm_vlora.checkpoint.card import model_card
+from vllm_vlora.checkpoint.contents import report_contents
+from vllm_vlora.checkpoint.manifest import (
+    BASIS_INDEX_FILE,
+    CONFIG_FILE,
+    TASKS_FILE,
+    TASKS_FOLDER,
+    FileRef,
+    ModuleSpec,
+    basis_nbytes,
+    is_checkpoint,
+)
+from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter, FlatBasis
+from vllm_vlora.checkpoint.report import CompressReport
+from vllm_vlora.errors import CheckpointError, OptionError, OutputError
+
+_CARD_FILE = "README.md"
+_CHUNK = 1 << 22
+
+
+@contextmanager
+def edited(
+    ref: str | Path, output: str | Path | None, *, force: bool
+) -> Iterator[tuple[Checkpoint, Path]]:
+    """Yield a checkpoint and an empty folder that takes its place when the block ends cleanly.
+
+    Files that are no part of a checkpoint, as a licence, are carried over.
+
+    Args:
+        ref: a folder or a Hub id. output: another folder to write; needed for a Hub id.
+        force: replace a checkpoint at ``output``.
+
+    Raises:
+        CheckpointError: there is no sound checkpoint.
+        OptionError: a checkpoint of the Hub is not changed in place.
+        OutputError: the output may not be replaced or cannot be written, or somebody else has
+            changed the checkpoint meanwhile.
+    """
+    checkpoint = Checkpoint.open(ref)
+    if output is None and not Path(ref).expanduser().is_dir():
+        raise OptionError(f"{ref} is on the Hub and not changed in place; name a folder to write")
+    target = Path(ref if output is None else output).expanduser()
+    in_place = target.resolve() == checkpoint.path.resolve()
+    before = _manifest(checkpoint.path)
+    with publish_folder(target, force=force or in_place, owned=is_checkpoint) as folder:
+        yield checkpoint, folder
+        _carry_over(checkpoint, folder)
+        if in_place and _manifest(checkpoint.path) != before:
+            raise OutputError(f"{target} was changed meanwhile by somebody else; run this again")
+
+
+def _manifest(path: Path) -> bytes:
+    try:
+        return (path / CONFIG_FILE).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path / CONFIG_FILE}: {error.strerror}") from error
+
+
+def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
+    ours = {CONFIG_FILE, TASKS_FILE, TASKS_FOLDER, BASIS_INDEX_FILE, _CARD_FILE}
+    ours.update(ref.file for ref in checkpoint.config.basis)
+    for entry in checkpoint.path.iterdir():
+        if entry.name in ours:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, folder / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, folder / entry.name, follow_symlinks=False)
+
+
+class Successor(CheckpointWriter):
+    """Writes a checkpoint that goes on from another one, whose modules keep their places."""
+
+    def __init__(self, folder: Path, old: Checkpoint) -> None:
+        super().__init__(folder, old.base_model)
+        self._old = old
+        self._kept: list[FileRef] | None = None
+
+    def keep_bases(self) -> None:
+        """Take over the modules and the basis files of the old checkpoint as they are.
+
+        Raises:
+            CheckpointError: a basis file is damaged.
+        """
+        for spec in self._old.modules:
+            self._index[spec.name] = len(self.modules)
+            self.modules.append(spec)
+        for ref in self._old.config.basis:
+            _copy_checked(self._old.path / ref.file, self.folder / ref.file, ref)
+        index = self._old.path / BASIS_INDEX_FILE
+        if index.exists():
+            shutil.copyfile(index, self.folder / BASIS_INDEX_FILE)
+        self._kept = list(self._old.config.basis)
+
+    def write_bases(self, grow: Callable[[str, Basis], Basis]) -> None:
+        """Write the modules of the old checkpoint, each with what ``grow`` makes of its basis.
+
+        The rows of the old basis must come first and be as they were. Holds one shard at a time.
+        """
+        for spec, basis, flat in _shared_by_module(self._old):
+            new = None if basis is None else grow(spec.name, basis)
+            self.add_module(spec.name, spec.d_in, spec.d_out, spec.kind, new, flat)
+
+    def finish_edited(self) -> CompressReport:
+        """Write the rest, with a model card; returns what the card says."""
+        bases = basis_nbytes(self.modules) if self._kept is None else self._old.basis_nbytes
+        report = report_contents(self.folder, self.tasks, bases)
+        self.finish(model_card(self.base_model, report))
+        return report
+
+    def _finish_basis(self) -> list[FileRef]:
+        return super()._finish_basis() if self._kept is None else self._kept
+
+
+def _shared_by_module(
+    checkpoint: Checkpoint,
+) -> Iterator[tuple[ModuleSpec, Basis | None, FlatBasis | None]]:
+    """Every module with its basis and its flat one, in the checkpoint's order."""
+    found: dict[tuple[str, str], Basis] = {}
+    shared = checkpoint.shared()
+    for spec in checkpoint.modules:
+        wanted = {
+            (spec.name, kind)
+            for kind, has in (("joint", spec.basis), ("flat", spec.flat))
+            if has is not None
+        }
+        while not wanted <= found.keys():
+            name, kind, basis = next(shared)
+            found[name, kind] = basis
+        flat = found.pop((spec.name, "flat"), None)
+        assert flat is None or isinstance(flat, FlatBasis)
+        yield spec, found.pop((spec.name, "joint"), None), flat
+    # What is left to read would be a tensor of no module.
+    for name, _, _ in shared:
+        raise CheckpointError(f"{checkpoint.path}: two bases for module {name}")
+
+
+def _copy_checked(source: Path, target: Path, ref: FileRef) -> None:
+    digest, size = hashlib.sha256(), 0
+    try:
+        stream = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{source}: {error.strerror}; copy the checkpoint again") from error
+    with stream, target.open("xb") as copy:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            copy.write(chunk)
+            size += len(chunk)
+    if size != ref.nbytes or digest.hexdigest() != ref.sha256:
+        raise CheckpointError(
+            f"{source}: differs from what the manifest says; copy the checkpoint again"
+        )

@@ -1,0 +1,141 @@
+"""Read a whole checkpoint and say what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
+from vllm_vlora.checkpoint.reader import Basis, Checkpoint
+from vllm_vlora.errors import CheckpointError, CheckpointVersionError
+from vllm_vlora.quantize import PackedMatrix, unpack
+from vllm_vlora.snapshots import resolve_snapshot
+
+# Ranges (start, stop) of rows, by module and side of its basis.
+_Ranges = Mapping[tuple[str, str], Collection[tuple[int, int]]]
+
+# How far rows that were orthonormal before they were packed may be from it: |G - I| <= tolerance.
+# Rounding to 16 bits moves a squared norm by about 2**-8 (bfloat16) or 2**-11 (float16).
+# Quantisation moves it by a tenth and more in short rows; there the check finds bases that were
+# never orthonormal, not small damage, which the digests find.
+_TOLERANCES = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
+_QUANTIZED_TOLERANCE = 0.3
+
+
+def validate(
+    ref: str | Path, *, progress: Callable[[str, int, int], None] | None = None
+) -> list[str]:
+    """Read every file of a checkpoint and return the problems found, one line each.
+
+    Checked are the manifest, every digest, every tensor's name, dtype, size and values, that the
+    bases' rows are orthonormal (where every task of a basis uses some of its rows: each of these
+    ranges by itself) and that the shard index agrees with the shards. An empty list means that the
+    checkpoint is sound.
+
+    Args:
+        ref: a folder or a Hub id.
+        progress: called with (what was read, files done, all files).
+
+    Raises:
+        CheckpointError: there is no checkpoint at ``ref`` to check.
+        CheckpointVersionError: a newer format wrote it, so this version cannot tell.
+
+    Examples:
+        >>> validate(checkpoint)
+        []
+    """
+    path = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    try:
+        checkpoint = Checkpoint.open(path)
+    except CheckpointVersionError:
+        raise
+    except CheckpointError as error:
+        if not (path / CONFIG_FILE).exists():
+            raise
+        return [str(error)]
+    problems: list[str] = []
+    total = len(checkpoint.tasks) + 1
+    for done, (what, found) in enumerate(_inspect(checkpoint), 1):
+        problems += found
+        if progress is not None:
+            progress(what, done, total)
+    return problems
+
+
+def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
+    yield "bases", [*_basis_problems(checkpoint), *_index_problems(checkpoint)]
+    for task_id in checkpoint.tasks:
+        try:
+            checkpoint.load_task(task_id)
+        except CheckpointError as error:
+            yield task_id, [str(error)]
+        else:
+            yield task_id, []
+
+
+def _basis_problems(checkpoint: Checkpoint) -> list[str]:
+    problems: list[str] = []
+    ranges = _used_ranges(checkpoint)
+    try:
+        for name, representation, basis in checkpoint.shared():
+            # The components that flat tasks share are weighted as they come.
+            if representation == "joint":
+                problems += _orthonormality_problems(checkpoint, name, basis, ranges)
+    except CheckpointError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _used_ranges(checkpoint: Checkpoint) -> dict[tuple[str, str], set[tuple[int, int]]]:
+    """The rows of each side of a basis that tasks use together; all of them where no task says."""
+    found: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    for record in checkpoint.tasks.values():
+        for segment in record.segments:
+            module = checkpoint.modules[segment.module]
+            if segment.representation != "joint" or module.basis is None:
+                continue
+            whole = (0, module.basis.k_out, 0, module.basis.k_in)
+            u_start, u_stop, v_start, v_stop = segment.rows or whole
+            found.setdefault((module.name, "U"), set()).add((u_start, u_stop))
+            found.setdefault((module.name, "V"), set()).add((v_start, v_stop))
+    return found
+
+
+def _orthonormality_problems(
+    checkpoint: Checkpoint, name: str, basis: Basis, ranges: _Ranges
+) -> Iterator[str]:
+    for side, matrix in (("U", basis.u), ("V", basis.v)):
+        tolerance = _TOLERANCES.get(matrix.format, _QUANTIZED_TOLERANCE)
+        for start, stop in sorted(ranges.get((name, side), {(0, matrix.rows)})):
+            distance = _distance_from_orthonormal(matrix.row_slice(start, stop))
+            if not distance <= tolerance:
+                rows = "" if stop - start == matrix.rows else f", rows {start}:{stop},"
+                yield (
+                    f"{checkpoint.path}: basis {side} of module {name}{rows} is not orthonormal: "
+                    f"its Gram matrix is {distance:.3g} away from the identity, allowed is "
+                    f"{tolerance:g}"
+                )
+
+
+def _distance_from_orthonormal(matrix: PackedMatrix) -> float:
+    rows = unpack(matrix)
+    gram = rows @ rows.T
+    return float((gram - torch.eye(matrix.rows)).abs().max())
+
+
+def _index_problems(checkpoint: Checkpoint) -> list[str]:
+    """The index is for tools that read the shards by the Hub's convention; it has no digest."""
+    shards = {ref.file for ref in checkpoint.config.basis}
+    if len(shards) < 2:
+        return []
+    path = checkpoint.path / BASIS_INDEX_FILE
+    try:
+        named = set(json.loads(path.read_bytes())["weight_map"].values())
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{path}: not a shard index; compress again"]
+    return [] if named == shards else [f"{path}: names other files than {CONFIG_FILE} lists"]

@@ -1,0 +1,358 @@
+"""Encode what a plan chose, and measure the errors of the numbers as they are stored."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+
+from vllm_vlora.adapters.collection import Collection, Module, Progress
+from vllm_vlora.checkpoint.reader import Basis, FlatBasis, StoredModule
+from vllm_vlora.fitting.whitening import FROBENIUS, Metric
+from vllm_vlora.planning.executors import Executor
+from vllm_vlora.planning.flat_curves import FlatProjection, pack_flat
+from vllm_vlora.planning.plan import Block, Budget, Plan, SharedBasis, SharedFlat
+from vllm_vlora.planning.private_curves import (
+    PrivateOption,
+    leading_factors,
+    seen_squared_norm,
+    squared_norm,
+)
+from vllm_vlora.planning.scratch import CoreSpool, FittedBases
+from vllm_vlora.planning.survey import Survey, Surveyor, SurveySettings
+from vllm_vlora.quantize import stack_rows, unpack
+from vllm_vlora.representations.decode import (
+    decode,
+    dual_rows,
+    encode_joint,
+    encode_narrow,
+    encode_private,
+    relative_error,
+)
+
+_ATTEMPTS = 8
+
+
+class EncodedTask(NamedTuple):
+    """A task's modules, in the adapter's order, and their relative errors together.
+
+    ``error`` is Frobenius; ``seen`` is in the modules' metrics, the same without calibration.
+    """
+
+    modules: dict[str, StoredModule]
+    error: float
+    seen: float
+
+
+class Loss(NamedTuple):
+    """||delta_W' - delta_W||^2 and ||delta_W||^2: Frobenius, and in the metric."""
+
+    lost: float
+    norm: float
+    seen_lost: float
+    seen_norm: float
+
+    @property
+    def error(self) -> float:
+        """Relative, Frobenius."""
+        return relative(self.lost, self.norm)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What encoding needs beside the plan; ``settings`` are those of the survey."""
+
+    survey: Survey
+    settings: SurveySettings
+    bases: FittedBases
+    executor: Executor
+    scratch: Path
+    progress: Progress
+
+    def encode_within(
+        self, plan: Plan, budget: Budget, again: Callable[[torch.Tensor], Plan | None]
+    ) -> tuple[Plan, CoreSpool | None]:
+        """Encode a plan's cores; the plan returned has measured losses in place of planned ones.
+
+        Planned losses know the rounding of the cores only nearly. Where that breaks a promised
+        error, the plan is made ``again`` for slightly smaller ones. Without cores no attempt kept
+        the promise.
+        """
+        limits = budget.limits
+        for attempt in range(_ATTEMPTS):
+            folder = self.scratch / f"cores{attempt}"
+            measured, cores = self._encode_cores(plan, CoreSpool(folder))
+            if limits is None or budget.allows(measured.losses):
+                return measured, cores
+            shutil.rmtree(folder)
+            excess = (measured.losses - limits).clamp(min=0)
+            targets = limits - 2 ** (attempt + 1) * excess
+            smaller = again(targets) if bool((targets > 0).all()) else None
+            if smaller is None:
+                break
+            plan = smaller
+        return measured, None
+
+    def _encode_cores(self, plan: Plan, cores: CoreSpool) -> tuple[Plan, CoreSpool]:
+        """The plan with measured losses, and the filled spool."""
+        collection, weights = self.survey.collection, self.survey.weights
+        losses = torch.zeros(len(collection.adapters), dtype=torch.float64)
+        jobs = [
+            CoreJob(name, tuple((b, plan.stored_rows(b)) for b in blocks), None)
+            for name, blocks in plan.blocks.items()
+        ]
+        jobs += [CoreJob(name, (), flat) for name, flat in plan.flat.items()]
+        worker = CoreEncoder(Surveyor(collection, self.settings), self.bases)
+        for done, (job, found) in enumerate(zip(jobs, self.executor.run(worker, jobs)), 1):
+            for task, stored, seen_lost in found:
+                cores.append(task, job.module, stored)
+                losses[task] += seen_lost * weights[task]
+            self.progress("encode", done, len(jobs))
+        for (task, _), option in plan.private.items():
+            losses[task] += option.loss * weights[task]
+        return replace(plan, losses=losses), cores
+
+    def encode_tasks(self, plan: Plan, cores: CoreSpool | None) -> Iterator[EncodedTask]:
+        """Every task in its order: what is kept on disk, read back, and the rest, encoded now."""
+        surveyor = Surveyor(self.survey.collection, self.settings)
+        spools = [] if cores is None else [cores]
+        with TemporaryDirectory(prefix="private", dir=self.scratch) as folder:
+            # A metric's square roots are taken once a module, not for every task again.
+            if self.settings.calibration is not None:
+                spools.append(
+                    self._encode_private(surveyor, plan, CoreSpool(Path(folder) / "kept"))
+                )
+            worker = TaskEncoder(surveyor.collection, plan, tuple(spools), surveyor.calibrated)
+            yield from self.executor.run(worker, range(len(surveyor.collection.adapters)))
+
+    def _encode_private(self, surveyor: Surveyor, plan: Plan, kept: CoreSpool) -> CoreSpool:
+        """The spool, filled module by module with what tasks have of their own."""
+        options: dict[str, list[tuple[int, PrivateOption]]] = {}
+        for (task, name), option in plan.private.items():
+            options.setdefault(name, []).append((task, option))
+        worker = PrivateEncoder(surveyor)
+        jobs = list(options.items())
+        for done, ((name, _), found) in enumerate(zip(jobs, self.executor.run(worker, jobs)), 1):
+            for task, stored in found:
+                kept.append(task, name, stored)
+            self.progress("encode private", done, len(jobs))
+        return kept
+
+
+@dataclass
+class PrivateEncoder:
+    """Encodes one module's private factors; travels to other processes."""
+
+    surveyor: Surveyor
+
+    def __call__(
+        self, job: tuple[str, Sequence[tuple[int, PrivateOption]]]
+    ) -> list[tuple[int, StoredModule]]:
+        """(task number, what is stored with its Frobenius error) of (module name, its options).
+
+        Raises:
+            AdapterError: a value cannot be packed.
+        """
+        name, options = job
+        collection, metric = self.surveyor.collection, self.surveyor.metric(name)
+        factors = collection.read_module(collection.modules[name], [task for task, _ in options])
+        found = []
+        for (task, option), (a, b, scale) in zip(options, factors):
+            with collection.naming(task, name):
+                found.append((task, encode_kept(a, b, scale, option, metric)[0]))
+        return found
+
+
+@dataclass
+class TaskEncoder:
+    """Puts one task together; travels to other processes.
+
+    Attributes:
+        spools: what was encoded before, with its errors.
+        calibrated: whether errors were planned in another metric than Frobenius.
+    """
+
+    collection: Collection
+    plan: Plan
+    spools: tuple[CoreSpool, ...]
+    calibrated: bool
+
+    def __call__(self, task: int) -> EncodedTask:
+        """The modules of one task as they are stored, and its errors.
+
+        Raises:
+            AdapterError: a value cannot be packed.
+        """
+        names = list(self.collection.adapters[task].modules)
+        kept = {name: module for spool in self.spools for name, module in spool.read(task).items()}
+        modules, losses = dict[str, StoredModule](), []
+        for name, (a, b, scale) in self.collection.read_task(task, names):
+            if name in kept:
+                modules[name] = kept[name]
+                norm = squared_norm(a, b, scale)
+                loss = Loss(kept[name].error ** 2 * norm, norm, 0.0, 0.0)
+            else:
+                option = self.plan.private[task, name]
+                with self.collection.naming(task, name):
+                    modules[name], loss = encode_kept(a, b, scale, option, FROBENIUS)
+            losses.append(loss)
+        error = relative(sum(x.lost for x in losses), sum(x.norm for x in losses))
+        seen = math.sqrt(max(float(self.plan.losses[task]), 0.0))
+        return EncodedTask(modules, error, seen if self.calibrated else error)
+
+
+class CoreJob(NamedTuple):
+    """What one module's sharers have of their own: cores of its blocks, with the rows that their
+    segments are to name, or loadings on its flat basis."""
+
+    module: str
+    blocks: tuple[tuple[Block, tuple[int, int, int, int] | None], ...]
+    flat: SharedFlat | None
+
+
+@dataclass
+class CoreEncoder:
+    """Encodes the cores and loadings of one module; travels to other processes."""
+
+    surveyor: Surveyor
+    bases: FittedBases
+
+    def __call__(self, job: CoreJob) -> list[tuple[int, StoredModule, float]]:
+        """(task number, what is stored with its Frobenius error, loss in the metric) of every sharer.
+
+        Raises:
+            AdapterError: a value cannot be packed.
+        """
+        module = self.surveyor.collection.modules[job.module]
+        metric = self.surveyor.metric(job.module)
+        found = []
+        for block, rows in job.blocks:
+            basis = self.bases.read(module, block.group[1], block.shared.spec)
+            project = CoreProjection(basis, metric, block.shared)
+            for task, stored, seen in self._encode(
+                module, block.shared.tasks, project, basis, metric
+            ):
+                found.append((task, replace(stored, rows=rows), seen))
+        if job.flat is not None:
+            flat = pack_flat(*self.bases.read_flat(module), job.flat.spec)
+            nearest = FlatProjection(flat, job.flat.loadings_format)
+            found += self._encode(module, job.flat.tasks, nearest, flat, metric)
+        return found
+
+    def _encode(
+        self,
+        module: Module,
+        tasks: Sequence[int],
+        project: Callable[[torch.Tensor, torch.Tensor, float], StoredModule],
+        basis: Basis,
+        metric: Metric,
+    ) -> Iterator[tuple[int, StoredModule, float]]:
+        collection = self.surveyor.collection
+        for task, (a, b, scale) in zip(tasks, collection.read_module(module, tasks)):
+            with collection.naming(task, module.name):
+                stored = project(a, b, scale)
+            loss = measure_loss(a, b, scale, stored, basis, metric)
+            yield task, replace(stored, error=loss.error), loss.seen_lost
+
+
+class CoreProjection:
+    """Least-squares cores on one basis, in the metric: (S_out^T U)^+ S_out^T delta_W S_in (V S_in)^+.
+
+    A basis that packing has bent, or that a metric stretches, is not orthonormal; its dual rows take
+    the place of its transpose.
+    """
+
+    def __init__(self, basis: Basis, metric: Metric, shared: SharedBasis) -> None:
+        self._dual_u = dual_rows(metric.b_t(unpack(basis.u).double()))
+        self._dual_v = dual_rows(metric.a(unpack(basis.v).double()))
+        self._metric, self._shared = metric, shared
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> StoredModule:
+        """The core of one task, without its error."""
+        white_a = self._metric.a(a.float())
+        white_b = self._metric.b_t(b.T.float()).T
+        return encode_joint(
+            white_a,
+            white_b,
+            scale,
+            self._dual_u,
+            self._dual_v,
+            self._shared.core_format,
+            factored=self._shared.factored,
+        )
+
+
+def encode_option(
+    a: torch.Tensor, b: torch.Tensor, scale: float, option: PrivateOption, metric: Metric
+) -> StoredModule:
+    """Private factors as an option says; its error is the caller's to measure."""
+    if option.original:
+        return encode_private(a, b, scale, option.format)
+    svd_a, svd_b_t = (rows[: option.rank] for rows in leading_factors(a, b, scale, metric))
+    if option.bits is None:
+        return encode_private(svd_a, svd_b_t.T, 1.0, option.format)
+    return encode_narrow(svd_a, svd_b_t.T, 1.0, option.bits)
+
+
+def encode_kept(
+    a: torch.Tensor, b: torch.Tensor, scale: float, option: PrivateOption, metric: Metric
+) -> tuple[StoredModule, Loss]:
+    """Private factors as an option says, with their error, and what they lost."""
+    stored = encode_option(a, b, scale, option, metric)
+    # Zero is only ever planned where the stored numbers are the adapter's own.
+    if option.original and option.loss == 0:
+        return stored, Loss(
+            0.0, squared_norm(a, b, scale), 0.0, seen_squared_norm(a, b, scale, metric)
+        )
+    loss = measure_loss(a, b, scale, stored, None, metric)
+    return replace(stored, error=loss.error), loss
+
+
+def measure_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    stored: StoredModule,
+    basis: Basis | None,
+    metric: Metric,
+) -> Loss:
+    """What encoding lost. ``basis`` is the group's own, of which ``stored`` uses every row."""
+    plain = replace(stored, rows=None)
+    lost, norm = relative_error(a, b, scale, plain, basis)
+    if metric == FROBENIUS:
+        return Loss(lost, norm, lost, norm)
+    new_a, new_b = decode(plain, basis)
+    difference_a = torch.cat([new_a.double(), a.double()])
+    difference_b = torch.cat([new_b.double(), -scale * b.double()], dim=1)
+    white_a, white_b = metric.a(difference_a), metric.b_t(difference_b.T).T
+    seen_norm = seen_squared_norm(a, b, scale, metric)
+    return Loss(lost, norm, squared_norm(white_a, white_b, 1.0), seen_norm)
+
+
+def relative(lost: float, norm: float) -> float:
+    """sqrt(lost / norm), of squared norms."""
+    # A delta_W of zero is stored as zero, so there is nothing to divide.
+    return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
+
+
+def stored_flat(plan: Plan, bases: FittedBases, module: Module) -> FlatBasis | None:
+    """The flat basis of a module as it is stored; None where it has none."""
+    flat = plan.flat.get(module.name)
+    return None if flat is None else pack_flat(*bases.read_flat(module), flat.spec)
+
+
+def stored_basis(plan: Plan, bases: FittedBases, module: Module) -> Basis | None:
+    """The blocks of a module's groups beside each other; None where it has no basis."""
+    blocks = plan.blocks.get(module.name)
+    if not blocks:
+        return None
+    parts = [bases.read(module, block.group[1], block.shared.spec) for block in blocks]
+    if len(parts) == 1:
+        return parts[0]
+    return Basis(stack_rows([p.u for p in parts]), stack_rows([p.v for p in parts]))

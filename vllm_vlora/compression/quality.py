@@ -1,0 +1,222 @@
+"""Compress to a quality instead of a size: every task keeps a part of what its adapter gained.
+
+How much of a task's gain survives an error of its delta_W differs from task to task and is only known
+by running the model. So each task has an error limit of its own, searched for by bisection: all tasks
+are compressed to their limits, judged, and the limits moved. Tasks that fail at every limit are
+kept as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from vllm_vlora.adapters.collection import Collection, Progress
+from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.checkpoint.report import CompressReport
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import Compression, publish_checkpoint
+from vllm_vlora.errors import OptionError
+from vllm_vlora.planning.plan import Budget
+
+Judge = Callable[[Path], Mapping[str, float | None]]
+"""Recovered fraction of every task of a checkpoint folder; None where it is undefined."""
+
+_FIRST_LIMIT = 0.3
+_LARGEST_LIMIT = 0.95
+# A task that fails even here is kept as it was.
+_SMALLEST_LIMIT = 0.01
+_ROUNDS = 6
+_CLOSE = 1.15
+
+
+@dataclass
+class _Search:
+    """Bisection of one task's error limit: the largest that passed, the smallest that failed."""
+
+    limit: float = _FIRST_LIMIT
+    passed: float = 0.0
+    failed: float = math.inf
+
+    def note(self, passes: bool) -> None:
+        """Move the limit after a judgement at it."""
+        if passes:
+            self.passed = max(self.passed, self.limit)
+            higher = math.sqrt(self.passed * self.failed)
+            self.limit = min(higher if math.isfinite(higher) else 1.8 * self.passed, _LARGEST_LIMIT)
+        else:
+            self.failed = min(self.failed, self.limit)
+            self.passed = min(self.passed, self.failed / _CLOSE)
+            lower = math.sqrt(self.passed * self.failed) if self.passed else self.failed / 2.5
+            self.limit = lower if lower >= _SMALLEST_LIMIT else 0.0
+
+    @property
+    def settled(self) -> bool:
+        """Whether another round could not change much."""
+        return (
+            self.limit == 0 or self.failed <= _CLOSE * self.passed or self.passed >= _LARGEST_LIMIT
+        )
+
+
+def compress_to_quality(
+    adapters: Mapping[str, Adapter],
+    output: str | Path,
+    least: float,
+    judge: Judge,
+    options: CompressOptions | None = None,
+    *,
+    force: bool = False,
+    base_model: str | None = None,
+    progress: Progress | None = None,
+) -> CompressReport:
+    """Compress so that every task recovers at least ``least``, in as few bytes as that takes.
+
+    The adapters are measured once; each round plans, encodes and judges a checkpoint.
+
+    Args:
+        least: of (loss of the base - loss of the task) / (loss of the base - loss of the adapter),
+            between 0 and 1.
+        judge: measures it on a checkpoint that is never published.
+        options: as of ``compress``, without a budget of their own.
+
+    Returns:
+        The report, with the fractions measured on what was written in ``recovered`` and the tasks that
+        failed at every limit, which are stored as they were, in ``kept``.
+
+    Raises:
+        As :func:`compression.compress`; OptionError for a budget in the options.
+
+    Examples:
+        >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
+        >>> def judge(path):
+        ...     records = Checkpoint.open(path).tasks
+        ...     return {task: 1 - record.error**2 for task, record in records.items()}
+        >>> report = compress_to_quality(tasks, folder / "checkpoint", 0.9, judge)
+        >>> min(report.recovered.values()) >= 0.9
+        True
+    """
+    options = options or CompressOptions()
+    if not 0 < least <= 1:
+        raise OptionError(f"min_recovered must be above 0 and at most 1, got {least}")
+    if options.has_budget:
+        raise OptionError(
+            "min_recovered finds the size by itself; leave out ratio, max_bytes, max_error, gate "
+            "and num_components"
+        )
+
+    def make(folder: Path, scratch: Path) -> CompressReport:
+        collection = Collection(adapters)
+        compression = Compression(collection, options, scratch, progress, bounded=False)
+        limits, recovered = _QualitySearch(compression, scratch, judge, least).run()
+        kept = [task for task, limit in zip(collection.task_ids, limits.tolist()) if limit == 0]
+        chosen = compression.choose(Budget(limits=limits))
+        return compression.write(folder, chosen, base_model, recovered=recovered, kept=kept)
+
+    return publish_checkpoint(output, force, make)
+
+
+def compress_judged(
+    adapters: Mapping[str, Adapter],
+    output: str | Path,
+    judge: Judge,
+    options: CompressOptions | None = None,
+    *,
+    force: bool = False,
+    base_model: str | None = None,
+    progress: Progress | None = None,
+) -> CompressReport:
+    """Compress to a budget; the representation is chosen by what the tasks recover, not by error.
+
+    The best plan of every representation, by error, is written, judged, and the one with the highest
+    mean kept. The error alone can be wrong about this: a basis that a family shares keeps what its
+    members have in common, and loses what sets them apart.
+
+    Args:
+        judge: measures recovered fractions on a checkpoint that is never published.
+
+    Raises:
+        As :func:`compression.compress`.
+    """
+
+    def make(folder: Path, scratch: Path) -> CompressReport:
+        collection = Collection(adapters)
+        compression = Compression(collection, options or CompressOptions(), scratch, progress)
+        judged = []
+        for number, chosen in enumerate(compression.best_of_each()):
+            trial = scratch / f"trial{number}"
+            trial.mkdir()
+            compression.write(trial, chosen, base_model)
+            judged.append((chosen, judge(trial)))
+            shutil.rmtree(trial)
+        best, recovered = max(judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error))
+        candidates = [
+            chosen.candidates[0]._replace(recovered=_mean(found)) for chosen, found in judged
+        ]
+        best = replace(best, candidates=candidates)
+        return compression.write(folder, best, base_model, recovered=recovered)
+
+    return publish_checkpoint(output, force, make)
+
+
+def _mean(recovered: Mapping[str, float | None]) -> float:
+    """Of the fractions that are defined; zero where none is, so that the error decides."""
+    values = [value for value in recovered.values() if value is not None]
+    return sum(values) / len(values) if values else 0.0
+
+
+class _QualitySearch:
+    def __init__(self, compression: Compression, scratch: Path, judge: Judge, least: float) -> None:
+        self.compression = compression
+        self._scratch, self._judge, self._least = scratch, judge, least
+        self._tasks = compression.collection.task_ids
+
+    def run(self) -> tuple[torch.Tensor, Mapping[str, float | None]]:
+        """Limits of the losses at which every judged task passes, and what it then recovers."""
+        searches = [_Search() for _ in self._tasks]
+        best: tuple[int, torch.Tensor, Mapping[str, float | None]] | None = None
+        # Tasks share bases, so a task may fail at a limit that it passed beside others: after the
+        # bisection the limits only shrink, until all pass; at zero they pass by being unchanged.
+        for number in range(3 * _ROUNDS):
+            limits = self._limits(searches, final=number >= _ROUNDS)
+            nbytes, recovered = self._try(limits, number)
+            failing = [
+                task for task, name in enumerate(self._tasks) if self._fails(recovered, name)
+            ]
+            if not failing and (best is None or nbytes < best[0]):
+                best = nbytes, limits, recovered
+            if number >= _ROUNDS and not failing:
+                break
+            for task, search in enumerate(searches):
+                if number < _ROUNDS:
+                    if not search.settled:
+                        search.note(task not in failing)
+                elif task in failing:
+                    search.passed /= 1.6
+            if number < _ROUNDS and all(search.settled for search in searches) and best:
+                break
+        if best is None:
+            limits = torch.zeros(len(self._tasks), dtype=torch.float64)
+            return limits, self._try(limits, 3 * _ROUNDS)[1]
+        return best[1], best[2]
+
+    def _limits(self, searches: list[_Search], final: bool) -> torch.Tensor:
+        values = [s.passed if final or s.settled else s.limit for s in searches]
+        chosen = [value if value >= _SMALLEST_LIMIT else 0.0 for value in values]
+        return torch.tensor(chosen, dtype=torch.float64).square()
+
+    def _try(self, limits: torch.Tensor, number: int) -> tuple[int, Mapping[str, float | None]]:
+        folder = self._scratch / f"trial{number}"
+        folder.mkdir()
+        report = self.compression.write(folder, self.compression.choose(Budget(limits=limits)))
+        recovered = self._judge(folder)
+        shutil.rmtree(folder)
+        return report.nbytes, recovered
+
+    def _fails(self, recovered: Mapping[str, float | None], task: str) -> bool:
+        value = recovered.get(task)
+        return value is not None and value < self._least

@@ -1,0 +1,1 @@
+"""Adding tasks to a checkpoint, removing them, rebuilding it."""

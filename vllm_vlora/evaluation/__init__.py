@@ -1,0 +1,1 @@
+"""Everything that runs the base model: held-out losses, judging, gathering moments."""

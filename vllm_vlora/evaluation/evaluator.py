@@ -1,0 +1,661 @@
+"""Runs a base model with adapters over held-out text; hands sums to ``vllm_vlora.evaluation.fidelity``.
+
+What is judged is what the checkpoint holds: a task is exported to a PEFT folder in float32 and loaded
+with PEFT, as its original is. One base model is in memory; adapters are added to it and taken off again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_vlora._version import __version__
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
+from vllm_vlora.checkpoint.export import export_all
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.errors import AdapterError, DataError, ModelMismatchError, OptionError
+from vllm_vlora.evaluation.base_model import check_dtype, first_line, load_base_model, resolve
+from vllm_vlora.evaluation.fidelity import (
+    NO_ORIGINAL,
+    EvaluationReport,
+    ExampleLosses,
+    GreedyAgreement,
+    Recovered,
+    SpectrumCollector,
+    TaskFidelity,
+    compare_weights,
+    divergence_sum,
+    greedy_agreement,
+    recovered_fraction,
+    total_error,
+)
+from vllm_vlora.evaluation.texts import (
+    IGNORED,
+    Batch,
+    Row,
+    data_digest,
+    make_batches,
+    padding_id,
+    read_examples,
+    tokenize,
+)
+from vllm_vlora.merging.analysis import cosines, inner_products
+from vllm_vlora.quantize import FLOAT_DTYPES
+
+Progress = Callable[[str, int, int], None]
+
+SIMILARITY_LIMIT = 100
+"""Tasks in the similarity matrix; its Gram matrices grow with the square of their ranks' sum."""
+# Exported folders lie on the disk together, and the bases are read once for so many tasks.
+_EXPORTED_AT_ONCE = 16
+# Logits are turned to probabilities in float32 so many at a time.
+_LOGITS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How models are run.
+
+    Attributes:
+        max_length: tokens to which an example is cut, or the model's positions if they are fewer.
+        batch_size: examples in a forward pass. Two passes' logits at supervised positions are held
+            together: batch_size x max_length x vocabulary numbers each, at most.
+        max_examples: of each data file, its first; None for all.
+        device: torch's name; None for the first GPU, or the CPU.
+        dtype: the base model's, a float format; None for float32 on CPU and bfloat16 elsewhere.
+        greedy_tokens: tokens to generate for the comparison of free-running answers; 0 for none.
+
+    Raises:
+        OptionError: a value is out of range or unknown.
+    """
+
+    max_length: int = 1024
+    batch_size: int = 4
+    max_examples: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    greedy_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_length", 2), ("batch_size", 1), ("greedy_tokens", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise OptionError(f"max_examples must be at least 1, got {self.max_examples}")
+        check_dtype(self.dtype)
+
+    def resolve(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the dtype that the model gets."""
+        device, name = resolve(self.device, self.dtype)
+        return device, FLOAT_DTYPES[name]
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What one adapter does on a task's data: losses, and greedy answers if they were asked for."""
+
+    losses: ExampleLosses
+    answers: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A compressed task beside its original and the base; see ``TaskFidelity`` for the figures."""
+
+    base: ExampleLosses
+    original: ExampleLosses | None
+    compressed: ExampleLosses
+    recovered: Recovered
+    agreement: float | None = None
+    kl: float | None = None
+    greedy: GreedyAgreement | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A data file in tokens; ``left_out`` examples have no supervised token."""
+
+    rows: tuple[Row, ...]
+    left_out: int
+
+
+class Evaluator:
+    """One base model and the held-out data of its tasks.
+
+    Data files are read and the base is scored on them once, also where tasks share a file; scores of
+    originals are kept by task and folder.
+
+    Args:
+        model: folder or Hub id of the base model, as transformers loads it.
+        data: task id -> its data files (see ``vllm_vlora.evaluation.texts`` for their forms).
+        options: how models are run.
+        progress: called with (stage, done, total).
+
+    Raises:
+        OptionError: an option is wrong, or the model cannot be loaded.
+        DataError: a data file cannot be read, or has no supervised token.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: Mapping[str, Sequence[str | Path]],
+        options: EvaluationOptions | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.options = options or EvaluationOptions()
+        self.model_name = str(model)
+        self.data = {task: tuple(Path(path) for path in files) for task, files in data.items()}
+        self._progress = progress
+        # Mistakes in small files show before a large model is loaded.
+        examples = {path: read_examples(path) for files in self.data.values() for path in files}
+        self.device, self.dtype = self.options.resolve()
+        self._tokenizer, self._model = _load_model(self.model_name, self.device, self.dtype)
+        self._takes_logits_to_keep = (
+            "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        )
+        self._pad_id = padding_id(self._tokenizer)
+        # Beyond its positions a model fails, or answers nonsense.
+        self._positions: int = getattr(self._model.config, "max_position_embeddings", 1 << 62)
+        self._max_length = min(self.options.max_length, self._positions)
+        self._prepared = {path: self._prepare(path, found) for path, found in examples.items()}
+        self._base: dict[Path, ExampleLosses] = {}
+        self._scores: dict[tuple[str, Path], TaskScores] = {}
+
+    def base_losses(self) -> dict[str, ExampleLosses]:
+        """Losses of the base model, by task."""
+        return {task: self.base(task) for task in self.data}
+
+    def base(self, task: str) -> ExampleLosses:
+        """Losses of the base model on a task's data.
+
+        Raises:
+            OptionError: no data was given for the task.
+        """
+        for path in self._files(task):
+            if path not in self._base:
+                self._base[path] = self._losses(self._prepared[path].rows, "base model")
+        found = [self._base[path] for path in self._files(task)]
+        return ExampleLosses(
+            torch.cat([part.nll for part in found]), torch.cat([part.tokens for part in found])
+        )
+
+    def adapter(self, task: str, folder: str | Path, *, losses_only: bool = False) -> TaskScores:
+        """Scores of the adapter in a PEFT folder on a task's data; not kept.
+
+        Args:
+            losses_only: no greedy answers.
+
+        Raises:
+            OptionError: no data was given for the task.
+            AdapterError, ModelMismatchError: the adapter cannot be read, or is of another model.
+        """
+        rows = self._rows(task)
+        with self._loaded({"only": Path(folder)}):
+            losses = self._losses(rows, str(folder))
+            answers = None
+            if self.options.greedy_tokens and not losses_only:
+                answers = self._answers(rows)
+        return TaskScores(losses, answers)
+
+    def compare(
+        self,
+        task: str,
+        compressed: str | Path,
+        original: str | Path | None = None,
+        *,
+        losses_only: bool = False,
+    ) -> Comparison:
+        """Judge a compressed task, exported to a PEFT folder, against its original's folder.
+
+        Args:
+            losses_only: the recovered fraction and nothing else. The original is then run once, however
+                many compressed forms of it are judged.
+
+        Raises:
+            As :meth:`adapter`.
+        """
+        base = self.base(task)
+        if original is None:
+            losses = self.adapter(task, compressed, losses_only=True).losses
+            return Comparison(base, None, losses, Recovered(None, reason=NO_ORIGINAL))
+        if losses_only:
+            theirs = self._original(task, Path(original)).losses
+            losses = self.adapter(task, compressed, losses_only=True).losses
+            return Comparison(base, theirs, losses, recovered_fraction(base, theirs, losses))
+        return self._compare_tokens(task, base, Path(compressed), Path(original))
+
+    def files(self, task: str) -> tuple[Path, ...]:
+        """A task's data files."""
+        return self._files(task)
+
+    def left_out(self, task: str) -> int:
+        """Examples of a task that have no supervised token within ``max_length``."""
+        return sum(self._prepared[path].left_out for path in self._files(task))
+
+    def check_modules(self, modules: Mapping[str, tuple[int, int]], where: str) -> None:
+        """Refuse modules, name -> (d_out, d_in), that the base model lacks or has otherwise.
+
+        Raises:
+            ModelMismatchError: naming ``where``, the module and the model.
+        """
+        present = dict(self._model.named_modules())
+        for name, shape in modules.items():
+            weight = getattr(present.get(name), "weight", None)
+            if weight is None:
+                raise ModelMismatchError(
+                    f"{where}: adapts module {name}, which the model {self.model_name} lacks; "
+                    "give the adapters' own base model"
+                )
+            # Embeddings and GPT-2's layers hold their weight transposed.
+            if sorted(weight.shape) != sorted(shape):
+                raise ModelMismatchError(
+                    f"{where}: module {name} is {shape[0]} x {shape[1]}, in the model "
+                    f"{self.model_name} it is {' x '.join(map(str, weight.shape))}; give the "
+                    "adapters' own base model"
+                )
+
+    def _files(self, task: str) -> tuple[Path, ...]:
+        if task not in self.data:
+            raise OptionError(f"no data for task {task!r}; give it with --data TASK=FILE")
+        return self.data[task]
+
+    def _rows(self, task: str) -> list[Row]:
+        return [row for path in self._files(task) for row in self._prepared[path].rows]
+
+    def _prepare(self, path: Path, examples: Sequence[Any]) -> _Prepared:
+        chosen = examples[: self.options.max_examples]
+        rows = [tokenize(found, self._tokenizer, self._max_length) for found in chosen]
+        scored = tuple(row for row in rows if row.supervised)
+        if not scored:
+            raise DataError(
+                f"{path}: no token to be scored within the first {self._max_length} of any "
+                "example; give a greater --max-length"
+            )
+        return _Prepared(scored, len(rows) - len(scored))
+
+    def _original(self, task: str, folder: Path) -> TaskScores:
+        key = (task, folder.absolute())
+        if key not in self._scores:
+            self._scores[key] = self.adapter(task, folder, losses_only=True)
+        return self._scores[key]
+
+    def _compare_tokens(
+        self, task: str, base: ExampleLosses, compressed: Path, original: Path
+    ) -> Comparison:
+        """Original and compressed side by side, batch by batch: no logits outlive their batch."""
+        rows = self._rows(task)
+        sums = [_Sums(rows), _Sums(rows)]
+        agreed, divergence = 0, 0.0
+        with self._loaded({"original": original, "compressed": compressed}) as use:
+            for batch in self._batches(rows):
+                use("original")
+                theirs, targets, owners = self._scored_logits(batch)
+                use("compressed")
+                ours, _, _ = self._scored_logits(batch)
+                sums[0].add(batch, theirs, targets, owners)
+                sums[1].add(batch, ours, targets, owners)
+                for first, second in zip(_in_chunks(theirs), _in_chunks(ours)):
+                    agreed += int((first.argmax(-1) == second.argmax(-1)).sum())
+                    divergence += divergence_sum(first, second)
+            greedy = self._compare_answers(use, rows) if self.options.greedy_tokens else None
+        theirs_losses = sums[0].finish(str(original))
+        ours_losses = sums[1].finish(str(compressed))
+        self._scores[task, original.absolute()] = TaskScores(theirs_losses)
+        count = int(base.tokens.sum())
+        return Comparison(
+            base,
+            theirs_losses,
+            ours_losses,
+            recovered_fraction(base, theirs_losses, ours_losses),
+            agreed / count,
+            divergence / count,
+            greedy,
+        )
+
+    def _compare_answers(self, use: Callable[[str], None], rows: Sequence[Row]) -> GreedyAgreement:
+        use("original")
+        theirs = self._answers(rows)
+        use("compressed")
+        return greedy_agreement(theirs, self._answers(rows), self.options.greedy_tokens)
+
+    @contextmanager
+    def _loaded(self, folders: Mapping[str, Path]) -> Iterator[Callable[[str], None]]:
+        """Adapters on the model, the first one active; yields the function that makes one active."""
+        import peft
+
+        saved: dict[str, torch.Tensor] = {}
+        for folder in folders.values():
+            adapter = open_adapter(folder)
+            self._check_adapter(adapter)
+            saved.update(self._overwritten(adapter))
+        adapted = None
+        try:
+            for name, folder in folders.items():
+                try:
+                    if adapted is None:
+                        adapted = peft.PeftModel.from_pretrained(
+                            self._model, str(folder), adapter_name=name
+                        )
+                    else:
+                        adapted.load_adapter(str(folder), name)
+                except (ValueError, RuntimeError) as error:
+                    raise AdapterError(
+                        f"{folder}: PEFT cannot load it onto {self.model_name}: {first_line(error)}"
+                    ) from error
+            assert adapted is not None
+            adapted.set_adapter(next(iter(folders)))
+            self._model.eval()
+            yield adapted.set_adapter
+        finally:
+            if adapted is not None:
+                # With an adapter left, unload would put its copy of a saved module into the base.
+                for name in list(adapted.peft_config):
+                    adapted.delete_adapter(name)
+                adapted.unload()
+            own = self._model.state_dict()
+            for name, value in saved.items():
+                own[name].copy_(value)
+
+    def _overwritten(self, adapter: Adapter) -> dict[str, torch.Tensor]:
+        """Copies of base weights that PEFT may replace: layers that an adapter was saved whole with."""
+        own = self._model.state_dict()
+        names = [key.removeprefix("base_model.model.") for key in adapter.extra]
+        return {name: own[name].clone() for name in names if name in own}
+
+    def _check_adapter(self, adapter: Adapter) -> None:
+        shapes = {m.name: (m.d_out, m.d_in) for m in adapter.modules.values()}
+        self.check_modules(shapes, str(adapter.path))
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        for batch in make_batches(rows, self.options.batch_size, self._pad_id):
+            yield batch.to(self.device)
+
+    def _losses(self, rows: Sequence[Row], what: str) -> ExampleLosses:
+        sums = _Sums(rows)
+        for batch in self._batches(rows):
+            sums.add(batch, *self._scored_logits(batch))
+        return sums.finish(what)
+
+    @torch.no_grad()
+    def _scored_logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits before each supervised token (tokens, vocabulary), these tokens, and their rows."""
+        targets = batch.labels[:, 1:]
+        scored = targets != IGNORED
+        columns = scored.any(0).nonzero()[:, 0]
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if self._takes_logits_to_keep:
+            logits = self._model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        else:
+            logits = self._model(**inputs, use_cache=False).logits[:, columns]
+        kept = scored[:, columns]
+        return logits[kept], targets[:, columns][kept], kept.nonzero()[:, 0]
+
+    @torch.no_grad()
+    def _answers(self, rows: Sequence[Row]) -> tuple[tuple[int, ...], ...]:
+        """Greedy answers to the prompts of ``rows``, each up to its end-of-sequence token."""
+        answers: dict[int, tuple[int, ...]] = {}
+        room = max(1, self._positions - self.options.greedy_tokens)
+        prompts = [prompt_of(row)[-room:] for row in rows]
+        order = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
+        for start in range(0, len(order), self.options.batch_size):
+            chosen = order[start : start + self.options.batch_size]
+            generated = self._generate([prompts[index] for index in chosen])
+            answers.update(zip(chosen, generated, strict=True))
+        return tuple(answers[index] for index in range(len(rows)))
+
+    def _generate(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        longest = max(map(len, prompts))
+        padded = [[self._pad_id] * (longest - len(p)) + list(p) for p in prompts]
+        mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+        out = self._model.generate(
+            input_ids=torch.tensor(padded, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
+            max_new_tokens=self.options.greedy_tokens,
+        )
+        ends = set(self._model.generation_config.eos_token_id or ())
+        return [_until(row[longest:].tolist(), ends) for row in out]
+
+
+class _Sums:
+    """Losses summed by example while batches come in any order."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._nll = torch.zeros(len(rows), dtype=torch.float64)
+        self._tokens = torch.tensor([row.supervised for row in rows])
+
+    def add(
+        self, batch: Batch, logits: torch.Tensor, targets: torch.Tensor, owners: torch.Tensor
+    ) -> None:
+        places = torch.tensor(batch.indices)[owners.cpu()]
+        parts = [
+            torch.nn.functional.cross_entropy(chunk.float(), wanted, reduction="none")
+            for chunk, wanted in zip(_in_chunks(logits), targets.split(_chunk_rows(logits)))
+        ]
+        self._nll.index_add_(0, places, torch.cat(parts).double().cpu())
+
+    def finish(self, what: str) -> ExampleLosses:
+        if not bool(torch.isfinite(self._nll).all()):
+            raise AdapterError(
+                f"{what}: the loss is not finite; run with --dtype float32, and look for NaN in its "
+                "weights if that does not help"
+            )
+        return ExampleLosses(self._nll, self._tokens)
+
+
+def prompt_of(row: Row) -> list[int]:
+    """What stands before the first supervised token; of a plain text its first half."""
+    if row.labels[0] != IGNORED:
+        return row.input_ids[: max(1, len(row.input_ids) // 2)]
+    first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
+    return row.input_ids[:first]
+
+
+def _until(tokens: Sequence[int], ends: set[int]) -> tuple[int, ...]:
+    """The tokens up to and with the first end; what follows it is padding."""
+    last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tuple(tokens[: last + 1])
+
+
+def _chunk_rows(logits: torch.Tensor) -> int:
+    return max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+
+
+def _in_chunks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return logits.split(_chunk_rows(logits))
+
+
+def _load_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise OptionError(
+            f"evaluation needs peft ({error}); install it: pip install 'vllm-vlora[evaluate]'"
+        ) from error
+    tokenizer, model = load_base_model(name, device, dtype)
+    import transformers
+
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    # Nothing else of the model's own settings (penalties, sampling) belongs in a comparison.
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False,
+        eos_token_id=sorted(end for end in ends if end is not None) or None,
+        pad_token_id=padding_id(tokenizer),
+    )
+    return tokenizer, model.eval()
+
+
+# --- a whole checkpoint ---------------------------------------------------------------------------
+
+
+def evaluate_checkpoint(
+    evaluator: Evaluator,
+    checkpoint: Checkpoint,
+    originals: Mapping[str, str | Path],
+    *,
+    losses_only: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Judge every task that the evaluator has data for.
+
+    Args:
+        originals: task id -> PEFT folder of the adapter that it was made from.
+        losses_only: recovered fractions and weights only: no divergence, no agreement.
+        command: what was called, for the report.
+        progress: called with (stage, tasks done, all tasks).
+
+    Raises:
+        TaskNotFoundError: data or an original is given for a task that the checkpoint lacks.
+        ModelMismatchError: the base model is another than that of the checkpoint.
+        AdapterError, CheckpointError, OutputError: something cannot be read or exported.
+    """
+    started = time.monotonic()
+    for task in [*evaluator.data, *originals]:
+        checkpoint.record(task)
+    evaluator.check_modules(
+        {module.name: (module.d_out, module.d_in) for module in checkpoint.modules},
+        str(checkpoint.path),
+    )
+    opened = {task: open_adapter(originals[task]) for task in evaluator.data if task in originals}
+    wanted = [task for task in checkpoint.tasks if task in evaluator.data]
+    spectra = SpectrumCollector()
+    tasks: list[TaskFidelity] = []
+    for task, folder in _exported(checkpoint, wanted):
+        if progress is not None:
+            progress("evaluate", len(tasks), len(wanted))
+        tasks.append(
+            _judge(evaluator, checkpoint, task, folder, opened.get(task), spectra, losses_only)
+        )
+    if progress is not None:
+        progress("compare tasks", 0, 1)
+    return EvaluationReport(
+        checkpoint=str(checkpoint.path),
+        base_model=evaluator.model_name,
+        nbytes=checkpoint.nbytes,
+        original_nbytes=checkpoint.original_nbytes,
+        basis_nbytes=checkpoint.basis_nbytes,
+        tasks=tuple(tasks),
+        not_evaluated=tuple(task for task in checkpoint.tasks if task not in evaluator.data),
+        spectra=tuple(spectra.spectra()),
+        similarity=_similarity({task: opened[task] for task in wanted if task in opened}),
+        setting=describe_setting(evaluator, command, checkpoint.base_model),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _exported(checkpoint: Checkpoint, tasks: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Yield (task, its PEFT folder in float32); the folder goes when the next ones come."""
+    for start in range(0, len(tasks), _EXPORTED_AT_ONCE):
+        with tempfile.TemporaryDirectory(prefix="vllm-vlora-") as root:
+            chosen = tasks[start : start + _EXPORTED_AT_ONCE]
+            yield from export_all(
+                checkpoint, chosen, Path(root) / "tasks", dtype=torch.float32
+            ).items()
+
+
+def _judge(
+    evaluator: Evaluator,
+    checkpoint: Checkpoint,
+    task: str,
+    folder: Path,
+    original: Adapter | None,
+    spectra: SpectrumCollector,
+    losses_only: bool,
+) -> TaskFidelity:
+    record = checkpoint.record(task)
+    names = {segment.module: checkpoint.modules[segment.module].name for segment in record.segments}
+    errors: dict[str, float | None] = {names[s.module]: s.error for s in record.segments}
+    error: float | None = record.error
+    if original is not None:
+        modules = compare_weights(original, open_adapter(folder))
+        errors = {module.name: module.error for module in modules}
+        error = total_error(modules)
+        spectra.add(modules, {names[s.module]: s.rank for s in record.segments})
+    found = evaluator.compare(
+        task, folder, None if original is None else original.path, losses_only=losses_only
+    )
+    files = evaluator.files(task)
+    return TaskFidelity(
+        task_id=task,
+        data=tuple(map(str, files)),
+        data_digest=data_digest(files),
+        examples=len(found.base.nll),
+        tokens=int(found.base.tokens.sum()),
+        left_out=evaluator.left_out(task),
+        base_loss=found.base.loss,
+        adapter_loss=None if found.original is None else found.original.loss,
+        compressed_loss=found.compressed.loss,
+        recovered=found.recovered,
+        agreement=found.agreement,
+        kl=found.kl,
+        greedy=found.greedy,
+        modules=errors,
+        error=error,
+        original=None if original is None else str(original.path),
+        nbytes=checkpoint.lora_nbytes(task),
+        original_nbytes=record.original_nbytes,
+        stored_as=dict(
+            Counter(f"{s.representation} {s.format}" for s in record.segments).most_common()
+        ),
+    )
+
+
+def _similarity(
+    adapters: Mapping[str, Adapter],
+) -> tuple[tuple[str, ...], tuple[tuple[float, ...], ...]] | None:
+    tasks = tuple(adapters)[:SIMILARITY_LIMIT]
+    if len(tasks) < 2:
+        return None
+    found = cosines(inner_products([adapters[task] for task in tasks]))
+    return tasks, tuple(tuple(row) for row in found.tolist())
+
+
+def describe_setting(
+    evaluator: Evaluator, command: str, recorded_base: str | None = None
+) -> dict[str, str]:
+    """Versions, machine, command and options that a figure must carry."""
+    import peft
+    import transformers
+
+    device = evaluator.device
+    setting = {
+        "command": command,
+        "base model the checkpoint names": recorded_base or "",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "vllm-vlora": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {_cpu_name()}, "
+        f"{torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "dtype": str(evaluator.dtype).removeprefix("torch."),
+    }
+    options = asdict(evaluator.options)
+    for name in ("max_length", "batch_size", "max_examples", "greedy_tokens"):
+        setting[name] = "all" if options[name] is None else str(options[name])
+    return {name: value for name, value in setting.items() if value}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    # Elsewhere than on Linux there is no such file.
+    except OSError:
+        return platform.processor() or "unknown processor"
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown processor")

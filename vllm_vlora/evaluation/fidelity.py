@@ -1,0 +1,567 @@
+"""What a compressed task lost: the figures of a fidelity report and their arithmetic.
+
+The honest figure is the *recovered fraction* of a task on held-out text,
+
+    (loss_base - loss_compressed) / (loss_base - loss_adapter)
+
+with losses in nats per supervised token: 1 says that the compressed task does all the good that its
+adapter did, 0 that it does none. It is not clipped: a little noise may carry it above 1, and a task
+that does harm is below 0. It is undefined where the adapter itself does not clearly improve on the
+base model: the denominator would be noise.
+
+Nothing here runs a model; ``vllm_vlora.evaluation.evaluator`` does and hands over sums per example.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_vlora.adapters.peft_folder import Adapter, Factors
+from vllm_vlora.errors import AdapterError
+from vllm_vlora.representations.decode import small_product
+
+MIN_GAIN = 0.01
+"""Nats per token by which an adapter must improve on the base before a fraction means anything."""
+MIN_GAIN_ERRORS = 2.0
+"""Standard errors by which it must do so: less is no gain that these examples can show."""
+NO_ORIGINAL = "no original given"
+
+_RESAMPLES = 2000
+_COVERAGE = 0.95
+# Resampled counts are held as doubles, so many at a time.
+_COUNTS_AT_ONCE = 1 << 22
+SPECTRUM_QUANTILES = (0.1, 0.5, 0.9)
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExampleLosses:
+    """Losses of one model on one data set.
+
+    Attributes:
+        nll: (examples,) float64, summed -log p of an example's supervised tokens, in nats.
+        tokens: (examples,) int64, their number.
+    """
+
+    nll: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per supervised token over all examples, in nats."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A recovered fraction, or why there is none.
+
+    Attributes:
+        value: the fraction; None where it is undefined.
+        standard_error: of ``value``, over examples; None with fewer than two.
+        interval: 95% interval from a paired bootstrap over examples; None with fewer than two.
+        reason: why ``value`` is None.
+    """
+
+    value: float | None
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+    reason: str | None = None
+
+
+def recovered_fraction(
+    base: ExampleLosses,
+    original: ExampleLosses,
+    compressed: ExampleLosses,
+    *,
+    resamples: int = _RESAMPLES,
+    seed: int = 0,
+) -> Recovered:
+    """The recovered fraction of one task, with its uncertainty over examples.
+
+    With N_i and D_i the gains (base's nll less the model's) of the compressed task and of the adapter
+    on example i, the fraction is f = sum N_i / sum D_i: the token counts cancel. Its standard error is
+    that of a ratio of sums, sqrt(n / (n - 1) sum (N_i - f D_i)^2) / sum D_i (Cochran, *Sampling
+    Techniques*, 1977, ch. 6). The interval is a percentile bootstrap that draws examples with their
+    three losses together, so that what makes an example hard cancels.
+
+    Args:
+        base, original, compressed: losses on the same examples in the same order.
+        resamples: draws of the bootstrap; 0 for none.
+        seed: of the bootstrap, so that a report repeats.
+    """
+    assert torch.equal(base.tokens, original.tokens), "losses of different examples"
+    assert torch.equal(base.tokens, compressed.tokens), "losses of different examples"
+    reason = _why_undefined(base, original)
+    if reason is not None:
+        return Recovered(None, reason=reason)
+    kept, gained = base.nll - compressed.nll, base.nll - original.nll
+    value = float(kept.sum() / gained.sum())
+    if len(kept) < 2:
+        return Recovered(value)
+    error = _ratio_error(kept, gained, value)
+    interval = _bootstrap(kept, gained, resamples, seed) if resamples else None
+    return Recovered(value, error, interval)
+
+
+def _why_undefined(base: ExampleLosses, original: ExampleLosses) -> str | None:
+    gained = base.nll - original.nll
+    gain = float(gained.sum() / base.tokens.sum())
+    if gain < MIN_GAIN:
+        return (
+            f"the adapter's loss is {original.loss:.4f}, the base's {base.loss:.4f}: no gain of "
+            f"{MIN_GAIN} or more to recover"
+        )
+    if len(gained) < 2:
+        return None
+    error = _ratio_error(gained, base.tokens.double(), gain)
+    if gain < MIN_GAIN_ERRORS * error:
+        return (
+            f"the adapter gains {gain:.4f} with a standard error of {error:.4f}: give more examples"
+        )
+    return None
+
+
+def _ratio_error(top: torch.Tensor, bottom: torch.Tensor, ratio: float) -> float:
+    """Standard error of sum(top) / sum(bottom) over n >= 2 examples."""
+    count = len(top)
+    spread = (top - ratio * bottom).square().sum() * count / (count - 1)
+    return float(spread.sqrt() / bottom.sum())
+
+
+def _bootstrap(
+    top: torch.Tensor, bottom: torch.Tensor, resamples: int, seed: int
+) -> tuple[float, float] | None:
+    count = len(top)
+    generator = torch.Generator().manual_seed(seed)
+    ratios = []
+    for start in range(0, resamples, max(1, _COUNTS_AT_ONCE // count)):
+        rows = min(max(1, _COUNTS_AT_ONCE // count), resamples - start)
+        chosen = torch.randint(count, (rows, count), generator=generator)
+        above, below = top.cpu()[chosen].sum(1), bottom.cpu()[chosen].sum(1)
+        # A draw without any gain has no fraction; the margin asked of the adapter makes it rare.
+        ratios.append((above / below)[below > 0])
+    drawn = torch.cat(ratios).sort().values
+    if len(drawn) == 0:
+        return None
+    tail = (1 - _COVERAGE) / 2
+    return _quantile(drawn, tail), _quantile(drawn, 1 - tail)
+
+
+def _quantile(ordered: torch.Tensor, share: float) -> float:
+    # torch.quantile refuses more than 2^24 elements and needs them all in one tensor anyway.
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of leading tokens that two answers share."""
+    shared = 0
+    for ours, theirs in zip(first, second, strict=False):
+        if ours != theirs:
+            break
+        shared += 1
+    return shared
+
+
+@dataclass(frozen=True)
+class GreedyAgreement:
+    """How far greedy answers of the compressed task follow those of its adapter.
+
+    Attributes:
+        tokens: mean number of first tokens that agree.
+        possible: mean number that could: the longer of two answers, which end early at an
+            end-of-sequence token.
+        exact: share of answers that agree throughout.
+        limit: the most tokens that were generated.
+    """
+
+    tokens: float
+    possible: float
+    exact: float
+    limit: int
+
+
+def greedy_agreement(
+    original: Sequence[Sequence[int]], compressed: Sequence[Sequence[int]], limit: int
+) -> GreedyAgreement:
+    """Compare answers to the same prompts; each ends with its end-of-sequence token if it has one."""
+    assert len(original) == len(compressed) > 0
+    pairs = list(zip(original, compressed, strict=True))
+    longest = [max(len(first), len(second)) for first, second in pairs]
+    shared = [common_prefix(first, second) for first, second in pairs]
+    return GreedyAgreement(
+        tokens=sum(shared) / len(pairs),
+        possible=sum(longest) / len(pairs),
+        exact=sum(s == n for s, n in zip(shared, longest, strict=True)) / len(pairs),
+        limit=limit,
+    )
+
+
+def divergence_sum(original: torch.Tensor, compressed: torch.Tensor) -> float:
+    """Sum over rows of KL(softmax(original) || softmax(compressed)), in nats.
+
+    Args:
+        original, compressed: (tokens, vocabulary) logits of the same positions.
+    """
+    log_p = original.float().log_softmax(-1)
+    log_q = compressed.float().log_softmax(-1)
+    # A token that the original rules out (-inf) adds nothing; 0 * inf would be NaN.
+    terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
+    return float(terms.sum(-1, dtype=torch.float64).sum())
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModuleFidelity:
+    """One module of one task, as the checkpoint holds it, beside the original.
+
+    Attributes:
+        name: the module's path in the base model.
+        error_squared: ||delta_W' - delta_W||_F^2.
+        norm_squared: ||delta_W||_F^2.
+        singular_values: of delta_W, descending.
+    """
+
+    name: str
+    error_squared: float
+    norm_squared: float
+    singular_values: tuple[float, ...]
+
+    @property
+    def error(self) -> float | None:
+        """||delta_W' - delta_W||_F / ||delta_W||_F; None where delta_W is zero and its copy is not."""
+        return _relative(self.error_squared, self.norm_squared)
+
+
+def _relative(error_squared: float, norm_squared: float) -> float | None:
+    if norm_squared == 0.0:
+        return 0.0 if error_squared == 0.0 else None
+    return math.sqrt(error_squared / norm_squared)
+
+
+def total_error(modules: Sequence[ModuleFidelity]) -> float | None:
+    """||delta_W' - delta_W||_F / ||delta_W||_F over all modules of a task."""
+    return _relative(sum(m.error_squared for m in modules), sum(m.norm_squared for m in modules))
+
+
+def compare_weights(original: Adapter, compressed: Adapter) -> list[ModuleFidelity]:
+    """Measure what every module of a task lost, from factors alone, in float64.
+
+    delta_W' - delta_W = [B', -B] [A'; A] is a product of stacked factors, whose norm is that of the
+    product of their small R factors (QR): d_out x d_in is never formed.
+
+    Args:
+        original: the adapter that was compressed.
+        compressed: the task as it was taken out of the checkpoint. A module that it does not adapt
+            counts as zero.
+
+    Raises:
+        AdapterError: the task adapts a module that the original has not, or has in another shape.
+    """
+    ours, theirs = compressed.modules, original.modules
+    for name in ours:
+        _check_same(name, original, compressed)
+    copies = compressed.iter_factors(name for name in sorted(theirs) if name in ours)
+    return [
+        _compare_module(
+            name,
+            _scaled(factors, theirs[name].scale),
+            _scaled(next(copies)[1], ours[name].scale) if name in ours else None,
+        )
+        for name, factors in original.iter_factors(sorted(theirs))
+    ]
+
+
+def _check_same(name: str, original: Adapter, compressed: Adapter) -> None:
+    ours, theirs = compressed.modules[name], original.modules.get(name)
+    if theirs is not None and (theirs.d_out, theirs.d_in) == (ours.d_out, ours.d_in):
+        return
+    there = "absent" if theirs is None else f"{theirs.d_out} x {theirs.d_in}"
+    raise AdapterError(
+        f"{original.path}: not the original of this task: module {name} is {there} in it and "
+        f"{ours.d_out} x {ours.d_in} in the task; name the right one with --adapter TASK=PATH"
+    )
+
+
+def _scaled(factors: Factors, scale: float) -> Factors:
+    return factors[0].double(), factors[1].double() * scale
+
+
+def _compare_module(name: str, original: Factors, copy: Factors | None) -> ModuleFidelity:
+    a, b = original
+    sigma = torch.linalg.svdvals(small_product(a, b))
+    difference = sigma
+    if copy is not None:
+        difference = small_product(torch.cat([copy[0], a]), torch.cat([copy[1], -b], dim=1))
+    return ModuleFidelity(
+        name,
+        float(difference.square().sum()),
+        float(sigma.square().sum()),
+        tuple(sigma.tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of one kind of module over tasks and layers, each module's scaled to norm 1.
+
+    Attributes:
+        kind: last part of the modules' names ("q_proj").
+        quantiles: for each of ``SPECTRUM_QUANTILES``, the value at place 1, 2, ...; a module of
+            smaller rank has zeros there.
+        kept_rank: median rank that the checkpoint keeps.
+        modules: number of modules counted.
+    """
+
+    kind: str
+    quantiles: tuple[tuple[float, ...], ...]
+    kept_rank: float
+    modules: int
+
+
+@dataclass
+class SpectrumCollector:
+    """Gathers singular values task by task."""
+
+    _values: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    _ranks: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, modules: Sequence[ModuleFidelity], ranks: Mapping[str, int]) -> None:
+        """Count a task's modules; ``ranks`` are those kept, by module name (absent: none)."""
+        for module in modules:
+            kind = module_kind(module.name)
+            norm = math.sqrt(module.norm_squared) or 1.0
+            values = torch.tensor(module.singular_values, dtype=torch.float32) / norm
+            self._values.setdefault(kind, []).append(values)
+            self._ranks.setdefault(kind, []).append(ranks.get(module.name, 0))
+
+    def spectra(self) -> list[Spectrum]:
+        """A spectrum for each kind of module, sorted by kind."""
+        return [
+            Spectrum(
+                kind,
+                _quantile_rows(self._values[kind]),
+                statistics.median(self._ranks[kind]),
+                len(self._values[kind]),
+            )
+            for kind in sorted(self._values)
+        ]
+
+
+def _quantile_rows(values: Sequence[torch.Tensor]) -> tuple[tuple[float, ...], ...]:
+    table = torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)
+    ordered = table.sort(dim=0).values
+    return tuple(
+        tuple(_quantile(ordered[:, place], share) for place in range(table.shape[1]))
+        for share in SPECTRUM_QUANTILES
+    )
+
+
+def module_kind(name: str) -> str:
+    """The last part of a module's name that is no number: ``q_proj`` of ``...self_attn.q_proj``."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return parts[-1] if parts else name
+
+
+def module_layer(name: str) -> int | None:
+    """The first number in a module's name, which is its layer; None for ``lm_head`` and the like."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskFidelity:
+    """What one task kept, on its held-out data and in its weights.
+
+    Losses are nats per supervised token. What needs the original is None without one.
+
+    Attributes:
+        data: the data files; ``data_digest`` is over their contents.
+        examples, tokens: how many were scored; ``left_out`` examples had no supervised token.
+        agreement: share of supervised positions with the same most likely token as the original.
+        kl: KL(original || compressed) in nats per supervised token.
+        greedy: of free-running answers; None if not asked for.
+        modules: relative errors by module; from the original's weights, or without an original as the
+            checkpoint recorded them.
+        error: relative error over all modules, from the same source.
+        nbytes, original_nbytes: the task's file, and the adapter's LoRA weights at 16 bits each.
+    """
+
+    task_id: str
+    data: tuple[str, ...]
+    data_digest: str
+    examples: int
+    tokens: int
+    left_out: int
+    base_loss: float
+    adapter_loss: float | None
+    compressed_loss: float
+    recovered: Recovered
+    agreement: float | None
+    kl: float | None
+    greedy: GreedyAgreement | None
+    modules: Mapping[str, float | None]
+    error: float | None
+    original: str | None
+    nbytes: int
+    original_nbytes: int
+    stored_as: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class FidelitySummary:
+    """Over the tasks whose recovered fraction is defined; None where there are none."""
+
+    judged: int
+    mean: float | None
+    median: float | None
+    worst: float | None
+    worst_task: str | None
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """All tasks that were evaluated, and what the figures were measured with.
+
+    Attributes:
+        not_evaluated: tasks of the checkpoint that no data was given for.
+        similarity: cosines between original updates and the tasks they are of, in order; some,
+            where there are many; None without originals.
+        setting: versions, machine, command and options, as text by name.
+    """
+
+    checkpoint: str
+    base_model: str
+    nbytes: int
+    original_nbytes: int
+    basis_nbytes: int
+    tasks: tuple[TaskFidelity, ...]
+    not_evaluated: tuple[str, ...]
+    spectra: tuple[Spectrum, ...]
+    similarity: tuple[tuple[str, ...], tuple[tuple[float, ...], ...]] | None
+    setting: Mapping[str, str]
+    seconds: float = 0.0
+
+    @property
+    def summary(self) -> FidelitySummary:
+        """Mean, median and worst recovered fraction."""
+        return summarize_recovered({task.task_id: task.recovered for task in self.tasks})
+
+    def below(self, threshold: float) -> list[TaskFidelity]:
+        """Tasks whose recovered fraction is defined and under ``threshold``, worst first."""
+        failing = [(value, task) for value, task in self._judged() if value < threshold]
+        return [task for _, task in sorted(failing, key=lambda pair: pair[0])]
+
+    def _judged(self) -> Iterator[tuple[float, TaskFidelity]]:
+        for task in self.tasks:
+            if task.recovered.value is not None:
+                yield task.recovered.value, task
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON data: sizes in bytes, losses in nats per token, None for unknown."""
+        summary = self.summary
+        return {
+            "checkpoint": self.checkpoint,
+            "base_model": self.base_model,
+            "bytes": self.nbytes,
+            "original_bytes": self.original_nbytes,
+            "basis_bytes": self.basis_nbytes,
+            "ratio": self.original_nbytes / self.nbytes if self.nbytes else None,
+            "recovered": {
+                "judged": summary.judged,
+                "mean": summary.mean,
+                "median": summary.median,
+                "worst": summary.worst,
+                "worst_task": summary.worst_task,
+            },
+            "tasks": [_task_data(task) for task in self.tasks],
+            "not_evaluated": list(self.not_evaluated),
+            "spectra": [
+                {
+                    "kind": spectrum.kind,
+                    "modules": spectrum.modules,
+                    "kept_rank": spectrum.kept_rank,
+                    "quantiles": {
+                        f"{share:g}": list(values)
+                        for share, values in zip(SPECTRUM_QUANTILES, spectrum.quantiles)
+                    },
+                }
+                for spectrum in self.spectra
+            ],
+            "similarity": self.similarity
+            and {
+                "tasks": list(self.similarity[0]),
+                "cosines": [list(row) for row in self.similarity[1]],
+            },
+            "setting": dict(self.setting),
+            "seconds": self.seconds,
+        }
+
+
+def summarize_recovered(recovered: Mapping[str, Recovered]) -> FidelitySummary:
+    """Mean, median and worst of the fractions that are defined."""
+    values = {task: r.value for task, r in recovered.items() if r.value is not None}
+    if not values:
+        return FidelitySummary(0, None, None, None, None)
+    worst = min(values, key=lambda task: values[task])
+    return FidelitySummary(
+        judged=len(values),
+        mean=statistics.fmean(values.values()),
+        median=statistics.median(values.values()),
+        worst=values[worst],
+        worst_task=worst,
+    )
+
+
+def _task_data(task: TaskFidelity) -> dict[str, Any]:
+    recovered, greedy = task.recovered, task.greedy
+    return {
+        "task": task.task_id,
+        "data": list(task.data),
+        "data_sha256": task.data_digest,
+        "examples": task.examples,
+        "left_out": task.left_out,
+        "tokens": task.tokens,
+        "base_loss": task.base_loss,
+        "adapter_loss": task.adapter_loss,
+        "compressed_loss": task.compressed_loss,
+        "recovered": recovered.value,
+        "recovered_standard_error": recovered.standard_error,
+        "recovered_interval": recovered.interval and list(recovered.interval),
+        "undefined_because": recovered.reason,
+        "agreement": task.agreement,
+        "kl": task.kl,
+        "greedy": greedy
+        and {
+            "tokens": greedy.tokens,
+            "possible": greedy.possible,
+            "exact": greedy.exact,
+            "limit": greedy.limit,
+        },
+        "error": task.error,
+        "errors_from": "checkpoint" if task.original is None else "original",
+        "module_errors": dict(task.modules),
+        "original": task.original,
+        "original_bytes": task.original_nbytes,
+        "bytes": task.nbytes,
+        "ratio": task.original_nbytes / task.nbytes if task.nbytes else None,
+        "stored_as": dict(task.stored_as),
+    }

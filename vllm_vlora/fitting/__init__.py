@@ -1,0 +1,1 @@
+"""Shared bases, clusters of tasks, and the metric that they are fitted in."""

@@ -1,0 +1,1 @@
+"""Merging, blending and comparing tasks."""

@@ -1,0 +1,1 @@
+"""Running, training and routing tasks in a PyTorch model."""

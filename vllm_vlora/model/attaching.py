@@ -1,0 +1,218 @@
+"""Finding a subspace's layers in a PyTorch model, and adding updates to what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_vlora.errors import ModelMismatchError, OptionError
+from vllm_vlora.model.updates import AdaptedShape
+
+Update = Callable[[torch.Tensor], torch.Tensor]
+
+_QUANTIZED_METHODS = {
+    "Linear4bit": "nf4",
+    "LinearNF4": "nf4",
+    "LinearFP4": "fp4",
+    "Linear8bitLt": "int8",
+}
+"""Class of a quantised layer in bitsandbytes -> how its weight is stored."""
+
+
+@dataclass(eq=False)
+class AdaptedLayer:
+    """A layer of the model whose output gets ``update`` added, as long as there is one.
+
+    The hook is installed once and reads ``update`` at every call: switching a task is one assignment.
+
+    Attributes:
+        name: of the layer in the subspace. module: the layer. kind: "linear" or "embedding".
+        update: applied to the layer's input; None leaves the output as it is.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str
+    update: Update | None = None
+
+    def install(self) -> torch.utils.hooks.RemovableHandle:
+        """Add the hook; the handle removes it."""
+        return self.module.register_forward_hook(self._add, with_kwargs=True)
+
+    def _add(
+        self,
+        module: nn.Module,
+        args: tuple[torch.Tensor, ...],
+        kwargs: dict[str, torch.Tensor],
+        output: torch.Tensor,
+    ) -> torch.Tensor | None:
+        if self.update is None:
+            return None
+        added = self.update(args[0] if args else kwargs["input"])
+        if self.kind == "embedding":
+            # Gemma's embeddings scale what they return; PEFT scales the update alike.
+            added = added * getattr(module, "embed_scale", 1.0)
+        return output + added.to(output.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's weight lies."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in: its weight's dtype, or that a quantised layer names."""
+        named = getattr(self.module, "compute_dtype", None)
+        weight = next(self.module.parameters()).dtype
+        if self.quantized is None and weight.is_floating_point:
+            return weight
+        return named if isinstance(named, torch.dtype) else torch.float32
+
+    @property
+    def quantized(self) -> str | None:
+        """ "nf4", "fp4" or "int8" for a layer of bitsandbytes, else None."""
+        for kind in type(self.module).__mro__:
+            if kind.__name__ in _QUANTIZED_METHODS:
+                named = getattr(getattr(self.module, "weight", None), "quant_type", None)
+                return named if isinstance(named, str) else _QUANTIZED_METHODS[kind.__name__]
+        return None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is (d_in, d_out): GPT-2's Conv1D and embeddings."""
+        return self.kind == "embedding" or type(self.module).__name__ == "Conv1D"
+
+
+def find_layers(model: nn.Module, shapes: Mapping[str, AdaptedShape]) -> list[AdaptedLayer]:
+    """The layers of ``model`` that ``shapes`` names, in its order.
+
+    Names may differ by one prefix on either side, as those of a model and of its inner model do
+    ("model.layers.0.q_proj", "layers.0.q_proj").
+
+    Raises:
+        ModelMismatchError: a layer is missing, is of another shape or no linear layer, or its name fits
+            several parts of the model.
+        OptionError: the model is compiled, and compiled code does not see hooks that come later; or a
+            task runs in it already, to which another would be added.
+    """
+    modules = dict(model.named_modules())
+    if any(_is_compiled(module) for module in modules.values()):
+        raise OptionError(
+            "the model is compiled already and would not see the updates; wrap the plain model, then "
+            "call compile() on what wraps it"
+        )
+    names = _match_names(list(shapes), modules)
+    layers = []
+    for name, shape in shapes.items():
+        module = modules[names[name]]
+        found = _layer_shape(module, shape.kind)
+        if found is None:
+            raise ModelMismatchError(
+                f"layer {name} is a {type(module).__name__}, which has no {shape.kind} update; give the "
+                "plain base model"
+            )
+        if found != (shape.d_in, shape.d_out):
+            raise ModelMismatchError(
+                f"layer {name} maps {found[0]} to {found[1]} in the model, {shape.d_in} to "
+                f"{shape.d_out} in the subspace; give the base model that its adapters were trained on"
+            )
+        if _is_updated(module):
+            raise OptionError(
+                f"a task runs in layer {name} already; call clear_task(), or a callback's detach(), first"
+            )
+        layers.append(AdaptedLayer(name, module, shape.kind))
+    return layers
+
+
+def _match_names(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Name in the subspace -> name in the model, by one change of prefix for all of them."""
+    fitting, fewest = [], names
+    for rename in _renamings(names, modules):
+        missing = [name for name in names if rename(name) not in modules]
+        if not missing:
+            fitting.append({name: rename(name) for name in names})
+        elif len(missing) < len(fewest):
+            fewest = missing
+    if not fitting:
+        raise ModelMismatchError(
+            f"the model has no layer {fewest[0]}"
+            + (f" ({len(fewest)} of {len(names)} are missing)" if len(fewest) > 1 else "")
+            + "; give the base model that the adapters were trained on"
+        )
+    # The names as they are come first, and win.
+    if len(fitting) > 1 and any(name != found for name, found in fitting[0].items()):
+        raise ModelMismatchError(
+            f"layer {names[0]} fits both {fitting[0][names[0]]} and {fitting[1][names[0]]}; give the "
+            "part of the model that is meant"
+        )
+    return fitting[0]
+
+
+def _renamings(
+    names: list[str], modules: Mapping[str, nn.Module]
+) -> Iterator[Callable[[str], str]]:
+    """As they are; with a prefix that the model has more; without one that it lacks."""
+    yield lambda name: name
+    if not names:
+        return
+    for found in modules:
+        if found.endswith("." + names[0]):
+            more = found[: -len(names[0])]
+            yield lambda name, more=more: more + name  # type: ignore[misc]
+    parts = names[0].split(".")
+    for count in range(1, len(parts)):
+        less = ".".join(parts[:count]) + "."
+        if all(name.startswith(less) for name in names):
+            yield lambda name, less=less: name[len(less) :]  # type: ignore[misc]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or type(module).__name__ == "OptimizedModule"
+
+
+def _is_updated(module: nn.Module) -> bool:
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+    return any(isinstance(owner, AdaptedLayer) and owner.update is not None for owner in owners)
+
+
+def _layer_shape(module: nn.Module, kind: str) -> tuple[int, int] | None:
+    """(d_in, d_out) of a layer that takes an update of this kind, else None."""
+    if kind == "embedding":
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings, module.embedding_dim
+        return None
+    # Quantised layers of other packages are known by these attributes and need no nn.Linear above them.
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if (
+        isinstance(sizes[0], int)
+        and isinstance(sizes[1], int)
+        and not hasattr(module, "base_layer")
+    ):
+        return sizes[0], sizes[1]
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.ndim == 2:
+        return weight.shape[0], weight.shape[1]
+    return None
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of ``model`` gets a gradient inside; afterwards each is as it was."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def place(tensor: torch.Tensor, layer: AdaptedLayer, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor where the layer computes, in ``dtype`` or the layer's own; itself if it is there."""
+    return tensor.to(device=layer.device, dtype=dtype or layer.dtype)

@@ -1,0 +1,1 @@
+"""What every way of storing costs and loses, and the choice among them under a budget."""

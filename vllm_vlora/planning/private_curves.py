@@ -1,0 +1,467 @@
+"""What storing one module loses, for every choice there is, without trying them one by one.
+
+- ``measure_private``: rows are packed independently, so quantising the balanced SVD factors once at
+  full rank gives the error of every truncation, and of every spread of 4, 3 and 2 bits over the
+  singular directions, from small Gram matrices.
+- ``JointMeter``: the rows of a packed basis are orthonormalised in order, so one core at full width
+  gives the error of every smaller basis, whatever its two widths.
+
+Losses are squared norms in the module's ``Metric``: Frobenius, or as the model sees them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from vllm_vlora.checkpoint.manifest import BasisSpec
+from vllm_vlora.fitting.whitening import FROBENIUS, Metric
+from vllm_vlora.planning.allocation import Point, pareto_front
+from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT
+from vllm_vlora.quantize import (
+    FLOAT_DTYPES,
+    PackedMatrix,
+    narrow_row_nbytes,
+    pack,
+    pack_narrow,
+    row_nbytes,
+    unpack,
+)
+from vllm_vlora.representations.decode import balanced_svd, core_shape
+
+# Every cut between 4, 3 and 2 bits up to this rank, about as many cuts above it.
+_NARROW_CUTS = 20
+# Points of a narrow curve that are kept; the front of a rank-16 module has some 60.
+_NARROW_POINTS = 32
+
+# What rounding one matrix loses of its squared norm, measured on Gaussian matrices. Factors are two.
+_ROUNDING = {
+    "float32": 0.0,
+    "bfloat16": 2.75e-6,
+    "float16": 4.5e-8,
+    "int8": 6.0e-5,
+    "nf4": 9.0e-3,
+    "nf4-dq": 9.0e-3,
+}
+
+
+def squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
+    """||scale * B A||_F^2 in float64 from the factors' Gram matrices."""
+    a, b = a.double(), b.double()
+    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) * scale**2
+
+
+def seen_squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:
+    """||scale * B A||^2 in the metric, float64."""
+    return squared_norm(metric.a(a.double()), metric.b_t(b.T.double()).T, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateOption:
+    """One way to store one module of one task privately.
+
+    Attributes:
+        format: number format. rank: rows kept.
+        original: the adapter's own factors rather than its balanced SVD factors.
+        nbytes: of the packed factors. loss: ||delta_W' - delta_W||^2 in the module's metric.
+        bits: rows with 4, 3 and 2 bits; None where all have the format's.
+    """
+
+    format: str
+    rank: int
+    original: bool
+    nbytes: int
+    loss: float
+    bits: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateCurve:
+    """Losses of one module of one task in one format, held compactly between passes.
+
+    Attributes:
+        format: number format. row_nbytes: of a row of A and one of B transposed.
+        losses: of the first 1, 2, ... balanced SVD factors.
+        original_rank, original_loss: the adapter's own factors instead, at their whole rank.
+    """
+
+    format: str
+    row_nbytes: int
+    losses: array[float]
+    original_rank: int
+    original_loss: float
+
+    @property
+    def count(self) -> int:
+        """Number of options: the adapter's own factors, then every rank of the SVD factors."""
+        return 1 + len(self.losses)
+
+    def option(self, number: int) -> PrivateOption:
+        """Option 0 is the adapter's own factors, option t the first t SVD factors."""
+        if number == 0:
+            rank, loss = self.original_rank, self.original_loss
+        else:
+            rank, loss = number, self.losses[number - 1]
+        return PrivateOption(self.format, rank, number == 0, rank * self.row_nbytes, loss)
+
+    def loss(self, number: int) -> float:
+        """Of an option."""
+        return self.original_loss if number == 0 else self.losses[number - 1]
+
+    def points(self, weight: float) -> list[Point]:
+        """(bytes, weighted loss) of every option."""
+        points = [(self.original_rank * self.row_nbytes, self.original_loss * weight)]
+        row = self.row_nbytes
+        return points + [(rank * row, loss * weight) for rank, loss in enumerate(self.losses, 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowCurve:
+    """The spreads of 4, 3 and 2 bits over the leading SVD factors that nothing smaller beats.
+
+    Attributes:
+        nbytes, losses: of every option. cuts: its rows with 4, 3 and 2 bits, one after another.
+    """
+
+    nbytes: array[int]
+    losses: array[float]
+    cuts: array[int]
+
+    @property
+    def count(self) -> int:
+        """Number of options."""
+        return len(self.nbytes)
+
+    def option(self, number: int) -> PrivateOption:
+        """The options by rising bytes."""
+        n4, n3, n2 = self.cuts[3 * number : 3 * number + 3]
+        bits = (n4, n3, n2) if n3 or n2 else None
+        nbytes, loss = self.nbytes[number], self.losses[number]
+        return PrivateOption(NARROW_FORMAT, n4 + n3 + n2, False, nbytes, loss, bits)
+
+    def loss(self, number: int) -> float:
+        """Of an option."""
+        return self.losses[number]
+
+    def points(self, weight: float) -> list[Point]:
+        """(bytes, weighted loss) of every option."""
+        return [(nbytes, loss * weight) for nbytes, loss in zip(self.nbytes, self.losses)]
+
+
+Curve = PrivateCurve | NarrowCurve
+
+
+def leading_factors(
+    a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SVD factors of scale * B A in the metric: A' (q, d_in) and B' transposed (q, d_out).
+
+    The first t rows of both are the best approximation of rank t that the metric knows (Eckart-Young
+    on S_out^T delta_W S_in, taken back).
+    """
+    white_b = metric.b_t(b.T.float()).T
+    svd_a, svd_b, _ = balanced_svd(metric.a(a.float()), white_b, scale)
+    return metric.unwhiten_a(svd_a), metric.unwhiten_b_t(svd_b.T.contiguous())
+
+
+def measure_private(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    formats: Sequence[str],
+    own_format: str,
+    metric: Metric = FROBENIUS,
+) -> list[Curve]:
+    """Measure every rank in every format.
+
+    Args:
+        a: (r, d_in). b: (d_out, r). scale: of B A.
+        formats: the number formats to try, and ``NARROW``.
+        own_format: the one in which the adapter's own factors lose nothing.
+
+    Raises:
+        ValueError: a value does not fit a format.
+    """
+    factors = _Factors(a, b, scale, metric)
+    curves: list[Curve] = []
+    for format in formats:
+        if format == NARROW:
+            curves.append(_measure_narrow(factors))
+        else:
+            curves.append(_measure_format(factors, format, own_format))
+    return curves
+
+
+class _Factors:
+    """One delta_W: its own factors, its leading ones, and what packed rows capture of it."""
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> None:
+        self.a, self.b_t, self.scale, self.metric = a, b.T.contiguous(), scale, metric
+        self.svd_a, self.svd_b_t = leading_factors(a, b, scale, metric)
+        self._white_a = metric.a(a.double())
+        self._white_b_t = metric.b_t(self.b_t.double()) * scale
+        grams = (self._white_a @ self._white_a.T) * (self._white_b_t @ self._white_b_t.T)
+        self.norm = max(float(grams.sum()), 0.0)
+        self._rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def rounded(self, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The leading factors as a format stores them."""
+        if format not in self._rounded:
+            self._rounded[format] = (
+                unpack(pack(self.svd_a, format)),
+                unpack(pack(self.svd_b_t, format)),
+            )
+        return self._rounded[format]
+
+    def grams(
+        self, rows_a: torch.Tensor, rows_b_t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For the rank-one terms of these rows: their product with delta_W, and with each other."""
+        white_a = self.metric.a(rows_a.double())
+        white_b_t = self.metric.b_t(rows_b_t.double())
+        cross = ((white_b_t @ self._white_b_t.T) * (white_a @ self._white_a.T)).sum(dim=1)
+        return cross, (white_b_t @ white_b_t.T) * (white_a @ white_a.T)
+
+
+def _measure_format(factors: _Factors, format: str, own_format: str) -> PrivateCurve:
+    cross, gram = factors.grams(*factors.rounded(format))
+    squares = gram.cumsum(0).cumsum(1).diagonal()
+    losses = (factors.norm - 2 * cross.cumsum(0) + squares).clamp(min=0).tolist()
+    own_loss = 0.0 if format == own_format else _own_loss(factors, format)
+    rank, d_in, d_out = *factors.a.shape, factors.b_t.shape[1]
+    row = row_nbytes(format, d_in) + row_nbytes(format, d_out)
+    return PrivateCurve(format, row, array("d", losses), rank, own_loss)
+
+
+def _own_loss(factors: _Factors, format: str) -> float:
+    rows_a = unpack(pack(factors.a.float(), format))
+    rows_b_t = unpack(pack(factors.b_t.float(), format)).double() * factors.scale
+    cross, gram = factors.grams(rows_a, rows_b_t)
+    return max(factors.norm - 2 * float(cross.sum()) + float(gram.sum()), 0.0)
+
+
+def _measure_narrow(factors: _Factors) -> NarrowCurve:
+    rank = factors.svd_a.shape[0]
+    rows_a, rows_b_t = (
+        torch.cat([wide, *(unpack(pack_narrow(rows, bits)) for bits in (3, 2))])
+        for wide, rows in zip(factors.rounded(NARROW_FORMAT), (factors.svd_a, factors.svd_b_t))
+    )
+    cross, gram = factors.grams(rows_a, rows_b_t)
+    cuts = _cuts(rank)
+    losses = (
+        factors.norm - 2 * _cut_sums(cross, cuts, rank) + _cut_squares(gram, cuts, rank)
+    ).clamp(min=0)
+    d_in, d_out = factors.svd_a.shape[1], factors.svd_b_t.shape[1]
+    rows = [narrow_row_nbytes(d_in, bits) + narrow_row_nbytes(d_out, bits) for bits in (4, 3, 2)]
+    counts = torch.stack([cuts[:, 0], cuts[:, 1] - cuts[:, 0], cuts[:, 2] - cuts[:, 1]], dim=1)
+    nbytes = (counts * torch.tensor(rows)).sum(dim=1).tolist()
+    front = pareto_front(list(zip(nbytes, losses.tolist())), _NARROW_POINTS)
+    return NarrowCurve(
+        array("q", [nbytes[i] for i in front]),
+        array("d", losses[front].tolist()),
+        array("H", counts[front].flatten().tolist()),
+    )
+
+
+def pack_rows(rows: torch.Tensor, bits: int) -> PackedMatrix:
+    """Rows in ``NARROW_FORMAT`` with 4, 3 or 2 bits."""
+    return pack(rows, NARROW_FORMAT) if bits == 4 else pack_narrow(rows, bits)
+
+
+def _cuts(rank: int) -> torch.Tensor:
+    """(cuts, 3): where 4 bits end, where 3 bits end, where 2 bits end; the last is positive."""
+    step = -(-rank // _NARROW_CUTS)
+    ends = torch.arange(0, rank + 1, step)
+    if ends[-1] != rank:
+        ends = torch.cat([ends, torch.tensor([rank])])
+    triples = torch.cartesian_prod(ends, ends, ends)
+    first, second, last = triples.unbind(1)
+    return triples[(first <= second) & (second <= last) & (last > 0)]
+
+
+def _bounds(cuts: torch.Tensor, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Start and end of each width's rows among the three packings stacked."""
+    first, second, last = cuts.unbind(1)
+    zero = torch.zeros_like(first)
+    return [
+        (zero, first),
+        (rank + first, rank + second),
+        (2 * rank + second, 2 * rank + last),
+    ]
+
+
+def _cut_sums(values: torch.Tensor, cuts: torch.Tensor, rank: int) -> torch.Tensor:
+    sums = torch.nn.functional.pad(values.cumsum(0), (1, 0))
+    return sum((sums[stop] - sums[start] for start, stop in _bounds(cuts, rank)), torch.zeros(1))
+
+
+def _cut_squares(gram: torch.Tensor, cuts: torch.Tensor, rank: int) -> torch.Tensor:
+    sums = torch.nn.functional.pad(gram.cumsum(0).cumsum(1), (1, 0, 1, 0))
+    bounds = _bounds(cuts, rank)
+    total = torch.zeros(len(cuts), dtype=gram.dtype)
+    for top, bottom in bounds:
+        for left, right in bounds:
+            total += sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+    return total
+
+
+# --- joint ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JointCurve:
+    """What shared bases of several widths, in one format, capture of each task's delta_W.
+
+    Attributes:
+        bases: the widths that were measured, each at least as wide as the one before.
+        captured: part of ||delta_W||^2, (tasks of the group, bases) float32.
+        norms: ||delta_W||^2 of every task of the group, float64.
+    """
+
+    bases: list[BasisSpec]
+    captured: torch.Tensor
+    norms: torch.Tensor
+
+    def losses(self, core_format: str, ranks: Sequence[int], factored: bool) -> torch.Tensor:
+        """||delta_W' - delta_W||^2 with least-squares cores in this format, (tasks, bases) float64.
+
+        The rounding of the cores is the expected one.
+        """
+        captured = self.captured.double()
+        noise = _ROUNDING[core_format]
+        by_rank = {
+            rank: [core_shape(rank, b.k_out, b.k_in, factored)[0] == "factors" for b in self.bases]
+            for rank in set(ranks)
+        }
+        pairs = torch.tensor([by_rank[rank] for rank in ranks])
+        rounding = captured * noise * (1 + pairs.double())
+        return (self.norms[:, None] - captured).clamp(min=0) + rounding
+
+
+class JointMeter:
+    """What each width of a packed basis captures of a task.
+
+    Args:
+        u: U transposed, packed, (k_out, d_out). v: V, packed, (k_in, d_in).
+        metric: of the module.
+    """
+
+    def __init__(self, u: PackedMatrix, v: PackedMatrix, metric: Metric = FROBENIUS) -> None:
+        self._metric = metric
+        # Orthonormal to float64's rounding; what single factors capture is kept in float32 anyway.
+        self._q_u = torch.linalg.qr(metric.b_t(unpack(u).double()).T)[0].float()
+        self._q_v = torch.linalg.qr(metric.a(unpack(v).double()).T)[0].float()
+
+    def energy(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """(k_out, k_in) float64: the squared entries of the core on the orthonormal rows."""
+        left, right = self._sides(a, b, scale)
+        return (left.T @ right).square()
+
+    def captured(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """(k_out, k_in) float64: [i, j] is the part of ||delta_W||^2 that i+1 and j+1 rows hold.
+
+        With least-squares cores (``dual_rows``) that were not rounded, the rest is the loss.
+        """
+        return self.energy(a, b, scale).cumsum(0).cumsum(1)
+
+    def captured_at(
+        self, a: torch.Tensor, b: torch.Tensor, scale: float, widths: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """(widths,) float64: ``captured`` at these (k_out, k_in), neither of which ever falls.
+
+        With L and R the core's factors cut to a width, ||L^T R||^2 = tr((L L^T) (R R^T)): small sums
+        in place of a whole core.
+        """
+        left, right = self._sides(a, b, scale)
+        left_grams = _gram_prefixes(left, [k_out for k_out, _ in widths])
+        right_grams = _gram_prefixes(right, [k_in for _, k_in in widths])
+        return (left_grams * right_grams).sum(dim=(1, 2))
+
+    def _sides(
+        self, a: torch.Tensor, b: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors (r, k_out) and (r, k_in) float64 of the core on the orthonormal rows."""
+        left = self._metric.b_t(b.float().T) @ self._q_u
+        right = self._metric.a(a.float()) @ self._q_v
+        return left.double() * scale, right.double()
+
+
+def _gram_prefixes(rows: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+    """(ends, r, r): rows[:, :end] @ rows[:, :end].T for each of the rising ends."""
+    starts = [0, *ends[:-1]]
+    grams = [rows[:, start:end] @ rows[:, start:end].T for start, end in zip(starts, ends)]
+    return torch.stack(grams).cumsum(0)
+
+
+def component_grid(most: int) -> list[int]:
+    """Numbers of components worth considering, 1 .. most: all up to 32, then in steps of 1/16."""
+    grid, value = [], 1
+    while value < most:
+        grid.append(value)
+        value += max(1, value // 16)
+    return [*grid, most]
+
+
+def widths_path(captured: torch.Tensor, row_out: float, row_in: float) -> list[tuple[int, int]]:
+    """Pairs (k_out, k_in) worth considering, each grown from the one before on its better side.
+
+    Args:
+        captured: (k_out, k_in), as of ``JointMeter`` summed over the tasks.
+        row_out, row_in: bytes that one more row on either side takes, its share of the cores
+            included.
+    """
+    most_out, most_in = captured.shape
+    k_out = k_in = 1
+    path = [(1, 1)]
+    while k_out < most_out or k_in < most_in:
+        here = float(captured[k_out - 1, k_in - 1])
+        steps = []
+        for grow_out, grow_in in ((1, 0), (0, 1), (1, 1)):
+            to_out = min(k_out + grow_out * max(1, k_out // 16), most_out)
+            to_in = min(k_in + grow_in * max(1, k_in // 16), most_in)
+            nbytes = (to_out - k_out) * row_out + (to_in - k_in) * row_in
+            if nbytes > 0:
+                gain = float(captured[to_out - 1, to_in - 1]) - here
+                steps.append((gain / nbytes, to_out, to_in))
+        _, k_out, k_in = max(steps)
+        path.append((k_out, k_in))
+    return path
+
+
+def joint_nbytes(
+    basis: BasisSpec,
+    d_out: int,
+    d_in: int,
+    ranks: Sequence[int],
+    core_format: str,
+    factored: bool = False,
+) -> int:
+    """Bytes of one module's basis and of the cores of tasks with these ranks."""
+    cores = sum(
+        count * core_nbytes(basis, rank, core_format, factored)
+        for rank, count in Counter(ranks).items()
+    )
+    return rows_nbytes(basis, d_out, d_in) + cores
+
+
+@lru_cache(maxsize=1 << 16)
+def rows_nbytes(basis: BasisSpec, d_out: int, d_in: int) -> int:
+    """Bytes of one module's basis."""
+    rows = basis.k_out * row_nbytes(basis.format, d_out)
+    return rows + basis.k_in * row_nbytes(basis.format, d_in)
+
+
+@lru_cache(maxsize=1 << 16)
+def core_nbytes(basis: BasisSpec, rank: int, core_format: str, factored: bool = False) -> int:
+    """Bytes of the core of one task of this rank."""
+    form, kept, elements = core_shape(rank, basis.k_out, basis.k_in, factored)
+    if core_format in FLOAT_DTYPES:
+        return elements * FLOAT_DTYPES[core_format].itemsize
+    if form == "dense":
+        return basis.k_out * row_nbytes(core_format, basis.k_in)
+    return kept * (row_nbytes(core_format, basis.k_in) + row_nbytes(core_format, basis.k_out))

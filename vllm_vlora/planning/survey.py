@@ -1,0 +1,400 @@
+"""Passes over the whole collection that measure what every way of storing it would lose.
+
+One job a module reads its factors of all adapters and returns numbers; fitted bases wait on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from vllm_vlora.adapters.collection import Collection, Module, Progress
+from vllm_vlora.checkpoint.manifest import BasisSpec, FlatSpec
+from vllm_vlora.fitting.calibration import Calibration
+from vllm_vlora.fitting.clusters import affinities, sketch_task
+from vllm_vlora.fitting.flat_basis import fit_flat
+from vllm_vlora.fitting.shared_basis import ScaledFactors, fit_bases
+from vllm_vlora.fitting.whitening import FROBENIUS, Metric
+from vllm_vlora.planning.executors import Executor
+from vllm_vlora.planning.flat_curves import FlatGroup, flat_rows, flat_widths, measure_flat
+from vllm_vlora.planning.number_formats import Formats
+from vllm_vlora.planning.private_curves import (
+    Curve,
+    JointCurve,
+    JointMeter,
+    joint_nbytes,
+    measure_private,
+    seen_squared_norm,
+    widths_path,
+)
+from vllm_vlora.planning.scratch import FittedBases
+from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack, row_nbytes
+
+# Fits are made somewhat wider than a module's even share of the budget, since a module that gains
+# more per byte than the others gets more than its share.
+_SHARE_SLACK = 4
+# Cost grows with the width, and a core on so many rows hardly saves bytes: at 4096 columns it has a
+# quarter of the numbers of the factors.
+_MOST_COMPONENTS = 1024
+# Each component of a flat basis is as large as an adapter, and all are held at once.
+_MOST_FLAT = 64
+
+Group = tuple[str, int]
+"""(module name, number): tasks that may share one basis of this module."""
+
+
+@dataclass(frozen=True)
+class FittedGroup:
+    """A basis fitted to some tasks of a module, and what its widths capture.
+
+    Attributes:
+        tasks: their numbers. curves: format label -> curve.
+    """
+
+    tasks: tuple[int, ...]
+    curves: Mapping[str, JointCurve]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the passes found out; norms and losses are in the metric of each module.
+
+    Attributes:
+        norms: (task number, module name) -> ||delta_W||^2.
+        private: (task number, module name) -> label -> curve.
+        joint: of the groups that have a basis fitted. flat: of the modules with a flat basis fitted.
+        affinity: (tasks, tasks), summed over the modules that were sketched.
+    """
+
+    collection: Collection
+    norms: Mapping[tuple[int, str], float] = field(default_factory=dict)
+    private: Mapping[tuple[int, str], Mapping[str, Curve]] = field(default_factory=dict)
+    joint: Mapping[Group, FittedGroup] = field(default_factory=dict)
+    flat: Mapping[str, FlatGroup] = field(default_factory=dict)
+    affinity: torch.Tensor | None = None
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """1 / ||delta_W||^2 of each task, so that every task counts alike."""
+        totals = [0.0] * len(self.collection.adapters)
+        for (task, _), norm in self.norms.items():
+            totals[task] += norm
+        return [1 / total if total > 0 else 0.0 for total in totals]
+
+
+@dataclass(frozen=True)
+class SurveySettings:
+    """What to measure.
+
+    Attributes:
+        formats: the number formats to try.
+        num_components: the only width of a basis to measure; None measures all.
+        byte_limit: of all files together, which bounds the width; None for no limit.
+        seed: of the fits' random start.
+        calibration: folder of the second moments; None measures in the Frobenius norm.
+    """
+
+    formats: Formats
+    num_components: int | None = None
+    byte_limit: int | None = None
+    seed: int = 0
+    calibration: str | None = None
+
+
+class SurveyJob(NamedTuple):
+    """What to do for one module.
+
+    ``private``: measure private storage. ``groups``: (number, tasks) to fit a basis to. ``sketch``:
+    of every task, to find out who resembles whom. ``flat``: fit a flat basis too.
+    """
+
+    module: str
+    private: bool
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
+    sketch: bool = False
+    flat: bool = False
+
+
+class ModuleSurvey(NamedTuple):
+    """What one job found out; ``bases`` are (U transposed, V) of each group."""
+
+    norms: dict[int, float]
+    private: dict[int, dict[str, Curve]]
+    joint: dict[int, FittedGroup]
+    bases: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    affinity: torch.Tensor | None
+    flat: tuple[FlatGroup, torch.Tensor, torch.Tensor] | None
+
+
+def survey_modules(
+    survey: Survey,
+    jobs: Sequence[SurveyJob],
+    settings: SurveySettings,
+    bases: FittedBases,
+    executor: Executor,
+    progress: Progress,
+    stage: str,
+) -> Survey:
+    """The survey with what these jobs measure, in place of what it had of the same modules.
+
+    Args:
+        bases: keeps what was fitted.
+    """
+    norms, private, joint = dict(survey.norms), dict(survey.private), dict(survey.joint)
+    affinity, flat = survey.affinity, dict(survey.flat)
+    worker = Surveyor(survey.collection, settings)
+    progress(stage, 0, len(jobs))
+    for done, (job, found) in enumerate(zip(jobs, executor.run(worker, jobs)), 1):
+        module = survey.collection.modules[job.module]
+        norms.update({(task, job.module): norm for task, norm in found.norms.items()})
+        private.update({(task, job.module): curves for task, curves in found.private.items()})
+        for number, group in found.joint.items():
+            joint[job.module, number] = group
+            bases.save(module, number, *found.bases[number])
+        if found.flat is not None:
+            flat[job.module], u, v = found.flat
+            bases.save_flat(module, u, v)
+        if found.affinity is not None:
+            if affinity is None:
+                count = len(survey.collection.adapters)
+                affinity = torch.zeros(count, count)
+            tasks = torch.tensor(module.tasks)
+            affinity[tasks[:, None], tasks] += found.affinity
+        progress(stage, done, len(jobs))
+    return replace(survey, norms=norms, private=private, joint=joint, flat=flat, affinity=affinity)
+
+
+@dataclass
+class Surveyor:
+    """Does jobs; travels to other processes, where it opens the calibration for itself."""
+
+    collection: Collection
+    settings: SurveySettings
+    _calibration: Calibration | None = None
+
+    def __call__(self, job: SurveyJob) -> ModuleSurvey:
+        """Measure one module.
+
+        Raises:
+            AdapterError: a value cannot be packed.
+        """
+        module = self.collection.modules[job.module]
+        metric = self.metric(job.module)
+        norms, private = {}, {}
+        if job.private:
+            for task, curves, norm in self._private(module, metric):
+                private[task], norms[task] = curves, norm
+        joint, bases = {}, {}
+        for number, tasks in job.groups:
+            joint[number], bases[number] = self._group(module, tasks, metric, len(job.groups))
+            norms.update(zip(tasks, next(iter(joint[number].curves.values())).norms.tolist()))
+        affinity = self._affinity(module) if job.sketch else None
+        flat = self._flat(module, metric) if job.flat else None
+        if flat is not None:
+            factors = self.collection.read_module(module)
+            norms.update((t, seen_squared_norm(*f, metric)) for t, f in zip(module.tasks, factors))
+        return ModuleSurvey(norms, private, joint, bases, affinity, flat)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether errors are measured in another metric than Frobenius."""
+        return self.settings.calibration is not None
+
+    def metric(self, module: str) -> Metric:
+        """How errors of this module are measured."""
+        if self.settings.calibration is None:
+            return FROBENIUS
+        if self._calibration is None:
+            # Whoever made the settings has compared the digests (check_calibration); a process for
+            # each job would read all files again.
+            self._calibration = Calibration.open(self.settings.calibration, verify=False)
+        found = self._calibration
+        if found.covers(module):
+            return replace(found.metric(module), weight=found.weight(module))
+        # Nothing was seen of this module; it counts as the others do in the middle.
+        weights = sorted(found.weight(record.name) for record in found.modules)
+        return Metric(weight=weights[len(weights) // 2])
+
+    def _affinity(self, module: Module) -> torch.Tensor:
+        factors = self.collection.read_module(module)
+        return affinities(torch.stack([sketch_task(*f, seed=module.index) for f in factors]))
+
+    def _flat(self, module: Module, metric: Metric) -> tuple[FlatGroup, torch.Tensor, torch.Tensor]:
+        """Fit a flat basis to all tasks of a module and measure its widths."""
+        rank, formats = max(module.ranks), self.settings.formats
+        most = min(max(len(module.tasks) - 1, 1), _MOST_FLAT)
+        if self.settings.num_components is not None:
+            most = min(most, self.settings.num_components)
+        fit = fit_flat(
+            lambda: self.collection.read_module(module),
+            rank,
+            module.d_in,
+            module.d_out,
+            most,
+            seed=self.settings.seed,
+        )
+        u, v = flat_rows(fit)
+        kept = len(fit.components_a)
+        widths = [kept] if self.settings.num_components is not None else flat_widths(kept)
+        curves = {}
+        for label, format in zip(formats.labels, formats.of(module.dtype)):
+            specs = [FlatSpec(rank, k, k, format) for k in widths]
+            own = formats.cores(format)[0]
+            factors = self.collection.read_module(module)
+            curves[label] = measure_flat(factors, u, v, specs, own, metric)
+        return FlatGroup(module.tasks, curves), u, v
+
+    def _private(
+        self, module: Module, metric: Metric
+    ) -> Iterator[tuple[int, dict[str, Curve], float]]:
+        formats = self.settings.formats
+        for task, (a, b, scale) in zip(module.tasks, self.collection.read_module(module)):
+            dtype = self.collection.adapters[task].modules[module.name].dtype
+            by_label = formats.private_of(dtype)
+            distinct = list(dict.fromkeys(by_label))
+            with self.collection.naming(task, module.name):
+                curves = measure_private(a, b, scale, distinct, FORMAT_OF_DTYPE[dtype], metric)
+            by_format = dict(zip(distinct, curves))
+            labelled = {
+                label: by_format[format] for label, format in zip(formats.private_labels, by_label)
+            }
+            yield task, labelled, seen_squared_norm(a, b, scale, metric)
+
+    def _group(
+        self, module: Module, tasks: tuple[int, ...], metric: Metric, groups: int
+    ) -> tuple[FittedGroup, tuple[torch.Tensor, torch.Tensor]]:
+        """Fit a basis, as wide as it could be wanted, and measure every width."""
+
+        def read() -> Iterator[ScaledFactors]:
+            for a, b, scale in self.collection.read_module(module, tasks):
+                yield metric.a(a.float()), metric.b_t(b.T.float()).T, scale
+
+        most = self._most_components(module, tasks, groups)
+        white_u, white_v = fit_bases(read, module.d_in, module.d_out, most, seed=self.settings.seed)
+        u_t = _orthonormal(metric.unwhiten_b_t(white_u), metric is FROBENIUS)
+        v = _orthonormal(metric.unwhiten_a(white_v), metric is FROBENIUS)
+        widths = self._widths(module, tasks, u_t, v, metric)
+        curves = self._curves(module, tasks, u_t, v, widths, metric)
+        k_out, k_in = max(w[0] for w in widths), max(w[1] for w in widths)
+        return FittedGroup(tasks, curves), (u_t[:k_out].clone(), v[:k_in].clone())
+
+    def _most_components(self, module: Module, tasks: tuple[int, ...], groups: int) -> int:
+        ranks = _ranks(module, tasks)
+        # The blocks of several groups stand beside each other in one basis.
+        widest = max(max(module.d_in, module.d_out) // groups, 1)
+        most = min(widest, sum(min(rank, module.d_in, module.d_out) for rank in ranks))
+        settings = self.settings
+        if settings.num_components is not None:
+            return min(most, settings.num_components)
+        if settings.byte_limit is None:
+            return most
+        share = settings.byte_limit * module.original_nbytes / self.collection.original_nbytes
+        share *= len(tasks) / len(module.tasks)
+        most = min(most, _MOST_COMPONENTS)
+        return _most_components(module, ranks, settings.formats, most, share * _SHARE_SLACK)
+
+    def _widths(
+        self,
+        module: Module,
+        tasks: tuple[int, ...],
+        u_t: torch.Tensor,
+        v: torch.Tensor,
+        metric: Metric,
+    ) -> list[tuple[int, int]]:
+        """The pairs (k_out, k_in) to measure."""
+        if self.settings.num_components is not None:
+            return [(u_t.shape[0], v.shape[0])]
+        meter = JointMeter(pack(u_t, "float32"), pack(v, "float32"), metric)
+        total = torch.zeros(u_t.shape[0], v.shape[0], dtype=torch.float64)
+        for a, b, scale in self.collection.read_module(module, tasks):
+            norm = seen_squared_norm(a, b, scale, metric)
+            if norm > 0:
+                total += meter.energy(a, b, scale) / norm
+        total = total.cumsum(0).cumsum(1)
+        format = min(
+            self.settings.formats.of(module.dtype),
+            key=lambda f: row_nbytes(f, module.d_in) + row_nbytes(f, module.d_out),
+        )
+        # A row more on one side adds one number to every row of that side's core factor.
+        cores = 2.0 * sum(min(rank, *total.shape) for rank in _ranks(module, tasks))
+        row_out = row_nbytes(format, module.d_out) + cores
+        return widths_path(total, row_out, row_nbytes(format, module.d_in) + cores)
+
+    def _curves(
+        self,
+        module: Module,
+        tasks: tuple[int, ...],
+        u_t: torch.Tensor,
+        v: torch.Tensor,
+        widths: list[tuple[int, int]],
+        metric: Metric,
+    ) -> dict[str, JointCurve]:
+        by_label = self.settings.formats.of(module.dtype)
+        meters = {f: JointMeter(pack(u_t, f), pack(v, f), metric) for f in dict.fromkeys(by_label)}
+        captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
+        norms = torch.zeros(len(tasks), dtype=torch.float64)
+        for place, (a, b, scale) in enumerate(self.collection.read_module(module, tasks)):
+            norms[place] = seen_squared_norm(a, b, scale, metric)
+            for format, meter in meters.items():
+                captured[format][place] = meter.captured_at(a, b, scale, widths)
+        return {
+            label: JointCurve([BasisSpec(*w, format) for w in widths], captured[format], norms)
+            for label, format in zip(self.settings.formats.labels, by_label)
+        }
+
+
+def directions(module: Module) -> int:
+    """The most components that a shared basis of a module can have on either side."""
+    ranks = sum(min(rank, module.d_in, module.d_out) for rank in module.ranks)
+    return min(max(module.d_in, module.d_out), ranks)
+
+
+def check_calibration(path: str | None, collection: Collection) -> None:
+    """Read a calibration whole, and compare it with the adapters; nothing where there is none.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or is another model's.
+    """
+    if path is not None:
+        Calibration.open(path).check_shapes(
+            (module.name, module.d_in, module.d_out) for module in collection.modules.values()
+        )
+
+
+def _orthonormal(rows: torch.Tensor, already: bool) -> torch.Tensor:
+    """Orthonormal rows of which the first n span what the first n given ones do."""
+    if already:
+        return rows
+    return torch.linalg.qr(rows.double().T)[0].T.float().contiguous()
+
+
+def _ranks(module: Module, tasks: Sequence[int]) -> list[int]:
+    ranks = dict(zip(module.tasks, module.ranks))
+    return [ranks[task] for task in tasks]
+
+
+def _most_components(
+    module: Module, ranks: Sequence[int], formats: Formats, most: int, share: float
+) -> int:
+    """The most components, up to ``most``, that take ``share`` bytes in the smallest format."""
+
+    def least_nbytes(components: int) -> int:
+        k_out, k_in = min(components, module.d_out), min(components, module.d_in)
+        return min(
+            joint_nbytes(BasisSpec(k_out, k_in, format), module.d_out, module.d_in, ranks, core)
+            for format in formats.of(module.dtype)
+            for core in formats.cores(format)
+        )
+
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if least_nbytes(middle) <= share:
+            low = middle
+        else:
+            high = middle - 1
+    return low
