@@ -19,7 +19,7 @@ from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.checkpoint import successor
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
@@ -41,6 +41,7 @@ from vllm_vlora.fitting.moments import FullMoment
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric, Whitener
 from vllm_vlora.quantize import pack, unpack
 from vllm_vlora.representations.decode import decode
+from vllm_vlora.representations.stored import Basis
 from vllm_vlora.tools.add_command import add as add_command
 from vllm_vlora.tools.add_command import remove as remove_command
 from vllm_vlora.tools.cli import app as cli

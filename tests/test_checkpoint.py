@@ -14,20 +14,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
     FORMAT_VERSION,
     TASKS_FILE,
-    basis_nbytes,
     is_checkpoint,
-    task_nbytes,
 )
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter, StoredModule
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
 from vllm_vlora.quantize import FORMATS, PackedMatrix, pack, unpack
-from vllm_vlora.representations.decode import encode_joint, encode_private
+from vllm_vlora.representations.joint import encode_joint
+from vllm_vlora.representations.private import encode_private
+from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
 
 DATA = Path(__file__).parent / "data" / "format1"

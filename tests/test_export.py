@@ -16,10 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.checkpoint.card import VLLM_LORA_RANKS
 from vllm_vlora.checkpoint.export import ConfigChanges, export_all, export_task
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter, StoredModule
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError, TaskNotFoundError
 from vllm_vlora.quantize import pack, unpack
-from vllm_vlora.representations.decode import balanced_svd, decode, encode_joint, encode_private
+from vllm_vlora.representations.decode import decode
+from vllm_vlora.representations.factors import balanced_svd
+from vllm_vlora.representations.joint import encode_joint
+from vllm_vlora.representations.private import encode_private
+from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

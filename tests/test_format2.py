@@ -28,15 +28,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_vlora.checkpoint.export import export_all
-from vllm_vlora.checkpoint.manifest import CONFIG_FILE, TASKS_FILE, basis_nbytes, task_nbytes
-from vllm_vlora.checkpoint.reader import (
-    Basis,
-    Checkpoint,
-    CheckpointWriter,
-    FlatBasis,
-    StoredModule,
-)
+from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE, TASKS_FILE
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.plugin.direct import DirectPath, DirectSlots
 from vllm_vlora.plugin.identity import task_path
@@ -45,13 +41,10 @@ from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.quantize import FORMATS, PackedMatrix, narrow_row_nbytes, pack, row_nbytes, unpack
-from vllm_vlora.representations.decode import (
-    decode,
-    encode_joint,
-    encode_narrow,
-    encode_private,
-    relative_error,
-)
+from vllm_vlora.representations.decode import decode, relative_error
+from vllm_vlora.representations.joint import encode_joint
+from vllm_vlora.representations.private import encode_narrow, encode_private
+from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.triton_kernels.direct import add_direct
 

@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from vllm_vlora import snapshots
 from vllm_vlora.checkpoint import hub
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
-from vllm_vlora.checkpoint.reader import Checkpoint, CheckpointWriter
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.subspace.share_model import SHAREModel
 from vllm_vlora.tools.hub_command import pull as pull_command

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_vlora.checkpoint.manifest import ModuleSpec, Segment
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import ModelMismatchError, OptionError
 from vllm_vlora.plugin import settings
 from vllm_vlora.plugin.direct import DirectPath, LayerLayout
@@ -34,7 +34,10 @@ from vllm_vlora.plugin.model_layers import (
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.slots import Run, SliceLayout
 from vllm_vlora.quantize import pack, unpack
-from vllm_vlora.representations.decode import encode_joint, encode_private
+from vllm_vlora.representations.joint import encode_joint
+from vllm_vlora.representations.private import encode_private
+from vllm_vlora.representations.spec import ModuleSpec, Segment
+from vllm_vlora.representations.stored import Basis
 from vllm_vlora.tools.cli import plan as plan_command
 
 Q, OUT, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "lm_head"

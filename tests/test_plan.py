@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.checkpoint.manifest import BasisSpec
 from vllm_vlora.compression.encoding import encode_option
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric, Whitener
 from vllm_vlora.planning.allocation import (
@@ -26,18 +25,13 @@ from vllm_vlora.planning.private_curves import (
     JointMeter,
     component_grid,
     measure_private,
-    squared_norm,
 )
 from vllm_vlora.quantize import FORMATS, narrow_row_nbytes, pack, row_nbytes, unpack
-from vllm_vlora.representations.decode import (
-    balanced_svd,
-    core_shape,
-    decode,
-    dual_rows,
-    encode_joint,
-    encode_private,
-    relative_error,
-)
+from vllm_vlora.representations.decode import decode, relative_error
+from vllm_vlora.representations.factors import balanced_svd, squared_norm
+from vllm_vlora.representations.joint import core_shape, dual_rows, encode_joint
+from vllm_vlora.representations.private import encode_private
+from vllm_vlora.representations.spec import BasisSpec
 
 
 def factors(rank: int, d_in: int, d_out: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +106,7 @@ def test_joint_meter_equals_what_encoding_loses_at_every_width(format: str) -> N
 
 
 def _basis(u: object, v: object) -> object:
-    from vllm_vlora.checkpoint.reader import Basis
+    from vllm_vlora.representations.stored import Basis
 
     return Basis(u, v)  # type: ignore[arg-type]
 

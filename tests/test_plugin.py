@@ -15,14 +15,18 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.plugin.identity import parse_task_path, task_ids_to_int, task_path
 from vllm_vlora.plugin.layouts import Run, SliceLayout, index_runs
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.quantize import pack
-from vllm_vlora.representations.decode import decode, encode_joint, encode_private
+from vllm_vlora.representations.decode import decode
+from vllm_vlora.representations.joint import encode_joint
+from vllm_vlora.representations.private import encode_private
+from vllm_vlora.representations.stored import Basis
 
 
 def _checkpoint(folder: Path, seed: int = 0, tasks: int = 3) -> Checkpoint:

@@ -16,7 +16,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import ModelMismatchError, SettingError
 from vllm_vlora.plugin import admission
 from vllm_vlora.plugin.admission import Admission
@@ -26,7 +27,10 @@ from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.settings import Settings, read_settings
 from vllm_vlora.quantize import PackedMatrix, pack, unpack
-from vllm_vlora.representations.decode import decode, encode_joint, encode_private
+from vllm_vlora.representations.decode import decode
+from vllm_vlora.representations.joint import encode_joint
+from vllm_vlora.representations.private import encode_private
+from vllm_vlora.representations.stored import Basis
 from vllm_vlora.triton_kernels.direct import (
     DirectTask,
     Routing,

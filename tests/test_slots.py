@@ -9,7 +9,7 @@ from vllm_vlora.plugin.layouts import Run, SliceLayout
 from vllm_vlora.plugin.resident import ResidentTask
 from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.quantize import pack
-from vllm_vlora.representations.decode import SideSource
+from vllm_vlora.representations.stored import SideSource
 
 D_IN, D_OUT, MAX_RANK, SLOTS = 48, 64, 8, 2
 MODULES = ("one", "two", "three")

@@ -23,20 +23,17 @@ from vllm_vlora.adapters.peft_folder import open_adapter
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.export import export_all, export_task
 from vllm_vlora.checkpoint.manifest import is_checkpoint
-from vllm_vlora.checkpoint.reader import (
-    Basis,
-    Checkpoint,
-    CheckpointWriter,
-    FlatBasis,
-    StoredModule,
-)
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.quantize import pack
-from vllm_vlora.representations.decode import decode, encode_flat
+from vllm_vlora.representations.decode import decode
+from vllm_vlora.representations.flat import encode_flat
+from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.subspace.layers import FlatLayer
 from vllm_vlora.subspace.shared import SharedSubspace, TaskProjection
 from vllm_vlora.subspace.weights import LoRAWeights, load_adapter

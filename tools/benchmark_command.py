@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from vllm_vlora.checkpoint.manifest import ModuleSpec
-    from vllm_vlora.checkpoint.reader import Basis, Checkpoint
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.representations.spec import ModuleSpec
+    from vllm_vlora.representations.stored import Basis
 
 _Operation = Callable[[], object]
 
@@ -167,10 +168,10 @@ def _projection(
     shared: dict[tuple[str, str], Basis], factors: dict[str, Any]
 ) -> Iterator[tuple[str, str, _Operation]]:
     """Projecting the task's factors on the bases of its modules, where there are some."""
-    from vllm_vlora.checkpoint.reader import FlatBasis
     from vllm_vlora.planning.flat_curves import FlatProjection
     from vllm_vlora.quantize import unpack
-    from vllm_vlora.representations.decode import encode_joint
+    from vllm_vlora.representations.joint import encode_joint
+    from vllm_vlora.representations.stored import FlatBasis
 
     steps: list[_Operation] = []
     for (name, _), basis in shared.items():

@@ -257,7 +257,7 @@ def _calibrated(
     """The options with the calibration folder that is given, or gathered from the text given."""
     from dataclasses import replace
 
-    from vllm_vlora.evaluation.calibrations import calibration_folder
+    from vllm_vlora.evaluation.calibrate import calibration_folder
 
     with progress_bar(messages) as advance:
         return replace(

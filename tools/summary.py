@@ -15,8 +15,8 @@ from vllm_vlora.checkpoint.card import format_bytes, format_ratio, serve_command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_vlora.checkpoint.manifest import Segment
     from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.representations.spec import Segment
 
 
 def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _rows_by_bits(segments: Sequence[Segment]) -> dict[str, int]:
     """How many rows of doubly quantised NF4 factors have 4, 3 and 2 bits."""
     counts: Counter[str] = Counter()
     for segment in segments:
-        if segment.representation == "private" and segment.format == "nf4-dq":
+        if segment.is_private and segment.format == "nf4-dq":
             for bits, rows in zip("432", segment.bits or (segment.rank, 0, 0)):
                 counts[bits] += rows
     return dict(counts)

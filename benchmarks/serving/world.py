@@ -287,7 +287,7 @@ def _repeat_tasks(source: Path, target: Path, task_ids: list[str]) -> None:
     from vllm_vlora import Checkpoint
     from vllm_vlora.atomic import publish_folder
     from vllm_vlora.checkpoint.manifest import is_checkpoint
-    from vllm_vlora.checkpoint.reader import CheckpointWriter
+    from vllm_vlora.checkpoint.writer import CheckpointWriter
 
     checkpoint = Checkpoint.open(source)
     bases = dict(checkpoint.bases())

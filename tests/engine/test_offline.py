@@ -23,8 +23,8 @@ from engine_world import (
     stock_tokens,
 )
 
-from vllm_vlora.checkpoint.manifest import Segment
 from vllm_vlora.errors import CheckpointError, TaskNotFoundError
+from vllm_vlora.representations.spec import Segment
 
 pytestmark = pytest.mark.engine
 

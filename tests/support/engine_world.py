@@ -253,8 +253,10 @@ def mixed(world: World) -> Path:
     Every basis is stored twice, as two clusters of tasks have theirs beside each other, and joint cores
     name the rows of one of the two.
     """
-    from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.checkpoint.writer import CheckpointWriter
     from vllm_vlora.quantize import stack_rows
+    from vllm_vlora.representations.stored import Basis
 
     folder = world.root / "exact-mixed"
     if folder.exists():
@@ -288,9 +290,11 @@ def mixed(world: World) -> Path:
 
 def family(world: World, count: int) -> Path:
     """``count`` tasks of different weights: interpolations, in core space, of two exact ones."""
-    from vllm_vlora.checkpoint.reader import Checkpoint, CheckpointWriter, StoredModule
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.checkpoint.writer import CheckpointWriter
     from vllm_vlora.quantize import pack
     from vllm_vlora.representations.decode import decode
+    from vllm_vlora.representations.stored import StoredModule
 
     joint = Checkpoint.open(exact(world, "joint"))
     folder = world.root / f"family-{count}"

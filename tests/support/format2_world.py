@@ -7,20 +7,13 @@ from pathlib import Path
 
 import torch
 
-from vllm_vlora.checkpoint.reader import (
-    Basis,
-    Checkpoint,
-    CheckpointWriter,
-    FlatBasis,
-    StoredModule,
-)
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.quantize import pack, unpack
-from vllm_vlora.representations.decode import (
-    encode_flat,
-    encode_joint,
-    encode_narrow,
-    encode_private,
-)
+from vllm_vlora.representations.flat import encode_flat
+from vllm_vlora.representations.joint import encode_joint
+from vllm_vlora.representations.private import encode_narrow, encode_private
+from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 
 # d_in, d_out.
 MODULES = {"q": (80, 256), "k": (80, 40), "v": (80, 70), "o": (96, 80)}

@@ -15,7 +15,7 @@ import torch
 
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.errors import AdapterError
-from vllm_vlora.fitting.shared_basis import ScaledFactors
+from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.task_ids import validate_task_id
 
 Progress = Callable[[str, int, int], None]

@@ -31,10 +31,11 @@ import torch
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import Factors, write_adapter
 from vllm_vlora.atomic import exists_error
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, StoredTask
+from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.quantize import FLOAT_DTYPES
-from vllm_vlora.representations.decode import side_sources
+from vllm_vlora.representations.registry import side_sources
+from vllm_vlora.representations.stored import Basis
 from vllm_vlora.task_ids import encode_task_id
 
 _QUANTIZED_DTYPE = torch.bfloat16
@@ -213,7 +214,7 @@ def _kept_as_it_was(task: StoredTask, config: Mapping[str, Any]) -> bool:
         return False
     try:
         return all(
-            stored.representation == "private"
+            stored.is_private
             and stored.format in FLOAT_DTYPES
             and stored.rank == lora_rank(config, name)
             and stored.scale == lora_scale(config, name, stored.rank)[1]

@@ -21,7 +21,6 @@ from huggingface_hub.utils import (
 
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
-from vllm_vlora.checkpoint.contents import report_contents
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
@@ -30,6 +29,7 @@ from vllm_vlora.checkpoint.manifest import (
     is_checkpoint,
 )
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.snapshots import resolve_snapshot

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from vllm_vlora.checkpoint.manifest import TaskRecord
 
 
 class Candidate(NamedTuple):
@@ -102,3 +105,51 @@ class CompressReport:
     def rms_error(self) -> float:
         """Root mean square of the tasks' errors, which ``auto`` compares."""
         return math.sqrt(sum(task.error**2 for task in self.tasks) / len(self.tasks))
+
+
+MIXED = "mixed"
+"""In place of a format's or a representation's name where several are in use."""
+
+
+def report_contents(
+    path: Path, tasks: Mapping[str, TaskRecord], basis_nbytes: int
+) -> CompressReport:
+    """Sizes and recorded errors of every task; nothing is measured anew.
+
+    Args:
+        tasks: task id -> record, in the checkpoint's order. basis_nbytes: of its basis files.
+    """
+    reports = [report_task(task_id, record) for task_id, record in tasks.items()]
+    segments = [segment for record in tasks.values() for segment in record.segments]
+    return CompressReport(
+        path=path,
+        tasks=reports,
+        representation=common(segment.representation for segment in segments),
+        format=common(segment.format for segment in segments),
+        original_nbytes=sum(task.original_nbytes for task in reports),
+        nbytes=basis_nbytes + sum(task.nbytes for task in reports),
+        basis_nbytes=basis_nbytes,
+        candidates=[],
+    )
+
+
+def report_task(task_id: str, record: TaskRecord) -> TaskReport:
+    """One task's sizes and its recorded error."""
+    ranks = [segment.rank for segment in record.segments]
+    return TaskReport(
+        task_id,
+        record.source,
+        (min(ranks, default=0), max(ranks, default=0)),
+        record.original_nbytes,
+        record.lora_nbytes,
+        record.error,
+        common(segment.representation for segment in record.segments),
+        common(segment.format for segment in record.segments),
+        record.error,
+    )
+
+
+def common(values: Iterable[str]) -> str:
+    """The one value that all have, or ``mixed``."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else MIXED

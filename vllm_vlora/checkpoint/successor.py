@@ -13,20 +13,21 @@ from pathlib import Path
 
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
-from vllm_vlora.checkpoint.contents import report_contents
+from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
     TASKS_FILE,
     TASKS_FOLDER,
     FileRef,
-    ModuleSpec,
-    basis_nbytes,
     is_checkpoint,
 )
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, CheckpointWriter, FlatBasis
-from vllm_vlora.checkpoint.report import CompressReport
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.report import CompressReport, report_contents
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
+from vllm_vlora.representations.spec import ModuleSpec
+from vllm_vlora.representations.stored import Basis, FlatBasis
 
 _CARD_FILE = "README.md"
 _CHUNK = 1 << 22

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError
 from vllm_vlora.quantize import PackedMatrix, unpack
+from vllm_vlora.representations.stored import Basis, FlatBasis
 from vllm_vlora.snapshots import resolve_snapshot
 
 # Ranges (start, stop) of rows, by module and side of its basis.
@@ -80,9 +81,9 @@ def _basis_problems(checkpoint: Checkpoint) -> list[str]:
     problems: list[str] = []
     ranges = _used_ranges(checkpoint)
     try:
-        for name, representation, basis in checkpoint.shared():
+        for name, _, basis in checkpoint.shared():
             # The components that flat tasks share are weighted as they come.
-            if representation == "joint":
+            if not isinstance(basis, FlatBasis):
                 problems += _orthonormality_problems(checkpoint, name, basis, ranges)
     except CheckpointError as error:
         problems.append(str(error))
@@ -95,7 +96,7 @@ def _used_ranges(checkpoint: Checkpoint) -> dict[tuple[str, str], set[tuple[int,
     for record in checkpoint.tasks.values():
         for segment in record.segments:
             module = checkpoint.modules[segment.module]
-            if segment.representation != "joint" or module.basis is None:
+            if not segment.is_joint or module.basis is None:
                 continue
             whole = (0, module.basis.k_out, 0, module.basis.k_in)
             u_start, u_stop, v_start, v_stop = segment.rows or whole

@@ -13,28 +13,20 @@ from typing import NamedTuple
 import torch
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress
-from vllm_vlora.checkpoint.reader import Basis, FlatBasis, StoredModule
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.executors import Executor
-from vllm_vlora.planning.flat_curves import FlatProjection, pack_flat
+from vllm_vlora.planning.flat_curves import FlatProjection
 from vllm_vlora.planning.plan import Block, Budget, Plan, SharedBasis, SharedFlat
-from vllm_vlora.planning.private_curves import (
-    PrivateOption,
-    leading_factors,
-    seen_squared_norm,
-    squared_norm,
-)
+from vllm_vlora.planning.private_curves import PrivateOption, leading_factors, seen_squared_norm
 from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import Survey, Surveyor, SurveySettings
 from vllm_vlora.quantize import stack_rows, unpack
-from vllm_vlora.representations.decode import (
-    decode,
-    dual_rows,
-    encode_joint,
-    encode_narrow,
-    encode_private,
-    relative_error,
-)
+from vllm_vlora.representations.decode import decode, relative_error
+from vllm_vlora.representations.factors import relative, squared_norm
+from vllm_vlora.representations.flat import pack_flat
+from vllm_vlora.representations.joint import dual_rows, encode_joint
+from vllm_vlora.representations.private import encode_narrow, encode_private
+from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 
 _ATTEMPTS = 8
 
@@ -333,12 +325,6 @@ def measure_loss(
     white_a, white_b = metric.a(difference_a), metric.b_t(difference_b.T).T
     seen_norm = seen_squared_norm(a, b, scale, metric)
     return Loss(lost, norm, squared_norm(white_a, white_b, 1.0), seen_norm)
-
-
-def relative(lost: float, norm: float) -> float:
-    """sqrt(lost / norm), of squared norms."""
-    # A delta_W of zero is stored as zero, so there is nothing to divide.
-    return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
 
 
 def stored_flat(plan: Plan, bases: FittedBases, module: Module) -> FlatBasis | None:

@@ -23,10 +23,16 @@ from vllm_vlora.adapters.collection import Collection, Module, Progress, common_
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
-from vllm_vlora.checkpoint.contents import report_task
-from vllm_vlora.checkpoint.manifest import basis_nbytes, is_checkpoint
-from vllm_vlora.checkpoint.reader import CheckpointWriter
-from vllm_vlora.checkpoint.report import Candidate, CompressReport, CurvePoint, TaskReport
+from vllm_vlora.checkpoint.layout import basis_nbytes
+from vllm_vlora.checkpoint.manifest import is_checkpoint
+from vllm_vlora.checkpoint.report import (
+    Candidate,
+    CompressReport,
+    CurvePoint,
+    TaskReport,
+    report_task,
+)
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.compression.encoding import EncodedTask, Encoder, stored_basis, stored_flat
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.errors import BudgetError, OptionError

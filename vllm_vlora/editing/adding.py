@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress
 from vllm_vlora.adapters.peft_folder import Adapter
-from vllm_vlora.checkpoint.manifest import BasisSpec, ModuleSpec, Segment, basis_nbytes
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, StoredModule
+from vllm_vlora.checkpoint.layout import basis_nbytes
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.successor import Successor, edited
-from vllm_vlora.compression.encoding import Loss, encode_kept, measure_loss, relative
+from vllm_vlora.compression.encoding import Loss, encode_kept, measure_loss
 from vllm_vlora.compression.options import DEFAULT_RATIO, CompressOptions
 from vllm_vlora.editing.growth_offers import (
     Offer,
@@ -49,7 +49,10 @@ from vllm_vlora.planning.number_formats import formats_to_try
 from vllm_vlora.planning.private_curves import rows_nbytes
 from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import SurveyJob, Surveyor, SurveySettings, check_calibration
-from vllm_vlora.representations.decode import basis_rows
+from vllm_vlora.representations.factors import relative
+from vllm_vlora.representations.joint import basis_rows
+from vllm_vlora.representations.spec import BasisSpec, ModuleSpec, Segment
+from vllm_vlora.representations.stored import Basis, StoredModule
 
 # Losses are compared up to float64 rounding; the margin keeps a promise exact.
 _MARGIN = 1e-6

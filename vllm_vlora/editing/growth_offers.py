@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from vllm_vlora.adapters.collection import Module
-from vllm_vlora.checkpoint.manifest import BasisSpec
-from vllm_vlora.checkpoint.reader import Basis
 from vllm_vlora.editing.projection import BlockMeter, ModuleChoices, Projection, Rows
 from vllm_vlora.fitting.whitening import Metric
 from vllm_vlora.planning.allocation import lower_hull
 from vllm_vlora.planning.private_curves import JointCurve, core_nbytes, rows_nbytes, widths_path
 from vllm_vlora.quantize import PackedMatrix, row_nbytes, stack_rows, unpack
+from vllm_vlora.representations.spec import BasisSpec
+from vllm_vlora.representations.stored import Basis
 
 _ROUNDS = 40
 # Directions carried beside those wanted while the new tasks are merged one by one.

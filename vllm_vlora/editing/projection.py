@@ -15,16 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_vlora.checkpoint.manifest import (
-    EXTRA_PREFIX,
-    BasisSpec,
-    ModuleSpec,
-    Segment,
-    safetensors_nbytes,
-    task_tensor_sizes,
-)
-from vllm_vlora.checkpoint.reader import Basis, StoredModule
-from vllm_vlora.fitting.shared_basis import ScaledFactors
+from vllm_vlora.checkpoint.layout import EXTRA_PREFIX, safetensors_nbytes, task_tensor_sizes
 from vllm_vlora.fitting.whitening import Metric
 from vllm_vlora.planning.allocation import (
     Point,
@@ -38,11 +29,13 @@ from vllm_vlora.planning.private_curves import (
     JointCurve,
     PrivateOption,
     core_nbytes,
-    squared_norm,
     widths_path,
 )
 from vllm_vlora.quantize import unpack
-from vllm_vlora.representations.decode import core_factors, encode_joint
+from vllm_vlora.representations.factors import ScaledFactors, squared_norm
+from vllm_vlora.representations.joint import core_factors, encode_joint
+from vllm_vlora.representations.spec import BasisSpec, ModuleSpec, Segment
+from vllm_vlora.representations.stored import Basis, StoredModule
 
 Rows = tuple[int, int, int, int]
 """(u_start, u_stop, v_start, v_stop) of a module's basis."""
@@ -175,7 +168,7 @@ def used_blocks(spec: ModuleSpec, segments: Sequence[Segment]) -> list[Rows]:
     if spec.basis is None:
         return []
     whole = (0, spec.basis.k_out, 0, spec.basis.k_in)
-    used = {s.rows or whole for s in segments if s.representation == "joint"} or {whole}
+    used = {s.rows or whole for s in segments if s.is_joint} or {whole}
     return sorted(r for r in used if not any(r != other and _inside(r, other) for other in used))
 
 

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from vllm_vlora.adapters.collection import Progress
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.checkpoint.export import export_all
-from vllm_vlora.checkpoint.manifest import ModuleSpec, Segment, segment_sides, stored_parts
+from vllm_vlora.checkpoint.layout import stored_parts
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.options import CompressOptions
@@ -24,6 +24,8 @@ from vllm_vlora.compression.pipeline import compress, predict
 from vllm_vlora.editing.adding import AddOptions
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.quantize import row_nbytes
+from vllm_vlora.representations.registry import segment_sides
+from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.task_ids import encode_task_id
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -160,7 +162,7 @@ def rebuild_advice(checkpoint: Checkpoint) -> RebuildAdvice:
             spec = checkpoint.modules[segment.module]
             nbytes = _segment_nbytes(segment, spec)
             total += nbytes
-            if segment.representation == "private" and spec.basis is not None:
+            if segment.is_private and spec.basis is not None:
                 private += nbytes
         private_tasks += private > before
     idle = sum(_idle_nbytes(checkpoint).values())
@@ -194,7 +196,7 @@ def _idle_nbytes(checkpoint: Checkpoint) -> dict[int, int]:
     for record in checkpoint.tasks.values():
         for segment in record.segments:
             basis = checkpoint.modules[segment.module].basis
-            if segment.representation == "joint" and basis is not None:
+            if segment.is_joint and basis is not None:
                 rows = segment.rows or (0, basis.k_out, 0, basis.k_in)
                 ranges.setdefault(segment.module, set()).add(rows)
     idle = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import platform
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +20,9 @@ from typing import Any
 import torch
 
 from vllm_vlora._version import __version__
+from vllm_vlora.adapters.collection import Progress, common_base_model
+from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.atomic import publish_folder
 from vllm_vlora.errors import DataError, OptionError
 from vllm_vlora.evaluation.base_model import check_dtype, load_base_model, resolve
 from vllm_vlora.evaluation.texts import (
@@ -32,7 +35,13 @@ from vllm_vlora.evaluation.texts import (
     read_examples,
     tokenize_windows,
 )
-from vllm_vlora.fitting.calibration import Calibration, ModuleRecord, Settings, Source
+from vllm_vlora.fitting.calibration import (
+    Calibration,
+    ModuleRecord,
+    Settings,
+    Source,
+    is_calibration,
+)
 from vllm_vlora.fitting.moments import FullSum, LowRankMoment, Moment, SketchSum, new_sum
 from vllm_vlora.quantize import FLOAT_DTYPES
 
@@ -358,3 +367,38 @@ def _reached(row: Row) -> int:
 def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return {"python": platform.python_version(), "vllm-vlora": __version__, **packages}
+
+
+def calibration_folder(
+    given: Path, base: str | None, adapters: Mapping[str, Adapter], progress: Progress
+) -> Path:
+    """The calibration folder that ``given`` is, or that belongs to the text file ``given``.
+
+    Of a text file ``text.jsonl`` it is ``text.jsonl.calibration`` beside it: taken as it is when it was
+    gathered from the same text and model, gathered and saved otherwise.
+
+    Raises:
+        OptionError: text, but no base model is named.
+        DataError: neither a calibration nor readable text.
+    """
+    if given.is_dir():
+        return given
+    base = base or common_base_model(adapters)[0]
+    if base is None:
+        raise OptionError("the adapters name no base model to calibrate; give it with --base MODEL")
+    folder = given.with_name(f"{given.name}.calibration")
+    if _serves(folder, given, base):
+        return folder
+
+    with publish_folder(folder, force=True, owned=is_calibration) as target:
+        calibrate(base, [given], advance=progress).write(target)
+    return folder
+
+
+def _serves(folder: Path, text: Path, base: str) -> bool:
+    digest = data_digest([text])
+    try:
+        source = Calibration.open(folder, verify=False).source
+    except DataError:
+        return False
+    return source.data_sha256 == digest and source.base_model == base

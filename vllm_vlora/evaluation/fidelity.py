@@ -24,7 +24,7 @@ import torch
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors
 from vllm_vlora.errors import AdapterError
-from vllm_vlora.representations.decode import small_product
+from vllm_vlora.representations.factors import small_product
 
 MIN_GAIN = 0.01
 """Nats per token by which an adapter must improve on the base before a fraction means anything."""

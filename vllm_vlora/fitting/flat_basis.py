@@ -12,12 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_vlora.fitting.shared_basis import (
-    KrylovSide,
-    ReadFactors,
-    ScaledFactors,
-    leading_directions,
-)
+from vllm_vlora.fitting.shared_basis import KrylovSide, leading_directions
+from vllm_vlora.representations.factors import ReadFactors, ScaledFactors
 
 # Adapters multiplied at once. One at a time, the components would be read from memory for each.
 _STACKED_ADAPTERS = 16

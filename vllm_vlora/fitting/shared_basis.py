@@ -21,17 +21,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 
-from vllm_vlora.representations.decode import balanced_svd
-
-ScaledFactors = tuple[torch.Tensor, torch.Tensor, float]
-ReadFactors = Callable[[], Iterator[ScaledFactors]]
-"""Starts a new read of the adapters: yields (A (r, d_in), B (d_out, r), scale)."""
+from vllm_vlora.representations.factors import ReadFactors, ScaledFactors, balanced_svd
 
 
 @dataclass(frozen=True)

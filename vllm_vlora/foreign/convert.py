@@ -26,15 +26,17 @@ from vllm_vlora.adapters.collection import Progress
 from vllm_vlora.adapters.peft_config import rank_options
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import format_bytes, model_card
-from vllm_vlora.checkpoint.contents import report_contents
-from vllm_vlora.checkpoint.manifest import basis_nbytes, is_checkpoint
-from vllm_vlora.checkpoint.reader import Basis, CheckpointWriter, FlatBasis, StoredModule
+from vllm_vlora.checkpoint.layout import basis_nbytes
+from vllm_vlora.checkpoint.manifest import is_checkpoint
+from vllm_vlora.checkpoint.report import report_contents
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError
 from vllm_vlora.foreign.lorashare_files import CONFIG_FILE as SHARE_CONFIG_FILE
 from vllm_vlora.foreign.lorashare_files import LoraShareFiles, ShareAdapter
 from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack
-from vllm_vlora.representations.decode import encode_flat
+from vllm_vlora.representations.flat import encode_flat
+from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
 
 

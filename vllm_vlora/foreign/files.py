@@ -10,7 +10,7 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_vlora.checkpoint.manifest import SAFETENSORS_DTYPES
+from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.quantize import FLOAT_DTYPES
 

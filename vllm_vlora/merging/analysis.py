@@ -20,7 +20,7 @@ import torch
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors
 from vllm_vlora.errors import AdapterError, OptionError
-from vllm_vlora.representations.decode import small_product
+from vllm_vlora.representations.factors import small_product
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer
 from vllm_vlora.subspace.weights import LoRAWeights
 

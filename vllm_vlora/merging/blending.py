@@ -21,24 +21,18 @@ from typing import TypeAlias, overload
 import torch
 
 from vllm_vlora.adapters.peft_folder import Factors
-from vllm_vlora.checkpoint.contents import common
-from vllm_vlora.checkpoint.manifest import ModuleSpec
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, StoredModule, StoredTask
+from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
+from vllm_vlora.checkpoint.report import common
 from vllm_vlora.checkpoint.successor import Successor, edited
-from vllm_vlora.compression.encoding import relative
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
 from vllm_vlora.merging.merging import common_config, common_extra, unscaled_config
-from vllm_vlora.planning.private_curves import squared_norm
 from vllm_vlora.quantize import FORMATS, unpack
-from vllm_vlora.representations.decode import (
-    balanced_svd,
-    basis_rows,
-    core_factors,
-    decode,
-    encode_joint,
-    encode_private,
-    relative_error,
-)
+from vllm_vlora.representations.decode import decode, relative_error
+from vllm_vlora.representations.factors import balanced_svd, relative, squared_norm
+from vllm_vlora.representations.joint import basis_rows, core_factors, encode_joint
+from vllm_vlora.representations.private import encode_private
+from vllm_vlora.representations.spec import ModuleSpec
+from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.subspace.layers import JointLayer
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
@@ -437,7 +431,7 @@ class _Blend:
         self, spec: ModuleSpec, parts: Sequence[tuple[float, StoredModule]]
     ) -> tuple[StoredModule, tuple[float, float]]:
         joint = self._shared.get((spec.name, "joint"))
-        if all(stored.representation == "joint" for _, stored in parts):
+        if all(stored.is_joint for _, stored in parts):
             assert joint is not None
             return self._core(spec, parts, joint)
         factors = [

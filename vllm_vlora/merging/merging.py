@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from vllm_vlora.errors import AdapterError, OptionError
-from vllm_vlora.planning.private_curves import squared_norm
-from vllm_vlora.representations.decode import balanced_svd
+from vllm_vlora.representations.factors import balanced_svd, squared_norm
 from vllm_vlora.subspace.weights import LoRAWeights, exact_config
 
 SPACES = ("weights", "factors")

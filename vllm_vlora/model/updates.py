@@ -23,10 +23,12 @@ import torch.nn.functional as F
 
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale
 from vllm_vlora.checkpoint.manifest import is_checkpoint
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, StoredModule
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import ModelMismatchError, OptionError, TaskNotFoundError
 from vllm_vlora.quantize import unpack
-from vllm_vlora.representations.decode import decode, dense_keeps_rank, split_core
+from vllm_vlora.representations.decode import decode
+from vllm_vlora.representations.joint import dense_keeps_rank, split_core
+from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.subspace.layers import JointLayer, Layer, Loadings
 from vllm_vlora.subspace.shared import SharedSubspace
 
@@ -411,11 +413,11 @@ class CheckpointSource:
         self._flat: dict[str, Basis] = {}
         self._joint: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._cuts: dict[tuple[str, tuple[int, ...] | None], tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, representation, basis in checkpoint.shared():
-            if representation == "joint":
-                self._joint[name] = unpack(basis.v), unpack(basis.u).T
-            else:
+        for name, _, basis in checkpoint.shared():
+            if isinstance(basis, FlatBasis):
                 self._flat[name] = basis
+            else:
+                self._joint[name] = unpack(basis.v), unpack(basis.u).T
 
     @property
     def origin(self) -> Checkpoint:
@@ -455,7 +457,7 @@ class CheckpointSource:
         return [record.adapter_config for record in records if record.adapter_config]
 
     def _update(self, name: str, stored: StoredModule) -> LowRankUpdate:
-        if stored.representation != "joint":
+        if not stored.is_joint:
             return LowRankUpdate(*decode(stored, self._flat.get(name)))
         v, u = self._basis(name, stored.rows)
         return LowRankUpdate(*_core_factors(stored), v, u)

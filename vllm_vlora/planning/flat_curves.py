@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_vlora.checkpoint.manifest import FlatSpec
-from vllm_vlora.checkpoint.reader import FlatBasis, StoredModule
 from vllm_vlora.fitting.flat_basis import FlatFit
-from vllm_vlora.fitting.shared_basis import ScaledFactors
 from vllm_vlora.fitting.whitening import Metric
-from vllm_vlora.quantize import FLOAT_DTYPES, pack, row_nbytes, unpack
-from vllm_vlora.representations.decode import encode_flat
+from vllm_vlora.quantize import FLOAT_DTYPES, row_nbytes, unpack
+from vllm_vlora.representations.factors import ScaledFactors
+from vllm_vlora.representations.flat import encode_flat, pack_flat
+from vllm_vlora.representations.spec import FlatSpec
+from vllm_vlora.representations.stored import FlatBasis, StoredModule
 
 _WIDTHS = 10
 # Tasks that are measured at once.
@@ -54,12 +54,6 @@ def flat_rows(fit: FlatFit) -> tuple[torch.Tensor, torch.Tensor]:
     u = torch.cat([fit.mean_b[None], fit.components_b])
     v = torch.cat([fit.mean_a[None], fit.components_a])
     return u.flatten(0, 1), v.flatten(0, 1)
-
-
-def pack_flat(u: torch.Tensor, v: torch.Tensor, spec: FlatSpec) -> FlatBasis:
-    """The stacked rows as stored with this width and format."""
-    rows_u, rows_v = (spec.k_out + 1) * spec.rank, (spec.k_in + 1) * spec.rank
-    return FlatBasis(pack(u[:rows_u], spec.format), pack(v[:rows_v], spec.format), spec.rank)
 
 
 def flat_nbytes(spec: FlatSpec, d_out: int, d_in: int) -> int:

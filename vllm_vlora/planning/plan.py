@@ -13,17 +13,14 @@ from functools import cached_property, lru_cache
 import torch
 
 from vllm_vlora.adapters.collection import Collection, Module
-from vllm_vlora.checkpoint.manifest import (
+from vllm_vlora.checkpoint.layout import (
     BASIS_SHARD_BYTES,
     EXTRA_PREFIX,
-    BasisSpec,
-    FlatSpec,
-    ModuleSpec,
-    Segment,
     basis_nbytes,
     safetensors_nbytes,
     task_tensor_sizes,
 )
+from vllm_vlora.checkpoint.report import MIXED
 from vllm_vlora.planning.allocation import (
     Point,
     StepPath,
@@ -37,10 +34,8 @@ from vllm_vlora.planning.flat_curves import FlatCurve, flat_nbytes, loadings_nby
 from vllm_vlora.planning.private_curves import Curve, JointCurve, PrivateOption, joint_nbytes
 from vllm_vlora.planning.sharing import SHARED_LOSS, Sharing
 from vllm_vlora.planning.survey import Group, Survey
-from vllm_vlora.representations.decode import core_shape
-
-MIXED = "mixed"
-"""In place of a format's or a representation's name where several are in use."""
+from vllm_vlora.representations.joint import core_shape
+from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
 
 _CLEARLY = 0.98
 _GATE_ROUNDS = 24

@@ -19,7 +19,6 @@ from functools import lru_cache
 
 import torch
 
-from vllm_vlora.checkpoint.manifest import BasisSpec
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.allocation import Point, pareto_front
 from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT
@@ -32,7 +31,9 @@ from vllm_vlora.quantize import (
     row_nbytes,
     unpack,
 )
-from vllm_vlora.representations.decode import balanced_svd, core_shape
+from vllm_vlora.representations.factors import balanced_svd, squared_norm
+from vllm_vlora.representations.joint import core_shape
+from vllm_vlora.representations.spec import BasisSpec
 
 # Every cut between 4, 3 and 2 bits up to this rank, about as many cuts above it.
 _NARROW_CUTS = 20
@@ -48,12 +49,6 @@ _ROUNDING = {
     "nf4": 9.0e-3,
     "nf4-dq": 9.0e-3,
 }
-
-
-def squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
-    """||scale * B A||_F^2 in float64 from the factors' Gram matrices."""
-    a, b = a.double(), b.double()
-    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) * scale**2
 
 
 def seen_squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:

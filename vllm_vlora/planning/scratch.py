@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 from vllm_vlora.adapters.collection import Module
-from vllm_vlora.checkpoint.manifest import BasisSpec
-from vllm_vlora.checkpoint.reader import Basis, StoredModule
 from vllm_vlora.quantize import PackedMatrix, pack
+from vllm_vlora.representations.spec import BasisSpec
+from vllm_vlora.representations.stored import Basis, StoredModule
 
 
 class FittedBases:

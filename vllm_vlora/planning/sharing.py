@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from vllm_vlora.adapters.collection import Module
-from vllm_vlora.checkpoint.manifest import BasisSpec
 from vllm_vlora.planning.allocation import lower_hull
 from vllm_vlora.planning.number_formats import Formats
 from vllm_vlora.planning.private_curves import JointCurve, core_nbytes, rows_nbytes
 from vllm_vlora.planning.survey import Group, Survey
+from vllm_vlora.representations.spec import BasisSpec
 
 SHARED_LOSS = 2.5
 """How much more a loss of a shared basis costs a task than one of its own factors.

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress
-from vllm_vlora.checkpoint.manifest import BasisSpec, FlatSpec
 from vllm_vlora.fitting.calibration import Calibration
 from vllm_vlora.fitting.clusters import affinities, sketch_task
 from vllm_vlora.fitting.flat_basis import fit_flat
-from vllm_vlora.fitting.shared_basis import ScaledFactors, fit_bases
+from vllm_vlora.fitting.shared_basis import fit_bases
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.executors import Executor
 from vllm_vlora.planning.flat_curves import FlatGroup, flat_rows, flat_widths, measure_flat
@@ -33,6 +32,8 @@ from vllm_vlora.planning.private_curves import (
 )
 from vllm_vlora.planning.scratch import FittedBases
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack, row_nbytes
+from vllm_vlora.representations.factors import ScaledFactors
+from vllm_vlora.representations.spec import BasisSpec, FlatSpec
 
 # Fits are made somewhat wider than a module's even share of the budget, since a module that gains
 # more per byte than the others gets more than its share.

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vllm_vlora.checkpoint.manifest import ModuleSpec, Segment
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, StoredModule, StoredTask
+from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.memory import direct_obstacle
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, NF4_BLOCK, PackedMatrix, unpack
-from vllm_vlora.representations.decode import dense_keeps_rank, split_core
+from vllm_vlora.representations.joint import dense_keeps_rank, split_core
+from vllm_vlora.representations.spec import ModuleSpec, Segment
+from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.triton_kernels.direct import (
     DirectLayer,
     DirectSlice,
@@ -122,7 +123,7 @@ class DirectPath:
         parts: dict[int, SliceTask] = {}
         for name, module in stored.modules.items():
             for number, layout in self._slices[self._engine_name(name)]:
-                if module.representation == "joint":
+                if module.is_joint:
                     core, rank = _core(module, *self._widths(number))
                     parts[number] = SliceTask(core=core, core_rank=rank)
                 elif module.rank:
@@ -165,7 +166,7 @@ class DirectPath:
         """Why the layers, as they were made, cannot take a segment."""
         for number, _ in self._slices[self._engine_name(module)]:
             layer = self._by_slice.get(number)
-            if segment.representation == "joint":
+            if segment.is_joint:
                 part = layer.slices[number - layer.index] if layer else None
                 if part is None or part.u is None or basis != self.basis_digest:
                     return f"{module} has another basis than the engine started with"
@@ -215,10 +216,10 @@ def _make_layers(
     users: list[tuple[Segment, ModuleSpec]],
     packed_basis: bool,
 ) -> dict[str, DirectLayer]:
-    joint = {path._engine_name(m.name) for s, m in users if s.representation == "joint"}
+    joint = {path._engine_name(m.name) for s, m in users if s.is_joint}
     bases = _load_bases(path, checkpoint, joint, packed_basis)
     # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
-    max_rank = max((s.rank for s, _ in users if s.representation == "private"), default=0)
+    max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
     layers, index = {}, 0
     for layout in path._layouts:
         layer = _make_layer(layout, index, bases, max_rank, path.dtype)

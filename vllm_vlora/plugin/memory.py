@@ -33,14 +33,7 @@ from typing import TYPE_CHECKING
 
 from vllm_vlora.adapters.peft_config import lora_rank
 from vllm_vlora.checkpoint.card import VLLM_LORA_RANKS, serving_rank
-from vllm_vlora.checkpoint.manifest import (
-    BasisSpec,
-    ModuleSpec,
-    Segment,
-    TaskRecord,
-    core_widths,
-    shared_sides,
-)
+from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.errors import ModelMismatchError, OptionError
 from vllm_vlora.plugin.model_layers import (
     LM_HEAD,
@@ -50,9 +43,11 @@ from vllm_vlora.plugin.model_layers import (
     module_slice,
     targeted,
 )
-from vllm_vlora.plugin.modes import DEFAULT_PEFT_SLOTS
+from vllm_vlora.plugin.settings import DEFAULT_PEFT_SLOTS
 from vllm_vlora.quantize import FLOAT_DTYPES, NF4_CODEBOOK, row_nbytes
-from vllm_vlora.representations.decode import dense_keeps_rank
+from vllm_vlora.representations.joint import dense_keeps_rank
+from vllm_vlora.representations.registry import shared_rows, shared_sides
+from vllm_vlora.representations.spec import BasisSpec, ModuleSpec, Segment, core_widths
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint.reader import Checkpoint
@@ -466,12 +461,13 @@ def _count_task(
         module, (width_in, width_out) = modules[segment.module], widths[segment.module]
         whole, cut = (module.d_in, module.d_out), (width_in, width_out)
         adapter += _adapter_rank(record, segment, module) * sum(cut) * itemsize
-        if segment.representation != "private":
+        of_all = shared_rows(segment, module)
+        if of_all is not None:
             shared.add((segment.module, segment.representation))
-            format, rows_out, rows_in = _shared_rows(segment, module)
+            format, rows_out, rows_in = of_all
             pair = segment.rank * (rows_in + rows_out) * _SIDE_ITEMSIZE
             sources += _FormBytes(cores=pair)
-            if module.basis is not None and segment.representation == "joint":
+            if module.basis is not None and segment.is_joint:
                 direct += _FormBytes(cores=_core_elements(segment, module.basis) * itemsize)
             read += pair + rows_in * _row(format, width_in) + rows_out * _row(format, width_out)
         else:
@@ -507,16 +503,6 @@ def _task_obstacle(record: TaskRecord, modules: Sequence[ModuleSpec]) -> str | N
 def _heads(record: TaskRecord) -> list[str]:
     """Its tensors beside the LoRA weights that vLLM serves: classification heads."""
     return [name for name in record.extra if not name.endswith(_IGNORED_EXTRA)]
-
-
-def _shared_rows(segment: Segment, module: ModuleSpec) -> tuple[str, int, int]:
-    """(format, rows on B's side, rows on A's) of what a task that is not private multiplies with."""
-    if segment.representation == "flat":
-        assert module.flat is not None
-        flat = module.flat
-        return flat.format, (flat.k_out + 1) * flat.rank, (flat.k_in + 1) * flat.rank
-    assert module.basis is not None
-    return (module.basis.format, *core_widths(segment, module.basis))
 
 
 def _core_elements(segment: Segment, basis: BasisSpec) -> int:

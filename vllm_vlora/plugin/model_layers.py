@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_vlora.checkpoint.manifest import ModuleSpec
 from vllm_vlora.errors import ModelMismatchError, OptionError
+from vllm_vlora.representations.spec import ModuleSpec
 
 LM_HEAD = "lm_head"
 # By the last component of a module's name.

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, StoredModule
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.identity import TaskPath, task_path
 from vllm_vlora.quantize import PackedMatrix
-from vllm_vlora.representations.decode import SideSource, side_sources
+from vllm_vlora.representations.registry import side_sources
+from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 from vllm_vlora.triton_kernels.direct import DirectTask
 
 Check = Callable[[Checkpoint, Iterable[str], bool], None]
@@ -198,7 +199,7 @@ class ResidentStore:
             (checkpoint.modules[segment.module].name, segment.representation)
             for task_id in task_ids
             for segment in checkpoint.record(task_id).segments
-            if segment.representation != "private"
+            if not segment.is_private
         }
         if wanted <= held.keys():
             return
@@ -209,7 +210,7 @@ class ResidentStore:
                 held[key] = Basis(self._by_slot(u), basis.v.to(self._device))
 
     def _lay_out(self, module: StoredModule) -> StoredModule:
-        if module.representation != "private":
+        if not module.is_private:
             return module
         matrices = {**module.matrices, "B": self._by_slot(module.matrices["B"])}
         return replace(module, matrices=matrices)

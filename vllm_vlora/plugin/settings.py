@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_vlora.errors import SettingError
-from vllm_vlora.plugin.modes import DEFAULT_PEFT_SLOTS, MODES
+
+MODES = ("auto", "direct", "materialize")
+
+
+# Slots for ordinary adapters and materialized tasks beside the direct ones. A slot of rank 16 takes
+# 80 MB for a Llama-7B in 16 bits, so that one for each of a thousand tasks would fill a GPU.
+DEFAULT_PEFT_SLOTS = 8
 
 MODE_VARIABLE = "VLLM_VLORA_MODE"
 SLOTS_VARIABLE = "VLLM_VLORA_SLOTS"

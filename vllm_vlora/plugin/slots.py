@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_vlora.checkpoint.manifest import ModuleSpec
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import ModelMismatchError
 from vllm_vlora.plugin.layouts import Run, SliceLayout
 from vllm_vlora.plugin.resident import ResidentTask
-from vllm_vlora.representations.decode import SideSource
+from vllm_vlora.representations.spec import ModuleSpec
+from vllm_vlora.representations.stored import SideSource
 from vllm_vlora.triton_kernels.materialize import (
     MaterializeJob,
     MaterializePlan,

@@ -13,9 +13,9 @@ from torch import Tensor
 from vllm_vlora.adapters.peft_folder import Factors
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.fitting.flat_basis import fit_flat
-from vllm_vlora.fitting.shared_basis import ReadFactors, ScaledFactors, fit_bases
-from vllm_vlora.planning.private_curves import squared_norm
-from vllm_vlora.representations.decode import split_core
+from vllm_vlora.fitting.shared_basis import fit_bases
+from vllm_vlora.representations.factors import ReadFactors, ScaledFactors, squared_norm
+from vllm_vlora.representations.joint import split_core
 from vllm_vlora.subspace.algebra import gram_schmidt, select_num_components
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
 from vllm_vlora.subspace.members import LayerShape, Member

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_vlora.adapters.peft_folder import Factors
-from vllm_vlora.checkpoint.reader import Basis, FlatBasis
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.fitting.flat_basis import FlatFit, project_flat
 from vllm_vlora.planning.flat_curves import flat_rows
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, pack, unpack
+from vllm_vlora.representations.stored import Basis, FlatBasis
 from vllm_vlora.subspace.algebra import gram_schmidt
 
 Loadings: TypeAlias = tuple[Tensor, Tensor | None]

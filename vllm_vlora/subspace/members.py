@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.errors import AdapterError, OptionError, TaskIdError
-from vllm_vlora.fitting.shared_basis import ScaledFactors
+from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.subspace.weights import LoRAWeights
 from vllm_vlora.task_ids import validate_task_id
 

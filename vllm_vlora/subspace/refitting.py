@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import AdapterError, OptionError
-from vllm_vlora.fitting.shared_basis import ScaledFactors
+from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.subspace.fitting import (
     Choice,
     check_components,

@@ -33,20 +33,21 @@ from vllm_vlora.adapters.peft_folder import (
 from vllm_vlora.checkpoint.card import format_bytes
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
-from vllm_vlora.checkpoint.manifest import segment_sides
-from vllm_vlora.checkpoint.reader import Basis, Checkpoint, StoredModule, StoredTask
+from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.successor import Successor, edited
-from vllm_vlora.compression.encoding import relative
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.editing.adding import check_new, remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError, OptionError, TaskIdError
 from vllm_vlora.fitting.shared_basis import fit_module
 from vllm_vlora.foreign.convert import convert, detect_kind
-from vllm_vlora.planning.private_curves import squared_norm
 from vllm_vlora.planning.survey import directions
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, unpack
-from vllm_vlora.representations.decode import decode, dual_rows, encode_joint, relative_error
+from vllm_vlora.representations.decode import decode, relative_error
+from vllm_vlora.representations.factors import relative, squared_norm
+from vllm_vlora.representations.joint import dual_rows, encode_joint
+from vllm_vlora.representations.registry import segment_sides
+from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.task_ids import validate_task_id
 
@@ -417,7 +418,7 @@ class SHAREModel:
 
     def _basis(self, name: str, stored: StoredModule) -> Basis | None:
         """What a stored module stands on; the bases are read once and held as they are packed."""
-        if stored.representation == "private":
+        if stored.is_private:
             return None
         if self._bases is None:
             self._bases = {

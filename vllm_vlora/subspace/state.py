@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_vlora.adapters.peft_folder import Factors
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
-from vllm_vlora.representations.decode import split_core
+from vllm_vlora.representations.joint import split_core
 from vllm_vlora.subspace.fitting import core_rank
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
 from vllm_vlora.subspace.storage import StoredSubspace, representation

@@ -21,22 +21,18 @@ from torch import Tensor
 from vllm_vlora.adapters.peft_config import lora_rank
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
-from vllm_vlora.checkpoint.contents import report_contents
-from vllm_vlora.checkpoint.manifest import (
-    BasisSpec,
-    FlatSpec,
-    ModuleSpec,
-    Segment,
-    TaskRecord,
-    basis_nbytes,
-    is_checkpoint,
-    task_nbytes,
-)
-from vllm_vlora.checkpoint.reader import Checkpoint, CheckpointWriter, FlatBasis, StoredModule
+from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
+from vllm_vlora.checkpoint.manifest import TaskRecord, is_checkpoint
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.report import report_contents
+from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError
 from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, PackedMatrix, pack, unpack
-from vllm_vlora.representations.decode import dense_keeps_rank, encode_flat, split_core
+from vllm_vlora.representations.flat import encode_flat
+from vllm_vlora.representations.joint import dense_keeps_rank, split_core
+from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
+from vllm_vlora.representations.stored import FlatBasis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.subspace.fitting import core_rank, with_spectra
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
@@ -229,7 +225,7 @@ def read_subspace(ref: str | Path) -> StoredSubspace:
 def _one_representation(checkpoint: Checkpoint) -> str:
     for task_id, record in checkpoint.tasks.items():
         for segment in record.segments:
-            if segment.representation == "private":
+            if segment.is_private:
                 raise _cannot_hold(checkpoint, f"task {task_id!r} is stored privately")
             if segment.rows is not None and (segment.rows[0] or segment.rows[2]):
                 raise _cannot_hold(checkpoint, f"task {task_id!r} stands on a basis of a cluster")

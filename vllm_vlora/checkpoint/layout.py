@@ -1,0 +1,126 @@
+"""Which tensors lie in a checkpoint's files, under which names, and the files' exact bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from vllm_vlora.quantize import part_specs
+from vllm_vlora.representations.registry import (
+    segment_sides,
+    shared_sides,
+)
+from vllm_vlora.representations.spec import ModuleSpec, Segment
+
+# Part of a file that holds the codes of rows with so many bits.
+CODE_PARTS = {4: "codes", 3: "codes3", 2: "codes2"}
+
+
+EXTRA_PREFIX = "extra."
+
+
+# A shard is serialised in memory before it is written, so its size bounds the writer's memory.
+BASIS_SHARD_BYTES = 1 << 30
+
+
+# In the order in which safetensors lays the tensors of a file out, then by name.
+SAFETENSORS_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+_DTYPE_ORDER = {dtype: place for place, dtype in enumerate(SAFETENSORS_DTYPES)}
+
+
+def stored_parts(
+    segment: Segment, rows: int, cols: int
+) -> Iterator[tuple[str, torch.dtype, int, tuple[int, ...]]]:
+    """(part, dtype, rows, shape of a row) of a segment's side of ``rows`` rows, as in the file.
+
+    These are the parts of the number format, save that codes of rows with 3 and 2 bits are parts of
+    their own. A part without rows is left out.
+    """
+    for part, (dtype, row_shape) in part_specs(segment.format, cols).items():
+        if part != "codes" or segment.bits is None:
+            yield part, dtype, rows, row_shape
+            continue
+        for (bits, name), count in zip(CODE_PARTS.items(), segment.bits):
+            if count:
+                yield name, dtype, count, (row_shape[0] * bits // 4,)
+
+
+def task_tensor_sizes(
+    segments: Iterable[Segment], modules: list[ModuleSpec]
+) -> dict[str, tuple[torch.dtype, int]]:
+    """Flat tensor name -> (dtype, elements) of a task file with these segments."""
+    sizes: dict[str, tuple[torch.dtype, int]] = {}
+    for segment in segments:
+        for side, (rows, cols) in segment_sides(segment, modules[segment.module]).items():
+            for part, dtype, count, row_shape in stored_parts(segment, rows, cols):
+                key = tensor_name(segment, side, part)
+                have = sizes.get(key, (dtype, 0))[1]
+                sizes[key] = (dtype, have + count * math.prod(row_shape))
+    return sizes
+
+
+def safetensors_nbytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Bytes of a safetensors file with these tensors: length word, padded JSON header, data."""
+    header, offset = {}, 0
+    for name, (dtype, shape) in sorted(
+        tensors.items(), key=lambda item: (_DTYPE_ORDER[item[1][0]], item[0])
+    ):
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + (text + 7) // 8 * 8 + offset
+
+
+def task_nbytes(segments: Iterable[Segment], modules: list[ModuleSpec]) -> int:
+    """Bytes of the task file that these segments make, header included, extra tensors left out."""
+    sizes = task_tensor_sizes(segments, modules)
+    return safetensors_nbytes({name: (dtype, (n,)) for name, (dtype, n) in sizes.items()})
+
+
+def basis_nbytes(modules: Iterable[ModuleSpec]) -> int:
+    """Bytes of the basis file of these modules, header included (one shard)."""
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for module in modules:
+        for name, dtype, shape in basis_tensors(module):
+            tensors[name] = (dtype, shape)
+    return safetensors_nbytes(tensors) if tensors else 0
+
+
+def tensor_name(segment: Segment, side: str, part: str) -> str:
+    """Name of the flat tensor that a segment's side adds one part to."""
+    return f"{segment.representation}.{side}.{segment.format}.{part}"
+
+
+def basis_tensors(module: ModuleSpec) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(tensor name, dtype, shape) of what a module's tasks share: its basis, then its flat one."""
+    for side, format, rows, cols in shared_sides(module):
+        for part, (dtype, row_shape) in part_specs(format, cols).items():
+            yield f"{module.name}.{side}.{part}", dtype, (rows, *row_shape)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that safetensors calls ``name``."""
+    return next(dtype for dtype, known in SAFETENSORS_DTYPES.items() if known == name)

@@ -1,0 +1,250 @@
+"""A checkpoint written task by task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import safetensors
+import safetensors.torch
+import torch
+
+from vllm_vlora._version import __version__
+from vllm_vlora.checkpoint.layout import (
+    BASIS_SHARD_BYTES,
+    CODE_PARTS,
+    EXTRA_PREFIX,
+    SAFETENSORS_DTYPES,
+    tensor_name,
+)
+from vllm_vlora.checkpoint.manifest import (
+    BASIS_INDEX_FILE,
+    CONFIG_FILE,
+    TASKS_FILE,
+    TASKS_FOLDER,
+    Config,
+    FileRef,
+    TaskRecord,
+    encode_config,
+    encode_tasks,
+    format_version,
+    read_checked,
+)
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.quantize import PackedMatrix, narrow_codes
+from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
+from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
+from vllm_vlora.task_ids import encode_task_id
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes one checkpoint into ``folder``, which ``atomic.publish_folder`` then puts in place.
+
+    Call ``add_module`` for every module (with its basis, if it has one), ``add_task`` for every
+    task and ``finish`` last: the manifest is the last file written. Tensors are written as they
+    come, so memory is one basis shard and one task.
+    """
+
+    folder: Path
+    base_model: str | None
+    shard_bytes: int = BASIS_SHARD_BYTES
+    modules: list[ModuleSpec] = field(default_factory=list)
+    tasks: dict[str, TaskRecord] = field(default_factory=dict)
+    _index: dict[str, int] = field(default_factory=dict)
+    _pending: dict[str, torch.Tensor] = field(default_factory=dict)
+    _shards: list[tuple[Path, list[str]]] = field(default_factory=list)
+    _basis_data_nbytes: int = 0
+
+    def add_module(
+        self,
+        name: str,
+        d_in: int,
+        d_out: int,
+        kind: str = "linear",
+        basis: Basis | None = None,
+        flat: FlatBasis | None = None,
+    ) -> ModuleSpec:
+        """Declare a module and store what its tasks share: a basis, a flat one, both or nothing."""
+        assert name not in self._index, f"module {name} declared twice"
+        spec = ModuleSpec(name, d_in, d_out, kind)
+        shared: dict[str, PackedMatrix] = {}
+        if basis is not None:
+            spec.basis = BasisSpec(basis.u.rows, basis.v.rows, basis.u.format)
+            shared.update(U=basis.u, V=basis.v)
+        if flat is not None:
+            spec.flat = FlatSpec(flat.rank, flat.k_out, flat.k_in, flat.u.format)
+            shared.update(flatU=flat.u, flatV=flat.v)
+        for side, matrix in shared.items():
+            for part, tensor in matrix.parts.items():
+                self._pending[f"{name}.{side}.{part}"] = tensor.cpu().contiguous()
+        if shared and sum(t.nbytes for t in self._pending.values()) >= self.shard_bytes:
+            self._flush_shard()
+        self._index[name] = len(self.modules)
+        self.modules.append(spec)
+        return spec
+
+    def add_task(
+        self,
+        task_id: str,
+        modules: Mapping[str, StoredModule],
+        *,
+        original_nbytes: int,
+        error: float,
+        adapter_config: dict[str, Any],
+        source: str = "",
+        extra: Mapping[str, torch.Tensor] | None = None,
+    ) -> TaskRecord:
+        """Write one task's file and remember its record."""
+        assert task_id not in self.tasks, f"task {task_id!r} added twice"
+        segments: list[Segment] = []
+        chunks: dict[str, list[torch.Tensor]] = {}
+        for name, stored in modules.items():
+            segment = Segment(
+                self._index[name],
+                stored.representation,
+                stored.format,
+                stored.rank,
+                stored.scale,
+                stored.error,
+                stored.core,
+                stored.bits,
+                stored.rows,
+            )
+            segments.append(segment)
+            for side, matrix in stored.matrices.items():
+                for part, tensor in _narrowed(matrix, segment.bits).items():
+                    key = tensor_name(segment, side, part)
+                    chunks.setdefault(key, []).append(tensor.cpu().reshape(-1))
+        tensors = {key: torch.cat(parts) for key, parts in chunks.items()}
+        extra = extra or {}
+        tensors.update({EXTRA_PREFIX + k: t.cpu().contiguous() for k, t in extra.items()})
+        ref = self._write(
+            f"{TASKS_FOLDER}/{encode_task_id(task_id)}.safetensors", safetensors.torch.save(tensors)
+        )
+        self.tasks[task_id] = TaskRecord(
+            file=ref.file,
+            sha256=ref.sha256,
+            nbytes=ref.nbytes,
+            original_nbytes=original_nbytes,
+            error=error,
+            segments=segments,
+            adapter_config=adapter_config,
+            source=source,
+            extra={k: (SAFETENSORS_DTYPES[t.dtype], list(t.shape)) for k, t in extra.items()},
+        )
+        return self.tasks[task_id]
+
+    def copy_task(self, checkpoint: Checkpoint, task_id: str) -> TaskRecord:
+        """Take over a task of another checkpoint: its file as it is, its record with modules found anew.
+
+        Its modules must be declared here, with the bases that it stands on. A basis may have grown at its
+        end: the segment then says which rows it uses.
+
+        Raises:
+            TaskNotFoundError, CheckpointError: no such task, or its file is damaged.
+        """
+        assert task_id not in self.tasks, f"task {task_id!r} added twice"
+        record = checkpoint.record(task_id)
+        segments = []
+        for segment in record.segments:
+            old = checkpoint.modules[segment.module]
+            place = self._index[old.name]
+            rows = _grown_rows(segment, old, self.modules[place])
+            segments.append(msgspec.structs.replace(segment, module=place, rows=rows))
+        ref = FileRef(record.file, record.sha256, record.nbytes)
+        self._write(record.file, read_checked(checkpoint.path / record.file, ref))
+        self.tasks[task_id] = msgspec.structs.replace(record, segments=segments)
+        return self.tasks[task_id]
+
+    def finish(self, card: str) -> None:
+        """Write the basis index, ``tasks.json``, the model card and, last, the manifest."""
+        basis = self._finish_basis()
+        (self.folder / "README.md").write_text(card, encoding="utf-8")
+        tasks = self._write(TASKS_FILE, encode_tasks(self.tasks))
+        config = Config(
+            format_version(self.modules, self.tasks.values()),
+            f"vllm-vlora {__version__}",
+            self.base_model,
+            self.modules,
+            basis,
+            tasks,
+        )
+        self._write(CONFIG_FILE, encode_config(config))
+
+    def _flush_shard(self) -> None:
+        path = self.folder / f"basis.part{len(self._shards)}"
+        path.write_bytes(safetensors.torch.save(self._pending))
+        self._basis_data_nbytes += sum(t.nbytes for t in self._pending.values())
+        self._shards.append((path, list(self._pending)))
+        self._pending = {}
+
+    def _finish_basis(self) -> list[FileRef]:
+        if self._pending:
+            self._flush_shard()
+        count, refs, weight_map = len(self._shards), [], {}
+        for number, (path, names) in enumerate(self._shards, 1):
+            final = "basis.safetensors"
+            if count > 1:
+                final = f"basis-{number:05d}-of-{count:05d}.safetensors"
+            path.rename(self.folder / final)
+            digest, size = _hash_file(self.folder / final)
+            refs.append(FileRef(final, digest, size))
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {
+                "metadata": {"total_size": self._basis_data_nbytes},
+                "weight_map": weight_map,
+            }
+            self._write(BASIS_INDEX_FILE, json.dumps(index, indent=2).encode())
+        return refs
+
+    def _write(self, name: str, data: bytes) -> FileRef:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        return FileRef(name, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _grown_rows(
+    segment: Segment, old: ModuleSpec, new: ModuleSpec
+) -> tuple[int, int, int, int] | None:
+    """The rows that a segment written on the basis of ``old`` uses of that of ``new``."""
+    assert (old.d_in, old.d_out, old.kind) == (new.d_in, new.d_out, new.kind), new.name
+    if segment.is_flat:
+        assert old.flat == new.flat, f"{new.name} has another flat basis"
+    if not segment.is_joint or segment.rows is not None or old.basis == new.basis:
+        return segment.rows
+    assert old.basis is not None
+    assert new.basis is not None
+    assert old.basis.k_out <= new.basis.k_out, f"the basis of {new.name} has shrunk"
+    assert old.basis.k_in <= new.basis.k_in, f"the basis of {new.name} has shrunk"
+    return 0, old.basis.k_out, 0, old.basis.k_in
+
+
+def _narrowed(
+    matrix: PackedMatrix, bits: tuple[int, int, int] | None
+) -> Mapping[str, torch.Tensor]:
+    """The parts of a matrix as its file has them (``layout.stored_parts``)."""
+    if bits is None:
+        return matrix.parts
+    parts = dict(matrix.parts)
+    whole = parts.pop("codes").split(list(bits))
+    for (width, name), codes in zip(CODE_PARTS.items(), whole):
+        if len(codes):
+            parts[name] = codes if width == 4 else narrow_codes(codes, width)
+    return parts
+
+
+def _hash_file(path: Path) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size

@@ -1,0 +1,96 @@
+"""One module of one task in memory, what tasks share, and the products they decode to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm_vlora.quantize import (
+    PackedMatrix,
+    unpack,
+)
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """One module of one task in memory: its segment's fields and its packed matrices by side.
+
+    The matrices of a task with ``bits`` hold 4-bit codes in every row, as ``pack_narrow`` makes them;
+    only the file has fewer.
+    """
+
+    representation: str
+    format: str
+    rank: int
+    matrices: Mapping[str, PackedMatrix]
+    scale: float = 1.0
+    error: float = 0.0
+    core: str | None = None
+    bits: tuple[int, int, int] | None = None
+    rows: tuple[int, int, int, int] | None = None
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nothing is shared: the factors are the task's own."""
+        return self.representation == "private"
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether it is a core on the module's basis."""
+        return self.representation == "joint"
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is loadings on the module's flat basis."""
+        return self.representation == "flat"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A module's shared basis: ``u`` is U transposed (k_out x d_out), ``v`` is V (k_in x d_in)."""
+
+    u: PackedMatrix
+    v: PackedMatrix
+
+
+@dataclass(frozen=True)
+class FlatBasis(Basis):
+    """What a module's ``flat`` tasks share, stacked as ``FlatSpec`` says.
+
+    ``u`` is ((k_out + 1) * rank, d_out) and ``v`` ((k_in + 1) * rank, d_in).
+    """
+
+    rank: int
+
+    @property
+    def k_out(self) -> int:
+        """Components of B transposed beside their mean."""
+        return self.u.rows // self.rank - 1
+
+    @property
+    def k_in(self) -> int:
+        """Components of A beside their mean."""
+        return self.v.rows // self.rank - 1
+
+
+@dataclass(frozen=True)
+class SideSource:
+    """``scale * left @ unpack(matrix)``, of shape (rank, d); ``left`` None means the identity."""
+
+    matrix: PackedMatrix
+    left: torch.Tensor | None
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of the product."""
+        return self.matrix.rows if self.left is None else self.left.shape[0]
+
+    def to_dense(self) -> torch.Tensor:
+        """The product in float32, (rank, d)."""
+        dense = unpack(self.matrix)
+        if self.left is not None:
+            dense = self.left.to(dense.dtype) @ dense
+        return dense if self.scale == 1.0 else dense * self.scale
