@@ -26,6 +26,7 @@ Run = tuple[int, int, int]
 
 # Bytes of cores that a batch composition may keep together, over all layers.
 _STACK_LIMIT = 512 << 20
+_TILE_COLUMNS = 32
 
 
 @torch.no_grad()
@@ -36,10 +37,24 @@ def add_by_runs(
     runs = routing.runs
     if not runs:
         return
+    x = _whole_tiles(x)
     if layer.v is not None:
         _add_joint(y, x, layer, table, routing)
     if layer.private:
         _add_private(y, x, layer, table, runs)
+
+
+def _whole_tiles(x: torch.Tensor) -> torch.Tensor:
+    """x with zeros after each row where a bfloat16 product would read on from there.
+
+    oneDNN's AMX kernel (torch 2.13.0) takes 32 columns at a time and reads past the end of a row
+    whose length is no multiple of that, against weights of zero: NaN there makes NaN here. What
+    stands there is the next token's row, another request's.
+    """
+    columns = x.shape[1]
+    if x.dtype != torch.bfloat16 or columns % _TILE_COLUMNS == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, -columns % _TILE_COLUMNS))[:, :columns]
 
 
 # --- joint -----------------------------------------------------------------------------------------
