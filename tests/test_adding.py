@@ -23,9 +23,12 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
-from vllm_vlora.editing.adding import AddedTask, AddOptions, AddReport, add_adapters, remove_tasks
+from vllm_vlora.editing.adding import add_adapters
 from vllm_vlora.editing.growth_offers import ResidualFit
-from vllm_vlora.editing.rebuilding import find_originals, predict_rebuild, rebuild, rebuild_advice
+from vllm_vlora.editing.options import AddedTask, AddOptions, AddReport
+from vllm_vlora.editing.rebuild_advice import predict_rebuild, rebuild_advice
+from vllm_vlora.editing.rebuilding import find_originals, rebuild
+from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import (
     AdapterError,
     BudgetError,

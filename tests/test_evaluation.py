@@ -803,7 +803,7 @@ def test_the_command_finds_data_and_originals_in_folders(world: World, tmp_path:
 
 def test_adapters_are_found_by_the_name_they_had(world: World) -> None:
     # The tasks' adapters lie in folders 0, 1 and 2, which compress recorded as their sources.
-    from vllm_vlora.tools.evaluate_command import find_originals
+    from vllm_vlora.checkpoint.task_files import find_originals
 
     folder = world.adapters["sql"].parent
     checkpoint = Checkpoint.open(world.exact)
@@ -813,7 +813,7 @@ def test_adapters_are_found_by_the_name_they_had(world: World) -> None:
 
 
 def test_a_task_id_may_hold_an_equals_sign(world: World, tmp_path: Path) -> None:
-    from vllm_vlora.tools.evaluate_command import find_data
+    from vllm_vlora.checkpoint.task_files import find_data
 
     opened = {name: open_adapter(world.adapters["sql"]) for name in ("a", "a=b")}
     compress(opened, tmp_path / "ckpt", CompressOptions(representation="private", max_error=0.0))

@@ -34,7 +34,8 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError
-from vllm_vlora.plugin.direct import DirectPath, DirectSlots
+from vllm_vlora.plugin.direct import DirectPath
+from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.memory import plan_memory

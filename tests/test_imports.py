@@ -1,54 +1,73 @@
-"""Imports run one way: tools -> library -> checkpoint; plugin -> library and triton_kernels."""
+"""Imports run one way: a room imports only the rooms that the table below allows it."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_vlora"
-# What each part may import beside itself; the library's own order is the list below.
+GROUND = "ground"
+# Rooms of the library from the ground up: each may import the ground and those before it.
+LIBRARY = (
+    "representations",
+    "adapters",
+    "fitting",
+    "checkpoint",
+    "foreign",
+    "planning",
+    "compression",
+    "editing",
+    "subspace",
+    "merging",
+    "model",
+    "evaluation",
+    "integrations",
+)
+# Room -> the rooms that it may import, the ground and itself always among them.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    GROUND: (),
+    "triton_kernels": (),
+    **{room: LIBRARY[:place] for place, room in enumerate(LIBRARY)},
+    "plugin": ("representations", "adapters", "checkpoint", "triton_kernels"),
+    "tools": (*LIBRARY, "plugin"),
+}
+# What of other packages a room may not import. Only the plugin touches vLLM, only kernels Triton.
 FORBIDDEN = {
-    "library": ("vllm", "triton", "typer", "rich", "vllm_vlora.plugin", "vllm_vlora.tools",
-                "vllm_vlora.triton_kernels"),
-    "plugin": ("typer", "rich", "vllm_vlora.tools"),
-    "triton_kernels": ("vllm", "typer", "rich", "vllm_vlora.plugin", "vllm_vlora.tools",
-                       "vllm_vlora.checkpoint.reader"),
-    "tools": ("vllm", "triton", "vllm_vlora.triton_kernels"),
-}  # fmt: skip
-LIBRARY_ORDER = [
-    "errors", "_version", "modes", "task_ids", "atomic", "hub", "executors", "whitening", "moments",
-    "texts", "calibration", "quantize", "options", "peft_config", "adapters", "manifest",
-    "checkpoint", "representations", "evaluation", "fit", "flat_fit", "clusters", "collection",
-    "formats", "scratch", "allocation", "measure", "flat", "survey", "sharing", "plan", "encoding",
-    "report", "contents", "card", "model_layers", "memory", "compression", "projection", "growth",
-    "editing", "adding", "recovery", "export", "rebuilding", "validation", "foreign.files",
-    "foreign.lorashare_files", "foreign.vlora_files", "foreign.convert", "hub_repository",
-    "share_model", "subspace.algebra", "subspace.layers", "subspace.rounding", "subspace.tasks",
-    "subspace.weights", "subspace.analysis", "subspace.members", "subspace.fitting",
-    "subspace.merging", "subspace.storage", "subspace.sizes", "subspace.state",
-    "subspace.refitting", "subspace.shared", "subspace.blending", "subspace.pipeline",
-    "subspace.router", "subspace.updates", "subspace.attaching", "subspace.heads", "subspace.model",
-    "subspace.training", "integrations.huggingface",
-]  # fmt: skip
+    **dict.fromkeys((GROUND, *LIBRARY), ("vllm", "triton", "typer", "rich")),
+    "plugin": ("typer", "rich"),
+    "triton_kernels": ("vllm", "typer", "rich"),
+    "tools": ("vllm", "triton"),
+}
+# The offline memory plan and the settings answer where no vLLM is installed.
+WITHOUT_VLLM = ("plugin/memory.py", "plugin/model_layers.py", "plugin/settings.py")
 
 
-def _part(file: Path) -> str:
-    name = file.relative_to(PACKAGE).parts[0]
-    return name if name in ("plugin", "triton_kernels", "tools") else "library"
+def _room(file: Path) -> str:
+    parts = file.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else GROUND
 
 
-def _imports(file: Path) -> set[str]:
-    """Modules that a file imports at any depth, those for type checkers only left out."""
+def _module(file: Path) -> str:
+    """Dotted name below the package: "errors", "fitting.clusters", "subspace" for its face."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(file: Path, *, when_run: bool = True) -> set[str]:
+    """Modules that a file imports, with or without those of its functions; none for type checkers."""
     tree = ast.parse(file.read_text())
     names: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.FunctionDef) and not when_run:
             return
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
@@ -66,32 +85,83 @@ def _imports(file: Path) -> set[str]:
 FILES = sorted(p for p in PACKAGE.rglob("*.py")) + [
     p for folder in ("triton_kernels", "tools") for p in sorted((PACKAGE / folder).glob("*.py"))
 ]
+MODULES = {_module(file): file for file in FILES if file != PACKAGE / "__init__.py"}
+ROOMS = {_module(file): _room(file) for file in FILES}
+
+
+def _own_imports(module: str) -> set[str]:
+    """The modules of the package that a module imports."""
+    # An operation is defined in one file and imports its kernel, which stands on it, when it runs.
+    when_run = ROOMS[module] != "triton_kernels"
+    names = {
+        name.removeprefix("vllm_vlora.") for name in _imports(MODULES[module], when_run=when_run)
+    }
+    return {name for name in names if name in MODULES and name != module}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_no_part_imports_what_stands_above_it(file: Path) -> None:
+def test_no_room_imports_what_stands_above_it(file: Path) -> None:
+    room = _room(file)
+    banned = FORBIDDEN[room]
+    if str(file.relative_to(PACKAGE)) in WITHOUT_VLLM:
+        banned = (*banned, "vllm", "triton")
     for name in _imports(file):
-        for banned in FORBIDDEN[_part(file)]:
-            assert not f"{name}.".startswith(f"{banned}."), f"{file} imports {name}"
+        assert not any(f"{name}.".startswith(f"{other}.") for other in banned), name
+    if file == PACKAGE / "__init__.py":  # It imports on first use, and then from every room.
+        return
+    allowed = {GROUND, room, *MAY_IMPORT[room]}
+    for name in _own_imports(_module(file)):
+        assert ROOMS[name] in allowed, f"{file} imports {name}"
 
 
-def _module(file: Path) -> str:
-    """Dotted name below the package: "fit", "subspace.shared"."""
-    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+def test_every_room_is_in_the_table_and_says_what_it_is_for() -> None:
+    assert set(ROOMS.values()) == set(MAY_IMPORT)
+    for room in set(ROOMS.values()) - {GROUND}:
+        text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+        assert text, f"{room} has no docstring"
 
 
-def test_the_library_imports_in_one_order() -> None:
-    files = {
-        _module(file): file
-        for file in PACKAGE.rglob("*.py")
-        if _part(file) == "library" and file.stem != "__init__"
-    }
-    assert set(files) == set(LIBRARY_ORDER)
-    for place, module in enumerate(LIBRARY_ORDER):
-        later = set(LIBRARY_ORDER[place:])
-        for name in _imports(files[module]):
-            imported = name.removeprefix("vllm_vlora.")
-            assert imported == name or imported not in later, f"{module} imports {imported}"
+def test_files_import_the_file_that_defines_a_name_and_no_face() -> None:
+    """``from vllm_vlora.adapters import Adapter`` is for users; here it would hide where a name lives."""
+    faces = {"adapters", "checkpoint", "compression"}
+    for module, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                source = node.module.removeprefix("vllm_vlora.")
+                assert source not in faces or source == module, f"{file} imports from {source}"
+
+
+def _levels(graph: Mapping[str, set[str]]) -> Iterator[list[str]]:
+    """The modules level by level, each above all it imports; what is left over stands in circles."""
+    left = {module: set(imported) for module, imported in graph.items()}
+    while left:
+        level = sorted(module for module, imported in left.items() if not imported & set(left))
+        if not level:
+            raise AssertionError(f"circles among {sorted(left)}")
+        yield level
+        for module in level:
+            del left[module]
+
+
+def test_no_two_files_import_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints the shape of the graph: levels of files and of rooms, circles, arrows that go up."""
+    graph = {module: _own_imports(module) for module in MODULES}
+    files = list(_levels(graph))
+    between: dict[str, set[str]] = {room: set() for room in MAY_IMPORT}
+    for module, imported in graph.items():
+        room = ROOMS[module]
+        between[room] |= {ROOMS[name] for name in imported} - {room}
+    rooms = list(_levels(between))
+    up = sum(
+        other not in (GROUND, *MAY_IMPORT[r]) for r, others in between.items() for other in others
+    )
+    with capsys.disabled():
+        print(
+            f"\nimports: {len(graph)} files on {len(files)} levels, {len(rooms)} levels of rooms, ",
+            end="",
+        )
+        print(f"0 circles, {up} arrows up")
+    assert up == 0
 
 
 @pytest.mark.parametrize(

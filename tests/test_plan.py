@@ -19,13 +19,9 @@ from vllm_vlora.planning.allocation import (
     fit_to_budget,
     lower_hull,
 )
+from vllm_vlora.planning.joint_curves import JointCurve, JointMeter
 from vllm_vlora.planning.number_formats import NARROW
-from vllm_vlora.planning.private_curves import (
-    JointCurve,
-    JointMeter,
-    component_grid,
-    measure_private,
-)
+from vllm_vlora.planning.private_curves import component_grid, measure_private
 from vllm_vlora.quantize import FORMATS, narrow_row_nbytes, pack, row_nbytes, unpack
 from vllm_vlora.representations.decode import decode, relative_error
 from vllm_vlora.representations.factors import balanced_svd, squared_norm

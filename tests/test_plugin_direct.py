@@ -21,7 +21,8 @@ from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import ModelMismatchError, SettingError
 from vllm_vlora.plugin import admission
 from vllm_vlora.plugin.admission import Admission
-from vllm_vlora.plugin.direct import DirectPath, DirectSlots
+from vllm_vlora.plugin.direct import DirectPath
+from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.resident import ResidentStore

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from vllm_vlora.adapters.peft_folder import Adapter
     from vllm_vlora.checkpoint.report import CompressReport
-    from vllm_vlora.editing.adding import AddOptions, AddReport
+    from vllm_vlora.editing.options import AddOptions, AddReport
 
 
 Output = Annotated[
@@ -124,7 +124,7 @@ def add(
     vllm-vlora add ckpt new-lora/ --rebuild --originals adapters/
     """
     with reported(verbose):
-        from vllm_vlora.editing.adding import AddOptions
+        from vllm_vlora.editing.options import AddOptions
         from vllm_vlora.tools.inputs import collect_shown
 
         _check_rebuild(rebuild, originals, expand)
@@ -187,7 +187,7 @@ def remove(
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.card import format_bytes
-        from vllm_vlora.editing.adding import remove_tasks
+        from vllm_vlora.editing.removing import remove_tasks
         from vllm_vlora.tools.summary import line
 
         freed = remove_tasks(checkpoint, tasks, output=output, force=force)

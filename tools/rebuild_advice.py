@@ -15,12 +15,12 @@ from vllm_vlora.tools.summary import line
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint.reader import Checkpoint
-    from vllm_vlora.editing.rebuilding import RebuildPoint
+    from vllm_vlora.editing.rebuild_advice import RebuildPoint
 
 
 def advise(checkpoint: Checkpoint) -> dict[str, Any]:
     """From the manifest alone, as JSON data; sizes in bytes."""
-    from vllm_vlora.editing.rebuilding import rebuild_advice
+    from vllm_vlora.editing.rebuild_advice import rebuild_advice
 
     found = rebuild_advice(checkpoint)
     return {
@@ -37,7 +37,8 @@ def predict(
     checkpoint: Checkpoint, originals: Path | None, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """What rebuilds would come to, as JSON data; errors are means, relative (Frobenius)."""
-    from vllm_vlora.editing.rebuilding import find_originals, predict_rebuild
+    from vllm_vlora.editing.rebuild_advice import predict_rebuild
+    from vllm_vlora.editing.rebuilding import find_originals
 
     adapters = None if originals is None else find_originals(checkpoint, originals)
     found = predict_rebuild(checkpoint, adapters, progress=progress)

@@ -5,10 +5,10 @@ Names are imported on first use: ``import vllm_vlora`` alone imports neither tor
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_vlora._version import __version__
+from vllm_vlora.lazy import names_on_first_use
 
 if TYPE_CHECKING:
     from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from vllm_vlora.compression.options import CompressOptions
     from vllm_vlora.compression.pipeline import compress, predict
     from vllm_vlora.compression.quality import compress_to_quality
-    from vllm_vlora.editing.adding import AddOptions, AddReport, add_adapters, remove_tasks
+    from vllm_vlora.editing.adding import add_adapters
+    from vllm_vlora.editing.options import AddOptions, AddReport
     from vllm_vlora.editing.rebuilding import rebuild
+    from vllm_vlora.editing.removing import remove_tasks
     from vllm_vlora.errors import VLoRAError
     from vllm_vlora.foreign.convert import convert
     from vllm_vlora.merging.analysis import (
@@ -78,8 +80,10 @@ _NAMES = {
     "compression.options": ("CompressOptions",),
     "compression.pipeline": ("compress", "predict"),
     "compression.quality": ("compress_to_quality",),
-    "editing.adding": ("AddOptions", "AddReport", "add_adapters", "remove_tasks"),
+    "editing.adding": ("add_adapters",),
+    "editing.options": ("AddOptions", "AddReport"),
     "editing.rebuilding": ("rebuild",),
+    "editing.removing": ("remove_tasks",),
     "errors": ("VLoRAError",),
     "foreign.convert": ("convert",),
     "merging.analysis": (
@@ -115,8 +119,6 @@ _NAMES = {
     "subspace.tasks": ("TaskProjection",),
     "subspace.weights": ("LoRAWeights", "load_adapter", "load_adapter_from_hub", "save_adapter"),
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
-
 __all__ = [
     "Adapter",
     "AddOptions",
@@ -184,12 +186,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'vllm_vlora' has no attribute {name!r}")
-    value = getattr(import_module(f"vllm_vlora.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = names_on_first_use(
+    __name__, {name: f"vllm_vlora.{home}" for home, names in _NAMES.items() for name in names}
+)
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vlora import CompressOptions
-from vllm_vlora.editing.adding import AddOptions
+from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.errors import OptionError
 
 SEEDS = {

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,10 +19,8 @@ import torch
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress, common_base_model
 from vllm_vlora.adapters.peft_folder import Adapter
-from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
-from vllm_vlora.checkpoint.manifest import is_checkpoint
 from vllm_vlora.checkpoint.report import (
     Candidate,
     CompressReport,
@@ -35,13 +31,13 @@ from vllm_vlora.checkpoint.report import (
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.compression.encoding import EncodedTask, Encoder, stored_basis, stored_flat
 from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.publishing import publish_checkpoint
 from vllm_vlora.errors import BudgetError, OptionError
 from vllm_vlora.fitting.clusters import cluster_tasks
 from vllm_vlora.planning.executors import Executor
 from vllm_vlora.planning.number_formats import Formats, formats_to_try
-from vllm_vlora.planning.plan import (
-    Budget,
-    Plan,
+from vllm_vlora.planning.plan import Budget, Plan
+from vllm_vlora.planning.problem import (
     Problem,
     flat_problem,
     joint_problems,
@@ -116,25 +112,6 @@ def compress(
         return compression.write(folder, compression.choose(), base_model)
 
     return publish_checkpoint(output, force, make)
-
-
-def publish_checkpoint(
-    output: str | Path, force: bool, make: Callable[[Path, Path], CompressReport]
-) -> CompressReport:
-    """What ``make`` writes into (folder, scratch folder), published as ``output``, with its time.
-
-    Raises:
-        OutputError: ``output`` exists and is not to be replaced, or cannot be written.
-    """
-    started = time.monotonic()
-    with publish_folder(output, force=force, owned=is_checkpoint) as folder:
-        scratch = folder / ".scratch"
-        scratch.mkdir()
-        report = make(folder, scratch)
-        shutil.rmtree(scratch)
-    report.path = Path(output)
-    report.seconds = time.monotonic() - started
-    return report
 
 
 def predict(

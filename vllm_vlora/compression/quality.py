@@ -20,7 +20,8 @@ from vllm_vlora.adapters.collection import Collection, Progress
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.options import CompressOptions
-from vllm_vlora.compression.pipeline import Compression, publish_checkpoint
+from vllm_vlora.compression.pipeline import Compression
+from vllm_vlora.compression.publishing import publish_checkpoint
 from vllm_vlora.errors import OptionError
 from vllm_vlora.planning.plan import Budget
 

@@ -22,7 +22,7 @@ from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.successor import Successor, edited
 from vllm_vlora.compression.encoding import Loss, encode_kept, measure_loss
-from vllm_vlora.compression.options import DEFAULT_RATIO, CompressOptions
+from vllm_vlora.compression.options import DEFAULT_RATIO
 from vllm_vlora.editing.growth_offers import (
     Offer,
     ResidualFit,
@@ -32,6 +32,7 @@ from vllm_vlora.editing.growth_offers import (
     make_offer,
     options_hull,
 )
+from vllm_vlora.editing.options import AddedTask, AddOptions, AddReport
 from vllm_vlora.editing.projection import (
     BlockMeter,
     CoreOption,
@@ -43,10 +44,10 @@ from vllm_vlora.editing.projection import (
     choices_of,
     used_blocks,
 )
-from vllm_vlora.errors import AdapterError, BudgetError, OptionError, TaskIdError
+from vllm_vlora.errors import AdapterError, BudgetError, TaskIdError
 from vllm_vlora.fitting.whitening import Metric
+from vllm_vlora.planning.joint_curves import rows_nbytes
 from vllm_vlora.planning.number_formats import formats_to_try
-from vllm_vlora.planning.private_curves import rows_nbytes
 from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import SurveyJob, Surveyor, SurveySettings, check_calibration
 from vllm_vlora.representations.factors import relative
@@ -65,112 +66,6 @@ _GROWTH_ROUNDS = 6
 # files' headers cost, nor what is left over where one task's budget ends.
 _ROOMS = (1.0, 0.7, 0.5)
 _LIMITS = (1.0, 2.0, 0.5)
-
-
-@dataclass(frozen=True)
-class AddOptions:
-    """What new tasks may take. At most one of ``ratio``, ``max_bytes``, ``max_error``.
-
-    Attributes:
-        ratio: a new adapter's LoRA weights at 16 bits each over the bytes of its file (and of its
-            share of the rows by which bases grow) is to be at least this; one or less sets no limit.
-            Default: the checkpoint's ratio, bases counted, so that adding keeps it; a task that would
-            lose more than 1.5 times what any of the checkpoint's does gets more bytes, until it does
-            not or has a ratio of 3.5.
-        max_bytes: all new tasks together, divided by the sizes of their originals.
-        max_error: as of ``CompressOptions``, of the new tasks.
-        quantize, double_quantize, dtype, calibration: as of ``CompressOptions``.
-
-    Raises:
-        OptionError: unknown, out of range or contradictory values.
-
-    Examples:
-        >>> AddOptions(ratio=4).max_error is None
-        True
-        >>> AddOptions(ratio=4, max_error=0.1)
-        Traceback (most recent call last):
-        vllm_vlora.errors.OptionError: ratio and max_error contradict each other; give only one of them
-    """
-
-    ratio: float | None = None
-    max_bytes: int | None = None
-    max_error: float | None = None
-    quantize: str = "auto"
-    double_quantize: bool = True
-    dtype: str | None = None
-    calibration: str | None = None
-
-    def __post_init__(self) -> None:
-        CompressOptions(
-            ratio=self.ratio,
-            max_bytes=self.max_bytes,
-            max_error=self.max_error,
-            quantize=self.quantize,
-            double_quantize=self.double_quantize,
-            dtype=self.dtype,
-            calibration=self.calibration,
-        )
-
-
-@dataclass
-class AddedTask:
-    """What became of one new task.
-
-    Attributes:
-        kind: ``projected`` on the bases, ``private``, or ``mixed``, some modules either way.
-        nbytes: its file without extra tensors. grown_nbytes: its share of the rows added for it.
-        error: measured ||delta_W' - delta_W||_F / ||delta_W||_F over all modules.
-        seen_error: as the calibrated model sees it; without calibration it is ``error``.
-        carried: the share of ||delta_W||^2 that the bases hold, where it has modules with one.
-        private_error, private_nbytes: of the best private storage within the same limit (as seen),
-            None where none meets it.
-        why: one line that says why it is stored so.
-    """
-
-    task_id: str
-    source: str
-    kind: str
-    ranks: tuple[int, int]
-    original_nbytes: int
-    nbytes: int
-    grown_nbytes: int
-    error: float
-    seen_error: float
-    carried: float
-    private_error: float | None
-    private_nbytes: int | None
-    why: str
-
-
-@dataclass
-class AddReport:
-    """What adding did: sizes of the whole checkpoint before and after, and each new task.
-
-    ``grown`` counts the modules whose basis has grown, ``grown_nbytes`` the bytes of their new rows.
-    ``budget`` says what the new tasks were allowed, in words.
-
-    Examples:
-        >>> new = {"new": open_adapter(adapter_dirs[0])}
-        >>> report = add_adapters(checkpoint, new, AddOptions(max_error=0.1))
-        >>> report.nbytes > report.nbytes_before, report.tasks[0].error <= 0.1
-        (True, True)
-    """
-
-    path: Path
-    tasks: list[AddedTask]
-    nbytes_before: int
-    nbytes: int
-    original_nbytes: int
-    budget: str
-    grown: int = 0
-    grown_nbytes: int = 0
-    warnings: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def ratio(self) -> float:
-        """Of the checkpoint as it is now."""
-        return self.original_nbytes / self.nbytes if self.nbytes else math.inf
 
 
 def add_adapters(
@@ -221,42 +116,6 @@ def add_adapters(
     report.path = Path(checkpoint if output is None else output)
     report.seconds = time.monotonic() - started
     return report
-
-
-def remove_tasks(
-    checkpoint: str | Path,
-    task_ids: Sequence[str],
-    *,
-    output: str | Path | None = None,
-    force: bool = False,
-) -> int:
-    """Remove tasks from a checkpoint, in place or as the folder ``output``; bases stay as they are.
-
-    Returns:
-        The bytes that were freed, of its safetensors files.
-
-    Raises:
-        TaskNotFoundError: no such task. OptionError: no task would be left.
-        CheckpointError, OutputError: as :func:`add_adapters`.
-
-    Examples:
-        >>> freed = remove_tasks(checkpoint, ["task_1", "task_3"])
-        >>> freed > 0, list(Checkpoint.open(checkpoint).tasks)
-        (True, ['task_0', 'task_2'])
-    """
-    with edited(checkpoint, output, force=force) as (opened, folder):
-        freed = sum(opened.record(task_id).nbytes for task_id in dict.fromkeys(task_ids))
-        kept = [task_id for task_id in opened.tasks if task_id not in set(task_ids)]
-        if not kept:
-            raise OptionError(
-                f"{checkpoint}: no task would be left; delete the folder instead of its last task"
-            )
-        writer = Successor(folder, opened)
-        writer.keep_bases()
-        for task_id in kept:
-            writer.copy_task(opened, task_id)
-        writer.finish_edited()
-    return freed
 
 
 def check_new(checkpoint: Checkpoint, task_ids: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from vllm_vlora.adapters.collection import Module
 from vllm_vlora.editing.projection import BlockMeter, ModuleChoices, Projection, Rows
 from vllm_vlora.fitting.whitening import Metric
 from vllm_vlora.planning.allocation import lower_hull
-from vllm_vlora.planning.private_curves import JointCurve, core_nbytes, rows_nbytes, widths_path
+from vllm_vlora.planning.joint_curves import JointCurve, core_nbytes, rows_nbytes, widths_path
 from vllm_vlora.quantize import PackedMatrix, row_nbytes, stack_rows, unpack
 from vllm_vlora.representations.spec import BasisSpec
 from vllm_vlora.representations.stored import Basis

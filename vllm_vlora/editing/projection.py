@@ -24,13 +24,8 @@ from vllm_vlora.planning.allocation import (
     fit_to_budget,
     pareto_front,
 )
-from vllm_vlora.planning.private_curves import (
-    Curve,
-    JointCurve,
-    PrivateOption,
-    core_nbytes,
-    widths_path,
-)
+from vllm_vlora.planning.joint_curves import JointCurve, core_nbytes, widths_path
+from vllm_vlora.planning.private_curves import Curve, PrivateOption
 from vllm_vlora.quantize import unpack
 from vllm_vlora.representations.factors import ScaledFactors, squared_norm
 from vllm_vlora.representations.joint import core_factors, encode_joint

@@ -13,9 +13,9 @@ from vllm_vlora.adapters.collection import Progress, common_base_model
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.task_files import find_data
 from vllm_vlora.errors import OptionError, TaskNotFoundError
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
-from vllm_vlora.tools.evaluate_command import find_data
 
 
 @dataclass(frozen=True)

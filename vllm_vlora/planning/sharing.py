@@ -17,8 +17,8 @@ import torch
 
 from vllm_vlora.adapters.collection import Module
 from vllm_vlora.planning.allocation import lower_hull
+from vllm_vlora.planning.joint_curves import JointCurve, core_nbytes, rows_nbytes
 from vllm_vlora.planning.number_formats import Formats
-from vllm_vlora.planning.private_curves import JointCurve, core_nbytes, rows_nbytes
 from vllm_vlora.planning.survey import Group, Survey
 from vllm_vlora.representations.spec import BasisSpec
 

@@ -20,16 +20,9 @@ from vllm_vlora.fitting.shared_basis import fit_bases
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.executors import Executor
 from vllm_vlora.planning.flat_curves import FlatGroup, flat_rows, flat_widths, measure_flat
+from vllm_vlora.planning.joint_curves import JointCurve, JointMeter, joint_nbytes, widths_path
 from vllm_vlora.planning.number_formats import Formats
-from vllm_vlora.planning.private_curves import (
-    Curve,
-    JointCurve,
-    JointMeter,
-    joint_nbytes,
-    measure_private,
-    seen_squared_norm,
-    widths_path,
-)
+from vllm_vlora.planning.private_curves import Curve, measure_private, seen_squared_norm
 from vllm_vlora.planning.scratch import FittedBases
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack, row_nbytes
 from vllm_vlora.representations.factors import ScaledFactors

@@ -6,11 +6,9 @@ become the kernels' layers, a stored task becomes their task, and the slots are 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -360,66 +358,3 @@ def _core(module: StoredModule, k_out: int, k_in: int) -> tuple[torch.Tensor, in
 
 
 # --- slots -----------------------------------------------------------------------------------------
-
-
-class DirectSlots:
-    """Which adapter id has which slot of the table; the least recently used gives way."""
-
-    def __init__(self, path: DirectPath) -> None:
-        self._path = path
-        self._slots: OrderedDict[int, int] = OrderedDict()
-        self._pinned: set[int] = set()
-        self._free = list(range(path.table.slots))[::-1]
-        self.version = 0
-
-    def __contains__(self, adapter: int) -> bool:
-        return adapter in self._slots
-
-    def activate(self, adapter: int, task: DirectTask) -> bool:
-        """Give an adapter a slot and put its task there; False when it is there already.
-
-        Raises:
-            ValueError: every slot is pinned.
-        """
-        table, held = self._path.table, self._slots.get(adapter)
-        if held is not None:
-            self._slots.move_to_end(adapter)
-            if table.tasks[held] is task:
-                return False
-            self._free.append(held)  # The id was given to another task.
-        elif not self._free:
-            oldest = next((held for held in self._slots if held not in self._pinned), None)
-            if oldest is None:
-                raise ValueError(f"all {table.slots} slots of direct tasks are pinned")
-            self._free.append(self._slots.pop(oldest))
-        slot = self._free.pop()
-        table.set(slot, task)
-        self._slots[adapter] = slot
-        self.version += 1
-        return True
-
-    def pin(self, adapter: int) -> None:
-        """Keep an active adapter in its slot until it is removed."""
-        assert adapter in self._slots
-        self._pinned.add(adapter)
-
-    def remove(self, adapter: int) -> None:
-        """Give an adapter's slot back, if it has one."""
-        slot = self._slots.pop(adapter, None)
-        self._pinned.discard(adapter)
-        if slot is not None:
-            self._free.append(slot)
-            self.version += 1
-
-    def route(self, token_adapters: np.ndarray) -> np.ndarray:
-        """Tell the routing each token's slot, from its adapter's id.
-
-        Returns:
-            Whether each token has a direct task.
-        """
-        adapters, where = np.unique(token_adapters, return_inverse=True)
-        none = self._path.table.slots
-        slots = np.array([self._slots.get(int(a), none) for a in adapters], dtype=np.int32)
-        token_slots = slots[where] if len(slots) else np.zeros(0, dtype=np.int32)
-        self._path.routing.update(token_slots)
-        return token_slots != none

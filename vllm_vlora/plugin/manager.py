@@ -24,7 +24,8 @@ from vllm.platforms import current_platform
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import ModelMismatchError
-from vllm_vlora.plugin.direct import DirectPath, DirectSlots
+from vllm_vlora.plugin.direct import DirectPath
+from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.layer_calls import LayerPunica
 from vllm_vlora.plugin.layers import (

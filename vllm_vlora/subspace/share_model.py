@@ -37,7 +37,8 @@ from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.successor import Successor, edited
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
-from vllm_vlora.editing.adding import check_new, remove_tasks
+from vllm_vlora.editing.adding import check_new
+from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError, OptionError, TaskIdError
 from vllm_vlora.fitting.shared_basis import fit_module
 from vllm_vlora.foreign.convert import convert, detect_kind
