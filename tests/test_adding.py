@@ -20,6 +20,7 @@ from vllm_vlora.checkpoint import successor
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.task_files import open_originals
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
@@ -27,7 +28,7 @@ from vllm_vlora.editing.adding import add_adapters
 from vllm_vlora.editing.growth_offers import ResidualFit
 from vllm_vlora.editing.options import AddedTask, AddOptions, AddReport
 from vllm_vlora.editing.rebuild_advice import predict_rebuild, rebuild_advice
-from vllm_vlora.editing.rebuilding import find_originals, rebuild
+from vllm_vlora.editing.rebuilding import rebuild
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import (
     AdapterError,
@@ -693,11 +694,15 @@ def test_originals_are_found_by_id_and_by_portable_name(tmp_path: Path) -> None:
     }
     compress(adapters, tmp_path / "ckpt", CompressOptions(ratio=2))
     checkpoint = Checkpoint.open(tmp_path / "ckpt")
+    # By the name that the adapter had, as `evaluate --adapters` finds it.
+    assert open_originals(checkpoint, root)["ü b"].path == root / "other"
+    (root / "other").rename(root / "lost")
     with pytest.raises(AdapterError, match="no adapter for 1 of 2 tasks: 'ü b'"):
-        find_originals(checkpoint, root)
+        open_originals(checkpoint, root)
+    assert list(open_originals(checkpoint, root, ["org/chat"])) == ["org/chat"]
     name = Path(checkpoint.record("ü b").file).stem
-    (root / "other").rename(root / name)
-    found = find_originals(checkpoint, root)
+    (root / "lost").rename(root / name)
+    found = open_originals(checkpoint, root)
     assert {task_id: adapter.path for task_id, adapter in found.items()} == {
         "org/chat": root / "org" / "chat",
         "ü b": root / name,

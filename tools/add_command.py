@@ -229,14 +229,15 @@ def _rebuild(
     as_json: bool,
 ) -> None:
     from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.checkpoint.task_files import open_originals
     from vllm_vlora.editing.adding import check_new
-    from vllm_vlora.editing.rebuilding import find_originals, rebuild
+    from vllm_vlora.editing.rebuilding import rebuild
 
     opened = Checkpoint.open(checkpoint)
     if not replace:
         check_new(opened, list(collected))
     kept = [task_id for task_id in opened.tasks if task_id not in collected]
-    adapters = {**find_originals(opened, originals, kept), **collected}
+    adapters = {**open_originals(opened, originals, kept), **collected}
     before = opened.nbytes
     with progress_bar(open_console(stderr=True)) as advance:
         report = rebuild(

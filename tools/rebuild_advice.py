@@ -37,10 +37,10 @@ def predict(
     checkpoint: Checkpoint, originals: Path | None, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """What rebuilds would come to, as JSON data; errors are means, relative (Frobenius)."""
+    from vllm_vlora.checkpoint.task_files import open_originals
     from vllm_vlora.editing.rebuild_advice import predict_rebuild
-    from vllm_vlora.editing.rebuilding import find_originals
 
-    adapters = None if originals is None else find_originals(checkpoint, originals)
+    adapters = None if originals is None else open_originals(checkpoint, originals)
     found = predict_rebuild(checkpoint, adapters, progress=progress)
     return {
         "pays": found.best is not None,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from vllm_vlora.errors import OptionError
-
-if TYPE_CHECKING:
-    from vllm_vlora.checkpoint.reader import Checkpoint
-
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.errors import AdapterError, OptionError
+from vllm_vlora.task_ids import encode_task_id
 
 _DATA_SUFFIXES = (".jsonl", ".txt")
 
@@ -57,43 +56,81 @@ def find_data(checkpoint: KnownTasks, given: Iterable[str]) -> dict[str, list[Pa
 
 
 def find_originals(
-    checkpoint: Checkpoint, folders: Iterable[str], named: Iterable[str]
+    checkpoint: Checkpoint, folders: Iterable[str | Path], named: Iterable[str] = ()
 ) -> dict[str, Path]:
     """Task id -> folder of its original; a folder given by name goes before one that was found.
 
-    In a folder of adapters the sub-folder counts that has the task's id, its portable name, or the
-    name that the adapter had when it was compressed, if one task alone had it.
+    In a folder of adapters the sub-folder counts that has the task's id (one folder a part, where it has
+    slashes), its portable name, or the name that the adapter had when it was compressed, if one task
+    alone had it.
+
+    Args:
+        named: ``TASK=PATH``, each for one task.
 
     Raises:
         OptionError: not of the form ``TASK=PATH``, or a folder has no original of any task.
         TaskNotFoundError: the checkpoint has no such task.
     """
     found: dict[str, Path] = {}
-    for text in folders:
-        folder = Path(text).expanduser()
+    for given in folders:
+        folder = Path(given).expanduser()
         if not folder.is_dir():
-            raise OptionError(f"--adapters {text}: no such folder")
-        names = {
-            child.name: child
-            for child in sorted(folder.iterdir())
-            if (child / "adapter_config.json").is_file()
-        }
-        matches = _match_tasks(checkpoint, names, by_source=True)
+            raise OptionError(f"{given}: no such folder of original adapters")
+        matches = _match_tasks(checkpoint, _adapters_in(checkpoint, folder), by_source=True)
         if not matches:
             raise OptionError(
-                f"--adapters {text}: no sub-folder is an adapter that a task of {checkpoint.path} is "
-                "named after; give --adapter TASK=PATH"
+                f"{given}: no sub-folder is an adapter that a task of {checkpoint.path} is named "
+                "after; name the folders as the tasks, or give each as TASK=PATH"
             )
         found = {**matches, **found}
     found.update(_parse_pair(checkpoint, "--adapter", text, "PATH") for text in named)
     return found
 
 
+def open_originals(
+    checkpoint: Checkpoint, folder: str | Path, task_ids: Sequence[str] | None = None
+) -> dict[str, Adapter]:
+    """Task id -> original adapter, opened, as ``find_originals`` finds them in a folder.
+
+    Args:
+        task_ids: those wanted, by default all of the checkpoint.
+
+    Raises:
+        OptionError: as ``find_originals``.
+        AdapterError: some are not there, which are named, or cannot be opened.
+    """
+    wanted = list(checkpoint.tasks) if task_ids is None else list(task_ids)
+    if not wanted:
+        return {}
+    paths = find_originals(checkpoint, [folder])
+    missing = [task_id for task_id in wanted if task_id not in paths]
+    if missing:
+        listed = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise AdapterError(
+            f"{folder} has no adapter for {len(missing)} of {len(wanted)} tasks: {listed}; "
+            "each is expected in a folder of the task's id; remove tasks whose original is lost"
+        )
+    return {task_id: open_adapter(paths[task_id]) for task_id in wanted}
+
+
+def _adapters_in(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
+    """Name -> adapter folder: the sub-folders, and by id those that lie deeper."""
+    found = {child.name: child for child in sorted(folder.iterdir()) if _is_adapter(child)}
+    for task in checkpoint.tasks:
+        # An id may be anything, also a path that leads out of the folder.
+        parts = task.split("/")
+        if len(parts) > 1 and not {"", ".", ".."} & set(parts) and _is_adapter(folder / task):
+            found[task] = folder / task
+    return found
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
+
+
 def _match_tasks(
     checkpoint: KnownTasks, paths: Mapping[str, Path], *, by_source: bool = False
 ) -> dict[str, Path]:
-    from vllm_vlora.task_ids import encode_task_id
-
     sources = [record.source for record in checkpoint.tasks.values()] if by_source else []
     found = {}
     for task, record in checkpoint.tasks.items():

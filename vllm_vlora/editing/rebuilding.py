@@ -7,52 +7,17 @@ one and says whether it does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_vlora.adapters.collection import Progress
-from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
+from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.errors import AdapterError, OptionError
-from vllm_vlora.task_ids import encode_task_id
-
-_ADAPTER_CONFIG = "adapter_config.json"
-
-
-def find_originals(
-    checkpoint: Checkpoint, folder: str | Path, task_ids: Sequence[str] | None = None
-) -> dict[str, Adapter]:
-    """Task id -> original adapter, from ``folder/<task id>`` or ``folder/<portable name>``.
-
-    Args:
-        task_ids: those wanted, by default all of the checkpoint.
-
-    Raises:
-        AdapterError: some are not there, which are named, or cannot be opened.
-    """
-    root, found, missing = Path(folder).expanduser(), dict[str, Adapter](), list[str]()
-    wanted = list(checkpoint.tasks) if task_ids is None else list(task_ids)
-    for task_id in wanted:
-        named = [root / encode_task_id(task_id)]
-        # An id may be anything, also a path that leads out of the folder.
-        if not {"", ".", ".."} & set(task_id.split("/")):
-            named.insert(0, root / task_id)
-        path = next((p for p in named if (p / _ADAPTER_CONFIG).is_file()), None)
-        if path is None:
-            missing.append(task_id)
-        else:
-            found[task_id] = open_adapter(path)
-    if missing:
-        listed = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise AdapterError(
-            f"{root} has no adapter for {len(missing)} of {len(wanted)} tasks: {listed}; "
-            "each is expected in a folder of the task's id; remove tasks whose original is lost"
-        )
-    return found
 
 
 def rebuild(
