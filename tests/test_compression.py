@@ -16,7 +16,7 @@ from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.compression.pipeline import CompressOptions, compress
 from vllm_vlora.errors import AdapterError, BudgetError, OptionError, OutputError, TaskIdError
-from vllm_vlora.planning import private_curves
+from vllm_vlora.planning import joint_curves
 from vllm_vlora.planning.sharing import SHARED_LOSS
 
 
@@ -62,7 +62,7 @@ def test_max_error_holds_where_planning_was_too_hopeful(
     adapters = family(tmp_path / "in", 8, related=False)
     honest = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
     for format in ("bfloat16", "int8", "nf4-dq"):
-        monkeypatch.setitem(private_curves._ROUNDING, format, -0.01)
+        monkeypatch.setitem(joint_curves._ROUNDING, format, -0.01)
     report = run(adapters, tmp_path / "out", max_error=limit, representation="joint")
     check(tmp_path / "out", adapters, report)
     assert report.worst_error <= limit

@@ -365,10 +365,10 @@ def test_a_basis_is_refitted_once_for_the_same_sharers(tmp_path: Path) -> None:
         lambda stage, done, total: starts.append(stage) if done == 0 else None,
         bounded=False,
     )
-    first = compression.plans(Budget(limits=limits))[0]
+    first = compression.candidates.plans(Budget(limits=limits))[0]
     fits = starts.count("fit again")
     assert fits > 0
-    again = compression.plans(Budget(limits=limits))[0]
+    again = compression.candidates.plans(Budget(limits=limits))[0]
     assert starts.count("fit again") == fits
     assert [plan.nbytes for plan in again] == [plan.nbytes for plan in first]
     assert all(torch.equal(x.losses, y.losses) for x, y in zip(first, again, strict=True))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vlora.checkpoint.task_files import find_data, find_originals
 from vllm_vlora.errors import OptionError, OutputError
 from vllm_vlora.tools.common_options import BatchSize, Device, ModelDtype
 from vllm_vlora.tools.terminal import (
@@ -117,6 +116,7 @@ def evaluate(
         for target in (html, save_json):
             _check_target(target)
         from vllm_vlora.checkpoint.reader import Checkpoint
+        from vllm_vlora.checkpoint.task_files import find_data, find_originals
 
         opened = Checkpoint.open(checkpoint)
         files = find_data(opened, data)

@@ -90,7 +90,7 @@ class _Measured:
         self._compression = Compression(
             Collection(adapters), options, Path(self._scratch.name), bounded=False
         )
-        _ = self._compression.survey
+        _ = self._compression.candidates.survey
         self.seconds = time.perf_counter() - started
         self.used = False
 

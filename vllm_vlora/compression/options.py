@@ -145,6 +145,11 @@ class CompressOptions:
         return self.representation
 
     @property
+    def only_shared(self) -> bool:
+        """Whether every task shares a basis wherever it can, whatever that costs."""
+        return self.shares in ("joint", "factored", "flat")
+
+    @property
     def number_format(self) -> str:
         """``quantize``, with what ``num_components`` implies."""
         if self.quantize == "auto" and self.num_components is not None:

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vllm_vlora.adapters.collection import Collection, common_base_model
 from vllm_vlora.atomic import publish_folder
+from vllm_vlora.checkpoint.card import model_card
+from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.manifest import is_checkpoint
-from vllm_vlora.checkpoint.report import (
-    CompressReport,
-)
+from vllm_vlora.checkpoint.report import Candidate, CompressReport, TaskReport, report_task
+from vllm_vlora.checkpoint.writer import CheckpointWriter
+from vllm_vlora.compression.encoding import EncodedTask, Encoder, stored_basis, stored_flat
+from vllm_vlora.planning.plan import Plan
+from vllm_vlora.planning.scratch import CoreSpool
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The plan to write and what it is written from; cores are those of shared bases."""
+
+    plan: Plan
+    candidates: list[Candidate]
+    cores: CoreSpool | None
 
 
 def publish_checkpoint(
@@ -31,3 +46,64 @@ def publish_checkpoint(
     report.path = Path(output)
     report.seconds = time.monotonic() - started
     return report
+
+
+def write_checkpoint(
+    folder: Path,
+    chosen: Chosen,
+    encoder: Encoder,
+    base_model: str | None = None,
+    *,
+    recovered: Mapping[str, float | None] | None = None,
+    kept: Sequence[str] = (),
+) -> CompressReport:
+    """Write a chosen plan as a checkpoint into an existing folder; the manifest comes last.
+
+    Args:
+        recovered, kept: of the report, where the model was run.
+    """
+    collection = encoder.survey.collection
+    common, warning = common_base_model(dict(zip(collection.task_ids, collection.adapters)))
+    writer = CheckpointWriter(folder, base_model or common)
+    for module in collection.modules.values():
+        basis = stored_basis(chosen.plan, encoder.bases, module)
+        flat = stored_flat(chosen.plan, encoder.bases, module)
+        writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis, flat)
+    tasks = []
+    for task, encoded in enumerate(encoder.encode_tasks(chosen.plan, chosen.cores)):
+        tasks.append(_write_task(writer, collection, task, encoded))
+        encoder.progress("write", len(tasks), len(collection.task_ids))
+    bases = basis_nbytes(writer.modules)
+    report = CompressReport(
+        path=folder,
+        tasks=tasks,
+        representation=chosen.plan.representation,
+        format=chosen.plan.format,
+        original_nbytes=collection.original_nbytes,
+        nbytes=bases + sum(task.nbytes for task in tasks),
+        basis_nbytes=bases,
+        candidates=chosen.candidates,
+        warnings=[] if warning is None else [warning],
+        raised=[collection.task_ids[task] for task in chosen.plan.raised],
+        calibrated=encoder.settings.calibration is not None,
+        recovered=dict(recovered or {}),
+        kept=list(kept),
+    )
+    writer.finish(model_card(base_model or common, report))
+    return report
+
+
+def _write_task(
+    writer: CheckpointWriter, collection: Collection, task: int, encoded: EncodedTask
+) -> TaskReport:
+    task_id, adapter = collection.task_ids[task], collection.adapters[task]
+    record = writer.add_task(
+        task_id,
+        encoded.modules,
+        original_nbytes=adapter.original_nbytes,
+        error=encoded.error,
+        adapter_config=adapter.config,
+        source=adapter.name,
+        extra=adapter.extra_tensors(),
+    )
+    return replace(report_task(task_id, record), seen_error=encoded.seen)

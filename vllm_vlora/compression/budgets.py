@@ -1,0 +1,78 @@
+"""What a compression may take and lose, and what is said where nothing can meet it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vllm_vlora.adapters.collection import Collection
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.planning.plan import Budget
+
+# Planned errors equal measured ones up to float64 rounding; the margin keeps a promise exact.
+_MARGIN = 1e-6
+
+
+def gate_of(options: CompressOptions, collection: Collection) -> torch.Tensor | None:
+    """The largest loss of each task beside a number of bytes."""
+    return None if options.gate is None else _limits(options.gate, collection)
+
+
+def budget_of(options: CompressOptions, collection: Collection) -> Budget:
+    """What the options ask for."""
+    if options.max_error is not None:
+        return Budget(limits=_limits(options.max_error, collection))
+    gate = gate_of(options, collection)
+    if options.max_bytes is not None:
+        return Budget(options.max_bytes, gate)
+    if options.num_components is not None or options.wanted_ratio <= 1:
+        return Budget(None, None)
+    return Budget(math.floor(collection.original_nbytes / options.wanted_ratio), gate)
+
+
+def _limits(error: float, collection: Collection) -> torch.Tensor:
+    limit = (error * (1 - _MARGIN)) ** 2
+    return torch.full((len(collection.adapters),), limit, dtype=torch.float64)
+
+
+def out_of_reach(
+    options: CompressOptions, collection: Collection, budget: Budget, nearest: float
+) -> str:
+    """The line that says how near one can get: to the error, or to the bytes."""
+    kind = f"{options.shares} plan"
+    if budget.by_size:
+        return (
+            f"no {kind} with quantize {options.quantize} keeps every task within a relative error of "
+            f"{options.max_error}; the least reachable for the worst task is {nearest:.3g}; "
+            f"{_larger_error(options)}"
+        )
+    advice = _more_bytes(options)
+    if not math.isfinite(nearest):
+        return f"no {kind} keeps every task within the gate; {advice}"
+    reached = math.floor(collection.original_nbytes / nearest * 100) / 100
+    asked = (
+        f"a ratio of {options.wanted_ratio:g}"
+        if options.max_bytes is None
+        else f"{options.max_bytes} bytes"
+    )
+    return (
+        f"{asked} is out of reach for {kind}s with quantize {options.quantize}: the smallest reaches "
+        f"{reached:g} ({int(nearest)} bytes); {advice}"
+    )
+
+
+def _larger_error(options: CompressOptions) -> str:
+    advice = "allow a larger error"
+    if options.quantize not in ("auto", "none"):
+        return f"{advice}, or quantize none or auto"
+    return f"{advice}, or use representation auto or private" if options.only_shared else advice
+
+
+def _more_bytes(options: CompressOptions) -> str:
+    advice = "ask for a smaller ratio" if options.max_bytes is None else "allow more bytes"
+    if options.gate is not None:
+        advice += f", or a gate above {options.gate:g}"
+    if options.quantize not in ("auto", "nf4"):
+        advice += ", or quantize auto or nf4"
+    return f"{advice}, or use representation auto" if options.only_shared else advice
