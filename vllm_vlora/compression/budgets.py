@@ -11,7 +11,7 @@ from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.planning.plan import Budget
 
 # Planned errors equal measured ones up to float64 rounding; the margin keeps a promise exact.
-_MARGIN = 1e-6
+MARGIN = 1e-6
 
 
 def gate_of(options: CompressOptions, collection: Collection) -> torch.Tensor | None:
@@ -32,7 +32,7 @@ def budget_of(options: CompressOptions, collection: Collection) -> Budget:
 
 
 def _limits(error: float, collection: Collection) -> torch.Tensor:
-    limit = (error * (1 - _MARGIN)) ** 2
+    limit = (error * (1 - MARGIN)) ** 2
     return torch.full((len(collection.adapters),), limit, dtype=torch.float64)
 
 
