@@ -21,7 +21,7 @@ from vllm_vlora.planning.allocation import (
 )
 from vllm_vlora.planning.joint_curves import JointCurve, JointMeter
 from vllm_vlora.planning.number_formats import NARROW
-from vllm_vlora.planning.private_curves import component_grid, measure_private
+from vllm_vlora.planning.private_curves import measure_private
 from vllm_vlora.quantize import FORMATS, narrow_row_nbytes, pack, row_nbytes, unpack
 from vllm_vlora.representations.decode import decode, relative_error
 from vllm_vlora.representations.factors import balanced_svd, squared_norm
@@ -218,16 +218,6 @@ def test_budget_includes_headers_that_depend_on_the_choice(limit: int) -> None:
     assert files <= limit
     assert data >= min(limit - 20 - 6 - 5, 2 * 55) - 5
     assert fit_to_budget(build_path(2, chains.__getitem__), sizes, 29) is None
-
-
-def test_component_grid_is_complete_where_small_and_ends_at_most() -> None:
-    assert component_grid(1) == [1]
-    assert component_grid(32) == list(range(1, 33))
-    grid = component_grid(1000)
-    assert grid[-1] == 1000
-    assert all(
-        0 < after - before <= max(1, before // 16) for before, after in itertools.pairwise(grid)
-    )
 
 
 def test_zero_delta_is_measured_as_no_loss() -> None:

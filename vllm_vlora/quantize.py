@@ -299,27 +299,22 @@ def pack(matrix: torch.Tensor, format: str) -> PackedMatrix:
     return PackedMatrix(format, rows, cols, parts)
 
 
-def pack_narrow(
-    matrix: torch.Tensor, bits: int, weight: torch.Tensor | None = None
-) -> PackedMatrix:
+def pack_narrow(matrix: torch.Tensor, bits: int) -> PackedMatrix:
     """Pack ``matrix`` ``[rows, cols]`` as nf4-dq with the codes of 3- or 2-bit rows only.
 
-    For each block a scale is searched that makes ``sum_j weight_j (x_j - scale * code_j)^2`` small:
+    For each block a scale is searched that makes ``sum_j (x_j - scale * code_j)^2`` small:
     codes by rounding at each of a grid of scales, each with its least-squares scale, the best of
     them kept. The scales are then stored as nf4-dq has them, and the codes are chosen again for the
     stored scales. Every row is packed on its own; zeros of a block of zeros come back as exact zeros.
 
     Args:
         bits: 3 or 2.
-        weight: ``[cols]``, how much a squared error in each column counts (the second moment of the
-            activations, say); not negative. None counts all alike.
 
     Returns:
         An nf4-dq matrix, whose codes are those of a 4-bit row.
 
     Raises:
-        ValueError: as :func:`pack`; bits other than 3 and 2; a weight of another shape, or one that
-            is negative or not finite.
+        ValueError: as :func:`pack`; bits other than 3 and 2.
     """
     if bits not in NARROW_CODES:
         raise ValueError(f"narrow rows have 3 or 2 bits, got {bits}")
@@ -334,8 +329,7 @@ def pack_narrow(
     if matrix.numel() == 0:
         return pack(matrix, "nf4-dq")
     # Padding has no weight, so that only whole blocks can do without.
-    plain = weight is None and cols % NF4_BLOCK == 0
-    weights = None if plain else _block_weights(weight, cols, matrix.device)
+    weights = _block_weights(cols, matrix.device) if cols % NF4_BLOCK else None
     # The search takes several times the memory of a plain packing.
     step = max(1, _CHUNK_ELEMENTS // 4 // cols)
     return stack_rows(
@@ -508,19 +502,10 @@ def _count_above(values: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor
     return counts
 
 
-def _block_weights(weight: torch.Tensor | None, cols: int, device: torch.device) -> torch.Tensor:
-    """``[1, blocks, 64]`` float32: the weight of each element, zero in the padding."""
-    if weight is None:
-        weight = torch.ones(cols, device=device)
-    weight = weight.detach().to(device)
-    if weight.shape != (cols,) or not bool((torch.isfinite(weight) & (weight >= 0)).all()):
-        raise ValueError(
-            f"weight must be {cols} numbers, finite and not negative, got {list(weight.shape)}"
-        )
-    # A column that never counts still gets a value near its own, where this costs the others nothing.
-    scaled = weight.double() / weight.double().mean().clamp_min(1e-300)
-    scaled = scaled.clamp_min(1e-6).float()
-    return F.pad(scaled, (0, -cols % NF4_BLOCK)).view(1, -1, NF4_BLOCK)
+def _block_weights(cols: int, device: torch.device) -> torch.Tensor:
+    """``[1, blocks, 64]`` float32: one for each element, zero in the padding."""
+    ones = torch.ones(cols, device=device)
+    return F.pad(ones, (0, -cols % NF4_BLOCK)).view(1, -1, NF4_BLOCK)
 
 
 def _pack_narrow_rows(

@@ -173,10 +173,6 @@ class Evaluator:
         self._base: dict[Path, ExampleLosses] = {}
         self._scores: dict[tuple[str, Path], TaskScores] = {}
 
-    def base_losses(self) -> dict[str, ExampleLosses]:
-        """Losses of the base model, by task."""
-        return {task: self.base(task) for task in self.data}
-
     def base(self, task: str) -> ExampleLosses:
         """Losses of the base model on a task's data.
 

@@ -128,14 +128,6 @@ def new_sum(width: int, full: int, directions: int, device: torch.device) -> Ful
     return FullSum(width, device) if width <= full else SketchSum(width, directions, device)
 
 
-def moment_nbytes(width: int, full: int, directions: int) -> int:
-    """Bytes of a moment on disk: half a matrix, or directions, their values and a diagonal."""
-    if width <= full:
-        return 4 * (width * (width + 1) // 2)
-    kept = min(width, directions)
-    return 4 * (kept * width + kept + width)
-
-
 @lru_cache(maxsize=8)
 def _test_matrix(width: int, columns: int, device: torch.device) -> torch.Tensor:
     """Omega (width, columns) float32 with orthonormal columns: the same in every process."""

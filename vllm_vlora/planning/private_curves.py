@@ -21,7 +21,6 @@ from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.allocation import Point, pareto_front
 from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT
 from vllm_vlora.quantize import (
-    PackedMatrix,
     narrow_row_nbytes,
     pack,
     pack_narrow,
@@ -248,11 +247,6 @@ def _measure_narrow(factors: _Factors) -> NarrowCurve:
     )
 
 
-def pack_rows(rows: torch.Tensor, bits: int) -> PackedMatrix:
-    """Rows in ``NARROW_FORMAT`` with 4, 3 or 2 bits."""
-    return pack(rows, NARROW_FORMAT) if bits == 4 else pack_narrow(rows, bits)
-
-
 def _cuts(rank: int) -> torch.Tensor:
     """(cuts, 3): where 4 bits end, where 3 bits end, where 2 bits end; the last is positive."""
     step = -(-rank // _NARROW_CUTS)
@@ -288,15 +282,3 @@ def _cut_squares(gram: torch.Tensor, cuts: torch.Tensor, rank: int) -> torch.Ten
         for left, right in bounds:
             total += sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
     return total
-
-
-# --- joint ---------------------------------------------------------------------------------------
-
-
-def component_grid(most: int) -> list[int]:
-    """Numbers of components worth considering, 1 .. most: all up to 32, then in steps of 1/16."""
-    grid, value = [], 1
-    while value < most:
-        grid.append(value)
-        value += max(1, value // 16)
-    return [*grid, most]

@@ -38,33 +38,28 @@ def encode_narrow(
     b: torch.Tensor,
     scale: float,
     bits: tuple[int, int, int],
-    weight_a: torch.Tensor | None = None,
-    weight_b: torch.Tensor | None = None,
 ) -> StoredModule:
     """Store factors in nf4-dq, the first components with more bits: delta_W = scale * B A.
 
     Args:
         a: (r, d_in). b: (d_out, r), components in falling order of what they matter.
         bits: how many components have 4, 3 and 2 bits, in this order; they sum to r.
-        weight_a: (d_in,), weight_b: (d_out,): see ``quantize.pack_narrow``.
 
     Raises:
         ValueError: as ``quantize.pack_narrow``.
     """
     assert sum(bits) == a.shape[0], f"bits {bits} for rank {a.shape[0]}"
     matrices = {
-        "A": _pack_by_bits(a, bits, weight_a),
-        "B": _pack_by_bits(b.T.contiguous(), bits, weight_b),
+        "A": _pack_by_bits(a, bits),
+        "B": _pack_by_bits(b.T.contiguous(), bits),
     }
     kept = bits if bits[1] or bits[2] else None
     return StoredModule("private", "nf4-dq", a.shape[0], matrices, scale, bits=kept)
 
 
-def _pack_by_bits(
-    rows: torch.Tensor, bits: tuple[int, int, int], weight: torch.Tensor | None
-) -> PackedMatrix:
+def _pack_by_bits(rows: torch.Tensor, bits: tuple[int, int, int]) -> PackedMatrix:
     four, three, two = rows.split(list(bits))
-    parts = [pack(four, "nf4-dq"), pack_narrow(three, 3, weight), pack_narrow(two, 2, weight)]
+    parts = [pack(four, "nf4-dq"), pack_narrow(three, 3), pack_narrow(two, 2)]
     return stack_rows([part for part in parts if part.rows] or parts[:1])
 
 
