@@ -38,7 +38,10 @@ A_CODES, A_SCALES, A_RANGES = 5, 6, 7  # addresses of the parts of A (r, d_in)
 B_CODES, B_SCALES, B_RANGES = 8, 9, 10  # and of B transposed (r, d_out)
 RECORD_FIELDS = 12
 FORMAT_CODES = {"float": 0, "int8": 1, "nf4": 2, "nf4-dq": 3}
+RECORD_NBYTES = RECORD_FIELDS * 8
 TILE_SIZES = (16, 64)
+# Elements between the starts of two cores: their addresses are multiples of 16 bytes.
+CORE_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,20 @@ class SlotTable:
         return None if task is None else task.slices.get(number)
 
 
+def routing_nbytes(tokens: int, slots: int) -> int:
+    """Bytes on the device of a :class:`Routing` of so many tokens and slots."""
+    return 4 * sum(_routing_words(tokens, slots))
+
+
+def _routing_words(tokens: int, slots: int) -> list[int]:
+    """A slot and a place a token, and three words a tile of each size."""
+    return [tokens] * 2 + [3 * _most_tiles(tokens, slots, size) for size in TILE_SIZES]
+
+
+def _most_tiles(tokens: int, slots: int, size: int) -> int:
+    return min(tokens, slots + tokens // size)
+
+
 @dataclass
 class Routing:
     """Which slot each token of the batch uses, in buffers of fixed addresses.
@@ -223,9 +240,7 @@ class Routing:
     derived: dict[object, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        counts = [self.max_tokens] * 2 + [
-            3 * self.max_tiles(self.max_tokens, s) for s in TILE_SIZES
-        ]
+        counts = _routing_words(self.max_tokens, self.slots)
         self._buffer = torch.zeros(sum(counts), dtype=torch.int32, device=self.device)
         self.token_slots, self.order, *tiles = self._buffer.split(counts)
         self.tiles = {size: t.view(-1, 3) for size, t in zip(TILE_SIZES, tiles)}
@@ -238,7 +253,7 @@ class Routing:
 
     def max_tiles(self, tokens: int, size: int) -> int:
         """The most tiles that a batch of ``tokens`` tokens can have."""
-        return min(tokens, self.slots + tokens // size)
+        return _most_tiles(tokens, self.slots, size)
 
     def update(self, token_slots: np.ndarray) -> None:
         """Take a new batch: the slot of each of its tokens; one copy to the device.

@@ -20,6 +20,7 @@ from vllm_vlora.representations.joint import dense_keeps_rank, split_core
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.triton_kernels.direct import (
+    CORE_ALIGNMENT,
     DirectLayer,
     DirectSlice,
     DirectTask,
@@ -30,8 +31,7 @@ from vllm_vlora.triton_kernels.direct import (
 )
 
 EngineName = Callable[[str], str]
-# Elements between the starts of two cores, and bytes: addresses are multiples of 16.
-_CORE_ALIGNMENT = 8
+# Bytes: addresses of packed parts are multiples of it.
 _ALIGNMENT = 16
 
 
@@ -321,7 +321,7 @@ def _place_cores(
 ) -> tuple[dict[int, SliceTask], int]:
     """The same parts with all cores in one allocation of the dtype, and its bytes."""
     cores = {number: part.core for number, part in parts.items() if part.core is not None}
-    sizes = {n: -(-c.numel() // _CORE_ALIGNMENT) * _CORE_ALIGNMENT for n, c in cores.items()}
+    sizes = {n: -(-c.numel() // CORE_ALIGNMENT) * CORE_ALIGNMENT for n, c in cores.items()}
     whole = torch.zeros(sum(sizes.values()), dtype=dtype, device=device)
     placed, offset = dict(parts), 0
     for number, core in cores.items():

@@ -44,21 +44,20 @@ from vllm_vlora.plugin.model_layers import (
     targeted,
 )
 from vllm_vlora.plugin.settings import DEFAULT_PEFT_SLOTS
+from vllm_vlora.plugin.settings import MODES as SERVING_MODES
 from vllm_vlora.quantize import FLOAT_DTYPES, NF4_CODEBOOK, row_nbytes
 from vllm_vlora.representations.joint import dense_keeps_rank
 from vllm_vlora.representations.registry import shared_rows, shared_sides
 from vllm_vlora.representations.spec import BasisSpec, ModuleSpec, Segment, core_widths
+from vllm_vlora.triton_kernels.direct import CORE_ALIGNMENT, RECORD_NBYTES, routing_nbytes
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint.reader import Checkpoint
 
 STOCK = "stock"
-MODES = ("materialize", "direct", "auto")
+MODES = SERVING_MODES[::-1]
+"""From what is nearest to stock vLLM on."""
 DEFAULT_BATCHED_TOKENS = 8192
-# Of the direct path, which the library cannot import; the tests compare with the real thing.
-_RECORD_NBYTES = 12 * 8
-_CORE_ALIGNMENT = 8
-_TILE_SIZES = (16, 64)
 # vLLM leaves the base model's own weights in an adapter file alone (``is_base_embedding_weights``).
 _IGNORED_EXTRA = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _SIDE_ITEMSIZE = FLOAT_DTYPES["float32"].itemsize
@@ -346,7 +345,7 @@ class _Counter:
         if obstacle is not None:
             return ModeMemory(mode, obstacle=obstacle)
         slots = min(max_loras, self.peft_slots) if runs_direct else max_loras
-        slot, record = self.rank * self.slot_row, self.direct_slices * _RECORD_NBYTES
+        slot, record = self.rank * self.slot_row, self.direct_slices * RECORD_NBYTES
         held = sum((task.direct for task in direct), _FormBytes())
         held = sum((task.sources for task in others), held)
         # A direct task's record is on the device already; it is read and written.
@@ -421,7 +420,7 @@ class _Counter:
         )
 
     def _buffers_nbytes(self, max_loras: int) -> int:
-        return _routing_nbytes(self.batched_tokens, max_loras) + 4 * len(NF4_CODEBOOK)
+        return routing_nbytes(self.batched_tokens, max_loras) + 4 * len(NF4_CODEBOOK)
 
     def _bases_nbytes(self, direct: list[_Task], others: list[_Task]) -> int:
         sliced = frozenset[tuple[int, str]]().union(*(task.shared for task in direct))
@@ -429,12 +428,6 @@ class _Counter:
         return sum(self.bases[key].direct for key in sliced) + sum(
             self.bases[key].packed for key in packed
         )
-
-
-def _routing_nbytes(tokens: int, slots: int) -> int:
-    """Int32 words: a slot and a place a token, and three a tile of each size."""
-    tiles = sum(min(tokens, slots + tokens // size) for size in _TILE_SIZES)
-    return 4 * (2 * tokens + 3 * tiles)
 
 
 def _count_tasks(
@@ -511,7 +504,7 @@ def _core_elements(segment: Segment, basis: BasisSpec) -> int:
     keeps = dense_keeps_rank(segment.format, segment.rank, core_widths(segment, basis))
     if segment.core != "dense" or segment.rows is not None or not keeps:
         elements = min(elements, segment.rank * (basis.k_in + basis.k_out))
-    return -(-elements // _CORE_ALIGNMENT) * _CORE_ALIGNMENT
+    return -(-elements // CORE_ALIGNMENT) * CORE_ALIGNMENT
 
 
 # A thousand tasks ask for the same few rows: planning them takes 2 s with this and 5 s without.
