@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import TypeAlias
 
 import torch
 
@@ -17,15 +19,12 @@ from vllm_vlora.representations.spec import ModuleSpec, Segment
 
 # Part of a file that holds the codes of rows with so many bits.
 CODE_PARTS = {4: "codes", 3: "codes3", 2: "codes2"}
-
-
 EXTRA_PREFIX = "extra."
-
-
+ExtraTensors: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name -> (dtype, shape) of the tensors of a task that are not LoRA."""
+_NO_TENSORS: ExtraTensors = MappingProxyType({})
 # A shard is serialised in memory before it is written, so its size bounds the writer's memory.
 BASIS_SHARD_BYTES = 1 << 30
-
-
 # In the order in which safetensors lays the tensors of a file out, then by name.
 SAFETENSORS_DTYPES = {
     torch.int64: "I64",
@@ -94,10 +93,25 @@ def safetensors_nbytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]
     return 8 + (text + 7) // 8 * 8 + offset
 
 
-def task_nbytes(segments: Iterable[Segment], modules: list[ModuleSpec]) -> int:
-    """Bytes of the task file that these segments make, header included, extra tensors left out."""
-    sizes = task_tensor_sizes(segments, modules)
-    return safetensors_nbytes({name: (dtype, (n,)) for name, (dtype, n) in sizes.items()})
+def task_nbytes(
+    segments: Iterable[Segment], modules: list[ModuleSpec], extra: ExtraTensors = _NO_TENSORS
+) -> int:
+    """Bytes of the task file that these segments make, header included.
+
+    Args:
+        extra: its tensors that are not LoRA, in the header only: their data is left out.
+    """
+    return file_nbytes(task_tensor_sizes(segments, modules), extra)
+
+
+def file_nbytes(
+    sizes: Mapping[str, tuple[torch.dtype, int]], extra: ExtraTensors = _NO_TENSORS
+) -> int:
+    """The same from the sizes of its flat tensors, as of ``task_tensor_sizes``."""
+    flat = {name: (dtype, (count,)) for name, (dtype, count) in sizes.items()}
+    named = {EXTRA_PREFIX + name: spec for name, spec in extra.items()}
+    data = sum(math.prod(shape) * dtype.itemsize for dtype, shape in extra.values())
+    return safetensors_nbytes({**flat, **named}) - data
 
 
 def basis_nbytes(modules: Iterable[ModuleSpec]) -> int:

@@ -16,7 +16,7 @@ from vllm_vlora.adapters.collection import Collection, Module, Progress
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.executors import Executor
 from vllm_vlora.planning.flat_curves import FlatProjection
-from vllm_vlora.planning.plan import Block, Budget, Plan, SharedBasis, SharedFlat
+from vllm_vlora.planning.plan import Block, Budget, Plan, SharedFlat
 from vllm_vlora.planning.private_curves import PrivateOption, leading_factors, seen_squared_norm
 from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import Survey, Surveyor, SurveySettings
@@ -226,7 +226,8 @@ class CoreEncoder:
         found = []
         for block, rows in job.blocks:
             basis = self.bases.read(module, block.group[1], block.shared.spec)
-            project = CoreProjection(basis, metric, block.shared)
+            shared = block.shared
+            project = CoreProjection(basis, metric, shared.core_format, shared.factored)
             for task, stored, seen in self._encode(
                 module, block.shared.tasks, project, basis, metric
             ):
@@ -260,23 +261,24 @@ class CoreProjection:
     the place of its transpose.
     """
 
-    def __init__(self, basis: Basis, metric: Metric, shared: SharedBasis) -> None:
+    def __init__(
+        self, basis: Basis, metric: Metric, core_format: str, factored: bool = False
+    ) -> None:
         self._dual_u = dual_rows(metric.b_t(unpack(basis.u).double()))
         self._dual_v = dual_rows(metric.a(unpack(basis.v).double()))
-        self._metric, self._shared = metric, shared
+        self._metric, self._core_format, self._factored = metric, core_format, factored
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> StoredModule:
         """The core of one task, without its error."""
-        white_a = self._metric.a(a.float())
-        white_b = self._metric.b_t(b.T.float()).T
+        white_a, white_b_t = self._metric.factors(a, b, torch.float32)
         return encode_joint(
             white_a,
-            white_b,
+            white_b_t.T,
             scale,
             self._dual_u,
             self._dual_v,
-            self._shared.core_format,
-            factored=self._shared.factored,
+            self._core_format,
+            factored=self._factored,
         )
 
 

@@ -18,14 +18,14 @@ import torch
 
 from vllm_vlora.adapters.collection import Module
 from vllm_vlora.editing.projection import BlockMeter, ModuleChoices, Projection, Rows
+from vllm_vlora.fitting.orthonormal import OrthonormalBasis
 from vllm_vlora.fitting.whitening import Metric
-from vllm_vlora.planning.allocation import lower_hull
+from vllm_vlora.planning.allocation import bisect_price, lower_hull
 from vllm_vlora.planning.joint_curves import JointCurve, core_nbytes, rows_nbytes, widths_path
 from vllm_vlora.quantize import PackedMatrix, row_nbytes, stack_rows, unpack
 from vllm_vlora.representations.spec import BasisSpec
 from vllm_vlora.representations.stored import Basis
 
-_ROUNDS = 40
 # Directions carried beside those wanted while the new tasks are merged one by one.
 _OVERSAMPLE = 16
 # Squares of the singular values of unit-normalised updates: below this is rounding.
@@ -53,10 +53,9 @@ class ResidualFit:
         self, basis: Basis, rows: Rows, metric: Metric, most_out: int, most_in: int
     ) -> None:
         self._metric = metric
-        self._u = unpack(basis.u.row_slice(*rows[:2])).double()
-        self._v = unpack(basis.v.row_slice(*rows[2:])).double()
-        self._q_u = torch.linalg.qr(metric.b_t(self._u).T)[0]
-        self._q_v = torch.linalg.qr(metric.a(self._v).T)[0]
+        u, v = basis.u.row_slice(*rows[:2]), basis.v.row_slice(*rows[2:])
+        self._basis = OrthonormalBasis(u, v, metric)
+        self._u, self._v = unpack(u).double(), unpack(v).double()
         self._most = most_out, most_in
         self._left = torch.zeros(0, self._u.shape[1], dtype=torch.float64)
         self._right = torch.zeros(0, self._v.shape[1], dtype=torch.float64)
@@ -65,12 +64,13 @@ class ResidualFit:
         """Count one task in; ``norm`` is its ||delta_W||^2 of this module, in the metric."""
         if norm <= 0:
             return
-        white_a, white_b_t = self._metric.a(a.double()), self._metric.b_t(b.T.double())
+        white_a, white_b_t = self._metric.factors(a, b)
+        q_u, q_v = self._basis.q_u, self._basis.q_v
         root = scale / math.sqrt(norm)
         r_a = torch.linalg.qr(white_a.T)[1]
         r_b = torch.linalg.qr(white_b_t.T)[1]
-        left = root * r_a @ (white_b_t - (white_b_t @ self._q_u) @ self._q_u.T)
-        right = root * r_b @ (white_a - (white_a @ self._q_v) @ self._q_v.T)
+        left = root * r_a @ (white_b_t - (white_b_t @ q_u) @ q_u.T)
+        right = root * r_b @ (white_a - (white_a @ q_v) @ q_v.T)
         self._left = _merge(self._left, left, self._most[0] + _OVERSAMPLE)
         self._right = _merge(self._right, right, self._most[1] + _OVERSAMPLE)
 
@@ -267,13 +267,5 @@ def decide_growth(
         assert nbytes is not None
         return size <= nbytes
 
-    low, high = 1e-18, 1.0
-    for _ in range(_ROUNDS):
-        middle = math.sqrt(low * high)
-        if enough(middle):
-            high = middle
-        else:
-            low = middle
-        if high / low < 1.02:
-            break
+    low, high = bisect_price(enough)
     return decide(low if limit is not None else high)[0]

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_vlora.checkpoint.layout import EXTRA_PREFIX, safetensors_nbytes, task_tensor_sizes
+from vllm_vlora.checkpoint.layout import task_nbytes
+from vllm_vlora.fitting.orthonormal import OrthonormalBasis
 from vllm_vlora.fitting.whitening import Metric
 from vllm_vlora.planning.allocation import (
     Point,
@@ -26,7 +27,6 @@ from vllm_vlora.planning.allocation import (
 )
 from vllm_vlora.planning.joint_curves import JointCurve, core_nbytes, widths_path
 from vllm_vlora.planning.private_curves import Curve, PrivateOption
-from vllm_vlora.quantize import unpack
 from vllm_vlora.representations.factors import ScaledFactors, squared_norm
 from vllm_vlora.representations.joint import core_factors, encode_joint
 from vllm_vlora.representations.spec import BasisSpec, ModuleSpec, Segment
@@ -71,18 +71,14 @@ class BlockMeter:
         self.rows = rows
         u, v = basis.u.row_slice(*rows[:2]), basis.v.row_slice(*rows[2:])
         self._metric = metric
-        self._q_u, self._r_u = torch.linalg.qr(metric.b_t(unpack(u).double()).T)
-        self._q_v, self._r_v = torch.linalg.qr(metric.a(unpack(v).double()).T)
+        self._basis = OrthonormalBasis(u, v, metric)
         self._format = u.format
 
     def project(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> Projection:
         """What the block holds of one task's delta_W."""
-        white_a, white_b_t = self._metric.a(a.double()), self._metric.b_t(b.T.double())
-        return Projection(
-            (white_b_t @ self._q_u).T * scale,
-            white_a @ self._q_v,
-            squared_norm(white_a, white_b_t.T, scale),
-        )
+        white_a, white_b_t = self._metric.factors(a, b)
+        left, right = self._basis.sides(white_a, white_b_t, scale)
+        return Projection(left.T, right, squared_norm(white_a, white_b_t.T, scale))
 
     def encode(
         self, projection: Projection, k_out: int, k_in: int, format: str
@@ -92,7 +88,7 @@ class BlockMeter:
         Raises:
             ValueError: a value does not fit the format.
         """
-        r_u, r_v = self._r_u[:k_out, :k_out], self._r_v[:k_in, :k_in]
+        r_u, r_v = self._basis.r_u[:k_out, :k_out], self._basis.r_v[:k_in, :k_in]
         left, right = projection.left[:k_out], projection.right[:, :k_in]
         core_b = torch.linalg.solve_triangular(r_u, left, upper=True)
         core_a = torch.linalg.solve_triangular(r_v, right.T, upper=True).T
@@ -342,13 +338,7 @@ class TaskPlanner:
         return TaskPlan(tuple(options), relative, self._file_nbytes(options))
 
     def _file_nbytes(self, options: Sequence[Option]) -> int:
-        sizes = task_tensor_sizes(self.segments(options), self.modules)
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            name: (dtype, (count,)) for name, (dtype, count) in sizes.items()
-        }
-        extra = {EXTRA_PREFIX + name: spec for name, spec in self.extra.items()}
-        data = sum(math.prod(shape) * dtype.itemsize for dtype, shape in extra.values())
-        return safetensors_nbytes(tensors | extra) - data
+        return task_nbytes(self.segments(options), self.modules, self.extra)
 
 
 def _faithful(points: Sequence[Point]) -> int:

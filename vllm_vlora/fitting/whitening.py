@@ -186,6 +186,12 @@ class Metric:
         white = b_t if self.output is None else self.output.apply(b_t)
         return white if self.weight == 1.0 else white * math.sqrt(self.weight)
 
+    def factors(
+        self, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype = torch.float64
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A S_in (r, d_in) and sqrt(weight) B^T S_out (r, d_out) of a module's A and B (d_out, r)."""
+        return self.a(a.to(dtype)), self.b_t(b.T.to(dtype))
+
     def unwhiten_a(self, a: torch.Tensor) -> torch.Tensor:
         """The A of which ``a`` is A S_in."""
         return a if self.input is None else self.input.solve(a)

@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 
 _BUDGET_ROUNDS = 12
+_PRICE_ROUNDS = 40
 # Chains that get a second look where the budget or the error limit cuts the path: only the bytes of
 # about one step are at stake there, however many chains there are.
 _FILLED_CHAINS = 256
@@ -248,3 +249,22 @@ def trim(path: StepPath, count: int, chosen: list[int], good: Callable[[int, int
             if good(chain, option):
                 chosen[chain] = option
                 break
+
+
+def bisect_price(enough: Callable[[float], bool]) -> tuple[float, float]:
+    """(low, high) prices per byte, within 2 %, between which ``enough`` turns from false to true.
+
+    Where the lowest price is enough already, both are that one.
+    """
+    low, high = 1e-18, 1.0
+    if enough(low):
+        return low, low
+    for _ in range(_PRICE_ROUNDS):
+        middle = math.sqrt(low * high)
+        if enough(middle):
+            high = middle
+        else:
+            low = middle
+        if high / low < 1.02:
+            break
+    return low, high

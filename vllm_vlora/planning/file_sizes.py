@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
@@ -10,9 +9,8 @@ import torch
 from vllm_vlora.adapters.collection import Collection
 from vllm_vlora.checkpoint.layout import (
     BASIS_SHARD_BYTES,
-    EXTRA_PREFIX,
     basis_nbytes,
-    safetensors_nbytes,
+    file_nbytes,
     task_tensor_sizes,
 )
 from vllm_vlora.planning.plan import Plan
@@ -24,7 +22,7 @@ def _flat_spec(plan: Plan, name: str) -> FlatSpec | None:
     return plan.flat[name].spec if name in plan.flat else None
 
 
-def file_nbytes(collection: Collection, plan: Plan) -> int:
+def plan_nbytes(collection: Collection, plan: Plan) -> int:
     """Bytes of every safetensors file that a plan makes, extra tensors' data left out."""
     specs = [
         ModuleSpec(
@@ -71,13 +69,7 @@ def file_nbytes(collection: Collection, plan: Plan) -> int:
             )
             for part, (dtype, count) in parts.items():
                 private[part] = dtype, private.get(part, (dtype, 0))[1] + count
-        sizes = private | task_tensor_sizes(segments, specs)
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            name: (dtype, (count,)) for name, (dtype, count) in sizes.items()
-        }
-        extra = {EXTRA_PREFIX + name: spec for name, spec in adapter.extra.items()}
-        total += safetensors_nbytes(tensors | extra)
-        total -= sum(math.prod(shape) * dtype.itemsize for dtype, shape in extra.values())
+        total += file_nbytes(private | task_tensor_sizes(segments, specs), adapter.extra)
     return total
 
 

@@ -9,12 +9,12 @@ from functools import lru_cache
 
 import torch
 
+from vllm_vlora.fitting.orthonormal import OrthonormalBasis
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.quantize import (
     FLOAT_DTYPES,
     PackedMatrix,
     row_nbytes,
-    unpack,
 )
 from vllm_vlora.representations.joint import core_shape
 from vllm_vlora.representations.spec import BasisSpec
@@ -71,8 +71,7 @@ class JointMeter:
     def __init__(self, u: PackedMatrix, v: PackedMatrix, metric: Metric = FROBENIUS) -> None:
         self._metric = metric
         # Orthonormal to float64's rounding; what single factors capture is kept in float32 anyway.
-        self._q_u = torch.linalg.qr(metric.b_t(unpack(u).double()).T)[0].float()
-        self._q_v = torch.linalg.qr(metric.a(unpack(v).double()).T)[0].float()
+        self._basis = OrthonormalBasis(u, v, metric, torch.float32)
 
     def energy(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
         """(k_out, k_in) float64: the squared entries of the core on the orthonormal rows."""
@@ -103,9 +102,7 @@ class JointMeter:
         self, a: torch.Tensor, b: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (r, k_out) and (r, k_in) float64 of the core on the orthonormal rows."""
-        left = self._metric.b_t(b.float().T) @ self._q_u
-        right = self._metric.a(a.float()) @ self._q_v
-        return left.double() * scale, right.double()
+        return self._basis.sides(*self._metric.factors(a, b, torch.float32), scale)
 
 
 def _gram_prefixes(rows: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:

@@ -37,7 +37,8 @@ _NARROW_POINTS = 32
 
 def seen_squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:
     """||scale * B A||^2 in the metric, float64."""
-    return squared_norm(metric.a(a.double()), metric.b_t(b.T.double()).T, scale)
+    white_a, white_b_t = metric.factors(a, b)
+    return squared_norm(white_a, white_b_t.T, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +144,8 @@ def leading_factors(
     The first t rows of both are the best approximation of rank t that the metric knows (Eckart-Young
     on S_out^T delta_W S_in, taken back).
     """
-    white_b = metric.b_t(b.T.float()).T
-    svd_a, svd_b, _ = balanced_svd(metric.a(a.float()), white_b, scale)
+    white_a, white_b_t = metric.factors(a, b, torch.float32)
+    svd_a, svd_b, _ = balanced_svd(white_a, white_b_t.T, scale)
     return metric.unwhiten_a(svd_a), metric.unwhiten_b_t(svd_b.T.contiguous())
 
 
@@ -182,8 +183,8 @@ class _Factors:
     def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> None:
         self.a, self.b_t, self.scale, self.metric = a, b.T.contiguous(), scale, metric
         self.svd_a, self.svd_b_t = leading_factors(a, b, scale, metric)
-        self._white_a = metric.a(a.double())
-        self._white_b_t = metric.b_t(self.b_t.double()) * scale
+        self._white_a, white_b_t = metric.factors(a, b)
+        self._white_b_t = white_b_t * scale
         grams = (self._white_a @ self._white_a.T) * (self._white_b_t @ self._white_b_t.T)
         self.norm = max(float(grams.sum()), 0.0)
         self._rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -201,8 +202,7 @@ class _Factors:
         self, rows_a: torch.Tensor, rows_b_t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """For the rank-one terms of these rows: their product with delta_W, and with each other."""
-        white_a = self.metric.a(rows_a.double())
-        white_b_t = self.metric.b_t(rows_b_t.double())
+        white_a, white_b_t = self.metric.factors(rows_a, rows_b_t.T)
         cross = ((white_b_t @ self._white_b_t.T) * (white_a @ self._white_a.T)).sum(dim=1)
         return cross, (white_b_t @ white_b_t.T) * (white_a @ white_a.T)
 

@@ -20,7 +20,7 @@ from vllm_vlora.planning.allocation import (
     shortest_prefix,
     trim,
 )
-from vllm_vlora.planning.file_sizes import file_nbytes
+from vllm_vlora.planning.file_sizes import plan_nbytes
 from vllm_vlora.planning.flat_curves import FlatCurve, flat_nbytes, loadings_nbytes
 from vllm_vlora.planning.joint_curves import JointCurve, joint_nbytes
 from vllm_vlora.planning.plan import Budget, Plan, SharedBasis, SharedFlat
@@ -397,7 +397,7 @@ class Problem:
             0,
             self._private_losses(chosen),
         )
-        return replace(plan, nbytes=file_nbytes(self.collection, plan))
+        return replace(plan, nbytes=plan_nbytes(self.collection, plan))
 
 
 def make_plans(problems: Iterable[Problem], budget: Budget) -> tuple[list[Plan], list[float]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm_vlora.adapters.collection import Module
-from vllm_vlora.planning.allocation import lower_hull
+from vllm_vlora.planning.allocation import bisect_price, lower_hull
 from vllm_vlora.planning.joint_curves import JointCurve, core_nbytes, rows_nbytes
 from vllm_vlora.planning.number_formats import Formats
 from vllm_vlora.planning.survey import Group, Survey
@@ -31,7 +31,6 @@ unit of squared error was 3.4, 2.4 and 2.3 times as large with a joint basis as 
 eight unrelated adapters it was the same.
 """
 
-_ROUNDS = 40
 # A decision is taken with a grid of widths; the plan chooses among all of them.
 _WIDTHS = 24
 
@@ -61,20 +60,10 @@ def decide_sharing(
         for name in survey.collection.modules
     ]
 
-    def total(price: float) -> float:
-        return sum(module.nbytes(price) for module in modules)
+    def enough(price: float) -> bool:
+        return sum(module.nbytes(price) for module in modules) <= nbytes
 
-    low, high = 1e-18, 1.0
-    if total(low) <= nbytes:
-        high = low
-    for _ in range(_ROUNDS):
-        middle = float(np.sqrt(low * high))
-        if total(middle) <= nbytes:
-            high = middle
-        else:
-            low = middle
-        if high / low < 1.02:
-            break
+    _, high = bisect_price(enough)
     sharers: dict[Group, tuple[str, str, tuple[int, ...]]] = {}
     for module in modules:
         sharers.update(module.sharers(high))

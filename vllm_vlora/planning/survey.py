@@ -265,7 +265,8 @@ class Surveyor:
 
         def read() -> Iterator[ScaledFactors]:
             for a, b, scale in self.collection.read_module(module, tasks):
-                yield metric.a(a.float()), metric.b_t(b.T.float()).T, scale
+                white_a, white_b_t = metric.factors(a, b, torch.float32)
+                yield white_a, white_b_t.T, scale
 
         most = self._most_components(module, tasks, groups)
         white_u, white_v = fit_bases(read, module.d_in, module.d_out, most, seed=self.settings.seed)

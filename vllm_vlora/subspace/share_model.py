@@ -35,18 +35,19 @@ from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.successor import Successor, edited
+from vllm_vlora.compression.encoding import CoreProjection
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.editing.adding import check_new
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError, OptionError, TaskIdError
 from vllm_vlora.fitting.shared_basis import fit_module
+from vllm_vlora.fitting.whitening import FROBENIUS
 from vllm_vlora.foreign.convert import convert, detect_kind
 from vllm_vlora.planning.survey import directions
-from vllm_vlora.quantize import FORMAT_OF_DTYPE, unpack
+from vllm_vlora.quantize import FORMAT_OF_DTYPE
 from vllm_vlora.representations.decode import decode, relative_error
 from vllm_vlora.representations.factors import relative, squared_norm
-from vllm_vlora.representations.joint import dual_rows, encode_joint
 from vllm_vlora.representations.registry import segment_sides
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
@@ -550,8 +551,7 @@ class SHAREModel:
         stored = StoredModule("joint", format, 1, {}, core="factors")
         basis = self._basis(name, stored)
         assert basis is not None
-        dual_u, dual_v = dual_rows(unpack(basis.u)), dual_rows(unpack(basis.v))
-        stored = encode_joint(a, b, module.scale, dual_u, dual_v, format, factored=True)
+        stored = CoreProjection(basis, FROBENIUS, format, factored=True)(a, b, module.scale)
         return stored, *relative_error(a, b, module.scale, stored, basis)
 
     def _refit(self, name: str, adapter: Adapter, threshold: float) -> None:
