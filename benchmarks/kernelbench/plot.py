@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 from kernelbench.report import Key
 
 Curves = dict[str, list[tuple[int, float]]]
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def panels(sums: dict[Key, dict[str, float]], mode: str) -> dict[str, Curves]:
