@@ -61,11 +61,10 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 
 
-def add_common(parser: argparse.ArgumentParser, wanted: Mapping[str, Mapping[str, Any]]) -> None:
-    """Options of ``COMMON``, with what this benchmark says otherwise."""
-    for name, changes in wanted.items():
-        settings = {"dest": name.replace("-", "_"), **COMMON[name], **changes}
-        parser.add_argument(*settings.pop("flags", [f"--{name}"]), **settings)
+def add_common(parser: argparse.ArgumentParser, wanted: Mapping[str, str]) -> None:
+    """--json, and other options of ``COMMON`` with the help that a benchmark gives them, if any."""
+    for name, text in {"json": "", **wanted}.items():
+        parser.add_argument(f"--{name}", **(COMMON[name] | ({"help": text} if text else {})))
 
 
 def can_plot() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import floors
 from harness import count, table, write_json
+from plots import draw_panels
 
 DESCRIPTION = """\
 Print what each path must move and compute over all linear layers of a model, and how long that takes
@@ -313,32 +314,10 @@ def print_measured(rows: list[dict[str, Any]]) -> None:
 
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     """Draw the forward paths' floors over the number of distinct tasks, a panel a batch size."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")
-    forward = [row for row in rows if row["tokens"] is not None]
-    batches = sorted({row["tokens"] for row in forward})
-    figure = Figure(figsize=(4.5 * len(batches), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, tokens in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
-        for label, points in _curves([row for row in forward if row["tokens"] == tokens]).items():
-            if label == "base":
-                axes.axhline(points[0][1], color="grey", linestyle="--", label=label)
-            else:
-                axes.plot(*zip(*points), marker="o", label=label)
-        axes.set(xlabel="distinct tasks", yscale="log", title=f"{tokens} tokens")
-        axes.set_xscale("log", base=2)
-        axes.set_ylabel("floor, us")
-        axes.legend(fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-
-
-def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        label = row["op"] + (f" {row['format']}" if row["format"] else "")
-        curves.setdefault(label, []).append((row["tasks"] or 1, row["us"]))
-    return {label: sorted(points) for label, points in curves.items()}
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in sorted(rows, key=lambda row: (row["tokens"] or 0, row["tasks"] or 1)):
+        if row["tokens"] is not None:
+            label = row["op"] + (f" {row['format']}" if row["format"] else "")
+            curves = panels.setdefault(f"{row['tokens']} tokens", {})
+            curves.setdefault(label, []).append((row["tasks"] or 1, row["us"]))
+    draw_panels(panels, title, "floor, us", path)

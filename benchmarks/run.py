@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from harness import RESULTS, WrongResultError, add_common, can_plot
+from harness import WrongResultError, add_common, can_plot
 
 
 @dataclass(frozen=True)
@@ -21,102 +21,70 @@ class Benchmark:
         module: has DESCRIPTION and EXAMPLES for --help, ``add_options(parser)``,
             ``resolve(parser, args)``, which fills in what was not given and refuses what cannot be run,
             and ``run(args)``, which returns the exit status. It is imported when it is asked for.
-        common: options of ``harness.COMMON``, each with what it changes there.
+        common: options of ``harness.COMMON`` beside --json, with other help or none.
     """
 
-    name: str
     purpose: str
     module: str
-    common: dict[str, dict[str, object]]
+    common: dict[str, str]
 
 
 BENCHMARKS = {
-    found.name: found
-    for found in (
-        Benchmark(
-            "activation",
-            "time to make a task ready that is not loaded: vLLM's worker, or the kernels alone",
-            "activation.program",
-            {
-                "device": {"help": "with --no-engine (default: cuda where there is one)"},
-                "rounds": {
-                    "flags": ("--rounds", "--repeats"),
-                    "help": "timed calls of each (default: 40, 15 or more; 30 with --no-engine)",
-                },
-                "device-note": {},
-                "json": {},
-            },
-        ),
-        Benchmark(
-            "kernels",
-            "the kernels of a LoRA forward pass and of an activation, against vLLM's own",
-            "kernelbench.program",
-            {
-                "device": {"default": "cuda"},
-                "quick": {"help": "only what the aims need of llama-7b"},
-                "rounds": {"help": "samples of each operation (default: 20)"},
-                "device-note": {},
-                "json": {},
-                "plot": {},
-            },
-        ),
-        Benchmark(
-            "serving",
-            "throughput and latency of a vLLM engine against the number of tasks it serves",
-            "serving.program",
-            {
-                "quick": {},
-                "rounds": {"help": "how often everything is run (default: 3; 5 on a GPU)"},
-                "seed": {"help": "of prompts and popularity (default: 0)"},
-                "device-note": {},
-                "json": {},
-                "plot": {},
-            },
-        ),
-        Benchmark(
-            "fidelity",
-            "what adapters keep when they are compressed: recovered fraction against bytes",
-            "fidelity.program",
-            {
-                "quick": {},
-                "device-note": {},
-                "json": {
-                    "flags": ("-o", "--output", "--json"),
-                    "default": RESULTS / "fidelity-cpu.json",
-                    "help": "(default: benchmarks/results/fidelity-cpu.json)",
-                },
-                "plot": {"help": "picture (default: beside the JSON file, .svg)"},
-            },
-        ),
-        Benchmark(
-            "fit",
-            "time and memory of fitting a shared basis: ours, the seed libraries, exact",
-            "fitbench.program",
-            {
-                "quick": {},
-                "rounds": {"default": 2, "help": "turns of each (default: 2)"},
-                "device-note": {},
-                "json": {},
-                "plot": {},
-            },
-        ),
-        Benchmark(
-            "scale",
-            "compressing very many adapters: seconds a module, memory, reads, the floor",
-            "scale",
-            {
-                "quick": {},
-                "device-note": {},
-                "json": {"help": "(default: benchmarks/results/scale-cpu.json; none with --quick)"},
-            },
-        ),
-        Benchmark(
-            "roofline",
-            "the least time of every path on a named GPU, beside what was measured",
-            "roofline",
-            {"json": {}, "plot": {}},
-        ),
-    )
+    "activation": Benchmark(
+        "time to make a task ready that is not loaded: vLLM's worker, or the kernels alone",
+        "activation.program",
+        {
+            "device": "with --no-engine (default: cuda where there is one)",
+            "rounds": "timed calls of each (default: 40, 15 or more; 30 with --no-engine)",
+            "device-note": "",
+        },
+    ),
+    "kernels": Benchmark(
+        "the kernels of a LoRA forward pass and of an activation, against vLLM's own",
+        "kernelbench.program",
+        {
+            "device": "",
+            "quick": "only what the aims need of llama-7b",
+            "rounds": "samples of each operation (default: 20)",
+            "device-note": "",
+            "plot": "",
+        },
+    ),
+    "serving": Benchmark(
+        "throughput and latency of a vLLM engine against the number of tasks it serves",
+        "serving.program",
+        {
+            "quick": "",
+            "rounds": "how often everything is run (default: 3; 5 on a GPU)",
+            "seed": "of prompts and popularity (default: 0)",
+            "device-note": "",
+            "plot": "",
+        },
+    ),
+    "fidelity": Benchmark(
+        "what adapters keep when they are compressed: recovered fraction against bytes",
+        "fidelity.program",
+        {
+            "quick": "",
+            "device-note": "",
+            "plot": "picture (default: beside the JSON file, .svg)",
+        },
+    ),
+    "fit": Benchmark(
+        "time and memory of fitting a shared basis: ours, the seed libraries, exact",
+        "fitbench.program",
+        {"quick": "", "rounds": "turns of each (default: 2)", "device-note": "", "plot": ""},
+    ),
+    "scale": Benchmark(
+        "compressing very many adapters: seconds a module, memory, reads, the floor",
+        "scale",
+        {"quick": "", "device-note": ""},
+    ),
+    "roofline": Benchmark(
+        "the least time of every path on a named GPU, beside what was measured",
+        "roofline",
+        {"plot": ""},
+    ),
 }
 
 
@@ -146,8 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             "python benchmarks/run.py NAME [options]; NAME --help says what is measured and how\n"
         )
-        for found in BENCHMARKS.values():
-            print(f"  {found.name:12} {found.purpose}")
+        for name, found in BENCHMARKS.items():
+            print(f"  {name:12} {found.purpose}")
         return 0
     if given[0] not in BENCHMARKS:
         print(f"no benchmark {given[0]!r}; use {', '.join(BENCHMARKS)}", file=sys.stderr)

@@ -32,6 +32,7 @@ from harness import (
 from vllm_vlora.adapters.peft_folder import Adapter, Factors, open_adapter
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.pipeline import CompressOptions, compress
+from vllm_vlora.tools.timing import best_seconds
 
 DESCRIPTION = """\
 Write synthetic PEFT adapters (bfloat16, a family around common directions) to a folder, compress them,
@@ -151,12 +152,7 @@ def product_gflops(quick: bool) -> float:
     """Speed of a large float32 product on one thread."""
     n = 512 if quick else 2048
     a = torch.randn(n, n)
-    best = 1e9
-    for _ in range(4):
-        started = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best / 1e9
+    return 2 * n**3 / best_seconds(lambda: a @ a) / 1e9
 
 
 def write_adapters(folder: Path, count: int, args: argparse.Namespace) -> list[str]:

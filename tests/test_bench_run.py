@@ -32,8 +32,8 @@ def test_without_a_name_it_lists_the_benchmarks(capsys: pytest.CaptureFixture[st
     for arguments in ([], ["--help"]):
         assert run.main(arguments) == 0
         text = capsys.readouterr().out
-        for found in run.BENCHMARKS.values():
-            assert f"  {found.name} " in text
+        for name, found in run.BENCHMARKS.items():
+            assert f"  {name} " in text
             assert found.purpose in text
     assert run.main(["nonsense"]) == 2
     assert "no benchmark 'nonsense'; use activation, kernels" in capsys.readouterr().err

@@ -34,6 +34,11 @@ def seconds_of(run: Callable[[], object], wait: Callable[[], object] = lambda: N
     return time.perf_counter() - started
 
 
+def best_seconds(run: Callable[[], object], tries: int = 4) -> float:
+    """The shortest of some runs: what a machine can do, other work on it or not."""
+    return min(seconds_of(run) for _ in range(tries))
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """Linear between the neighbouring values, as ``numpy.percentile`` has it."""
     ordered = sorted(values)

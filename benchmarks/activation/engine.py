@@ -28,6 +28,7 @@ from harness import (
     table,
 )
 
+from activation import startup
 from vllm_vlora.tools.timing import percentile, seconds_of, spread, take_turns
 
 MODEL_CONFIG = {
@@ -108,8 +109,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         WrongResultError: something is wrong; there are no figures then.
     """
-    from activation import startup
-
     os.environ.update(ENVIRONMENT)
     # Only this plugin, and no checkpoint preloaded: the run loads four of its own.
     os.environ["VLLM_PLUGINS"] = "vlora"

@@ -10,7 +10,7 @@ from typing import Any
 import floors
 import torch
 from clock import l2_nbytes, measure_rates
-from harness import cores, count, cpu_name, print_record, record, write_json
+from harness import cores, count, cpu_name, end_record, print_record, record, write_json
 from kernelbench.cells import Settings
 from kernelbench.report import Floors, print_activation
 
@@ -126,6 +126,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="components of shared bases: one number (default: 64), with --no-engine any number of "
         "them (default: 32 64 128)",
     )
+    parser.add_argument("--repeats", dest="rounds", type=count, help=argparse.SUPPRESS)
     parser.add_argument("--warmup", type=int, help="untimed rounds (default: 4; 5)")
     add_engine_options(parser.add_argument_group("with --engine"))
     add_device_options(parser.add_argument_group("with --no-engine"))
@@ -236,4 +237,5 @@ def run_alone(args: argparse.Namespace) -> dict[str, Any]:
     limits = Floors.of(name, rates)
     rows = run_activation(args.model, MODELS[args.model], settings, limits)
     print_activation(rows)
+    end_record(report)
     return {**report, "rates": vars(rates), "l2_nbytes": l2_nbytes(device), "rows": rows}

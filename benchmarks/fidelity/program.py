@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import can_plot, say, write_json
+from harness import RESULTS, can_plot, say, write_json
 
 from fidelity import ours, seeds
 from fidelity.built import Built, OutOfReachError
@@ -133,6 +133,13 @@ def run_all(options: argparse.Namespace, methods: Sequence[Method]) -> dict[str,
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The collections, the methods and the sizes."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        dest="json",
+        type=Path,
+        help="the same (default: benchmarks/results/fidelity-cpu.json)",
+    )
     parser.add_argument("--model", type=Path, default=Path(".cache/smollm2"))
     parser.add_argument(
         "--collections",
@@ -166,6 +173,7 @@ def resolve(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
     options.ratios = options.ratios or (QUICK_RATIOS if options.quick else RATIOS)
     options.examples = options.examples or (QUICK_EXAMPLES if options.quick else EXAMPLES_A_TASK)
     options.tasks = options.tasks or (QUICK_TASKS if options.quick else None)
+    options.json = options.json or RESULTS / "fidelity-cpu.json"
     options.plot = options.plot or options.json.with_suffix(".svg")
 
 

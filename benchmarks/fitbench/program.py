@@ -33,6 +33,7 @@ from fitbench.report import format_cell, summarise
 from fitbench.runs import Policy, Run, start_worker, take_turns
 from fitbench.worker import CONTESTANTS
 from vllm_vlora.fitting.shared_basis import fit_bases
+from vllm_vlora.tools.timing import best_seconds
 
 DESCRIPTION = """\
 Fit one module's shared basis to many adapters, from PEFT folders on disk (in the page cache) to the
@@ -156,7 +157,7 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     args.adapters = args.adapters or ([40] if small else [100, 500])
     args.rank = args.rank or (4 if small else 16)
     args.k = args.k or (16 if small else 128)
-    args.rounds = 1 if small else args.rounds
+    args.rounds = 1 if small else args.rounds or 2
     if args.own < 0:
         parser.error("--own must not be negative")
 
@@ -231,17 +232,9 @@ def measure_rates(quick: bool) -> dict[str, float]:
     n = 256 if quick else 1024
     x, y = torch.randn(n, 8 * n), torch.randn(8 * n, n)
     block = torch.empty(2**22 if quick else 2**25)
-    products, copies = [], []
-    for _ in range(3):
-        start = time.perf_counter()
-        x @ y
-        products.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        block.clone()
-        copies.append(time.perf_counter() - start)
     return {
-        "flops_per_s": 16 * n**3 / min(products),
-        "copied_bytes_per_s": 4 * block.numel() / min(copies),
+        "flops_per_s": 16 * n**3 / best_seconds(lambda: x @ y),
+        "copied_bytes_per_s": block.nbytes / best_seconds(block.clone),
     }
 
 

@@ -190,7 +190,7 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.rank = args.rank or 16
+    args.rank, args.device = args.rank or 16, args.device or "cuda"
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU; --device cpu --tiny tries the program")
     if args.device == "cpu" and not args.tiny:
@@ -349,6 +349,6 @@ def show(
     if args.plot:
         mode = "graph" if args.device == "cuda" else "eager"
         try:
-            draw(sums, mode, f"{header['device']}, rank {args.rank}", str(args.plot))
+            draw(sums, mode, f"{header['device']}, rank {args.rank}", args.plot)
         except ValueError as error:
             sys.exit(f"--plot {args.plot}: {error}")
