@@ -252,7 +252,18 @@ def test_the_codes_digest_changes_with_any_of_its_files(tmp_path: Path) -> None:
         (tmp_path / "x.py").write_text(text, encoding="utf-8")
         digests.append(code_digest(tmp_path))
     (tmp_path / "x.py").rename(tmp_path / "y.py")
-    assert len({*digests, code_digest(tmp_path)}) == 3
+    digests.append(code_digest(tmp_path))
+    (tmp_path / "room").mkdir()
+    (tmp_path / "y.py").rename(tmp_path / "room" / "y.py")
+    assert len({*digests, code_digest(tmp_path)}) == 4
+
+
+def test_tools_and_plugin_do_not_count(tmp_path: Path) -> None:
+    before = code_digest(tmp_path)
+    for name in ("tools", "plugin", "triton_kernels"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.py").write_text("a = 1", encoding="utf-8")
+    assert code_digest(tmp_path) == before
 
 
 def test_an_unknown_representation_ends_the_run_at_once(
