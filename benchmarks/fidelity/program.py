@@ -140,12 +140,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the same (default: benchmarks/results/fidelity-cpu.json)",
     )
-    parser.add_argument("--model", type=Path, default=Path(".cache/smollm2"))
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path(".cache/smollm2"),
+        help="the base model's folder (default: .cache/smollm2)",
+    )
     parser.add_argument(
         "--collections",
         type=Path,
         nargs="+",
         default=[COLLECTIONS / "unrelated", COLLECTIONS / "family"],
+        help="their folders (default: those that the first examples make)",
     )
     parser.add_argument(
         "--representations",
@@ -155,7 +161,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "are those of `compress`; calibration=@calibration gathers moments on the collection's "
         "calibration text",
     )
-    parser.add_argument("--ratios", type=float, nargs="+")
+    parser.add_argument(
+        "--ratios",
+        type=float,
+        nargs="+",
+        help=f"asked for (default: {' '.join(f'{ratio:g}' for ratio in RATIOS)})",
+    )
     parser.add_argument("--examples", type=int, help=f"a task (default: {EXAMPLES_A_TASK})")
     parser.add_argument("--tasks", type=int, help="of each kind (default: all)")
     parser.add_argument(
@@ -163,8 +174,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take points that were measured before with the same code and settings",
     )
-    parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--seeds-environment", type=Path, default=Path(".cache/seeds"))
+    parser.add_argument(
+        "--cache", type=Path, default=CACHE, help=f"of points and calibrations (default: {CACHE})"
+    )
+    parser.add_argument(
+        "--seeds-environment",
+        type=Path,
+        default=Path(".cache/seeds"),
+        help="made on first use (default: .cache/seeds)",
+    )
 
 
 def resolve(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
