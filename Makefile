@@ -43,17 +43,17 @@ requirements: ## Resolve requirements/cpu.txt and docs.txt anew
 	requirements/compile.sh $(PYTHON)
 
 bench: $(VENV)/.ready ## Activation of a task: stock vLLM against materialize, on this machine
-	$(BIN)/python benchmarks/bench_activation.py
+	$(BIN)/python benchmarks/run.py activation
 
 collections: $(VENV)/.ready ## Train the two collections of the fidelity benchmark into .cache
 	$(BIN)/python examples/demo/prepare_model.py --output .cache/smollm2
 	for name in unrelated family; do $(BIN)/python examples/collections/train.py $$name -o .cache/collections/$$name || exit 1; done
 
 bench-fidelity: collections ## Recovered fraction against bytes, every representation and the seed libraries
-	$(BIN)/python benchmarks/bench_fidelity.py --resume
+	$(BIN)/python benchmarks/run.py fidelity --resume
 
 bench-fit: $(VENV)/.ready ## Time and memory of the fit against the seed libraries and exact SVD
-	$(BIN)/python benchmarks/bench_fit.py
+	$(BIN)/python benchmarks/run.py fit
 
 clean: ## Remove the environments and caches
 	rm -rf .venv .venv-* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

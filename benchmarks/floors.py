@@ -151,7 +151,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """The parameters of a path; see the module. ``format``: of private factors and packed bases."""
+    """The parameters of a path; see the module.
+
+    ``format``: of private factors and packed bases. ``core_itemsize``: of a core that materialize takes.
+    """
 
     tokens: int = 1
     tasks: int = 1
@@ -160,6 +163,7 @@ class Work:
     k: int = 64
     format: str = "bfloat16"
     itemsize: int = 2
+    core_itemsize: int = 4
 
     @property
     def distinct(self) -> int:
@@ -254,10 +258,10 @@ def materialize_private(layer: Layer, work: Work) -> Cost:
 
 
 def materialize_joint(layer: Layer, work: Work) -> Cost:
-    """A = L_A V and B^T = L_B^T U^T into a slot: packed bases and float32 cores read."""
+    """A = L_A V and B^T = L_B^T U^T into a slot: packed bases and cores read."""
     packed = len(layer.widths) * row_bytes(work.format, layer.d_in)
     packed += sum(row_bytes(work.format, width) for width in layer.widths)
-    cores = 2 * 4 * len(layer.widths) * work.rank * work.k
+    cores = 2 * work.core_itemsize * len(layer.widths) * work.rank * work.k
     written = work.slot_rank * layer.spread * work.itemsize
     return Cost(work.k * packed + cores + written, 2 * work.rank * work.k * layer.spread)
 

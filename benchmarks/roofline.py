@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import floors
+from harness import count, table, write_json
+from plots import draw_panels
 
 DESCRIPTION = """\
 Print what each path must move and compute over all linear layers of a model, and how long that takes
@@ -28,39 +30,32 @@ A device's rates are its data sheet's peaks (sources in floors.py), which no ker
 measured ones with --bandwidth, --flops and --pcie for a fair ratio. --launch-us adds a latency for each
 kernel launch; CUDA graphs take most of it away.
 """
-EPILOG = """\
-examples:
-  python benchmarks/roofline.py                                     llama-7b on an H100
-  python benchmarks/roofline.py --model llama-70b --device h200 --tokens 64 4096 --tasks 1 64
-  python benchmarks/roofline.py --bandwidth 2.9e3 --measured kernels.json
-  python benchmarks/roofline.py --model custom --layers 8 --hidden 1024 --intermediate 2816
+EXAMPLES = """\
+  python benchmarks/run.py roofline                                     llama-7b on an H100
+  python benchmarks/run.py roofline --model llama-70b --device h200 --tokens 64 4096 --tasks 1 64
+  python benchmarks/run.py roofline --bandwidth 2.9e3 --measured kernels.json
+  python benchmarks/run.py roofline --model custom --layers 8 --hidden 1024 --intermediate 2816
 """
 _MEASURED_FIELDS = ("op", "us_p50")
 
 
-def main() -> int:
-    args = parse_arguments()
+def run(args: argparse.Namespace) -> int:
+    """Predict, or put floors beside what was measured; print and write."""
     device, model = make_device(args), make_model(args)
     if args.measured:
         rows = list(compare(args, device))
     else:
         rows = list(predict(args, model, device))
-    report = {"device": vars(device), "launch_us": args.launch_us, "rows": rows}
     print_head(device, args)
     (print_measured if args.measured else print_predicted)(rows)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+    write_json(args.json, {"device": vars(device), "launch_us": args.launch_us, "rows": rows})
     if args.plot:
         plot(args.plot, rows, f"{model.name}, rank {args.rank}, k {args.k}, {device.name}")
     return 0
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The device, the work, and what was measured."""
     add_device_options(parser)
     add_work_options(parser)
     parser.add_argument(
@@ -70,23 +65,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="JSON with rows of op, us_p50, model, module, rank, k, tokens, tasks, format; prints "
         "each beside its floor instead of the predictions",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to FILE")
-    parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="also draw time over tasks (needs matplotlib)"
-    )
-    args = parser.parse_args(arguments)
+
+
+def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The slots' rank; ends the program where the options make no sense."""
     if args.plot and args.measured:
         parser.error("--plot draws predictions; leave --measured out")
     if args.measured and not args.measured.is_file():
         parser.error(f"--measured {args.measured}: no such file")
-    for option in ("rank", "k", "layers", "hidden", "intermediate", "kv_width"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1")
     for option in ("bandwidth", "flops", "pcie"):
         if getattr(args, option) is not None and getattr(args, option) <= 0:
             parser.error(f"--{option} must be above 0")
-    if min(*args.tokens, *args.tasks) < 1 or args.launch_us < 0:
-        parser.error("--tokens and --tasks must be at least 1, --launch-us not negative")
+    if args.launch_us < 0:
+        parser.error("--launch-us must not be negative")
     custom = (args.layers, args.hidden, args.intermediate)
     if (args.model == "custom") != all(custom) or (args.model != "custom" and any(custom)):
         parser.error("--model custom needs --layers, --hidden and --intermediate, others none")
@@ -94,7 +85,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         args.slot_rank = floors.slot_rank(max(args.rank, args.slot_rank or 1))
     except ValueError as error:
         parser.error(str(error))
-    return args
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -113,20 +103,24 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """The model's shape and what the batch is."""
     parser.add_argument("--model", choices=[*floors.MODELS, "custom"], default="llama-7b")
-    parser.add_argument("--layers", type=int, help="of a custom model")
-    parser.add_argument("--hidden", type=int, help="of a custom model")
-    parser.add_argument("--intermediate", type=int, help="of a custom model")
-    parser.add_argument("--kv-width", type=int, help="rows of its k_proj (default: hidden)")
-    parser.add_argument("--rank", type=int, default=16, help="of every task (default: 16)")
+    parser.add_argument("--layers", type=count, help="of a custom model")
+    parser.add_argument("--hidden", type=count, help="of a custom model")
+    parser.add_argument("--intermediate", type=count, help="of a custom model")
+    parser.add_argument("--kv-width", type=count, help="rows of its k_proj (default: hidden)")
+    parser.add_argument("--rank", type=count, default=16, help="of every task (default: 16)")
     parser.add_argument(
-        "--slot-rank", type=int, metavar="R", help="vLLM's --max-lora-rank (default: holds rank)"
+        "--slot-rank", type=count, metavar="R", help="vLLM's --max-lora-rank (default: holds rank)"
     )
-    parser.add_argument("--k", type=int, default=64, help="components of a basis (default: 64)")
+    parser.add_argument("--k", type=count, default=64, help="components of a basis (default: 64)")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1, 64, 2048], help="a batch (default: 1 64 2048)"
+        "--tokens",
+        type=count,
+        nargs="+",
+        default=[1, 64, 2048],
+        help="a batch (default: 1 64 2048)",
     )
     parser.add_argument(
-        "--tasks", type=int, nargs="+", default=[1, 32], help="distinct ones (default: 1 32)"
+        "--tasks", type=count, nargs="+", default=[1, 32], help="distinct ones (default: 1 32)"
     )
     parser.add_argument(
         "--format",
@@ -228,17 +222,20 @@ def print_predicted(rows: list[dict[str, Any]]) -> None:
         f"{first['model']}, all linear layers; rank {first['rank']} in slots of {first['slot_rank']}, "
         f"k {first['k']}\n"
     )
-    print(
-        f"{'path':20} {'format':9} {'tokens':>7} {'tasks':>6} {'MB':>10} {'GFLOP':>10} "
-        f"{'launches':>9} {'bound':>8} {'us':>10}"
+    head = ["path", "format", "tokens", "tasks", "MB", "GFLOP", "launches", "bound", "us"]
+    lines = (
+        [
+            row["op"],
+            *(str(row[name] or "") for name in ("format", "tokens", "tasks")),
+            f"{(row['bytes'] + row['host_bytes']) / 1e6:,.2f}",
+            f"{row['flops'] / 1e9:,.2f}",
+            str(row["launches"]),
+            row["bound"],
+            f"{row['us']:,.2f}",
+        ]
+        for row in rows
     )
-    for row in rows:
-        moved = (row["bytes"] + row["host_bytes"]) / 1e6
-        print(
-            f"{row['op']:20} {row['format'] or '':9} {row['tokens'] or '':>7} "
-            f"{row['tasks'] or '':>6} {moved:>10,.2f} {row['flops'] / 1e9:>10,.2f} "
-            f"{row['launches']:>9} {row['bound']:>8} {row['us']:>10,.2f}"
-        )
+    print(table(head, lines, left=2))
 
 
 # --- beside measurements --------------------------------------------------------------------------
@@ -298,19 +295,18 @@ def measured_cost(
 
 
 def print_measured(rows: list[dict[str, Any]]) -> None:
-    print(
-        f"\n{'path':20} {'module':14} {'format':9} {'rank':>5} {'k':>5} {'tokens':>7} {'tasks':>6} "
-        f"{'us p50':>10} {'floor us':>10} {'x floor':>8}"
+    names = ["op", "module", "format", "rank", "k", "tokens", "tasks"]
+    head = ["path", *names[1:], "us p50", "floor us", "x floor"]
+    lines = (
+        [
+            *("" if row.get(name) is None else str(row[name]) for name in names),
+            f"{row['us_p50']:,.2f}",
+            "none: " + row["no_floor"] if row["no_floor"] else f"{row['floor_us']:,.2f}",
+            f"{row['ratio_to_floor']:.2f}" if row["ratio_to_floor"] else "",
+        ]
+        for row in rows
     )
-    for row in rows:
-        cells = {name: "" if row.get(name) is None else row[name] for name in row}
-        floor = "none: " + row["no_floor"] if row["no_floor"] else f"{row['floor_us']:>10,.2f}"
-        ratio = f"{row['ratio_to_floor']:>8.2f}" if row["ratio_to_floor"] else ""
-        print(
-            f"{cells['op']:20} {cells.get('module', ''):14} {cells.get('format', ''):9} "
-            f"{cells.get('rank', ''):>5} {cells.get('k', ''):>5} {cells.get('tokens', ''):>7} "
-            f"{cells.get('tasks', ''):>6} {row['us_p50']:>10,.2f} {floor} {ratio}"
-        )
+    print("\n" + table(head, lines, left=3))
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -318,36 +314,10 @@ def print_measured(rows: list[dict[str, Any]]) -> None:
 
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     """Draw the forward paths' floors over the number of distinct tasks, a panel a batch size."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")
-    forward = [row for row in rows if row["tokens"] is not None]
-    batches = sorted({row["tokens"] for row in forward})
-    figure = Figure(figsize=(4.5 * len(batches), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, tokens in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches):
-        for label, points in _curves([row for row in forward if row["tokens"] == tokens]).items():
-            if label == "base":
-                axes.axhline(points[0][1], color="grey", linestyle="--", label=label)
-            else:
-                axes.plot(*zip(*points), marker="o", label=label)
-        axes.set(xlabel="distinct tasks", yscale="log", title=f"{tokens} tokens")
-        axes.set_xscale("log", base=2)
-        axes.set_ylabel("floor, us")
-        axes.legend(fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-
-
-def _curves(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        label = row["op"] + (f" {row['format']}" if row["format"] else "")
-        curves.setdefault(label, []).append((row["tasks"] or 1, row["us"]))
-    return {label: sorted(points) for label, points in curves.items()}
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in sorted(rows, key=lambda row: (row["tokens"] or 0, row["tasks"] or 1)):
+        if row["tokens"] is not None:
+            label = row["op"] + (f" {row['format']}" if row["format"] else "")
+            curves = panels.setdefault(f"{row['tokens']} tokens", {})
+            curves.setdefault(label, []).append((row["tasks"] or 1, row["us"]))
+    draw_panels(panels, title, "floor, us", path)

@@ -11,8 +11,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 device="$(python -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())')"
 
 pytest -q -m gpu tests/test_direct_kernels.py tests/test_materialize.py
-python benchmarks/bench_kernels.py ${PUNICA:+--punica "$PUNICA"} --json "$out/kernels-$device.json"
-python benchmarks/bench_materialize.py --json "$out/materialize-$device.json"
+python benchmarks/run.py kernels ${PUNICA:+--punica "$PUNICA"} --json "$out/kernels-$device.json"
+python benchmarks/run.py activation --no-engine --json "$out/activation-$device.json"
 if python -c 'import vllm' 2>/dev/null; then
-    python benchmarks/bench_serving.py --model 7b --full --json "$out/serving-$device.json"
+    python benchmarks/run.py serving --model 7b --full --json "$out/serving-$device.json"
 fi

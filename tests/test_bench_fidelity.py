@@ -20,9 +20,9 @@ from vllm_vlora.fitting.calibration import Calibration
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "examples" / "collections")]
 
-import bench_fidelity  # noqa: E402
+import run  # noqa: E402
 import train  # noqa: E402
-from fidelity import seed_worker, seeds  # noqa: E402
+from fidelity import program, seed_worker, seeds  # noqa: E402
 from fidelity.inputs import CollectionFolder  # noqa: E402
 from fidelity.methods import parse_method  # noqa: E402
 from fidelity.points import PointStore, code_digest, summary  # noqa: E402
@@ -110,7 +110,7 @@ def test_a_wrong_method_is_an_error_before_anything_runs(text: str, message: str
 def _run(model: Path, collection: Path, folder: Path, *more: str) -> dict[str, Any]:
     arguments = ["--model", str(model), "--collections", str(collection), "--examples", "6"]
     arguments += ["--cache", str(folder / "cache"), "-o", str(folder / "out.json"), *more]
-    assert bench_fidelity.main(arguments) == 0
+    assert run.main(["fidelity", *arguments]) == 0
     return json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 
@@ -210,13 +210,13 @@ def test_resume_takes_what_was_measured_and_nothing_else(
 ) -> None:
     folder, document = report
     built: list[float] = []
-    build = bench_fidelity.ours.build
+    build = program.ours.build
 
     def counted(method: Any, ratio: float, *rest: Any) -> Any:
         built.append(ratio)
         return build(method, ratio, *rest)
 
-    monkeypatch.setattr(bench_fidelity.ours, "build", counted)
+    monkeypatch.setattr(program.ours, "build", counted)
     more = ("--representations", "private", "--ratios", "1", "6", "3")
     again = _run(model, collection, folder, *more, "--resume")
     assert built == [3.0]
@@ -252,7 +252,18 @@ def test_the_codes_digest_changes_with_any_of_its_files(tmp_path: Path) -> None:
         (tmp_path / "x.py").write_text(text, encoding="utf-8")
         digests.append(code_digest(tmp_path))
     (tmp_path / "x.py").rename(tmp_path / "y.py")
-    assert len({*digests, code_digest(tmp_path)}) == 3
+    digests.append(code_digest(tmp_path))
+    (tmp_path / "room").mkdir()
+    (tmp_path / "y.py").rename(tmp_path / "room" / "y.py")
+    assert len({*digests, code_digest(tmp_path)}) == 4
+
+
+def test_tools_and_plugin_do_not_count(tmp_path: Path) -> None:
+    before = code_digest(tmp_path)
+    for name in ("tools", "plugin", "triton_kernels"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.py").write_text("a = 1", encoding="utf-8")
+    assert code_digest(tmp_path) == before
 
 
 def test_an_unknown_representation_ends_the_run_at_once(
@@ -260,7 +271,7 @@ def test_an_unknown_representation_ends_the_run_at_once(
 ) -> None:
     arguments = ["--model", str(model), "--collections", str(collection)]
     arguments += ["--representations", "private", "cubist", "-o", str(tmp_path / "out.json")]
-    assert bench_fidelity.main(arguments) == 2
+    assert run.main(["fidelity", *arguments]) == 2
     assert "cubist" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 
@@ -329,7 +340,7 @@ def test_a_seeds_answer_becomes_a_point_or_a_reason(collection: Path, tmp_path: 
     assert (built.nbytes, built.nbytes_on_disk, built.nbytes_with_added) == (10, 20, 12)
     assert set(built.folders) == {"staff", "tickets", "logs"}
     (tmp_path / "answer.json").write_text('{"k": 0}', encoding="utf-8")
-    with pytest.raises(bench_fidelity.OutOfReachError, match="one component is larger"):
+    with pytest.raises(program.OutOfReachError, match="one component is larger"):
         seeds.read_built(tmp_path, "vlora-dev", found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -15,7 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Programs there import each other by bare names.
 sys.path.append(str(BENCHMARKS))
 
-import bench_fit  # noqa: E402
+from fitbench import program  # noqa: E402
 from fitbench.collection import MODULE, Size, Spectrum, write_collection  # noqa: E402
 from fitbench.report import format_cell, summarise  # noqa: E402
 from fitbench.runs import Policy, Run, start_worker, take_turns  # noqa: E402
@@ -129,7 +130,7 @@ def test_the_program_on_a_tiny_size(tmp_path: Path) -> None:
     if plotted:
         options += ["--plot", str(tmp_path / "out.png")]
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "bench_fit.py"), *options],
+        [sys.executable, str(BENCHMARKS / "run.py"), "fit", *options],
         capture_output=True,
         text=True,
         check=False,
@@ -146,12 +147,12 @@ def test_the_program_on_a_tiny_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["4096", "4096x", "0x4", "axb"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(bench_fit.argparse.ArgumentTypeError, match="D_INxD_OUT"):
-        bench_fit.parse_sizes(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="D_INxD_OUT"):
+        program.parse_sizes(text)
 
 
 def test_contestants_must_be_known_and_have_ours() -> None:
-    assert bench_fit.parse_contestants("ours,exact") == ["ours", "exact"]
+    assert program.parse_contestants("ours,exact") == ["ours", "exact"]
     for text in ("exact", "ours,other"):
-        with pytest.raises(bench_fit.argparse.ArgumentTypeError):
-            bench_fit.parse_contestants(text)
+        with pytest.raises(argparse.ArgumentTypeError):
+            program.parse_contestants(text)

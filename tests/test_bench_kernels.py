@@ -20,9 +20,10 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Programs there import each other by bare names.
 sys.path.append(str(BENCHMARKS))
 
-import bench_kernels  # noqa: E402
 import floors  # noqa: E402
-from kernelbench import activation, forward, report  # noqa: E402
+import run as runner  # noqa: E402
+from activation import ways  # noqa: E402
+from kernelbench import forward, program, report  # noqa: E402
 from kernelbench.batches import Batch, Cell, make_batch  # noqa: E402
 from kernelbench.cells import Settings, cells, make_operations  # noqa: E402
 from kernelbench.forward import Operation, count_copies, weight_nbytes  # noqa: E402
@@ -71,7 +72,7 @@ def test_all_of_it_on_tiny_shapes(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     # Batch-invariant punica cuts d_in into 8 parts in place of 64, each a program to interpret.
     options = [*TINY, "--modules", "gate_up_proj", "--json", str(file)]
-    text = run(["bench_kernels.py", *options], VLLM_BATCH_INVARIANT="1")
+    text = run(["run.py", "kernels", *options], VLLM_BATCH_INVARIANT="1")
     data = json.loads(file.read_text())
     rows = data["rows"]
     assert {row["op"] for row in rows} == set(floors.PATHS) | {"copy-pinned"}
@@ -99,9 +100,9 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
     """The program in this process, with the direct path's torch in place of Triton's interpreter."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # The program sets it; this puts it back.
-    monkeypatch.setattr(bench_kernels, "load", lambda folder, device: None)
+    monkeypatch.setattr(program, "load", lambda folder, device: None)
     monkeypatch.setattr(forward, "add_direct_triton", add_direct)
-    return lambda *options: bench_kernels.main([*TINY, *map(str, options)])
+    return lambda *options: runner.main(["kernels", *TINY, *map(str, options)])
 
 
 def swap_tokens(y: torch.Tensor, x: torch.Tensor, *rest: Any) -> None:
@@ -130,8 +131,8 @@ SABOTAGE: list[tuple[Any, str, Any, str]] = [
     (forward, "add_direct_triton", lambda *all: None, "k=16 (copy 0): 2 of 2 tokens are wrong"),
     (forward, "add_direct_triton", swap_tokens, "direct-joint k=16 (copy 0)"),
     (forward, "add_direct_triton", spoil_a_copy, "direct-private float16 (copy 1): 1 of 2 tokens"),
-    (activation, "plan_materialize", StuckPlans(), "materialize-private float16, task 1"),
-    (activation.SlotTable, "set", lambda self, slot, task: None, "activate-direct"),
+    (ways, "plan_materialize", StuckPlans(), "materialize-private float16, task 1"),
+    (ways.SlotTable, "set", lambda self, slot, task: None, "activate-direct"),
 ]
 
 
@@ -180,7 +181,7 @@ def test_nothing_is_begun_when_the_time_is_up(
 )
 def test_wrong_calls(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        bench_kernels.main(options)
+        runner.main(["kernels", *options])
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
 
@@ -193,7 +194,7 @@ def test_a_folder_without_punica(tmp_path: Path) -> None:
 def test_a_plot_needs_matplotlib_and_says_so(
     main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_kernels, "can_plot", lambda: False)
+    monkeypatch.setattr(runner, "can_plot", lambda: False)
     with pytest.raises(SystemExit) as ended:
         main("--plot", "x.png")
     assert ended.value.code == 2
@@ -454,7 +455,7 @@ def test_roofline_finds_the_same_floors(tmp_path: Path) -> None:
     file, out = tmp_path / "rows.json", tmp_path / "out.json"
     file.write_text(json.dumps({"rows": rows}))
     rates = ("--bandwidth", "2000", "--flops", "500", "--pcie", "50")
-    run(["roofline.py", "--measured", str(file), "--json", str(out), *rates])
+    run(["run.py", "roofline", "--measured", str(file), "--json", str(out), *rates])
     found = json.loads(out.read_text())["rows"]
     assert len(found) == len(rows) == 4 * 4 + 4
     for row in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,9 +17,10 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from serving import correctness, plot, report, settings  # noqa: E402
+import run  # noqa: E402
+from serving import correctness, plot, program, report, settings  # noqa: E402
 from serving.configurations import DIRECT, configuration  # noqa: E402
-from serving.figures import Trace, percentile, spread_of_ratios  # noqa: E402
+from serving.figures import Trace, spread_of_ratios  # noqa: E402
 from serving.loads import (  # noqa: E402
     Call,
     Job,
@@ -28,6 +30,8 @@ from serving.loads import (  # noqa: E402
     make_calls,
     zipf_probabilities,
 )
+
+from vllm_vlora.tools.timing import percentile  # noqa: E402
 
 ONE, EIGHT = Load(1, "uniform"), Load(8, "uniform")
 
@@ -345,7 +349,7 @@ def test_engines_are_packed_into_what_memory_holds() -> None:
 
 def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "bench_serving.py"), *arguments],
+        [sys.executable, str(BENCHMARKS / "run.py"), "serving", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -360,11 +364,8 @@ def test_the_help_says_what_is_measured() -> None:
     assert "exit status is 1" in done.stdout
 
 
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    import bench_serving
-
-    return bench_serving
+def _parse(*arguments: str) -> argparse.Namespace:
+    return run.parse("serving", arguments)[1]
 
 
 @pytest.mark.parametrize(
@@ -384,26 +385,26 @@ def bench() -> Any:
     ],
 )
 def test_wrong_arguments_are_named(
-    bench: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        bench.parse_arguments(arguments)
+        _parse(*arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "can_plot", lambda: False)
+    monkeypatch.setattr(run, "can_plot", lambda: False)
     with pytest.raises(SystemExit):
-        bench.parse_arguments(["--plot", "x.png"])
+        _parse("--plot", "x.png")
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_sizes_come_from_the_device_and_the_options(bench: Any) -> None:
+def test_sizes_come_from_the_device_and_the_options() -> None:
     def resolved(*arguments: str, gpu: bool = False) -> settings.Settings:
-        return settings.resolve(bench.parse_arguments(list(arguments)), gpu)
+        return settings.resolved(_parse(*arguments), gpu)
 
     default = resolved()
     assert (default.model, default.dtype) == ("small", "float32")
@@ -423,10 +424,10 @@ def test_sizes_come_from_the_device_and_the_options(bench: Any) -> None:
     assert resolved("--concurrency", "16").requests(ONE) == 16
 
 
-def test_the_device_may_rule_out_what_was_asked_for(bench: Any) -> None:
+def test_the_device_may_rule_out_what_was_asked_for() -> None:
     def refuse(*arguments: str, gpu: bool) -> None:
-        args = bench.parse_arguments(list(arguments))
-        bench.refuse_impossible(settings.resolve(args, gpu), args.keep_gib)
+        args = _parse(*arguments)
+        program.refuse_impossible(settings.resolved(args, gpu), args.keep_gib)
 
     with pytest.raises(SystemExit, match="punica-runs is for CPU only"):
         refuse("--configurations", "base,punica-runs", gpu=True)
@@ -437,8 +438,8 @@ def test_the_device_may_rule_out_what_was_asked_for(bench: Any) -> None:
     refuse(gpu=True)
 
 
-def test_an_engine_s_memory_counts_slots_and_copies(bench: Any) -> None:
-    chosen = settings.resolve(bench.parse_arguments(["--tasks", "128"]), gpu=False)
+def test_an_engine_s_memory_counts_slots_and_copies() -> None:
+    chosen = settings.resolved(_parse("--tasks", "128"), gpu=False)
     config = {"num_attention_heads": 16, "hidden_size": 1024, "num_hidden_layers": 8}
     assert settings.kv_nbytes(chosen, config) == 2 * 8 * 1024 * 4 * (128 * 2 + 8) * 32
 

@@ -129,7 +129,7 @@ def test_facts_that_have_another_home_agree_with_it() -> None:
 
 def call(*arguments: str | Path, code: int = 0, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "roofline.py"), *map(str, arguments)],
+        [sys.executable, str(BENCHMARKS / "run.py"), "roofline", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +19,7 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
+from vllm_vlora.tools.timing import seconds_of, spread, take_turns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -220,18 +220,14 @@ def _skeleton(modules: list[ModuleSpec]) -> nn.Module:
 
 def _timed(operation: _Operation, runs: int) -> dict[str, float]:
     """p20, p50 and p80 in milliseconds, after one run that is not counted."""
-    import torch
 
-    times = []
-    for number in range(runs + 1):
+    def clock() -> float:
         if isinstance(operation, _Switch):
             operation.between()
-        start = time.perf_counter()
-        operation()
-        if number:
-            times.append(1e3 * (time.perf_counter() - start))
-    ordered = torch.tensor(times, dtype=torch.float64)
-    return {f"p{percent}": float(ordered.quantile(percent / 100)) for percent in (20, 50, 80)}
+        return seconds_of(operation)
+
+    (times,) = take_turns([clock], runs)
+    return spread(times, 1e3)
 
 
 def _machine() -> dict[str, Any]:

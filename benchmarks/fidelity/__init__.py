@@ -1,1 +1,1 @@
-"""Parts of bench_fidelity.py."""
+"""The benchmark of fidelity; ``program`` has its options and the run."""

@@ -148,9 +148,15 @@ class PointStore:
         (self.folder / f"{key}.json").write_text(json.dumps(point), encoding="utf-8")
 
 
+_NOT_COUNTED = {"tools", "plugin", "triton_kernels"}
+
+
 def code_digest(folder: Path) -> str:
     """SHA-256 over the library's Python files; tools, plugin and kernels do not count."""
     total = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        total.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder)
+        if name.parts[0] not in _NOT_COUNTED:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            total.update(f"{name.as_posix()} {digest}\n".encode())
     return total.hexdigest()

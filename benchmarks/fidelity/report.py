@@ -1,17 +1,16 @@
-"""The JSON file, the table and the plot."""
+"""The table and the plot."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import cpu_name, record
 
 from fidelity.points import Point
 from fidelity.seeds import PINS
@@ -19,36 +18,20 @@ from fidelity.seeds import PINS
 SCHEMA_VERSION = 1
 KINDS = {"in_basis": ("in basis", "ratio"), "held_out": ("added later", "ratio_with_added")}
 """Kind of task -> its name, and the ratio of the files that hold it."""
-_LIBRARIES = ("vllm-vlora", "torch", "transformers", "safetensors")
 
 
-def setting(command: Sequence[str]) -> dict[str, Any]:
+def setting(args: argparse.Namespace) -> dict[str, Any]:
     """Command, versions and machine."""
+    machine = f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}"
+    run = record(args, machine, "torch", "transformers", "safetensors")
+    del run["arguments"]
     return {
-        "command": " ".join(command),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in _LIBRARIES} | PINS,
-        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        **run,
+        "python": run["versions"]["python"],
+        "versions": run["versions"] | PINS,
+        "machine": run["device"],
         "threads": torch.get_num_threads(),
     }
-
-
-def cpu_model() -> str:
-    """Its name as Linux tells it, else the platform's."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write the report beside and move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 # --- table ---------------------------------------------------------------------------------------
@@ -78,11 +61,6 @@ def _row(point: Point) -> str:
 
 
 # --- plot ----------------------------------------------------------------------------------------
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def lines_of(

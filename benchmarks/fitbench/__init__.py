@@ -1,1 +1,1 @@
-"""Parts of ``bench_fit.py``."""
+"""The benchmark of the fit; ``program`` has its options and the run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 _COLOURS = {
@@ -12,11 +11,6 @@ _COLOURS = {
     "lorashare": "tab:green",
     "exact": "tab:grey",
 }
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def draw(cells: list[dict[str, Any]], title: str, path: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from harness import table
+
 from fitbench.collection import Size
 from fitbench.runs import Run
 
@@ -52,26 +54,30 @@ def _row(size: Size, runs: list[Run]) -> Cell:
 
 def format_cell(cell: Cell, floor_s: float) -> str:
     """The table of one size."""
-    lines = [
+    head = ["", "seconds", "min..max", "x ours", "x cpu", "peak MB", "- adapter", "energy"]
+    lines = (_cells(name, row) for name, row in cell["rows"].items())
+    return (
         f"{cell['d_in']} -> {cell['d_out']}, {cell['adapters']} adapters of rank {cell['rank']}, "
-        f"k {cell['k']} (floor of ours {floor_s:.1f} s)",
-        f"  {'':16}{'seconds':>10}{'min..max':>16}{'x ours':>9}{'x cpu':>9}{'peak MB':>10}"
-        f"{'- adapter':>11}{'energy':>9}{'of exact':>10}{'stored MB':>11}",
+        f"k {cell['k']} (floor of ours {floor_s:.1f} s)\n"
+        + table([*head, "of exact", "stored MB"], lines)
+    )
+
+
+def _cells(name: str, row: Cell) -> list[str]:
+    least = ">" if row["stopped"] else ""
+    stored = row["stored_nbytes"]
+    return [
+        name,
+        f"{least}{row['seconds']:.1f}",
+        f"{min(row['seconds_all']):.1f}..{max(row['seconds_all']):.1f}",
+        f"{least}{row['times_ours']:.1f}",
+        f"{least}{row['cpu_times_ours']:.1f}",
+        f"{least}{row['peak_nbytes'] / 1e6:.0f}",
+        f"{least}{row['peak_above_one_adapter_nbytes'] / 1e6:.0f}",
+        _number(row["energy"], ".4f"),
+        _number(row.get("energy_of_exact"), ".4f"),
+        _number(None if stored is None else stored / 1e6, ".1f"),
     ]
-    for name, row in cell["rows"].items():
-        least = ">" if row["stopped"] else ""
-        spread = f"{min(row['seconds_all']):.1f}..{max(row['seconds_all']):.1f}"
-        stored = row["stored_nbytes"]
-        lines.append(
-            f"  {name:16}{least + format(row['seconds'], '.1f'):>10}{spread:>16}"
-            f"{least + format(row['times_ours'], '.1f'):>9}"
-            f"{least + format(row['cpu_times_ours'], '.1f'):>9}"
-            f"{least + format(row['peak_nbytes'] / 1e6, '.0f'):>10}"
-            f"{least + format(row['peak_above_one_adapter_nbytes'] / 1e6, '.0f'):>11}"
-            f"{_number(row['energy'], '.4f'):>9}{_number(row.get('energy_of_exact'), '.4f'):>10}"
-            f"{_number(None if stored is None else stored / 1e6, '.1f'):>11}"
-        )
-    return "\n".join(lines)
 
 
 def _number(value: float | None, form: str) -> str:

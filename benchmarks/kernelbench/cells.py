@@ -9,9 +9,9 @@ from typing import Any
 
 import floors
 import torch
+from clock import Method, capture, l2_nbytes, time_in_turns
 
 from kernelbench.batches import Batch, Cell, make_batch
-from kernelbench.clock import Method, capture, l2_nbytes, take_turns
 from kernelbench.forward import (
     Operation,
     base_operation,
@@ -44,26 +44,34 @@ class Settings:
         prefill: (tokens, tasks) of prefill batches.
         slots: slots of tasks at least, 0 for as many as there are tasks.
         rounds, warmup: samples of each method that count, and that do not.
+        core_dtype: of the cores that materialize takes.
+        every_mode: run materialize also with its planning, and by the torch reference.
     """
 
     device: torch.device
     dtype: torch.dtype
     models: dict[str, floors.Model]
-    modules: tuple[str, ...] | None
     rank: int
     ks: tuple[int, ...]
     formats: tuple[str, ...]
-    decode: tuple[tuple[int, int], ...]
-    prefill: tuple[tuple[int, int], ...]
-    slots: int
     rounds: int
     warmup: int
+    modules: tuple[str, ...] | None = None
+    decode: tuple[tuple[int, int], ...] = ()
+    prefill: tuple[tuple[int, int], ...] = ()
+    slots: int = 0
+    core_dtype: torch.dtype = torch.float32
+    every_mode: bool = False
 
     def work(self, **values: Any) -> floors.Work:
         """The parameters of a path."""
         slot_rank = floors.slot_rank(self.rank)
         return floors.Work(
-            rank=self.rank, slot_rank=slot_rank, itemsize=self.dtype.itemsize, **values
+            rank=self.rank,
+            slot_rank=slot_rank,
+            itemsize=self.dtype.itemsize,
+            core_itemsize=self.core_dtype.itemsize,
+            **values,
         )
 
 
@@ -98,7 +106,7 @@ def run_cell(
     ]
     methods = [method for *_, method in timed]
     batch.y.copy_(batch.before)
-    times = take_turns(methods, settings.device, settings.rounds, settings.warmup)
+    times = time_in_turns(methods, settings.device, settings.rounds, settings.warmup)
     if punica is not None:
         punica.forget()
     return [

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+
+from plots import draw_panels
 
 from kernelbench.report import Key
 
 Curves = dict[str, list[tuple[int, float]]]
 
 
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
-
-
 def panels(sums: dict[Key, dict[str, float]], mode: str) -> dict[str, Curves]:
     """Title -> label -> (tasks, us), for every model and kind of batch with two or more counts."""
     found: dict[str, Curves] = {}
-    for (
-        model,
-        phase,
-        tokens,
-        tasks,
-        mode_,
-    ), by_label in sums.items():
+    for (model, phase, tokens, tasks, mode_), by_label in sums.items():
         if mode_ != mode:
             continue
         titles = [f"{model}, {phase}, {tokens} tokens"]
@@ -40,42 +30,13 @@ def panels(sums: dict[Key, dict[str, float]], mode: str) -> dict[str, Curves]:
     }
 
 
-def draw(sums: dict[Key, dict[str, float]], mode: str, title: str, path: str) -> None:
+def draw(sums: dict[Key, dict[str, float]], mode: str, title: str, path: Path) -> None:
     """Draw the sums into a picture; its kind is what ``path`` ends with.
 
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: matplotlib knows no picture of that kind, or there is nothing to draw.
     """
-    from matplotlib.figure import Figure
-
     found = panels(sums, mode)
     if not found:
         raise ValueError("a plot needs whole layers with two or more numbers of tasks")
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
-    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (name, curves) in zip(axes, found.items()):
-        _draw(axis, name, curves)
-    for axis in axes[len(found) :]:
-        axis.set_axis_off()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-
-
-def _draw(axis: Any, title: str, curves: Curves) -> None:
-    for name, points in curves.items():
-        tasks, us = zip(*points)
-        axis.plot(
-            tasks,
-            us,
-            marker="o",
-            label=name,
-            color="grey" if name == "base" else None,
-            linestyle="--" if name == "base" else "-",
-        )
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="distinct tasks", yscale="log", title=title)
-    axis.set_ylabel("us a layer (p50)")
-    axis.legend(fontsize="small")
+    draw_panels(found, title, "us a layer (p50)", path)

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import floors
+from clock import Rates
+from harness import table
 
-from kernelbench.clock import Rates, percentile
+from vllm_vlora.tools.timing import spread
 
 Row = dict[str, Any]
 AIM_TASKS = 64
 # (tokens, tasks) of the prefill that the overhead's aim looks at.
 AIM_PREFILL = (2048, 8)
-_PERCENTILES = (20, 50, 80)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def make_row(
 ) -> Row:
     """A measurement as JSON data, as ``roofline.py --measured`` reads it."""
     forward = op in floors.FORWARD
-    times = {f"us_p{percent}": 1e6 * percentile(seconds, percent) for percent in _PERCENTILES}
+    times = {f"us_{name}": us for name, us in spread(seconds, 1e6).items()}
     return {
         "op": op,
         "model": model,
@@ -211,24 +212,31 @@ def aim_data(aim: Aim) -> dict[str, Any]:
 
 def print_forward(rows: Sequence[Row]) -> None:
     """A block a cell; the figures of a graph where there is one, and the eager p50 beside them."""
-    cell = None
+    cells: dict[tuple[Any, ...], list[tuple[Row, Row]]] = {}
     for row, eager in _main_rows([row for row in rows if row["op"] in floors.FORWARD]):
-        here = (row["model"], row["module"], row["phase"], row["tokens"], row["tasks"])
-        if here != cell:
-            cell, base, punica = here, None, None
-            print(
-                f"\n{here[0]} {here[1]}, {here[2]}, {here[3]} tokens, {here[4]} tasks; {row['mode']}, us"
-            )
-            print(
-                f"  {'':24} {'p20':>9} {'p50':>9} {'p80':>9} {'floor':>9} {'x floor':>8} {'eager':>9} "
-                f"{'of base':>8} {'x punica':>8}"
-            )
-        middle = row["us_p50"]
-        base = middle if row["op"] == "base" else base
-        punica = middle if row["op"] == "punica" else punica
-        share = f"{middle / base:8.1%}" if base and row["op"] != "base" else " " * 8
-        faster = f"{punica / middle:8.2f}" if punica and row["op"] != "punica" else ""
-        print(f"  {label(row):24} {_times(row)} {eager['us_p50']:9.2f} {share} {faster}".rstrip())
+        here = (row["model"], row["module"], row["phase"], row["tokens"], row["tasks"], row["mode"])
+        cells.setdefault(here, []).append((row, eager))
+    head = ["", "p20", "p50", "p80", "floor", "x floor", "eager", "of base", "x punica"]
+    for (model, module, phase, tokens, tasks, mode), pairs in cells.items():
+        print(f"\n{model} {module}, {phase}, {tokens} tokens, {tasks} tasks; {mode}, us")
+        ratios = _ratios({label(row): row["us_p50"] for row, _ in pairs})
+        lines = (
+            [label(row), *_times(row), f"{eager['us_p50']:.2f}", *ratios[label(row)]]
+            for row, eager in pairs
+        )
+        print(table(head, lines))
+
+
+def _ratios(us: dict[str, float]) -> dict[str, tuple[str, str]]:
+    """Of each operation's time: its part of the base linears', and how often it fits punica's."""
+    base, punica = us.get("base"), us.get("punica")
+    return {
+        name: (
+            f"{time / base:.1%}" if base and name != "base" else "",
+            f"{punica / time:.2f}" if punica and name != "punica" else "",
+        )
+        for name, time in us.items()
+    }
 
 
 def _main_rows(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
@@ -251,24 +259,19 @@ def print_sums(sums: dict[Key, dict[str, float]]) -> None:
         if mode == "eager" and (model, phase, tokens, tasks, "graph") in sums:
             continue
         print(f"  {model} {phase}, {tokens} tokens, {tasks} tasks; {mode}")
-        base, punica = found.get("base"), found.get("punica")
-        for name, us in found.items():
-            share = f"{us / base:8.1%}" if base and name != "base" else " " * 8
-            faster = f"{punica / us:8.2f}" if punica and name != "punica" else ""
-            print(f"    {name:24} {us:10.2f} {share} {faster}".rstrip())
+        ratios = _ratios(found)
+        lines = ([name, f"{us:.2f}", *ratios[name]] for name, us in found.items())
+        print(table(["", "us", "of base", "x punica"], lines))
 
 
 def print_activation(rows: Sequence[Row]) -> None:
     """A line a way to make a whole task ready."""
     print("\na whole task made ready; us")
-    print(
-        f"  {'model':10} {'':34} {'mode':6} {'p20':>9} {'p50':>9} {'p80':>9} {'floor':>9} {'x floor':>8}"
-    )
-    for row in rows:
-        if row["op"] not in floors.FORWARD:
-            print(f"  {row['model']:10} {label(row):34} {row['mode']:6} {_times(row)}")
+    head = ["model", "", "mode", "p20", "p50", "p80", "floor", "x floor"]
+    chosen = [row for row in rows if row["op"] not in floors.FORWARD]
+    print(table(head, ([row["model"], label(row), row["mode"], *_times(row)] for row in chosen), 3))
 
 
-def _times(row: Row) -> str:
-    times = " ".join(f"{row[name]:9.2f}" for name in ("us_p20", "us_p50", "us_p80", "floor_us"))
-    return f"{times} {row['ratio_to_floor']:8.2f}"
+def _times(row: Row) -> list[str]:
+    names = ("us_p20", "us_p50", "us_p80", "floor_us", "ratio_to_floor")
+    return [f"{row[name]:.2f}" for name in names]

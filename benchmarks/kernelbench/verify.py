@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from clock import poisoned_memory
+from harness import WrongResultError
 
 from kernelbench.batches import Batch
-from kernelbench.clock import poisoned_memory
 from kernelbench.forward import Operation
 
 # ||result - reference|| / ||what was added|| of one token and slice. The roundings to 16 bits that the
 # operations agree on add up to about a quarter of it.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-class WrongResultError(Exception):
-    """An operation computes something else than it should."""
 
 
 def check_operation(operation: Operation, batch: Batch) -> float:

@@ -1,4 +1,4 @@
-"""Parts of ``bench_serving.py``; imports run one way, in this order.
+"""The benchmark of serving; imports run one way, in this order.
 
 loads           which tasks are asked for, and with what prompts
 figures         rates, latencies and ratios from what an engine's run recorded
@@ -10,4 +10,5 @@ configurations  the engines that are compared
 settings        the sizes of a run, from the command line and the device; what engines need in memory
 engine          one engine in a process of its own, driven call by call
 correctness     every configuration's tokens against stock vLLM's
+program         the options and the run
 """

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from harness import WrongResultError
+
 from serving.figures import Trace
 from serving.loads import Call, Job, generator_for, make_calls
 from serving.world import CHECKED_TASKS
@@ -23,10 +25,6 @@ _LOGPROBS = 5
 _PLACE = 1 << 20
 # How much less likely, in nats, a token may be that another arithmetic picks.
 NEAR_TIE = 0.1
-
-
-class WrongResultError(Exception):
-    """A configuration answers otherwise than stock vLLM does."""
 
 
 def check_calls(seed: int, vocabulary: int) -> list[Call]:

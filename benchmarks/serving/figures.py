@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-PERCENTS = (20, 50, 80)
+from vllm_vlora.tools import timing
 
 
 @dataclass
@@ -63,15 +61,9 @@ class Trace:
         return tokens / seconds if tokens else None
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between the neighbouring values, as ``numpy.percentile`` has it."""
-    return float(np.percentile(np.asarray(values, dtype=np.float64), percent))
-
-
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """p20, p50, p80 and the number of values."""
-    figures: dict[str, Any] = {f"p{percent}": percentile(values, percent) for percent in PERCENTS}
-    return {**figures, "count": len(values)}
+    return {**timing.spread(values), "count": len(values)}
 
 
 def spread_of_rounds(values: Sequence[float]) -> dict[str, Any]:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 from serving.configurations import BASE
 from serving.report import DECODE, PREFILL
 
 _PANELS = ((PREFILL, "prefill"), (DECODE, "decode"))
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def plot_ratios(report: dict[str, Any], path: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from harness import table
 
 from serving.configurations import BASE, STOCK, Configuration
 from serving.figures import Trace, spread, spread_of_ratios, spread_of_rounds
@@ -90,8 +90,8 @@ class Measurements:
         self.not_run[configuration] = reason
         for key in [key for key in self.cells if key[0] == configuration]:
             del self.cells[key]
-        for table in (self.latencies, self.memory, self.starts):
-            table.pop(configuration, None)
+        for held in (self.latencies, self.memory, self.starts):
+            held.pop(configuration, None)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a cell, with ratios to the base model and to stock vLLM under the same load."""
@@ -177,57 +177,56 @@ def _print_load(load: Load, rows: list[dict[str, Any]]) -> None:
         f"\n{load}: {rows[0]['requests']} requests, {rows[0]['concurrency']} at a time; rates p50 "
         "(p20 to p80) of the rounds"
     )
-    print(
-        f"  {'':15} {'prefill tokens/s':>23} {'/base':>6} {'/stock':>6}   {'decode tokens/s':>23} "
-        f"{'/base':>6} {'/stock':>6}   {'output':>8} {'requests':>8}   {'between tokens, ms':>20}"
-    )
-    print(f"  {'':79}   {'tokens/s':>8} {'/s':>8}   {'p20':>6} {'p50':>6} {'p80':>6}")
-    for row in rows:
-        gaps = row["inter_token_ms"]
-        print(
-            f"  {row['configuration']:15} {_rate(row, PREFILL)}   {_rate(row, DECODE)}   "
-            f"{row[OUTPUT]['p50']:8.1f} {row[REQUESTS]['p50']:8.2f}   "
-            f"{gaps['p20']:6.1f} {gaps['p50']:6.1f} {gaps['p80']:6.1f}"
-        )
+    head = ["", "prefill tokens/s", "/base", "/stock", "decode tokens/s", "/base", "/stock"]
+    head += ["output tokens/s", "requests/s", "between tokens, ms: p20", "p50", "p80"]
+    print(table(head, map(_load_cells, rows)))
 
 
-def _rate(row: dict[str, Any], rate: str) -> str:
+def _load_cells(row: dict[str, Any]) -> list[str]:
+    gaps = row["inter_token_ms"]
+    return [
+        row["configuration"],
+        *_rate(row, PREFILL),
+        *_rate(row, DECODE),
+        f"{row[OUTPUT]['p50']:.1f}",
+        f"{row[REQUESTS]['p50']:.2f}",
+        *(f"{gaps[name]:.1f}" for name in ("p20", "p50", "p80")),
+    ]
+
+
+def _rate(row: dict[str, Any], rate: str) -> list[str]:
     """A rate, its ratio to the base model and its ratio to stock vLLM."""
     values = row[rate]
     text = f"{values['p50']:.1f} ({values['p20']:.0f}-{values['p80']:.0f})"
     ratios = [row[key][rate]["p50"] if row[key] else None for key in ("to_base", "to_stock")]
-    return f"{text:>23} " + " ".join(f"{'-' if r is None else format(r, '.2f'):>6}" for r in ratios)
+    return [text, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)]
 
 
 def _print_engines(rows: Iterable[dict[str, Any]]) -> None:
     print("\nFirst token of one request on an idle engine, ms, p50 (p20 to p80), and memory:")
-    print(
-        f"  {'':15} {'cold task':>24} {'warm task':>24} {'cold - warm':>12} "
-        f"{'MiB above base':>15} {'start, s':>9}"
-    )
-    for row in rows:
-        memory, start = row["memory_above_base_bytes"], row["start_s"]
-        activation = row["activation_ms"]
-        print(
-            f"  {row['configuration']:15} {_latency(row['first_token_cold_ms']):>24} "
-            f"{_latency(row['first_token_warm_ms']):>24} "
-            f"{'-' if activation is None else format(activation['p50'], '.2f'):>12} "
-            f"{'-' if memory is None else format(memory / 2**20, '.0f'):>15} "
-            f"{'-' if start is None else format(start[0], '.1f'):>9}"
-        )
+    head = ["", "cold task", "warm task", "cold - warm", "MiB above base", "start, s"]
+    print(table(head, map(_engine_cells, rows)))
     print(
         "  (a cold task was never asked for; the same task asked again is warm. Memory is the worker's "
         "after every task\n  was served once: resident on CPU, tensors without the KV cache on a GPU)"
     )
 
 
+def _engine_cells(row: dict[str, Any]) -> list[str]:
+    memory, start, activation = (
+        row[name] for name in ("memory_above_base_bytes", "start_s", "activation_ms")
+    )
+    return [
+        row["configuration"],
+        _latency(row["first_token_cold_ms"]),
+        _latency(row["first_token_warm_ms"]),
+        "-" if activation is None else f"{activation['p50']:.2f}",
+        "-" if memory is None else f"{memory / 2**20:.0f}",
+        "-" if start is None else f"{start[0]:.1f}",
+    ]
+
+
 def _latency(values: dict[str, Any] | None) -> str:
     if values is None:
         return "-"
     return f"{values['p50']:.1f} ({values['p20']:.1f}-{values['p80']:.1f})"
-
-
-def write_json(path: str | Path, report: dict[str, Any]) -> None:
-    """Write the report, making the folder."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(report, indent=1) + "\n")

@@ -80,7 +80,7 @@ class Settings:
         return {**asdict(self), "all_tasks": self.all_tasks}
 
 
-def resolve(args: Any, gpu: bool) -> Settings:
+def resolved(args: Any, gpu: bool) -> Settings:
     """The command line's values, and for those not given the device's and the run's defaults."""
     model = args.model or ("tiny" if args.quick else "7b" if gpu else "small")
     tasks = args.tasks or ((1, 8) if args.quick else (1, 8, 32, 128))

@@ -1,24 +1,31 @@
-"""One task of a whole model made ready: materialize, copies from the host, direct records."""
+"""One task of a whole model made ready by the device alone: materialize, host copies, direct records."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import floors
 import torch
-
+from clock import Method, capture, l2_nbytes, synchronise, time_in_turns
+from harness import WrongResultError
 from kernelbench.cells import Settings
-from kernelbench.clock import Method, capture, l2_nbytes, synchronise, take_turns
-from kernelbench.forward import CACHE_MARGIN, format_name
+from kernelbench.forward import CACHE_MARGIN
 from kernelbench.report import Floors, make_row
-from kernelbench.verify import WrongResultError, check_equal
+from kernelbench.verify import check_equal
+
 from vllm_vlora.quantize import PackedMatrix, pack, unpack
 from vllm_vlora.triton_kernels.direct import SliceTask, SlotTable, make_task
-from vllm_vlora.triton_kernels.materialize import MaterializeJob, plan_materialize
+from vllm_vlora.triton_kernels.materialize import (
+    MaterializeJob,
+    materialize,
+    materialize_reference,
+    plan_materialize,
+)
 
 DIRECT_SLOTS = 64
 _SCALE = 0.5
@@ -35,6 +42,7 @@ class Way:
         check: ``check(task, run)`` runs something, which should make that task ready, and raises
             WrongResultError when it did not.
         graph: whether the work can be captured.
+        others: mode -> another way to run the same work, by a task's number.
     """
 
     op: str
@@ -43,6 +51,7 @@ class Way:
     run: Callable[[int], object]
     check: Callable[[int, Callable[[], object]], None]
     graph: bool = False
+    others: dict[str, Callable[[int], object]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +82,12 @@ def run_activation(
     torch.manual_seed(0)
     ways = list(make_ways(model, settings))
     for way in ways:
-        for task in range(way.turns):
-            way.check(task, partial(way.run, task))
+        for run in (way.run, *way.others.values()):
+            for task in range(way.turns):
+                way.check(task, partial(run, task))
     timed = [(mode, way, method) for way in ways for mode, method in _methods(way, settings.device)]
     methods = [method for *_, method in timed]
-    times = take_turns(methods, settings.device, settings.rounds, settings.warmup)
+    times = time_in_turns(methods, settings.device, settings.rounds, settings.warmup)
     return [
         make_row(
             way.op,
@@ -109,18 +119,13 @@ def make_ways(model: floors.Model, settings: Settings) -> Iterator[Way]:
     work = settings.work()
     yield stock_way(slot, settings, work)
     yield pinned_way(slot, settings, work)
-    for format in _formats(settings):
+    for format in settings.formats:
         packed = replace(work, format=format)
         yield private_way(slot, settings, packed)
         for k in settings.ks:
             yield joint_way(slot, settings, replace(packed, k=k))
     for k in settings.ks:
         yield direct_way(model, settings, replace(work, k=k))
-
-
-def _formats(settings: Settings) -> list[str]:
-    wanted = (format_name(settings.dtype), "nf4")
-    return [format for format in wanted if format in settings.formats]
 
 
 def make_slot(model: floors.Model, settings: Settings) -> Slot:
@@ -143,14 +148,14 @@ def _methods(way: Way, device: torch.device) -> Iterator[tuple[str, Method]]:
         replay = capture(all_tasks)
         way.check(way.turns - 1, replay)
         yield "graph", Method(replay, way.turns, graph=True)
-    position = 0
+    for mode, run in {"eager": way.run, **way.others}.items():
+        yield mode, Method(_next_task(run, way.turns))
 
-    def next_task() -> None:
-        nonlocal position
-        way.run(position % way.turns)
-        position += 1
 
-    yield "eager", Method(next_task)
+def _next_task(run: Callable[[int], object], turns: int) -> Callable[[], object]:
+    """Make the tasks ready one after another, a call each."""
+    tasks = cycle(range(turns))
+    return lambda: run(next(tasks))
 
 
 def _turns(nbytes: int, device: torch.device) -> int:
@@ -173,30 +178,43 @@ def private_way(slot: Slot, settings: Settings, work: floors.Work) -> Way:
     first = task()
     count = _turns(sum(job.matrix.nbytes for job in first), settings.device)
     tasks = [first, *(task() for _ in range(count - 1))]
-    return _materialize_way("materialize-private", slot, work, tasks)
+    return _materialize_way("materialize-private", slot, settings, work, tasks)
 
 
 def joint_way(slot: Slot, settings: Settings, work: floors.Work) -> Way:
-    """Packed bases times a task's float32 cores into the slot; all tasks share the bases."""
+    """Packed bases times a task's cores into the slot; all tasks share the bases."""
     bases = [_random(work.k, out.shape[1], work.format, settings.device) for out in slot.outs]
 
     def task() -> list[MaterializeJob]:
-        return [
-            _job(out, basis, torch.randn(settings.rank, work.k, device=settings.device))
-            for out, basis in zip(slot.outs, bases)
-        ]
+        return [_job(out, basis, _core(settings, work)) for out, basis in zip(slot.outs, bases)]
 
     # A model's bases alone are larger than a cache.
-    return _materialize_way("materialize-joint", slot, work, [task(), task()])
+    return _materialize_way("materialize-joint", slot, settings, work, [task(), task()])
+
+
+def _core(settings: Settings, work: floors.Work) -> torch.Tensor:
+    core = torch.randn(settings.rank, work.k, device=settings.device)
+    return core.to(settings.core_dtype)
 
 
 def _materialize_way(
-    op: str, slot: Slot, work: floors.Work, tasks: Sequence[Sequence[MaterializeJob]]
+    op: str,
+    slot: Slot,
+    settings: Settings,
+    work: floors.Work,
+    tasks: Sequence[Sequence[MaterializeJob]],
 ) -> Way:
     plans = [plan_materialize(jobs) for jobs in tasks]
 
     def run(task: int) -> None:
         plans[task].run()
+
+    others: dict[str, Callable[[int], object]] = {}
+    if settings.every_mode:
+        others = {
+            "plan+run": lambda task: materialize(tasks[task]),
+            "reference": lambda task: materialize_reference(tasks[task]),
+        }
 
     def check(task: int, run: Callable[[], object]) -> None:
         slot.poison()
@@ -205,7 +223,7 @@ def _materialize_way(
         for place, job in enumerate(tasks[task]):
             _check_job(job, f"{name}, task {task}, factor {place}")
 
-    return Way(op, work, len(tasks), run, check, graph=True)
+    return Way(op, work, len(tasks), run, check, graph=True, others=others)
 
 
 def _job(out: torch.Tensor, matrix: PackedMatrix, left: torch.Tensor | None) -> MaterializeJob:

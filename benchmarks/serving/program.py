@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import platform
 import re
-import shlex
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from harness import (
+    comma_list,
+    cores,
+    count,
+    count_list,
+    cpu_name,
+    end_record,
+    in_another_process,
+    print_record,
+    record,
+    say,
+    write_json,
+)
 
 from serving import configurations as names
 from serving.configurations import Configuration, configuration
 from serving.correctness import (
     MAX_TOKENS,
     PROMPT_LEN,
-    WrongResultError,
     check_calls,
     check_job,
     check_reference,
@@ -41,9 +49,9 @@ from serving.loads import (
     generator_for,
     make_calls,
 )
-from serving.plot import can_plot, plot_ratios
-from serving.report import Measurements, print_results, write_json
-from serving.settings import CPU_KV_BLOCK, Settings, engine_nbytes, kv_nbytes, pack, resolve
+from serving.plot import plot_ratios
+from serving.report import Measurements, print_results
+from serving.settings import CPU_KV_BLOCK, Settings, engine_nbytes, kv_nbytes, pack, resolved
 from serving.world import CHECKED_TASKS, MODELS, World, WorldPlan
 
 DESCRIPTION = """\
@@ -78,19 +86,16 @@ Before any figure of a configuration is taken, its greedy tokens are compared wi
 vLLM, which serves the same adapters, or the checkpoint's tasks exported as PEFT folders. When a token
 differs, no figure is printed and the exit status is 1. It is 2 when a configuration could not run.
 """
-EPILOG = """\
-examples:
-  python benchmarks/bench_serving.py --quick                    about a minute, on CPU
-  python benchmarks/bench_serving.py --json result.json         within 15 minutes, on two CPU cores
-  python benchmarks/bench_serving.py --configurations base,stock-N,direct-k32 --tasks 128
-  python benchmarks/bench_serving.py --model 7b --full --json result.json --plot result.png
+EXAMPLES = """\
+  python benchmarks/run.py serving --quick                    about a minute, on CPU
+  python benchmarks/run.py serving --json result.json         within 15 minutes, on two CPU cores
+  python benchmarks/run.py serving --configurations base,stock-N,direct-k32 --tasks 128
+  python benchmarks/run.py serving --model 7b --full --json result.json --plot result.png
                                                                 on a GPU; no weights are needed
 
 Adapters and checkpoints are made once in --work and found there again. Other work on the machine
 spoils the figures: the load average is printed and stored with them.
 """
-# A quiet machine has less than this many runnable processes, the benchmark itself included.
-QUIET_LOAD = 1.5
 # Of the memory that is free, how much engines may take together.
 MEMORY_SHARE = 0.9
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -102,15 +107,19 @@ CPU_ENVIRONMENT = {
 WARM_UP_TOKENS = 4
 
 
-def main() -> int:
-    args = parse_arguments()
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write; returns the exit status, 2 when a configuration did not run.
+
+    Raises:
+        WrongResultError: tokens differ from stock vLLM's; there are no figures then.
+    """
     # So that engines are stopped when the run is.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     os.environ.update(ENVIRONMENT)
     # It would overrule the size that every engine is given.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     device = in_another_process(probe_device)
-    settings = resolve(args, gpu=device["type"] != "cpu")
+    settings = resolved(args, gpu=device["type"] != "cpu")
     refuse_impossible(settings, args.keep_gib)
     report = describe(args, settings, device)
     print_header(report)
@@ -118,18 +127,13 @@ def main() -> int:
         bench = Bench(args, settings, Path(args.work or temporary))
         try:
             measurements = bench.run()
-        except WrongResultError as error:
-            print(f"wrong result, no figures: {error}", file=sys.stderr)
-            return 1
         except EngineFailedError as error:
             print(f"stock vLLM, the reference, does not run: {error}", file=sys.stderr)
             return 2
     report |= measurements.results()
-    report["load_average_at_end"] = os.getloadavg()[0]
     print_results(report)
-    warn_of_load(report)
-    if args.json:
-        write_json(args.json, report)
+    end_record(report)
+    write_json(args.json, report)
     if args.plot:
         plot_ratios(report, args.plot)
     return 2 if measurements.not_run else 0
@@ -138,23 +142,14 @@ def main() -> int:
 # --- the command line ------------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The model, the loads, the engines and the files."""
     add = parser.add_argument
     add(
         "--model",
         metavar="NAME",
         help="tiny, small (hidden 1024, 8 layers), 7b (Llama-2-7B's shapes, dummy weights), or the "
         "folder of a Llama-like model (default: small on CPU, 7b on a GPU)",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="a smoke run of about a minute; its figures mean little",
     )
     add("--full", action="store_true", help="all configurations, 1024 tasks, Zipf, long outputs")
     add("--configurations", type=comma_list, metavar="A,B", help="only these, in this order")
@@ -166,7 +161,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="A,B",
         help="uniform and zipf, exponent 1 (default: uniform; both with --full)",
     )
-    add("--rounds", type=count, help="how often everything is run (default: 3; 5 on a GPU)")
     add(
         "--prefill-len", type=count, help="prompt of a prefill-only run (default: 32; 512 on a GPU)"
     )
@@ -207,35 +201,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="CPU: memory that engines may hold at a time; 0 starts each anew in each round, as on a "
         f"GPU (default: {100 * MEMORY_SHARE:.0f} %% of what is free)",
     )
-    add("--seed", type=int, default=0, help="of prompts and popularity (default: 0)")
     add("--work", metavar="DIR", help="keep model, adapters, checkpoints and logs there")
-    add("--device-note", metavar="TEXT", help="kept with the device's description")
-    add("--json", metavar="FILE", help="also write everything to FILE")
-    add("--plot", metavar="FILE", help="also draw the ratios to base into FILE (needs matplotlib)")
     add("--profile", metavar="FILE", help="also write where a decode step's time goes (cProfile)")
-    args = parser.parse_args(arguments)
-    check_arguments(parser, args)
-    return args
 
 
-def comma_list(text: str) -> tuple[str, ...]:
-    """Names with commas between them, each once."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def count_list(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them, in rising order, each once."""
-    return tuple(sorted({count(part) for part in comma_list(text)}))
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program where the options cannot be run; sizes depend on the device, see ``resolved``."""
     if args.quick and args.full:
         parser.error("--quick and --full contradict each other; give one of them")
     if args.model and args.model not in MODELS and not (Path(args.model) / "config.json").is_file():
@@ -258,8 +229,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--gpu-memory-utilization must be above 0 and at most 1")
     if args.keep_gib is not None and args.keep_gib < 0:
         parser.error("--keep-gib must not be negative")
-    if args.plot and not can_plot():
-        parser.error("--plot needs matplotlib: pip install matplotlib")
 
 
 def refuse_impossible(settings: Settings, keep_gib: float | None) -> None:
@@ -280,13 +249,6 @@ def refuse_impossible(settings: Settings, keep_gib: float | None) -> None:
 # --- the machine -----------------------------------------------------------------------------------
 
 
-def in_another_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that imports torch or vLLM, whose memory this process need not hold."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
-
-
 def probe_device() -> dict[str, str]:
     """The kind and the name of the device that vLLM would use."""
     from vllm.platforms import current_platform
@@ -294,13 +256,6 @@ def probe_device() -> dict[str, str]:
     if current_platform.is_cpu():
         return {"type": "cpu", "name": cpu_name()}
     return {"type": current_platform.device_type, "name": current_platform.get_device_name()}
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else None
-    return f"{found[1] if found else 'CPU'} ({platform.machine()})"
 
 
 def available_nbytes() -> int:
@@ -314,59 +269,26 @@ def describe(
     args: argparse.Namespace, settings: Settings, device: dict[str, str]
 ) -> dict[str, Any]:
     """The machine, the versions that a figure depends on, and the command."""
-    from vllm_vlora import __version__
     from vllm_vlora.plugin import check_version
 
-    cores = len(os.sched_getaffinity(0))
-    note = f" ({args.device_note})" if args.device_note else ""
+    check_version()
     threads = "" if settings.gpu else f", {cpu_environment()['OMP_NUM_THREADS']} threads"
+    name = f"{device['name']}, {cores()} cores{threads}"
     return {
-        "device": f"{device['name']}, {cores} cores{threads}{note}",
-        "load_average_at_start": os.getloadavg()[0],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": installed("torch"),
-            "triton": installed("triton"),
-            "vllm": check_version(),
-            "vllm-vlora": __version__,
-        },
-        "command": shlex.join(["python", *sys.argv]),
-        "arguments": vars(args),
+        **record(args, name, "torch", "triton", "vllm"),
         "settings": settings.as_dict(),
     }
 
 
-def installed(package: str) -> str:
-    """A package's version, or "not installed"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def print_header(report: dict[str, Any]) -> None:
     settings = report["settings"]
-    print(f"device: {report['device']}")
-    print(", ".join(f"{name} {value}" for name, value in report["versions"].items()))
-    print(f"command: {report['command']}")
+    print_record(report)
     print(
         f"model {settings['model']}, {settings['dtype']}, adapters of rank {settings['rank']}; "
         f"{settings['rounds']} rounds; prefill of {settings['prefill_len']} tokens a prompt; decode of "
         f"{settings['output_len']} tokens after {settings['prompt_len']}",
         flush=True,
     )
-
-
-def warn_of_load(report: dict[str, Any]) -> None:
-    # At the end the load contains this run's own threads.
-    load = report["load_average_at_start"]
-    print(f"load average {load:.2f} at the start, {report['load_average_at_end']:.2f} at the end")
-    if load > QUIET_LOAD:
-        print(f"the machine was not quiet ({load:.2f} > {QUIET_LOAD}): do not quote these figures")
-
-
-def say(text: str) -> None:
-    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 # --- the run ---------------------------------------------------------------------------------------
@@ -688,9 +610,5 @@ class Bench:
 
 def cpu_environment() -> dict[str, str]:
     """As many threads as cores, unless the user says otherwise."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(cores())
     return {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": threads}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

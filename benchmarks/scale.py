@@ -5,25 +5,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from harness import (
+    RESULTS,
+    comma_list,
+    count_list,
+    cpu_name,
+    end_record,
+    in_another_process,
+    print_record,
+    record,
+    write_json,
+)
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors, open_adapter
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.pipeline import CompressOptions, compress
+from vllm_vlora.tools.timing import best_seconds
 
 DESCRIPTION = """\
 Write synthetic PEFT adapters (bfloat16, a family around common directions) to a folder, compress them,
@@ -35,11 +44,10 @@ The floor is the time to read the weights once at --disk-gb-s, and to do the pro
 that fitting and measuring a basis of 1024 components take, at the speed of a large float32 product on
 one thread. It leaves out orthogonalising, packing and writing.
 """
-EPILOG = """\
-examples:
-  python benchmarks/bench_scale.py --quick              a check that it runs, some seconds
-  python benchmarks/bench_scale.py                      1000 adapters of two modules
-  python benchmarks/bench_scale.py --adapters 250,1000  memory and reads against the number of adapters
+EXAMPLES = """\
+  python benchmarks/run.py scale --quick              a check that it runs, some seconds
+  python benchmarks/run.py scale                      1000 adapters of two modules
+  python benchmarks/run.py scale --adapters 250,1000  memory and reads against the number of adapters
 """
 # Llama-7B, a layer: q, k, v, o; gate, up; down.
 LAYERS = 32
@@ -76,110 +84,75 @@ def _note(adapter: Adapter, name: str) -> None:
         file.write(f"{adapter.path.name} {name}\n")
 
 
-def main() -> int:
+def run(args: argparse.Namespace) -> int:
     """Write, compress, print and keep the figures."""
-    args = parse_arguments()
     torch.set_num_threads(1)
     report = describe_run(args)
-    print(f"{report['device']}, load average {os.getloadavg()[0]:.2f}", flush=True)
+    print_record(report)
     for count in args.adapters:
         folder = Path(tempfile.mkdtemp(prefix="vllm-vlora-scale-", dir=args.folder))
         try:
             adapters = write_adapters(folder, count, args)
             for representation in args.representations:
                 # Each in a process of its own, so that peaks of memory are its own too.
-                cell = in_child(
+                cell = in_another_process(
                     measure, folder, adapters, representation, args, report["float32_gflops"]
                 )
                 report["cells"].append(cell)
                 print(format_cell(cell), flush=True)
         finally:
             shutil.rmtree(folder)
-    report["load_average_at_end"] = os.getloadavg()[0]
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    end_record(report)
+    write_json(args.json, report)
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--adapters", type=_counts, default=None, help="numbers (default: 1000)")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The adapters, what is made of them, and the machine that is extrapolated to."""
+    parser.add_argument("--adapters", type=count_list, help="numbers (default: 1000)")
     parser.add_argument("--rank", type=int, default=16, help="of every adapter (default: 16)")
     parser.add_argument("--ratio", type=float, default=8.0, help="wanted (default: 8)")
-    parser.add_argument(
-        "--representations", type=lambda text: text.split(","), default=["auto", "joint"]
-    )
-    parser.add_argument(
-        "--modules", type=lambda text: text.split(","), default=["q_proj", "down_proj"]
-    )
-    parser.add_argument("--executor", default="serial", help="(default: serial)")
-    parser.add_argument("--jobs", type=int, default=0)
+    parser.add_argument("--representations", type=comma_list, default=["auto", "joint"])
+    parser.add_argument("--modules", type=comma_list, default=["q_proj", "down_proj"])
+    parser.add_argument("--executor", default="serial", help="of compress (default: serial)")
+    parser.add_argument("--jobs", type=int, default=0, help="of the executor (default: its own)")
     parser.add_argument("--folder", help="where to write the adapters (default: the system's own)")
     parser.add_argument("--disk-gb-s", type=float, default=2.0, help="of the floor (default: 2)")
     parser.add_argument("--cores", type=int, default=8, help="of the laptop (default: 8)")
-    parser.add_argument("--json", help="(default: benchmarks/results/scale-cpu.json)")
-    parser.add_argument("--quick", action="store_true", help="few and small adapters")
-    args = parser.parse_args()
+
+
+def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What is not given; ends the program where the options cannot be run."""
     if args.adapters is None:
         args.adapters = [12] if args.quick else [1000]
     if args.json is None and not args.quick:
-        args.json = str(Path(__file__).parent / "results" / "scale-cpu.json")
+        args.json = RESULTS / "scale-cpu.json"
     shapes = QUICK if args.quick else (SQUARE, WIDE)
     args.shapes = [shape for shape in shapes if shape[0] in args.modules]
     if len(args.shapes) != len(args.modules):
         parser.error(f"--modules are of {', '.join(PER_LAYER)}, got {','.join(args.modules)}")
-    return args
-
-
-def _counts(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def describe_run(args: argparse.Namespace) -> dict[str, Any]:
+    """The machine, the versions and the command; ``cells`` is still empty."""
+    report = record(args, cpu_name(), "torch")
     return {
         "benchmark": "scale",
-        "command": _command(args),
-        "device": f"{platform.processor() or platform.machine()}, {_cpu_name()}",
-        "torch": version("torch"),
-        "python": platform.python_version(),
+        **report,
+        "torch": report["versions"]["torch"],
+        "python": report["versions"]["python"],
         "executor": f"{args.executor} {args.jobs}".strip(),
         "float32_gflops": product_gflops(args.quick),
         "disk_gb_s": args.disk_gb_s,
-        "load_average_at_start": os.getloadavg()[0],
         "cells": [],
     }
-
-
-def _command(args: argparse.Namespace) -> str:
-    """What was typed, without where files went."""
-    paths = {str(args.json), str(args.folder), "--json", "--folder"}
-    typed = [part for part in sys.argv[1:] if part not in paths]
-    return " ".join(["python", "benchmarks/bench_scale.py", *typed])
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
 
 
 def product_gflops(quick: bool) -> float:
     """Speed of a large float32 product on one thread."""
     n = 512 if quick else 2048
     a = torch.randn(n, n)
-    best = 1e9
-    for _ in range(4):
-        started = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best / 1e9
+    return 2 * n**3 / best_seconds(lambda: a @ a) / 1e9
 
 
 def write_adapters(folder: Path, count: int, args: argparse.Namespace) -> list[str]:
@@ -213,15 +186,6 @@ def write_adapters(folder: Path, count: int, args: argparse.Namespace) -> list[s
         safetensors.torch.save_file(tensors, folder / names[-1] / "adapter_model.safetensors")
         (folder / names[-1] / "adapter_config.json").write_text(json.dumps(config))
     return names
-
-
-def in_child(function: Any, *arguments: Any) -> Any:
-    """The function's result, computed in a fresh process."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def measure(
@@ -354,7 +318,3 @@ def format_cell(cell: dict[str, Any]) -> str:
         f"  and {whole['read_gb']:.0f} GB read, {whole['read_hours']:.2f} h at the disk's speed (once: "
         f"{whole['floor_read_hours']:.2f} h)"
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import floors
 import torch
+from activation.ways import run_activation
+from clock import Rates, l2_nbytes, measure_rates
+from harness import print_record, record, say, write_json
+
 from kernelbench import report
-from kernelbench.activation import run_activation
 from kernelbench.batches import Cell
 from kernelbench.cells import Settings, cells, run_cell
-from kernelbench.clock import Rates, l2_nbytes, measure_rates
 from kernelbench.forward import format_name
-from kernelbench.plot import can_plot, draw
+from kernelbench.plot import draw
 from kernelbench.punica import Punica, load
 from kernelbench.report import Floors, Row
-from kernelbench.verify import WrongResultError
-
-import vllm_vlora
 
 DESCRIPTION = """\
 Time one linear layer of a model at a time, and the activation of a whole task, on the device.
@@ -51,13 +50,12 @@ device's work, host included.
 
 Floors are bytes and operations (floors.py) over the rates that this run measures on the device.
 """
-EPILOG = """\
-examples:
-  python benchmarks/bench_kernels.py --json out.json --plot out.png
-  python benchmarks/bench_kernels.py --quick                        what the aims need of llama-7b
-  python benchmarks/bench_kernels.py --shapes llama-8b --k 64 --tasks 1 64 --punica FOLDER
-  python benchmarks/bench_kernels.py --device cpu --tiny            the program without a GPU; slow
-  python benchmarks/roofline.py --measured out.json                 the same rows, other rates
+EXAMPLES = """\
+  python benchmarks/run.py kernels --json out.json --plot out.png
+  python benchmarks/run.py kernels --quick                        what the aims need of llama-7b
+  python benchmarks/run.py kernels --shapes llama-8b --k 64 --tasks 1 64 --punica FOLDER
+  python benchmarks/run.py kernels --device cpu --tiny            the program without a GPU; slow
+  python benchmarks/run.py roofline --measured out.json                 the same rows, other rates
 """
 MODELS = {**floors.MODELS, "tiny": floors.llama("tiny", 2, 128, 192, 64)}
 FORMATS = ("float", "int8", "nf4", "nf4-dq")
@@ -97,8 +95,12 @@ DECODE_TOKENS = 64
 WARM_UP = 3
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+def run(args: argparse.Namespace) -> int:
+    """Measure, then print and write everything.
+
+    Raises:
+        WrongResultError: something is wrong; there are no figures then.
+    """
     device = torch.device(args.device)
     if device.type == "cpu":
         # Read when the kernels are imported, which happens when they are first used.
@@ -108,44 +110,14 @@ def main(arguments: list[str] | None = None) -> int:
     rates = measure_rates(device, settings.dtype)
     header = describe(args, settings, punica, rates)
     print_header(header)
-    try:
-        rows, left_out = measure(settings, punica, rates, header["device"], args.budget)
-    except WrongResultError as error:
-        print(f"wrong result, no figures: {error}", file=sys.stderr)
-        return 1
+    rows, left_out = measure(settings, punica, rates, header["device"], args.budget)
     show(header, rows, left_out, args)
     return 0
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_run_options(parser)
-    add_work_options(parser)
-    args = parser.parse_args(arguments)
-    preset = PRESETS["tiny" if args.tiny else "quick" if args.quick else "full"]
-    for name, value in preset.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.rank = args.rank or 16
-    check_arguments(parser, args)
-    return args
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Where to run, how often, and where the result goes."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Where to run, and on what."""
     parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda",
-        help="cuda is also ROCm (default: cuda)",
-    )
-    sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--quick", action="store_true", help="only what the aims need of llama-7b")
-    sizes.add_argument(
         "--tiny",
         action="store_true",
         help="tiny shapes, to try the program; no time means anything",
@@ -157,15 +129,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="a copy of vllm/lora/ops/triton_ops, where vLLM is not installed",
     )
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help="samples of each operation (default: 20)"
-    )
-    parser.add_argument(
         "--budget", type=float, metavar="S", help="begin no cell after so many seconds"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything to FILE")
-    parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="also draw time over tasks (needs matplotlib)"
-    )
+    add_work_options(parser)
 
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
@@ -216,19 +182,24 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program with a line when something cannot be run."""
+def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The preset's values where none are given; ends the program when something cannot be run."""
+    if args.quick and args.tiny:
+        parser.error("--quick is not allowed with --tiny")
+    preset = PRESETS["tiny" if args.tiny else "quick" if args.quick else "full"]
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.rank, args.device = args.rank or 16, args.device or "cuda"
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU; --device cpu --tiny tries the program")
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu needs --tiny: Triton's interpreter is slow")
     if args.device == "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: unset it to time compiled kernels")
-    counts = [*args.k, *args.tasks, *args.prefill_tokens, *args.prefill_tasks, args.rounds]
+    counts = [*args.k, *args.tasks, *args.prefill_tokens, *args.prefill_tasks]
     if min(counts, default=1) < 1 or args.slots < 0:
-        parser.error("--k, --tasks, --prefill-tokens, --prefill-tasks and --rounds start at 1")
-    if args.plot and not can_plot():
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+        parser.error("--k, --tasks, --prefill-tokens and --prefill-tasks start at 1")
     for path in (args.json, args.plot):
         if path and not path.absolute().parent.is_dir():
             parser.error(f"{path}: its folder does not exist")
@@ -291,8 +262,10 @@ def measure(
     limits, started = Floors.of(device, rates), time.monotonic()
     rows: list[Row] = []
     left_out = []
+    formats = (format_name(settings.dtype), "nf4")
+    activated = replace(settings, formats=tuple(f for f in formats if f in settings.formats))
     for name, model in settings.models.items():
-        rows += run_activation(name, model, settings, limits)
+        rows += run_activation(name, model, activated, limits)
         log(f"{name}, activation", started)
     for cell in cells(settings):
         if budget is not None and time.monotonic() - started > budget:
@@ -305,7 +278,7 @@ def measure(
 
 def log(what: str, started: float) -> None:
     """A line of progress."""
-    print(f"{time.monotonic() - started:7.1f} s  {what}", file=sys.stderr, flush=True)
+    say(f"{time.monotonic() - started:7.1f} s  {what}")
 
 
 # --- reporting ------------------------------------------------------------------------------------
@@ -315,20 +288,15 @@ def describe(
     args: argparse.Namespace, settings: Settings, punica: Punica | None, rates: Rates
 ) -> dict[str, Any]:
     """What the figures depend on, as JSON data."""
-    import triton
-
     gpu = settings.device.type == "cuda"
+    device = torch.cuda.get_device_name() if gpu else f"CPU {platform.machine()}, interpreted"
+    header = record(args, device, "torch", "triton")
+    header["versions"] |= {
+        "HIP" if torch.version.hip else "CUDA": torch.version.hip or torch.version.cuda,
+        "punica": punica.source if punica else None,
+    }
     return {
-        "device": torch.cuda.get_device_name() if gpu else f"CPU {platform.machine()}, interpreted",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "HIP" if torch.version.hip else "CUDA": torch.version.hip or torch.version.cuda,
-            "vllm-vlora": vllm_vlora.__version__,
-            "punica": punica.source if punica else None,
-        },
-        "arguments": {name: jsonable(value) for name, value in vars(args).items()},
+        **header,
         "dtype": format_name(settings.dtype),
         "times_mean_something": gpu and not args.tiny,
         "rates": vars(rates),
@@ -336,16 +304,10 @@ def describe(
     }
 
 
-def jsonable(value: Any) -> Any:
-    """A path as its name."""
-    return str(value) if isinstance(value, Path) else value
-
-
 def print_header(header: dict[str, Any]) -> None:
     """The device, the versions and the rates."""
     rates = header["rates"]
-    print(header["device"])
-    print(", ".join(f"{name} {value}" for name, value in header["versions"].items() if value))
+    print_record(header)
     print(
         f"measured: copy {rates['copy'] / 1e9:,.0f} GB/s (read plus written), read "
         f"{rates['read'] / 1e9:,.0f} GB/s, {header['dtype']} product {rates['flops'] / 1e12:,.1f} "
@@ -375,21 +337,18 @@ def show(
             print(f"  {aim}")
     if left_out:
         print(f"\nleft out, the budget of {args.budget:g} s was spent: {len(left_out)} cells")
-    if args.json:
-        data = {
+    write_json(
+        args.json,
+        {
             **header,
             "rows": rows,
             "aims": [report.aim_data(aim) for aim in aims],
             "left_out": [str(cell) for cell in left_out],
-        }
-        args.json.write_text(json.dumps(data, indent=1))
+        },
+    )
     if args.plot:
         mode = "graph" if args.device == "cuda" else "eager"
         try:
-            draw(sums, mode, f"{header['device']}, rank {args.rank}", str(args.plot))
+            draw(sums, mode, f"{header['device']}, rank {args.rank}", args.plot)
         except ValueError as error:
             sys.exit(f"--plot {args.plot}: {error}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

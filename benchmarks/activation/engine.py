@@ -1,65 +1,36 @@
-"""Time how long a vLLM worker takes to make a task ready that is not loaded: stock and vllm-vlora."""
+"""What a vLLM worker does to make a task ready: stock and vllm-vlora, in one real engine."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import json
-import multiprocessing
 import os
-import platform
-import re
 import resource
-import shlex
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-DESCRIPTION = """\
-Time what a vLLM worker does when a request names a task that is not loaded: its LoRA manager's
-add_adapter, from the call until A and B of every module are in a slot. One real engine (vllm.LLM,
-in this process) takes the same adapters in turn (A B C A B C ...), so that a drift of the machine
-hits all alike, and each task is removed again before its next turn, so that every call loads:
+from clock import synchronise
+from harness import (
+    WrongResultError,
+    cores,
+    cpu_name,
+    end_record,
+    in_another_process,
+    print_record,
+    record,
+    say,
+    table,
+)
 
-  stock, PEFT folder   vLLM's own path: read the folder (from the page cache), convert, fill a slot
-  stock, in host RAM   only vLLM's slot write, of an adapter already converted in host memory; such a
-                       task is loaded, so this is a reference and no rival
-  private bfloat16     vllm-vlora: fill a slot from a resident checkpoint of the adapters as they are
-  private int8, nf4    the same, from quantised factors, dequantised on the way
-  joint k=64           the same, from shared bases and small cores, multiplied on the way
-  direct joint k=64,   vllm-vlora's direct mode, which fills no slot: a row of addresses, in an engine
-  direct private nf4   of its own in the same process, started with that checkpoint
+from activation import startup
+from vllm_vlora.tools.timing import percentile, seconds_of, spread, take_turns
 
-The adapters are random, of rank 16 on all seven linears of a layer, bfloat16, with nonzero B, and lie
-near a common subspace of 64 dimensions, so that a joint checkpoint is not mere error. The plugin is
-installed while stock code runs; --startup also times stock code in processes with and without it.
-
-In the same engine slots are then poisoned with NaN, filled by each method with each task and
-compared: stock and private bfloat16 with the adapter's own factors, bit for bit; the others with the
-checkpoint's decoded factors, and their delta_W with the adapter's, whose relative error must be the
-one that the checkpoint records. Direct tasks must add to random inputs, in every layer, what the decoded
-factors add. When anything is wrong, no figure is printed and the exit status
-is 1.
-
-In turn, each call finds what the others left in the caches and the allocator, as a server would; by
-itself, each method runs again and again alone, which favours small working sets. The byte floor is
-the time to read the stored factors once and to write the slot once, zeros of layers that the adapter
-leaves out included, at the copy bandwidth that this run measures.
-"""
-EPILOG = """\
-examples:
-  python benchmarks/bench_activation.py                        a Llama of 8 layers, about a minute
-  python benchmarks/bench_activation.py --model DIR            the shapes and weights of a real model
-  python benchmarks/bench_activation.py --rounds 60 --device-note "idle, 2 vCPU" --json result.json
-  python benchmarks/bench_activation.py --startup              also the engine's start, 5 minutes more
-
-Other work on the machine spoils the figures: the load average is printed and stored with them.
-"""
 MODEL_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -79,8 +50,6 @@ MODEL_CONFIG = {
 }
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STOCK, CACHED = "stock, PEFT folder", "stock, in host RAM"
-# A quiet machine has less than this many runnable processes, the benchmark itself included.
-QUIET_LOAD = 1.5
 # Far above the counter-like ids of the stock requests that are loaded from disk.
 CACHED_ID_OFFSET = 1000
 ENVIRONMENT = {
@@ -134,134 +103,45 @@ class Method:
     times_alone: list[float] = field(default_factory=list)
 
 
-class WrongResultError(Exception):
-    """A slot does not hold what it should, or a call that should have loaded did not."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; everything that was measured.
 
-
-def main() -> int:
-    args = parse_arguments()
-    if args.startup_child:
-        return startup_child(json.loads(args.startup_child))
+    Raises:
+        WrongResultError: something is wrong; there are no figures then.
+    """
     os.environ.update(ENVIRONMENT)
     # Only this plugin, and no checkpoint preloaded: the run loads four of its own.
     os.environ["VLLM_PLUGINS"] = "vlora"
     os.environ.pop("VLLM_VLORA_CHECKPOINT", None)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     report = describe(args)
-    print_header(report)
+    print_record(report)
     with tempfile.TemporaryDirectory(prefix="bench-activation-") as folder:
         work = Work(args, Path(folder))
-        try:
-            report |= measure_activation(work)
-        except WrongResultError as error:
-            print(f"wrong result, no figures: {error}", file=sys.stderr)
-            return 1
+        report |= measure_activation(work)
         print_activation(report)
         if args.startup:
             gc.collect()  # The engine's memory, before others start.
-            report["startup"] = measure_startup(work)
-            print_startup(report["startup"])
+            report["startup"] = startup.measure(work)
+            startup.show(report["startup"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report["peak_memory_bytes"] = peak
-    report["load_average_at_end"] = os.getloadavg()[0]
     print(f"\npeak memory of this process {peak / 2**30:.2f} GiB")
-    warn_of_load(report)
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model",
-        metavar="DIR",
-        help="a Llama-like model's folder, with weights (default: a generated config, hidden 1024, "
-        "8 layers, dummy weights)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of the engine and its slots; the adapters are bfloat16 always (default: float32)",
-    )
-    parser.add_argument(
-        "--rank",
-        type=int,
-        choices=[8, 16, 32, 64],
-        default=16,
-        help="of every adapter (default: 16)",
-    )
-    parser.add_argument(
-        "--k", type=int, default=64, help="components of the joint checkpoint's bases (default: 64)"
-    )
-    parser.add_argument("--tasks", type=int, default=8, help="number of adapters (default: 8)")
-    parser.add_argument(
-        "--rounds", type=int, default=40, help="timed calls a method, 15 or more (default: 40)"
-    )
-    parser.add_argument("--warmup", type=int, default=4, help="untimed rounds (default: 4)")
-    parser.add_argument(
-        "--startup",
-        action="store_true",
-        help="also time the engine's start with the plugin and a private nf4 checkpoint, against "
-        "VLLM_PLUGINS='' (A B A B, each a fresh process)",
-    )
-    parser.add_argument(
-        "--startup-rounds", type=int, default=2, help="starts of each kind (default: 2)"
-    )
-    parser.add_argument(
-        "--startup-tasks", type=int, default=64, help="tasks of that checkpoint (default: 64)"
-    )
-    parser.add_argument("--device-note", metavar="TEXT", help="kept with the device's description")
-    parser.add_argument("--json", metavar="FILE", help="also write everything to FILE")
-    parser.add_argument("--startup-child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    for option in ("k", "tasks", "startup_rounds", "startup_tasks"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1")
-    if args.rounds < 15 or args.warmup < 1:
-        parser.error("--rounds must be at least 15 and --warmup at least 1")
-    if args.model and not (Path(args.model) / "config.json").is_file():
-        parser.error(f"--model {args.model}: no config.json there; give a model's folder")
-    return args
+    end_record(report)
+    return report
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """The machine, the versions that a figure depends on, and the command."""
+    """The machine, the versions and the command."""
     import torch
     from vllm.platforms import current_platform
 
-    import vllm_vlora
     from vllm_vlora.plugin import check_version
 
-    device = current_platform.get_device_name() if not current_platform.is_cpu() else cpu_name()
-    cores = len(os.sched_getaffinity(0))
-    return {
-        "device": f"{device}, {cores} cores"
-        + (f" ({args.device_note})" if args.device_note else ""),
-        "threads": torch.get_num_threads(),
-        "load_average_at_start": os.getloadavg()[0],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "vllm": check_version(),
-            "vllm-vlora": vllm_vlora.__version__,
-        },
-        "command": shlex.join(["python", *sys.argv]),
-        "arguments": {k: v for k, v in vars(args).items() if k != "startup_child"},
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else None
-    return f"{found[1] if found else 'CPU'} ({platform.machine()})"
+    check_version()
+    device = cpu_name() if current_platform.is_cpu() else current_platform.get_device_name()
+    report = record(args, f"{device}, {cores()} cores", "torch", "vllm")
+    return {**report, "threads": torch.get_num_threads()}
 
 
 # --- model, adapters, checkpoints ------------------------------------------------------------------
@@ -431,28 +311,12 @@ def measure_activation(work: Work) -> dict[str, Any]:
     }
 
 
-def in_another_process(function: Callable[[Work], None], work: Work) -> None:
-    """Run what a server would not do elsewhere, so that it leaves the engine's process as it is."""
-    process = multiprocessing.get_context("spawn").Process(target=function, args=(work,))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"{function.__name__} failed; its error is above")
-
-
 def make_checkpoints(work: Work) -> None:
     from vllm_vlora import compress
 
     adapters = work.make_adapters(work.args.tasks)
     for name, options in checkpoint_options(work.args.k).items():
         compress(adapters, work.folder / name, options)
-
-
-def make_startup_checkpoint(work: Work) -> None:
-    from vllm_vlora import CompressOptions, compress
-
-    options = CompressOptions(representation="private", quantize="nf4", ratio=0.1)
-    compress(work.make_adapters(work.args.startup_tasks), work.startup_checkpoint, options)
 
 
 def start_engine(arguments: dict[str, Any]) -> Any:
@@ -645,19 +509,23 @@ def direct_method(manager: Any, name: str, folder: Path) -> Method:
 
 def interleave(methods: list[Method], tasks: int, warmup: int, rounds: int, device: Any) -> None:
     """Time the methods in turn; every round activates another task, removed again untimed."""
-    for index in range(warmup + rounds):
-        number = index % tasks
-        for method in methods:
-            synchronise(device)
-            started = time.perf_counter()
-            loaded = method.activate(number)
-            synchronise(device)
-            seconds = time.perf_counter() - started
-            if not loaded:
-                raise WrongResultError(f"{method.name}: a task was loaded before its turn")
-            method.evict(number)
-            if index >= warmup:
-                method.times.append(seconds)
+    clocks = [partial(load_next, method, count(), tasks, device) for method in methods]
+    for method, times in zip(methods, take_turns(clocks, rounds, warmup)):
+        method.times = times
+
+
+def load_next(method: Method, calls: Iterator[int], tasks: int, device: Any) -> float:
+    """Seconds to make the next task ready."""
+    number, loaded = next(calls) % tasks, [False]
+
+    def activate() -> None:
+        loaded[0] = method.activate(number)
+
+    seconds = seconds_of(activate, partial(synchronise, device))
+    if not loaded[0]:
+        raise WrongResultError(f"{method.name}: a task was loaded before its turn")
+    method.evict(number)
+    return seconds
 
 
 def back_to_back(methods: list[Method], tasks: int, rounds: int, device: Any) -> None:
@@ -668,27 +536,15 @@ def back_to_back(methods: list[Method], tasks: int, rounds: int, device: Any) ->
         method.times_alone = alone.times
 
 
-def synchronise(device: Any) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def copy_bandwidth(device: Any) -> float:
     """Bytes read plus bytes written a second, of a large copy on the device."""
     import torch
 
     source = torch.ones(1 << 26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = []
-    for _ in range(20):
-        synchronise(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        synchronise(device)
-        times.append(time.perf_counter() - started)
-    return 2 * source.numel() / percentile(times[3:], 50)
+    clock = partial(seconds_of, lambda: target.copy_(source), partial(synchronise, device))
+    (times,) = take_turns([clock], rounds=17, warmup=3)
+    return 2 * source.numel() / percentile(times, 50)
 
 
 # --- correctness -----------------------------------------------------------------------------------
@@ -799,19 +655,13 @@ def delta_squares(slot_a: Any, slot_bt: Any, a: Any, b: Any, scale: float) -> tu
 # --- figures ---------------------------------------------------------------------------------------
 
 
-def percentile(values: list[float], percent: int) -> float:
-    import torch
-
-    return torch.tensor(values, dtype=torch.float64).quantile(percent / 100).item()
-
-
 def summarise(method: Method, stock: Method, bandwidth: float, tasks: int) -> dict[str, Any]:
     sizes, p50 = method.sizes, percentile(method.times, 50)
     alone = percentile(method.times_alone, 50)
     moved = sizes.read + sizes.written
     return {
         "method": method.name,
-        **{f"p{percent}": 1e3 * percentile(method.times, percent) for percent in (20, 50, 80)},
+        **spread(method.times, 1e3),
         "stock_over_this": percentile(stock.times, 50) / p50,
         "p50_alone": 1e3 * alone,
         "stock_over_this_alone": percentile(stock.times_alone, 50) / alone,
@@ -824,51 +674,25 @@ def summarise(method: Method, stock: Method, bandwidth: float, tasks: int) -> di
     }
 
 
-def say(text: str) -> None:
-    print(f"... {text}", file=sys.stderr, flush=True)
-
-
-def print_header(report: dict[str, Any]) -> None:
-    print(f"device: {report['device']}, {report['threads']} torch threads")
-    print(", ".join(f"{name} {value}" for name, value in report["versions"].items()))
-    print(f"command: {report['command']}", flush=True)
-
-
 def print_activation(report: dict[str, Any]) -> None:
     args = report["arguments"]
     print(
         f"\n{args['tasks']} adapters of rank {args['rank']} on {report['linears']} linears, slots "
         f"{report['slot_dtype']}; {args['rounds']} interleaved rounds; every slot checked\n"
     )
-    print("Time to make a task ready that is not loaded, in ms:")
-    print(f"  {'':19} {'------ in turn with the others -------':>38}   {'-- by itself --':>17}")
     print(
-        f"  {'':19} {'p20':>8} {'p50':>8} {'p80':>8} {'stock/this':>11}   {'p50':>6} {'stock/this':>10} "
-        f"{'delta_W error':>14} {'byte floor':>11} {'x floor':>8} {'GB/s':>6}"
+        "Time to make a task ready that is not loaded, in ms; (1) in turn with the others, (2) by itself:"
     )
-    for row in report["results"]:
-        print(
-            f"  {row['method']:19} {row['p20']:8.3f} {row['p50']:8.3f} {row['p80']:8.3f} "
-            f"{row['stock_over_this']:10.2f}x   {row['p50_alone']:6.3f} "
-            f"{row['stock_over_this_alone']:9.2f}x {row['worst_error']:14.4f} {row['floor']:11.3f} "
-            f"{row['ratio_to_floor']:8.2f} {row['bytes_per_s'] / 1e9:6.2f}"
-        )
+    head = ["", "p20 (1)", "p50 (1)", "p80 (1)", "stock/this (1)", "p50 (2)", "stock/this (2)"]
+    head += ["delta_W error", "byte floor", "x floor", "GB/s"]
+    print(table(head, map(time_cells, report["results"])))
     print(
         f"  (GB/s: bytes read from the stored factors and written into the slot over the first p50; "
         f"a plain copy on this device moves {report['copy_bytes_per_s'] / 1e9:.2f} GB/s: the floor)"
     )
     print("\nBytes, in MB (10^6):")
-    print(
-        f"  {'':19} {'task file':>10} {'basis files':>12} {'disk/task':>10} {'resident/task':>14} "
-        f"{'basis resident':>15} {'read':>8} {'slot':>8}"
-    )
-    for row in report["results"]:
-        size = {name: count / 1e6 for name, count in row["bytes"].items()}
-        print(
-            f"  {row['method']:19} {size['file']:10.3f} {size['basis_files']:12.3f} "
-            f"{size['disk_share']:10.3f} {size['resident']:14.3f} {size['basis_resident']:15.3f} "
-            f"{size['read']:8.3f} {size['written']:8.3f}"
-        )
+    head = ["", "task file", "basis files", "disk/task", "resident/task", "basis resident"]
+    print(table([*head, "read", "slot"], map(size_cells, report["results"])))
     print(
         f"  (disk/task is the task's file and its share of the basis among {args['tasks']} tasks; "
         "basis and slot are there once, whatever the number of tasks)",
@@ -876,136 +700,22 @@ def print_activation(report: dict[str, Any]) -> None:
     )
 
 
-def warn_of_load(report: dict[str, Any]) -> None:
-    # At the end the load contains this run's own threads.
-    load = report["load_average_at_start"]
-    print(f"load average {load:.2f} at the start, {report['load_average_at_end']:.2f} at the end")
-    if load > QUIET_LOAD:
-        print(f"the machine was not quiet ({load:.2f} > {QUIET_LOAD}): do not quote these figures")
+def time_cells(row: dict[str, Any]) -> list[str]:
+    """A method's line of the first table."""
+    return [
+        row["method"],
+        *(f"{row[name]:.3f}" for name in ("p20", "p50", "p80")),
+        f"{row['stock_over_this']:.2f}x",
+        f"{row['p50_alone']:.3f}",
+        f"{row['stock_over_this_alone']:.2f}x",
+        f"{row['worst_error']:.4f}",
+        f"{row['floor']:.3f}",
+        f"{row['ratio_to_floor']:.2f}",
+        f"{row['bytes_per_s'] / 1e9:.2f}",
+    ]
 
 
-# --- start-up --------------------------------------------------------------------------------------
-
-
-def measure_startup(work: Work) -> dict[str, Any]:
-    """Seconds from spawning a process to a ready engine, stock and with a checkpoint, in turn."""
-    args = work.args
-    say(f"making a private nf4 checkpoint of {args.startup_tasks} tasks")
-    in_another_process(make_startup_checkpoint, work)
-    checkpoint = work.startup_checkpoint
-    job = {
-        "engine": work.engine_arguments(),
-        "folders": [str(work.adapter_folder / str(i)) for i in range(args.tasks)],
-        "rounds": args.warmup + args.rounds,
-        "warmup": args.warmup,
-    }
-    starts: dict[str, list[dict[str, Any]]] = {"stock": [], "plugin": []}
-    for turn in range(args.startup_rounds):
-        for arm, runs in starts.items():
-            say(f"start {turn + 1} of {args.startup_rounds}, {arm}")
-            runs.append(start_once(job, checkpoint if arm == "plugin" else None))
-    size = sum(f.stat().st_size for f in checkpoint.rglob("*.safetensors"))
-    return {
-        "tasks": args.startup_tasks,
-        "checkpoint_bytes": size,
-        "unit": "s",
-        **starts,
-    }
-
-
-def start_once(job: dict[str, Any], checkpoint: Path | None) -> dict[str, Any]:
-    """One fresh process; its own account, the wall time until it was ready, and the plugin's log."""
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "PYTHONUNBUFFERED": "1"}
-    environment["VLLM_PLUGINS"] = "vlora" if checkpoint else ""
-    if checkpoint:
-        environment["VLLM_VLORA_CHECKPOINT"] = str(checkpoint)
-    command = [sys.executable, __file__, "--startup-child", json.dumps(job)]
-    started = time.perf_counter()
-    lines: list[str] = []
-    account: dict[str, Any] = {}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("READY "):
-                account |= {"ready": time.perf_counter() - started}
-            if line.startswith(("READY ", "DONE ")):
-                account |= json.loads(line.split(" ", 1)[1])
-    if process.returncode or "ready" not in account:
-        raise SystemExit("the engine did not start:\n" + "".join(lines[-30:]))
-    log = "".join(lines)
-    if checkpoint:
-        preload = re.search(r"(\d+) tasks resident on .*?, ([\d.]+) MiB, loaded in ([\d.]+) s", log)
-        if preload is None:
-            raise SystemExit("the plugin logged no preload:\n" + "".join(lines[-30:]))
-        account |= {"preload": float(preload[3]), "resident_mib": float(preload[2])}
-    return account
-
-
-def startup_child(job: dict[str, Any]) -> int:
-    """In the fresh process: start the engine, say so, and time stock code alone there."""
-    began = time.perf_counter()
-    import vllm  # noqa: F401
-    from vllm import LLM  # noqa: F401  (the name that loads the rest)
-
-    account = {"import_vllm": time.perf_counter() - began}
-    plugin = os.environ["VLLM_PLUGINS"] != ""
-    if plugin:
-        # vLLM would call it itself, a little later; it does nothing the second time.
-        began = time.perf_counter()
-        from vllm_vlora.plugin import register
-
-        register()
-        account["plugin_import"] = time.perf_counter() - began
-    began = time.perf_counter()
-    llm = start_engine(job["engine"])
-    account["engine"] = time.perf_counter() - began
-    print("\nREADY " + json.dumps(account), flush=True)
-    times = time_stock(worker_manager(llm), job["folders"], job["rounds"])[job["warmup"] :]
-    print("\nDONE " + json.dumps({"stock_activation_ms": 1e3 * percentile(times, 50)}))
-    llm.llm_engine.engine_core.shutdown()
-    return 0
-
-
-def time_stock(manager: Any, folders: list[str], rounds: int) -> list[float]:
-    from vllm.lora.request import LoRARequest
-
-    times = []
-    for index in range(rounds):
-        number = index % len(folders)
-        request = LoRARequest(f"task-{number}", 1 + number, folders[number])
-        synchronise(manager.device)
-        started = time.perf_counter()
-        manager.add_adapter(request)
-        synchronise(manager.device)
-        times.append(time.perf_counter() - started)
-        manager.remove_adapter(request.lora_int_id)
-    return times
-
-
-def print_startup(startup: dict[str, Any]) -> None:
-    print(
-        f"\nStart of the engine in a fresh process, in s, to ready; checkpoint of {startup['tasks']} "
-        f"private nf4 tasks, {startup['checkpoint_bytes'] / 1e6:.0f} MB:"
-    )
-    for arm, label in (("stock", "VLLM_PLUGINS=''"), ("plugin", "with plugin")):
-        runs = startup[arm]
-        print(f"  {label:16} " + " ".join(f"{run['ready']:7.2f}" for run in runs))
-    print(
-        "  within it: vLLM's import, plugin's import and install, engine with preload (as logged); "
-        "then a PEFT folder's\n  activation by stock code, p50 in ms"
-    )
-    for arm, label in (("stock", "VLLM_PLUGINS=''"), ("plugin", "with plugin")):
-        for run in startup[arm]:
-            print(
-                f"  {label:16} {run['import_vllm']:7.2f} {run.get('plugin_import', 0):7.2f} "
-                f"{run['engine']:7.2f} ({run.get('preload', 0):.2f})   "
-                f"{run['stock_activation_ms']:7.3f}"
-            )
-    print(f"  the plugin logged {startup['plugin'][0]['resident_mib']:.1f} MiB resident")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def size_cells(row: dict[str, Any]) -> list[str]:
+    """A method's line of the second table."""
+    names = ("file", "basis_files", "disk_share", "resident", "basis_resident", "read", "written")
+    return [row["method"], *(f"{row['bytes'][name] / 1e6:.3f}" for name in names)]

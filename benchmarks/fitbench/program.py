@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import os
-import platform
 import re
-import shlex
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import (
+    RUNNER,
+    cores,
+    count,
+    count_list,
+    cpu_name,
+    print_record,
+    record,
+    say,
+    write_json,
+)
+
 from fitbench.collection import Size, Spectrum, describe, write_collection
-from fitbench.plot import can_plot, draw
+from fitbench.plot import draw
 from fitbench.report import format_cell, summarise
 from fitbench.runs import Policy, Run, start_worker, take_turns
 from fitbench.worker import CONTESTANTS
-
 from vllm_vlora.fitting.shared_basis import fit_bases
+from vllm_vlora.tools.timing import best_seconds
 
 DESCRIPTION = """\
 Fit one module's shared basis to many adapters, from PEFT folders on disk (in the page cache) to the
@@ -51,31 +59,32 @@ of their own (fitbench/collection.py has the formula). They are float32, since v
 16-bit version. The floor is the time for the products and reads of ours alone, at the speed of a
 large product and of a copy on this machine.
 """
-EPILOG = """\
-examples:
-  python benchmarks/bench_fit.py --quick --contestants ours,exact    a check that it runs, seconds
-  python benchmarks/bench_fit.py                                     all sizes, a quarter of an hour
-  python benchmarks/bench_fit.py --sizes 4096x14336 --adapters 500 --stop-at 60
+EXAMPLES = """\
+  python benchmarks/run.py fit --quick --contestants ours,exact    a check that it runs, seconds
+  python benchmarks/run.py fit                                     all sizes, a quarter of an hour
+  python benchmarks/run.py fit --sizes 4096x14336 --adapters 500 --stop-at 60
                                             the largest, with more patience: another quarter
-  python benchmarks/bench_fit.py --own 2 --contestants ours,exact    adapters that share little
+  python benchmarks/run.py fit --own 2 --contestants ours,exact    adapters that share little
 
 Other work on the machine spoils the figures: the load average is printed and stored with them.
 """
 DEFAULT_CONTESTANTS = ("ours", "vlora", "lorashare", "exact")
 SEEDS = {"vlora", "vlora-streaming", "lorashare"}
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
+CACHE = RUNNER.parent.parent / ".cache"
 
 
-def main() -> int:
+def run(args: argparse.Namespace) -> int:
     """Measure all sizes, print a table after each, write JSON and the plot."""
-    args = parse_arguments()
     sizes = [
-        Size(d_in, d_out, count, args.rank) for d_in, d_out in args.sizes for count in args.adapters
+        Size(d_in, d_out, adapters, args.rank)
+        for d_in, d_out in args.sizes
+        for adapters in args.adapters
     ]
     torch.set_num_threads(args.threads)
     rates = measure_rates(args.quick)
     report = describe_run(args, rates)
-    print(f"{report['device']}\nload average {report['load_average_at_start']:.2f}")
+    print_record(report)
+    print(f"load average {report['load_average_at_start']:.2f}")
     estimate = sum(estimate_s(size, args) for size in sizes)
     print(f"about {estimate / 60:.0f} min on a quiet two-core machine of 2025\n", flush=True)
     pythons = contestant_pythons(args)
@@ -89,28 +98,24 @@ def main() -> int:
         report["cells"].append(cell)
         report["load_average_at_end"] = os.getloadavg()[0]
         print(format_cell(cell, cell["floor_s"]) + "\n", flush=True)
-        if args.json:  # After each size: a long run that is cut short keeps what it has.
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        # After each size: a long run that is cut short keeps what it has.
+        write_json(args.json, report)
     if args.plot:
-        draw(report["cells"], f"Fit of rank {args.rank}, k {args.k}: {report['device']}", args.plot)
+        title = f"Fit of rank {args.rank}, k {args.k}: {report['device']}"
+        draw(report["cells"], title, str(args.plot))
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The sizes, the contestants and their turns."""
     parser.add_argument(
         "--sizes", type=parse_sizes, help="D_INxD_OUT,... (default: 4096x4096,4096x14336)"
     )
     parser.add_argument(
-        "--adapters", type=parse_counts, help="numbers of adapters (default: 100,500)"
+        "--adapters", type=count_list, help="numbers of adapters (default: 100,500)"
     )
-    parser.add_argument("--rank", type=int, help="of every adapter (default: 16)")
-    parser.add_argument("--k", type=int, help="components (default: 128)")
+    parser.add_argument("--rank", type=count, help="of every adapter (default: 16)")
+    parser.add_argument("--k", type=count, help="components (default: 128)")
     parser.add_argument(
         "--own",
         type=float,
@@ -124,7 +129,6 @@ def parse_arguments() -> argparse.Namespace:
         default=list(DEFAULT_CONTESTANTS),
         help=f"of {', '.join(CONTESTANTS)} (default: {','.join(DEFAULT_CONTESTANTS)})",
     )
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each (default: 2)")
     parser.add_argument(
         "--once-above",
         type=float,
@@ -139,30 +143,23 @@ def parse_arguments() -> argparse.Namespace:
         metavar="TIMES",
         help="stop a rival after this multiple of our time; 0 for never (default: 25)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, as a check")
+    parser.add_argument("--threads", type=count, default=1, help="of torch (default: 1)")
     parser.add_argument("--work", type=Path, help="where adapters are written (default: /tmp)")
     parser.add_argument(
         "--seeds-environment", type=Path, default=CACHE / "seeds", help="made on first use"
     )
-    parser.add_argument("--device-note", metavar="TEXT", help="kept with the device's description")
-    parser.add_argument("--json", metavar="FILE", help="also write everything to FILE")
-    parser.add_argument("--plot", metavar="FILE", help="also draw it (.svg, .png)")
-    args = parser.parse_args()
+
+
+def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The sizes that are not given; ends the program where the options cannot be run."""
     small = args.quick
     args.sizes = args.sizes or ([(96, 160)] if small else [(4096, 4096), (4096, 14336)])
     args.adapters = args.adapters or ([40] if small else [100, 500])
     args.rank = args.rank or (4 if small else 16)
     args.k = args.k or (16 if small else 128)
-    args.rounds = 1 if small else args.rounds
-    for option in ("rank", "k", "rounds", "threads"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option} must be at least 1")
+    args.rounds = 1 if small else args.rounds or 2
     if args.own < 0:
         parser.error("--own must not be negative")
-    if args.plot and not can_plot():
-        parser.error("--plot needs matplotlib; leave it out or install matplotlib")
-    return args
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
@@ -170,12 +167,6 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
         raise argparse.ArgumentTypeError(f"{text!r} is not D_INxD_OUT, as in 4096x14336")
     pairs = (part.split("x") for part in text.split(","))
     return [(int(d_in), int(d_out)) for d_in, d_out in pairs]
-
-
-def parse_counts(text: str) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers, as in 100,500")
-    return [int(part) for part in text.split(",")]
 
 
 def parse_contestants(text: str) -> list[str]:
@@ -226,11 +217,9 @@ def start_shown(runners: dict[str, Any], contestant: str, limit: float | None) -
     begun = time.monotonic()
     run: Run = runners[contestant](limit)
     ended = "stopped" if run.stopped else f"energy {run.energy:.4f}"
-    print(
-        f"  {contestant}: {run.seconds:.2f} s, {run.peak_nbytes / 1e6:.0f} MB, {ended} "
-        f"({time.monotonic() - begun:.0f} s in all)",
-        file=sys.stderr,
-        flush=True,
+    say(
+        f"{contestant}: {run.seconds:.2f} s, {run.peak_nbytes / 1e6:.0f} MB, {ended} "
+        f"({time.monotonic() - begun:.0f} s in all)"
     )
     return run
 
@@ -243,17 +232,9 @@ def measure_rates(quick: bool) -> dict[str, float]:
     n = 256 if quick else 1024
     x, y = torch.randn(n, 8 * n), torch.randn(8 * n, n)
     block = torch.empty(2**22 if quick else 2**25)
-    products, copies = [], []
-    for _ in range(3):
-        start = time.perf_counter()
-        x @ y
-        products.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        block.clone()
-        copies.append(time.perf_counter() - start)
     return {
-        "flops_per_s": 16 * n**3 / min(products),
-        "copied_bytes_per_s": 4 * block.numel() / min(copies),
+        "flops_per_s": 16 * n**3 / best_seconds(lambda: x @ y),
+        "copied_bytes_per_s": block.nbytes / best_seconds(block.clone),
     }
 
 
@@ -299,29 +280,9 @@ def estimate_s(size: Size, args: argparse.Namespace) -> float:
 
 def describe_run(args: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
     """The machine, the versions and the command; ``cells`` is still empty."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else None
-    name = f"{found[1] if found else 'CPU'} ({platform.machine()})"
-    note = f" ({args.device_note})" if args.device_note else ""
-    seeds: dict[str, str] = {}
+    report = record(args, f"{cpu_name()}, {cores()} cores, {args.threads} thread(s)", "torch")
     if SEEDS & set(args.contestants):
         from fidelity.seeds import PINS
 
-        seeds = PINS
-    return {
-        "device": f"{name}, {len(os.sched_getaffinity(0))} cores, {args.threads} thread(s){note}",
-        "load_average_at_start": os.getloadavg()[0],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "vllm-vlora": version("vllm-vlora"),
-            **seeds,
-        },
-        "command": shlex.join(["python", *sys.argv]),
-        "rates": rates,
-        "cells": [],
-    }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        report["versions"] |= PINS
+    return {**report, "rates": rates, "cells": []}

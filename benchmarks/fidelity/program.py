@@ -1,25 +1,4 @@
-"""What adapters keep when they are compressed: recovered fraction against bytes.
-
-Every representation, and the seed libraries vlora-dev and lorashare, on real collections:
-
-    python examples/collections/train.py unrelated -o .cache/collections/unrelated
-    python examples/collections/train.py family -o .cache/collections/family
-    python benchmarks/bench_fidelity.py
-
-Recovered fraction = (loss_base - loss_compressed) / (loss_base - loss_adapter) on held-out text. The
-tasks of a collection are compressed to each ratio; the tasks held out of the basis are added to the
-finished checkpoint. A ratio counts the originals' LoRA weights at 16 bits each over all bytes of the
-tensor files. The seed libraries write float32; their float32 tensors are counted at 16 bits, and
-`nbytes_on_disk` has the files as they are.
-
-    --quick                         a smoke run: two tasks of each kind, few examples, two ratios
-    --representations NAME ...      auto, private, joint, ...; vlora-dev, vlora-dev-nf4, lorashare;
-                                    NAME:option=value,... passes options of `compress`;
-                                    calibration=@calibration gathers moments on the collection's
-                                    calibration text
-    --resume                        take points that were measured before with the same code and
-                                    settings; without it everything is measured again
-"""
+"""What adapters keep when they are compressed: recovered fraction against bytes."""
 
 from __future__ import annotations
 
@@ -33,21 +12,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import RESULTS, can_plot, say, write_json
+
 from fidelity import ours, seeds
 from fidelity.built import Built, OutOfReachError
 from fidelity.calibrations import Calibrations
 from fidelity.inputs import CollectionFolder, training_record
 from fidelity.methods import SEEDS, Method, parse_method
 from fidelity.points import Judge, Point, PointStore, measure
-from fidelity.report import SCHEMA_VERSION, can_plot, plot, setting, table, write_json
-
+from fidelity.report import SCHEMA_VERSION, plot, setting, table
 from vllm_vlora.compression.options import REPRESENTATION_CHOICES
 from vllm_vlora.errors import OptionError, VLoRAError
 
-RESULTS = Path(__file__).resolve().parent / "results"
+DESCRIPTION = """\
+Every representation, and the seed libraries vlora-dev and lorashare, on real collections.
+
+Recovered fraction = (loss_base - loss_compressed) / (loss_base - loss_adapter) on held-out text. The
+tasks of a collection are compressed to each ratio; the tasks held out of the basis are added to the
+finished checkpoint. A ratio counts the originals' LoRA weights at 16 bits each over all bytes of the
+tensor files. The seed libraries write float32; their float32 tensors are counted at 16 bits, and
+`nbytes_on_disk` has the files as they are.
+"""
+EXAMPLES = """\
+  python examples/collections/train.py unrelated -o .cache/collections/unrelated
+  python examples/collections/train.py family -o .cache/collections/family
+  python benchmarks/run.py fidelity                       the collections made before, hours
+  python benchmarks/run.py fidelity --quick               two tasks of each kind, few examples, two ratios
+  python benchmarks/run.py fidelity --representations auto joint:quantize=int8 lorashare --ratios 8
+"""
 COLLECTIONS = Path(".cache/collections")
 RATIOS = (4.0, 8.0, 12.0, 16.0, 32.0, 64.0)
-EXAMPLES = 16
+EXAMPLES_A_TASK = 16
 QUICK_RATIOS, QUICK_EXAMPLES, QUICK_TASKS = (4.0, 12.0), 4, 2
 CACHE = Path(".cache/bench_fidelity")
 
@@ -112,7 +107,7 @@ def run_all(options: argparse.Namespace, methods: Sequence[Method]) -> dict[str,
     """Measure every point; prints a line for each and writes the JSON file after each method."""
     report: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
-        "setting": setting(["python", *sys.argv]) | {"examples": options.examples},
+        "setting": setting(options) | {"examples": options.examples},
         "collections": {},
         "points": [],
     }
@@ -132,42 +127,76 @@ def run_all(options: argparse.Namespace, methods: Sequence[Method]) -> dict[str,
             for point in run.points(method, options.ratios):
                 report["points"].append(point)
                 print(table([point]).splitlines()[-1], flush=True)
-            write_json(report, options.output)
+            write_json(options.json, report)
     return report
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The collections, the methods and the sizes."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        dest="json",
+        type=Path,
+        help="the same (default: benchmarks/results/fidelity-cpu.json)",
     )
-    parser.add_argument("--model", type=Path, default=Path(".cache/smollm2"))
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path(".cache/smollm2"),
+        help="the base model's folder (default: .cache/smollm2)",
+    )
     parser.add_argument(
         "--collections",
         type=Path,
         nargs="+",
         default=[COLLECTIONS / "unrelated", COLLECTIONS / "family"],
+        help="their folders (default: those that the first examples make)",
     )
-    parser.add_argument("--representations", nargs="+", metavar="NAME[:option=value,...]")
-    parser.add_argument("--ratios", type=float, nargs="+")
-    parser.add_argument("--examples", type=int, help=f"a task (default: {EXAMPLES})")
+    parser.add_argument(
+        "--representations",
+        nargs="+",
+        metavar="NAME[:option=value,...]",
+        help="auto, private, joint, ...; vlora-dev, vlora-dev-nf4, lorashare (default: all). Options "
+        "are those of `compress`; calibration=@calibration gathers moments on the collection's "
+        "calibration text",
+    )
+    parser.add_argument(
+        "--ratios",
+        type=float,
+        nargs="+",
+        help=f"asked for (default: {' '.join(f'{ratio:g}' for ratio in RATIOS)})",
+    )
+    parser.add_argument("--examples", type=int, help=f"a task (default: {EXAMPLES_A_TASK})")
     parser.add_argument("--tasks", type=int, help="of each kind (default: all)")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--seeds-environment", type=Path, default=Path(".cache/seeds"))
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "fidelity-cpu.json")
-    parser.add_argument("--plot", type=Path, help="picture (default: beside the JSON file, .svg)")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="take points that were measured before with the same code and settings",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=CACHE, help=f"of points and calibrations (default: {CACHE})"
+    )
+    parser.add_argument(
+        "--seeds-environment",
+        type=Path,
+        default=Path(".cache/seeds"),
+        help="made on first use (default: .cache/seeds)",
+    )
+
+
+def resolve(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What was not given."""
     options.representations = options.representations or [*REPRESENTATION_CHOICES, *SEEDS]
     options.ratios = options.ratios or (QUICK_RATIOS if options.quick else RATIOS)
-    options.examples = options.examples or (QUICK_EXAMPLES if options.quick else EXAMPLES)
+    options.examples = options.examples or (QUICK_EXAMPLES if options.quick else EXAMPLES_A_TASK)
     options.tasks = options.tasks or (QUICK_TASKS if options.quick else None)
-    options.plot = options.plot or options.output.with_suffix(".svg")
-    return options
+    options.json = options.json or RESULTS / "fidelity-cpu.json"
+    options.plot = options.plot or options.json.with_suffix(".svg")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Measure, print and draw; returns the exit status, 2 when it cannot be run."""
     try:
         methods = [parse_method(text) for text in options.representations]
         if not options.model.is_dir():
@@ -182,9 +211,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if can_plot():
         plot(report, options.plot)
     else:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+        say("no plot: matplotlib is not installed")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+from vllm_vlora.tools.timing import percentile, seconds_of, take_turns
 
 
 @dataclass(frozen=True)
@@ -48,28 +50,18 @@ class Rates:
         return max(self.copy, self.read)
 
 
-def take_turns(
+def time_in_turns(
     methods: Sequence[Method], device: torch.device, rounds: int, warmup: int
 ) -> list[list[float]]:
-    """Seconds a call of each method, once a round, one method after the other.
-
-    So a drift of the machine hits all alike.
-    """
-    times: list[list[float]] = [[] for _ in methods]
-    for index in range(warmup + rounds):
-        for method, taken in zip(methods, times):
-            seconds = _time_replay(method) if method.graph else _time_call(method, device)
-            if index >= warmup:
-                taken.append(seconds / method.calls)
-    return times
+    """Seconds a call of each method, once a round, one method after the other."""
+    clocks = [partial(_time, method, device) for method in methods]
+    return take_turns(clocks, rounds, warmup)
 
 
-def _time_call(method: Method, device: torch.device) -> float:
-    synchronise(device)
-    started = time.perf_counter()
-    method.run()
-    synchronise(device)
-    return time.perf_counter() - started
+def _time(method: Method, device: torch.device) -> float:
+    if method.graph:
+        return _time_replay(method) / method.calls
+    return seconds_of(method.run, partial(synchronise, device)) / method.calls
 
 
 def _time_replay(method: Method) -> float:
@@ -99,11 +91,6 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The percentile, interpolated."""
-    return torch.tensor(values, dtype=torch.float64).quantile(percent / 100).item()
-
-
 def l2_nbytes(device: torch.device) -> int:
     """Bytes of the cache that all of the device shares; 0 where nothing is known of it."""
     if device.type != "cuda":
@@ -114,24 +101,24 @@ def l2_nbytes(device: torch.device) -> int:
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """The device's rates, on operands that are far larger than its caches and not zero."""
     large = device.type == "cuda"
-    size, side = (1 << 29, 8192) if large else (1 << 20, 256)
+    size, side, calls = (1 << 29, 8192, 4) if large else (1 << 24, 256, 1)
     source = torch.randn(size, device=device)
     target = torch.empty_like(source)
     host = torch.ones(size // 8, pin_memory=large)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     methods = [
-        _several(lambda: target.copy_(source)),
-        _several(lambda: source.sum()),
-        _several(lambda: torch.mm(left, right, out=product)),
-        _several(lambda: target[: len(host)].copy_(host, non_blocking=True)),
+        _several(lambda: target.copy_(source), calls),
+        _several(lambda: source.sum(), calls),
+        _several(lambda: torch.mm(left, right, out=product), calls),
+        _several(lambda: target[: len(host)].copy_(host, non_blocking=True), calls),
     ]
     amounts = (2 * source.nbytes, source.nbytes, 2 * side**3, host.nbytes)
-    times = take_turns(methods, device, rounds=10, warmup=3)
+    times = time_in_turns(methods, device, rounds=10, warmup=3)
     return Rates(*(amount / percentile(taken, 50) for amount, taken in zip(amounts, times)))
 
 
-def _several(run: Callable[[], object], calls: int = 4) -> Method:
+def _several(run: Callable[[], object], calls: int) -> Method:
     def repeated() -> None:
         for _ in range(calls):
             run()
