@@ -108,6 +108,18 @@ def test_scripts_and_tests_that_a_page_names_are_there(page: Path) -> None:
     assert not missing, f"{_name(page)} names {', '.join(missing)}"
 
 
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 12_000, "details go to docs/"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/measurements.md"])
+def test_tables_of_figures_say_on_what_they_were_measured(name: str) -> None:
+    text = (ROOT / name).read_text()
+    # The README's other table lists versions.
+    tables = len(re.findall(r"^\|[-:| ]+\|$", text, re.MULTILINE)) - (name == "README.md")
+    assert tables == len(re.findall(r"^Measured on: ", text, re.MULTILINE))
+
+
 def _resolve(path: str) -> Any:
     """What a dotted path names, through modules as far as there are some."""
     parts = path.split(".")

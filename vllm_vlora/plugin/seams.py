@@ -1,27 +1,7 @@
-"""Everything of vLLM that is patched. What is put there is in ``manager`` and ``scheduling``.
+"""What takes the place of vLLM's own functions, and how it is put there.
 
-Checked on vLLM 0.28, 0.30 and 0.32 (``make compat`` runs the engine tests on each); 0.29 and 0.31 lie
-between them. What is patched, and why there:
-
-* ``WorkerLoRAManager._load_adapter``: a path of ours becomes a ``TaskLoRAModel`` without weights.
-* ``LRUCacheWorkerLoRAManager._manager_cls``: the manager below holds direct tasks, and fills slots from
-  resident memory for the others.
-* ``LRUCacheWorkerLoRAManager.create_lora_manager``: loads the checkpoint before vLLM sizes the KV cache.
-* ``LRUCacheWorkerLoRAManager.add_adapter``: an integer id that comes with another path is reloaded.
-* ``LRUCacheWorkerLoRAManager._apply_adapters``: a batch's direct tasks are not counted against slots.
-* ``WorkerLoRAManager.add_dummy_lora``: warm-up adapters beyond the slots are direct tasks.
-* ``Scheduler.add_request``, ``finish_requests``, ``update_from_output``: adapters that need a slot stay
-  within the slots; ``EngineCore.add_request`` asks the workers which of our tasks do.
-* ``OpenAIServingModels.init_static_loras``: lists every task in ``/v1/models``.
-* ``LLMEngine.add_request``, ``AsyncLLM.add_request``: load a task not seen before outside the step,
-  where a bad checkpoint is an error for its caller and not the end of the engine.
-* ``LoRARequest.__eq__``: requests were equal when their names were, and a batch's requests are a set, so
-  that an old and a new state of one task in one batch ended the engine with a KeyError.
-* ``kv_cache_utils._gen_lora_extra_hash_keys``: before 0.32 the prefix cache's key was the adapter's
-  name alone; for our tasks it also gets the path, which carries the content's digest.
-
-They are attributes of classes and of one module, so names that vLLM bound at import see them too. A
-layer's ``punica_wrapper`` is replaced through its own ``set_mapping``.
+What is patched, and why there, is in ``seam_table``, with everything else that the plugin relies on. What
+is put there is below and in ``manager`` and ``scheduling``.
 """
 
 from __future__ import annotations
@@ -33,16 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 
 from vllm_vlora._version import __version__
-from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError
+from vllm_vlora.errors import CheckpointError
 from vllm_vlora.plugin.identity import parse_task_path
-from vllm_vlora.plugin.lookup import find_seam
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.scheduling import schedule_by_kind
+from vllm_vlora.plugin.seam_table import find_seams
 from vllm_vlora.plugin.settings import Settings, read_settings
 
 _PATCHED = "_vlora_patched"
@@ -251,61 +230,28 @@ def install(
 
 
 def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tuple[Any, str, Any]]:
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    lru = LRUCacheWorkerLoRAManager
-    load = find_seam(WorkerLoRAManager, "_load_adapter", ["self", "lora_request"])
-    add = find_seam(lru, "add_adapter", ["self", "lora_request"])
-    apply = find_seam(lru, "_apply_adapters", ["self", "lora_requests"])
-    dummy = find_seam(WorkerLoRAManager, "add_dummy_lora", ["self", "lora_request", "rank"])
-    create = find_seam(lru, "create_lora_manager", ["self", "model", "vllm_config"])
-    init = find_seam(OpenAIServingModels, "init_static_loras", ["self"])
-    add_request = find_seam(LLMEngine, "add_request", None)
-    add_request_async = find_seam(AsyncLLM, "add_request", None)
-    keys = find_seam(kv_cache_utils, "_gen_lora_extra_hash_keys", ["request"])
-    equal = find_seam(LoRARequest, "__eq__", ["self", "value"])
-    _check_manager_seams()
-    for function in (add_request, add_request_async):
-        if "lora_request" not in inspect.signature(function).parameters:
-            raise IncompatibleVLLMError(f"{function.__qualname__} has no lora_request argument")
-    patches: list[tuple[Any, str, Any]] = [
-        (WorkerLoRAManager, "_load_adapter", _load_adapter(load)),
-        (lru, "add_adapter", _add_adapter(add)),
-        (lru, "_manager_cls", TaskLoRAManager),
-        (LLMEngine, "add_request", _add_request(add_request)),
-        (AsyncLLM, "add_request", _add_request_async(add_request_async)),
-        (LoRARequest, "__eq__", _equal_requests(equal)),
-        (kv_cache_utils, "_gen_lora_extra_hash_keys", _lora_hash_keys(keys)),
-    ]
+    seams = find_seams(direct=setup.direct)
+    lru = "LRUCacheWorkerLoRAManager"
+    wrappers: dict[str, Callable[[Any], Any]] = {
+        "WorkerLoRAManager._load_adapter": _load_adapter,
+        f"{lru}.add_adapter": _add_adapter,
+        f"{lru}._manager_cls": lambda _: TaskLoRAManager,
+        "LLMEngine.add_request": _add_request,
+        "AsyncLLM.add_request": _add_request_async,
+        "LoRARequest.__eq__": _equal_requests,
+        "_gen_lora_extra_hash_keys": _lora_hash_keys,
+    }
     if setup.direct:
-        patches += [
-            (lru, "_apply_adapters", _apply_adapters(apply)),
-            (WorkerLoRAManager, "add_dummy_lora", _add_dummy_lora(dummy)),
-            *schedule_by_kind(setup),
-        ]
+        wrappers[f"{lru}._apply_adapters"] = _apply_adapters
+        wrappers["WorkerLoRAManager.add_dummy_lora"] = _add_dummy_lora
     if setup.checkpoint is not None:
-        patches.append((lru, "create_lora_manager", _create_lora_manager(create, setup.checkpoint)))
-        patches.append(
-            (OpenAIServingModels, "init_static_loras", _init_static_loras(init, requests))
+        checkpoint = setup.checkpoint
+        wrappers[f"{lru}.create_lora_manager"] = lambda f: _create_lora_manager(f, checkpoint)
+        wrappers["OpenAIServingModels.init_static_loras"] = lambda f: _init_static_loras(
+            f, requests
         )
-    return patches
-
-
-def _check_manager_seams() -> None:
-    manager = LRUCacheLoRAModelManager
-    find_seam(manager, "_create_lora_modules", ["self"])
-    find_seam(manager, "_create_merged_loras_inplace", ["self", "lora_model"])
-    find_seam(manager, "activate_adapter", ["self", "lora_id"])
-    find_seam(manager, "get_adapter", ["self", "adapter_id"])
-    find_seam(manager, "remove_adapter", ["self", "adapter_id"])
-    find_seam(manager, "set_adapter_mapping", ["self", "mapping"])
-    find_seam(manager, "_set_adapter_mapping", ["self", "mapping"])
-    if LRUCacheWorkerLoRAManager.__dict__.get("_manager_cls") is not manager:
-        raise IncompatibleVLLMError(
-            "LRUCacheWorkerLoRAManager._manager_cls is not vLLM's own (another plugin?)"
-        )
-    if not isinstance(inspect.getattr_static(manager, "lora_slots", None), property):
-        raise IncompatibleVLLMError("LoRAModelManager.lora_slots is no longer a property")
+    patches = [
+        (seams[name].owner, seams[name].attribute, wrap(seams[name].value))
+        for name, wrap in wrappers.items()
+    ]
+    return patches + (schedule_by_kind(setup) if setup.direct else [])

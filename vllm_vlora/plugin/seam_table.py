@@ -1,0 +1,482 @@
+"""Every place of vLLM that the plugin replaces, overrides, calls or reads, in one table.
+
+``seams.install`` checks it before it patches anything; ``python -m vllm_vlora.plugin`` prints it.
+Checked on vLLM 0.28, 0.30 and 0.32 (``make compat`` runs the engine tests on each); 0.29 and 0.31 lie
+between them. Nothing of vLLM is imported here before a seam is looked up, so that the table can be read
+whatever vLLM there is.
+
+What is replaced are attributes of classes and of one module, so names that vLLM bound at import see
+the new ones too. A layer's ``punica_wrapper`` is replaced through its own ``set_mapping``.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from vllm_vlora.errors import IncompatibleVLLMError
+from vllm_vlora.plugin.lookup import find_seam
+
+
+class MissingSeamError(IncompatibleVLLMError):
+    """A seam, or the module or class that had it, is not there."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a seam was found: ``getattr(owner, attribute)`` is ``value``.
+
+    ``value`` is None for what only an instance holds.
+    """
+
+    owner: Any
+    attribute: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place of vLLM.
+
+    Attributes:
+        module: dotted name of the module.
+        name: what of it: ``Class``, ``Class.attribute`` or ``function``. An attribute may also be one
+            that the class's methods set on its instances.
+        why: what the plugin does there.
+        takes: names of all its parameters, in order; None where they do not matter.
+        accepts: names of parameters that must be among them.
+        is_property: it must be a property.
+        is_class: ``module.Class`` that it must be.
+        direct: only direct tasks need it.
+        optional: a supported version may lack it.
+    """
+
+    module: str
+    name: str
+    why: str
+    takes: tuple[str, ...] | None = None
+    accepts: tuple[str, ...] = ()
+    is_property: bool = False
+    is_class: str = ""
+    direct: bool = False
+    optional: bool = False
+
+    def __str__(self) -> str:
+        if self.takes is not None:
+            return f"{self.name}({', '.join(self.takes)})"
+        return f"{self.name}(..., {', '.join(self.accepts)})" if self.accepts else self.name
+
+    def find(self) -> Place:
+        """The seam in the installed vLLM, checked.
+
+        Raises:
+            MissingSeamError: it is not there.
+            IncompatibleVLLMError: it is there, and is not what the plugin was written for.
+        """
+        *path, attribute = self.name.split(".")
+        owner = self._owner(path)
+        if not hasattr(owner, attribute):
+            if path and self.takes is None and _instances_hold(owner, attribute):
+                return Place(owner, attribute, None)
+            raise MissingSeamError(f"{_name(owner)}.{attribute} does not exist")
+        if self.takes is not None:
+            find_seam(owner, attribute, list(self.takes))
+        place = Place(owner, attribute, getattr(owner, attribute))
+        self._check(place)
+        return place
+
+    def _owner(self, path: list[str]) -> Any:
+        try:
+            owner: Any = import_module(self.module)
+        except ImportError as error:
+            raise MissingSeamError(f"{self.module} cannot be imported ({error})") from error
+        for part in path:
+            if not hasattr(owner, part):
+                raise MissingSeamError(f"{_name(owner)}.{part} does not exist")
+            owner = getattr(owner, part)
+        return owner
+
+    def _check(self, place: Place) -> None:
+        where = f"{_name(place.owner)}.{place.attribute}"
+        if self.accepts:
+            parameters = inspect.signature(place.value).parameters
+            for name in self.accepts:
+                if name not in parameters:
+                    raise IncompatibleVLLMError(f"{where} has no {name} argument")
+        if self.is_property and not isinstance(
+            inspect.getattr_static(place.owner, place.attribute), property
+        ):
+            raise IncompatibleVLLMError(f"{where} is no longer a property")
+        if self.is_class and _dotted(place.value) != self.is_class:
+            raise IncompatibleVLLMError(f"{where} is not vLLM's own (another plugin?)")
+
+
+def find_seams(direct: bool) -> dict[str, Place]:
+    """The place of every seam by its name; those that only direct tasks need where they are wanted.
+
+    Raises:
+        IncompatibleVLLMError: the first that is missing or changed.
+    """
+    wanted = [seam for seam in SEAMS if (direct or not seam.direct) and not seam.optional]
+    return {seam.name: seam.find() for seam in wanted}
+
+
+def _name(owner: Any) -> str:
+    return getattr(owner, "__name__", type(owner).__name__)
+
+
+def _dotted(kind: Any) -> str:
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+
+
+def _instances_hold(owner: Any, attribute: str) -> bool:
+    """Whether a class declares an attribute for its instances, or a method of it sets one."""
+    for kind in inspect.getmro(owner) if inspect.isclass(owner) else ():
+        if attribute in inspect.get_annotations(kind) or any(
+            step.opname == "STORE_ATTR" and step.argval == attribute
+            for function in vars(kind).values()
+            if inspect.isfunction(function)
+            for step in dis.get_instructions(function)
+        ):
+            return True
+    return False
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+_LAYERS = "vllm.lora.layers"
+_LINEAR = "vllm.lora.layers.base_linear"
+_MANAGER = "vllm.lora.model_manager"
+_WORKER = "vllm.lora.worker_manager"
+_REQUEST = "vllm.lora.request"
+_RESOLVER = "vllm.lora.resolver"
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
+_CORE = "vllm.v1.engine.core"
+_SERVING = "vllm.entrypoints.openai.models.serving"
+_PUNICA = "vllm.lora.punica_wrapper.punica_base"
+
+
+def _replaced() -> Iterator[Seam]:
+    """What is patched, whose parameters are those that the new function has."""
+    yield Seam(
+        _WORKER,
+        "WorkerLoRAManager._load_adapter",
+        "a path of ours becomes a model without weights",
+        ("self", "lora_request"),
+    )
+    yield Seam(
+        _WORKER,
+        "LRUCacheWorkerLoRAManager._manager_cls",
+        "our manager holds direct tasks, and fills slots from resident memory for the others",
+        is_class=f"{_MANAGER}.LRUCacheLoRAModelManager",
+    )
+    yield Seam(
+        _WORKER,
+        "LRUCacheWorkerLoRAManager.create_lora_manager",
+        "the checkpoint is loaded before vLLM sizes the KV cache",
+        ("self", "model", "vllm_config"),
+    )
+    yield Seam(
+        _WORKER,
+        "LRUCacheWorkerLoRAManager.add_adapter",
+        "an integer id that comes with another path is reloaded",
+        ("self", "lora_request"),
+    )
+    yield Seam(
+        _WORKER,
+        "LRUCacheWorkerLoRAManager._apply_adapters",
+        "a batch's direct tasks are not counted against slots",
+        ("self", "lora_requests"),
+    )
+    yield Seam(
+        _WORKER,
+        "WorkerLoRAManager.add_dummy_lora",
+        "warm-up adapters beyond the slots are direct tasks",
+        ("self", "lora_request", "rank"),
+    )
+    within = "adapters that need a slot stay within the slots"
+    yield Seam(_SCHEDULER, "Scheduler.add_request", within, ("self", "request"), direct=True)
+    yield Seam(
+        _SCHEDULER,
+        "Scheduler.finish_requests",
+        within,
+        ("self", "request_ids", "finished_status"),
+        direct=True,
+    )
+    yield Seam(
+        _SCHEDULER,
+        "Scheduler.update_from_output",
+        within,
+        ("self", "scheduler_output", "model_runner_output"),
+        direct=True,
+    )
+    yield Seam(
+        _CORE,
+        "EngineCore.add_request",
+        "asks the workers which of our tasks need a slot",
+        ("self", "request", "request_wave"),
+        direct=True,
+    )
+    yield Seam(
+        _SERVING,
+        "OpenAIServingModels.init_static_loras",
+        "lists every task in /v1/models",
+        ("self",),
+    )
+    # Inside the step a bad checkpoint would be the end of the engine.
+    outside = "a new task is loaded outside the step, where a bad checkpoint is its caller's error"
+    for module, owner in (("llm_engine", "LLMEngine"), ("async_llm", "AsyncLLM")):
+        yield Seam(
+            f"vllm.v1.engine.{module}",
+            f"{owner}.add_request",
+            outside,
+            accepts=("lora_request",),
+        )
+    # A batch's requests are a set, so that two states of one task ended the engine with a KeyError.
+    yield Seam(
+        _REQUEST,
+        "LoRARequest.__eq__",
+        "requests of one name and two states of a task are not equal",
+        ("self", "value"),
+    )
+    yield Seam(
+        "vllm.v1.core.kv_cache_utils",
+        "_gen_lora_extra_hash_keys",
+        "our tasks' prefix-cache keys get the content's digest; before 0.32 a key was the name alone",
+        ("request",),
+    )
+
+
+def _overridden() -> Iterator[Seam]:
+    """Methods of vLLM's manager that ours has under the same name, and what it asks of its parent."""
+    methods: dict[str, tuple[str, ...]] = {
+        "_create_lora_modules": ("self",),
+        "_create_merged_loras_inplace": ("self", "lora_model"),
+        "activate_adapter": ("self", "lora_id"),
+        "get_adapter": ("self", "adapter_id"),
+        "remove_adapter": ("self", "adapter_id"),
+        "set_adapter_mapping": ("self", "mapping"),
+        "_set_adapter_mapping": ("self", "mapping"),
+        "list_adapters": ("self",),
+        "remove_all_adapters": ("self",),
+        "pin_adapter": ("self", "lora_id"),
+    }
+    for name, takes in methods.items():
+        yield Seam(_MANAGER, f"LRUCacheLoRAModelManager.{name}", "direct tasks beside slots", takes)
+    yield Seam(
+        _MANAGER,
+        "LRUCacheLoRAModelManager.__init__",
+        "stock code is given few slots",
+        accepts=("lora_config", "vllm_config"),
+    )
+    yield Seam(
+        _MANAGER,
+        "LoRAModelManager.lora_slots",
+        "one slot more on CPU, where punica takes -1 for the last one",
+        is_property=True,
+    )
+    yield Seam(
+        _RESOLVER,
+        "LoRAResolver.resolve_lora",
+        "finds tasks that were published later",
+        ("self", "base_model_name", "lora_name"),
+    )
+
+
+def _called() -> Iterator[Seam]:
+    """Functions and classes that are called or asked for."""
+    adapter_ids = ("self", "adapter_id")
+    yield Seam(_WORKER, "LRUCacheWorkerLoRAManager.remove_adapter", "reloads an id", adapter_ids)
+    yield Seam(
+        "vllm.lora.lora_model",
+        "LoRAModel",
+        "what a task is to vLLM's managers",
+        accepts=("lora_model_id", "rank", "loras"),
+    )
+    for name in ("lora_name", "lora_int_id", "lora_path"):
+        yield Seam(_REQUEST, f"LoRARequest.{name}", "a task's name, number and path")
+    yield Seam(
+        _LAYERS,
+        "LoRAMapping",
+        "the batch's mapping without its direct tasks",
+        ("index_mapping", "prompt_mapping", "is_prefill", "type"),
+    )
+    yield Seam(_LAYERS, "LoRAMappingType.LANGUAGE", "direct tasks are the language model's alone")
+    yield Seam(
+        "vllm.lora.utils",
+        "parse_fine_tuned_lora_name",
+        "a module's name as the served model has it",
+        ("name", "weights_mapper"),
+    )
+    yield Seam(
+        "vllm.lora.utils",
+        "is_base_embedding_weights",
+        "copies of base weights are left out, as stock does",
+        ("name",),
+    )
+    yield Seam(_RESOLVER, "LoRAResolverRegistry.get_supported_resolvers", "is ours there?", ())
+    yield Seam(
+        _RESOLVER,
+        "LoRAResolverRegistry.register_resolver",
+        "our resolver",
+        ("resolver_name", "resolver"),
+    )
+    yield Seam(
+        _SERVING,
+        "OpenAIServingModels.is_base_model",
+        "names that are taken",
+        ("self", "model_name"),
+    )
+    for module, owner in (("llm_engine", "LLMEngine"), ("async_llm", "AsyncLLM")):
+        yield Seam(
+            f"vllm.v1.engine.{module}",
+            f"{owner}.add_lora",
+            "loads a task in the workers",
+            ("self", "lora_request"),
+        )
+    yield Seam(
+        "vllm.v1.executor.abstract",
+        "Executor.collective_rpc",
+        "asks the workers",
+        accepts=("method",),
+        direct=True,
+    )
+    yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
+    yield Seam("vllm.distributed", "get_pp_group", "pipeline parallel is refused", ())
+    yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
+    yield Seam("vllm.envs", "VLLM_LORA_ENABLE_DUAL_STREAM", "refused in direct mode", direct=True)
+    yield Seam(
+        "vllm.lora.lora_weights",
+        "LoRAFullModuleWeights",
+        "classification heads; from 0.32 on",
+        ("module_name", "weight", "bias"),
+        optional=True,
+    )
+    for name in ("get_rename_mapper", "get_unstacked_mapper"):
+        yield Seam(
+            "vllm.model_executor.models.utils",
+            f"WeightsMapper.{name}",
+            "a module's name as the served model has it; one of the two is enough",
+            ("self",),
+            optional=True,
+        )
+    yield Seam(
+        _MANAGER,
+        "LoRAModelManager._validate_modules_to_save",
+        "classification heads; from 0.32 on",
+        ("self", "lora_model"),
+        optional=True,
+    )
+
+
+def _layers() -> Iterator[Seam]:
+    """LoRA layers, which ``layers`` reads and tells apart, and punica, which they call."""
+    yield Seam(_LINEAR, "BaseLinearLayerWithLoRA", "layers that may run direct")
+    kinds = {
+        "RowParallelLinearWithLoRA": "its A is cut among tensor-parallel ranks",
+        "ReplicatedLinearWithLoRA": "nothing of it is cut",
+        "LogitsProcessorWithLoRA": "lm_head, materialized",
+        "VocabParallelEmbeddingWithLoRA": "embeddings, materialized",
+        "FusedMoEWithLoRA": "fused experts, refused",
+    }
+    for name, why in kinds.items():
+        yield Seam(_LAYERS, name, why)
+    column = "ColumnParallelLinearWithLoRA"
+    for name in ("lora_a_stacked", "lora_b_stacked"):
+        yield Seam(_LINEAR, f"BaseLinearLayerWithLoRA.{name}", "slots")
+        for owner in ("LogitsProcessorWithLoRA", "VocabParallelEmbeddingWithLoRA"):
+            yield Seam(_LAYERS, f"{owner}.{name}", "slots")
+    for name, takes in (("slice_lora_a", "lora_a"), ("slice_lora_b", "lora_b")):
+        yield Seam(_LAYERS, f"{column}.{name}", "what a rank keeps", ("self", takes))
+    for name in ("n_slices", "output_slices", "tp_size", "base_layer"):
+        yield Seam(_LAYERS, f"{column}.{name}", "shapes")
+    yield Seam(
+        _LAYERS,
+        "BaseLayerWithLoRA.set_mapping",
+        "puts us before punica",
+        ("self", "punica_wrapper"),
+    )
+    yield Seam(_LAYERS, "BaseLayerWithLoRA.punica_wrapper", "what we forward to")
+    yield Seam(
+        _PUNICA,
+        "PunicaWrapperBase.add_lora_linear",
+        "stock adapters, then direct tasks",
+        accepts=("y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
+    )
+    for name in ("add_lora_logits", "add_lora_embedding"):
+        yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", "left out on CPU without stock adapters")
+
+
+def _held() -> Iterator[Seam]:
+    """What instances hold and is read or set."""
+    for name in ("device", "is_pooling_model", "lora_config", "lora_index_to_id", "_last_mapping",
+                 "max_num_batched_tokens", "mm_mapping", "model", "modules", "packed_modules",
+                 "punica_wrapper_mapping", "supports_mm"):  # fmt: skip
+        yield Seam(_MANAGER, f"LoRAModelManager.{name}", "read by our manager")
+    yield Seam(
+        _MANAGER, "LoRAModelManager.supported_modules_to_save", "heads; from 0.32 on", optional=True
+    )
+    yield Seam(
+        "vllm.lora.lora_model", "LoRAModel.modules_to_save", "heads; from 0.32 on", optional=True
+    )
+    yield Seam(
+        "vllm.model_executor.models.module_mapping",
+        "MultiModelKeys.language_model",
+        "the language model's punica",
+    )
+    yield Seam(_MANAGER, "DEFAULT_LANGUAGE_WRAPPER_KEY", "the language model's punica")
+    yield Seam(_WORKER, "WorkerLoRAManager._adapter_manager", "our manager")
+    for name in ("engine_client", "lora_requests"):
+        yield Seam(_SERVING, f"OpenAIServingModels.{name}", "lists every task in /v1/models")
+    for name in ("lora_config", "requests"):
+        yield Seam(_SCHEDULER, f"Scheduler.{name}", "slots, requests inside", direct=True)
+    for name in ("scheduler", "model_executor"):
+        yield Seam(_CORE, f"EngineCore.{name}", "asks the workers", direct=True)
+    for name in ("request_id", "lora_request"):
+        yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is", direct=True)
+    yield Seam(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin.lora_manager",
+        "our manager, in a worker",
+        direct=True,
+    )
+    yield Seam(
+        "vllm.v1.worker.worker_base",
+        "WorkerBase.model_runner",
+        "our manager, in a worker",
+        direct=True,
+    )
+    for name in ("max_loras", "max_lora_rank", "fully_sharded_loras", "specialize_active_lora"):
+        yield Seam("vllm.config", f"LoRAConfig.{name}", "slots, ranks, what is refused")
+    for name in ("additional_config", "compilation_config", "lora_config", "model_config"):
+        yield Seam("vllm.config", f"VllmConfig.{name}", "what the engine was started with")
+    yield Seam("vllm.config", "ModelConfig.dtype", "dtype of the bases on the device")
+    yield Seam(
+        "vllm.config",
+        "CompilationConfig.max_cudagraph_capture_size",
+        "the longest batch",
+        optional=True,
+    )
+    yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.vllm_config", "is there --enable-lora?")
+    yield Seam(
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator.world_size",
+        "pipeline parallel is refused",
+    )
+
+
+GROUPS: dict[str, tuple[Seam, ...]] = {
+    "replaced": tuple(_replaced()),
+    "overridden": tuple(_overridden()),
+    "called": tuple(_called()),
+    "layers": tuple(_layers()),
+    "read": tuple(_held()),
+}
+"""The seams by what is done with them, in the order in which they are checked."""
+
+SEAMS: tuple[Seam, ...] = tuple(seam for group in GROUPS.values() for seam in group)
+"""All of them."""
