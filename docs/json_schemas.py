@@ -20,6 +20,7 @@ import msgspec
 
 from vllm_vlora.checkpoint import manifest
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS
+from vllm_vlora.representations.registry import REPRESENTATIONS
 from vllm_vlora.task_ids import MAX_TASK_ID_LENGTH
 
 FOLDER = Path(__file__).parent / "schemas"
@@ -53,7 +54,7 @@ _LIMITS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "Segment": {
         "module": _COUNT,
-        "representation": {"enum": list(manifest.REPRESENTATIONS)},
+        "representation": {"enum": list(REPRESENTATIONS)},
         "format": _FORMAT,
         "rank": _SOME,
         "core": {"enum": ["factors", "dense", None]},
