@@ -11,10 +11,7 @@ from typing import TypeAlias
 import torch
 
 from vllm_vlora.quantize import part_specs
-from vllm_vlora.representations.registry import (
-    segment_sides,
-    shared_sides,
-)
+from vllm_vlora.representations.registry import segment_sides, shared_sides
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 
 # Part of a file that holds the codes of rows with so many bits.

@@ -32,10 +32,7 @@ import msgspec
 
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES, dtype_of
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskIdError
-from vllm_vlora.representations.registry import (
-    segment_fault,
-    shared_fault,
-)
+from vllm_vlora.representations.registry import segment_fault, shared_fault
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.task_ids import encode_task_id, validate_task_id
 
@@ -90,9 +87,6 @@ class TaskRecord(msgspec.Struct, forbid_unknown_fields=True):
         return self.nbytes - sum(
             math.prod(shape) * dtype_of(dtype).itemsize for dtype, shape in self.extra.values()
         )
-
-
-# --- layout and sizes -----------------------------------------------------------------------------
 
 
 # --- versions and writing -------------------------------------------------------------------------

@@ -20,18 +20,10 @@ from vllm_vlora.representations.spec import ModuleSpec, Segment
 
 # A rebuild may pay from these shares of private bytes beside bases, and of rows that nobody uses.
 _PRIVATE_SHARE = 0.2
-
-
 _IDLE_SHARE = 0.05
-
-
 # It pays with a tenth less of either at hardly more of the other.
 _CLEARLY = 0.9
-
-
 _HARDLY = 1.05
-
-
 _SIZES = (1.0, 0.9, 0.8, 0.65, 0.5)
 
 

@@ -75,6 +75,3 @@ def _options(checkpoint: Checkpoint, options: AddOptions) -> CompressOptions:
         dtype=options.dtype,
         calibration=options.calibration,
     )
-
-
-# --- whether it pays -----------------------------------------------------------------------------

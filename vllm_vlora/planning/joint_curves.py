@@ -11,11 +11,7 @@ import torch
 
 from vllm_vlora.fitting.orthonormal import OrthonormalBasis
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
-from vllm_vlora.quantize import (
-    FLOAT_DTYPES,
-    PackedMatrix,
-    row_nbytes,
-)
+from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, row_nbytes
 from vllm_vlora.representations.joint import core_shape
 from vllm_vlora.representations.spec import BasisSpec
 

@@ -154,12 +154,3 @@ class Budget:
     def allows(self, losses: torch.Tensor) -> bool:
         """Whether every task is within its limit."""
         return self.limits is None or bool((losses <= self.limits).all())
-
-
-# --- what there is to choose ---------------------------------------------------------------------
-
-
-# --- choosing ------------------------------------------------------------------------------------
-
-
-# --- sizes ---------------------------------------------------------------------------------------

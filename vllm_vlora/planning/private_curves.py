@@ -20,13 +20,7 @@ import torch
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.allocation import Point, pareto_front
 from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT
-from vllm_vlora.quantize import (
-    narrow_row_nbytes,
-    pack,
-    pack_narrow,
-    row_nbytes,
-    unpack,
-)
+from vllm_vlora.quantize import narrow_row_nbytes, pack, pack_narrow, row_nbytes, unpack
 from vllm_vlora.representations.factors import balanced_svd, squared_norm
 
 # Every cut between 4, 3 and 2 bits up to this rank, about as many cuts above it.

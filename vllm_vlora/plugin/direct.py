@@ -355,6 +355,3 @@ def _core(module: StoredModule, k_out: int, k_in: int) -> tuple[torch.Tensor, in
     if dense_is_smaller:
         return b.T @ a, 0
     return torch.cat([a, b], dim=1), module.rank
-
-
-# --- slots -----------------------------------------------------------------------------------------

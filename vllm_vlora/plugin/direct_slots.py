@@ -7,9 +7,7 @@ from collections import OrderedDict
 import numpy as np
 
 from vllm_vlora.plugin.direct import DirectPath
-from vllm_vlora.triton_kernels.direct import (
-    DirectTask,
-)
+from vllm_vlora.triton_kernels.direct import DirectTask
 
 
 class DirectSlots:

@@ -6,13 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vllm_vlora.quantize import (
-    FLOAT_DTYPES,
-    FORMATS,
-    PackedMatrix,
-    pack,
-    unpack,
-)
+from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS, PackedMatrix, pack, unpack
 from vllm_vlora.representations.spec import FlatSpec, ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, SideSource, StoredModule
 

@@ -6,13 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from vllm_vlora.quantize import (
-    FLOAT_DTYPES,
-    FORMATS,
-    PackedMatrix,
-    pack,
-    unpack,
-)
+from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS, PackedMatrix, pack, unpack
 from vllm_vlora.representations.factors import balanced_svd
 from vllm_vlora.representations.spec import ModuleSpec, Segment, core_widths
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule

@@ -6,12 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vllm_vlora.quantize import (
-    PackedMatrix,
-    pack,
-    pack_narrow,
-    stack_rows,
-)
+from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow, stack_rows
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 

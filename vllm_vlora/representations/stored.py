@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_vlora.quantize import (
-    PackedMatrix,
-    unpack,
-)
+from vllm_vlora.quantize import PackedMatrix, unpack
 
 
 @dataclass(frozen=True)
