@@ -119,6 +119,7 @@ _NAMES = {
     "subspace.tasks": ("TaskProjection",),
     "subspace.weights": ("LoRAWeights", "load_adapter", "load_adapter_from_hub", "save_adapter"),
 }
+
 __all__ = [
     "Adapter",
     "AddOptions",

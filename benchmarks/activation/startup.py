@@ -21,7 +21,7 @@ from harness import RUNNER, in_another_process, say
 from vllm_vlora.tools.timing import percentile, seconds_of, take_turns
 
 if TYPE_CHECKING:
-    from activation.engine import Work
+    from activation.work import Work
 
 CHILD = "import sys; from activation.startup import child; child(sys.argv[1])"
 
@@ -111,7 +111,7 @@ def child(text: str) -> None:
 
         register()
         account["plugin_import"] = time.perf_counter() - began
-    from activation.engine import start_engine, worker_manager
+    from activation.work import start_engine, worker_manager
 
     began = time.perf_counter()
     llm = start_engine(job["engine"])
