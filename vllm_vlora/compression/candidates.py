@@ -162,11 +162,12 @@ class Candidates:
 
     def _problems_on_bases(self, survey: Survey) -> Iterator[Problem]:
         """Every task on a basis, for each format of the bases and of the cores."""
-        shares = "factored" if self._options.shares == "factored" else "joint"
+        factored = self._options.shares == "factored"
+        shares = "factored" if factored else "joint"
         for label in self._formats.labels:
             found = next(iter(survey.joint.values()))
             cores = self._formats.cores(found.curves[label].bases[0].format)
-            yield from joint_problems(survey, label, cores, shares)
+            yield from joint_problems(survey, label, cores, shares, factored)
 
     def _flat_problems(self) -> Iterator[Problem]:
         if self.survey.flat:

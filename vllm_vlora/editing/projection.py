@@ -213,12 +213,16 @@ class TaskPlan:
         return math.sqrt(self.loss)
 
     @property
+    def cores(self) -> int:
+        """How many of its modules stand on a basis."""
+        return sum(isinstance(option, CoreOption) for option in self.options)
+
+    @property
     def kind(self) -> str:
         """``projected``, ``private``, or ``mixed``."""
-        cores = sum(isinstance(option, CoreOption) for option in self.options)
-        if cores == 0:
+        if not self.cores:
             return "private"
-        return "projected" if cores == len(self.options) else "mixed"
+        return "projected" if self.cores == len(self.options) else "mixed"
 
 
 @dataclass(frozen=True)

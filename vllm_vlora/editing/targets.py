@@ -87,7 +87,7 @@ def why(
     if not any(choice.cores for choice in planner.choices):
         return "none of its modules has a shared basis"
     held = f"the shared bases hold {planner.carried:.1%} of it"
-    if plan.kind == "private":
+    if not plan.cores:
         least = math.sqrt(max(1 - planner.carried, 0.0))
         return f"{held}; on them it would lose {least:.3f} at least, so private factors keep more"
     rows = f", and {charge} bytes of new rows more" if charge else ""

@@ -328,7 +328,7 @@ def _projection(subspace: SharedSubspace, task_id: str) -> TaskProjection:
 
 
 def _check_joint(subspace: SharedSubspace) -> None:
-    if subspace.representation != "joint":
+    if not all(isinstance(layer, JointLayer) for layer in subspace.layers.values()):
         raise OptionError(
             f"tasks of a {subspace.representation} subspace have no cores that could be added up; "
             "merge subspace.reconstruct(task) of each with task_arithmetic, or fit with "

@@ -170,7 +170,7 @@ def private_problems(survey: Survey, labels: Sequence[str]) -> Iterator[Problem]
 
 
 def joint_problems(
-    survey: Survey, label: str, cores: Sequence[str], representation: str
+    survey: Survey, label: str, cores: Sequence[str], representation: str, factored: bool
 ) -> Iterator[Problem]:
     """All tasks of a fitted group on its basis, in one format, with each of these core formats.
 
@@ -178,7 +178,7 @@ def joint_problems(
     """
     for core in cores:
         sharers = {g: (label, core, found.tasks) for g, found in survey.joint.items()}
-        yield _shared_problem(survey, sharers, representation, label)
+        yield _shared_problem(survey, sharers, representation, label, factored)
 
 
 def mixed_problem(survey: Survey, sharing: Sharing) -> Problem:
@@ -207,14 +207,13 @@ def _shared_problem(
     sharers: Mapping[Group, tuple[str, str, tuple[int, ...]]],
     representation: str,
     format: str,
+    factored: bool = False,
 ) -> Problem:
     entries: list[Entry] = []
     shared: set[tuple[int, str]] = set()
     for group, (label, core, tasks) in sharers.items():
         curve = survey.joint[group].curves[label]
-        entries.append(
-            _joint_entry(survey, group, curve, core, tasks, representation == "factored")
-        )
+        entries.append(_joint_entry(survey, group, curve, core, tasks, factored))
         shared.update((task, group[0]) for task in tasks)
     entries += [
         _private_entry(survey, task, name, list(curves.values()))

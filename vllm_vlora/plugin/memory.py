@@ -175,7 +175,7 @@ def direct_obstacle(segments: Iterable[Segment], modules: Sequence[ModuleSpec]) 
             return f"module {module.name} is of kind {module.kind}"
         if module.name.rsplit(".", 1)[-1] == LM_HEAD:
             return f"module {module.name} is the output head"
-        if segment.representation not in ("joint", "private"):
+        if not (segment.is_joint or segment.is_private):
             return f"module {module.name} is stored {segment.representation}"
     return None
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
 from vllm_vlora.subspace.members import LayerShape, Member
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
 
-REPRESENTATIONS = ("flat", "joint")
 _OVERSAMPLE = 8
 # In memory, ranks together up to this many are fitted exactly; beyond it the randomised method, whose
 # time does not grow with the square of them.
@@ -65,13 +65,13 @@ def fit_layers(
         OptionError: an unknown representation.
     """
     holders = _holders(members, representation)
-    if representation == "flat":
-        for name, having in holders.items():
-            _check_ranks(name, having)
+    fitter = _FITTERS[representation]
+    for name, having in holders.items():
+        fitter.check(name, having)
     layers: dict[str, Layer] = {}
     for name in sorted(holders):
         shapes = [member.shapes[name] for member in holders[name]]
-        layers[name] = _fit(_reader(holders[name], name), shapes, representation, choice, exact)
+        layers[name] = _fit(fitter, _reader(holders[name], name), shapes, choice, exact)
     if choice.threshold is None:
         return layers
     found = {
@@ -90,19 +90,15 @@ def check_components(members: Sequence[Member], representation: str, choice: Cho
     Raises:
         OptionError: there are fewer, or an unknown representation.
     """
+    holders = _holders(members, representation)
+    fitter = _FITTERS[representation]
     most = max(
-        _most(representation, [member.shapes[name] for member in having])
-        for name, having in _holders(members, representation).items()
+        fitter.most([member.shapes[name] for member in having]) for name, having in holders.items()
     )
     if choice.num_components is not None and choice.num_components > most:
-        why = (
-            "adapters less one, since their mean is kept beside the components"
-            if representation == "flat"
-            else "the ranks of the adapters together, or the layers' size"
-        )
         raise OptionError(
-            f"num_components is {choice.num_components}, but there are only {most} ({why}); give at "
-            f"most {most}"
+            f"num_components is {choice.num_components}, but there are only {most} "
+            f"({fitter.limit}); give at most {most}"
         )
 
 
@@ -276,32 +272,91 @@ def _fit_small(
 ) -> Layer:
     device = factors[0][0].device
     held = [(a.cpu(), b.cpu(), scale) for a, b, scale in factors]
-    layer = _fit(lambda: iter(held), shapes, representation, choice, exact=True)
+    fitter = _FITTERS[representation]
+    layer = _fit(fitter, lambda: iter(held), shapes, choice, exact=True)
     if choice.threshold is not None:
         layer = layer.cut(*_wanted(layer, lambda: iter(held), choice.threshold))
     return layer.to(device, None)
 
 
+class _Fitter(Protocol):
+    """How layers of one representation are fitted.
+
+    Attributes:
+        limit: in words, what there are at most as many components as.
+    """
+
+    limit: str
+
+    def check(self, layer: str, members: Sequence[Member]) -> None:
+        """Raise AdapterError where these adapters cannot share the layer."""
+
+    def most(self, shapes: Sequence[LayerShape]) -> int:
+        """The most components that a layer of these adapters can have on either side."""
+
+    def fit(
+        self, read: ReadFactors, shapes: Sequence[LayerShape], k: int, exact: bool
+    ) -> FlatLayer | JointLayer:
+        """One layer with k components."""
+
+
+class _FlatFitter:
+    limit = "adapters less one, since their mean is kept beside the components"
+
+    def check(self, layer: str, members: Sequence[Member]) -> None:
+        first = members[0]
+        for member in members:
+            ours, theirs = first.shapes[layer].rank, member.shapes[layer].rank
+            if ours != theirs:
+                raise AdapterError(
+                    f"layer {layer!r} has rank {ours} in task {first.task_id!r} and rank {theirs} in "
+                    f"task {member.task_id!r}, and a flat subspace holds one rank; use "
+                    'representation="joint", or compress'
+                )
+
+    def most(self, shapes: Sequence[LayerShape]) -> int:
+        first, points = shapes[0], max(1, len(shapes) - 1)
+        return min(points, first.rank * max(first.d_in, first.d_out))
+
+    def fit(
+        self, read: ReadFactors, shapes: Sequence[LayerShape], k: int, exact: bool
+    ) -> FlatLayer:
+        first = shapes[0]
+        spare = max(_OVERSAMPLE, len(shapes) - k) if exact else _OVERSAMPLE
+        found = fit_flat(read, first.rank, first.d_in, first.d_out, k, oversample=spare)
+        return FlatLayer.from_fit(found, first.kind)
+
+
+class _JointFitter:
+    limit = "the ranks of the adapters together, or the layers' size"
+
+    def check(self, layer: str, members: Sequence[Member]) -> None:
+        pass  # Ranks may differ.
+
+    def most(self, shapes: Sequence[LayerShape]) -> int:
+        return min(_total_rank(shapes), max(shapes[0].d_in, shapes[0].d_out))
+
+    def fit(
+        self, read: ReadFactors, shapes: Sequence[LayerShape], k: int, exact: bool
+    ) -> JointLayer:
+        first, together = shapes[0], _total_rank(shapes)
+        in_memory = exact and together <= _EXACT_RANK
+        spare = max(_OVERSAMPLE, together - k) if in_memory else _OVERSAMPLE
+        u_t, v = fit_bases(read, first.d_in, first.d_out, k, oversample=spare)
+        empty = torch.zeros(len(v)), torch.zeros(len(u_t))
+        return JointLayer(u_t.T.contiguous(), v, *empty, first.kind)
+
+
+_FITTERS: dict[str, _Fitter] = {"flat": _FlatFitter(), "joint": _JointFitter()}
+
+
 def _fit(
-    read: ReadFactors,
-    shapes: Sequence[LayerShape],
-    representation: str,
-    choice: Choice,
-    exact: bool,
+    fitter: _Fitter, read: ReadFactors, shapes: Sequence[LayerShape], choice: Choice, exact: bool
 ) -> Layer:
     """One layer with as many components as may be kept."""
-    first = shapes[0]
-    most = _most(representation, shapes)
+    most = fitter.most(shapes)
     k = most if choice.num_components is None else min(choice.num_components, most)
-    if representation == "flat":
-        spare = max(_OVERSAMPLE, len(shapes) - k) if exact else _OVERSAMPLE
-        fit = fit_flat(read, first.rank, first.d_in, first.d_out, k, oversample=spare)
-        return FlatLayer.from_fit(fit, first.kind)
-    together = _total_rank(shapes)
-    exact = exact and together <= _EXACT_RANK
-    spare = max(_OVERSAMPLE, together - k) if exact else _OVERSAMPLE
-    u_t, v = fit_bases(read, first.d_in, first.d_out, k, oversample=spare)
-    return JointLayer(u_t.T.contiguous(), v, torch.zeros(len(v)), torch.zeros(len(u_t)), first.kind)
+    return fitter.fit(read, shapes, k, exact)
 
 
 def _wanted(layer: Layer, read: ReadFactors, threshold: float) -> tuple[int, int]:
@@ -315,8 +370,10 @@ def _wanted(layer: Layer, read: ReadFactors, threshold: float) -> tuple[int, int
 
 def _holders(members: Sequence[Member], representation: str) -> dict[str, list[Member]]:
     """Layer -> the adapters that have it."""
-    if representation not in REPRESENTATIONS:
-        raise OptionError(f"representation is {representation!r}; give one of flat, joint")
+    if representation not in _FITTERS:
+        raise OptionError(
+            f"representation is {representation!r}; give one of {', '.join(_FITTERS)}"
+        )
     holders: dict[str, list[Member]] = {}
     for member in members:
         for name in member.shapes:
@@ -333,29 +390,8 @@ def _reader(members: Sequence[Member], layer: str) -> ReadFactors:
     return read
 
 
-def _most(representation: str, shapes: Sequence[LayerShape]) -> int:
-    """The most components that a layer of these adapters can have on either side."""
-    first = shapes[0]
-    if representation == "flat":
-        points = max(1, len(shapes) - 1)
-        return min(points, first.rank * max(first.d_in, first.d_out))
-    return min(_total_rank(shapes), max(first.d_in, first.d_out))
-
-
 def _total_rank(shapes: Sequence[LayerShape]) -> int:
     return sum(min(shape.rank, shape.d_in, shape.d_out) for shape in shapes)
-
-
-def _check_ranks(layer: str, members: Sequence[Member]) -> None:
-    first = members[0]
-    for member in members:
-        ours, theirs = first.shapes[layer].rank, member.shapes[layer].rank
-        if ours != theirs:
-            raise AdapterError(
-                f"layer {layer!r} has rank {ours} in task {first.task_id!r} and rank {theirs} in task "
-                f"{member.task_id!r}, and a flat subspace holds one rank; use "
-                'representation="joint", or compress'
-            )
 
 
 def _padded_pair(pair: Loadings, k_a: int, k_b: int) -> tuple[Tensor, Tensor]:

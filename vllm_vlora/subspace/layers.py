@@ -425,6 +425,8 @@ class JointLayer:
 
 
 Layer: TypeAlias = FlatLayer | JointLayer
+# Representation -> what a task has of a layer, by the names of its trainable parameters.
+PARAMETERS = {"flat": ("loadings_a", "loadings_b"), "joint": ("core",)}
 
 
 def round_rows(tensor: Tensor, bits: int) -> Tensor:

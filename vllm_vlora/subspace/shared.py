@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from vllm_vlora.errors import OptionError
 from vllm_vlora.snapshots import ref_name
 from vllm_vlora.subspace.fitting import Choice, check_components, project_member
+from vllm_vlora.subspace.layers import PARAMETERS
 from vllm_vlora.subspace.members import AnyAdapter, as_member, as_members, share_layers
 from vllm_vlora.subspace.refitting import FittedState
 from vllm_vlora.subspace.rounding import (
@@ -331,7 +332,7 @@ class SharedSubspace(FittedState):
         if num_expand:
             self._expand(num_expand)
         task = self._placed(self.tasks[task_id])
-        names = ("loadings_a", "loadings_b") if self.representation == "flat" else ("core",)
+        names = PARAMETERS[self.representation]
         return {
             f"{layer}.{name}": Parameter(tensor.detach().float().clone())
             for layer in self.layers
@@ -366,13 +367,10 @@ class SharedSubspace(FittedState):
                 f"parameter {odd!r} is missing or no parameter of task {task_id!r}; give those of "
                 "get_trainable_params"
             )
-        joint = self.representation == "joint"
+        first = PARAMETERS[self.representation][0]
         trained = TaskProjection(
             task_id,
-            {
-                layer: params[f"{layer}.{'core' if joint else 'loadings_a'}"].detach().clone()
-                for layer in task.loadings_a
-            },
+            {layer: params[f"{layer}.{first}"].detach().clone() for layer in task.loadings_a},
             {layer: params[f"{layer}.loadings_b"].detach().clone() for layer in task.loadings_b},
             replace(task.origin, errors={}, error=0.0),
         )

@@ -215,7 +215,8 @@ def read_subspace(ref: str | Path) -> StoredSubspace:
             layers[name] = FlatLayer.from_basis(basis, kinds[name])
         else:
             layers[name] = JointLayer.from_basis(basis, kinds[name])
-    scales = _flat_scales(checkpoint) if wanted == "flat" else {}
+    flat = any(isinstance(layer, FlatLayer) for layer in layers.values())
+    scales = _flat_scales(checkpoint) if flat else {}
     layers = {n: _rescaled(layer, scales.get(n, 1.0)) for n, layer in layers.items()}
     tasks = {task_id: _read_task(checkpoint, task_id, layers) for task_id in checkpoint.tasks}
     rank = max(_adapter_rank(checkpoint, record) for record in checkpoint.tasks.values())
