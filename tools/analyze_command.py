@@ -31,7 +31,7 @@ Plot = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Write figures as FILE.html, or as FILE.png (needs matplotlib).",
+        help="Write figures as FILE.html or FILE.png; needs matplotlib.",
         show_default=False,
     ),
 ]
@@ -222,7 +222,8 @@ def _print_matrix(
 
 
 def _plot(path: Path, data: dict[str, Any], spectra: Sequence[Spectrum]) -> None:
-    from vllm_vlora.tools import plots, task_plots
+    from vllm_vlora.tools import plots
+    from vllm_vlora.tools.task_plots import save_plot
 
     matrix = data["similarity_matrix"]
     names = list(matrix)
@@ -230,23 +231,23 @@ def _plot(path: Path, data: dict[str, Any], spectra: Sequence[Spectrum]) -> None
     for found in spectra:
         low, middle, high = found.quantiles
         panels.append(plots.Band(found.kind, low, middle, high, found.kept_rank))
-    task_plots.save_plot(
+    save_plot(
         path,
         f"{len(names)} adapters",
         [
-            task_plots.Similarities(
+            plots.Similarities(
                 "Similarity",
                 "Cosine between the updates, all modules together.",
                 names,
                 [list(row.values()) for row in matrix.values()],
             ),
-            task_plots.Bars(
+            plots.Bars(
                 "Effective rank",
                 "exp of the entropy of the squared singular values, mean over modules.",
                 names,
                 [adapter["effective_rank"] for adapter in data["adapters"]],
             ),
-            task_plots.Spectra(
+            plots.Spectra(
                 "Spectra",
                 "Singular values of the updates, each module's scaled to norm 1: median over "
                 "adapters and layers, and the range from the 10th to the 90th percentile. The "

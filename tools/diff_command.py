@@ -118,7 +118,8 @@ def _print(console: Console, data: dict[str, Any]) -> None:
 
 
 def _plot(path: Path, data: dict[str, Any]) -> None:
-    from vllm_vlora.tools.task_plots import Bars, save_plot
+    from vllm_vlora.tools.plots import Bars
+    from vllm_vlora.tools.task_plots import save_plot
 
     names = list(data["layers"])
     distances, cosines = (

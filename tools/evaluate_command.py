@@ -76,7 +76,8 @@ def evaluate(
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a report with plots.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a report with plots; needs matplotlib."),
     ] = None,
     save_json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what --json prints to a file.")
@@ -116,6 +117,10 @@ def evaluate(
     with reported(verbose):
         for target in (html, save_json):
             _check_target(target)
+        if html is not None:
+            from vllm_vlora.tools.plots import check_matplotlib
+
+            check_matplotlib("--html")
         from vllm_vlora.checkpoint.reader import Checkpoint
 
         opened = Checkpoint.open(checkpoint)
