@@ -25,6 +25,7 @@ from vllm_vlora.editing.adding import AddOptions
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.quantize import row_nbytes
 from vllm_vlora.task_ids import encode_task_id
+from vllm_vlora.wording import some_of
 
 _ADAPTER_CONFIG = "adapter_config.json"
 # A rebuild may pay from these shares of private bytes beside bases, and of rows that nobody uses.
@@ -60,7 +61,7 @@ def find_originals(
         else:
             found[task_id] = open_adapter(path)
     if missing:
-        listed = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        listed = some_of(map(repr, missing))
         raise AdapterError(
             f"{root} has no adapter for {len(missing)} of {len(wanted)} tasks: {listed}; "
             "each is expected in a folder of the task's id; remove tasks whose original is lost"

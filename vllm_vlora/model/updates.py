@@ -29,6 +29,7 @@ from vllm_vlora.quantize import unpack
 from vllm_vlora.representations.decode import decode, dense_keeps_rank, split_core
 from vllm_vlora.subspace.layers import JointLayer, Layer, Loadings
 from vllm_vlora.subspace.shared import SharedSubspace
+from vllm_vlora.wording import some_of
 
 
 @dataclass(frozen=True)
@@ -354,9 +355,8 @@ class SubspaceSource:
     def check(self, task_id: str) -> None:
         """Raise TaskNotFoundError if there is no such task."""
         if task_id not in self._subspace.tasks:
-            known = ", ".join(list(self._subspace.tasks)[:5]) or "none"
-            more = ", ..." if len(self._subspace.tasks) > 5 else ""
-            raise TaskNotFoundError(f"the subspace has no task {task_id!r}; it has: {known}{more}")
+            known = some_of(self._subspace.tasks)
+            raise TaskNotFoundError(f"the subspace has no task {task_id!r}; it has: {known}")
 
     def updates(self, task_id: str) -> dict[str, LowRankUpdate]:
         """The layers that a task changes.
