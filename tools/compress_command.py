@@ -13,13 +13,17 @@ from vllm_vlora.tools.common_options import (
     MaxBytes,
     Names,
     Quantize,
+    base_option,
+    force_option,
+    output_option,
     parse_size,
+    quantize_option,
 )
 from vllm_vlora.tools.terminal import (
     AsJson,
     Verbose,
     open_console,
-    print_json,
+    print_result,
     progress_bar,
     reported,
 )
@@ -63,12 +67,7 @@ class ExecutorKind(str, Enum):
 
 def compress(
     adapters: AdapterRefs = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="CKPT", help="The folder to write.", show_default=False
-        ),
-    ] = None,
+    output: Annotated[Path | None, output_option(metavar="CKPT")] = None,
     name: Names = None,
     ratio: Annotated[
         float | None,
@@ -119,9 +118,7 @@ def compress(
             "resemble each other.",
         ),
     ] = "auto",
-    quantize: Annotated[
-        Quantize, typer.Option(help="Number format of factors, bases and cores.")
-    ] = Quantize.auto,
+    quantize: Annotated[Quantize, quantize_option("factors, bases and cores")] = Quantize.auto,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
@@ -146,13 +143,7 @@ def compress(
         int, typer.Option(metavar="N", help="Processes or Ray tasks at once; 0: one a core.")
     ] = 0,
     base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The base model's folder or Hub id, for --data and for calibration text. Default: "
-            "the one the adapters name.",
-            show_default=False,
-        ),
+        str | None, base_option("adapters name", ", for --data and for calibration text")
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -167,7 +158,7 @@ def compress(
         bool,
         typer.Option("--plan", help="Predict the error at every size, and write nothing."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+    force: Annotated[bool, force_option("an existing checkpoint")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -222,7 +213,8 @@ def compress(
         if calibration is not None:
             options = _calibrated(options, calibration, base, collected, messages)
         if plan:
-            _predict(collected, options, messages, as_json)
+            points = _predict(collected, options, messages)
+            print_result(points, show.print_curve, as_json)
             return
         assert output is not None
         if min_recovered is not None or data:
@@ -231,9 +223,13 @@ def compress(
             )
         else:
             report = _compress(collected, output, options, force, messages)
-        for warning in report.warnings:
-            show.line(messages, f"Warning: {warning}", style="yellow")
-        _print_report(report, output, as_json, by_size=max_error is not None)
+        show.print_warnings(messages, report.warnings)
+        by_size = max_error is not None
+        print_result(
+            _as_data(report, output),
+            lambda console, data: _print(console, data, report, by_size=by_size),
+            as_json,
+        )
 
 
 def _parse_clusters(text: str) -> int | str:
@@ -301,22 +297,19 @@ def _judged(
 
 
 def _predict(
-    collected: Mapping[str, Adapter], options: CompressOptions, messages: Console, as_json: bool
-) -> None:
+    collected: Mapping[str, Adapter], options: CompressOptions, messages: Console
+) -> dict[str, Any]:
     from vllm_vlora.compression.pipeline import predict
-    from vllm_vlora.tools import summary as show
 
     with progress_bar(messages) as advance:
         points = predict(collected, options, progress=advance)
     original = sum(adapter.original_nbytes for adapter in collected.values())
     rows = [{"ratio": p.ratio, **_candidate(p.candidate)} for p in points]
-    if as_json:
-        print_json({"original_bytes": original, "points": rows})
-    else:
-        show.print_curve(open_console(), original, rows)
+    return {"original_bytes": original, "points": rows}
 
 
-def _print_report(report: CompressReport, output: Path, as_json: bool, *, by_size: bool) -> None:
+def _as_data(report: CompressReport, output: Path) -> dict[str, Any]:
+    """What ``--json`` prints."""
     from vllm_vlora.checkpoint.reader import Checkpoint
     from vllm_vlora.tools import summary as show
 
@@ -328,10 +321,14 @@ def _print_report(report: CompressReport, output: Path, as_json: bool, *, by_siz
         data["seen_errors"] = {task.task_id: task.seen_error for task in report.tasks}
     if report.recovered:
         data["recovered"] = report.recovered
-    if as_json:
-        print_json(data)
-        return
-    console = open_console()
+    return data
+
+
+def _print(
+    console: Console, data: dict[str, Any], report: CompressReport, *, by_size: bool
+) -> None:
+    from vllm_vlora.tools import summary as show
+
     show.print_tasks(console, data)
     show.print_candidates(console, data, (report.representation, report.format), by_error=by_size)
     show.print_quality(console, data)

@@ -110,33 +110,21 @@ def _tile(label: str, value: str, more: str) -> str:
 
 def _table_of_tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "<h2>Tasks</h2>"
-    headings = ("Task", "Base", "Adapter", "Task's loss", "Recovered", "95 %", "Agreement", "Greedy",
-                "KL", "Error", "Size", "Ratio", "Examples", "Tokens", "Stored as")  # fmt: skip
-    rows = []
-    for task in tasks:
-        greedy, interval = task["greedy"], task["recovered_interval"]
-        rows.append(
-            (
-                task["task"],
-                _number(task["base_loss"]),
-                _number(task["adapter_loss"]),
-                _number(task["compressed_loss"]),
-                _number(task["recovered"]),
-                "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
-                _number(task["agreement"]),
-                "-" if greedy is None else f"{greedy['tokens']:.1f} of {greedy['possible']:.1f}",
-                _number(task["kl"]),
-                _number(task["error"]),
-                format_bytes(task["bytes"]),
-                "-" if task["ratio"] is None else f"{task['ratio']:.2f}x",
-                str(task["examples"]),
-                str(task["tokens"]),
-                ", ".join(f"{name} ({count})" for name, count in task["stored_as"].items()),
-            )
+    headings = ("Task", *MEASURED, "Ratio", "Examples", "Tokens", "Stored as")
+    rows = [
+        (
+            task["task"],
+            *measured_cells(task),
+            "-" if task["ratio"] is None else f"{task['ratio']:.2f}x",
+            str(task["examples"]),
+            str(task["tokens"]),
+            ", ".join(f"{name} ({count})" for name, count in task["stored_as"].items()),
         )
+        for task in tasks
+    ]
     yield _table(headings, rows, text=(0, len(headings) - 1))
     yield (
-        "<p>Losses and KL(adapter || task) are nats per supervised token. Agreement: share of "
+        "<p>Losses and KL(adapter || task) are nats per supervised token. Agree: share of "
         "supervised positions with the same most likely token. Greedy: first generated tokens that "
         "agree with the adapter's, of those that could. Error: relative, Frobenius.</p>"
     )
@@ -146,6 +134,26 @@ def _table_of_tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 f"<p><b>{escape(task['task'])}</b>: no recovered fraction: "
                 f"{escape(task['undefined_because'])}</p>"
             )
+
+
+MEASURED = (
+    "Base", "Adapter", "Task's loss", "Recovered", "95 %", "Agree", "Greedy", "KL", "Error", "Size",
+)  # fmt: skip
+
+
+def measured_cells(task: Mapping[str, Any]) -> tuple[str, ...]:
+    """A task's cells under the headings :data:`MEASURED`, in a page or on a terminal."""
+    greedy, interval = task["greedy"], task["recovered_interval"]
+    return (
+        *map(_number, (task["base_loss"], task["adapter_loss"], task["compressed_loss"])),
+        _number(task["recovered"]),
+        "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
+        _number(task["agreement"]),
+        "-" if greedy is None else f"{greedy['tokens']:.1f} of {greedy['possible']:.1f}",
+        _number(task["kl"]),
+        _number(task["error"]),
+        format_bytes(task["bytes"]),
+    )
 
 
 def _recovered_figures(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
