@@ -241,7 +241,7 @@ def _rebuild(
     kept = [task_id for task_id in opened.tasks if task_id not in collected]
     adapters = {**find_originals(opened, originals, kept), **collected}
     before = opened.nbytes
-    with progress_bar(open_console(stderr=True)) as advance:
+    with progress_bar() as advance:
         report = rebuild(
             target.checkpoint,
             adapters,

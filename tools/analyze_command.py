@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_vlora.tools.common_options import Names, Plot, adapters_argument
-from vllm_vlora.tools.terminal import (
-    AsJson,
-    Verbose,
-    open_console,
-    print_result,
-    progress_bar,
-    reported,
-)
+from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,7 +56,7 @@ def analyze(
             check_plot_path(plot)
         refs = [found for ref in adapters for found in expand(ref)]
         opened = collect(refs, name or [])
-        with progress_bar(open_console(stderr=True)) as advance:
+        with progress_bar() as advance:
             data, spectra = _measure(opened, threshold, advance)
         if plot is not None:
             _plot(plot, data, spectra)

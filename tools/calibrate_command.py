@@ -15,14 +15,7 @@ from vllm_vlora.tools.common_options import (
     force_option,
     output_option,
 )
-from vllm_vlora.tools.terminal import (
-    AsJson,
-    Verbose,
-    open_console,
-    print_result,
-    progress_bar,
-    reported,
-)
+from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +95,7 @@ def calibrate(
         start = time.perf_counter()
         # The output is claimed first: a folder that is in the way shows before the long pass.
         with publish_folder(output, force=force, owned=is_calibration) as folder:
-            with progress_bar(open_console(stderr=True)) as advance:
+            with progress_bar() as advance:
                 calibration = run(model, data, options, advance)
             nbytes = calibration.write(folder)
         summary = summarize(calibration, output, nbytes, time.perf_counter() - start)

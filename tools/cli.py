@@ -26,7 +26,6 @@ from vllm_vlora.tools.terminal import (
     AsJson,
     CheckpointRef,
     Verbose,
-    open_console,
     prepare_process,
     print_result,
     progress_bar,
@@ -124,7 +123,7 @@ def info(
         data = show.summarize(opened, checkpoint)
         data["rebuild"] = advice.advise(opened)
         if rebuild:
-            with progress_bar(open_console(stderr=True)) as advance:
+            with progress_bar() as advance:
                 data["rebuild"]["prediction"] = advice.predict(opened, originals, advance)
         print_result(data, _print_info, as_json)
 
@@ -158,7 +157,7 @@ def validate(
     with reported(verbose):
         from vllm_vlora.checkpoint.validation import validate as run
 
-        with progress_bar(open_console(stderr=True)) as advance:
+        with progress_bar() as advance:
             problems = run(checkpoint, progress=lambda _, done, all_: advance("read", done, all_))
         data = {"checkpoint": checkpoint, "sound": not problems, "problems": problems}
         print_result(data, _print_problems, as_json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -54,6 +54,14 @@ class Dtype(str, Enum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+
+
+class _Judging(NamedTuple):
+    """What the model judges by: held-out text, and the least that must be recovered, if given."""
+
+    base: str | None
+    data: list[str]
+    least: float | None
 
 
 class ExecutorKind(str, Enum):
@@ -217,12 +225,10 @@ def compress(
             print_result(points, show.print_curve, as_json)
             return
         assert output is not None
-        if min_recovered is not None or data:
-            report = _judged(
-                collected, output, min_recovered, options, force, base, data or [], messages
-            )
-        else:
-            report = _compress(collected, output, options, force, messages)
+        judging = (
+            _Judging(base, data or [], min_recovered) if min_recovered is not None or data else None
+        )
+        report = _compress(collected, output, options, force, judging, messages)
         show.print_warnings(messages, report.warnings)
         by_size = max_error is not None
         print_result(
@@ -266,33 +272,22 @@ def _compress(
     output: Path,
     options: CompressOptions,
     force: bool,
+    judging: _Judging | None,
     messages: Console,
 ) -> CompressReport:
     from vllm_vlora.compression.pipeline import compress as run
-
-    with progress_bar(messages) as advance:
-        return run(collected, output, options, force=force, progress=advance)
-
-
-def _judged(
-    collected: Mapping[str, Adapter],
-    output: Path,
-    least: float | None,
-    options: CompressOptions,
-    force: bool,
-    base: str | None,
-    data: list[str],
-    messages: Console,
-) -> CompressReport:
     from vllm_vlora.compression.quality import compress_judged, compress_to_quality
-    from vllm_vlora.evaluation.judge import make_judge
 
     with progress_bar(messages) as advance:
-        judge = make_judge(collected, base, data, advance)
-        if least is None:
+        if judging is None:
+            return run(collected, output, options, force=force, progress=advance)
+        from vllm_vlora.evaluation.judge import make_judge
+
+        judge = make_judge(collected, judging.base, judging.data, advance)
+        if judging.least is None:
             return compress_judged(collected, output, judge, options, force=force, progress=advance)
         return compress_to_quality(
-            collected, output, least, judge, options, force=force, progress=advance
+            collected, output, judging.least, judge, options, force=force, progress=advance
         )
 
 

@@ -64,7 +64,7 @@ def convert(
     with reported(verbose):
         from vllm_vlora.foreign.convert import convert as run
 
-        with progress_bar(open_console(stderr=True)) as advance:
+        with progress_bar() as advance:
             report = run(
                 source, output, alpha=alpha, base_model=base_model, force=force, progress=advance
             )

@@ -120,7 +120,7 @@ def evaluate(
         originals = find_originals(opened, adapters or [], adapter or [])
         if fail_under is not None:
             _check_gate(files, originals)
-        with progress_bar(open_console(stderr=True)) as advance:
+        with progress_bar() as advance:
             from vllm_vlora.evaluation.base_model import quieten
             from vllm_vlora.evaluation.evaluator import (
                 EvaluationOptions,

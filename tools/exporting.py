@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_vlora.tools.terminal import open_console, print_result, progress_bar
+from vllm_vlora.tools.terminal import print_result, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ def write_folders(
     """A folder in ``output`` for each task, with a bar; see ``export_all``."""
     from vllm_vlora.checkpoint.export import export_all
 
-    with progress_bar(open_console(stderr=True)) as advance:
+    with progress_bar() as advance:
         return export_all(
             checkpoint,
             tasks,

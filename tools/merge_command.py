@@ -10,14 +10,7 @@ import typer
 
 from vllm_vlora.errors import OptionError
 from vllm_vlora.tools.common_options import adapters_argument, force_option, output_option
-from vllm_vlora.tools.terminal import (
-    AsJson,
-    Verbose,
-    open_console,
-    print_result,
-    progress_bar,
-    reported,
-)
+from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -180,7 +173,7 @@ def _check_absent(output: Path, force: bool) -> None:
 
 
 def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRAWeights]]:
-    with progress_bar(open_console(stderr=True)) as advance:
+    with progress_bar() as advance:
         if checkpoint is not None:
             from vllm_vlora.checkpoint.reader import Checkpoint
             from vllm_vlora.merging.blending import read_tasks

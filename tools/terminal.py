@@ -126,7 +126,9 @@ class _Advance:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[_Advance]:
+def progress_bar(console: Console | None = None) -> Iterator[_Advance]:
+    """Progress on ``console``, by default that of stderr."""
+    console = console or open_console(stderr=True)
     if not console.is_terminal:
         yield _Advance(console, None)
         return
