@@ -760,3 +760,11 @@ def test_sizes_are_read(text: str, count: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match="not a size"):
         parse_size(text)
+
+
+def test_without_matplotlib_an_evaluation_s_page_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = error_line("evaluate", tmp_path, "--data", "x", "--html", tmp_path / "page.html")
+    assert said == 'Error: --html needs matplotlib; pip install "vllm-vlora[plot]"'

@@ -22,7 +22,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.merging.merging import dare_merge, ties_merge
 from vllm_vlora.subspace.weights import load_adapter, save_adapter
-from vllm_vlora.tools import task_plots
+from vllm_vlora.tools import plots, task_plots
 from vllm_vlora.tools.analyze_command import analyze
 from vllm_vlora.tools.benchmark_command import benchmark
 from vllm_vlora.tools.diff_command import diff
@@ -146,26 +146,29 @@ def test_analyze_plots_a_page(folders: list[str], tmp_path: Path) -> None:
     assert found["plot"] == str(page)
     text = page.read_text(encoding="utf-8")
     read = Page(text)
-    assert read.tags.count("svg") == 2
+    # Similarities, effective ranks, spectra: a mark a cell and a mark a bar say what they are.
+    assert read.tags.count("svg") == 3
     assert read.tags.count("script") == 0
     assert HOSTILE in "".join(read.text)
-    assert read.tags.count("rect") >= 16
+    assert read.tags.count("title") == 1 + 4 * 4 + 4
+    for adapter in found["adapters"]:
+        assert f"{adapter['effective_rank']:.4f}" in read.text
     assert not re.search(r"(https?:)?//", text), "the page names another address"
 
 
 def test_analyze_plots_a_png(folders: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     invoke("analyze", *folders, "--plot", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_without_matplotlib_a_png_is_refused_before_work(
-    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["a.png", "a.html"])
+def test_without_matplotlib_a_plot_is_refused_before_work(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "--plot FILE.html" in error_line("analyze", *folders, "--plot", tmp_path / "a.png")
-    assert not (tmp_path / "a.png").exists()
-    invoke("analyze", *folders, "--plot", tmp_path / "a.html")
+    said = error_line("analyze", *folders, "--plot", tmp_path / name)
+    assert said == 'Error: --plot needs matplotlib; pip install "vllm-vlora[plot]"'
+    assert not (tmp_path / name).exists()
 
 
 def test_analyze_refuses(folders: list[str], tmp_path: Path) -> None:
@@ -217,10 +220,11 @@ def test_diff_plots(folders: list[str], checkpoint: Path, tmp_path: Path) -> Non
     page = tmp_path / "diff.html"
     found = data_of("diff", folders[0], folders[2], "--plot", page)
     read = Page(page.read_text(encoding="utf-8"))
-    assert read.tags.count("tr") == 4
-    for layer in found["layers"].values():
+    assert len(found["layers"]) == 2
+    for name, layer in found["layers"].items():
+        assert read.text.count(name) == 2
         assert f"{layer['l2_distance']:.4f}" in read.text
-    pytest.importorskip("matplotlib")
+        assert f"{name}: {layer['cosine_sim']:.4f}" in read.text
     invoke("diff", checkpoint, "task0", "task1", "--plot", tmp_path / "diff.png")
     assert (tmp_path / "diff.png").stat().st_size > 1000
 
@@ -372,9 +376,8 @@ def test_benchmark_leaves_the_checkpoint_alone(checkpoint: Path) -> None:
 # --- figures --------------------------------------------------------------------------------------
 
 
-def test_bars_are_as_long_as_their_values() -> None:
-    bars = task_plots.Bars("Title", "Caption", ["a", HOSTILE], [2.0, -1.0])
-    text = task_plots.render_page("Page", [bars])
-    assert "width: 100.0%" in text
-    assert 'class="bar below" style="width: 50.0%"' in text
+def test_a_page_of_figures_escapes() -> None:
+    bars = plots.Bars(HOSTILE, HOSTILE, ["a", HOSTILE], [2.0, -1.0])
+    text = task_plots.render_plots("Page", [bars])
+    assert "".join(Page(text).text).count(HOSTILE) == 4
     assert HOSTILE not in text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,18 +13,23 @@ from vllm_vlora.tools.common_options import (
     AdapterRefs,
     MaxBytes,
     Names,
+    Originals,
     Quantize,
+    force_option,
+    output_option,
     parse_size,
+    quantize_option,
 )
 from vllm_vlora.tools.terminal import (
     AsJson,
     CheckpointRef,
     Verbose,
     open_console,
-    print_json,
+    print_result,
     progress_bar,
     reported,
 )
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,17 +39,21 @@ if TYPE_CHECKING:
     from vllm_vlora.editing.options import AddOptions, AddReport
 
 
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Write a new checkpoint instead of changing CKPT.",
-        show_default=False,
-    ),
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint at --output.")]
+Output = Annotated[Path | None, output_option("Write a new checkpoint instead of changing CKPT.")]
+Force = Annotated[bool, force_option("a checkpoint at --output")]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The checkpoint that is changed, or the folder that the changed one goes to."""
+
+    checkpoint: str
+    output: Path | None
+    force: bool
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint if self.output is None else str(self.output)
 
 
 def add(
@@ -72,7 +81,7 @@ def add(
     ] = None,
     max_bytes: MaxBytes = None,
     quantize: Annotated[
-        Quantize, typer.Option(help="Number format of what is stored for the new tasks.")
+        Quantize, quantize_option("what is stored for the new tasks")
     ] = Quantize.auto,
     expand: Annotated[
         bool,
@@ -86,14 +95,7 @@ def add(
         bool,
         typer.Option("--rebuild", help="Fit everything anew; needs --originals."),
     ] = False,
-    originals: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="With --rebuild: the original adapters, in sub-folders named by task id.",
-            show_default=False,
-        ),
-    ] = None,
+    originals: Originals = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -144,10 +146,15 @@ def add(
             if adapters or name or not rebuild
             else {}
         )
-        target = checkpoint if output is None else str(output)
+        target = _Target(checkpoint, output, force)
         if rebuild:
             assert originals is not None
-            _rebuild(checkpoint, collected, originals, options, replace, output, force, as_json)
+            rebuilt, before = _rebuild(target, collected, originals, options, replace)
+            print_result(
+                _rebuilt_json(rebuilt, before, list(collected), target.name),
+                lambda console, _: _print_rebuilt(console, rebuilt, before, target.name),
+                as_json,
+            )
             return
         from vllm_vlora.editing.adding import add_adapters
 
@@ -162,10 +169,11 @@ def add(
                 force=force,
                 progress=advance,
             )
-        if as_json:
-            print_json(_added_json(report, target))
-        else:
-            _print_added(open_console(), report, target)
+        print_result(
+            _added_json(report, target.name),
+            lambda console, _: _print_added(console, report, target.name),
+            as_json,
+        )
 
 
 def remove(
@@ -186,18 +194,15 @@ def remove(
     vllm-vlora remove ckpt summarize translate
     """
     with reported(verbose):
-        from vllm_vlora.checkpoint.card import format_bytes
         from vllm_vlora.editing.removing import remove_tasks
-        from vllm_vlora.tools.summary import line
 
         freed = remove_tasks(checkpoint, tasks, output=output, force=force)
-        removed = list(dict.fromkeys(tasks))
-        target = checkpoint if output is None else str(output)
-        if as_json:
-            print_json({"checkpoint": target, "removed": removed, "freed_bytes": freed})
-            return
-        count = f"{len(removed)} task{'s' if len(removed) > 1 else ''}"
-        line(open_console(), f"Removed {count} ({format_bytes(freed)}) from {target}.")
+        data = {
+            "checkpoint": _Target(checkpoint, output, force).name,
+            "removed": list(dict.fromkeys(tasks)),
+            "freed_bytes": freed,
+        }
+        print_result(data, _print_removed, as_json)
 
 
 def _only(adapters: list[str] | None, name: list[str] | None) -> str:
@@ -219,38 +224,45 @@ def _check_rebuild(rebuild: bool, originals: Path | None, expand: bool) -> None:
 
 
 def _rebuild(
-    checkpoint: str,
+    target: _Target,
     collected: dict[str, Adapter],
     originals: Path,
     options: AddOptions,
     replace: bool,
-    output: Path | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+) -> tuple[CompressReport, int]:
+    """The report, and the bytes that the checkpoint had before."""
     from vllm_vlora.checkpoint.reader import Checkpoint
     from vllm_vlora.checkpoint.task_files import open_originals
     from vllm_vlora.editing.adding import check_new
     from vllm_vlora.editing.rebuilding import rebuild
 
-    opened = Checkpoint.open(checkpoint)
+    opened = Checkpoint.open(target.checkpoint)
     if not replace:
         check_new(opened, list(collected))
     kept = [task_id for task_id in opened.tasks if task_id not in collected]
     adapters = {**open_originals(opened, originals, kept), **collected}
     before = opened.nbytes
-    with progress_bar(open_console(stderr=True)) as advance:
+    with progress_bar() as advance:
         report = rebuild(
-            checkpoint, adapters, options, output=output, force=force, progress=advance
+            target.checkpoint,
+            adapters,
+            options,
+            output=target.output,
+            force=target.force,
+            progress=advance,
         )
-    target = checkpoint if output is None else str(output)
-    if as_json:
-        print_json(_rebuilt_json(report, before, list(collected), target))
-    else:
-        _print_rebuilt(open_console(), report, before, target)
+    return report, before
 
 
 # --- showing -------------------------------------------------------------------------------------
+
+
+def _print_removed(console: Console, data: dict[str, Any]) -> None:
+    from vllm_vlora.checkpoint.card import format_bytes
+    from vllm_vlora.tools.summary import line
+
+    count, freed = count_of(len(data["removed"]), "task"), format_bytes(data["freed_bytes"])
+    line(console, f"Removed {count} ({freed}) from {data['checkpoint']}.")
 
 
 def _added_json(report: AddReport, target: str) -> dict[str, Any]:
@@ -274,17 +286,13 @@ def _added_json(report: AddReport, target: str) -> dict[str, Any]:
 
 
 def _print_added(console: Console, report: AddReport, target: str) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from vllm_vlora.checkpoint.card import format_bytes, format_ratio
-    from vllm_vlora.tools.summary import line
+    from vllm_vlora.tools.summary import line, make_table, print_warnings
 
-    table = Table(header_style="bold")
-    table.add_column("New task", overflow="fold")
-    table.add_column("Stored")
-    for column in ("Before", "Bytes", "Ratio", "On bases", "Error", "If private"):
-        table.add_column(column, justify="right", no_wrap=True)
+    numbers = ["Before", "Bytes", "Ratio", "On bases", "Error", "If private"]
+    table = make_table(["New task", "Stored"], numbers)
     for task in report.tasks:
         nbytes = task.nbytes + task.grown_nbytes
         private = "-" if task.private_error is None else f"{task.private_error:.4f}"
@@ -301,8 +309,7 @@ def _print_added(console: Console, report: AddReport, target: str) -> None:
     console.print(table)
     for task in report.tasks:
         line(console, f"{task.task_id}: {task.kind}; {task.why}.")
-    for warning in report.warnings:
-        line(console, f"Warning: {warning}", style="yellow")
+    print_warnings(console, report.warnings)
     if report.grown:
         line(
             console,
@@ -336,10 +343,9 @@ def _rebuilt_json(
 
 def _print_rebuilt(console: Console, report: CompressReport, before: int, target: str) -> None:
     from vllm_vlora.checkpoint.card import format_bytes
-    from vllm_vlora.tools.summary import line
+    from vllm_vlora.tools.summary import line, print_warnings
 
-    for warning in report.warnings:
-        line(console, f"Warning: {warning}", style="yellow")
+    print_warnings(console, report.warnings)
     line(
         console,
         f"Rebuilt {target} with {len(report.tasks)} tasks ({report.representation}): "

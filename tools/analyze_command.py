@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vlora.tools.terminal import (
-    AsJson,
-    Verbose,
-    open_console,
-    print_json,
-    progress_bar,
-    reported,
-)
+from vllm_vlora.tools.common_options import Names, Plot, adapters_argument
+from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,38 +21,16 @@ if TYPE_CHECKING:
 # A matrix wider than this is left to --json and --plot.
 _MOST_COLUMNS = 12
 
-Plot = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Write figures as FILE.html, or as FILE.png (needs matplotlib).",
-        show_default=False,
-    ),
-]
-
 
 def analyze(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ADAPTER...",
-            help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters.",
-        ),
-    ],
+    adapters: Annotated[list[str], adapters_argument()],
     threshold: Annotated[
         float,
         typer.Option(
             metavar="C", help="Cosine from which two adapters are one cluster.", min=-1, max=1
         ),
     ] = 0.9,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID=PATH",
-            help="Call the adapter at PATH ID. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    name: Names = None,
     plot: Plot = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -84,15 +56,12 @@ def analyze(
             check_plot_path(plot)
         refs = [found for ref in adapters for found in expand(ref)]
         opened = collect(refs, name or [])
-        with progress_bar(open_console(stderr=True)) as advance:
+        with progress_bar() as advance:
             data, spectra = _measure(opened, threshold, advance)
         if plot is not None:
             _plot(plot, data, spectra)
             data["plot"] = str(plot)
-        if as_json:
-            print_json(data)
-        else:
-            _print(open_console(), data)
+        print_result(data, _print, as_json)
 
 
 def _measure(
@@ -162,16 +131,12 @@ def _can_stand_out(count: int) -> bool:
 
 
 def _print(console: Console, data: dict[str, Any]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    from vllm_vlora.tools.summary import line
+    from vllm_vlora.tools.summary import line, make_table
 
     names = [adapter["adapter"] for adapter in data["adapters"]]
-    table = Table(header_style="bold")
-    table.add_column("Adapter", overflow="fold")
-    for column in ("Modules", "Rank", "Effective", "Norm", "Nearest"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = make_table(["Adapter"], ["Modules", "Rank", "Effective", "Norm", "Nearest"])
     for adapter in data["adapters"]:
         table.add_row(
             Text(adapter["adapter"]),
@@ -209,11 +174,11 @@ def _nearest(row: dict[str, float], own: str) -> str:
 def _print_matrix(
     console: Console, names: Sequence[str], matrix: dict[str, dict[str, float]]
 ) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="Cosines", title_justify="left", title_style="bold", header_style="bold")
-    table.add_column("", overflow="fold")
+    from vllm_vlora.tools.summary import make_table
+
+    table = make_table([""], [], title="Cosines")
     for name in names:
         table.add_column(Text(name), justify="right", overflow="fold")
     for name in names:
@@ -222,7 +187,8 @@ def _print_matrix(
 
 
 def _plot(path: Path, data: dict[str, Any], spectra: Sequence[Spectrum]) -> None:
-    from vllm_vlora.tools import plots, task_plots
+    from vllm_vlora.tools import plots
+    from vllm_vlora.tools.task_plots import save_plot
 
     matrix = data["similarity_matrix"]
     names = list(matrix)
@@ -230,23 +196,23 @@ def _plot(path: Path, data: dict[str, Any], spectra: Sequence[Spectrum]) -> None
     for found in spectra:
         low, middle, high = found.quantiles
         panels.append(plots.Band(found.kind, low, middle, high, found.kept_rank))
-    task_plots.save_plot(
+    save_plot(
         path,
         f"{len(names)} adapters",
         [
-            task_plots.Similarities(
+            plots.Similarities(
                 "Similarity",
                 "Cosine between the updates, all modules together.",
                 names,
                 [list(row.values()) for row in matrix.values()],
             ),
-            task_plots.Bars(
+            plots.Bars(
                 "Effective rank",
                 "exp of the entropy of the squared singular values, mean over modules.",
                 names,
                 [adapter["effective_rank"] for adapter in data["adapters"]],
             ),
-            task_plots.Spectra(
+            plots.Spectra(
                 "Spectra",
                 "Singular values of the updates, each module's scaled to norm 1: median over "
                 "adapters and layers, and the range from the 10th to the 90th percentile. The "

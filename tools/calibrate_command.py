@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vlora.tools.common_options import BatchSize, Device, ModelDtype
-from vllm_vlora.tools.terminal import (
-    AsJson,
-    Verbose,
-    open_console,
-    print_json,
-    progress_bar,
-    reported,
+from vllm_vlora.tools.common_options import (
+    BatchSize,
+    Device,
+    ModelDtype,
+    force_option,
+    output_option,
 )
+from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vllm_vlora.fitting.calibration import Calibration
 
 
@@ -30,9 +31,7 @@ def calibrate(
         list[Path],
         typer.Argument(metavar="DATA...", help="Text like that of the tasks: .jsonl or .txt."),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")
-    ],
+    output: Annotated[Path, output_option()],
     max_tokens: Annotated[
         int,
         typer.Option(metavar="N", min=0, help="Stop after N tokens; 0: use all of the text."),
@@ -58,9 +57,7 @@ def calibrate(
     ] = 256,
     device: Device = None,
     dtype: ModelDtype = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing calibration.")
-    ] = False,
+    force: Annotated[bool, force_option("an existing calibration")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -98,20 +95,11 @@ def calibrate(
         start = time.perf_counter()
         # The output is claimed first: a folder that is in the way shows before the long pass.
         with publish_folder(output, force=force, owned=is_calibration) as folder:
-            with progress_bar(open_console(stderr=True)) as advance:
+            with progress_bar() as advance:
                 calibration = run(model, data, options, advance)
             nbytes = calibration.write(folder)
         summary = summarize(calibration, output, nbytes, time.perf_counter() - start)
-        if as_json:
-            print_json(summary)
-            return
-        console = open_console()
-        console.print(
-            f"{summary['modules']} modules, {summary['moments']} moments "
-            f"({summary['full_moments']} whole), {summary['tokens']} tokens of "
-            f"{summary['examples']} examples"
-        )
-        console.print(f"Wrote {output} ({nbytes / 1e6:.1f} MB) in {summary['seconds']:.1f} s.")
+        print_result(summary, _print, as_json)
 
 
 def summarize(
@@ -132,3 +120,13 @@ def summarize(
         "full_moments": sum(isinstance(moment, FullMoment) for moment in moments),
         **msgspec.to_builtins(calibration.source),
     }
+
+
+def _print(console: Console, summary: dict[str, Any]) -> None:
+    console.print(
+        f"{summary['modules']} modules, {summary['moments']} moments "
+        f"({summary['full_moments']} whole), {summary['tokens']} tokens of "
+        f"{summary['examples']} examples"
+    )
+    size, seconds = summary["bytes"] / 1e6, summary["seconds"]
+    console.print(f"Wrote {summary['calibration']} ({size:.1f} MB) in {seconds:.1f} s.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from vllm_vlora.tools.add_command import add, remove
 from vllm_vlora.tools.analyze_command import analyze
 from vllm_vlora.tools.benchmark_command import benchmark
 from vllm_vlora.tools.calibrate_command import calibrate
+from vllm_vlora.tools.common_options import Originals, all_option, force_option, output_option
 from vllm_vlora.tools.compress_command import compress
 from vllm_vlora.tools.convert_command import convert
 from vllm_vlora.tools.diff_command import diff
@@ -25,12 +26,15 @@ from vllm_vlora.tools.terminal import (
     AsJson,
     CheckpointRef,
     Verbose,
-    open_console,
     prepare_process,
-    print_json,
+    print_result,
     progress_bar,
     reported,
 )
+from vllm_vlora.wording import count_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     name="vllm-vlora",
@@ -91,14 +95,7 @@ def info(
         bool,
         typer.Option("--rebuild", help="Plan rebuilds, and say whether one would pay."),
     ] = False,
-    originals: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="With --rebuild: the original adapters, in sub-folders named by task id.",
-            show_default=False,
-        ),
-    ] = None,
+    originals: Originals = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -126,17 +123,20 @@ def info(
         data = show.summarize(opened, checkpoint)
         data["rebuild"] = advice.advise(opened)
         if rebuild:
-            with progress_bar(open_console(stderr=True)) as advance:
+            with progress_bar() as advance:
                 data["rebuild"]["prediction"] = advice.predict(opened, originals, advance)
-        if as_json:
-            print_json(data)
-            return
-        console = open_console()
-        show.print_overview(console, data)
-        show.print_modules(console, data)
-        show.print_tasks(console, data)
-        advice.print_advice(console, data["rebuild"])
-        show.print_serving(console, data)
+        print_result(data, _print_info, as_json)
+
+
+def _print_info(console: Console, data: dict[str, Any]) -> None:
+    from vllm_vlora.tools import rebuild_advice as advice
+    from vllm_vlora.tools import summary as show
+
+    show.print_overview(console, data)
+    show.print_modules(console, data)
+    show.print_tasks(console, data)
+    advice.print_advice(console, data["rebuild"])
+    show.print_serving(console, data)
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -156,33 +156,33 @@ def validate(
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.validation import validate as run
-        from vllm_vlora.tools import summary as show
 
-        with progress_bar(open_console(stderr=True)) as advance:
+        with progress_bar() as advance:
             problems = run(checkpoint, progress=lambda _, done, all_: advance("read", done, all_))
-        if as_json:
-            print_json({"checkpoint": checkpoint, "sound": not problems, "problems": problems})
-        else:
-            console = open_console()
-            for problem in problems:
-                show.line(console, problem)
-            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-            show.line(console, f"{checkpoint}: {count if problems else 'sound'}", style="bold")
+        data = {"checkpoint": checkpoint, "sound": not problems, "problems": problems}
+        print_result(data, _print_problems, as_json)
         if problems:
             raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _print_problems(console: Console, data: dict[str, Any]) -> None:
+    from vllm_vlora.tools.summary import line
+
+    for problem in data["problems"]:
+        line(console, problem)
+    found = "sound" if data["sound"] else count_of(len(data["problems"]), "problem")
+    line(console, f"{data['checkpoint']}: {found}", style="bold")
 
 
 @app.command(rich_help_panel=_TAKE)
 def export(
     checkpoint: CheckpointRef,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")
-    ],
+    output: Annotated[Path, output_option()],
     tasks: Annotated[
         list[str] | None,
         typer.Argument(metavar="TASK", help="The tasks to take out.", show_default=False),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Take every task out.")] = False,
+    everything: Annotated[bool, all_option("task")] = False,
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -205,9 +205,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace existing adapter folders.")
-    ] = False,
+    force: Annotated[bool, force_option("existing adapter folders")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -339,10 +337,7 @@ def plan(
         )
         gpu_nbytes = None if gpu_memory is None else show.gib(gpu_memory)
         data = show.describe(found, checkpoint, gpu_nbytes)
-        if as_json:
-            print_json(data)
-        else:
-            show.print_plan(open_console(), data)
+        print_result(data, show.print_plan, as_json)
 
 
 for panel, commands in (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -23,13 +24,48 @@ class Quantize(str, Enum):
     nf4 = "nf4"
 
 
+# A parameter that typer reads off an annotation.
+_Parameter = Any
+_ADAPTERS = "PEFT folders, Hub ids, or a folder whose sub-folders are adapters"
+
+
+def adapters_argument(more: str = "") -> _Parameter:
+    """One adapter at least."""
+    return typer.Argument(metavar="ADAPTER...", help=f"{_ADAPTERS}{more}.")
+
+
+def output_option(help: str = "The folder to write.", metavar: str = "DIR") -> _Parameter:
+    """``--output`` and ``-o``."""
+    return typer.Option("--output", "-o", metavar=metavar, help=help, show_default=False)
+
+
+def force_option(what: str) -> _Parameter:
+    """``--force``; ``what`` is what it replaces."""
+    return typer.Option("--force", help=f"Replace {what}.")
+
+
+def all_option(what: str) -> _Parameter:
+    """``--all``, in place of names."""
+    return typer.Option("--all", help=f"Take every {what} out.")
+
+
+def base_option(namer: str, use: str = "") -> _Parameter:
+    """``--base``, for what runs the model; ``namer`` records one."""
+    return typer.Option(
+        metavar="MODEL",
+        help=f"The base model's folder or Hub id{use}. Default: the one the {namer}.",
+        show_default=False,
+    )
+
+
+def quantize_option(what: str) -> _Parameter:
+    """``--quantize``."""
+    return typer.Option(help=f"Number format of {what}.")
+
+
 AdapterRefs = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="ADAPTER",
-        help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters.",
-        show_default=False,
-    ),
+    typer.Argument(metavar="ADAPTER", help=f"{_ADAPTERS}.", show_default=False),
 ]
 Names = Annotated[
     list[str] | None,
@@ -38,6 +74,22 @@ Names = Annotated[
         metavar="ID=PATH",
         help="Give the adapter at PATH the task id ID instead of its folder's name. "
         "May be repeated.",
+        show_default=False,
+    ),
+]
+Originals = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="With --rebuild: the original adapters, in sub-folders named by task id.",
+        show_default=False,
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write figures as FILE.html or FILE.png; needs matplotlib.",
         show_default=False,
     ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -13,13 +13,17 @@ from vllm_vlora.tools.common_options import (
     MaxBytes,
     Names,
     Quantize,
+    base_option,
+    force_option,
+    output_option,
     parse_size,
+    quantize_option,
 )
 from vllm_vlora.tools.terminal import (
     AsJson,
     Verbose,
     open_console,
-    print_json,
+    print_result,
     progress_bar,
     reported,
 )
@@ -52,6 +56,14 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class _Judging(NamedTuple):
+    """What the model judges by: held-out text, and the least that must be recovered, if given."""
+
+    base: str | None
+    data: list[str]
+    least: float | None
+
+
 class ExecutorKind(str, Enum):
     """Where modules are worked on."""
 
@@ -63,12 +75,7 @@ class ExecutorKind(str, Enum):
 
 def compress(
     adapters: AdapterRefs = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="CKPT", help="The folder to write.", show_default=False
-        ),
-    ] = None,
+    output: Annotated[Path | None, output_option(metavar="CKPT")] = None,
     name: Names = None,
     ratio: Annotated[
         float | None,
@@ -119,9 +126,7 @@ def compress(
             "resemble each other.",
         ),
     ] = "auto",
-    quantize: Annotated[
-        Quantize, typer.Option(help="Number format of factors, bases and cores.")
-    ] = Quantize.auto,
+    quantize: Annotated[Quantize, quantize_option("factors, bases and cores")] = Quantize.auto,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
@@ -146,13 +151,7 @@ def compress(
         int, typer.Option(metavar="N", help="Processes or Ray tasks at once; 0: one a core.")
     ] = 0,
     base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The base model's folder or Hub id, for --data and for calibration text. Default: "
-            "the one the adapters name.",
-            show_default=False,
-        ),
+        str | None, base_option("adapters name", ", for --data and for calibration text")
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -167,7 +166,7 @@ def compress(
         bool,
         typer.Option("--plan", help="Predict the error at every size, and write nothing."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+    force: Annotated[bool, force_option("an existing checkpoint")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -222,18 +221,21 @@ def compress(
         if calibration is not None:
             options = _calibrated(options, calibration, base, collected, messages)
         if plan:
-            _predict(collected, options, messages, as_json)
+            points = _predict(collected, options, messages)
+            print_result(points, show.print_curve, as_json)
             return
         assert output is not None
-        if min_recovered is not None or data:
-            report = _judged(
-                collected, output, min_recovered, options, force, base, data or [], messages
-            )
-        else:
-            report = _compress(collected, output, options, force, messages)
-        for warning in report.warnings:
-            show.line(messages, f"Warning: {warning}", style="yellow")
-        _print_report(report, output, as_json, by_size=max_error is not None)
+        judging = (
+            _Judging(base, data or [], min_recovered) if min_recovered is not None or data else None
+        )
+        report = _compress(collected, output, options, force, judging, messages)
+        show.print_warnings(messages, report.warnings)
+        by_size = max_error is not None
+        print_result(
+            _as_data(report, output),
+            lambda console, data: _print(console, data, report, by_size=by_size),
+            as_json,
+        )
 
 
 def _parse_clusters(text: str) -> int | str:
@@ -270,53 +272,39 @@ def _compress(
     output: Path,
     options: CompressOptions,
     force: bool,
+    judging: _Judging | None,
     messages: Console,
 ) -> CompressReport:
     from vllm_vlora.compression.pipeline import compress as run
-
-    with progress_bar(messages) as advance:
-        return run(collected, output, options, force=force, progress=advance)
-
-
-def _judged(
-    collected: Mapping[str, Adapter],
-    output: Path,
-    least: float | None,
-    options: CompressOptions,
-    force: bool,
-    base: str | None,
-    data: list[str],
-    messages: Console,
-) -> CompressReport:
     from vllm_vlora.compression.quality import compress_judged, compress_to_quality
-    from vllm_vlora.evaluation.judge import make_judge
 
     with progress_bar(messages) as advance:
-        judge = make_judge(collected, base, data, advance)
-        if least is None:
+        if judging is None:
+            return run(collected, output, options, force=force, progress=advance)
+        from vllm_vlora.evaluation.judge import make_judge
+
+        judge = make_judge(collected, judging.base, judging.data, advance)
+        if judging.least is None:
             return compress_judged(collected, output, judge, options, force=force, progress=advance)
         return compress_to_quality(
-            collected, output, least, judge, options, force=force, progress=advance
+            collected, output, judging.least, judge, options, force=force, progress=advance
         )
 
 
 def _predict(
-    collected: Mapping[str, Adapter], options: CompressOptions, messages: Console, as_json: bool
-) -> None:
+    collected: Mapping[str, Adapter], options: CompressOptions, messages: Console
+) -> dict[str, Any]:
     from vllm_vlora.compression.pipeline import predict
-    from vllm_vlora.tools import summary as show
 
     with progress_bar(messages) as advance:
         points = predict(collected, options, progress=advance)
     original = sum(adapter.original_nbytes for adapter in collected.values())
     rows = [{"ratio": p.ratio, **_candidate(p.candidate)} for p in points]
-    if as_json:
-        print_json({"original_bytes": original, "points": rows})
-    else:
-        show.print_curve(open_console(), original, rows)
+    return {"original_bytes": original, "points": rows}
 
 
-def _print_report(report: CompressReport, output: Path, as_json: bool, *, by_size: bool) -> None:
+def _as_data(report: CompressReport, output: Path) -> dict[str, Any]:
+    """What ``--json`` prints."""
     from vllm_vlora.checkpoint.reader import Checkpoint
     from vllm_vlora.tools import summary as show
 
@@ -328,10 +316,14 @@ def _print_report(report: CompressReport, output: Path, as_json: bool, *, by_siz
         data["seen_errors"] = {task.task_id: task.seen_error for task in report.tasks}
     if report.recovered:
         data["recovered"] = report.recovered
-    if as_json:
-        print_json(data)
-        return
-    console = open_console()
+    return data
+
+
+def _print(
+    console: Console, data: dict[str, Any], report: CompressReport, *, by_size: bool
+) -> None:
+    from vllm_vlora.tools import summary as show
+
     show.print_tasks(console, data)
     show.print_candidates(console, data, (report.representation, report.format), by_error=by_size)
     show.print_quality(console, data)

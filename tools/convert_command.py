@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_vlora.tools.common_options import force_option, output_option
 from vllm_vlora.tools.terminal import (
     AsJson,
     Verbose,
     open_console,
-    print_json,
+    print_result,
     progress_bar,
     reported,
 )
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vllm_vlora.foreign.convert import ConvertReport
 
 
@@ -27,9 +31,7 @@ def convert(
             metavar="SRC", help="A checkpoint of vlora or lorashare: a folder or a Hub id."
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="The checkpoint to write.")
-    ],
+    output: Annotated[Path, output_option("The checkpoint to write.")],
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -44,7 +46,7 @@ def convert(
             metavar="MODEL", help="The base model to record; vlora names none.", show_default=False
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DIR.")] = False,
+    force: Annotated[bool, force_option("a checkpoint at DIR")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -62,14 +64,13 @@ def convert(
     with reported(verbose):
         from vllm_vlora.foreign.convert import convert as run
 
-        with progress_bar(open_console(stderr=True)) as advance:
+        with progress_bar() as advance:
             report = run(
                 source, output, alpha=alpha, base_model=base_model, force=force, progress=advance
             )
-        if as_json:
-            print_json(_as_data(source, report))
-        else:
-            _print(source, report)
+        print_result(
+            _as_data(source, report), lambda console, _: _print(console, source, report), as_json
+        )
 
 
 def _as_data(source: str, report: ConvertReport) -> dict[str, Any]:
@@ -88,18 +89,14 @@ def _as_data(source: str, report: ConvertReport) -> dict[str, Any]:
     }
 
 
-def _print(source: str, report: ConvertReport) -> None:
+def _print(console: Console, source: str, report: ConvertReport) -> None:
     from vllm_vlora.checkpoint.card import format_bytes
     from vllm_vlora.tools import summary as show
 
-    errors = open_console(stderr=True)
-    for warning in report.warnings:
-        show.line(errors, f"Warning: {warning}", style="yellow")
-    console = open_console()
-    count = len(report.task_ids)
+    show.print_warnings(open_console(stderr=True), report.warnings)
     show.line(
         console,
-        f"{source}: {report.kind}, {count} task{'' if count == 1 else 's'}, {report.modules} "
+        f"{source}: {report.kind}, {count_of(len(report.task_ids), 'task')}, {report.modules} "
         f"modules, {format_bytes(report.source_nbytes)}",
     )
     show.line(

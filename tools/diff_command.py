@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_vlora.errors import OptionError
-from vllm_vlora.tools.analyze_command import Plot
-from vllm_vlora.tools.terminal import AsJson, Verbose, open_console, print_json, reported
+from vllm_vlora.tools.common_options import Plot
+from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, reported
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,10 +63,7 @@ def diff(
         if plot is not None:
             _plot(plot, data)
             data["plot"] = str(plot)
-        if as_json:
-            print_json(data)
-        else:
-            _print(open_console(), data)
+        print_result(data, _print, as_json)
 
 
 def _open(refs: list[str]) -> tuple[tuple[str, str], tuple[Update, Update]]:
@@ -98,15 +95,11 @@ def _cosine(pair: tuple[Update, Update]) -> float:
 
 
 def _print(console: Console, data: dict[str, Any]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    from vllm_vlora.tools.summary import line
+    from vllm_vlora.tools.summary import line, make_table
 
-    table = Table(header_style="bold")
-    table.add_column("Layer", overflow="fold")
-    for column in ("L2 distance", "Cosine"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = make_table(["Layer"], ["L2 distance", "Cosine"])
     for name, found in data["layers"].items():
         table.add_row(Text(name), f"{found['l2_distance']:.4g}", f"{found['cosine_sim']:.4f}")
     table.add_section()
@@ -118,7 +111,8 @@ def _print(console: Console, data: dict[str, Any]) -> None:
 
 
 def _plot(path: Path, data: dict[str, Any]) -> None:
-    from vllm_vlora.tools.task_plots import Bars, save_plot
+    from vllm_vlora.tools.plots import Bars
+    from vllm_vlora.tools.task_plots import save_plot
 
     names = list(data["layers"])
     distances, cosines = (

@@ -5,24 +5,25 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllm_vlora.errors import OptionError, OutputError
-from vllm_vlora.tools.common_options import BatchSize, Device, ModelDtype
+from vllm_vlora.tools.common_options import BatchSize, Device, ModelDtype, base_option
 from vllm_vlora.tools.terminal import (
     EXIT_CHECK_FAILED,
     AsJson,
     CheckpointRef,
     Verbose,
     open_console,
-    print_json,
+    print_result,
     progress_bar,
     reported,
 )
+from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,14 +44,7 @@ def evaluate(
             "TASK.txt for each task. May be repeated.",
         ),
     ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The base model's folder or Hub id. Default: the one the checkpoint names.",
-            show_default=False,
-        ),
-    ] = None,
+    base: Annotated[str | None, base_option("checkpoint names")] = None,
     adapters: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,7 +69,8 @@ def evaluate(
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a report with plots.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a report with plots; needs matplotlib."),
     ] = None,
     save_json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what --json prints to a file.")
@@ -115,6 +110,10 @@ def evaluate(
     with reported(verbose):
         for target in (html, save_json):
             _check_target(target)
+        if html is not None:
+            from vllm_vlora.tools.plots import check_matplotlib
+
+            check_matplotlib("--html")
         from vllm_vlora.checkpoint.reader import Checkpoint
         from vllm_vlora.checkpoint.task_files import find_data, find_originals
 
@@ -123,7 +122,7 @@ def evaluate(
         originals = find_originals(opened, adapters or [], adapter or [])
         if fail_under is not None:
             _check_gate(files, originals)
-        with progress_bar(open_console(stderr=True)) as advance:
+        with progress_bar() as advance:
             from vllm_vlora.evaluation.base_model import quieten
             from vllm_vlora.evaluation.evaluator import (
                 EvaluationOptions,
@@ -147,12 +146,9 @@ def evaluate(
             )
         found = report.to_dict()
         _write_reports(found, html, save_json)
-        if as_json:
-            print_json(found)
-        else:
-            print_report(open_console(), found)
-            if html is not None:
-                open_console().print(f"Wrote {html}", soft_wrap=True)
+        print_result(found, print_report, as_json)
+        if html is not None and not as_json:
+            open_console().print(f"Wrote {html}", soft_wrap=True)
         if fail_under is not None:
             failure = gate_failure(found, fail_under)
             if failure is not None:
@@ -210,7 +206,7 @@ def gate_failure(found: Mapping[str, Any], threshold: float) -> str | None:
     )
     if not below:
         return None
-    named = _some([f"{task['task']} {task['recovered']:.4f}" for task in below])
+    named = some_of(f"{task['task']} {task['recovered']:.4f}" for task in below)
     return f"{len(below)} of {len(judged)} tasks recover less than {threshold:g}: {named}"
 
 
@@ -228,34 +224,14 @@ def _write_reports(found: Mapping[str, Any], html: Path | None, save_json: Path 
 
 def print_report(console: Console, found: Mapping[str, Any]) -> None:
     """The table of tasks, the figures over all, and what a reader must know beside them."""
-    from rich.table import Table
     from rich.text import Text
 
-    from vllm_vlora.checkpoint.card import format_bytes
-    from vllm_vlora.tools.summary import line
+    from vllm_vlora.tools.html_report import MEASURED, measured_cells
+    from vllm_vlora.tools.summary import line, make_table
 
-    table = Table(header_style="bold")
-    table.add_column("Task", overflow="fold")
-    headings = ("Base", "Adapter", "Task's loss", "Recovered", "95 %", "Agree", "Greedy", "KL")
-    for heading in (*headings, "Error", "Size", "Tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = make_table(["Task"], [*MEASURED, "Tokens"])
     for task in found["tasks"]:
-        greedy = task["greedy"]
-        interval = task["recovered_interval"]
-        table.add_row(
-            Text(task["task"]),
-            _number(task["base_loss"]),
-            _number(task["adapter_loss"]),
-            _number(task["compressed_loss"]),
-            _number(task["recovered"]),
-            "-" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}",
-            _number(task["agreement"]),
-            "-" if greedy is None else f"{greedy['tokens']:.1f} of {greedy['possible']:.1f}",
-            _number(task["kl"]),
-            _number(task["error"]),
-            format_bytes(task["bytes"]),
-            str(task["tokens"]),
-        )
+        table.add_row(Text(task["task"]), *measured_cells(task), str(task["tokens"]))
     console.print(table)
     overall = found["recovered"]
     if overall["judged"]:
@@ -272,19 +248,10 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
                 console, f"{task['task']}: not judged: {task['undefined_because']}", style="yellow"
             )
     if found["not_evaluated"]:
-        line(console, f"no data, left out: {_some(found['not_evaluated'])}", style="yellow")
+        line(console, f"no data, left out: {some_of(found['not_evaluated'])}", style="yellow")
     line(
         console,
         "Losses and KL: nats per supervised token. Greedy: first tokens that agree. Error: relative, "
         "Frobenius. 95 %: bootstrap over examples.",
         style="dim",
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f", ... ({len(names)})" if len(names) > _NAMED_TASKS else ""
-    return ", ".join(names[:_NAMED_TASKS]) + more
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_vlora.tools.terminal import open_console, print_json, progress_bar
+from vllm_vlora.tools.terminal import print_result, progress_bar
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vllm_vlora.checkpoint.export import ConfigChanges
     from vllm_vlora.checkpoint.reader import Checkpoint
 
@@ -25,7 +27,7 @@ def write_folders(
     """A folder in ``output`` for each task, with a bar; see ``export_all``."""
     from vllm_vlora.checkpoint.export import export_all
 
-    with progress_bar(open_console(stderr=True)) as advance:
+    with progress_bar() as advance:
         return export_all(
             checkpoint,
             tasks,
@@ -40,9 +42,8 @@ def show_folders(folders: Mapping[str, Path], as_json: bool) -> None:
     """What was written: JSON, or a line each."""
     from vllm_vlora.tools.summary import line
 
-    if as_json:
-        print_json({task_id: str(folder) for task_id, folder in folders.items()})
-        return
-    console = open_console()
-    for task_id, folder in folders.items():
-        line(console, f"{task_id} -> {folder}")
+    def draw(console: Console, data: Mapping[str, str]) -> None:
+        for task_id, folder in data.items():
+            line(console, f"{task_id} -> {folder}")
+
+    print_result({task_id: str(folder) for task_id, folder in folders.items()}, draw, as_json)

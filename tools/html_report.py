@@ -15,11 +15,12 @@ _BARS = 100
 # Modules without a number in their name (lm_head) stand in a column of their own.
 _NO_LAYER = "none"
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d5dae0;
-  --quiet: #5b6570; --data: #2f6db5; --hot: #b5432f; --cold: #2f6db5; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --paper: #15181c; --soft: #1f242a;
-  --line: #38404a; --quiet: #9aa5b1; --data: #6ea8e8; --hot: #f08a6c; --cold: #6ea8e8; } }
+_LIGHT = "; ".join(f"--{name}: {colour}" for name, colour in plots.COLOURS.items())
+_STYLE = (
+    f":root {{ color-scheme: light dark; --paper: #ffffff; --soft: #f3f5f7; {_LIGHT}; }}"
+    + """
+@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --soft: #1f242a; --ink: #e4e8ec;
+  --line: #38404a; --quiet: #9aa5b1; --data: #6ea8e8; --hot: #f08a6c; } }
 body { margin: 0 auto; padding: 1.5rem; max-width: 68rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
@@ -34,16 +35,12 @@ table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; white-space: nowrap; font-variant-numeric: tabular-nums; }
 td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
-svg { display: block; } svg .note { font-size: 11px; fill: var(--quiet); }
-svg .name { font-size: 12px; fill: var(--ink); font-weight: 600; }
-svg .grid { stroke: var(--line); } svg .axis { stroke: var(--quiet); }
-svg .limit { stroke: var(--ink); } svg .mark { fill: var(--data); fill-opacity: 0.75; }
-svg .band { fill: var(--data); fill-opacity: 0.25; }
-svg .curve { fill: none; stroke: var(--data); stroke-width: 2; }
-svg .heat { fill: var(--hot); } svg .cold { fill: var(--cold); }
+svg { display: block; } svg .mark * { pointer-events: all; }
 """
-# Whatever a task is called, a browser will neither run nor fetch anything.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+)
+# Whatever a task is called, a browser will neither run nor fetch anything; the one image, that of many
+# tasks' similarities, is in the page.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def render_report(found: Mapping[str, Any]) -> str:
@@ -53,12 +50,6 @@ def render_report(found: Mapping[str, Any]) -> str:
     of another file, and its policy forbids both.
     """
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
-        f"<title>Fidelity of {escape(found['checkpoint'])}</title>",
-        f"<style>{STYLE}</style></head><body>",
         *_head(found),
         *_table_of_tasks(found["tasks"]),
         *_recovered_figures(found["tasks"]),
@@ -66,9 +57,29 @@ def render_report(found: Mapping[str, Any]) -> str:
         *_spectra_figure(found["spectra"]),
         *_similarity_figure(found),
         *_provenance(found),
+    ]
+    return render_page(f"Fidelity of {found['checkpoint']}", parts)
+
+
+def render_page(title: str, parts: Sequence[str]) -> str:
+    """A page of these elements, under the style and the policy of all our pages."""
+    lines = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{_STYLE}</style></head><body>",
+        *parts,
         "</body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def render_figure(plot: plots.Plot) -> str:
+    """A figure with its title above and its caption below."""
+    caption = f"<figcaption>{escape(plot.caption)}</figcaption>"
+    return f"<h2>{escape(plot.title)}</h2>\n<figure>{plots.render_svg(plot)}{caption}</figure>"
 
 
 def _head(found: Mapping[str, Any]) -> Iterator[str]:
@@ -99,33 +110,21 @@ def _tile(label: str, value: str, more: str) -> str:
 
 def _table_of_tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "<h2>Tasks</h2>"
-    headings = ("Task", "Base", "Adapter", "Task's loss", "Recovered", "95 %", "Agreement", "Greedy",
-                "KL", "Error", "Size", "Ratio", "Examples", "Tokens", "Stored as")  # fmt: skip
-    rows = []
-    for task in tasks:
-        greedy, interval = task["greedy"], task["recovered_interval"]
-        rows.append(
-            (
-                task["task"],
-                _number(task["base_loss"]),
-                _number(task["adapter_loss"]),
-                _number(task["compressed_loss"]),
-                _number(task["recovered"]),
-                "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
-                _number(task["agreement"]),
-                "-" if greedy is None else f"{greedy['tokens']:.1f} of {greedy['possible']:.1f}",
-                _number(task["kl"]),
-                _number(task["error"]),
-                format_bytes(task["bytes"]),
-                "-" if task["ratio"] is None else f"{task['ratio']:.2f}x",
-                str(task["examples"]),
-                str(task["tokens"]),
-                ", ".join(f"{name} ({count})" for name, count in task["stored_as"].items()),
-            )
+    headings = ("Task", *MEASURED, "Ratio", "Examples", "Tokens", "Stored as")
+    rows = [
+        (
+            task["task"],
+            *measured_cells(task),
+            "-" if task["ratio"] is None else f"{task['ratio']:.2f}x",
+            str(task["examples"]),
+            str(task["tokens"]),
+            ", ".join(f"{name} ({count})" for name, count in task["stored_as"].items()),
         )
+        for task in tasks
+    ]
     yield _table(headings, rows, text=(0, len(headings) - 1))
     yield (
-        "<p>Losses and KL(adapter || task) are nats per supervised token. Agreement: share of "
+        "<p>Losses and KL(adapter || task) are nats per supervised token. Agree: share of "
         "supervised positions with the same most likely token. Greedy: first generated tokens that "
         "agree with the adapter's, of those that could. Error: relative, Frobenius.</p>"
     )
@@ -137,24 +136,57 @@ def _table_of_tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             )
 
 
+MEASURED = (
+    "Base", "Adapter", "Task's loss", "Recovered", "95 %", "Agree", "Greedy", "KL", "Error", "Size",
+)  # fmt: skip
+
+
+def measured_cells(task: Mapping[str, Any]) -> tuple[str, ...]:
+    """A task's cells under the headings :data:`MEASURED`, in a page or on a terminal."""
+    greedy, interval = task["greedy"], task["recovered_interval"]
+    return (
+        *map(_number, (task["base_loss"], task["adapter_loss"], task["compressed_loss"])),
+        _number(task["recovered"]),
+        "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
+        _number(task["agreement"]),
+        "-" if greedy is None else f"{greedy['tokens']:.1f} of {greedy['possible']:.1f}",
+        _number(task["kl"]),
+        _number(task["error"]),
+        format_bytes(task["bytes"]),
+    )
+
+
 def _recovered_figures(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     judged = sorted(
         (task for task in tasks if task["recovered"] is not None), key=lambda t: t["recovered"]
     )
     if not judged:
         return
-    shown = [
-        plots.Bar(task["task"], task["recovered"], _pair(task["recovered_interval"]))
-        for task in judged[:_BARS]
-    ]
+    shown = judged[:_BARS]
     cut = f" The worst {_BARS} of {len(judged)} tasks are shown." if len(judged) > _BARS else ""
-    yield "<h2>Recovered fraction, worst first</h2>"
-    yield _figure(plots.bars(shown), f"Lines are 95 % intervals; the axis line stands at 1.{cut}")
-    points = [plots.Point(t["task"], t["bytes"], t["recovered"]) for t in judged if t["bytes"]]
-    if points:
-        yield "<h2>Size against recovered fraction</h2>"
-        caption = "One point a task: bytes of its file, without its share of the shared bases."
-        yield _figure(plots.scatter(points, "bytes of the task", "recovered"), caption)
+    yield render_figure(
+        plots.Bars(
+            "Recovered fraction, worst first",
+            f"Lines are 95 % intervals; the upright line stands at 1.{cut}",
+            [task["task"] for task in shown],
+            [task["recovered"] for task in shown],
+            [task["recovered_interval"] for task in shown],
+            limit=1.0,
+        )
+    )
+    sized = [task for task in judged if task["bytes"]]
+    if sized:
+        yield render_figure(
+            plots.Sizes(
+                "Size against recovered fraction",
+                "One point a task: bytes of its file, without its share of the shared bases.",
+                [task["task"] for task in sized],
+                [task["bytes"] for task in sized],
+                [task["recovered"] for task in sized],
+                "bytes of the task",
+                "recovered",
+            )
+        )
 
 
 def _error_figure(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -178,17 +210,21 @@ def _error_figure(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         source = (
             f"For {recorded} of {len(tasks)} tasks as recorded at compression: no original given."
         )
-    yield "<h2>Relative error by layer and module</h2>"
-    yield _figure(
-        plots.heatmap(cells, sorted({kind for kind, _ in cells}), columns, "Relative error"),
-        f"Root mean square over tasks of the relative error of delta_W (Frobenius). {source}",
+    yield render_figure(
+        plots.Heatmap(
+            "Relative error by layer and module",
+            f"Root mean square over tasks of the relative error of delta_W (Frobenius). {source}",
+            cells,
+            sorted({kind for kind, _ in cells}),
+            columns,
+            "Relative error",
+        )
     )
 
 
 def _spectra_figure(spectra: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield "<h2>Spectra</h2>"
     if not spectra:
-        yield "<p>No original given.</p>"
+        yield "<h2>Spectra</h2>\n<p>No original given.</p>"
         return
     low, middle, high = (f"{share:g}" for share in SPECTRUM_QUANTILES)
     panels = [
@@ -201,27 +237,33 @@ def _spectra_figure(spectra: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
         for spectrum in spectra
     ]
-    yield _figure(
-        plots.spectra(panels),
-        "Singular values of the original delta_W, each module's scaled to norm 1: median over tasks "
-        "and layers, and the range from the 10th to the 90th percentile. The upright line stands "
-        "after the median rank that the checkpoint keeps.",
+    yield render_figure(
+        plots.Spectra(
+            "Spectra",
+            "Singular values of the original delta_W, each module's scaled to norm 1: median over "
+            "tasks and layers, and the range from the 10th to the 90th percentile. The upright line "
+            "stands after the median rank that the checkpoint keeps.",
+            panels,
+        )
     )
 
 
 def _similarity_figure(found: Mapping[str, Any]) -> Iterator[str]:
-    yield "<h2>Similarity of tasks</h2>"
     if found["similarity"] is None:
-        yield "<p>Needs the originals of at least two tasks.</p>"
+        yield "<h2>Similarity of tasks</h2>\n<p>Needs the originals of at least two tasks.</p>"
         return
     labels, cosines = found["similarity"]["tasks"], found["similarity"]["cosines"]
     having = sum(task["original"] is not None for task in found["tasks"])
     cut = f" The first {len(labels)} of {having} tasks are shown." if having > len(labels) else ""
     order = "Rows and columns are in the table's order."
-    yield _figure(
-        plots.similarity(labels, cosines),
-        "Cosine between the original updates, all modules together: full colour is 1, none is 0, "
-        f"the other colour is below zero. {order}{cut}",
+    yield render_figure(
+        plots.Similarities(
+            "Similarity of tasks",
+            "Cosine between the original updates, all modules together: full colour is 1, none is "
+            f"0, the other colour is below zero. {order}{cut}",
+            labels,
+            cosines,
+        )
     )
 
 
@@ -248,14 +290,6 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], text: Sequenc
     head = f"<thead><tr>{cells('th', headings)}</tr></thead>" if any(headings) else ""
     body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="scroll"><table>{head}<tbody>\n{body}\n</tbody></table></div>'
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
-    return None if interval is None else (interval[0], interval[1])
 
 
 def _number(value: float | None) -> str:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vlora.tools.terminal import AsJson, Verbose, open_console, print_json, reported
+from vllm_vlora.tools.common_options import force_option, output_option
+from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, reported
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_vlora.checkpoint.hub import PushReport
 
 
 def push(
@@ -46,33 +52,22 @@ def push(
     VLLM_VLORA_CHECKPOINT=org/my-tasks vllm serve BASE_MODEL --enable-lora
     """
     with reported(verbose):
-        from vllm_vlora.checkpoint.card import format_bytes
         from vllm_vlora.checkpoint.hub import push_checkpoint
-        from vllm_vlora.tools import summary as show
 
         report = push_checkpoint(
             checkpoint, repo, private=private or None, message=message, revision=revision
         )
-        if as_json:
-            print_json(asdict(report))
-            return
-        console = open_console()
-        show.line(
-            console,
-            f"{checkpoint} -> {report.repo_id}@{report.revision}: {report.tasks} tasks, "
-            f"{format_bytes(report.nbytes)}",
+        print_result(
+            asdict(report), lambda console, _: _print_pushed(console, checkpoint, report), as_json
         )
-        show.line(console, report.url)
 
 
 def pull(
     repo: Annotated[
         str, typer.Argument(metavar="REPO", help="The repository: org/name or org/name@revision.")
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")
-    ],
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DIR.")] = False,
+    output: Annotated[Path, output_option()],
+    force: Annotated[bool, force_option("a checkpoint at DIR")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -87,22 +82,33 @@ def pull(
     vllm-vlora pull org/my-tasks@v1 -o ckpt
     """
     with reported(verbose):
-        from vllm_vlora.checkpoint.card import format_bytes
         from vllm_vlora.checkpoint.hub import pull_checkpoint
-        from vllm_vlora.tools import summary as show
 
         opened = pull_checkpoint(repo, output, force=force)
-        if as_json:
-            print_json(
-                {
-                    "repo": repo,
-                    "checkpoint": str(opened.path),
-                    "tasks": len(opened.tasks),
-                    "bytes": opened.nbytes,
-                }
-            )
-            return
-        show.line(
-            open_console(),
-            f"{repo} -> {opened.path}: {len(opened.tasks)} tasks, {format_bytes(opened.nbytes)}",
-        )
+        data = {
+            "repo": repo,
+            "checkpoint": str(opened.path),
+            "tasks": len(opened.tasks),
+            "bytes": opened.nbytes,
+        }
+        print_result(data, _print_pulled, as_json)
+
+
+def _print_pushed(console: Console, checkpoint: Path, report: PushReport) -> None:
+    from vllm_vlora.checkpoint.card import format_bytes
+    from vllm_vlora.tools.summary import line
+
+    line(
+        console,
+        f"{checkpoint} -> {report.repo_id}@{report.revision}: {report.tasks} tasks, "
+        f"{format_bytes(report.nbytes)}",
+    )
+    line(console, report.url)
+
+
+def _print_pulled(console: Console, data: dict[str, Any]) -> None:
+    from vllm_vlora.checkpoint.card import format_bytes
+    from vllm_vlora.tools.summary import line
+
+    size = format_bytes(data["bytes"])
+    line(console, f"{data['repo']} -> {data['checkpoint']}: {data['tasks']} tasks, {size}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_vlora.tools.summary import line
+from vllm_vlora.tools.summary import line, make_table
+from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
     from vllm_vlora.plugin.memory import MemoryPlan, ModeMemory
@@ -67,15 +68,9 @@ def _describe_mode(mode: ModeMemory) -> dict[str, Any]:
 
 def print_plan(console: Console, data: dict[str, Any]) -> None:
     """The table, a column a mode, and what a reader must know beside it."""
-    table = Table(
-        title="Memory in MiB" + (f" on each of {data['tp']} devices" if data["tp"] > 1 else ""),
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-    )
-    table.add_column("", overflow="fold")
-    for mode in data["modes"]:
-        table.add_column(_HEADINGS.get(mode["mode"], mode["mode"]), justify="right", no_wrap=True)
+    modes = [_HEADINGS.get(mode["mode"], mode["mode"]) for mode in data["modes"]]
+    where = f" on each of {data['tp']} devices" if data["tp"] > 1 else ""
+    table = make_table([""], modes, title=f"Memory in MiB{where}")
     for name in ("slots", "bases", "cores", "factors"):
         _add_row(table, data, name.capitalize(), _part(name))
     _add_row(table, data, "Table, buffers", _table_and_buffers)
@@ -154,8 +149,8 @@ def _print_not_direct(console: Console, data: dict[str, Any]) -> None:
     for task, reason in data["not_direct"].items():
         reasons.setdefault(reason, []).append(task)
     for reason, tasks in reasons.items():
-        more = len(tasks) - _NAMED_TASKS
-        names = ", ".join(tasks[:_NAMED_TASKS]) + (f" and {more} more (--json)" if more > 0 else "")
+        names = some_of(tasks, _NAMED_TASKS)
+        names += " (--json)" if len(tasks) > _NAMED_TASKS else ""
         line(
             console,
             f"Cannot run direct, materialized instead in auto: {len(tasks)} of {data['tasks']} tasks, "

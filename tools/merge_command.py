@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_vlora.errors import OptionError
-from vllm_vlora.tools.terminal import (
-    AsJson,
-    Verbose,
-    open_console,
-    print_json,
-    progress_bar,
-    reported,
-)
+from vllm_vlora.tools.common_options import adapters_argument, force_option, output_option
+from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,20 +29,8 @@ class Method(str, Enum):
 
 
 def merge(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ADAPTER...",
-            help="PEFT folders, Hub ids, or a folder whose sub-folders are adapters; with "
-            "--checkpoint, tasks of it.",
-        ),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="The PEFT folder to write.", show_default=False
-        ),
-    ] = None,
+    adapters: Annotated[list[str], adapters_argument("; with --checkpoint, tasks of it")],
+    output: Annotated[Path | None, output_option("The PEFT folder to write.")] = None,
     method: Annotated[Method, typer.Option(help="Weighted sum, TIES or DARE.")] = Method.average,
     weights: Annotated[
         str | None,
@@ -101,9 +83,7 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an adapter at DIR, or TASK in CKPT.")
-    ] = False,
+    force: Annotated[bool, force_option("an adapter at DIR, or TASK in CKPT")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -132,7 +112,7 @@ def merge(
             blended = _blend(
                 checkpoint, adapters, chosen, new_task, rank, format or "float32", force
             )
-            _show_blend(blended, checkpoint, as_json)
+            print_result(_describe_blend(blended, checkpoint), _print_blend, as_json)
             return
         if format is not None:
             raise OptionError("--format is for a task in a checkpoint; give --checkpoint and --as")
@@ -148,10 +128,7 @@ def merge(
         merged = MERGE_METHODS[method.value](opened, weights=chosen, **options)
         folder = save_adapter(merged, output, force=force)
         data = _describe(merged, names, method, chosen, folder)
-        if as_json:
-            print_json(data)
-        else:
-            _print(open_console(), data)
+        print_result(data, _print, as_json)
 
 
 def _parse_weights(text: str | None) -> list[float] | None:
@@ -196,7 +173,7 @@ def _check_absent(output: Path, force: bool) -> None:
 
 
 def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRAWeights]]:
-    with progress_bar(open_console(stderr=True)) as advance:
+    with progress_bar() as advance:
         if checkpoint is not None:
             from vllm_vlora.checkpoint.reader import Checkpoint
             from vllm_vlora.merging.blending import read_tasks
@@ -246,29 +223,28 @@ def _blend(
     return blend_tasks(checkpoint, named, new_task, rank=rank, format=format, replace=force)
 
 
-def _show_blend(blended: BlendedTask, checkpoint: str, as_json: bool) -> None:
-    from vllm_vlora.checkpoint.card import format_bytes
-    from vllm_vlora.tools.summary import line
-
+def _describe_blend(blended: BlendedTask, checkpoint: str) -> dict[str, Any]:
     low, high = blended.ranks
-    if as_json:
-        print_json(
-            {
-                "checkpoint": checkpoint,
-                "task": blended.task_id,
-                "stored_as": blended.representation,
-                "min_rank": low,
-                "max_rank": high,
-                "bytes": blended.nbytes,
-                "error": blended.error,
-            }
-        )
-        return
-    rank = str(low) if low == high else f"{low}-{high}"
+    return {
+        "checkpoint": checkpoint,
+        "task": blended.task_id,
+        "stored_as": blended.representation,
+        "min_rank": low,
+        "max_rank": high,
+        "bytes": blended.nbytes,
+        "error": blended.error,
+    }
+
+
+def _print_blend(console: Console, data: dict[str, Any]) -> None:
+    from vllm_vlora.checkpoint.card import format_bytes
+    from vllm_vlora.tools.summary import format_range, line
+
     line(
-        open_console(),
-        f"Wrote task {blended.task_id} into {checkpoint}: {blended.representation}, rank {rank}, "
-        f"{format_bytes(blended.nbytes)}, relative error {blended.error:.2g}.",
+        console,
+        f"Wrote task {data['task']} into {data['checkpoint']}: {data['stored_as']}, rank "
+        f"{format_range(data['min_rank'], data['max_rank'])}, {format_bytes(data['bytes'])}, "
+        f"relative error {data['error']:.2g}.",
     )
 
 

@@ -1,39 +1,77 @@
-"""Figures of a fidelity report as SVG text for an HTML page, which colours them by its style sheet.
+"""Figures of the HTML pages and PNG files, drawn by matplotlib.
 
-Written by hand and not with a plotting library: the figures follow the page's light or dark colours,
-their text can be searched, nothing needs to be installed, and equal data gives equal bytes.
-
-Every function takes plain data and returns one ``<svg>`` element. Classes that the page must style:
-``axis`` and ``grid`` (lines), ``mark`` (data), ``band`` (spreads), ``limit`` (reference lines),
-``heat`` and ``cold`` (cells of a heatmap, whose opacity is their value), ``note`` (small text).
+A figure is drawn once, in the colours of a light page. In a page it is an ``<svg>`` whose text can be
+searched, whose colours are the style sheet's, light or dark, and whose marks say their values when
+pointed at. Equal data gives equal bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import NamedTuple
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, NamedTuple
+from xml.etree import ElementTree
 
-_LABEL_CHARACTERS = 32
-# Half the height of small text, to centre it on a line.
-_HALF_LINE = 4
+from vllm_vlora.errors import OptionError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.figure import FigureBase
 
-class Bar(NamedTuple):
-    """One task: its value and, where known, the interval around it."""
-
-    label: str
-    value: float
-    interval: tuple[float, float] | None
-
-
-class Point(NamedTuple):
-    """One task in a scatter plot."""
-
-    label: str
-    x: float
-    y: float
+# The light page's colours, by the names of the style sheet's variables.
+COLOURS = {
+    "ink": "#1b1f24",
+    "line": "#d5dae0",
+    "quiet": "#5b6570",
+    "data": "#2f6db5",
+    "hot": "#b5432f",
+}
+_INK, _LINE, _QUIET, _DATA, _HOT = COLOURS.values()
+_VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
+_FONT = "DejaVu Sans"
+_SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",
+    # A task may be called "$x$".
+    "text.parse_math": False,
+    "font.family": _FONT,
+    "font.size": 8,
+    "figure.titlesize": 10,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.formatter.useoffset": False,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "text.color": _INK,
+    "axes.titlecolor": _INK,
+    "axes.labelcolor": _QUIET,
+    "axes.edgecolor": _QUIET,
+    "xtick.color": _QUIET,
+    "ytick.color": _QUIET,
+    "grid.color": _LINE,
+}
+_WIDTH = 7.9
+_DPI = 150
+_ALPHA = 0.75
+# More rows and columns than these are an image without names.
+_MOST_NAMED = 40
+_MOST_COLUMN_NAMES = 24
+_LABEL_CHARACTERS = 40
+# Kinds of marks, which become classes in the page.
+_KINDS = ("mark", "band", "curve", "limit")
+_NUMBER = re.compile(r"\d+\.\d{3,}")
+_COLOUR = re.compile("#[0-9a-f]{6}")
+# What XML cannot hold, not even escaped.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Band(NamedTuple):
@@ -46,239 +84,307 @@ class Band(NamedTuple):
     mark: float
 
 
-class _Axis(NamedTuple):
-    """Maps data to pixels: ``low`` lies at ``start``, ``high`` at ``end``."""
+@dataclass(frozen=True)
+class Plot(ABC):
+    """What is drawn, under a title and over a caption."""
 
-    low: float
-    high: float
-    start: float
-    end: float
+    title: str
+    caption: str
 
-    def at(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
+    @property
+    @abstractmethod
+    def height(self) -> float:
+        """Inches."""
 
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from ``low`` to ``high``, about ``count`` of them: steps of 1, 2 or 5 times 10^n."""
-    assert high > low
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [place * step for place in range(first, last + 1)]
+    @abstractmethod
+    def draw(self, canvas: FigureBase) -> list[str]:
+        """Draw on an empty canvas; returns what each mark says when pointed at, in drawing order."""
 
 
-def bars(rows: Sequence[Bar]) -> str:
-    """Horizontal bars with intervals, in the order given; a line marks 1."""
-    width, left, right, row, top = 760, 240, 70, 20, 8
-    height = top + row * len(rows) + 30
-    ends = [end for bar in rows for end in (bar.interval or (bar.value, bar.value))]
-    low = min(0.0, *(bar.value for bar in rows), *ends)
-    axis = _padded(low, max(1.0, *(bar.value for bar in rows), *ends), left, width - right)
-    bottom = top + row * len(rows)
-    parts = _vertical_grid(axis, top, bottom)
-    for place, bar in enumerate(rows):
-        middle = top + row * place + row / 2
-        zero, end = axis.at(max(axis.low, 0.0)), axis.at(bar.value)
-        parts.append(_text(left - 8, middle + _HALF_LINE, _short(bar.label), "end"))
-        parts.append(
-            f'<rect class="mark" x="{min(zero, end):.1f}" y="{middle - 6:.1f}" '
-            f'width="{abs(end - zero):.1f}" height="12">{_title(_bar_title(bar))}</rect>'
-        )
-        if bar.interval is not None:
-            ends_at = [axis.at(end) for end in bar.interval]
-            parts.append(_line(ends_at[0], middle, ends_at[1], middle, "limit"))
-            parts += [_line(x, middle - 4, x, middle + 4, "limit") for x in ends_at]
-        parts.append(_text(width - 4, middle + _HALF_LINE, f"{bar.value:.4f}", "end"))
-    parts.append(_line(axis.at(1.0), top, axis.at(1.0), bottom, "axis"))
-    return _svg(width, height, "Recovered fraction by task", parts)
+@dataclass(frozen=True)
+class Bars(Plot):
+    """A value for each label, in the order given, with the interval around it where one is known.
+
+    A line stands at ``limit``.
+    """
+
+    labels: Sequence[str]
+    values: Sequence[float]
+    intervals: Sequence[Sequence[float] | None] = field(default=())
+    limit: float = 0.0
+
+    @property
+    def height(self) -> float:
+        return 0.6 + 0.2 * len(self.labels)
+
+    def draw(self, canvas: FigureBase) -> list[str]:
+        axes = canvas.subplots()
+        places = range(len(self.labels))
+        for bar in axes.barh(places, self.values, height=0.6, color=_DATA, alpha=_ALPHA):
+            bar.set_gid("mark")
+        titles = [f"{label}: {value:.4f}" for label, value in zip(self.labels, self.values)]
+        for place, interval in enumerate(self.intervals):
+            if interval is not None:
+                axes.plot(interval, (place, place), color=_INK, linewidth=1)
+                titles[place] += f" ({interval[0]:.4f} to {interval[1]:.4f})"
+        axes.axvline(self.limit, color=_QUIET, linewidth=1)
+        _name_rows(axes, self.labels)
+        for place, value in enumerate(self.values):
+            across = axes.get_yaxis_transform()
+            axes.text(1.01, place, f"{value:.4f}", transform=across, va="center", color=_QUIET)
+        axes.set_ylim(len(self.labels) - 0.5, -0.5)
+        axes.grid(axis="x")
+        return titles
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Points over a logarithmic x axis; ``x`` must be positive."""
-    width, height, left, right, top, bottom = 760, 320, 70, 20, 12, 44
-    xs = [math.log10(point.x) for point in points]
-    x_axis = _padded(min(xs), max(xs), left, width - right)
-    ys = [point.y for point in points]
-    y_axis = _padded(min(*ys, 1.0), max(*ys, 1.0), height - bottom, top)
-    parts = []
-    for value in ticks(y_axis.low, y_axis.high):
-        y = y_axis.at(value)
-        parts.append(_line(left, y, width - right, y, "grid"))
-        parts.append(_text(left - 8, y + _HALF_LINE, f"{value:g}", "end"))
-    for value in _log_ticks(x_axis.low, x_axis.high):
-        x = x_axis.at(math.log10(value))
-        parts.append(_line(x, top, x, height - bottom, "grid"))
-        parts.append(_text(x, height - bottom + 16, _size(value), "middle"))
-    parts.append(_line(left, y_axis.at(1.0), width - right, y_axis.at(1.0), "axis"))
-    parts += [
-        f'<circle class="mark" cx="{x_axis.at(x):.1f}" cy="{y_axis.at(point.y):.1f}" r="4">'
-        f"{_title(f'{point.label}: {_size(point.x)}, {point.y:.4f}')}</circle>"
-        for point, x in zip(points, xs)
-    ]
-    parts.append(_text((left + width - right) / 2, height - 6, x_label, "middle"))
-    parts.append(_text(left, top - 2, y_label, "start"))
-    return _svg(width, height, f"{y_label} against {x_label}", parts)
+@dataclass(frozen=True)
+class Sizes(Plot):
+    """A point for each label over a logarithmic axis of bytes, which must be positive."""
+
+    labels: Sequence[str]
+    nbytes: Sequence[int]
+    values: Sequence[float]
+    x_label: str
+    y_label: str
+
+    @property
+    def height(self) -> float:
+        return 3.3
+
+    def draw(self, canvas: FigureBase) -> list[str]:
+        from matplotlib.ticker import LogLocator
+
+        axes = canvas.subplots()
+        axes.scatter(self.nbytes, self.values, s=20, color=_DATA, alpha=_ALPHA, gid="mark")
+        axes.axhline(1.0, color=_QUIET, linewidth=1)
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        axes.xaxis.set_major_formatter(lambda value, _: _size(value))
+        axes.set(xlabel=self.x_label, ylabel=self.y_label)
+        axes.grid()
+        rows = zip(self.labels, self.nbytes, self.values)
+        return [f"{label}: {_size(size)}, {value:.4f}" for label, size, value in rows]
 
 
-def heatmap(
-    cells: Mapping[tuple[str, str], float], rows: Sequence[str], columns: Sequence[str], label: str
-) -> str:
+@dataclass(frozen=True)
+class Heatmap(Plot):
     """Cells by (row, column), the greatest the darkest; absent cells stay empty."""
-    side, left, top = 22, 130, 8
-    greatest = max(cells.values(), default=0.0) or 1.0
-    parts = []
-    for place, row in enumerate(rows):
-        y = top + side * place
-        parts.append(_text(left - 8, y + side / 2 + _HALF_LINE, _short(row), "end"))
-        for position, column in enumerate(columns):
-            value = cells.get((row, column))
-            if value is not None:
-                title = _title(f"{row}, layer {column}: {value:.4f}")
-                x = left + side * position
-                parts.append(_cell(x, y, side, value / greatest, "heat", title))
-    bottom = top + side * len(rows)
-    every = max(1, math.ceil(len(columns) / 24))
-    for position, column in enumerate(columns):
-        if position % every == 0:
-            middle = left + side * position + side / 2
-            parts.append(_text(middle, bottom + 14, column, "middle"))
-    parts += _legend(left, bottom + 26, greatest)
-    width = max(left + side * len(columns) + 10, left + 230)
-    return _svg(width, bottom + 50, label, parts)
+
+    cells: Mapping[tuple[str, str], float]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    label: str
+
+    @property
+    def height(self) -> float:
+        return 1.0 + 0.25 * len(self.rows)
+
+    def draw(self, canvas: FigureBase) -> list[str]:
+        from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+        axes = canvas.subplots()
+        colours = LinearSegmentedColormap.from_list("errors", [(_HOT, 0.0), (_HOT, 1.0)])
+        scale = Normalize(0, max(self.cells.values(), default=0.0) or 1.0)
+        places = [
+            (self.columns.index(column), self.rows.index(row), value)
+            for (row, column), value in self.cells.items()
+        ]
+        _draw_cells(axes, places, colours, scale)
+        _name_rows(axes, self.rows)
+        every = max(1, math.ceil(len(self.columns) / _MOST_COLUMN_NAMES))
+        axes.set_xticks(range(0, len(self.columns), every), self.columns[::every])
+        axes.set_xlim(-0.5, len(self.columns) - 0.5)
+        axes.set_ylim(len(self.rows) - 0.5, -0.5)
+        axes.set_xlabel("layer")
+        _draw_legend(canvas, axes, colours, scale, self.label)
+        return [
+            f"{row}, layer {column}: {value:.4f}" for (row, column), value in self.cells.items()
+        ]
 
 
-def spectra(panels: Sequence[Band]) -> str:
-    """Small panels, one a kind of module: median line, spread band, kept rank as a vertical line."""
-    columns, panel_width, panel_height, left, top = 3, 250, 150, 34, 22
-    lines = math.ceil(len(panels) / columns)
-    parts = []
-    for place, panel in enumerate(panels):
-        x = panel_width * (place % columns)
-        y = panel_height * (place // columns)
-        parts += _panel(panel, x + left, x + panel_width - 12, y + top, y + panel_height - 24)
-    width = panel_width * min(columns, max(1, len(panels)))
-    return _svg(width, panel_height * lines, "Singular values by kind of module", parts)
-
-
-def similarity(labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
+@dataclass(frozen=True)
+class Similarities(Plot):
     """A square of cosines in [-1, 1]: warm above zero, cold below; rows and columns as given."""
-    count = len(labels)
-    named = count <= 40
-    side: float = 18 if named else max(4, 640 // count)
-    left, top = (200, 8) if named else (8, 8)
-    parts = []
-    for row in range(count):
-        if named:
-            middle = top + side * (row + 0.5) + _HALF_LINE
-            parts.append(_text(left - 8, middle, _short(labels[row], 26), "end"))
-        for column in range(count):
-            value = cosines[row][column]
-            title = ""
-            if named:
-                title = _title(f"{labels[row]}, {labels[column]}: {value:.3f}")
-            kind = "heat" if value >= 0 else "cold"
-            x, y = left + side * column, top + side * row
-            parts.append(_cell(x, y, side, abs(value), kind, title))
-    edge = side * count
-    return _svg(left + edge + 10, top + edge + 8, "Similarity of the tasks' updates", parts)
+
+    labels: Sequence[str]
+    cosines: Sequence[Sequence[float]]
+
+    @property
+    def _named(self) -> bool:
+        return len(self.labels) <= _MOST_NAMED
+
+    @property
+    def height(self) -> float:
+        longest = max(len(_short(label)) for label in self.labels)
+        return 0.6 + 0.2 * len(self.labels) + 0.07 * longest if self._named else 6.5
+
+    def draw(self, canvas: FigureBase) -> list[str]:
+        from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+        axes = canvas.subplots()
+        stops = [(0.0, (_DATA, 1.0)), (0.5, (_DATA, 0.0)), (0.5, (_HOT, 0.0)), (1.0, (_HOT, 1.0))]
+        # Odd, so that zero has a colour of its own: none.
+        colours = LinearSegmentedColormap.from_list("cosines", stops, N=257)
+        scale = Normalize(-1, 1)
+        titles = []
+        if self._named:
+            cells = [(x, y, v) for y, row in enumerate(self.cosines) for x, v in enumerate(row)]
+            _draw_cells(axes, cells, colours, scale)
+            titles = [f"{self.labels[y]}, {self.labels[x]}: {v:.3f}" for x, y, v in cells]
+            _name_rows(axes, self.labels)
+            axes.set_xticks(
+                range(len(self.labels)), [_short(label) for label in self.labels], rotation=90
+            )
+            axes.set_xlim(-0.5, len(self.labels) - 0.5)
+            axes.set_ylim(len(self.labels) - 0.5, -0.5)
+            axes.set_aspect("equal")
+        else:
+            axes.imshow(self.cosines, cmap=colours, norm=scale, interpolation="none")
+            axes.set(xticks=[], yticks=[])
+        _draw_legend(canvas, axes, colours, scale, "cosine")
+        return titles
+
+
+@dataclass(frozen=True)
+class Spectra(Plot):
+    """Small panels, one a kind of module: median line, spread band, kept rank as an upright line."""
+
+    panels: Sequence[Band]
+
+    @property
+    def height(self) -> float:
+        return 1.7 * self._rows
+
+    @property
+    def _rows(self) -> int:
+        return math.ceil(len(self.panels) / 3)
+
+    def draw(self, canvas: FigureBase) -> list[str]:
+        from matplotlib.ticker import MaxNLocator
+
+        grid = canvas.subplots(self._rows, 3, squeeze=False).flatten()
+        for axes, panel in zip(grid, self.panels):
+            places = range(1, len(panel.middle) + 1)
+            axes.fill_between(
+                places, panel.low, panel.high, color=_DATA, alpha=0.25, linewidth=0, gid="band"
+            )
+            axes.plot(places, panel.middle, color=_DATA, gid="curve")
+            axes.axvline(panel.mark + 0.5, color=_INK, linewidth=1, gid="limit")
+            axes.set_title(_short(panel.label))
+            axes.set_xlim(0.5, max(len(places), panel.mark) + 1)
+            axes.set_ylim(0, max(*panel.high, 1e-9) * 1.05)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        for axes in grid[len(self.panels) :]:
+            axes.remove()
+        return []
+
+
+def check_matplotlib(option: str) -> None:
+    """Raise OptionError before anything is computed: ``option`` has nothing to draw with."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise OptionError(f'{option} needs matplotlib; pip install "vllm-vlora[plot]"') from error
+
+
+def render_svg(plot: Plot) -> str:
+    """An ``<svg>`` element for a page that has the variables of :data:`COLOURS`."""
+    from matplotlib.figure import Figure
+
+    # The figures of a page share no id.
+    with _settings({"svg.hashsalt": plot.title}):
+        canvas = Figure(figsize=(_WIDTH, plot.height), layout="constrained")
+        titles = plot.draw(canvas)
+        # Nothing reaches over its axes; clip paths would name addresses, if only in the page.
+        for artist in canvas.findobj():
+            artist.set_clip_on(False)
+        stream = BytesIO()
+        with warnings.catch_warnings():
+            # The browser may have the glyphs that matplotlib's font lacks.
+            warnings.filterwarnings("ignore", "Glyph")
+            canvas.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(stream.getvalue())
+    linked = {element.get(_HREF, "")[1:] for element in root.iter()}
+    for element in root.iter():
+        _tidy(element, linked)
+    _add_titles(root, titles)
+    root.set("role", "img")
+    root.set("aria-label", _clean(plot.title))
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def render_png(title: str, plots: Sequence[Plot]) -> bytes:
+    """All of them in one picture, one below the other."""
+    from matplotlib.figure import Figure
+
+    heights = [plot.height + 0.4 for plot in plots]
+    with _settings({}):
+        canvas = Figure(figsize=(_WIDTH, sum(heights) + 0.4), layout="constrained")
+        canvas.suptitle(_clean(title))
+        parts = canvas.subfigures(len(plots), 1, squeeze=False, height_ratios=heights)
+        for plot, [part] in zip(plots, parts):
+            part.suptitle(plot.title)
+            plot.draw(part)
+        stream = BytesIO()
+        canvas.savefig(stream, format="png", dpi=_DPI)
+    return stream.getvalue()
 
 
 # --- pieces ---------------------------------------------------------------------------------------
 
 
-def _panel(panel: Band, left: float, right: float, top: float, bottom: float) -> list[str]:
-    count = len(panel.middle)
-    x_axis = _Axis(0.5, max(count, panel.mark) + 0.5, left, right)
-    y_axis = _Axis(0.0, max(*panel.high, 1e-9) * 1.05, bottom, top)
-    places = [x_axis.at(place + 1) for place in range(count)]
-    middle = _path(places, [y_axis.at(value) for value in panel.middle])
-    outline = _path(
-        [*places, *reversed(places)],
-        [y_axis.at(value) for value in [*panel.high, *reversed(panel.low)]],
-    )
-    mark = x_axis.at(panel.mark + 0.5)
-    parts = [
-        _text(left, top - 8, _short(panel.label), "start", "name"),
-        _line(left, bottom, right, bottom, "axis"),
-        _line(left, top, left, bottom, "axis"),
-        f'<path class="band" d="{outline} Z"/>',
-        f'<path class="curve" d="{middle}"/>',
-        _line(mark, top, mark, bottom, "limit"),
-    ]
-    for value in ticks(0.0, y_axis.high, 3):
-        parts.append(_text(left - 4, y_axis.at(value) + _HALF_LINE, f"{value:g}", "end"))
-    for value in ticks(1.0, max(2.0, float(count)), 4):
-        if value == int(value) and value <= count:
-            parts.append(_text(x_axis.at(value), bottom + 14, f"{value:g}", "middle"))
-    return parts
+@contextmanager
+def _settings(more: Mapping[str, Any]) -> Iterator[None]:
+    """Our settings over matplotlib's defaults, whatever this user's are."""
+    from matplotlib import style
+
+    with style.context(["default", {**_SETTINGS, **more}]):
+        yield
 
 
-def _padded(low: float, high: float, start: float, end: float) -> _Axis:
-    """An axis with a little room at both ends, also where all values are one."""
-    room = (high - low) * 0.04 or max(abs(high) * 0.1, 0.1)
-    return _Axis(low - room if low != 0.0 else low, high + room, start, end)
+def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
 
 
-def _vertical_grid(axis: _Axis, top: float, bottom: float) -> list[str]:
-    parts = []
-    for value in ticks(axis.low, axis.high):
-        x = axis.at(value)
-        parts.append(_line(x, top, x, bottom, "grid"))
-        parts.append(_text(x, bottom + 16, f"{value:g}", "middle"))
-    return parts
+def _draw_cells(
+    axes: Axes, cells: Iterable[tuple[int, int, float]], colours: Colormap, scale: Normalize
+) -> None:
+    """Squares of side 1 around (x, y)."""
+    from matplotlib.collections import PolyCollection
 
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten within 10^low .. 10^high; few if there are many."""
-    powers = range(math.floor(low), math.ceil(high) + 1)
-    found = [
-        f * 10.0**p for p in powers for f in (1, 2, 5) if low <= math.log10(f * 10.0**p) <= high
-    ]
-    return found if len(found) <= 8 else [value for value in found if f"{value:e}"[0] == "1"]
-
-
-def _legend(x: float, y: float, greatest: float) -> list[str]:
-    parts = [_text(x - 8, y + 9, "0", "end")]
-    parts += [_cell(x + 12 * step, y, 12, step / 10, "heat", "") for step in range(11)]
-    parts.append(_text(x + 12 * 11 + 8, y + 9, f"{greatest:.3g}", "start"))
-    return parts
-
-
-def _cell(x: float, y: float, side: float, opacity: float, kind: str, title: str) -> str:
-    shape = f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" '
-    shape += f'fill-opacity="{min(1.0, max(0.0, opacity)):.3g}"'
-    return f"{shape}>{title}</rect>" if title else f"{shape}/>"
-
-
-def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
-    return "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys))
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "note") -> str:
-    return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    corners = ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))
+    placed = list(cells)
+    axes.add_collection(
+        PolyCollection(
+            [[(x + right, y + down) for right, down in corners] for x, y, _ in placed],
+            array=[value for _, _, value in placed],
+            cmap=colours,
+            norm=scale,
+            gid="mark",
+        )
     )
 
 
-def _title(text: str) -> str:
-    return f"<title>{escape(text)}</title>"
+def _draw_legend(
+    canvas: FigureBase, axes: Axes, colours: Colormap, scale: Normalize, label: str
+) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    # Few enough steps to be drawn as shapes, which follow the page's colours.
+    steps = ScalarMappable(scale, colours.resampled(21))
+    canvas.colorbar(steps, ax=axes, label=label, aspect=15)
 
 
-def _bar_title(bar: Bar) -> str:
-    text = f"{bar.label}: {bar.value:.4f}"
-    return (
-        text if bar.interval is None else f"{text} ({bar.interval[0]:.4f} to {bar.interval[1]:.4f})"
-    )
+def _short(text: str) -> str:
+    """Cut in the middle: names of modules differ at both ends."""
+    text = _clean(text)
+    kept = (_LABEL_CHARACTERS - 3) // 2
+    return text if len(text) <= _LABEL_CHARACTERS else f"{text[:kept]}...{text[-kept:]}"
 
 
-def _short(text: str, limit: int = _LABEL_CHARACTERS) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+def _clean(text: str) -> str:
+    return _NO_XML.sub("\ufffd", text)
 
 
 def _size(count: float) -> str:
@@ -287,9 +393,44 @@ def _size(count: float) -> str:
     return format_bytes(round(count))
 
 
-def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
-    opening = (
-        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" '
-        f'role="img" aria-label="{escape(label)}">'
-    )
-    return "\n".join([opening, *parts, "</svg>"])
+# --- SVG of matplotlib to SVG in a page -----------------------------------------------------------
+
+_HREF = "{http://www.w3.org/1999/xlink}href"
+_SVG = "{http://www.w3.org/2000/svg}"
+
+
+def _tidy(element: ElementTree.Element, linked: set[str]) -> None:
+    """No name spaces, no ids that could stand twice in a page, no style for the whole of it."""
+    for child in [c for c in element if c.tag in (f"{_SVG}metadata", f"{_SVG}style")]:
+        element.remove(child)
+    element.tag = element.tag.removeprefix(_SVG)
+    element.tail = None
+    if element.tag != "text":
+        element.text = None
+    attributes = dict(element.attrib)
+    element.attrib.clear()
+    for name, value in attributes.items():
+        if name == "id" and value in _KINDS:
+            element.set("class", value)
+        elif name == _HREF:
+            element.set("href", value)
+        elif name == "style":
+            value = value.replace(f"'{_FONT}'", "system-ui, sans-serif")
+            element.set(name, _COLOUR.sub(lambda m: _VARIABLES.get(m[0], m[0]), value))
+        elif name in ("d", "x", "y") or (name == "transform" and element.tag == "text"):
+            # Hundredths of a point are enough, and half the page.
+            short = _NUMBER.sub(lambda m: f"{float(m[0]):.2f}", value)
+            element.set(name, " ".join(short.split()))
+        elif name != "id" or value in linked:
+            element.set(name, value)
+
+
+def _add_titles(root: ElementTree.Element, titles: Iterable[str]) -> None:
+    shapes = [
+        shape
+        for group in root.iter("g")
+        if group.get("class") == "mark"
+        for shape in (*group.iterfind("path"), *group.iter("use"))
+    ]
+    for shape, title in zip(shapes, titles, strict=True):
+        ElementTree.SubElement(shape, "title").text = _clean(title)

@@ -9,13 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vllm_vlora.tools.common_options import all_option, force_option, output_option
 from vllm_vlora.tools.exporting import show_folders, write_folders
-from vllm_vlora.tools.terminal import (
-    AsJson,
-    Verbose,
-    open_console,
-    reported,
-)
+from vllm_vlora.tools.terminal import AsJson, Verbose, open_console, reported
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint.reader import Checkpoint
@@ -29,17 +25,13 @@ def reconstruct(
             help="A checkpoint of ours, of lorashare or of vlora: a folder or a Hub id.",
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")
-    ],
+    output: Annotated[Path, output_option()],
     adapter: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The adapter to take out.", show_default=False),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Take every adapter out.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace existing adapter folders.")
-    ] = False,
+    everything: Annotated[bool, all_option("adapter")] = False,
+    force: Annotated[bool, force_option("existing adapter folders")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -80,7 +72,7 @@ def _opened(ref: str) -> Iterator[Checkpoint]:
     from vllm_vlora.errors import CheckpointError
     from vllm_vlora.foreign.convert import convert, detect_kind
     from vllm_vlora.snapshots import resolve_snapshot
-    from vllm_vlora.tools import summary as show
+    from vllm_vlora.tools.summary import print_warnings
 
     folder = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
     if detect_kind(folder) not in ("vlora", "lorashare"):
@@ -88,7 +80,5 @@ def _opened(ref: str) -> Iterator[Checkpoint]:
         return
     with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
         report = convert(folder, Path(scratch) / "converted")
-        console = open_console(stderr=True)
-        for warning in report.warnings:
-            show.line(console, f"Warning: {warning}", style="yellow")
+        print_warnings(open_console(stderr=True), report.warnings)
         yield Checkpoint.open(report.path)

@@ -13,7 +13,7 @@ from rich.text import Text
 from vllm_vlora.checkpoint.card import format_bytes, format_ratio, serve_command, serving_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from vllm_vlora.checkpoint.reader import Checkpoint
     from vllm_vlora.representations.spec import Segment
@@ -99,10 +99,7 @@ def _rows_by_bits(segments: Sequence[Segment]) -> dict[str, int]:
 
 def print_tasks(console: Console, summary: dict[str, Any]) -> None:
     """The table of tasks, with the shared bases and the total below."""
-    table = Table(header_style="bold", show_footer=False)
-    table.add_column("Task", overflow="fold")
-    for column in ("Before", "Stored", "Ratio", "Rank"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = make_table(["Task"], ["Before", "Stored", "Ratio", "Rank"])
     table.add_column("Stored as", overflow="fold")
     table.add_column("Error", justify="right", no_wrap=True)
     for task in summary["tasks"]:
@@ -111,7 +108,7 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
             format_bytes(task["original_bytes"]),
             format_bytes(task["bytes"]),
             format_ratio(task["original_bytes"], task["bytes"]),
-            _range(task["min_rank"], task["max_rank"]),
+            format_range(task["min_rank"], task["max_rank"]),
             _stored_as(task["stored_as"]) + _mean_bits(task["nf4_rows_by_bits"]),
             f"{task['error']:.4f}",
         )
@@ -182,19 +179,12 @@ def print_candidates(
     """
     if len(summary["candidates"]) < 2:
         return
-    table = Table(
-        title=f"Measured: {chosen[0]} {chosen[1]} {'is smallest' if by_error else 'keeps most'}",
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-    )
-    table.add_column("")
-    for column in ("Representation", "Format"):
-        table.add_column(column)
     judged = any("recovered" in candidate for candidate in summary["candidates"])
-    columns = ("Size", "Mean error", "Worst error", *(["Recovered"] if judged else []))
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = make_table(
+        ["", "Representation", "Format"],
+        ["Size", "Mean error", "Worst error", *(["Recovered"] if judged else [])],
+        title=f"Measured: {chosen[0]} {chosen[1]} {'is smallest' if by_error else 'keeps most'}",
+    )
     for candidate in summary["candidates"]:
         is_chosen = (candidate["representation"], candidate["format"]) == chosen
         table.add_row(
@@ -210,18 +200,12 @@ def print_candidates(
     console.print(table)
 
 
-def print_curve(console: Console, original_nbytes: int, points: list[dict[str, Any]]) -> None:
+def print_curve(console: Console, predicted: dict[str, Any]) -> None:
     """What every size would cost."""
-    table = Table(
-        title="Predicted; nothing was written",
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-    )
-    for column in ("Ratio", "Size", "Mean error", "Worst error"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ["Ratio", "Size", "Mean error", "Worst error"]
+    table = make_table([], columns, title="Predicted; nothing was written")
     table.add_column("Best stored as", overflow="fold")
-    for point in points:
+    for point in predicted["points"]:
         table.add_row(
             f"{point['ratio']:g}x",
             format_bytes(point["bytes"]),
@@ -232,8 +216,8 @@ def print_curve(console: Console, original_nbytes: int, points: list[dict[str, A
     console.print(table)
     line(
         console,
-        f"The adapters take {format_bytes(original_nbytes)} at 16 bits. Error: relative; what it "
-        "does to answers `vllm-vlora evaluate` says.",
+        f"The adapters take {format_bytes(predicted['original_bytes'])} at 16 bits. Error: relative; "
+        "what it does to answers `vllm-vlora evaluate` says.",
         style="dim",
     )
 
@@ -290,6 +274,22 @@ def print_serving(console: Console, summary: dict[str, Any]) -> None:
         )
 
 
+def make_table(names: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
+    """An empty table: columns of text, which may be folded, then columns of numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def print_warnings(console: Console, warnings: Iterable[str]) -> None:
+    """A line each."""
+    for warning in warnings:
+        line(console, f"Warning: {warning}", style="yellow")
+
+
 def line(console: Console, text: str, style: str = "") -> None:
     """Print one line as it is: no markup, no highlighting, no wrapping that would break a paste."""
     console.print(Text(text, style=style), soft_wrap=True)
@@ -311,11 +311,12 @@ def _mean_bits(rows: dict[str, int]) -> str:
     return f", {mean:.1f} bits"
 
 
-def _range(low: int, high: int) -> str:
+def format_range(low: int, high: int) -> str:
+    """``4``, or ``4-8``."""
     return str(low) if low == high else f"{low}-{high}"
 
 
 def _basis_extent(bases: list[dict[str, Any]], count: int) -> str:
     k_out, k_in = ([basis[key] for basis in bases] for key in ("k_out", "k_in"))
-    text = f"{_range(min(k_out), max(k_out))} x {_range(min(k_in), max(k_in))}"
+    text = f"{format_range(min(k_out), max(k_out))} x {format_range(min(k_in), max(k_in))}"
     return text if len(bases) == count else f"{text} ({len(bases)} of {count})"

@@ -6,10 +6,10 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -19,6 +19,8 @@ from vllm_vlora.errors import BudgetError, VLoRAError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+_Data = TypeVar("_Data")
 
 EXIT_CHECK_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -124,7 +126,9 @@ class _Advance:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[_Advance]:
+def progress_bar(console: Console | None = None) -> Iterator[_Advance]:
+    """Progress on ``console``, by default that of stderr."""
+    console = console or open_console(stderr=True)
     if not console.is_terminal:
         yield _Advance(console, None)
         return
@@ -137,3 +141,11 @@ def progress_bar(console: Console) -> Iterator[_Advance]:
 
 def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_result(data: _Data, draw: Callable[[Console, _Data], None], as_json: bool) -> None:
+    """What a command found: JSON, or what ``draw`` makes of it for a person."""
+    if as_json:
+        print_json(data)
+    else:
+        draw(open_console(), data)

@@ -324,7 +324,7 @@ def pack_narrow(matrix: torch.Tensor, bits: int) -> PackedMatrix:
             f"{list(matrix.shape)}"
         )
     rows, cols = matrix.shape
-    if not _is_finite(matrix):
+    if not is_finite(matrix):
         raise ValueError("the matrix holds NaN or infinite values, which cannot be packed")
     if matrix.numel() == 0:
         return pack(matrix, "nf4-dq")
@@ -446,17 +446,23 @@ def unpack(
     return _unpack_nf4(packed, start, stop).to(dtype)
 
 
-def _is_finite(matrix: torch.Tensor) -> bool:
-    # A NaN or an infinity is also the least or the greatest value; this takes a tenth of
-    # isfinite().all().
-    return not matrix.numel() or bool(torch.isfinite(torch.stack(matrix.aminmax())).all())
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any shape and dtype holds neither NaN nor infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    values = tensor.detach()
+    # One-byte floats have no least and greatest value of their own.
+    values = values.float() if values.itemsize == 1 else values
+    # A NaN or an infinity is also the least or the greatest value; this reads a tensor once and took
+    # a twentieth of isfinite().all() on 14336 x 16.
+    return bool(torch.isfinite(torch.stack(values.aminmax())).all())
 
 
 def _pack_rows(matrix: torch.Tensor, format: str) -> dict[str, torch.Tensor]:
-    if not _is_finite(matrix):
+    if not is_finite(matrix):
         raise ValueError("the matrix holds NaN or infinite values, which cannot be packed")
     values = matrix.to(FLOAT_DTYPES.get(format, torch.float32))
-    if not _is_finite(values):
+    if not is_finite(values):
         raise ValueError(
             f"the matrix holds values too large for {format} (largest magnitude "
             f"{matrix.abs().max().item():g}): pack it in a wider format"
@@ -513,7 +519,7 @@ def _pack_narrow_rows(
 ) -> PackedMatrix:
     rows, cols = matrix.shape
     values = matrix.float()
-    if not _is_finite(values):
+    if not is_finite(values):
         raise ValueError("the matrix holds values too large for nf4-dq: scale it down")
     blocks = F.pad(values, (0, -cols % NF4_BLOCK)).view(rows, -1, NF4_BLOCK)
     scale_codes, scale_range = _pack_scales(_narrow_scales(blocks, bits, weights))

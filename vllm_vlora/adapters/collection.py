@@ -17,6 +17,7 @@ from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.task_ids import validate_task_id
+from vllm_vlora.wording import some_of
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -125,7 +126,7 @@ def common_base_model(adapters: Mapping[str, Adapter]) -> tuple[str | None, str 
     common = counts.most_common(1)[0][0]
     if len(counts) == 1:
         return common, None
-    named = ", ".join(f"{model} (task {first[model]!r})" for model in list(counts)[:5])
+    named = some_of(f"{model} (task {first[model]!r})" for model in counts)
     return common, (
         f"the adapters name different base models: {named}; recorded as {common}. If they are "
         "not copies of one model, compress them apart"

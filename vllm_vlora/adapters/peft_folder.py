@@ -35,6 +35,7 @@ from vllm_vlora.adapters.peft_config import (
 )
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.quantize import is_finite
 from vllm_vlora.snapshots import ref_name, resolve_snapshot
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -409,11 +410,7 @@ def _describe_extra(key: str, header: _Header, where: str) -> tuple[torch.dtype,
 
 
 def _check_finite(tensor: torch.Tensor, key: str, where: str) -> None:
-    # One-byte floats have no isfinite of their own.
-    values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-    # A NaN or an infinity is also the least or the greatest value; this reads a tensor once and took
-    # a twentieth of isfinite().all() on 14336 x 16.
-    if values.numel() and not bool(torch.isfinite(torch.stack(values.aminmax())).all()):
+    if not is_finite(tensor):
         raise AdapterError(
             f"{where}: tensor {key!r} holds NaN or infinite values; the training diverged or the "
             "file is damaged"

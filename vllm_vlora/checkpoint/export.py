@@ -33,7 +33,7 @@ from vllm_vlora.adapters.peft_folder import Factors, write_adapter
 from vllm_vlora.atomic import exists_error
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
-from vllm_vlora.quantize import FLOAT_DTYPES
+from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis
 from vllm_vlora.task_ids import encode_task_id
@@ -252,7 +252,7 @@ def _factors(
 
 def _cast(task: StoredTask, name: str, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     result = matrix.to(dtype)
-    if not bool(torch.isfinite(result).all()):
+    if not is_finite(result):
         raise CheckpointError(
             f"task {task.task_id!r}, module {name}: values up to {matrix.abs().max():.3g} do not "
             f"fit {dtype}; export with dtype float32"

@@ -37,11 +37,12 @@ from vllm_vlora.checkpoint.manifest import (
     read_tasks,
 )
 from vllm_vlora.errors import CheckpointError, TaskNotFoundError
-from vllm_vlora.quantize import PackedMatrix, part_specs, widen_codes
+from vllm_vlora.quantize import PackedMatrix, is_finite, part_specs, widen_codes
 from vllm_vlora.representations.registry import segment_sides, shared_of
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
+from vllm_vlora.wording import some_of
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class Checkpoint:
     def record(self, task_id: str) -> TaskRecord:
         """The record of a task; TaskNotFoundError names the tasks there are."""
         if task_id not in self.tasks:
-            known = ", ".join(list(self.tasks)[:5]) + (", ..." if len(self.tasks) > 5 else "")
-            raise TaskNotFoundError(f"{self.path}: no task {task_id!r}; it has: {known or 'none'}")
+            known = some_of(self.tasks)
+            raise TaskNotFoundError(f"{self.path}: no task {task_id!r}; it has: {known}")
         return self.tasks[task_id]
 
     def lora_nbytes(self, task_id: str) -> int:
@@ -304,7 +305,5 @@ def _check_tensor(
             f"{path}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
             f"{dtype} {shape}"
         )
-    # One-byte floats have no isfinite of their own.
-    values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(tensor):
         raise CheckpointError(f"{path}: tensor {name!r} holds NaN or infinity")

@@ -10,6 +10,7 @@ from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.task_ids import encode_task_id
+from vllm_vlora.wording import some_of
 
 _DATA_SUFFIXES = (".jsonl", ".txt")
 
@@ -105,9 +106,9 @@ def open_originals(
     paths = find_originals(checkpoint, [folder])
     missing = [task_id for task_id in wanted if task_id not in paths]
     if missing:
-        listed = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise AdapterError(
-            f"{folder} has no adapter for {len(missing)} of {len(wanted)} tasks: {listed}; "
+            f"{folder} has no adapter for {len(missing)} of {len(wanted)} tasks: "
+            f"{some_of(map(repr, missing))}; "
             "each is expected in a folder of the task's id; remove tasks whose original is lost"
         )
     return {task_id: open_adapter(paths[task_id]) for task_id in wanted}

@@ -41,6 +41,7 @@ from vllm_vlora.representations.factors import relative
 from vllm_vlora.representations.joint import basis_rows
 from vllm_vlora.representations.spec import BasisSpec, ModuleSpec
 from vllm_vlora.representations.stored import Basis, StoredModule
+from vllm_vlora.wording import some_of
 
 
 def add_adapters(
@@ -99,7 +100,7 @@ def check_new(checkpoint: Checkpoint, task_ids: Sequence[str]) -> None:
     """Raise TaskIdError if the checkpoint has one of these tasks already."""
     known = [task_id for task_id in task_ids if task_id in checkpoint.tasks]
     if known:
-        named = ", ".join(map(repr, known[:5])) + (", ..." if len(known) > 5 else "")
+        named = some_of(map(repr, known))
         raise TaskIdError(
             f"{checkpoint.path} has {named} already; replace with --replace (replace_tasks=True in "
             "Python), or give another id with --name NEW_ID=PATH"
@@ -313,7 +314,7 @@ class Addition:
         worst = self._new.worst_error
         poor = [task.task_id for task in added if task.error > worst * POOR * (1 + MARGIN)]
         if poor and self._options.max_error is None:
-            named = ", ".join(map(repr, poor[:5])) + (", ..." if len(poor) > 5 else "")
+            named = some_of(map(repr, poor))
             found.append(
                 f"{named} {'loses' if len(poor) == 1 else 'lose'} far more than any task that the "
                 f"checkpoint had ({worst:.3f}): allow more bytes (--ratio, --max-error)"

@@ -43,7 +43,7 @@ from vllm_vlora.fitting.calibration import (
     is_calibration,
 )
 from vllm_vlora.fitting.moments import FullSum, LowRankMoment, Moment, SketchSum, new_sum
-from vllm_vlora.quantize import FLOAT_DTYPES
+from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 
 Advance = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
@@ -312,7 +312,7 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _finite(name: str, moment: Moment, dtype: str) -> Moment:
     tensor = moment.rest if isinstance(moment, LowRankMoment) else moment.matrix
-    if not bool(tensor.isfinite().all()):
+    if not is_finite(tensor):
         raise DataError(f"module {name}: numbers overflow in {dtype}; give --dtype float32")
     return moment
 

@@ -51,7 +51,7 @@ from vllm_vlora.evaluation.texts import (
     tokenize,
 )
 from vllm_vlora.merging.analysis import cosines, inner_products
-from vllm_vlora.quantize import FLOAT_DTYPES
+from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 
 Progress = Callable[[str, int, int], None]
 
@@ -442,7 +442,7 @@ class _Sums:
         self._nll.index_add_(0, places, torch.cat(parts).double().cpu())
 
     def finish(self, what: str) -> ExampleLosses:
-        if not bool(torch.isfinite(self._nll).all()):
+        if not is_finite(self._nll):
             raise AdapterError(
                 f"{what}: the loss is not finite; run with --dtype float32, and look for NaN in its "
                 "weights if that does not help"

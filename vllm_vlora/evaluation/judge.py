@@ -16,6 +16,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.task_files import find_data
 from vllm_vlora.errors import OptionError, TaskNotFoundError
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
+from vllm_vlora.wording import some_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class _Given:
     def record(self, task: str) -> Adapter:
         """The task's adapter; TaskNotFoundError where there is none."""
         if task not in self.tasks:
-            raise TaskNotFoundError(f"there is no task {task!r}; it has: {', '.join(self.tasks)}")
+            raise TaskNotFoundError(f"there is no task {task!r}; it has: {some_of(self.tasks)}")
         return self.tasks[task]
 
 

@@ -31,6 +31,7 @@ from vllm_vlora.atomic import publish_folder
 from vllm_vlora.errors import DataError
 from vllm_vlora.fitting.moments import FullMoment, LowRankMoment, Moment
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric, Whitening
+from vllm_vlora.quantize import is_finite
 
 FORMAT_VERSION = 1
 HEADER_FILE = "calibration.json"
@@ -384,7 +385,7 @@ def _tensor(file: Any, path: Path, name: str, shape: tuple[int, ...]) -> torch.T
             f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the header says float32 "
             f"{shape}; calibrate again"
         )
-    if not bool(tensor.isfinite().all()):
+    if not is_finite(tensor):
         raise DataError(f"{path}: {name} holds numbers that are not finite; calibrate again")
     return tensor
 

@@ -38,6 +38,7 @@ from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack
 from vllm_vlora.representations.flat import encode_flat
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
+from vllm_vlora.wording import some_of
 
 
 @dataclass(frozen=True)
@@ -279,8 +280,8 @@ class _FromLoraShare:
     def warnings(self, nbytes: int) -> list[str]:
         """What the user should know."""
         return [
-            f"{lost} of {_listed(names)} is missing: {reason}; compress the original adapters to have "
-            "them whole"
+            f"{lost} of {some_of(map(repr, names))} is missing: {reason}; compress the original "
+            "adapters to have them whole"
             for (lost, reason), names in self._lost.items()
         ]
 
@@ -307,10 +308,6 @@ def _core(a: torch.Tensor, b: torch.Tensor, scale: float) -> StoredModule:
 
 def _original_nbytes(adapter: ShareAdapter, shapes: Mapping[str, tuple[int, int]]) -> int:
     return 2 * sum(a.shape[1] * sum(shapes[layer]) for layer, (a, _) in adapter.loadings.items())
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _common_format(tensors: Sequence[torch.Tensor]) -> str:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES
 from vllm_vlora.errors import CheckpointError
-from vllm_vlora.quantize import FLOAT_DTYPES
+from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 
 T = TypeVar("T")
 
@@ -94,8 +94,7 @@ class TensorFile:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} has the unsupported dtype {tensor.dtype}"
             )
-        values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(tensor):
             raise CheckpointError(f"{self.path}: tensor {name!r} holds NaN or infinity")
         return tensor
 

@@ -20,6 +20,7 @@ import torch
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors
 from vllm_vlora.errors import AdapterError, OptionError
+from vllm_vlora.quantize import is_finite
 from vllm_vlora.representations.factors import small_product
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer
 from vllm_vlora.subspace.weights import LoRAWeights
@@ -352,7 +353,7 @@ def _checked_similarity(matrix: torch.Tensor, threshold: float) -> torch.Tensor:
             "compute_similarity_matrix"
         )
     between = matrix.detach().to("cpu", torch.float64, copy=True)
-    if not bool(torch.isfinite(between).all()) or not torch.allclose(between, between.T, atol=1e-5):
+    if not is_finite(between) or not torch.allclose(between, between.T, atol=1e-5):
         raise OptionError(
             "similarity_matrix is not finite and symmetric; give that of compute_similarity_matrix"
         )

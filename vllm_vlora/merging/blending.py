@@ -38,6 +38,7 @@ from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
 from vllm_vlora.subspace.weights import LoRAWeights, described, exact_config
 from vllm_vlora.task_ids import validate_task_id
+from vllm_vlora.wording import some_of
 
 # Singular values below this share of the largest task's norm are rounding: tasks share directions.
 _NEGLIGIBLE = 1e-7
@@ -322,8 +323,8 @@ def _origin(subspace: SharedSubspace, weights: Mapping[str, float]) -> TaskOrigi
 
 def _projection(subspace: SharedSubspace, task_id: str) -> TaskProjection:
     if task_id not in subspace.tasks:
-        known = ", ".join(list(subspace.tasks)[:5]) + (", ..." if len(subspace.tasks) > 5 else "")
-        raise TaskNotFoundError(f"no task {task_id!r} in the subspace; it has: {known or 'none'}")
+        known = some_of(subspace.tasks)
+        raise TaskNotFoundError(f"no task {task_id!r} in the subspace; it has: {known}")
     return subspace.tasks[task_id]
 
 

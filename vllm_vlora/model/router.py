@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_vlora.errors import OptionError, TaskNotFoundError
+from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.tasks import TaskProjection
+from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
     from vllm_vlora.model.vlora_model import VLoRAModel
@@ -251,13 +253,13 @@ class TaskRouter(nn.Module):
         unknown = [task for task in task_ids if task not in self.task_ids]
         if unknown:
             raise OptionError(
-                f"task {unknown[0]!r} is none of the router's: {', '.join(self.task_ids)}"
+                f"task {unknown[0]!r} is none of the router's: {some_of(self.task_ids)}"
             )
         if len(task_ids) != len(x) or not len(x):
             raise OptionError(
                 f"{len(x)} rows of features and {len(task_ids)} tasks; give one for each"
             )
-        if not bool(torch.isfinite(x).all()):
+        if not is_finite(x):
             raise OptionError("the features hold NaN or infinity; check what made them")
         return torch.tensor([self.task_ids.index(task) for task in task_ids], device=x.device)
 

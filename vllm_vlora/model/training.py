@@ -19,6 +19,7 @@ from vllm_vlora.errors import OptionError, TaskNotFoundError
 from vllm_vlora.model.attaching import AdaptedLayer, Update, find_layers, frozen, place
 from vllm_vlora.model.updates import AdaptedShape, LowRankUpdate
 from vllm_vlora.model.vlora_model import VLoRAModel
+from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.layers import FlatLayer
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.tasks import TaskProjection
@@ -167,7 +168,7 @@ class SubspaceTrainer:
         """
         if loss.numel() != 1:
             raise OptionError(f"the loss has the shape {tuple(loss.shape)}; give its mean")
-        if not bool(torch.isfinite(loss.detach())):
+        if not is_finite(loss):
             raise OptionError(f"the loss is {loss.item()}; lower lr, or look at the batch")
         self.optimizer.zero_grad()
         if loss.requires_grad:

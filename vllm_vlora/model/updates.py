@@ -31,6 +31,7 @@ from vllm_vlora.representations.joint import dense_keeps_rank, split_core
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.subspace.layers import JointLayer, Layer, Loadings
 from vllm_vlora.subspace.shared import SharedSubspace
+from vllm_vlora.wording import some_of
 
 
 @dataclass(frozen=True)
@@ -356,9 +357,8 @@ class SubspaceSource:
     def check(self, task_id: str) -> None:
         """Raise TaskNotFoundError if there is no such task."""
         if task_id not in self._subspace.tasks:
-            known = ", ".join(list(self._subspace.tasks)[:5]) or "none"
-            more = ", ..." if len(self._subspace.tasks) > 5 else ""
-            raise TaskNotFoundError(f"the subspace has no task {task_id!r}; it has: {known}{more}")
+            known = some_of(self._subspace.tasks)
+            raise TaskNotFoundError(f"the subspace has no task {task_id!r}; it has: {known}")
 
     def updates(self, task_id: str) -> dict[str, LowRankUpdate]:
         """The layers that a task changes.

@@ -19,6 +19,7 @@ from vllm_vlora.errors import ModelMismatchError, ModelStateError, OptionError
 from vllm_vlora.model.attaching import AdaptedLayer, Update, find_layers, place
 from vllm_vlora.model.heads import HeadSwitch
 from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, check_scaling, open_source
+from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.shared import SharedSubspace
 
 _Active = str | tuple[str | None, ...] | None
@@ -194,7 +195,7 @@ class VLoRAModel(nn.Module):
             raise OptionError(
                 f"weights of shape {tuple(weights.shape)} for {len(names)} tasks; give (rows, tasks)"
             )
-        if not bool(torch.isfinite(weights).all()):
+        if not is_finite(weights):
             raise OptionError("the weights hold NaN or infinity; check what made them")
         plans = [self._plan(task) for task in names]
         own_heads = [task for task, plan in zip(names, plans) if plan.heads]

@@ -18,6 +18,7 @@ from vllm_vlora.quantize import (
     NF4_CODEBOOK,
     NF4_THRESHOLDS,
     SCALE_BLOCK,
+    is_finite,
     nf4_values,
     pack,
     unpack,
@@ -368,5 +369,5 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
 def _check_floats(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise OptionError(f"{name} is {tensor.dtype}; give floating-point numbers")
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise AdapterError(f"{name} holds NaN or infinite values; leave them out")

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from vllm_vlora.adapters.peft_folder import Factors
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
+from vllm_vlora.quantize import is_finite
 from vllm_vlora.representations.joint import split_core
 from vllm_vlora.subspace.fitting import core_rank
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
 from vllm_vlora.subspace.storage import StoredSubspace, representation
 from vllm_vlora.subspace.tasks import TaskProjection, with_loadings
+from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
     from typing import Self
@@ -145,10 +146,8 @@ class SubspaceState:
 
     def _task(self, task_id: str) -> TaskProjection:
         if task_id not in self.tasks:
-            known = ", ".join(list(self.tasks)[:5]) + (", ..." if len(self.tasks) > 5 else "")
-            raise TaskNotFoundError(
-                f"the subspace has no task {task_id!r}; it has: {known or 'none'}"
-            )
+            known = some_of(self.tasks)
+            raise TaskNotFoundError(f"the subspace has no task {task_id!r}; it has: {known}")
         return self.tasks[task_id]
 
     def _check_free(self, task_id: str) -> None:
@@ -174,7 +173,7 @@ class SubspaceState:
                     f"subspace's {layer.shapes}; project the task again"
                 )
             for tensor in pair:
-                if tensor is not None and not bool(torch.isfinite(tensor.detach()).all()):
+                if tensor is not None and not is_finite(tensor):
                     raise OptionError(
                         f"task {task.task_id!r}, layer {name!r}: loadings are NaN or infinite"
                     )

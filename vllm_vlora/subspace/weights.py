@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import KINDS, Adapter, Factors, open_adapter, write_adapter
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.quantize import is_finite
 
 
 @dataclass
@@ -296,8 +296,5 @@ def _check_layer(layer: str, a: Tensor, b: Tensor) -> None:
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:
-    values = tensor.detach()
-    # One-byte floats have no isfinite of their own.
-    values = values.float() if values.is_floating_point() and values.itemsize == 1 else values
-    if values.numel() and not bool(torch.isfinite(torch.stack(values.aminmax())).all()):
+    if not is_finite(tensor):
         raise AdapterError(f"{what} holds NaN or infinite values; leave the adapter out")
