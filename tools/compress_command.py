@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +20,7 @@ from vllm_vlora.tools.common_options import (
     parse_size,
     quantize_option,
 )
+from vllm_vlora.tools.flags import takes
 from vllm_vlora.tools.terminal import (
     AsJson,
     Verbose,
@@ -56,14 +58,6 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
-class _Judging(NamedTuple):
-    """What the model judges by: held-out text, and the least that must be recovered, if given."""
-
-    base: str | None
-    data: list[str]
-    least: float | None
-
-
 class ExecutorKind(str, Enum):
     """Where modules are worked on."""
 
@@ -73,21 +67,24 @@ class ExecutorKind(str, Enum):
     ray = "ray"
 
 
-def compress(
-    adapters: AdapterRefs = None,
-    output: Annotated[Path | None, output_option(metavar="CKPT")] = None,
-    name: Names = None,
+@dataclass(frozen=True)
+class CompressFlags:
+    """What ``compress`` is called with."""
+
+    adapters: AdapterRefs = None
+    output: Annotated[Path | None, output_option(metavar="CKPT")] = None
+    name: Names = None
     ratio: Annotated[
         float | None,
         typer.Option(metavar="R", help="Be at least R times smaller than the adapters at 16 bits."),
-    ] = None,
-    max_bytes: MaxBytes = None,
+    ] = None
+    max_bytes: MaxBytes = None
     max_error: Annotated[
         float | None,
         typer.Option(
             metavar="E", help="Be as small as a relative error of E in the worst task allows."
         ),
-    ] = None,
+    ] = None
     min_recovered: Annotated[
         float | None,
         typer.Option(
@@ -95,7 +92,7 @@ def compress(
             help="Be as small as recovering X of every adapter's gain allows; runs the model, and "
             "needs --data.",
         ),
-    ] = None,
+    ] = None
     num_components: Annotated[
         int | None,
         typer.Option(
@@ -105,7 +102,7 @@ def compress(
             help="Make every shared basis K wide, or as wide as its module has directions "
             "(implies joint).",
         ),
-    ] = None,
+    ] = None
     gate: Annotated[
         float | None,
         typer.Option(
@@ -113,11 +110,11 @@ def compress(
             help="With a ratio or a size: no task may have a relative error above E. Those above "
             "get more of the bytes, and are named.",
         ),
-    ] = None,
+    ] = None
     representation: Annotated[
         Representation,
         typer.Option(help="Share a basis, do not, or let measured error choose."),
-    ] = Representation.auto,
+    ] = Representation.auto
     clusters: Annotated[
         str,
         typer.Option(
@@ -125,8 +122,8 @@ def compress(
             help="Groups of tasks that get a basis of their own; auto tries some where tasks "
             "resemble each other.",
         ),
-    ] = "auto",
-    quantize: Annotated[Quantize, quantize_option("factors, bases and cores")] = Quantize.auto,
+    ] = "auto"
+    quantize: Annotated[Quantize, quantize_option("factors, bases and cores")] = Quantize.auto
     dtype: Annotated[
         Dtype | None,
         typer.Option(
@@ -134,7 +131,7 @@ def compress(
             help="float32, float16 or bfloat16, where nothing is quantised. "
             "Default: the adapters' own.",
         ),
-    ] = None,
+    ] = None
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -142,17 +139,17 @@ def compress(
             help="Minimise the error that the model sees: a folder of `vllm-vlora calibrate`, or text "
             "(.jsonl, .txt) to gather one from, which is kept beside it.",
         ),
-    ] = None,
+    ] = None
     executor: Annotated[
         ExecutorKind,
         typer.Option(help="Where modules are worked on; ray takes RAY_ADDRESS's cluster."),
-    ] = ExecutorKind.auto,
+    ] = ExecutorKind.auto
     jobs: Annotated[
         int, typer.Option(metavar="N", help="Processes or Ray tasks at once; 0: one a core.")
-    ] = 0,
+    ] = 0
     base: Annotated[
         str | None, base_option("adapters name", ", for --data and for calibration text")
-    ] = None,
+    ] = None
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -161,15 +158,18 @@ def compress(
             "keeps most. --min-recovered needs it.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     plan: Annotated[
         bool,
         typer.Option("--plan", help="Predict the error at every size, and write nothing."),
-    ] = False,
-    force: Annotated[bool, force_option("an existing checkpoint")] = False,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
+    ] = False
+    force: Annotated[bool, force_option("an existing checkpoint")] = False
+    as_json: AsJson = False
+    verbose: Verbose = False
+
+
+@takes(CompressFlags)
+def compress(flags: CompressFlags) -> None:
     """Compress adapters of one base model into one checkpoint.
 
     Give at most one budget: --ratio, --max-bytes, --max-error,
@@ -194,58 +194,62 @@ def compress(
 
     vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
     """
-    if output is None and not plan:
+    if flags.output is None and not flags.plan:
         raise typer.BadParameter("give -o CKPT, or --plan to write nothing", param_hint="--output")
-    with reported(verbose):
-        from vllm_vlora.compression.options import CompressOptions
+    with reported(flags.verbose):
         from vllm_vlora.tools import summary as show
         from vllm_vlora.tools.inputs import collect_shown
 
-        options = CompressOptions(
-            representation=representation.value,
-            ratio=ratio,
-            max_bytes=None if max_bytes is None else parse_size(max_bytes),
-            max_error=max_error,
-            num_components=num_components,
-            gate=gate,
-            clusters=_parse_clusters(clusters),
-            quantize=quantize.value,
-            dtype=dtype.value if dtype else None,
-            calibration=None,
-            executor=executor.value,
-            jobs=jobs,
-        )
+        options = _options(flags)
         messages = open_console(stderr=True)
-        _check_unused(base, data, calibration)
-        collected = collect_shown(adapters or [], name or [], messages)
-        if calibration is not None:
-            options = _calibrated(options, calibration, base, collected, messages)
-        if plan:
+        _check_unused(flags)
+        collected = collect_shown(flags.adapters or [], flags.name or [], messages)
+        if flags.calibration is not None:
+            options = _calibrated(options, flags.calibration, flags.base, collected, messages)
+        if flags.plan:
             points = _predict(collected, options, messages)
-            print_result(points, show.print_curve, as_json)
+            print_result(points, show.print_curve, flags.as_json)
             return
-        assert output is not None
-        judging = (
-            _Judging(base, data or [], min_recovered) if min_recovered is not None or data else None
-        )
-        report = _compress(collected, output, options, force, judging, messages)
+        assert flags.output is not None
+        report = _compress(collected, flags.output, options, flags, messages)
         show.print_warnings(messages, report.warnings)
-        by_size = max_error is not None
         print_result(
-            _as_data(report, output),
-            lambda console, data: _print(console, data, report, by_size=by_size),
-            as_json,
+            _as_data(report, flags.output),
+            lambda console, data: _print(
+                console, data, report, by_size=flags.max_error is not None
+            ),
+            flags.as_json,
         )
+
+
+def _options(flags: CompressFlags) -> CompressOptions:
+    """What is asked for; the calibration is added when it is there."""
+    from vllm_vlora.compression.options import CompressOptions
+
+    return CompressOptions(
+        representation=flags.representation.value,
+        ratio=flags.ratio,
+        max_bytes=None if flags.max_bytes is None else parse_size(flags.max_bytes),
+        max_error=flags.max_error,
+        num_components=flags.num_components,
+        gate=flags.gate,
+        clusters=_parse_clusters(flags.clusters),
+        quantize=flags.quantize.value,
+        dtype=flags.dtype.value if flags.dtype else None,
+        executor=flags.executor.value,
+        jobs=flags.jobs,
+    )
 
 
 def _parse_clusters(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def _check_unused(base: str | None, data: list[str] | None, calibration: Path | None) -> None:
+def _check_unused(flags: CompressFlags) -> None:
     from vllm_vlora.errors import OptionError
 
-    if base is not None and not data and (calibration is None or calibration.is_dir()):
+    gathers = flags.calibration is not None and not flags.calibration.is_dir()
+    if flags.base is not None and not flags.data and not gathers:
         raise OptionError("--base is for --data and for calibration text; leave it out")
 
 
@@ -271,23 +275,24 @@ def _compress(
     collected: Mapping[str, Adapter],
     output: Path,
     options: CompressOptions,
-    force: bool,
-    judging: _Judging | None,
+    flags: CompressFlags,
     messages: Console,
 ) -> CompressReport:
+    """By errors alone, or judged by the model where there is data, or a quality is asked for."""
     from vllm_vlora.compression.pipeline import compress as run
     from vllm_vlora.compression.quality import compress_judged, compress_to_quality
 
+    force, least = flags.force, flags.min_recovered
     with progress_bar(messages) as advance:
-        if judging is None:
+        if least is None and not flags.data:
             return run(collected, output, options, force=force, progress=advance)
         from vllm_vlora.evaluation.judge import make_judge
 
-        judge = make_judge(collected, judging.base, judging.data, advance)
-        if judging.least is None:
+        judge = make_judge(collected, flags.base, flags.data or [], advance)
+        if least is None:
             return compress_judged(collected, output, judge, options, force=force, progress=advance)
         return compress_to_quality(
-            collected, output, judging.least, judge, options, force=force, progress=advance
+            collected, output, least, judge, options, force=force, progress=advance
         )
 
 
