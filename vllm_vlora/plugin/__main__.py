@@ -10,6 +10,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_vlora.errors import IncompatibleVLLMError
@@ -148,5 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _leave_checkout() -> None:
+    # ``python -m`` puts the working folder on the path. In a checkout our ``triton_kernels`` would then
+    # answer to its bare name, which vLLM looks for, and vLLM would log the refusal.
+    checkout = Path(__file__).resolve().parents[2]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != checkout]
+
+
 if __name__ == "__main__":
+    _leave_checkout()
     sys.exit(main())
