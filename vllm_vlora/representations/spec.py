@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from vllm_vlora.representations.kind import HasRepresentation
+
 
 class BasisSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shared basis of one module: U (d_out x k_out) and V (k_in x d_in), orthonormal."""
@@ -38,7 +40,7 @@ class ModuleSpec(msgspec.Struct, forbid_unknown_fields=True):
     flat: FlatSpec | None = None
 
 
-class Segment(msgspec.Struct, forbid_unknown_fields=True):
+class Segment(HasRepresentation, msgspec.Struct, forbid_unknown_fields=True):
     """How one module of one task is stored.
 
     ``private``: delta_W = scale * B A, side A (rank x d_in), side B transposed (rank x d_out).
@@ -62,21 +64,6 @@ class Segment(msgspec.Struct, forbid_unknown_fields=True):
     core: str | None = None
     bits: tuple[int, int, int] | None = None
     rows: tuple[int, int, int, int] | None = None
-
-    @property
-    def is_private(self) -> bool:
-        """Whether nothing is shared: the factors are the task's own."""
-        return self.representation == "private"
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether it is a core on the module's basis."""
-        return self.representation == "joint"
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether it is loadings on the module's flat basis."""
-        return self.representation == "flat"
 
 
 def core_widths(segment: Segment, basis: BasisSpec) -> tuple[int, int]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from vllm_vlora.quantize import PackedMatrix, unpack
+from vllm_vlora.representations.kind import HasRepresentation
 
 
 @dataclass(frozen=True)
-class StoredModule:
+class StoredModule(HasRepresentation):
     """One module of one task in memory: its segment's fields and its packed matrices by side.
 
     The matrices of a task with ``bits`` hold 4-bit codes in every row, as ``pack_narrow`` makes them;
@@ -27,21 +28,6 @@ class StoredModule:
     core: str | None = None
     bits: tuple[int, int, int] | None = None
     rows: tuple[int, int, int, int] | None = None
-
-    @property
-    def is_private(self) -> bool:
-        """Whether nothing is shared: the factors are the task's own."""
-        return self.representation == "private"
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether it is a core on the module's basis."""
-        return self.representation == "joint"
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether it is loadings on the module's flat basis."""
-        return self.representation == "flat"
 
 
 @dataclass(frozen=True)
