@@ -46,7 +46,7 @@ def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan(), "PyTorch does not fill memory any more"
     yield
     torch.use_deterministic_algorithms(before, warn_only=warned)
