@@ -6,6 +6,11 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# A busy machine may take longer over an example than Hypothesis expects; pytest has a limit anyway.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # The files that take longest, longest first: two processes end together only if a long one does not
 # come last. The others follow in their usual order.
