@@ -11,23 +11,32 @@ REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint test-fast test-engine compat docs requirements bench collections bench-fidelity bench-fit clean
+.PHONY: help demo test lint test-fast test-slow test-engine compat docs requirements bench collections bench-fidelity bench-fit clean
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
 demo: $(VENV)/.ready ## Compress ten real adapters, serve them with vLLM on CPU, print what happened
 	$(BIN)/python examples/demo/run_demo.py
 
-test: lint docs test-fast test-engine ## Lint, types, the site and every test
+test: lint docs test-fast test-engine ## Lint, types, the site and every test but the slow ones
 
 lint: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-fast: $(VENV)/.ready ## The tests that start no engine
-	# Two processes of one thread: on tiny tensors a second thread only waits. A file stays in one process.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not engine"
+# Two processes of one thread: on tiny tensors a second thread only waits. A file stays in one process,
+# and tests/conftest.py says in which order files go.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: $(VENV)/.ready ## The tests that start no engine and take no minutes
+	$(PYTEST) -m "not engine and not slow"
+
+# With RECORD= nothing is recorded.
+RECORD ?= yes
+test-slow: $(VENV)/.ready ## The long tests; records the sources that they passed on
+	$(PYTEST) -m slow --junitxml=.cache/slow.xml
+	$(if $(RECORD),$(BIN)/python tests/support/slow_record.py .cache/slow.xml)
 
 test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
 	$(BIN)/pytest -q -m engine tests/engine

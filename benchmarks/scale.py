@@ -31,7 +31,8 @@ from harness import (
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors, open_adapter
 from vllm_vlora.checkpoint.report import CompressReport
-from vllm_vlora.compression.pipeline import CompressOptions, compress
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.tools.timing import best_seconds
 
 DESCRIPTION = """\

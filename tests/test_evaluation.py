@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.compression.pipeline import CompressOptions, compress
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import AdapterError, DataError, ModelMismatchError, OptionError
 from vllm_vlora.evaluation.evaluator import (
     EvaluationOptions,

@@ -13,31 +13,37 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import executor_jobs
 import pytest
 import ray
 import torch
 from executor_jobs import FatalAdapter, Product, dawdle, die, refuse
 
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
-from vllm_vlora.compression.pipeline import CompressOptions, compress
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import AdapterError, OptionError, VLoRAError
 from vllm_vlora.planning.executors import Executor
 
-SUPPORT = Path(__file__).parent / "support"
-KINDS = ("serial", "processes", "ray")
+# For other processes: the jobs, and whatever this process was told to import from.
+PYTHONPATH = os.pathsep.join(
+    filter(None, [str(Path(executor_jobs.__file__).parent), os.environ.get("PYTHONPATH")])
+)
+# One test a run shows that a cluster works; the others with one take long.
+RAY = pytest.param("ray", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A local cluster that the tests share; its address."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(SUPPORT))
+        patch.setenv("PYTHONPATH", PYTHONPATH)
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["serial", "processes", RAY])
 def executor(request: pytest.FixtureRequest) -> Executor:
     if request.param == "ray":
         request.getfixturevalue("cluster")
@@ -80,6 +86,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("executor", ["serial", "processes", "ray"], indirect=True)
 def test_results_come_in_order_and_the_worker_travels_once(
     executor: Executor, tmp_path: Path
 ) -> None:
@@ -112,7 +119,7 @@ def test_a_job_s_own_error_is_raised_as_it_is(executor: Executor) -> None:
         list(executor.run(refuse, [0, 2, 3]))
 
 
-@pytest.mark.parametrize("kind", ["processes", "ray"])
+@pytest.mark.parametrize("kind", ["processes", RAY])
 def test_a_process_that_dies_is_one_clear_error(kind: str, request: pytest.FixtureRequest) -> None:
     if kind == "ray":
         request.getfixturevalue("cluster")
@@ -133,17 +140,23 @@ def test_a_compression_whose_process_dies_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("representation", ["auto", "joint"])
+@pytest.mark.parametrize("kind", ["processes", RAY])
+@pytest.mark.parametrize("representation", ["auto", pytest.param("joint", marks=pytest.mark.slow)])
 def test_every_executor_writes_the_same_bytes(
-    representation: str, adapters: dict[str, Adapter], tmp_path: Path, cluster: str
+    representation: str,
+    kind: str,
+    adapters: dict[str, Adapter],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
-    for kind in KINDS:
-        options = CompressOptions(representation, ratio=5, executor=kind, jobs=2)
-        compress(adapters, tmp_path / kind, options)
+    if kind == "ray":
+        request.getfixturevalue("cluster")
+    for executor in ("serial", kind):
+        options = CompressOptions(representation, ratio=5, executor=executor, jobs=2)
+        compress(adapters, tmp_path / executor, options)
     expected = files(tmp_path / "serial")
     assert any(name.startswith("tasks/") for name in expected)
-    for kind in ("processes", "ray"):
-        assert files(tmp_path / kind) == expected
+    assert files(tmp_path / kind) == expected
 
 
 def test_what_still_runs_is_ended_when_nobody_wants_it() -> None:
@@ -157,7 +170,7 @@ def test_what_still_runs_is_ended_when_nobody_wants_it() -> None:
     assert not any(child.is_alive() for child in children)
 
 
-@pytest.mark.parametrize("kind", ["processes", "ray"])
+@pytest.mark.parametrize("kind", ["processes", RAY])
 def test_ctrl_c_ends_all_processes_without_their_complaints(kind: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
@@ -178,7 +191,7 @@ def test_ctrl_c_ends_all_processes_without_their_complaints(kind: str, tmp_path:
         )
     )
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    environment["PYTHONPATH"] = str(SUPPORT)
+    environment["PYTHONPATH"] = PYTHONPATH
     process = subprocess.Popen(
         [sys.executable, script],
         env=environment,
@@ -217,7 +230,7 @@ def test_children_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None
     )
     process = subprocess.Popen(
         [sys.executable, script],
-        env={**os.environ, "PYTHONPATH": str(SUPPORT)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -252,7 +265,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
         "from vllm_vlora.planning.executors import Executor\n"
         "print(list(Executor('processes', 2).run(die, [2, 3])))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(SUPPORT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     found = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
     )
@@ -260,26 +273,28 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     assert "needs `if __name__ == '__main__':`" in found.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_was_there_stays(cluster: str) -> None:
     assert list(Executor("ray").run(die, [2, 3])) == [2, 3]
     assert ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_ray_address_is_honoured_and_a_local_cluster_ends(cluster: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import os, ray\n"
         "from executor_jobs import die\n"
-        "from vllm_vlora import executors\n"
+        "from vllm_vlora.planning.executors import Executor\n"
         "if __name__ == '__main__':\n"
-        "    for number in executors.Executor('ray').run(die, [2]):\n"
+        "    for number in Executor('ray').run(die, [2]):\n"
         "        print(number, ray.get_runtime_context().gcs_address, flush=True)\n"
         "    print(ray.is_initialized())\n"
     )
 
     def run(**variables: str) -> list[str]:
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        environment |= {"PYTHONPATH": str(SUPPORT), **variables}
+        environment |= {"PYTHONPATH": PYTHONPATH, **variables}
         return subprocess.run(
             [sys.executable, script],
             env=environment,
@@ -295,6 +310,7 @@ def test_ray_address_is_honoured_and_a_local_cluster_ends(cluster: str, tmp_path
     assert address != cluster
 
 
+@pytest.mark.slow
 def test_an_unreachable_cluster_is_an_option_error(tmp_path: Path) -> None:
     code = (
         "from vllm_vlora.planning.executors import Executor\n"

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors, open_adapter, write_adapter
-from vllm_vlora.compression.pipeline import CompressOptions, compress
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
 
 SHAPES = {"l.0.q_proj": (96, 80), "l.0.v_proj": (96, 40)}
 RANK = 4

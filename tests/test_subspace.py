@@ -32,7 +32,8 @@ from vllm_vlora.errors import (
 )
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, round_rows
 from vllm_vlora.subspace.pipeline import absorb_task, extract_adapter, init_subspace
-from vllm_vlora.subspace.shared import SharedSubspace, TaskProjection
+from vllm_vlora.subspace.shared import SharedSubspace
+from vllm_vlora.subspace.tasks import TaskProjection
 from vllm_vlora.subspace.weights import (
     LoRAWeights,
     load_adapter,

@@ -35,7 +35,8 @@ from vllm_vlora.representations.decode import decode
 from vllm_vlora.representations.flat import encode_flat
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.subspace.layers import FlatLayer
-from vllm_vlora.subspace.shared import SharedSubspace, TaskProjection
+from vllm_vlora.subspace.shared import SharedSubspace
+from vllm_vlora.subspace.tasks import TaskProjection
 from vllm_vlora.subspace.weights import LoRAWeights, load_adapter
 
 Q, V = SHAPES

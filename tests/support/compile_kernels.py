@@ -7,6 +7,7 @@ that file again, since another test may have made Triton interpret.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,9 +15,12 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+CACHE = ROOT / ".cache" / "kernel-compile"
 # Backend, architecture and threads of a warp, as GPUTarget takes them.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -51,6 +55,9 @@ def compile_kernels(
 ) -> dict[str, dict[str, int]]:
     """Compile what ``kernel_sources`` of a test file returns, for every target.
 
+    What was found is kept in ``.cache/kernel-compile`` under a hash of all that it depends on, so that
+    the same kernels are not compiled again.
+
     Args:
         test_file: path of a Python file that defines ``kernel_sources``.
         folder: for temporary files and Triton's cache.
@@ -59,6 +66,30 @@ def compile_kernels(
         "target source" -> ``registers`` a thread, ``spilled`` (bytes, or registers on AMD) and
         ``shared`` (bytes of shared memory a program).
     """
+    kept = CACHE / f"{_key(test_file, targets)}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    report = _compile_in_own_process(test_file, folder, targets)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # Moved in one step: a run that is ended here must not leave half a report.
+    staged = kept.with_suffix(f".{os.getpid()}")
+    staged.write_text(json.dumps(report))
+    staged.replace(kept)
+    return report
+
+
+def _key(test_file: str, targets: dict[str, tuple[str, int | str, int]]) -> str:
+    """A hash of the kernels, of what they and their configurations come from, and of Triton."""
+    sources = [*(ROOT / "triton_kernels").glob("*.py"), ROOT / "vllm_vlora" / "quantize.py"]
+    key = hashlib.sha256(json.dumps([targets, version("triton")]).encode())
+    for path in (Path(__file__), Path(test_file), *sorted(sources)):
+        key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return key.hexdigest()[:32]
+
+
+def _compile_in_own_process(
+    test_file: str, folder: Path, targets: dict[str, tuple[str, int | str, int]]
+) -> dict[str, dict[str, int]]:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     arguments = json.dumps([test_file, str(folder), targets])

@@ -1,0 +1,143 @@
+"""A layer's calls of punica: stock and direct updates of one batch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plugin_world import activate_all, build, make_path
+
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.triton_kernels.direct import add_direct
+
+
+@pytest.fixture(scope="module")
+def layer_calls() -> Any:
+    return importlib.import_module("vllm_vlora.plugin.layer_calls")
+
+
+class Punica:
+    """Adds 1 to y and counts."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def add_lora_linear(self, y: torch.Tensor, x: torch.Tensor, *rest: Any) -> None:
+        self.calls.append("linear")
+        assert rest == ("a", "b", 1.0, "slices")
+        y += 1
+
+    def add_lora_logits(self, *args: Any, **kwargs: Any) -> str:
+        self.calls.append("logits")
+        return "logits"
+
+    def add_lora_embedding(self, *args: Any, **kwargs: Any) -> str:
+        self.calls.append("embedding")
+        return "embedding"
+
+    def anything_else(self) -> str:
+        return "forwarded"
+
+
+@dataclass
+class Layer:
+    """One layer's punica, a batch of three tokens of which two are a direct task's, and its update."""
+
+    wrapper: Any
+    punica: Punica
+    manager: Any
+    x: torch.Tensor
+    update: torch.Tensor
+
+    def add(self) -> torch.Tensor:
+        y = torch.zeros(3, 80)
+        self.wrapper.add_lora_linear(y, self.x, (), (), 1.0, (80,))
+        return y
+
+
+def make_punica(module: Any, checkpoint: Checkpoint, on_cpu: bool, direct: bool = True) -> Layer:
+    path = make_path(checkpoint)
+    activate_all(path, checkpoint, ["one"]).route(np.array([1, 0, 1]))
+    manager = SimpleNamespace(
+        vlora_store=SimpleNamespace(direct=path), stock_in_batch=False, direct_in_batch=True
+    )
+    inner = Punica()
+    linear = SimpleNamespace(
+        punica_wrapper=inner, lora_a_stacked="a", lora_b_stacked="b", output_slices="slices"
+    )
+    layer = path.layers["o_proj"]
+    wrapper = module.LayerPunica(manager, linear, layer if direct else None)
+    wrapper._on_cpu = on_cpu
+    x, update = torch.randn(3, 96), torch.zeros(3, 80)
+    add_direct(update, x, layer, path.table, path.routing)
+    assert update.abs().amax() > 0.1
+    return Layer(wrapper, inner, manager, x, update)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("stock", [True, False])
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_layer_adds_stock_and_direct_updates(
+    layer_calls: Any, tmp_path: Path, on_cpu: bool, stock: bool, direct: bool
+) -> None:
+    """A CPU leaves out what the batch lacks; a GPU's launches are captured whatever it holds."""
+    layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu)
+    layer.manager.stock_in_batch, layer.manager.direct_in_batch = stock, direct
+    runs_stock, runs_direct = stock or not on_cpu, direct or not on_cpu
+    want = float(runs_stock) + layer.update * runs_direct
+    torch.testing.assert_close(layer.add(), want)
+    assert layer.punica.calls == ["linear"] * runs_stock
+    for name in ("logits", "embedding"):
+        got = getattr(layer.wrapper, f"add_lora_{name}")(1, two=2)
+        assert got == (name if runs_stock else None)
+    assert layer.wrapper.anything_else() == "forwarded"
+    with pytest.raises(AssertionError):
+        layer.wrapper.add_lora_linear(torch.zeros(3, 80), layer.x, (), (), 2.0, (80,))
+
+
+def test_a_layer_without_direct_tasks_stays_stock(layer_calls: Any, tmp_path: Path) -> None:
+    layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu=True, direct=False)
+    assert not layer.add().any()
+    layer.manager.stock_in_batch = True
+    assert (layer.add() == 1).all()
+
+
+@pytest.fixture
+def own_calls(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A copy of the module whose custom operator is the registered one, whoever imported it before."""
+    monkeypatch.delitem(sys.modules, "vllm_vlora.plugin.layer_calls", raising=False)
+    return importlib.import_module("vllm_vlora.plugin.layer_calls")
+
+
+def test_a_compiled_layer_looks_at_each_batch_anew(own_calls: Any, tmp_path: Path) -> None:
+    layer = make_punica(own_calls, build(tmp_path / "ck"), on_cpu=True)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros(3, 80)
+        layer.wrapper.add_lora_linear(y, x, (), (), 1.0, (80,))
+        return y * 2
+
+    compiled = torch.compile(forward, backend="eager", fullgraph=True)
+    layer.manager.direct_in_batch = False  # As in the run that the graph is traced in.
+    assert not compiled(layer.x).any()
+    layer.manager.direct_in_batch = True
+    torch.testing.assert_close(compiled(layer.x), layer.update * 2)
+    layer.manager.stock_in_batch = True
+    torch.testing.assert_close(compiled(layer.x), (layer.update + 1) * 2)
+
+
+def test_a_layer_that_nobody_holds_is_not_kept_by_its_number(
+    layer_calls: Any, tmp_path: Path
+) -> None:
+    layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu=True)
+    handle = layer.wrapper._handle
+    assert layer_calls._LAYERS[handle] is layer.wrapper
+    del layer
+    assert handle not in layer_calls._LAYERS

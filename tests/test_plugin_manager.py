@@ -1,0 +1,327 @@
+"""vLLM's manager of adapters with direct tasks, without a model."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from plugin_world import STORED, TASKS, Store, build, make_path
+
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.plugin.direct_slots import DirectSlots
+from vllm_vlora.plugin.identity import task_path
+from vllm_vlora.plugin.settings import Settings
+
+# --- seams: the start ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seams() -> Any:
+    return importlib.import_module("vllm_vlora.plugin.seams")
+
+
+@pytest.fixture(scope="module")
+def managing() -> Any:
+    return importlib.import_module("vllm_vlora.plugin.manager")
+
+
+def test_what_direct_tasks_were_not_made_for_is_refused(
+    managing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_LORA_ENABLE_DUAL_STREAM", raising=False)
+
+    def config(specialize: bool) -> Any:
+        return SimpleNamespace(lora_config=SimpleNamespace(specialize_active_lora=specialize))
+
+    managing._refuse_direct_config(config(False))
+    with pytest.raises(ModelMismatchError, match=r"--specialize-active-lora; .*=materialize"):
+        managing._refuse_direct_config(config(True))
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
+    with pytest.raises(ModelMismatchError, match=r"VLLM_LORA_ENABLE_DUAL_STREAM; .*=materialize"):
+        managing._refuse_direct_config(config(False))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "mode", "slots", "expected"),
+    [
+        ("ck", "auto", 4, 4),
+        ("ck", "direct", 100, 64),
+        ("ck", "materialize", 4, 64),
+        (None, "auto", 4, 64),
+    ],
+)
+def test_stock_code_sees_few_slots_when_tasks_run_direct(
+    managing: Any, checkpoint: str | None, mode: str, slots: int, expected: int
+) -> None:
+    config = SimpleNamespace(max_loras=64, max_lora_rank=16)
+    got = managing._config_of_slots(config, managing.Setup(checkpoint, Settings(mode, slots)))
+    assert (got.max_loras, got.max_lora_rank) == (expected, 16)
+    assert config.max_loras == 64, "the engine's own configuration counts all tasks"
+
+
+def test_the_longest_batch_may_be_a_padded_one(managing: Any) -> None:
+    for size, expected in ((None, 100), (0, 100), (64, 100), (512, 512)):
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(max_cudagraph_capture_size=size)
+        )
+        assert managing._longest_batch(100, config) == expected
+    assert managing._longest_batch(100, SimpleNamespace(compilation_config=object())) == 100
+
+
+def test_compiled_graphs_of_another_mode_are_not_taken(seams: Any) -> None:
+    def name(layers: list[str] | None, config: Any) -> Any:
+        path = None if layers is None else SimpleNamespace(layers=dict.fromkeys(layers))
+        vllm_config = SimpleNamespace(additional_config=config)
+        manager = SimpleNamespace(vlora_store=SimpleNamespace(direct=path))
+        seams._name_graphs(vllm_config, manager)
+        return vllm_config.additional_config
+
+    assert name(None, {"user": 1}) == {"user": 1}
+    first, second = name(["a", "b"], {"user": 1}), name(["a"], {})
+    assert first["user"] == 1
+    assert first["vllm_vlora"] != second["vllm_vlora"]
+    assert first["vllm_vlora"] == name(["b", "a"], {})["vllm_vlora"]
+
+
+# --- seams: the manager ----------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """A manager without a model, over a store; ``stock`` has the mappings that punica was given."""
+
+    manager: Any
+    checkpoint: Checkpoint
+    stock: list[Any]
+
+    def request(self, task: str, number: int) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(task, number, str(task_path(self.checkpoint, task)))
+
+
+class Cache(dict[int, Any]):
+    """vLLM's cache of adapters, as far as it is read here."""
+
+    @property
+    def cache(self) -> dict[int, Any]:
+        return self
+
+
+@pytest.fixture
+def worker(managing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    from vllm.lora.model_manager import LoRAModelManager
+
+    checkpoint = build(tmp_path / "ck", STORED)
+    store = Store().store
+    store.preload(checkpoint.path, lambda opened: make_path(opened, slots=2))
+    assert store.direct is not None
+    manager = object.__new__(managing.TaskLoRAManager)
+    manager.vlora_store = store
+    manager.lora_config = SimpleNamespace(max_loras=2, max_cpu_loras=4)
+    manager._direct_models, manager._direct_slots = {}, DirectSlots(store.direct)
+    manager._routed_version, manager._stock_free = -1, None
+    manager.stock_in_batch, manager.direct_in_batch = True, False
+    manager._last_mapping = manager._last_slot_layout = None
+    manager.lora_index_to_id = [None, None]
+    manager._registered_adapters, manager._active_adapters = Cache(), Cache()
+    stock: list[Any] = []
+    monkeypatch.setattr(
+        LoRAModelManager, "_set_adapter_mapping", lambda self, mapping: stock.append(mapping)
+    )
+    return Worker(manager, checkpoint, stock)
+
+
+def test_a_direct_task_is_an_adapter_of_the_managers(worker: Worker) -> None:
+    from vllm.lora.request import LoRARequest
+
+    manager = worker.manager
+    assert manager.add_direct(worker.request("joint", 11))
+    assert manager.add_direct(worker.request("private", 12))
+    assert set(manager.list_adapters()) == {11, 12}
+    assert manager.get_adapter(11).task.task_id == "joint"
+    assert not manager.add_direct(worker.request("head", 13)), "it needs a slot"
+    assert not manager.add_direct(LoRARequest("ordinary", 14, "/peft/14"))
+    assert not manager.add_direct(LoRARequest("ordinary", 11, "/peft/11"))
+    assert manager.pin_adapter(11)
+    assert manager.add_direct(worker.request("one", 15))
+    assert set(held_ids(manager)) == {11, 15}
+    assert set(manager.list_adapters()) == {11, 12, 15}, "12 gave its slot up and stays known"
+    assert manager.activate_adapter(12)
+    assert set(held_ids(manager)) == {11, 12}
+    assert manager.remove_adapter(11)
+    assert not manager.remove_adapter(11)
+    assert set(manager.list_adapters()) == {12, 15}
+    manager.add_direct(worker.request("mixed", 12))
+    assert manager.get_adapter(12).task.task_id == "mixed"
+    manager.remove_all_adapters()
+    assert manager.list_adapters() == {}
+    assert held_ids(manager) == []
+    paths = {str(task_path(worker.checkpoint, task)) for task in TASKS}
+    assert manager.direct_paths() == paths
+
+
+def held_ids(manager: Any) -> list[int]:
+    return [adapter for adapter in range(1, 100) if adapter in manager._direct_slots]
+
+
+def test_punica_sees_direct_tokens_as_the_base_models(worker: Worker) -> None:
+    from vllm.lora.layers import LoRAMapping
+
+    manager = worker.manager
+    for task, number in (("joint", 11), ("private", 12)):
+        manager.add_direct(worker.request(task, number))
+    mapping = LoRAMapping((11, 11, 0, 7, 12), (11, 0, 7, 12), is_prefill=True)
+    manager.set_adapter_mapping(mapping)
+    assert worker.stock == [LoRAMapping((0, 0, 0, 7, 0), (0, 0, 7, 0), is_prefill=True)]
+    assert mapping.index_mapping == (11, 11, 0, 7, 12)
+    path = manager.vlora_store.direct
+    got = [path.table.tasks[slot] for slot in path.routing.token_slots[:5].tolist()]
+    models = manager._direct_models
+    joint, private = models[11].task.direct, models[12].task.direct
+    assert got == [joint, joint, None, None, private]
+    assert (manager.stock_in_batch, manager.direct_in_batch) == (True, True)
+    for tokens, flags in (
+        ((0, 0), (False, False)),
+        ((12, 0), (False, True)),
+        ((7, 0), (True, False)),
+    ):
+        manager.set_adapter_mapping(LoRAMapping(tokens, tokens))
+        assert (manager.stock_in_batch, manager.direct_in_batch) == flags
+
+
+def test_the_same_mapping_is_routed_again_when_a_slot_holds_another_task(worker: Worker) -> None:
+    from vllm.lora.layers import LoRAMapping
+
+    manager = worker.manager
+    routed: list[int] = []
+    route = manager._direct_slots.route
+    manager._direct_slots.route = lambda tokens: routed.append(len(tokens)) or route(tokens)
+    manager.add_direct(worker.request("joint", 11))
+    for _ in range(3):
+        manager.set_adapter_mapping(LoRAMapping((11, 0), (11, 0)))
+    assert routed == [2]
+    manager.add_direct(worker.request("joint", 11))
+    manager.set_adapter_mapping(LoRAMapping((11, 0), (11, 0)))
+    assert routed == [2], "nothing changed"
+    for task, number in (("private", 12), ("one", 13), ("joint", 11)):
+        manager.add_direct(worker.request(task, number))
+    manager.set_adapter_mapping(LoRAMapping((11, 0), (11, 0)))
+    assert routed == [2, 2], "11 was out and came back, to another slot perhaps"
+    path = manager.vlora_store.direct
+    slot = path.routing.token_slots[0].item()
+    assert path.table.tasks[slot] is manager._direct_models[11].task.direct
+
+
+def test_batches_without_stock_adapters_trouble_punica_once_a_shape(worker: Worker) -> None:
+    from vllm.lora.layers import LoRAMapping
+
+    manager = worker.manager
+    for task, number in (("joint", 11), ("private", 12)):
+        manager.add_direct(worker.request(task, number))
+
+    def calls(*tokens: int, is_prefill: bool = False) -> int:
+        before = len(worker.stock)
+        manager.set_adapter_mapping(LoRAMapping(tokens, tokens, is_prefill=is_prefill))
+        return len(worker.stock) - before
+
+    assert calls(11, 12) == 1
+    assert calls(12, 11) == calls(0, 11) == calls(0, 0) == 0
+    assert worker.stock[-1] == LoRAMapping((0, 0), (0, 0))
+    assert calls(0, 11, 12) == 1
+    assert calls(0, 11, 12, is_prefill=True) == 1
+    assert calls(0, 7, 12, is_prefill=True) == 1
+    assert worker.stock[-1].index_mapping == (0, 7, 0)
+    assert calls(0, 8, 12, is_prefill=True) == 1
+    assert calls(0, 11, 12, is_prefill=True) == 1, "punica still holds an adapter"
+    assert calls(12, 11, 12, is_prefill=True) == 0
+
+
+def test_other_towers_mappings_are_stock(worker: Worker) -> None:
+    from vllm.lora.layers import LoRAMapping, LoRAMappingType
+
+    manager = worker.manager
+    manager.add_direct(worker.request("joint", 11))
+    manager.set_adapter_mapping(LoRAMapping((11, 0), (11, 0)))
+    runs = list(manager.vlora_store.direct.routing.runs)
+    tower = LoRAMapping((11, 11, 11), (11,), type=LoRAMappingType.TOWER)
+    manager.set_adapter_mapping(tower)
+    assert worker.stock[-1] is tower
+    assert manager.vlora_store.direct.routing.runs == runs
+
+
+class StockWorker:
+    """The part of vLLM's worker manager that the seams wrap."""
+
+    def __init__(self, manager: Any) -> None:
+        self._adapter_manager = manager
+        self.calls: list[Any] = []
+
+    def apply(self, lora_requests: set[Any]) -> None:
+        self.calls.append({r.lora_int_id for r in lora_requests})
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        self.calls.append(lora_request.lora_int_id)
+        return True
+
+    def add_dummy(self, lora_request: Any, rank: int) -> bool:
+        self.calls.append((lora_request.lora_int_id, rank))
+        return True
+
+    def remove_adapter(self, adapter: int) -> bool:
+        return self._adapter_manager.remove_adapter(adapter)
+
+
+def test_a_batchs_direct_tasks_are_not_counted_against_the_slots(
+    seams: Any, worker: Worker
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    stock = StockWorker(worker.manager)
+    batch = {worker.request("joint", 11), worker.request("private", 12), worker.request("head", 13),
+             LoRARequest("ordinary", 5, "/peft/5"), None}  # fmt: skip
+    seams._apply_adapters(StockWorker.apply)(stock, batch)
+    assert stock.calls == [{13, 5}]
+    assert set(held_ids(worker.manager)) == {11, 12}
+
+
+def test_an_id_that_comes_with_another_path_is_loaded_anew(seams: Any, worker: Worker) -> None:
+    from vllm.lora.request import LoRARequest
+
+    add = seams._add_adapter(StockWorker.add_adapter)
+    stock, manager = StockWorker(worker.manager), worker.manager
+    assert add(stock, worker.request("joint", 11))
+    assert add(stock, worker.request("joint", 11))
+    assert stock.calls == []
+    assert add(stock, worker.request("private", 11))
+    assert manager.get_adapter(11).task.task_id == "private"
+    assert add(stock, LoRARequest("ordinary", 11, "/peft/11"))
+    assert stock.calls == [11]
+    assert held_ids(manager) == [], "the direct task of this id is gone"
+    assert manager.get_adapter(11) is None
+
+
+def test_warm_up_adapters_beyond_the_slots_stand_for_direct_tasks(
+    seams: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    add = seams._add_dummy_lora(StockWorker.add_dummy)
+    stock, manager = StockWorker(worker.manager), worker.manager
+    for number in (1, 2, 3, 4):
+        assert add(stock, LoRARequest(f"dummy {number}", number, "/not/a/real/path"), 8)
+    assert stock.calls == [(1, 8), (2, 8)]
+    assert set(manager.list_adapters()) == {3, 4}
+    # They are activated by id and path like any other, and add nothing.
+    assert manager.add_direct(LoRARequest("dummy 3", 3, "/not/a/real/path"))
+    empty = manager.vlora_store.direct.empty
+    assert manager._direct_models[3].task.direct is empty
+    assert not empty.records.any()
+    monkeypatch.setattr(manager.vlora_store, "direct", None)
+    assert add(stock, LoRARequest("dummy 5", 5, "/not/a/real/path"), 8)
+    assert stock.calls[-1] == (5, 8)

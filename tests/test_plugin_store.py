@@ -1,0 +1,96 @@
+"""The resident store: in which form it holds each task, and what that takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from plugin_world import STORED, TASKS, Store, build, make_path
+
+from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.plugin.identity import task_path
+from vllm_vlora.representations.decode import decode
+
+
+def test_a_task_is_held_in_one_form(tmp_path: Path) -> None:
+    checkpoint = build(tmp_path / "ck", STORED, basis="nf4")
+    made = Store()
+    store = made.store
+    store.preload(checkpoint.path, make_path)
+    assert made.checked == [(list(TASKS), True), (["head", "plain head"], False)]
+    assert [task.task_id for task in store.tasks()] == list(STORED)
+    assert len(store) == len(STORED)
+    for task in store.tasks():
+        if task.task_id in TASKS:
+            assert task.direct is not None
+            assert (task.sources, task.extra, task.obstacle) == ({}, {}, "")
+        else:
+            assert task.direct is None
+            assert set(task.sources) == set(STORED[task.task_id])
+            assert task.obstacle == "module lm_head is the output head"
+    # q alone: the direct tasks read the layers' own copies of theirs.
+    bases = dict(checkpoint.bases())
+    q = bases["q"]
+    cores, factors = 4 * 2 * (6 + 5), (2 + 1) * ((64 + 8) + (64 + 8))
+    assert store.materialized_nbytes == q.u.nbytes + q.v.nbytes + cores + factors
+    assert store.direct is not None
+    memory = store.direct.memory()
+    assert store.nbytes == store.materialized_nbytes + (
+        memory.bases + memory.cores + memory.factors + memory.table
+    )
+
+
+def test_without_a_path_every_task_is_materialized(tmp_path: Path) -> None:
+    made = Store()
+    made.store.preload(build(tmp_path / "ck", STORED).path)
+    assert made.checked == [([], True), (list(STORED), False)]
+    assert {task.obstacle for task in made.store.tasks()} == {"direct mode is off"}
+    assert all(task.direct is None and task.sources for task in made.store.tasks())
+    assert made.store.nbytes == made.store.materialized_nbytes > 0
+
+
+def test_direct_tasks_alone_need_no_packed_basis(tmp_path: Path) -> None:
+    made = Store(only_direct=True)
+    made.store.preload(build(tmp_path / "ck").path, make_path)
+    assert made.checked == [(list(TASKS), True), ([], False)]
+    assert made.store.materialized_nbytes == 0
+
+
+def test_direct_mode_refuses_what_auto_materializes(tmp_path: Path) -> None:
+    checkpoint = build(tmp_path / "ck", STORED)
+    made = Store(only_direct=True)
+    with pytest.raises(ModelMismatchError) as caught:
+        made.store.preload(checkpoint.path, make_path)
+    assert str(caught.value) == (
+        f"{checkpoint.path}: task 'head' cannot run direct: module lm_head is the output head; use "
+        "VLLM_VLORA_MODE=auto, which materializes such tasks"
+    )
+    assert made.checked == []
+    assert len(made.store) == 0
+
+
+def test_a_late_task_on_another_basis_is_materialized_from_it(tmp_path: Path) -> None:
+    made = Store()
+    store = made.store
+    store.preload(build(tmp_path / "ck").path, make_path)
+    assert store.direct is not None
+    memory, before = store.direct.memory(), store.nbytes
+    later = build(tmp_path / "later", seed=1)
+    task = store.task(task_path(later, "joint"))
+    assert task.direct is None
+    assert task.obstacle == "q has another basis than the engine started with"
+    assert made.checked[-2:] == [([], True), (["joint"], False)]
+    bases = dict(later.bases())
+    for name in TASKS["joint"]:
+        stored = later.load_task("joint").modules[name]
+        a, b = decode(stored, bases[name])
+        source_a, source_b = task.sources[name]
+        torch.testing.assert_close(source_b.to_dense().T @ source_a.to_dense(), b @ a)
+    assert store.direct.memory() == memory
+    assert store.nbytes == before + store.materialized_nbytes
+    # A private one runs direct, whatever the basis.
+    private = store.task(task_path(later, "private"))
+    assert private.direct is not None
+    assert store.direct.memory().factors > memory.factors
+    assert store.task(task_path(later, "private")) is private
