@@ -228,8 +228,9 @@ def test_the_scheduler_is_patched_where_the_table_says(monkeypatch: pytest.Monke
     from vllm_vlora.plugin.manager import Setup
     from vllm_vlora.plugin.settings import Settings
 
-    patches = scheduling.schedule_by_kind(Setup("checkpoint", Settings("direct")))
     places = find_seams(direct=True)
+    patches = scheduling.schedule_by_kind(Setup("checkpoint", Settings("direct")), places)
+    assert len(patches) == 4
     for owner, attribute, _ in patches:
         place = places[f"{owner.__name__}.{attribute}"]
         assert (place.owner, place.attribute) == (owner, attribute)

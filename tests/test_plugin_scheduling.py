@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_vlora.plugin.seam_table import Place
 from vllm_vlora.plugin.settings import Settings
 
 
@@ -30,9 +31,7 @@ def our_path(number: int) -> str:
 class Core:
     """The scheduler and the engine core of a test, patched as those of vLLM are."""
 
-    def __init__(
-        self, scheduling: Any, patch: pytest.MonkeyPatch, slots: int, direct: set[str]
-    ) -> None:
+    def __init__(self, scheduling: Any, slots: int, direct: set[str]) -> None:
         class Scheduler:
             def __init__(self, lora: bool = True) -> None:
                 self.requests: dict[str, Any] = {}
@@ -69,10 +68,18 @@ class Core:
             def add_request(self, request: Any, request_wave: int = 0) -> None:
                 self.scheduler.add_request(request)
 
-        patch.setattr(scheduling, "Scheduler", Scheduler)
-        patch.setattr(scheduling, "EngineCore", EngineCore)
+        seams = [
+            (Scheduler, "add_request"),
+            (Scheduler, "finish_requests"),
+            (Scheduler, "update_from_output"),
+            (EngineCore, "add_request"),
+        ]
+        places = {
+            f"{owner.__name__}.{name}": Place(owner, name, getattr(owner, name))
+            for owner, name in seams
+        }
         setup = scheduling.Setup("/ck", Settings("auto", slots))
-        for target, name, value in scheduling.schedule_by_kind(setup):
+        for target, name, value in scheduling.schedule_by_kind(setup, places):
             setattr(target, name, value)
         self.scheduler_class = Scheduler
         self.core = EngineCore()
@@ -87,9 +94,9 @@ class Core:
 
 
 @pytest.fixture
-def make_core(scheduling: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Core]:
+def make_core(scheduling: Any) -> Callable[..., Core]:
     def make(slots: int, direct: Iterable[str] = ()) -> Core:
-        return Core(scheduling, monkeypatch, slots, set(direct))
+        return Core(scheduling, slots, set(direct))
 
     return make
 

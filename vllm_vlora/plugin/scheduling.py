@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
-
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine.core import EngineCore
 
 from vllm_vlora.plugin.admission import Admission
 from vllm_vlora.plugin.identity import parse_task_path
-from vllm_vlora.plugin.lookup import find_seam
 from vllm_vlora.plugin.manager import Setup
+from vllm_vlora.plugin.seam_table import Place
 
 
-def schedule_by_kind(setup: Setup) -> list[tuple[Any, str, Any]]:
-    """The patches that keep adapters that need a slot within the slots; see ``admission``."""
-    add = find_seam(Scheduler, "add_request", ["self", "request"])
-    finish = find_seam(Scheduler, "finish_requests", ["self", "request_ids", "finished_status"])
-    update = find_seam(
-        Scheduler, "update_from_output", ["self", "scheduler_output", "model_runner_output"]
-    )
-    core_add = find_seam(EngineCore, "add_request", ["self", "request", "request_wave"])
+def schedule_by_kind(setup: Setup, places: Mapping[str, Place]) -> list[tuple[Any, str, Any]]:
+    """The patches that keep adapters that need a slot within the slots; see ``admission``.
+
+    Args:
+        places: the seams by name, as ``find_seams`` finds them.
+    """
+    add = places["Scheduler.add_request"].value
+    finish = places["Scheduler.finish_requests"].value
+    update = places["Scheduler.update_from_output"].value
+    core_add = places["EngineCore.add_request"].value
 
     def admission(scheduler: Any) -> Admission[Any]:
         held = scheduler.__dict__.get("_vlora_admission")
@@ -77,12 +77,13 @@ def schedule_by_kind(setup: Setup) -> list[tuple[Any, str, Any]]:
             _learn_kinds(self, lora.lora_path)
         core_add(self, request, request_wave)
 
-    return [
-        (Scheduler, "add_request", add_request),
-        (Scheduler, "finish_requests", finish_requests),
-        (Scheduler, "update_from_output", update_from_output),
-        (EngineCore, "add_request", add_to_core),
-    ]
+    patches = {
+        "Scheduler.add_request": add_request,
+        "Scheduler.finish_requests": finish_requests,
+        "Scheduler.update_from_output": update_from_output,
+        "EngineCore.add_request": add_to_core,
+    }
+    return [(places[name].owner, places[name].attribute, new) for name, new in patches.items()]
 
 
 def _kinds(scheduler: Any) -> dict[str, bool]:

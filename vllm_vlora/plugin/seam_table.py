@@ -19,7 +19,6 @@ from importlib import import_module
 from typing import Any
 
 from vllm_vlora.errors import IncompatibleVLLMError
-from vllm_vlora.plugin.lookup import find_seam
 
 
 class MissingSeamError(IncompatibleVLLMError):
@@ -83,8 +82,6 @@ class Seam:
             if path and self.takes is None and _instances_hold(owner, attribute):
                 return Place(owner, attribute, None)
             raise MissingSeamError(f"{_name(owner)}.{attribute} does not exist")
-        if self.takes is not None:
-            find_seam(owner, attribute, list(self.takes))
         place = Place(owner, attribute, getattr(owner, attribute))
         self._check(place)
         return place
@@ -102,6 +99,10 @@ class Seam:
 
     def _check(self, place: Place) -> None:
         where = f"{_name(place.owner)}.{place.attribute}"
+        if self.takes is not None:
+            found = list(inspect.signature(place.value).parameters)
+            if found != list(self.takes):
+                raise IncompatibleVLLMError(f"{where} takes {found}, expected {list(self.takes)}")
         if self.accepts:
             parameters = inspect.signature(place.value).parameters
             for name in self.accepts:

@@ -254,4 +254,4 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (seams[name].owner, seams[name].attribute, wrap(seams[name].value))
         for name, wrap in wrappers.items()
     ]
-    return patches + (schedule_by_kind(setup) if setup.direct else [])
+    return patches + (schedule_by_kind(setup, seams) if setup.direct else [])
