@@ -10,7 +10,7 @@ mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 device="$(python -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())')"
 
-pytest -q -m gpu tests/test_direct_kernels.py tests/test_materialize.py
+pytest -q -m gpu tests/kernels/test_direct_kernels.py tests/kernels/test_materialize.py
 python benchmarks/run.py kernels ${PUNICA:+--punica "$PUNICA"} --json "$out/kernels-$device.json"
 python benchmarks/run.py activation --no-engine --json "$out/activation-$device.json"
 if python -c 'import vllm' 2>/dev/null; then

@@ -8,12 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from places import EXAMPLES
 from tiny_adapters import SHAPES, delta_w, save_tiny_adapters, tiny_weights
 
 from vllm_vlora import Checkpoint, load_adapter, validate
 from vllm_vlora.merging.blending import read_tasks
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "merge_tasks.py"
+EXAMPLE = EXAMPLES / "merge_tasks.py"
 WEIGHTS = (0.75, 0.5, -0.25)
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import BENCHMARKS
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Programs there import each other by bare names.
 sys.path.append(str(BENCHMARKS))
 
-import floors  # noqa: E402
-import harness  # noqa: E402
-import run  # noqa: E402
-from activation import ways  # noqa: E402
+import floors
+import harness
+import run
+from activation import ways
 
-from vllm_vlora.tools.timing import spread, take_turns  # noqa: E402
+from vllm_vlora.tools.timing import spread, take_turns
 
 ALONE = ("activation", "--no-engine", "--device", "cpu", "--rounds", "2", "--warmup", "1")
 

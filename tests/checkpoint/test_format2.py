@@ -26,6 +26,7 @@ from format2_world import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import DATA, ROOT
 
 from vllm_vlora.checkpoint.export import export_all
 from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
@@ -49,8 +50,8 @@ from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.triton_kernels.direct import add_direct
 
-DATA = Path(__file__).parent / "data" / "format2"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"
+DATA = DATA / "format2"
+DOCUMENT = ROOT / "docs" / "format.md"
 CPU = torch.device("cpu")
 
 

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import DATA
 
 from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
 from vllm_vlora.checkpoint.manifest import (
@@ -32,7 +33,7 @@ from vllm_vlora.representations.private import encode_private
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
 
-DATA = Path(__file__).parent / "data" / "format1"
+DATA = DATA / "format1"
 Q, V, EMBED = "model.layers.0.q_proj", "model.layers.0.v_proj", "model.embed_tokens"
 SHAPES = {Q: (70, 48), V: (48, 130), EMBED: (200, 33)}  # d_in, d_out
 K_OUT, K_IN = 12, 10

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from places import DATA
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -36,7 +37,7 @@ from vllm_vlora.representations.decode import decode
 from vllm_vlora.tools.convert_command import convert as convert_command
 from vllm_vlora.tools.reconstruct_command import reconstruct as reconstruct_command
 
-SEEDS = Path(__file__).parent / "data" / "seeds"
+SEEDS = DATA / "seeds"
 NAMES = sorted(
     path.name for path in SEEDS.iterdir() if path.is_dir() and path.name != "__pycache__"
 )

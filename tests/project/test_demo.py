@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import EXAMPLES
 
 from vllm_vlora import open_adapter
 
-DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
+DEMO = EXAMPLES / "demo"
 LIMIT = 12_000_000
 
 

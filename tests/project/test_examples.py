@@ -12,11 +12,11 @@ from types import ModuleType
 
 import openai_stand_in
 import pytest
+from places import ROOT
 from synthetic import family, run
 
 from vllm_vlora import Adapter, Checkpoint, open_adapter, validate
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
 

@@ -15,24 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import BENCHMARKS
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Programs there import each other by bare names.
 sys.path.append(str(BENCHMARKS))
 
-import floors  # noqa: E402
-import run as runner  # noqa: E402
-from activation import ways  # noqa: E402
-from kernelbench import forward, program, report  # noqa: E402
-from kernelbench.batches import Batch, Cell, make_batch  # noqa: E402
-from kernelbench.cells import Settings, cells, make_operations  # noqa: E402
-from kernelbench.forward import Operation, count_copies, weight_nbytes  # noqa: E402
-from kernelbench.plot import draw, panels  # noqa: E402
-from kernelbench.punica import load_from_folder  # noqa: E402
-from kernelbench.verify import WrongResultError, check_operation, check_replay  # noqa: E402
+import floors
+import run as runner
+from activation import ways
+from kernelbench import forward, program, report
+from kernelbench.batches import Batch, Cell, make_batch
+from kernelbench.cells import Settings, cells, make_operations
+from kernelbench.forward import Operation, count_copies, weight_nbytes
+from kernelbench.plot import draw, panels
+from kernelbench.punica import load_from_folder
+from kernelbench.verify import WrongResultError, check_operation, check_replay
 
-from vllm_vlora.triton_kernels.direct import DirectLayer, add_direct  # noqa: E402
-from vllm_vlora.triton_kernels.materialize import plan_materialize  # noqa: E402
+from vllm_vlora.triton_kernels.direct import DirectLayer, add_direct
+from vllm_vlora.triton_kernels.materialize import plan_materialize
 
 CPU = torch.device("cpu")
 LAYER = floors.Layer("qkv_proj", 64, (32, 16))

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import make_byte_tokenizer
+from places import EXAMPLES
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TASKS = ["french", "keywords", "sentiment", "sql", "ticket"]
 
 

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import EXAMPLES
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 @pytest.mark.slow

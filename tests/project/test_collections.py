@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from places import EXAMPLES
 from safetensors.torch import load_file
 from tiny_llama import write_tiny_llama
 
 from vllm_vlora import open_adapter
 from vllm_vlora.evaluation.texts import read_examples
 
-COLLECTIONS = Path(__file__).resolve().parent.parent / "examples" / "collections"
+COLLECTIONS = EXAMPLES / "collections"
 sys.path.insert(0, str(COLLECTIONS))
 
 family_tasks: Any = importlib.import_module("family_tasks")

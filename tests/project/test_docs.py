@@ -19,6 +19,7 @@ import pytest
 import typer
 import yaml
 from documented_world import DocumentedWorld
+from places import ROOT
 from typer.testing import CliRunner
 
 import vllm_vlora
@@ -26,7 +27,6 @@ from vllm_vlora import Checkpoint, open_adapter
 from vllm_vlora.adapters.peft_folder import write_adapter
 from vllm_vlora.tools.cli import app
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]

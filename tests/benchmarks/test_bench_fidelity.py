@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_llama import write_tiny_llama
 
 from vllm_vlora.errors import DataError, OptionError
 from vllm_vlora.fitting.calibration import Calibration
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = ROOT
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "examples" / "collections")]
 
 import run  # noqa: E402

@@ -10,12 +10,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+from places import ROOT
 from synthetic import family, run
 
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE, TASKS_FILE, read_config, read_tasks
 from vllm_vlora.errors import CheckpointError
 
-ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = ROOT / "docs" / "schemas"
 DATA = ROOT / "tests" / "data"
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import BENCHMARKS
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # Programs there import each other by bare names.
 sys.path.append(str(BENCHMARKS))
 
-from fitbench import program  # noqa: E402
-from fitbench.collection import MODULE, Size, Spectrum, write_collection  # noqa: E402
-from fitbench.report import format_cell, summarise  # noqa: E402
-from fitbench.runs import Policy, Run, start_worker, take_turns  # noqa: E402
-from fitbench.worker import Fitted, exact, kept_energy  # noqa: E402
+from fitbench import program
+from fitbench.collection import MODULE, Size, Spectrum, write_collection
+from fitbench.report import format_cell, summarise
+from fitbench.runs import Policy, Run, start_worker, take_turns
+from fitbench.worker import Fitted, exact, kept_energy
 
-from vllm_vlora.adapters.peft_folder import open_adapter  # noqa: E402
+from vllm_vlora.adapters.peft_folder import open_adapter
 
 SIZE = Size(d_in=24, d_out=20, adapters=6, rank=3)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import DATA
 from safetensors.torch import load_file
 from tiny_adapters import (
     SHAPES,
@@ -40,7 +41,7 @@ from vllm_vlora.subspace.tasks import TaskProjection
 from vllm_vlora.subspace.weights import LoRAWeights, load_adapter
 
 Q, V = SHAPES
-SEEDS = Path(__file__).parent / "data" / "seeds"
+SEEDS = DATA / "seeds"
 REPRESENTATIONS = pytest.mark.parametrize(("representation", "k"), [("flat", 3), ("joint", 8)])
 
 

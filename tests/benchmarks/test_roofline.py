@@ -12,12 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from places import BENCHMARKS
 
 from vllm_vlora.checkpoint.card import VLLM_LORA_RANKS
 from vllm_vlora.quantize import FORMATS, row_nbytes
 from vllm_vlora.triton_kernels.direct import RECORD_FIELDS
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def _floors() -> ModuleType:

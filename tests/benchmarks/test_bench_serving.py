@@ -7,21 +7,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from places import BENCHMARKS
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import run  # noqa: E402
-from serving import correctness, plot, program, report, settings  # noqa: E402
-from serving.configurations import DIRECT, configuration  # noqa: E402
-from serving.figures import Trace, spread_of_ratios  # noqa: E402
-from serving.loads import (  # noqa: E402
+import run
+from serving import correctness, plot, program, report, settings
+from serving.configurations import DIRECT, configuration
+from serving.figures import Trace, spread_of_ratios
+from serving.loads import (
     Call,
     Job,
     Load,
@@ -31,7 +30,7 @@ from serving.loads import (  # noqa: E402
     zipf_probabilities,
 )
 
-from vllm_vlora.tools.timing import percentile  # noqa: E402
+from vllm_vlora.tools.timing import percentile
 
 ONE, EIGHT = Load(1, "uniform"), Load(8, "uniform")
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from places import DATA
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -48,7 +49,7 @@ COMMANDS = (
     "push",
     "reconstruct",
 )
-FORMAT2 = Path(__file__).parent / "data" / "format2"
+FORMAT2 = DATA / "format2"
 runner = CliRunner()
 
 

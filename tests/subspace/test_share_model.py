@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from places import DATA
 from safetensors.torch import load_file
 from synthetic import SHAPES, dense, family, save
 from transformers import (
@@ -36,7 +37,7 @@ from vllm_vlora.errors import (
 )
 from vllm_vlora.subspace.share_model import SHAREModel
 
-SEEDS = Path(__file__).parent / "data" / "seeds"
+SEEDS = DATA / "seeds"
 Q, V = SHAPES
 PREFIX = "base_model.model."
 ALL = 96
