@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from engine_forks import ENGINE_ENVIRONMENT, run, run_script
 from engine_world import (
     ADAPTERS,
     ENGINE_ARGUMENTS,
-    ENGINE_ENVIRONMENT,
     MAX_TOKENS,
     PROMPTS,
     World,
     exact,
     family,
     mixed,
-    run_script,
     stock_tokens,
 )
 
@@ -293,18 +289,7 @@ if __name__ == "__main__":
 def test_what_cannot_run_is_refused_at_the_start_with_one_line(
     world: World, environment: dict[str, str], message: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", START, str(world.model)],
-        env={
-            **os.environ,
-            **ENGINE_ENVIRONMENT,
-            "VLLM_VLORA_CHECKPOINT": str(exact(world, "private")),
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert re.search(message, done.stdout + done.stderr), (done.stdout + done.stderr)[-5000:]
+    checkpoint = str(exact(world, "private"))
+    code, output = run(START, str(world.model), VLLM_VLORA_CHECKPOINT=checkpoint, **environment)
+    assert code == 1
+    assert re.search(message, output), output[-5000:]
