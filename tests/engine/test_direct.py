@@ -192,7 +192,9 @@ def test_a_thousand_distinct_tasks_in_one_batch(world: World) -> None:
         "arguments": ENGINE_ARGUMENTS,
         "max_tokens": MAX_TOKENS,
     }
-    found = run_script(MANY, json.dumps(job), VLLM_VLORA_CHECKPOINT=str(path))
+    found = run_script(
+        MANY, json.dumps(job), VLLM_VLORA_CHECKPOINT=str(path), VLLM_VLORA_SLOTS=str(SLOTS)
+    )
     checkpoint = Checkpoint.open(path)
     exported = {
         f"task-{i}": export_task(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from engine_forks import start
+from engine_forks import start, stop
 from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact
 
 pytestmark = pytest.mark.engine
@@ -71,10 +70,7 @@ class Server:
         return done.choices[0].text
 
     def stop(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if self.process.is_alive():
-                os.killpg(self.process.pid or 0, number)
-                self.process.join(30)
+        stop(self.process, signal.SIGTERM, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

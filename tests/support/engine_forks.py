@@ -10,6 +10,7 @@ import atexit
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from multiprocessing.context import ForkServerProcess
@@ -71,6 +72,14 @@ def _run(script: str, arguments: tuple[str, ...], log: Path, variables: dict[str
         atexit._run_exitfuncs()  # multiprocessing leaves them out; vLLM ends its processes there
 
 
+def stop(process: ForkServerProcess, *signals: int) -> None:
+    """End a process and what it started; a second signal is for one that the first did not end."""
+    for number in signals:
+        if process.is_alive():
+            os.killpg(process.pid or 0, number)
+            process.join(30)
+
+
 def run(script: str, *arguments: str, **environment: str) -> tuple[int | None, str]:
     """The exit code of a snippet, and what it wrote."""
     with tempfile.NamedTemporaryFile() as file:
@@ -78,9 +87,10 @@ def run(script: str, *arguments: str, **environment: str) -> tuple[int | None, s
         process = start(
             script, *arguments, log=log, VLLM_ENABLE_V1_MULTIPROCESSING="0", **environment
         )
-        process.join(500)
-        if process.exitcode is None:
-            os.killpg(process.pid or 0, 9)
+        try:
+            process.join(500)
+        finally:
+            stop(process, signal.SIGKILL)
         return process.exitcode, log.read_text(errors="replace")
 
 

@@ -171,6 +171,7 @@ def main():
                               use_tqdm=False)[0].outputs[0].token_ids)
             for prompt in job["prompts"]
         ]
+    assert "vllm_vlora" not in sys.modules
     print("RESULT " + json.dumps(answers), flush=True)
 
 if __name__ == "__main__":
