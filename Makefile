@@ -30,8 +30,8 @@ test-fast: $(VENV)/.ready ## The tests that start no engine
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not engine"
 
 test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
-	# Two processes of one thread. Tests that share an engine stay in one process and come first.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup --durations=40 -m engine tests/engine
+	# Two processes of one thread. A file, and so its engine, stays in one; the longest files come first.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=40 -m engine tests/engine
 
 compat: $(VENV)/.ready ## The engine tests on older vLLM versions, then on this one
 	for version in $(COMPAT_VERSIONS); do requirements/compat.sh $(VENV) $$version || exit 1; done

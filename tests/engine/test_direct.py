@@ -192,9 +192,7 @@ def test_a_thousand_distinct_tasks_in_one_batch(world: World) -> None:
         "arguments": ENGINE_ARGUMENTS,
         "max_tokens": MAX_TOKENS,
     }
-    found = run_script(
-        MANY, json.dumps(job), VLLM_VLORA_CHECKPOINT=str(path), VLLM_VLORA_SLOTS=str(SLOTS)
-    )
+    found = run_script(MANY, json.dumps(job), VLLM_VLORA_CHECKPOINT=str(path))
     checkpoint = Checkpoint.open(path)
     exported = {
         f"task-{i}": export_task(
