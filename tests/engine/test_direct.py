@@ -160,7 +160,7 @@ def test_an_id_that_comes_with_another_task_gets_that_task(engine: Engine) -> No
 MANY = """
 import json, sys
 from vllm import LLM, SamplingParams
-from vllm_vlora import lora_request
+from vllm_vlora.plugin.requests import all_requests
 
 def main():
     job = json.loads(sys.argv[1])
@@ -168,9 +168,10 @@ def main():
     llm = LLM(job["model"], enable_lora=True, max_loras=job["count"], max_lora_rank=16, **arguments)
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
     names = [f"task-{i}" for i in range(job["count"])]
+    # lora_request numbers all tasks at each call.
+    requests = {request.lora_name: request for request in all_requests(job["checkpoint"])}
     done = llm.generate([{"prompt_token_ids": job["prompt"]}] * len(names), sampling,
-                        lora_request=[lora_request(job["checkpoint"], n) for n in names],
-                        use_tqdm=False)
+                        lora_request=[requests[name] for name in names], use_tqdm=False)
     print("RESULT " + json.dumps([list(o.outputs[0].token_ids) for o in done]), flush=True)
 
 if __name__ == "__main__":
