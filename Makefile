@@ -39,7 +39,8 @@ test-slow: $(VENV)/.ready ## The long tests; records the sources that they passe
 	$(if $(RECORD),$(BIN)/python tests/support/slow_record.py .cache/slow.xml)
 
 test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
-	$(BIN)/pytest -q -m engine tests/engine
+	# Two processes of one thread. A file, and so its engine, stays in one; the longest files come first.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=40 -m engine tests/engine
 
 compat: $(VENV)/.ready ## The engine tests on older vLLM versions, then on this one
 	for version in $(COMPAT_VERSIONS); do requirements/compat.sh $(VENV) $$version || exit 1; done

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_world import make_model, run_script
+from engine_forks import run_script
+from engine_world import make_model
 from safetensors.torch import load_file, save_file
 
 from vllm_vlora import CompressOptions, compress, open_adapter

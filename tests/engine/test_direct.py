@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from engine_forks import ENGINE_ENVIRONMENT, run, run_script
 from engine_world import (
     ADAPTERS,
     ENGINE_ARGUMENTS,
-    ENGINE_ENVIRONMENT,
     MAX_TOKENS,
     PROMPTS,
     World,
     exact,
     family,
     mixed,
-    run_script,
     stock_tokens,
 )
 
@@ -164,7 +160,7 @@ def test_an_id_that_comes_with_another_task_gets_that_task(engine: Engine) -> No
 MANY = """
 import json, sys
 from vllm import LLM, SamplingParams
-from vllm_vlora import lora_request
+from vllm_vlora.plugin.requests import all_requests
 
 def main():
     job = json.loads(sys.argv[1])
@@ -172,9 +168,10 @@ def main():
     llm = LLM(job["model"], enable_lora=True, max_loras=job["count"], max_lora_rank=16, **arguments)
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
     names = [f"task-{i}" for i in range(job["count"])]
+    # lora_request numbers all tasks at each call.
+    requests = {request.lora_name: request for request in all_requests(job["checkpoint"])}
     done = llm.generate([{"prompt_token_ids": job["prompt"]}] * len(names), sampling,
-                        lora_request=[lora_request(job["checkpoint"], n) for n in names],
-                        use_tqdm=False)
+                        lora_request=[requests[name] for name in names], use_tqdm=False)
     print("RESULT " + json.dumps([list(o.outputs[0].token_ids) for o in done]), flush=True)
 
 if __name__ == "__main__":
@@ -293,18 +290,7 @@ if __name__ == "__main__":
 def test_what_cannot_run_is_refused_at_the_start_with_one_line(
     world: World, environment: dict[str, str], message: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", START, str(world.model)],
-        env={
-            **os.environ,
-            **ENGINE_ENVIRONMENT,
-            "VLLM_VLORA_CHECKPOINT": str(exact(world, "private")),
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert re.search(message, done.stdout + done.stderr), (done.stdout + done.stderr)[-5000:]
+    checkpoint = str(exact(world, "private"))
+    code, output = run(START, str(world.model), VLLM_VLORA_CHECKPOINT=checkpoint, **environment)
+    assert code == 1
+    assert re.search(message, output), output[-5000:]

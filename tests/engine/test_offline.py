@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from engine_forks import ENGINE_ENVIRONMENT
 from engine_world import (
     ADAPTERS,
     ENGINE_ARGUMENTS,
-    ENGINE_ENVIRONMENT,
     MAX_TOKENS,
     PROMPTS,
     World,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +14,26 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from engine_world import ADAPTERS, ENGINE_ENVIRONMENT, MAX_TOKENS, PROMPTS, World, exact
+from engine_forks import start, stop
+from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact
 
 pytestmark = pytest.mark.engine
+
+
+COMMAND = """
+import os, sys
+os.execv(sys.executable, [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", *sys.argv[1:]])
+"""
+# The command's function in a process that has imported vLLM.
+FORKED = "from vllm.entrypoints.cli.main import main; main()"
 
 
 class Server:
     """A ``vllm serve`` process on a free port of this machine."""
 
-    def __init__(self, world: World, log: Path, checkpoint: Path, **environment: str) -> None:
+    def __init__(
+        self, world: World, log: Path, checkpoint: Path, script: str = FORKED, **environment: str
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -36,22 +44,16 @@ class Server:
                      "--enable-lora", "--max-loras", "3", "--max-lora-rank", "16",
                      "--served-model-name", "base",
                      "--lora-modules", f"ordinary={world.ordinary}"]  # fmt: skip
-        vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
-        with log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                [*vllm, str(world.model), *arguments],
-                env={**os.environ, **ENGINE_ENVIRONMENT, **environment,
-                     "VLLM_VLORA_CHECKPOINT": str(checkpoint)},
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
+        self.process = start(
+            script, "serve", str(world.model), *arguments, log=log,
+            VLLM_VLORA_CHECKPOINT=str(checkpoint), **environment,
+        )  # fmt: skip
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def wait(self, seconds: float = 240) -> bool:
         """Whether the server answered before it ended."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.poll() is None:
+        while time.monotonic() < deadline and self.process.is_alive():
             try:
                 if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
                     return True
@@ -68,13 +70,7 @@ class Server:
         return done.choices[0].text
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(30)
+        stop(self.process, signal.SIGTERM, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +80,7 @@ def checkpoint(world: World) -> Path:
 
 @pytest.fixture(scope="module")
 def server(world: World, checkpoint: Path) -> Iterator[Server]:
-    server = Server(world, world.root / "server.log", checkpoint)
+    server = Server(world, world.root / "server.log", checkpoint, COMMAND)
     assert server.wait(), server.log.read_text()[-4000:]
     yield server
     server.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from engine_forks import run_script
 from engine_world import (
     ADAPTERS,
     ENGINE_ARGUMENTS,
@@ -13,7 +14,6 @@ from engine_world import (
     World,
     exact,
     mixed,
-    run_script,
 )
 
 from vllm_vlora.checkpoint.reader import Checkpoint

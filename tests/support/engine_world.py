@@ -3,28 +3,29 @@
 Stock vLLM runs in a process of its own with plugins off, one request at a time: on CPU its mixed
 batches give base requests the last slot's adapter, so they are no reference. The base model's tokens
 come from an engine without LoRA for the same reason.
+
+Model, adapters and tokens are kept in ``.cache/engine-world``, where they are made once for all
+processes: none of them depends on this project's code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import engine_forks
 import torch
+from engine_forks import run_script
+from filelock import FileLock
 
-ENGINE_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+CACHE = Path(__file__).parents[2] / ".cache" / "engine-world"
 ENGINE_ARGUMENTS = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -57,14 +58,33 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class World:
-    """Where everything lies, and what stock vLLM answered: name -> a token list per prompt."""
+    """Where everything lies; only ``root``, of this process, is for tests to write to."""
 
     root: Path
     model: Path
     adapters: dict[str, Path]
     ordinary: Path
-    reference: dict[str, list[list[int]]]
-    compress: Callable[..., Path]
+
+    @cached_property
+    def reference(self) -> dict[str, list[list[int]]]:
+        """What stock vLLM answers: name -> a token list per prompt."""
+        reference = stock_tokens(self.model, {}, PROMPTS)
+        adapters = {**self.adapters, "ordinary": self.ordinary}
+        reference |= stock_tokens(self.model, adapters, PROMPTS)
+        assert len({tuple(t) for answers in reference.values() for t in answers}) == 3 * 8
+        return reference
+
+    def compress(
+        self, name: str, tasks: dict[str, Path], force: bool = False, **options: Any
+    ) -> Path:
+        """A checkpoint ``name`` of PEFT folders."""
+        from vllm_vlora.adapters.peft_folder import open_adapter
+        from vllm_vlora.compression.options import CompressOptions
+        from vllm_vlora.compression.pipeline import compress
+
+        opened = {task: open_adapter(path) for task, path in tasks.items()}
+        compress(opened, self.root / name, CompressOptions(**options), force=force)
+        return self.root / name
 
 
 def make_model(folder: Path, hidden: int = 128, seed: int = 0) -> Path:
@@ -133,21 +153,6 @@ def _save_plain(adapted: Any, folder: Path) -> None:
     file.write_text(json.dumps(config | {"alpha_pattern": {}}))
 
 
-def run_script(script: str, *arguments: str, **environment: str) -> Any:
-    """Run a snippet in a process of its own; it prints one line, RESULT and JSON."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script, *arguments],
-        env={**os.environ, **ENGINE_ENVIRONMENT, **environment},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-20_000:] + done.stderr[-20_000:]
-    return json.loads(lines[-1][len("RESULT ") :])
-
-
 STOCK = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -166,6 +171,7 @@ def main():
                               use_tqdm=False)[0].outputs[0].token_ids)
             for prompt in job["prompts"]
         ]
+    assert "vllm_vlora" not in sys.modules
     print("RESULT " + json.dumps(answers), flush=True)
 
 if __name__ == "__main__":
@@ -177,45 +183,81 @@ def stock_tokens(
     model: Path, adapters: dict[str, Path], prompts: list[list[int]]
 ) -> dict[str, list[list[int]]]:
     """Stock vLLM's greedy tokens: of the base model when ``adapters`` is empty."""
-    from vllm.lora.peft_helper import PEFTHelper
-
-    plain = "rank_pattern" not in {field.name for field in fields(PEFTHelper)}
     job = {
-        "model": str(model),
-        "adapters": {
-            name: str(path / PLAIN if plain and (path / PLAIN).exists() else path)
-            for name, path in adapters.items()
-        },
         "arguments": ENGINE_ARGUMENTS,
         "max_tokens": MAX_TOKENS,
         "prompts": prompts,
     }
-    # An empty list of plugins is stock vLLM; an empty checkpoint is none.
-    return run_script(STOCK, json.dumps(job), VLLM_PLUGINS="", VLLM_VLORA_CHECKPOINT="")
+    folders = {name: _for_stock(path) for name, path in adapters.items()}
+    digests = {name: _digest(path) for name, path in [("", model), *folders.items()]}
+    key = hashlib.sha256(json.dumps([job, digests]).encode()).hexdigest()[:32]
+    job |= {"model": str(model), "adapters": {name: str(path) for name, path in folders.items()}}
+
+    def ask(file: Path) -> None:
+        # An empty list of plugins is stock vLLM; an empty checkpoint is none.
+        answers = run_script(STOCK, json.dumps(job), VLLM_PLUGINS="", VLLM_VLORA_CHECKPOINT="")
+        file.write_text(json.dumps(answers))
+
+    return json.loads(once(_cache() / "tokens" / f"{key}.json", ask).read_text())
+
+
+def _for_stock(adapter: Path) -> Path:
+    """The form of an adapter that the installed vLLM serves as PEFT does."""
+    plain = adapter / PLAIN
+    old = tuple(map(int, _version("vllm").split("+")[0].split(".")[:2])) < (0, 32)
+    return plain if old and plain.exists() else adapter
+
+
+def _digest(folder: Path) -> str:
+    """Of everything that lies directly in a folder."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256(
+        b"".join(hashlib.sha256(f.name.encode() + f.read_bytes()).digest() for f in files)
+    ).hexdigest()
+
+
+def once(path: Path, make: Callable[[Path], object]) -> Path:
+    """``path``, which ``make`` made beside it unless it was there; one process at a time makes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            beside = path.with_name(f"{path.name}.part")
+            shutil.rmtree(beside, ignore_errors=True)
+            make(beside)
+            beside.rename(path)
+    return path
+
+
+@cache
+def _cache() -> Path:
+    """The folder of what these versions of the packages and of this file make."""
+    key = hashlib.sha256()
+    for package in ("vllm", "torch", "transformers", "peft"):
+        key.update(_version(package).encode())
+    for file in (__file__, engine_forks.__file__):
+        key.update(Path(file).read_bytes())
+    return CACHE / key.hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return version(f"{package}-cpu")
 
 
 def make_world(root: Path) -> World:
-    """Model, adapters and references under ``root``; takes about a minute."""
-    from vllm_vlora.adapters.peft_folder import open_adapter
-    from vllm_vlora.compression.options import CompressOptions
-    from vllm_vlora.compression.pipeline import compress
+    """The model and the adapters, and ``root`` for what is made of them."""
+    model = once(_cache() / "model", make_model)
 
-    model = make_model(root / "model")
-    adapters = {
-        name: make_adapter(model, root / "adapters" / str(i), 100 + i, **config)
-        for i, (name, config) in enumerate(ADAPTERS.items())
-    }
-    ordinary = make_adapter(model, root / "ordinary", 900, **ORDINARY)
-    reference = stock_tokens(model, {}, PROMPTS)
-    reference |= stock_tokens(model, {**adapters, "ordinary": ordinary}, PROMPTS)
-    assert len({tuple(t) for answers in reference.values() for t in answers}) == 3 * 8
+    def make(folder: Path) -> None:
+        for i, config in enumerate(ADAPTERS.values()):
+            make_adapter(model, folder / str(i), 100 + i, **config)
+        make_adapter(model, folder / "ordinary", 900, **ORDINARY)
 
-    def make(name: str, tasks: dict[str, Path], force: bool = False, **options: object) -> Path:
-        opened = {task: open_adapter(path) for task, path in tasks.items()}
-        compress(opened, root / name, CompressOptions(**options), force=force)
-        return root / name
-
-    return World(root, model, adapters, ordinary, reference, make)
+    folder = once(_cache() / "adapters", make)
+    adapters = {name: folder / str(i) for i, name in enumerate(ADAPTERS)}
+    return World(root, model, adapters, folder / "ordinary")
 
 
 def _all_directions(world: World) -> int:
