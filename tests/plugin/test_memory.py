@@ -16,7 +16,7 @@ from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import ModelMismatchError, OptionError
 from vllm_vlora.plugin import settings
 from vllm_vlora.plugin.direct import DirectPath
-from vllm_vlora.plugin.layouts import LayerLayout, SliceLayout
+from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.memory import MODES, STOCK, MemoryPlan, direct_obstacle, plan_memory
 from vllm_vlora.plugin.model_layers import (
     LayerSlice,
@@ -27,7 +27,6 @@ from vllm_vlora.plugin.model_layers import (
 )
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.settings import DEFAULT_PEFT_SLOTS
-from vllm_vlora.plugin.slots import Run
 from vllm_vlora.quantize import pack, unpack
 from vllm_vlora.representations.joint import encode_joint
 from vllm_vlora.representations.private import encode_private
