@@ -25,7 +25,7 @@ class CompressOptions:
             factor form only, ``flat`` shares the principal components of flattened factors (vlora),
             ``private`` shares nothing. ``auto`` plans joint, flat, private, and bases that only some
             tasks share, measures them and keeps the best: the lowest root-mean-square error of the
-            tasks, with what shared bases lose counted ``sharing.SHARED_LOSS`` times, or under
+            tasks, with what shared bases lose counted ``planning.sharing.SHARED_LOSS`` times, or under
             ``max_error`` the fewest bytes.
         ratio: the originals' LoRA weights at 16 bits each over all bytes of the checkpoint's
             safetensors files (without classifier heads and the like) is to be at least this. One or
@@ -46,7 +46,7 @@ class CompressOptions:
             resemble each other and keeps them if they pay.
         calibration: a calibration folder (``vllm-vlora calibrate``): errors are then measured and
             minimised as the model sees them, and not in the Frobenius norm.
-        executor, jobs: where modules are worked on; see :class:`executors.Executor`.
+        executor, jobs: where modules are worked on; see :class:`planning.executors.Executor`.
         seed: of the fit's random start.
 
     Raises:

@@ -90,7 +90,7 @@ def compress_to_quality(
         failed at every limit, which are stored as they were, in ``kept``.
 
     Raises:
-        As :func:`compression.compress`; OptionError for a budget in the options.
+        As :func:`vllm_vlora.compress`; OptionError for a budget in the options.
 
     Examples:
         >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
@@ -141,7 +141,7 @@ def compress_judged(
         judge: measures recovered fractions on a checkpoint that is never published.
 
     Raises:
-        As :func:`compression.compress`.
+        As :func:`vllm_vlora.compress`.
     """
 
     def make(folder: Path, scratch: Path) -> CompressReport:

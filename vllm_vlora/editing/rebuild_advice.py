@@ -153,7 +153,7 @@ def predict_rebuild(
         options: of ``compress``; a budget in them is not used.
 
     Raises:
-        As :func:`compression.predict` and :func:`export.export_all`.
+        As :func:`vllm_vlora.predict` and :func:`vllm_vlora.export_all`.
     """
     records = checkpoint.tasks
     today = sum(record.error for record in records.values()) / max(len(records), 1)

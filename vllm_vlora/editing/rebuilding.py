@@ -37,7 +37,7 @@ def rebuild(
 
     Raises:
         AdapterError: a task of the checkpoint has no adapter here.
-        As :func:`compression.compress`.
+        As :func:`vllm_vlora.compress`.
 
     Examples:
         >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
