@@ -1,9 +1,10 @@
-"""Add tasks to a checkpoint, or remove some, without touching those that stay.
+"""Add tasks to a checkpoint without touching those that stay.
 
 ``add_adapters`` projects a new adapter on the shared bases where they carry it and stores it privately
-where they do not (``projection``), and on request lets the bases grow (``basis_growth``). Passes over the new
-adapters: measure, where bases may grow measure again, encode the cores, write. Memory is one adapter,
-one module's basis and planning numbers; the checkpoint is the old one or the new one at every moment.
+where they do not (``projection``), and on request lets the bases grow (``basis_growth``). Passes over
+the new adapters: measure, where bases may grow measure again, encode the cores, write. Memory is one
+adapter, one module's basis and planning numbers; the checkpoint is the old one or the new one at every
+moment.
 """
 
 from __future__ import annotations

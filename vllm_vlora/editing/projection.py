@@ -1,7 +1,7 @@
 """How a task that a checkpoint does not have yet is best stored in it: projected or privately.
 
-A module of the task has one *chain* of options: every private one (``private_curves``), and a core on each
-block of the module's shared basis, on the block's leading rows only where that pays, in each format
+A module of the task has one *chain* of options: every private one (``private_curves``), and a core on
+each block of the module's shared basis, on the block's leading rows only where that pays, in each format
 of cores. The losses are measured on the numbers that would be stored, the bytes are those of the
 file with its header, and the plan without any core is always among those compared: at equal bytes
 no task keeps less than it would privately.

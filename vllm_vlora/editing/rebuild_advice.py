@@ -1,4 +1,9 @@
-"""Whether fitting a checkpoint anew would pay: from its manifest alone, or from plans."""
+"""Whether fitting a checkpoint anew would pay: from its manifest alone, or from plans.
+
+Adding only projects on bases that were fitted to other tasks, and removing leaves rows that nobody
+uses. ``rebuild_advice`` says from the manifest alone that a rebuild may pay; ``predict_rebuild`` plans
+one and says whether it does.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Fit a checkpoint anew: from the original adapters, and when that would pay.
-
-Adding only projects on bases that were fitted to other tasks, and removing leaves rows that nobody
-uses. ``rebuild_advice`` says from the manifest alone that a rebuild may pay; ``predict_rebuild`` plans
-one and says whether it does.
-"""
+"""Fit a checkpoint anew from the original adapters; ``rebuild_advice`` says when that would pay."""
 
 from __future__ import annotations
 
