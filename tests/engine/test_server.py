@@ -19,12 +19,11 @@ from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact
 
 pytestmark = pytest.mark.engine
 
-
 COMMAND = """
 import os, sys
 os.execv(sys.executable, [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", *sys.argv[1:]])
 """
-# The command's function in a process that has imported vLLM.
+# The same without the command's start: the process has imported vLLM.
 FORKED = "from vllm.entrypoints.cli.main import main; main()"
 
 
