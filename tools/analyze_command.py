@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vlora.tools.common_options import Names, Plot, adapters_argument
+from vllm_vlora.tools.common_options import Plot, adapters_argument, names_option
 from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def analyze(
             metavar="C", help="Cosine from which two adapters are one cluster.", min=-1, max=1
         ),
     ] = 0.9,
-    name: Names = None,
+    name: Annotated[list[str] | None, names_option("Call the adapter at PATH ID.")] = None,
     plot: Plot = None,
     as_json: AsJson = False,
     verbose: Verbose = False,

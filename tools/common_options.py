@@ -67,21 +67,25 @@ AdapterRefs = Annotated[
     list[str] | None,
     typer.Argument(metavar="ADAPTER", help=f"{_ADAPTERS}.", show_default=False),
 ]
+
+
+def names_option(what: str) -> Any:
+    """``--name ID=PATH``."""
+    return typer.Option(
+        "--name", metavar="ID=PATH", help=f"{what} May be repeated.", show_default=False
+    )
+
+
 Names = Annotated[
     list[str] | None,
-    typer.Option(
-        "--name",
-        metavar="ID=PATH",
-        help="Give the adapter at PATH the task id ID instead of its folder's name. "
-        "May be repeated.",
-        show_default=False,
-    ),
+    names_option("Give the adapter at PATH the task id ID instead of its folder's name."),
 ]
 Originals = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="With --rebuild: the original adapters, in sub-folders named by task id.",
+        help="With --rebuild: the original adapters, in sub-folders named as the tasks or as when "
+        "they were compressed.",
         show_default=False,
     ),
 ]

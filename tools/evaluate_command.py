@@ -231,7 +231,7 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
 
     table = make_table(["Task"], [*MEASURED, "Tokens"])
     for task in found["tasks"]:
-        table.add_row(Text(task["task"]), *measured_cells(task), str(task["tokens"]))
+        table.add_row(Text(task["task"]), *measured_cells(task, "-"), str(task["tokens"]))
     console.print(table)
     overall = found["recovered"]
     if overall["judged"]:

@@ -141,13 +141,13 @@ MEASURED = (
 )  # fmt: skip
 
 
-def measured_cells(task: Mapping[str, Any]) -> tuple[str, ...]:
-    """A task's cells under the headings :data:`MEASURED`, in a page or on a terminal."""
+def measured_cells(task: Mapping[str, Any], between: str = " to ") -> tuple[str, ...]:
+    """A task's cells under the headings :data:`MEASURED`; ``between`` an interval's ends."""
     greedy, interval = task["greedy"], task["recovered_interval"]
     return (
         *map(_number, (task["base_loss"], task["adapter_loss"], task["compressed_loss"])),
         _number(task["recovered"]),
-        "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
+        "-" if interval is None else f"{interval[0]:.3f}{between}{interval[1]:.3f}",
         _number(task["agreement"]),
         "-" if greedy is None else f"{greedy['tokens']:.1f} of {greedy['possible']:.1f}",
         _number(task["kl"]),

@@ -258,7 +258,7 @@ class Spectra(Plot):
 
     @property
     def _rows(self) -> int:
-        return math.ceil(len(self.panels) / 3)
+        return max(1, math.ceil(len(self.panels) / 3))
 
     def draw(self, canvas: FigureBase) -> list[str]:
         from matplotlib.ticker import MaxNLocator

@@ -23,7 +23,7 @@ from vllm_vlora.checkpoint import successor
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.checkpoint.task_files import open_originals
+from vllm_vlora.checkpoint.task_files import find_originals, open_originals
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
@@ -726,6 +726,31 @@ def test_originals_are_found_by_id_and_by_portable_name(tmp_path: Path) -> None:
     }
     with pytest.raises(AdapterError, match="no original of task 'ü b'"):
         rebuild(tmp_path / "ckpt", {"org/chat": adapters["org/chat"]})
+
+
+def test_a_folder_that_is_one_tasks_own_is_not_anothers_original(tmp_path: Path) -> None:
+    """Task a was compressed from a folder b, and a task b came later: b/ is the original of b alone."""
+    generator = torch.Generator().manual_seed(0)
+    adapters = {
+        "a": save(tmp_path / "then" / "b", SHAPES, 4, generator),
+        "b": save(tmp_path / "then" / "c", SHAPES, 4, generator),
+    }
+    compress(adapters, tmp_path / "ckpt", CompressOptions(ratio=2))
+    checkpoint = Checkpoint.open(tmp_path / "ckpt")
+    assert [record.source for record in checkpoint.tasks.values()] == ["b", "c"]
+    save(tmp_path / "now" / "b", SHAPES, 4, generator)
+    assert find_originals(checkpoint, [str(tmp_path / "now")]) == {"b": tmp_path / "now" / "b"}
+    with pytest.raises(AdapterError, match="no adapter for 1 of 2 tasks: 'a'"):
+        open_originals(checkpoint, tmp_path / "now")
+    # Where no task is called c, the folder of that name is the one that b was compressed from.
+    save(tmp_path / "now" / "a", SHAPES, 4, generator)
+    (tmp_path / "now" / "b").rename(tmp_path / "now" / "c")
+    found = open_originals(checkpoint, tmp_path / "now")
+    assert {task: adapter.path.name for task, adapter in found.items()} == {"a": "a", "b": "c"}
+    with pytest.raises(OptionError, match=r"--originals .*nowhere: no such folder"):
+        open_originals(checkpoint, tmp_path / "nowhere")
+    with pytest.raises(OptionError, match="name the folders as the tasks"):
+        open_originals(checkpoint, tmp_path / "then" / "b")
 
 
 # --- the command line -------------------------------------------------------------------------------

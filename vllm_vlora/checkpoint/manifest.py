@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what its JSON says, how tensors are laid out, how big they are.
+"""The manifest of a checkpoint: what its JSON says. ``layout`` has the tensors and their bytes.
 
     CKPT/vlora_config.json       the manifest: version, base model, module shapes, file digests
     CKPT/basis*.safetensors      shared bases (Hub sharding convention with an index when large)

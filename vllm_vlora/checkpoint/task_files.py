@@ -57,32 +57,24 @@ def find_data(checkpoint: KnownTasks, given: Iterable[str]) -> dict[str, list[Pa
 
 
 def find_originals(
-    checkpoint: Checkpoint, folders: Iterable[str | Path], named: Iterable[str] = ()
+    checkpoint: Checkpoint, folders: Iterable[str], named: Iterable[str] = ()
 ) -> dict[str, Path]:
     """Task id -> folder of its original; a folder given by name goes before one that was found.
 
     In a folder of adapters the sub-folder counts that has the task's id (one folder a part, where it has
     slashes), its portable name, or the name that the adapter had when it was compressed, if one task
-    alone had it.
+    alone had it and none is called so.
 
     Args:
-        named: ``TASK=PATH``, each for one task.
+        folders: of ``--adapters``. named: of ``--adapter``, ``TASK=PATH``, each for one task.
 
     Raises:
         OptionError: not of the form ``TASK=PATH``, or a folder has no original of any task.
         TaskNotFoundError: the checkpoint has no such task.
     """
     found: dict[str, Path] = {}
-    for given in folders:
-        folder = Path(given).expanduser()
-        if not folder.is_dir():
-            raise OptionError(f"{given}: no such folder of original adapters")
-        matches = _match_tasks(checkpoint, _adapters_in(checkpoint, folder), by_source=True)
-        if not matches:
-            raise OptionError(
-                f"{given}: no sub-folder is an adapter that a task of {checkpoint.path} is named "
-                "after; name the folders as the tasks, or give each as TASK=PATH"
-            )
+    for text in folders:
+        matches = _originals_in(checkpoint, text, "--adapters", "; give --adapter TASK=PATH")
         found = {**matches, **found}
     found.update(_parse_pair(checkpoint, "--adapter", text, "PATH") for text in named)
     return found
@@ -97,21 +89,36 @@ def open_originals(
         task_ids: those wanted, by default all of the checkpoint.
 
     Raises:
-        OptionError: as ``find_originals``.
+        OptionError: no such folder.
         AdapterError: some are not there, which are named, or cannot be opened.
     """
     wanted = list(checkpoint.tasks) if task_ids is None else list(task_ids)
     if not wanted:
         return {}
-    paths = find_originals(checkpoint, [folder])
+    paths = _originals_in(checkpoint, folder, "--originals", "; name the folders as the tasks")
     missing = [task_id for task_id in wanted if task_id not in paths]
     if missing:
         raise AdapterError(
             f"{folder} has no adapter for {len(missing)} of {len(wanted)} tasks: "
-            f"{some_of(map(repr, missing))}; "
-            "each is expected in a folder of the task's id; remove tasks whose original is lost"
+            f"{some_of(map(repr, missing))}; each is expected in a folder of the task's id, or of the "
+            "name that it had when it was compressed; remove tasks whose original is lost"
         )
     return {task_id: open_adapter(paths[task_id]) for task_id in wanted}
+
+
+def _originals_in(
+    checkpoint: Checkpoint, given: str | Path, option: str, advice: str
+) -> dict[str, Path]:
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise OptionError(f"{option} {given}: no such folder")
+    matches = _match_tasks(checkpoint, _adapters_in(checkpoint, folder), by_source=True)
+    if not matches:
+        raise OptionError(
+            f"{option} {given}: no sub-folder is an adapter that a task of {checkpoint.path} is named "
+            f"after{advice}"
+        )
+    return matches
 
 
 def _adapters_in(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
@@ -132,11 +139,14 @@ def _is_adapter(path: Path) -> bool:
 def _match_tasks(
     checkpoint: KnownTasks, paths: Mapping[str, Path], *, by_source: bool = False
 ) -> dict[str, Path]:
+    own = {task: (task, encode_task_id(task)) for task in checkpoint.tasks}
     sources = [record.source for record in checkpoint.tasks.values()] if by_source else []
+    # What is one task's own name says nothing about the task whose adapter was called so.
+    taken = {name for names in own.values() for name in names}
     found = {}
     for task, record in checkpoint.tasks.items():
-        names = [task, encode_task_id(task)]
-        if by_source and sources.count(record.source) == 1:
+        names = list(own[task])
+        if by_source and sources.count(record.source) == 1 and record.source not in taken:
             names.append(record.source)
         path = next((paths[name] for name in names if name in paths), None)
         if path is not None:

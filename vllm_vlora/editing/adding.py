@@ -139,7 +139,7 @@ class Addition:
         plans = []
         for task, (planner, target) in enumerate(zip(planners, targets)):
             grown_plan = None if growth is None else growth.plans.get(task)
-            plans.append(grown_plan or plan_within(self._new, planner, target, task))
+            plans.append(grown_plan or plan_within(self._new, self._options, planner, target, task))
         modules = self._growing.modules(growth)
         spool = self._encode(plans, modules, growth)
         writer = self._write_bases(folder, growth)

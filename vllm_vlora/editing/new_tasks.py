@@ -89,6 +89,7 @@ class NewTasks:
             yield self.collection.modules[name], None
 
     def cores(self, spec: ModuleSpec) -> list[str]:
+        """The number formats to try for cores on a module's basis; none where it has no basis."""
         return [] if spec.basis is None else self._formats.cores(spec.basis.format)
 
     def measure(self, progress: Progress) -> dict[tuple[int, str], ModuleChoices]:

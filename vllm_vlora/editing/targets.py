@@ -58,7 +58,9 @@ def _default(new: NewTasks, planner: TaskPlanner, size: int) -> Target:
     return most if enough is None or enough.nbytes > most.nbytes else Target(enough.nbytes)
 
 
-def plan_within(new: NewTasks, planner: TaskPlanner, target: Target, task: int) -> TaskPlan:
+def plan_within(
+    new: NewTasks, options: AddOptions, planner: TaskPlanner, target: Target, task: int
+) -> TaskPlan:
     """The best plan of one new task within its target; BudgetError where there is none."""
     plan = planner.best(target)
     if plan is not None:
@@ -69,7 +71,7 @@ def plan_within(new: NewTasks, planner: TaskPlanner, target: Target, task: int) 
         assert least is not None
         raise BudgetError(
             f"task {task_id!r} cannot be kept within a relative error of "
-            f"{math.sqrt(target.loss):.3g}; the least reachable is {least.error:.3g}; allow a "
+            f"{options.max_error}; the least reachable is {least.error:.3g}; allow a "
             "larger error, or quantize none or auto"
         )
     nbytes = planner.least_nbytes()

@@ -2,8 +2,8 @@
 
 Each adapter's A and scaled B, flattened, are one vector a side. A side is described by the mean of
 these vectors and their leading principal components, an adapter by its k loadings a side (vlora, the
-package vlora-dev). Unlike the bases of ``fit.py`` this depends on how an adapter splits delta_W into
-factors; it suits adapters fine-tuned from common factors, whose splits agree.
+package vlora-dev). Unlike the bases of ``shared_basis.py`` this depends on how an adapter splits delta_W
+into factors; it suits adapters fine-tuned from common factors, whose splits agree.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""What storing one module loses, for every choice there is, without trying them one by one.
+"""What storing one module privately loses, at every rank and format, without trying them one by one.
 
-- ``measure_private``: rows are packed independently, so quantising the balanced SVD factors once at
-  full rank gives the error of every truncation, and of every spread of 4, 3 and 2 bits over the
-  singular directions, from small Gram matrices.
-- ``JointMeter``: the rows of a packed basis are orthonormalised in order, so one core at full width
-  gives the error of every smaller basis, whatever its two widths.
+Rows are packed independently, so quantising the balanced SVD factors once at full rank gives the error
+of every truncation, and of every spread of 4, 3 and 2 bits over the singular directions, from small
+Gram matrices.
 
 Losses are squared norms in the module's ``Metric``: Frobenius, or as the model sees them.
 """

@@ -4,7 +4,7 @@ At a price p per byte, a task stores a module privately in the option that minim
 or as a core on a shared basis, whichever is cheaper; a basis is worth having when its sharers save
 more than its own bytes cost. For a given price the decision is exact, module by module; bisection
 finds the price at which the bytes meet the budget (Lagrangian relaxation, as in Shoham and Gersho,
-1988). What is decided here is only *who shares*: ranks, widths and bits follow from ``plan``.
+1988). What is decided here is only *who shares*: ranks, widths and bits follow from ``problem``.
 """
 
 from __future__ import annotations

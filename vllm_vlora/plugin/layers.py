@@ -1,6 +1,6 @@
 """vLLM's LoRA layers as plain descriptions: names, shapes, slots, what a tensor-parallel rank keeps.
 
-With ``seams`` the only file that knows vLLM's internals; checked on the same versions.
+What it knows of vLLM's internals stands in ``seam_table``, and is checked on the same versions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where a task's factors go: every slice of every LoRA layer of the served model, as plain tensors.
 
-This module knows tensors only. ``seams`` reads vLLM's layers and describes each of their slices as a
+This module knows tensors only. ``layers`` reads vLLM's layers and describes each of their slices as a
 ``SliceLayout``; here the layouts are checked against a checkpoint and turned into plans of materialize.
 """
 

@@ -201,7 +201,7 @@ class SHAREModel:
         message: str | None = None,
         revision: str | None = None,
     ) -> str:
-        """Upload the checkpoint with its model card; see :func:`hub_repository.push_checkpoint`.
+        """Upload the checkpoint with its model card; see :func:`vllm_vlora.push_checkpoint`.
 
         Returns:
             The repository's page.

@@ -124,8 +124,9 @@ class SharedSubspace(FittedState):
     ) -> SharedSubspace:
         """Fit a subspace to adapters on disk, in memory that does not grow with their number.
 
-        One layer is fitted at a time, from a few adapters at once, and read several times (``flat_fit``,
-        ``fit``). The result does not depend on the order of the adapters, as vlora's does.
+        One layer is fitted at a time, from a few adapters at once, and read several times
+        (``flat_basis``, ``shared_basis``). The result does not depend on the order of the adapters,
+        as vlora's does.
 
         Args:
             adapter_paths: folders or Hub ids. task_ids: by default the folders' names.
