@@ -93,7 +93,7 @@ class Work:
 
     def make_adapters(self, count: int) -> dict[str, Any]:
         """Write PEFT folders 0 to ``count`` - 1, where they are not there, and open all of them."""
-        from vllm_vlora import open_adapter, write_adapter
+        from vllm_vlora.adapters import open_adapter, write_adapter
 
         shapes, rank = self.shapes(), self.args.rank
         config = {

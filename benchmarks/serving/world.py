@@ -157,7 +157,7 @@ class World:
         return json.dumps({**asdict(self.plan), "written_by": source})
 
     def _write_adapters(self) -> None:
-        from vllm_vlora import write_adapter
+        from vllm_vlora.adapters import write_adapter
 
         factory = _FactorFactory(self._shapes(), self.plan.rank)
         config = {

@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plugin": ("representations", "adapters", "checkpoint", "triton_kernels"),
     "tools": (*LIBRARY, "plugin"),
 }
+# Rooms that hand on names under their own.
+FACES = ("adapters", "checkpoint", "compression")
 # What of other packages a room may not import. Only the plugin touches vLLM, only kernels Triton.
 FORBIDDEN = {
     **dict.fromkeys((GROUND, *LIBRARY), ("vllm", "triton", "typer", "rich")),
@@ -143,6 +145,29 @@ def test_files_import_a_name_from_the_file_that_defines_it() -> None:
             for alias in node.names if source in MODULES else ():
                 there = alias.name in defined[source] or f"{source}.{alias.name}" in MODULES
                 assert there, f"{file} imports {alias.name} from {source}"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_programs_import_names_that_are_there(folder: str) -> None:
+    """At any depth: most of a benchmark is imported when it runs, which no test does."""
+    faces = {room: _exported(PACKAGE / room / "__init__.py") for room in FACES}
+    defined = {module: _defined(file) for module, file in MODULES.items()} | faces
+    defined[""] = _exported(PACKAGE / "__init__.py")
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("vllm_vlora."):
+                source = (node.module or "").removeprefix("vllm_vlora").removeprefix(".")
+                for alias in node.names:
+                    path = f"{source}.{alias.name}".removeprefix(".")
+                    assert alias.name in defined[source] or path in MODULES, f"{file}: {path}"
+
+
+def _exported(face: Path) -> set[str]:
+    """``__all__`` of a file."""
+    for node in ast.parse(face.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError(f"{face} has no __all__")
 
 
 def _levels(graph: Mapping[str, set[str]]) -> Iterator[list[str]]:
