@@ -628,7 +628,8 @@ def _pack_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     step = step.float().double()
     codes = torch.where(step.unsqueeze(2) > 0, (groups - low.unsqueeze(2)) / step.unsqueeze(2), 0.0)
     codes = codes.round_().clamp_(0, 255).to(torch.uint8).view(rows, -1)[:, :count]
-    return codes, torch.stack([low, step], dim=2).float()
+    # Without the padding's places between the rows, which no file takes.
+    return codes.contiguous(), torch.stack([low, step], dim=2).float()
 
 
 def nf4_scales(packed: PackedMatrix) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import SHAPES, check, dense, family, run, save
+from synthetic import save, SHAPES, check, dense, family, run, save
 
 from vllm_vlora.adapters.collection import Collection
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
@@ -278,11 +278,11 @@ SOURCE = Source(
 )
 
 
-def calibration_of(folder: Path) -> Path:
+def calibration_of(folder: Path, shapes: dict[str, tuple[int, int]] = SHAPES) -> Path:
     """Moments of inputs that use few directions, and of modules that matter unequally."""
     generator = torch.Generator().manual_seed(11)
     records, moments = [], []
-    for number, (name, (d_in, d_out)) in enumerate(SHAPES.items()):
+    for number, (name, (d_in, d_out)) in enumerate(shapes.items()):
         inputs = torch.randn(400, d_in, generator=generator) * torch.logspace(0, -2, d_in)
         gradients = torch.randn(400, d_out, generator=generator) * 10.0**-number
         moments += [FullMoment(x.T @ x / len(x)) for x in (inputs, gradients)]
@@ -325,6 +325,22 @@ def test_calibration_keeps_more_of_what_the_model_sees(tmp_path: Path, represent
     mean = sum(task.seen_error**2 for task in white.tasks) / len(white.tasks)
     assert mean == pytest.approx(seen["white"], rel=0.15)
     assert white.rms_error > plain.rms_error
+
+
+def test_calibrated_factors_with_bits_of_one_kind_are_kept_between_the_passes(
+    tmp_path: Path,
+) -> None:
+    """With rows of 3 or of 2 bits alone nothing is stacked, and parts are written as packed."""
+    shapes = dict.fromkeys(SHAPES, (576, 512))
+    generator = torch.Generator().manual_seed(0)
+    adapters = {name: save(tmp_path / name, shapes, 8, generator) for name in ("first", "second")}
+    folder = calibration_of(tmp_path / "calibration", shapes)
+    options = {"ratio": 6.0, "representation": "private", "quantize": "nf4"}
+    report = run(adapters, tmp_path / "out", calibration=str(folder), **options)
+    check(tmp_path / "out", adapters, report)
+    records = Checkpoint.open(tmp_path / "out").tasks.values()
+    bits = {segment.bits for record in records for segment in record.segments}
+    assert any(found and found.count(0) == 2 for found in bits), bits
 
 
 def test_a_metric_is_made_once_a_module_and_pass(

@@ -430,6 +430,21 @@ def test_narrow_rows_are_rows_of_nf4_dq(
     assert narrow_row_nbytes(cols, 4) == row_nbytes("nf4-dq", cols)
 
 
+@pytest.mark.parametrize("bits", [*FORMATS, 2, 3])
+@pytest.mark.parametrize("cols", [128, 130])
+def test_parts_lie_without_gaps_whatever_the_matrix(bits: str | int, cols: int) -> None:
+    """They are written as they are, also of a matrix that a solver left column by column."""
+    rows = random_matrix(6, cols, seed=7)
+    columns = rows.T.contiguous().T
+    assert not columns.is_contiguous()
+    packed, wanted = (
+        pack(m, bits) if isinstance(bits, str) else pack_narrow(m, bits) for m in (columns, rows)
+    )
+    for name, part in packed.parts.items():
+        assert part.is_contiguous(), name
+        assert torch.equal(part, wanted.parts[name]), name
+
+
 @settings(max_examples=25, deadline=None)
 @given(**narrow_shapes(), data=st.data())
 def test_narrow_rows_are_packed_independently(
