@@ -113,7 +113,7 @@ def evaluate(
         if html is not None:
             from vllm_vlora.tools.plots import check_matplotlib
 
-            check_matplotlib("--html")
+            check_matplotlib("--html", "evaluate")
         from vllm_vlora.checkpoint.reader import Checkpoint
         from vllm_vlora.checkpoint.task_files import find_data, find_originals
 

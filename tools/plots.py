@@ -280,12 +280,18 @@ class Spectra(Plot):
         return []
 
 
-def check_matplotlib(option: str) -> None:
-    """Raise OptionError before anything is computed: ``option`` has nothing to draw with."""
+def check_matplotlib(option: str, extra: str = "plot") -> None:
+    """Raise OptionError before anything is computed: ``option`` has nothing to draw with.
+
+    Args:
+        extra: of this package, which brings it.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise OptionError(f'{option} needs matplotlib; pip install "vllm-vlora[plot]"') from error
+        raise OptionError(
+            f'{option} needs matplotlib; pip install "vllm-vlora[{extra}]"'
+        ) from error
 
 
 def render_svg(plot: Plot) -> str:

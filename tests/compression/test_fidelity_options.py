@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import save, SHAPES, check, dense, family, run, save
+from synthetic import SHAPES, check, dense, family, run, save
 
 from vllm_vlora.adapters.collection import Collection
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter

@@ -768,4 +768,4 @@ def test_without_matplotlib_an_evaluation_s_page_is_refused_before_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = error_line("evaluate", tmp_path, "--data", "x", "--html", tmp_path / "page.html")
-    assert said == 'Error: --html needs matplotlib; pip install "vllm-vlora[plot]"'
+    assert said == 'Error: --html needs matplotlib; pip install "vllm-vlora[evaluate]"'

@@ -175,7 +175,8 @@ class _Factors:
     def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> None:
         self.a, self.b_t, self.scale, self.metric = a, b.T.contiguous(), scale, metric
         self.svd_a, self.svd_b_t = leading_factors(a, b, scale, metric)
-        self._white_a, white_b_t = metric.factors(a, b)
+        # Of rows that lie as such: how they lie decides in which order a product sums.
+        self._white_a, white_b_t = metric.factors(a, self.b_t.T)
         self._white_b_t = white_b_t * scale
         grams = (self._white_a @ self._white_a.T) * (self._white_b_t @ self._white_b_t.T)
         self.norm = max(float(grams.sum()), 0.0)

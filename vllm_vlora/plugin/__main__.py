@@ -152,8 +152,8 @@ def _parser() -> argparse.ArgumentParser:
 def _leave_checkout() -> None:
     # ``python -m`` puts the working folder on the path. In a checkout our ``triton_kernels`` would then
     # answer to its bare name, which vLLM looks for, and vLLM would log the refusal.
-    checkout = Path(__file__).resolve().parents[2]
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != checkout]
+    kernels = (Path(__file__).parents[1] / "triton_kernels").resolve()
+    sys.path[:] = [e for e in sys.path if (Path(e) / "triton_kernels").resolve() != kernels]
 
 
 if __name__ == "__main__":
