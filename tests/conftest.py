@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests record under "shown" is printed at the end, from whichever process they ran in."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "shown":
+                terminalreporter.write_line(str(value))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """``torch.empty`` and the like hold NaN or the largest integer, so that reading them shows."""
