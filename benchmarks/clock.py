@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from vllm_vlora.tools.timing import percentile, seconds_of, take_turns
+from vllm_vlora.timing import percentile, seconds_of, take_turns
 
 
 @dataclass(frozen=True)

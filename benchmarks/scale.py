@@ -33,7 +33,7 @@ from vllm_vlora.adapters.peft_folder import Adapter, Factors, open_adapter
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
-from vllm_vlora.tools.timing import best_seconds
+from vllm_vlora.timing import best_seconds
 
 DESCRIPTION = """\
 Write synthetic PEFT adapters (bfloat16, a family around common directions) to a folder, compress them,

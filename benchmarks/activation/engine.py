@@ -29,7 +29,7 @@ from harness import (
 
 from activation import startup
 from activation.work import Work, start_engine, worker_manager
-from vllm_vlora.tools.timing import percentile, seconds_of, spread, take_turns
+from vllm_vlora.timing import percentile, seconds_of, spread, take_turns
 
 STOCK, CACHED = "stock, PEFT folder", "stock, in host RAM"
 # Far above the counter-like ids of the stock requests that are loaded from disk.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import RUNNER, in_another_process, say
 
-from vllm_vlora.tools.timing import percentile, seconds_of, take_turns
+from vllm_vlora.timing import percentile, seconds_of, take_turns
 
 if TYPE_CHECKING:
     from activation.work import Work

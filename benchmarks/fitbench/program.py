@@ -33,7 +33,7 @@ from fitbench.report import format_cell, summarise
 from fitbench.runs import Policy, Run, start_worker, take_turns
 from fitbench.worker import CONTESTANTS
 from vllm_vlora.fitting.shared_basis import fit_bases
-from vllm_vlora.tools.timing import best_seconds
+from vllm_vlora.timing import best_seconds
 
 DESCRIPTION = """\
 Fit one module's shared basis to many adapters, from PEFT folders on disk (in the page cache) to the

@@ -10,7 +10,7 @@ import floors
 from clock import Rates
 from harness import table
 
-from vllm_vlora.tools.timing import spread
+from vllm_vlora.timing import spread
 
 Row = dict[str, Any]
 AIM_TASKS = 64

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from vllm_vlora.tools import timing
+from vllm_vlora import timing
 
 
 @dataclass

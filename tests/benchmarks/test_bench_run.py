@@ -20,7 +20,7 @@ import harness
 import run
 from activation import ways
 
-from vllm_vlora.tools.timing import spread, take_turns
+from vllm_vlora.timing import spread, take_turns
 
 ALONE = ("activation", "--no-engine", "--device", "cpu", "--rounds", "2", "--warmup", "1")
 

@@ -30,7 +30,7 @@ from serving.loads import (
     zipf_probabilities,
 )
 
-from vllm_vlora.tools.timing import percentile
+from vllm_vlora.timing import percentile
 
 ONE, EIGHT = Load(1, "uniform"), Load(8, "uniform")
 
