@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +14,7 @@ from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_ba
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_vlora.adapters.peft_folder import Adapter
-    from vllm_vlora.evaluation.fidelity import Spectrum
+    from vllm_vlora.merging.spectra import Spectrum
 
 # A matrix wider than this is left to --json and --plot.
 _MOST_COLUMNS = 12
@@ -49,6 +47,7 @@ def analyze(
     vllm-vlora analyze adapters/ --plot similarity.html
     """
     with reported(verbose):
+        from vllm_vlora.merging.comparing import analyze_adapters
         from vllm_vlora.tools.inputs import collect, expand
         from vllm_vlora.tools.task_plots import check_plot_path
 
@@ -57,77 +56,11 @@ def analyze(
         refs = [found for ref in adapters for found in expand(ref)]
         opened = collect(refs, name or [])
         with progress_bar() as advance:
-            data, spectra = _measure(opened, threshold, advance)
+            data, spectra = analyze_adapters(opened, threshold, advance)
         if plot is not None:
             _plot(plot, data, spectra)
             data["plot"] = str(plot)
         print_result(data, _print, as_json)
-
-
-def _measure(
-    adapters: dict[str, Adapter], threshold: float, advance: Any
-) -> tuple[dict[str, Any], list[Spectrum]]:
-    """What ``--json`` prints, and the singular values for the plot."""
-    from vllm_vlora.evaluation.fidelity import ModuleFidelity, SpectrumCollector
-    from vllm_vlora.merging.analysis import (
-        compute_similarity_matrix,
-        effective_rank,
-        find_clusters,
-        find_outliers,
-        scaled_layers,
-        singular_values,
-    )
-
-    names, opened = list(adapters), list(adapters.values())
-    advance("compare", 0, 1)
-    similarity = compute_similarity_matrix(opened)
-    clusters = [[names[place] for place in group] for group in find_clusters(similarity, threshold)]
-    outliers = find_outliers(opened) if _can_stand_out(len(opened)) else None
-    collector, described = SpectrumCollector(), []
-    for done, (name, adapter) in enumerate(adapters.items(), 1):
-        modules, ranks = [], {}
-        for module, factors in scaled_layers(adapter):
-            sigma = singular_values(*factors)
-            squared = float(sigma.square().sum())
-            modules.append(ModuleFidelity(module, 0.0, squared, tuple(sigma.tolist())))
-            ranks[module] = effective_rank(sigma)
-        collector.add(modules, {module: round(rank) for module, rank in ranks.items()})
-        described.append(
-            {
-                "adapter": name,
-                "modules": len(modules),
-                "max_rank": max(module.rank for module in adapter.modules.values()),
-                "effective_rank": sum(ranks.values()) / len(ranks),
-                "norm": math.sqrt(sum(module.norm_squared for module in modules)),
-            }
-        )
-        advance("spectra", done, len(adapters))
-    rows = similarity.tolist()
-    data: dict[str, Any] = {
-        "similarity_matrix": {
-            name: dict(zip(names, row)) for name, row in zip(names, rows, strict=True)
-        },
-        "clusters": clusters,
-        "threshold": threshold,
-        "redundant_count": sum(len(cluster) - 1 for cluster in clusters),
-        "outliers": None
-        if outliers is None
-        else [
-            {
-                "adapter": names[found["index"]],
-                "distance": found["distance"],
-                "z_score": found["z_score"],
-            }
-            for found in outliers
-        ],
-        "adapters": described,
-    }
-    return data, collector.spectra()
-
-
-def _can_stand_out(count: int) -> bool:
-    """Whether so many adapters can have an outlier at all (``find_outliers``)."""
-    return count >= 3 and (count - 1) / math.sqrt(count) > 2.0
 
 
 def _print(console: Console, data: dict[str, Any]) -> None:

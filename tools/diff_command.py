@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,24 +41,13 @@ def diff(
     vllm-vlora diff runs/lora-old runs/lora-new --plot changes.html
     """
     with reported(verbose):
-        from vllm_vlora.merging.analysis import adapter_diff, update_norm
+        from vllm_vlora.merging.comparing import compare_pair
         from vllm_vlora.tools.task_plots import check_plot_path
 
         if plot is not None:
             check_plot_path(plot)
         names, pair = _open(refs)
-        layers = adapter_diff(*pair)
-        squares = [found["l2_distance"] ** 2 for found in layers.values()]
-        norms = [math.sqrt(sum(update_norm(*f) ** 2 for f in _factors(side))) for side in pair]
-        data: dict[str, Any] = {
-            "a": names[0],
-            "b": names[1],
-            "norm_a": norms[0],
-            "norm_b": norms[1],
-            "l2_distance": math.sqrt(sum(squares)),
-            "cosine_sim": _cosine(pair),
-            "layers": layers,
-        }
+        data: dict[str, Any] = {"a": names[0], "b": names[1], **compare_pair(pair)}
         if plot is not None:
             _plot(plot, data)
             data["plot"] = str(plot)
@@ -80,18 +68,6 @@ def _open(refs: list[str]) -> tuple[tuple[str, str], tuple[Update, Update]]:
     raise OptionError(
         f"{len(refs)} names given; give a checkpoint and two of its tasks, or two adapters"
     )
-
-
-def _factors(side: Update) -> list[Any]:
-    from vllm_vlora.merging.analysis import scaled_layers
-
-    return [factors for _, factors in scaled_layers(side)]
-
-
-def _cosine(pair: tuple[Update, Update]) -> float:
-    from vllm_vlora.merging.analysis import compute_similarity_matrix
-
-    return float(compute_similarity_matrix(pair)[0, 1])
 
 
 def _print(console: Console, data: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 from vllm_vlora.checkpoint.card import format_bytes
-from vllm_vlora.evaluation.fidelity import SPECTRUM_QUANTILES, module_kind, module_layer
+from vllm_vlora.evaluation.fidelity import module_layer
+from vllm_vlora.merging.spectra import SPECTRUM_QUANTILES, module_kind
 from vllm_vlora.tools import plots
 
 _BARS = 100

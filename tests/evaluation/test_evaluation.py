@@ -35,12 +35,10 @@ from vllm_vlora.evaluation.evaluator import (
 from vllm_vlora.evaluation.fidelity import (
     MIN_GAIN,
     ExampleLosses,
-    SpectrumCollector,
     common_prefix,
     compare_weights,
     divergence_sum,
     greedy_agreement,
-    module_kind,
     module_layer,
     recovered_fraction,
     summarize_recovered,
@@ -48,6 +46,7 @@ from vllm_vlora.evaluation.fidelity import (
 )
 from vllm_vlora.evaluation.texts import Row
 from vllm_vlora.merging.analysis import cosines, inner_products
+from vllm_vlora.merging.spectra import SpectrumCollector, module_kind
 from vllm_vlora.tools.evaluate_command import evaluate
 
 TASKS = ("sql", "chat", "<script>alert(1)</script>")

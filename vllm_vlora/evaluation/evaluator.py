@@ -32,7 +32,6 @@ from vllm_vlora.evaluation.fidelity import (
     ExampleLosses,
     GreedyAgreement,
     Recovered,
-    SpectrumCollector,
     TaskFidelity,
     compare_weights,
     divergence_sum,
@@ -51,6 +50,7 @@ from vllm_vlora.evaluation.texts import (
     tokenize,
 )
 from vllm_vlora.merging.analysis import cosines, inner_products
+from vllm_vlora.merging.spectra import SpectrumCollector
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 
 Progress = Callable[[str, int, int], None]

@@ -14,16 +14,22 @@ Nothing here runs a model; ``vllm_vlora.evaluation.evaluator`` does and hands ov
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.merging.spectra import (
+    SPECTRUM_QUANTILES,
+    ModuleFidelity,
+    Spectrum,
+    error_of,
+    quantile,
+)
 from vllm_vlora.representations.factors import small_product
 
 MIN_GAIN = 0.01
@@ -36,7 +42,6 @@ _RESAMPLES = 2000
 _COVERAGE = 0.95
 # Resampled counts are held as doubles, so many at a time.
 _COUNTS_AT_ONCE = 1 << 22
-SPECTRUM_QUANTILES = (0.1, 0.5, 0.9)
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -153,15 +158,7 @@ def _bootstrap(
     if len(drawn) == 0:
         return None
     tail = (1 - _COVERAGE) / 2
-    return _quantile(drawn, tail), _quantile(drawn, 1 - tail)
-
-
-def _quantile(ordered: torch.Tensor, share: float) -> float:
-    # torch.quantile refuses more than 2^24 elements and needs them all in one tensor anyway.
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+    return quantile(drawn, tail), quantile(drawn, 1 - tail)
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -227,37 +224,9 @@ def divergence_sum(original: torch.Tensor, compressed: torch.Tensor) -> float:
 # --- weights --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ModuleFidelity:
-    """One module of one task, as the checkpoint holds it, beside the original.
-
-    Attributes:
-        name: the module's path in the base model.
-        error_squared: ||delta_W' - delta_W||_F^2.
-        norm_squared: ||delta_W||_F^2.
-        singular_values: of delta_W, descending.
-    """
-
-    name: str
-    error_squared: float
-    norm_squared: float
-    singular_values: tuple[float, ...]
-
-    @property
-    def error(self) -> float | None:
-        """||delta_W' - delta_W||_F / ||delta_W||_F; None where delta_W is zero and its copy is not."""
-        return _relative(self.error_squared, self.norm_squared)
-
-
-def _relative(error_squared: float, norm_squared: float) -> float | None:
-    if norm_squared == 0.0:
-        return 0.0 if error_squared == 0.0 else None
-    return math.sqrt(error_squared / norm_squared)
-
-
 def total_error(modules: Sequence[ModuleFidelity]) -> float | None:
     """||delta_W' - delta_W||_F / ||delta_W||_F over all modules of a task."""
-    return _relative(sum(m.error_squared for m in modules), sum(m.norm_squared for m in modules))
+    return error_of(sum(m.error_squared for m in modules), sum(m.norm_squared for m in modules))
 
 
 def compare_weights(original: Adapter, compressed: Adapter) -> list[ModuleFidelity]:
@@ -315,68 +284,6 @@ def _compare_module(name: str, original: Factors, copy: Factors | None) -> Modul
         float(sigma.square().sum()),
         tuple(sigma.tolist()),
     )
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular values of one kind of module over tasks and layers, each module's scaled to norm 1.
-
-    Attributes:
-        kind: last part of the modules' names ("q_proj").
-        quantiles: for each of ``SPECTRUM_QUANTILES``, the value at place 1, 2, ...; a module of
-            smaller rank has zeros there.
-        kept_rank: median rank that the checkpoint keeps.
-        modules: number of modules counted.
-    """
-
-    kind: str
-    quantiles: tuple[tuple[float, ...], ...]
-    kept_rank: float
-    modules: int
-
-
-@dataclass
-class SpectrumCollector:
-    """Gathers singular values task by task."""
-
-    _values: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    _ranks: dict[str, list[int]] = field(default_factory=dict)
-
-    def add(self, modules: Sequence[ModuleFidelity], ranks: Mapping[str, int]) -> None:
-        """Count a task's modules; ``ranks`` are those kept, by module name (absent: none)."""
-        for module in modules:
-            kind = module_kind(module.name)
-            norm = math.sqrt(module.norm_squared) or 1.0
-            values = torch.tensor(module.singular_values, dtype=torch.float32) / norm
-            self._values.setdefault(kind, []).append(values)
-            self._ranks.setdefault(kind, []).append(ranks.get(module.name, 0))
-
-    def spectra(self) -> list[Spectrum]:
-        """A spectrum for each kind of module, sorted by kind."""
-        return [
-            Spectrum(
-                kind,
-                _quantile_rows(self._values[kind]),
-                statistics.median(self._ranks[kind]),
-                len(self._values[kind]),
-            )
-            for kind in sorted(self._values)
-        ]
-
-
-def _quantile_rows(values: Sequence[torch.Tensor]) -> tuple[tuple[float, ...], ...]:
-    table = torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)
-    ordered = table.sort(dim=0).values
-    return tuple(
-        tuple(_quantile(ordered[:, place], share) for place in range(table.shape[1]))
-        for share in SPECTRUM_QUANTILES
-    )
-
-
-def module_kind(name: str) -> str:
-    """The last part of a module's name that is no number: ``q_proj`` of ``...self_attn.q_proj``."""
-    parts = [part for part in name.split(".") if not part.isdigit()]
-    return parts[-1] if parts else name
 
 
 def module_layer(name: str) -> int | None:
