@@ -82,7 +82,7 @@ class SpectrumCollector:
 
 
 def quantile_rows(values: Sequence[torch.Tensor]) -> tuple[tuple[float, ...], ...]:
-    """For each of ``SPECTRUM_QUANTILES``, that of all values at place 1, 2, ...; short ones end in zeros."""
+    """For each of ``SPECTRUM_QUANTILES``, that of all values at place 1, 2, ...; zeros fill the short."""
     table = torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)
     ordered = table.sort(dim=0).values
     return tuple(
