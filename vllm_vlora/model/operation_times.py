@@ -61,7 +61,6 @@ def time_operations(
 
 
 def _choose(checkpoint: Checkpoint, task: str | None) -> str:
-
     if task is None:
         if not checkpoint.tasks:
             raise TaskNotFoundError(f"{checkpoint.path} has no tasks to time; add one first")
@@ -74,7 +73,6 @@ def _operations(
     checkpoint: Checkpoint, task: str, scratch: Path
 ) -> Iterator[tuple[str, str, _Operation]]:
     """(name, what it means, what to time)."""
-
     shared = {(name, kind): basis for name, kind, basis in checkpoint.shared()}
     stored = checkpoint.load_task(task)
 
@@ -105,7 +103,6 @@ def _operations(
 
 def _switches(checkpoint: Checkpoint, task: str) -> Iterator[tuple[str, str, _Operation]]:
     """Switching a PyTorch model between this task and another, or the base where there is one only."""
-
     other = next((task_id for task_id in checkpoint.tasks if task_id != task), None)
     for name, meaning, cached in (
         ("switch", "VLoRAModel.set_task, tasks kept ready", 2),
@@ -117,7 +114,6 @@ def _switches(checkpoint: Checkpoint, task: str) -> Iterator[tuple[str, str, _Op
 
 class _Switch:
     """Sets ``task`` when called, after ``between`` has put another one in its place untimed."""
-
     def __init__(self, model: Any, task: str, other: str | None) -> None:
         self._model, self._task, self._other = model, task, other
 
@@ -136,7 +132,6 @@ def _projection(
     shared: dict[tuple[str, str], Basis], factors: dict[str, Any]
 ) -> Iterator[tuple[str, str, _Operation]]:
     """Projecting the task's factors on the bases of its modules, where there are some."""
-
     steps: list[_Operation] = []
     for (name, _), basis in shared.items():
         if name not in factors:
@@ -159,7 +154,6 @@ def _projection(
 
 def _skeleton(modules: list[ModuleSpec]) -> nn.Module:
     """A model with layers of these names and shapes, whose weights take no memory."""
-
     root = nn.Module()
     for spec in modules:
         *path, last = spec.name.split(".")
@@ -182,7 +176,6 @@ def _skeleton(modules: list[ModuleSpec]) -> nn.Module:
 
 def _timed(operation: _Operation, runs: int) -> dict[str, float]:
     """p20, p50 and p80 in milliseconds, after one run that is not counted."""
-
     def clock() -> float:
         if isinstance(operation, _Switch):
             operation.between()
@@ -193,7 +186,6 @@ def _timed(operation: _Operation, runs: int) -> dict[str, float]:
 
 
 def _machine() -> dict[str, Any]:
-
     return {
         "device": f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
