@@ -114,6 +114,7 @@ def _switches(checkpoint: Checkpoint, task: str) -> Iterator[tuple[str, str, _Op
 
 class _Switch:
     """Sets ``task`` when called, after ``between`` has put another one in its place untimed."""
+
     def __init__(self, model: Any, task: str, other: str | None) -> None:
         self._model, self._task, self._other = model, task, other
 
@@ -176,6 +177,7 @@ def _skeleton(modules: list[ModuleSpec]) -> nn.Module:
 
 def _timed(operation: _Operation, runs: int) -> dict[str, float]:
     """p20, p50 and p80 in milliseconds, after one run that is not counted."""
+
     def clock() -> float:
         if isinstance(operation, _Switch):
             operation.between()
