@@ -304,6 +304,8 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
             # The format is chosen outside of the loop over columns, which is long and pipelined.
             for code in tl.static_range(_FORMAT_COUNT):
                 if format == code:
+                    # Triton before 3.7 takes an element of a constexpr tuple for a string.
+                    FORMAT: tl.constexpr = _FORMATS[code]
                     h = _shrink_tile(
                         x_ptr + tokens * x_stride,
                         token_live,
@@ -314,7 +316,7 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
                         d_in,
                         first,
                         stop,
-                        _FORMATS[code],
+                        FORMAT,
                         ALIGNED,
                         LOW_PRECISION,
                         BLOCK_T,
