@@ -50,6 +50,11 @@ BENCHMARKS = {
             "plot": "",
         },
     ),
+    "gpucheck": Benchmark(
+        "what only a GPU can show of the direct kernels: results, graphs, each kernel's time",
+        "gpucheck.program",
+        {"device": "", "device-note": ""},
+    ),
     "serving": Benchmark(
         "throughput and latency of a vLLM engine against the number of tasks it serves",
         "serving.program",

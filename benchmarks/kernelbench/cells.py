@@ -44,6 +44,7 @@ class Settings:
         prefill: (tokens, tasks) of prefill batches.
         slots: slots of tasks at least, 0 for as many as there are tasks.
         rounds, warmup: samples of each method that count, and that do not.
+        activation: measure also how a whole task is made ready.
         core_dtype: of the cores that materialize takes.
         every_mode: run materialize also with its planning, and by the torch reference.
     """
@@ -60,6 +61,7 @@ class Settings:
     decode: tuple[tuple[int, int], ...] = ()
     prefill: tuple[tuple[int, int], ...] = ()
     slots: int = 0
+    activation: bool = True
     core_dtype: torch.dtype = torch.float32
     every_mode: bool = False
 
@@ -89,27 +91,31 @@ def cells(settings: Settings) -> Iterator[Cell]:
 
 def run_cell(
     cell: Cell, settings: Settings, punica: Punica | None, limits: Floors
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Check every operation, then time them in turns, each as it is and as a graph.
 
-    Raises:
-        WrongResultError: an operation's result is wrong; none is timed then.
+    Returns:
+        The rows, and what is wrong with the operations that have none: the others still count.
     """
     torch.manual_seed(cell.tokens + cell.tasks)
     batch = make_batch(cell, settings.dtype, settings.device, settings.slots)
-    operations = make_operations(batch, settings, punica)
-    errors = [check_operation(operation, batch) for operation in operations]
-    timed = [
-        (mode, operation, error, method)
-        for operation, error in zip(operations, errors)
-        for mode, method in _methods(operation, batch, limits)
-    ]
-    methods = [method for *_, method in timed]
+    timed: list[tuple[str, Operation, float, Method]] = []
+    wrong = []
+    for operation in make_operations(batch, settings, punica):
+        try:
+            error = check_operation(operation, batch)
+            methods = _methods(operation, batch, limits)
+        except Exception as problem:
+            wrong.append(f"{cell}: {operation.label}: {type(problem).__name__}: {problem}"[:1000])
+            continue
+        timed += [(mode, operation, error, method) for mode, method in methods]
     batch.y.copy_(batch.before)
-    times = time_in_turns(methods, settings.device, settings.rounds, settings.warmup)
+    times = time_in_turns(
+        [method for *_, method in timed], settings.device, settings.rounds, settings.warmup
+    )
     if punica is not None:
         punica.forget()
-    return [
+    rows = [
         make_row(
             operation.op,
             operation.work,
@@ -124,6 +130,7 @@ def run_cell(
         )
         for (mode, operation, error, _), taken in zip(timed, times)
     ]
+    return rows, wrong
 
 
 def make_operations(batch: Batch, settings: Settings, punica: Punica | None) -> list[Operation]:

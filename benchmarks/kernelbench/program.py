@@ -7,7 +7,9 @@ import os
 import platform
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import floors
 import torch
 from activation.ways import run_activation
 from clock import Rates, l2_nbytes, measure_rates
-from harness import print_record, record, say, write_json
+from harness import WrongResultError, print_record, record, say, write_json
 
 from kernelbench import report
 from kernelbench.batches import Cell
@@ -39,7 +41,7 @@ Time one linear layer of a model at a time, and the activation of a whole task, 
   activate-direct      a resident task's records into the slot table
 
 Before a cell is timed, each of its operations is compared with float64, token by token, on fresh random
-inputs with new memory poisoned. When one is wrong, no figure is printed and the exit status is 1.
+inputs with new memory poisoned. One that is wrong has no figure, and the exit status is 1.
 
 All operations of a cell take turns, so that a drift of the machine hits all alike. Each has as many
 copies of its weights as it takes to fill the cache twice, and goes through them in turn: in a model the
@@ -96,11 +98,7 @@ WARM_UP = 3
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, then print and write everything.
-
-    Raises:
-        WrongResultError: something is wrong; there are no figures then.
-    """
+    """Measure, then print and write everything; the exit status is 1 when a result was wrong."""
     device = torch.device(args.device)
     if device.type == "cpu":
         # Read when the kernels are imported, which happens when they are first used.
@@ -110,9 +108,10 @@ def run(args: argparse.Namespace) -> int:
     rates = measure_rates(device, settings.dtype)
     header = describe(args, settings, punica, rates)
     print_header(header)
-    rows, left_out = measure(settings, punica, rates, header["device"], args.budget)
-    show(header, rows, left_out, args)
-    return 0
+    limits = Floors.of(header["device"], rates)
+    found = measure(settings, punica, limits, args.budget, partial(keep, header, args.json))
+    show(header, found, args)
+    return int(bool(found.wrong))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +129,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget", type=float, metavar="S", help="begin no cell after so many seconds"
+    )
+    parser.add_argument(
+        "--no-activation", action="store_true", help="the forward pass only, no activation of a task"
     )
     add_work_options(parser)
 
@@ -232,6 +234,7 @@ def make_settings(args: argparse.Namespace, device: torch.device) -> Settings:
         decode=tuple(decode),
         prefill=tuple(prefill),
         slots=args.slots,
+        activation=not args.no_activation,
         rounds=args.rounds,
         warmup=0 if args.tiny else WARM_UP,
     )
@@ -251,29 +254,52 @@ def load_punica(args: argparse.Namespace, device: torch.device) -> Punica | None
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def measure(
-    settings: Settings, punica: Punica | None, rates: Rates, device: str, budget: float | None
-) -> tuple[list[Row], list[Cell]]:
-    """The rows, and the cells for which there was no time; progress goes to stderr.
+@dataclass
+class Measured:
+    """What a run has so far.
 
-    Raises:
-        WrongResultError: something is wrong; there are no rows then.
+    Attributes:
+        wrong: what is wrong with operations that have no rows.
+        left_out: cells for which there was no time.
     """
-    limits, started = Floors.of(device, rates), time.monotonic()
-    rows: list[Row] = []
-    left_out = []
+
+    rows: list[Row] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    left_out: list[Cell] = field(default_factory=list)
+
+
+def measure(
+    settings: Settings,
+    punica: Punica | None,
+    limits: Floors,
+    budget: float | None,
+    keep: Callable[[Measured], None],
+) -> Measured:
+    """Everything, kept after each cell in case the run is ended; progress goes to stderr."""
+    started, found = time.monotonic(), Measured()
     formats = (format_name(settings.dtype), "nf4")
     activated = replace(settings, formats=tuple(f for f in formats if f in settings.formats))
-    for name, model in settings.models.items():
-        rows += run_activation(name, model, activated, limits)
-        log(f"{name}, activation", started)
     for cell in cells(settings):
         if budget is not None and time.monotonic() - started > budget:
-            left_out.append(cell)
+            found.left_out.append(cell)
             continue
-        rows += run_cell(cell, settings, punica, limits)
+        rows, wrong = run_cell(cell, settings, punica, limits)
+        found.rows += rows
+        found.wrong += wrong
+        for line in wrong:
+            log(f"WRONG {line}", started)
+        keep(found)
         log(str(cell), started)
-    return rows, left_out
+    if not settings.activation:
+        return found
+    for name, model in settings.models.items():
+        try:
+            found.rows += run_activation(name, model, activated, limits)
+        except WrongResultError as error:
+            found.wrong.append(str(error))
+        keep(found)
+        log(f"{name}, activation", started)
+    return found
 
 
 def log(what: str, started: float) -> None:
@@ -318,10 +344,16 @@ def print_header(header: dict[str, Any]) -> None:
         print("tiny shapes: the program is tried out, the times mean nothing")
 
 
-def show(
-    header: dict[str, Any], rows: list[Row], left_out: list[Cell], args: argparse.Namespace
-) -> None:
+def keep(header: dict[str, Any], path: Path | None, found: Measured) -> None:
+    """Write what there is so far."""
+    left_out = [str(cell) for cell in found.left_out]
+    rows = {"rows": found.rows, "wrong": found.wrong, "left_out": left_out}
+    write_json(path, header | rows)
+
+
+def show(header: dict[str, Any], found: Measured, args: argparse.Namespace) -> None:
     """Tables, aims, JSON and plot."""
+    rows, left_out = found.rows, found.left_out
     modules = {name: {layer.name for layer in MODELS[name].layers} for name in args.shapes}
     sums = report.layer_sums(rows, modules)
     report.print_forward(rows)
@@ -337,15 +369,9 @@ def show(
             print(f"  {aim}")
     if left_out:
         print(f"\nleft out, the budget of {args.budget:g} s was spent: {len(left_out)} cells")
-    write_json(
-        args.json,
-        {
-            **header,
-            "rows": rows,
-            "aims": [report.aim_data(aim) for aim in aims],
-            "left_out": [str(cell) for cell in left_out],
-        },
-    )
+    for line in found.wrong:
+        print(f"WRONG, not timed: {line}")
+    keep({**header, "aims": [report.aim_data(aim) for aim in aims]}, args.json, found)
     if args.plot:
         mode = "graph" if args.device == "cuda" else "eager"
         try:

@@ -1,0 +1,108 @@
+"""Run the checks that only a GPU can make, and keep every row as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+import floors
+import torch
+from harness import record, say
+
+DESCRIPTION = """\
+Check the direct kernels where only a device can: on real shapes, in graphs, kernel by kernel.
+
+  smoke    results against the operation's definition, from one token to prefill
+  replay   a graph captured with nothing routed, replayed with other tasks, slots and token counts
+  profile  microseconds of every kernel, the caches emptied before each call
+  idle     what a layer's direct launches cost when the batch has no task
+
+Every row is written to --json as it comes (a line of JSON each); a failing check does not end the run,
+and the exit status is 1 when one failed.
+"""
+EXAMPLES = """\
+  python benchmarks/run.py gpucheck --json out.jsonl
+  python benchmarks/run.py gpucheck --stages smoke replay --layers qkv_proj
+  python benchmarks/run.py gpucheck --device cpu --stages smoke replay    in Triton's interpreter
+"""
+TINY = floors.llama("tiny", 1, 128, 192, 64)
+MODELS = {**floors.MODELS, "tiny": TINY}
+STAGES = ("smoke", "replay", "profile", "idle")
+DECODE_PROFILE = ((1, 1, 1), (64, 64, 64), (256, 256, 256), (512, 512, 512), (64, 64, 1024))
+PREFILL_PROFILE = ((2048, 8, 8), (2048, 8, 1024))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to check, on which layers."""
+    parser.add_argument("--stages", nargs="+", choices=STAGES, help="(default: all)")
+    parser.add_argument("--shape", choices=MODELS, help="(default: llama-7b)")
+    names = [layer.name for layer in TINY.layers]
+    parser.add_argument("--layers", nargs="+", choices=names, help="(default: qkv_proj)")
+
+
+def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Defaults, and what cannot be run here."""
+    args.device = args.device or "cuda"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU; --device cpu tries the program")
+    tiny = args.device == "cpu"
+    args.shape = args.shape or ("tiny" if tiny else "llama-7b")
+    args.stages = args.stages or list(STAGES[:2] if tiny else STAGES)
+    args.layers = args.layers or ["qkv_proj"]
+    if tiny and set(args.stages) & set(STAGES[2:]):
+        parser.error("profile and idle need a GPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    """All stages; the exit status."""
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        # Read when the kernels are imported, which happens when they are first used.
+        os.environ["TRITON_INTERPRET"] = "1"
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float16
+    name = torch.cuda.get_device_name() if gpu else "CPU, interpreted"
+    output = open(args.json, "a") if args.json else None  # noqa: SIM115 (closed at the end)
+    failed = 0
+
+    def keep(row: dict[str, Any]) -> None:
+        say(json.dumps(row, default=str))
+        if output:
+            print(json.dumps(row, default=str), file=output, flush=True)
+
+    keep({"check": "record"} | record(args, name, "torch", "triton"))
+    for stage in args.stages:
+        for layer in args.layers:
+            started = time.monotonic()
+            try:
+                for row in _rows(stage, MODELS[args.shape].layer(layer), dtype, device):
+                    failed += row.get("right") is False
+                    keep(row)
+            except Exception:
+                # The others may still say something.
+                failed += 1
+                keep({"check": stage, "layer": layer, "right": False, "error": traceback.format_exc()})
+            keep({"check": stage, "layer": layer, "seconds": time.monotonic() - started})
+    if output:
+        output.close()
+    return int(failed > 0)
+
+
+def _rows(
+    stage: str, layer: floors.Layer, dtype: torch.dtype, device: torch.device
+) -> Iterable[dict[str, Any]]:
+    from gpucheck import profile, replay, smoke
+
+    gpu = device.type == "cuda"
+    if stage == "smoke":
+        return smoke.check(layer, smoke.BATCHES if gpu else ((1, 1), (7, 7), (270, 3)), dtype, device)
+    if stage == "replay":
+        return replay.check(layer, (64, 272) if gpu else (16,), dtype, device)
+    if stage == "profile":
+        return profile.kernels(layer, DECODE_PROFILE + PREFILL_PROFILE, dtype, device)
+    return profile.idle(layer, dtype, device)
