@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-# Up to this many tokens a batch counts as decode: tiles of 16 tokens, most of them of one, and d_in
-# cut into parts so that there are enough programs. Longer ones have tiles of 64.
+from vllm_vlora.triton_kernels.direct import TILE_SIZES, Routing
+
+# What is left of an addition once its first launches are enqueued: those that write y.
+Rest = Callable[[torch.Tensor], None]
+
+# Up to this many tokens V's product is cut into parts of d_in, so that there are enough programs; a
+# longer one is a plain product of matrices.
 DECODE_TOKENS = 256
-# Programs that a launch should have, where cutting d_in can give them. GPUs have 100 to 150
-# multiprocessors, and every part costs a write and a read of its sums.
-_WANTED_PROGRAMS = 96
+# Up to this many tokens a batch counts as decode, where most tokens are the only ones of their task:
+# its tiles have at most 16 tokens. In longer ones they have at most 64. It is vLLM's largest default
+# of --max-num-seqs.
+SMALL_TILE_TOKENS = 1024
+# A shorter batch, too, has tiles of up to 64 where each gets so many tokens.
+_FULL_TILE = 32
 _MAX_PARTS = 32
 # Parts of d_in begin at multiples of this many columns; also two blocks of NF4.
 PART_ALIGNMENT = 128
+
+
+@triton.jit
+def start_dependents(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Let the next launch begin with what does not depend on this one (programmatic dependent launch)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the launch before this one, and so for all before it.
+
+    Every program of a kernel that is launched so must call it before it ends or touches what another
+    launch writes: when a grid has ended, the launch after it takes all before it for ended, too.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -105,14 +134,44 @@ def power_of_two(size: int, least: int, most: int) -> int:
     return min(max(triton.next_power_of_2(max(size, 1)), least), most)
 
 
-def cut_columns(cols: int, programs: int, least: int) -> tuple[int, int]:
+def choose_tiles(x: torch.Tensor, routing: Routing) -> tuple[int, int]:
+    """(tokens that a tile has at most, how many tiles to launch for) in the batch at hand.
+
+    A captured graph is replayed for other batches: there it is what their number of tokens may need.
+    """
+    tokens, small, large = x.shape[0], *TILE_SIZES
+    if capturing(x):
+        size = small if tokens <= SMALL_TILE_TOKENS else large
+        return size, routing.max_tiles(tokens, size)
+    full = routing.live_tiles[large] * _FULL_TILE <= routing.routed
+    size = large if tokens > SMALL_TILE_TOKENS or (tokens > DECODE_TOKENS and full) else small
+    return size, routing.live_tiles[size]
+
+
+def capturing(x: torch.Tensor) -> bool:
+    """Whether a launch on x now becomes part of a graph, which is replayed for other batches."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """The arguments of a launch that say whether it begins before the one ahead of it has ended."""
+    on = (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
+
+
+def cut_columns(cols: int, programs: int, least: int, wanted: int) -> tuple[int, int]:
     """(parts, columns a part) for a sum over ``cols`` columns.
 
     Parts are a power of two, few enough that each has ``least`` columns, and no more than it takes to
-    make enough of so many ``programs``.
+    make ``wanted`` of so many ``programs``.
     """
     parts = 1
-    while parts < _MAX_PARTS and parts * programs < _WANTED_PROGRAMS and parts * least < cols:
+    while parts < _MAX_PARTS and parts * programs < wanted and parts * least < cols:
         parts *= 2
     part_cols = triton.cdiv(triton.cdiv(cols, parts), PART_ALIGNMENT) * PART_ALIGNMENT
     return parts, part_cols

@@ -20,7 +20,7 @@ added to y is accumulated in float32, and y is rounded once a term.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,6 +100,8 @@ class DirectLayer:
         slices: in the order of y's columns, which they fill without gaps.
         v: the slices' V stacked, ``(sum of k_in, d_in)``; None when no slice has a basis.
         max_rank: the largest rank of a private task here; the kernels read no rows beyond it.
+        formats: kinds of packed factors that a private task may have here, keys of ``FORMAT_CODES``:
+            the kernels know no others.
     """
 
     index: int
@@ -107,6 +109,7 @@ class DirectLayer:
     slices: tuple[DirectSlice, ...]
     v: PackedMatrix | None
     max_rank: int
+    formats: tuple[str, ...] = tuple(FORMAT_CODES)
 
     @property
     def private(self) -> bool:
@@ -230,6 +233,7 @@ class Routing:
         tiles: tile size -> int32 ``[max_tiles(max_tokens), 3]``: (slot, first place in ``order``,
             count) of up to that many tokens of one slot; count is 0 beyond the batch's tiles.
         runs: (first token, end, slot) of neighbours with one slot, in token order, for the host.
+        routed, live_tiles: tokens of the last batch that have a direct task, and its tiles by size.
         derived: what a host path keeps until the next update.
     """
 
@@ -238,6 +242,8 @@ class Routing:
     device: torch.device
     runs: list[tuple[int, int, int]] = field(default_factory=list)
     derived: dict[object, object] = field(default_factory=dict)
+    routed: int = 0
+    live_tiles: dict[int, int] = field(default_factory=lambda: dict.fromkeys(TILE_SIZES, 0))
 
     def __post_init__(self) -> None:
         counts = _routing_words(self.max_tokens, self.slots)
@@ -276,11 +282,13 @@ class Routing:
         flat[:count] = token_slots
         order = np.argsort(token_slots, kind="stable")
         order = order[: count - int((token_slots == self.slots).sum())]
+        self.routed = len(order)
         flat[self.max_tokens : self.max_tokens + len(order)] = order
         end = 2 * self.max_tokens
         for size, tiles in self.tiles.items():
             rows = _cut_tiles(token_slots[order], size)
             flat[end : end + rows.size] = rows.reshape(-1)
+            self.live_tiles[size] = len(rows)
             end += tiles.numel()
         self._buffer.copy_(host, non_blocking=True)
 
@@ -311,8 +319,9 @@ def add_direct(
 ) -> None:
     """Add every direct task's update to y in place: Triton on a GPU, torch by runs on CPU.
 
-    On a GPU the host neither waits nor looks at the batch, so that the launches can be captured; the
-    batch may be padded: tokens beyond ``routing``'s last batch are left as they are.
+    On a GPU the host does not wait, so that the launches can be captured; the batch may be padded:
+    tokens beyond ``routing``'s last batch are left as they are. What the last batch does not need is
+    not launched; a captured graph, which is replayed for others, has all launches.
 
     Args:
         y: ``[T, layer.width]`` output of the base layer, rows contiguous.
@@ -332,6 +341,53 @@ def add_direct(
         from vllm_vlora.triton_kernels.direct_torch import add_by_runs
 
         add_by_runs(y, x, layer, table, routing)
+
+
+def begin_direct(
+    x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing
+) -> Callable[[torch.Tensor], None]:
+    """On a GPU, enqueue on the current stream what needs x alone, while y is still being computed.
+
+    Returns:
+        Called with y, on a stream that waits for this one, it enqueues the rest of ``add_direct``.
+
+    Raises:
+        ValueError: as :func:`add_direct`; x is not on a GPU.
+    """
+    if not x.is_cuda:
+        raise ValueError("direct: an addition is begun ahead of y on a GPU only")
+    from vllm_vlora.triton_kernels.direct_kernel import begin_direct as begin
+
+    return begin(x, layer, table, routing)
+
+
+def warm_up_batches(max_tokens: int) -> list[tuple[int, int]]:
+    """(tokens, how many of them have a task) of batches that need every kernel there is among them.
+
+    The kernels depend on the number of tokens by a few classes only, see ``device.choose_tiles``.
+    """
+    wanted = [(16, 1), (32, 1), (64, 1), (512, 1), (512, 512), (1025, 1)]
+    return sorted({(min(n, max_tokens), min(routed, max_tokens)) for n, routed in wanted})
+
+
+@torch.no_grad()
+def warm_up(
+    layers: Iterable[DirectLayer], table: SlotTable, routing: Routing, dtype: torch.dtype
+) -> None:
+    """Compile and load every kernel that a batch of up to ``routing.max_tokens`` can need.
+
+    To be called once the layers are made and before anything is captured, with nothing routed: an
+    engine that compiles while it serves answers nobody for a second. It leaves nothing routed.
+    """
+    if not table.records.is_cuda:
+        return
+    layers = list(layers)
+    for tokens, routed in warm_up_batches(routing.max_tokens):
+        routing.update(np.zeros(routed, dtype=np.int32))
+        for layer in layers:
+            x = torch.zeros(tokens, layer.d_in, dtype=dtype, device=table.records.device)
+            add_direct(x.new_zeros(tokens, layer.width), x, layer, table, routing)
+    routing.update(np.zeros(0, dtype=np.int32))
 
 
 def add_direct_triton(

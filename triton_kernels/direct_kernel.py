@@ -25,7 +25,7 @@ shared memory, and all partial sums of z are loaded at once.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,22 +39,31 @@ from vllm_vlora.triton_kernels.dequantise import load_tile
 from vllm_vlora.triton_kernels.device import (
     DECODE_TOKENS,
     PART_ALIGNMENT,
+    Rest,
     aligned,
     aligned_pointer,
+    capturing,
+    choose_tiles,
     cut_columns,
     load_sum,
     low_precision,
     multiply,
+    pdl_options,
     pick,
     pick_block,
     power_of_two,
+    start_dependents,
+    wait_for_previous,
 )
-from vllm_vlora.triton_kernels.direct import DirectLayer, Routing, SlotTable
-from vllm_vlora.triton_kernels.private_kernel import launch_private
+from vllm_vlora.triton_kernels.direct import TILE_SIZES, DirectLayer, Routing, SlotTable
+from vllm_vlora.triton_kernels.private_kernel import begin_private
 
 # A slice's part of w begins, and is filled up, to a multiple of this many columns: w is read 16 bytes
 # at a time whatever the sizes k are.
 _W_ALIGNMENT = 16
+# Programs that the shrink should have, where cutting d_in can give them. GPUs have 100 to 150
+# multiprocessors, and every part costs a write and a read of its sums.
+_WANTED = 192
 
 _FIELDS = tl.constexpr(direct.RECORD_FIELDS)
 _CORE = tl.constexpr(direct.CORE)
@@ -79,6 +88,7 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     ranges_stride,
     FORMAT: tl.constexpr,
     LOW_PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -88,6 +98,8 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     Grid (blocks of V's rows, parts of d_in, blocks of tokens); z is ``[parts, T, k_total]``, float32
     partial sums or, of one part, the dtype of x.
     """
+    start_dependents(PDL)
+    wait_for_previous(PDL)
     ks = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     part = tl.program_id(1)
     rows = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -123,6 +135,14 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _sum_parts(z_ptrs, live, DTYPE: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One token's z from its partial sums, once they are there; rounded, as float32."""
+    wait_for_previous(PDL)
+    z = tl.load(z_ptrs, mask=live, other=0.0).to(tl.float32)
+    return tl.sum(z, axis=0).to(DTYPE).to(tl.float32)
+
+
+@triton.jit
 def _core_one(  # type: ignore[no-untyped-def]
     core_ptr,
     z_ptr,
@@ -132,11 +152,15 @@ def _core_one(  # type: ignore[no-untyped-def]
     k_out,
     outs,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``C[outs] z`` for the one token whose z begins at ``z_ptr``, by multiplying and adding."""
+    """``C[outs] z`` for the one token whose z begins at ``z_ptr``, by multiplying and adding.
+
+    Each block of the core is under way before z is there.
+    """
     dtype: tl.constexpr = core_ptr.dtype.element_ty
     parts = tl.arange(0, PARTS).to(tl.int64)[:, None] * part_stride
     w = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
@@ -148,22 +172,23 @@ def _core_one(  # type: ignore[no-untyped-def]
         for start in range(0, k_in, BLOCK_IN):
             ins = start + tl.arange(0, BLOCK_IN)
             in_live = (ins < k_in)[None, :]
-            z = tl.load(z_ptr + parts + ins[None, :], mask=in_live, other=0.0).to(tl.float32)
-            z = tl.sum(z, axis=0).to(dtype).to(tl.float32)[None, :]
+            z_ptrs = z_ptr + parts + ins[None, :]
             if rank == 0:
                 dense = tl.load(
                     core_ptr + outs[:, None] * k_in + ins[None, :],
                     mask=(outs < k_out)[:, None] & in_live,
                     other=0.0,
                 )
-                w += tl.sum(dense.to(tl.float32) * z, axis=1)
+                z = _sum_parts(z_ptrs, in_live, dtype, PDL)
+                w += tl.sum(dense.to(tl.float32) * z[None, :], axis=1)
             else:
                 a = tl.load(
                     rows_ptr[:, None] + ins[None, :],
                     mask=(rows < rank)[:, None] & in_live,
                     other=0.0,
                 )
-                inner += tl.sum(a.to(tl.float32) * z, axis=1)
+                z = _sum_parts(z_ptrs, in_live, dtype, PDL)
+                inner += tl.sum(a.to(tl.float32) * z[None, :], axis=1)
         if rank > 0:
             b = tl.load(
                 rows_ptr[:, None] + k_in + outs[None, :],
@@ -258,6 +283,7 @@ def _core_kernel(  # type: ignore[no-untyped-def]
     ONE: tl.constexpr,
     ALIGNED: tl.constexpr,
     LOW_PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -269,6 +295,7 @@ def _core_kernel(  # type: ignore[no-untyped-def]
     to a multiple of 16 columns. ``ALIGNED``: every size k is a multiple of 8, so that rows of cores
     begin at 16 bytes. ``ONE``: tiles of one token have a way of their own.
     """
+    start_dependents(PDL)
     tile_ptr = tiles_ptr + tl.program_id(0) * 3
     place = tl.program_id(1)
     slot = tl.load(tile_ptr)
@@ -280,10 +307,12 @@ def _core_kernel(  # type: ignore[no-untyped-def]
     w_start = aligned(pick(w_starts, place, COUNT), _W_COLS, True)
     number = pick(numbers, place, COUNT)
     record_ptr = records_ptr + (slot.to(tl.int64) * slices + number) * _FIELDS
-    core = tl.load(record_ptr + _CORE)
-    rank = tl.load(record_ptr + _CORE_RANK).to(tl.int32)
+    core = tl.load(record_ptr + _CORE, mask=count > 0, other=0)
     first_out = tl.program_id(2) * BLOCK_OUT
-    if (count > 0) & (core != 0) & (first_out < k_out):
+    if (core == 0) | (first_out >= k_out):
+        wait_for_previous(PDL)
+    else:
+        rank = tl.load(record_ptr + _CORE_RANK).to(tl.int32)
         dtype: tl.constexpr = w_ptr.dtype.element_ty
         core_ptr = aligned_pointer(core, dtype, ALIGNED)
         outs = first_out + tl.arange(0, BLOCK_OUT)
@@ -302,12 +331,14 @@ def _core_kernel(  # type: ignore[no-untyped-def]
                     k_out,
                     outs,
                     PARTS,
+                    PDL,
                     BLOCK_OUT,
                     BLOCK_IN,
                     BLOCK_R,
                 )
                 tl.store(w_ptr + token * w_stride + outs, one.to(dtype), mask=filled)
         if count > (1 if ONE else 0):
+            wait_for_previous(PDL)
             lanes = tl.arange(0, BLOCK_T)
             live = lanes < count
             tokens = tl.load(order_ptr + first + lanes, mask=live, other=0).to(tl.int64)
@@ -362,6 +393,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     FORMAT: tl.constexpr,
     ALIGNED: tl.constexpr,
     LOW_PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -371,6 +403,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     Grid (blocks of columns over all slices with a basis, blocks of tokens). ``ALIGNED``: slices
     begin and end at multiples of 16 columns in y, and U's rows at 16 bytes.
     """
+    start_dependents(PDL)
     place, block = pick_block(tl.program_id(0), block_starts, COUNT)
     number = pick(numbers, place, COUNT)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -380,7 +413,9 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         records_ptr + (slots * slices + number) * _FIELDS + _CORE, mask=in_batch, other=0
     )
     live = cores != 0
-    if tl.max(live.to(tl.int32), axis=0) > 0:
+    if tl.max(live.to(tl.int32), axis=0) == 0:
+        wait_for_previous(PDL)
+    else:
         dtype: tl.constexpr = y_ptr.dtype.element_ty
         width = aligned(pick(widths, place, COUNT), 16, ALIGNED)
         y_start = aligned(pick(y_starts, place, COUNT), 16, ALIGNED)
@@ -403,13 +438,11 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         cols = block * BLOCK_D + tl.arange(0, BLOCK_D)
         col_live = cols < width
         total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+        y_places = y_ptr + rows.to(tl.int64)[:, None] * y_stride + y_start + cols[None, :]
+        mask = live[:, None] & col_live[None, :]
         for start in range(0, k_out, BLOCK_K):
             ks = start + tl.arange(0, BLOCK_K)
-            w = tl.load(
-                w_ptr + rows.to(tl.int64)[:, None] * w_stride + w_start + ks[None, :],
-                mask=live[:, None] & (ks < k_filled)[None, :],
-                other=0.0,
-            )
+            # U is under way before w is there.
             u = load_tile(
                 codes_ptr,
                 scales_ptr,
@@ -423,9 +456,13 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
                 col_live,
                 FORMAT,
             )
+            wait_for_previous(PDL)
+            w = tl.load(
+                w_ptr + rows.to(tl.int64)[:, None] * w_stride + w_start + ks[None, :],
+                mask=live[:, None] & (ks < k_filled)[None, :],
+                other=0.0,
+            )
             total = multiply(w, u.to(dtype), total, LOW_PRECISION)
-        y_places = y_ptr + rows.to(tl.int64)[:, None] * y_stride + y_start + cols[None, :]
-        mask = live[:, None] & col_live[None, :]
         y = tl.load(y_places, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_places, (y + total).to(dtype), mask=mask)
 
@@ -465,6 +502,26 @@ class _Plan:
     k_max: int
     core: dict[str, Any]
     expands: tuple[dict[str, Any], ...]
+    sized: dict[tuple[int, bool, int, torch.dtype], _Sized] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """What a bucket of token counts adds to a plan.
+
+    Attributes:
+        shrink: all arguments of the shrink that no batch changes; None for the vendor's product.
+        row_blocks, parts: blocks of V's rows, parts of d_in.
+        core, out_blocks: the core's arguments, and blocks of w's columns a slice at most.
+        expands: (blocks of columns, tokens a block, arguments) of each launch of expand.
+    """
+
+    shrink: dict[str, Any] | None
+    row_blocks: int
+    parts: int
+    core: dict[str, Any]
+    out_blocks: int
+    expands: tuple[tuple[int, int, dict[str, Any]], ...]
 
 
 # Finding a layer's arguments anew would cost the host more than a launch.
@@ -479,16 +536,44 @@ def launch_direct(
     Raises:
         ValueError: a part of V or of a U is not contiguous along its rows.
     """
-    if x.shape[0] == 0:
-        return
+    begin_direct(x, layer, table, routing)(y)
+
+
+def begin_direct(x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing) -> Rest:
+    """Enqueue what needs x alone.
+
+    Returns:
+        Enqueues the rest, which adds to y; it has to come on a stream that waits for the one here.
+
+    Raises:
+        ValueError: a part of V or of a U is not contiguous along its rows.
+    """
+    if x.shape[0] == 0 or not (routing.routed or capturing(x)):
+        return _nothing
     plan = _PLANS.get(layer)
     if plan is None:
         plan = _PLANS[layer] = _make_plan(layer)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    rests = []
+    with _on_device(x):
         if plan.v is not None:
-            _launch_joint(y, x, plan, table, routing)
+            rests.append(_begin_joint(x, plan, table, routing))
         if layer.private:
-            launch_private(y, x, layer, table, routing)
+            rests.append(begin_private(x, layer, table, routing))
+
+    def finish(y: torch.Tensor) -> None:
+        with _on_device(y):
+            for rest in rests:
+                rest(y)
+
+    return finish
+
+
+def _nothing(y: torch.Tensor) -> None:
+    """No token has a direct task."""
+
+
+def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _make_plan(layer: DirectLayer) -> _Plan:
@@ -561,20 +646,16 @@ def _matrix_arguments(matrix: PackedMatrix, name: str) -> dict[str, Any]:
     }
 
 
-def _launch_joint(
-    y: torch.Tensor, x: torch.Tensor, plan: _Plan, table: SlotTable, routing: Routing
-) -> None:
+def _begin_joint(x: torch.Tensor, plan: _Plan, table: SlotTable, routing: Routing) -> Rest:
     tokens, slices = x.shape[0], table.records.shape[1]
-    z = _launch_shrink(x, plan)
+    tile, tiles = choose_tiles(x, routing)
+    bucket = (power_of_two(tokens, 16, 64), tokens > DECODE_TOKENS, tile, x.dtype)
+    sized = plan.sized.get(bucket)
+    if sized is None:
+        sized = plan.sized[bucket] = _make_sized(plan, tokens, tile, x)
+    z = _launch_shrink(x, plan, sized)
     w = torch.empty((tokens, plan.w_total), dtype=x.dtype, device=x.device)
-    config = core_config(tokens, plan.k_max, x.dtype)
-    tile = config["BLOCK_T"]
-    grid = (
-        routing.max_tiles(tokens, tile),
-        plan.core["COUNT"],
-        triton.cdiv(max(plan.core["k_outs"]), config["BLOCK_OUT"]),
-    )
-    _core_kernel[grid](
+    _core_kernel[(tiles, plan.core["COUNT"], sized.out_blocks)](
         w,
         z,
         table.records,
@@ -582,59 +663,75 @@ def _launch_joint(
         routing.tiles[tile],
         slices,
         z_stride=z.stride(1),
-        w_stride=w.stride(0),
+        w_stride=plan.w_total,
         part_stride=z.stride(0),
         PARTS=z.shape[0],
-        **plan.core,
-        **config,
+        **sized.core,
     )
+
+    def expand(y: torch.Tensor) -> None:
+        for col_blocks, block_t, arguments in sized.expands:
+            _expand_kernel[(col_blocks, triton.cdiv(tokens, block_t))](
+                y,
+                w,
+                table.records,
+                routing.token_slots,
+                slices=slices,
+                tokens=tokens,
+                y_stride=y.stride(0),
+                w_stride=plan.w_total,
+                **arguments,
+            )
+
+    return expand
+
+
+def _make_sized(plan: _Plan, tokens: int, tile: int, x: torch.Tensor) -> _Sized:
+    """All arguments that depend on the layer, the dtype and the bucket of token counts alone."""
+    assert plan.v is not None
+    pdl = pdl_options(x.device)
+    shrink: dict[str, Any] | None = None
+    row_blocks = parts = 1
+    if tokens <= DECODE_TOKENS or FLOAT_DTYPES.get(plan.v.format) != x.dtype:
+        shrink = shrink_config(tokens, plan.shrink["FORMAT"], x.dtype)
+        row_blocks = triton.cdiv(plan.v.rows, int(shrink["BLOCK_K"]))
+        # In decode the cut is the layer's own: graphs of all sizes share one compiled kernel. A longer
+        # batch has programs enough.
+        if tokens <= DECODE_TOKENS:
+            parts, part_cols = cut_columns(plan.v.cols, row_blocks, PART_ALIGNMENT, _WANTED)
+        else:
+            part_cols = plan.v.cols
+        shrink |= {"k_total": plan.v.rows, "d_in": plan.v.cols, "part_cols": part_cols}
+        shrink |= {**plan.shrink, **pdl}
+    core = core_config(tile, plan.k_max, x.dtype)
+    out_blocks = triton.cdiv(max(plan.core["k_outs"]), core["BLOCK_OUT"])
+    expands = []
     for arguments in plan.expands:
         config = expand_config(tokens, plan.k_max, arguments["FORMAT"], x.dtype)
         block_starts = [0]
         for width in arguments["widths"]:
             block_starts.append(block_starts[-1] + triton.cdiv(width, config["BLOCK_D"]))
-        _expand_kernel[(block_starts.pop(), triton.cdiv(tokens, config["BLOCK_T"]))](
-            y,
-            w,
-            table.records,
-            routing.token_slots,
-            slices=slices,
-            block_starts=tuple(block_starts),
-            tokens=tokens,
-            y_stride=y.stride(0),
-            w_stride=w.stride(0),
-            **arguments,
-            **config,
-        )
+        col_blocks = block_starts.pop()
+        fixed = {"block_starts": tuple(block_starts), **arguments, **config, **pdl}
+        expands.append((col_blocks, int(config["BLOCK_T"]), fixed))
+    return _Sized(
+        shrink, row_blocks, parts, {**plan.core, **core, **pdl}, out_blocks, tuple(expands)
+    )
 
 
-def _launch_shrink(x: torch.Tensor, plan: _Plan) -> torch.Tensor:
+def _launch_shrink(x: torch.Tensor, plan: _Plan, sized: _Sized) -> torch.Tensor:
     """z as ``[parts, T, k_total]``: float32 partial sums, or one part in the dtype of x."""
     v, tokens = plan.v, x.shape[0]
     assert v is not None
-    if tokens > DECODE_TOKENS and FLOAT_DTYPES.get(v.format) == x.dtype:
-        z = torch.empty((1, tokens, v.rows), dtype=x.dtype, device=x.device)
+    dtype = torch.float32 if sized.parts > 1 else x.dtype
+    z = torch.empty((sized.parts, tokens, v.rows), dtype=dtype, device=x.device)
+    if sized.shrink is None:
         # A plain dense product, large enough for the vendor's kernels.
         torch.mm(x, v.parts["values"].t(), out=z[0])
         return z
-    config = shrink_config(tokens, plan.shrink["FORMAT"], x.dtype)
-    row_blocks = triton.cdiv(v.rows, config["BLOCK_K"])
-    token_blocks = triton.cdiv(tokens, config["BLOCK_T"])
-    # In decode the cut is the layer's own: graphs of all sizes share one compiled kernel.
-    programs = row_blocks * (1 if tokens <= DECODE_TOKENS else token_blocks)
-    parts, part_cols = cut_columns(v.cols, programs, PART_ALIGNMENT)
-    dtype = torch.float32 if parts > 1 else x.dtype
-    z = torch.empty((parts, tokens, v.rows), dtype=dtype, device=x.device)
-    _shrink_kernel[(row_blocks, parts, token_blocks)](
-        z,
-        x,
-        tokens=tokens,
-        k_total=v.rows,
-        d_in=v.cols,
-        part_cols=part_cols,
-        x_stride=x.stride(0),
-        **plan.shrink,
-        **config,
+    token_blocks = triton.cdiv(tokens, sized.shrink["BLOCK_T"])
+    _shrink_kernel[(sized.row_blocks, sized.parts, token_blocks)](
+        z, x, tokens=tokens, x_stride=x.stride(0), **sized.shrink
     )
     return z
 
@@ -655,19 +752,19 @@ def shrink_config(tokens: int, format: str, dtype: torch.dtype) -> dict[str, int
     }
 
 
-def core_config(tokens: int, k_max: int, dtype: torch.dtype) -> dict[str, int | bool]:
-    """The core's compile-time arguments; BLOCK_T is the size of its tiles of tokens."""
+def core_config(tile: int, k_max: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    """The core's compile-time arguments; ``tile``: the size of its tiles of tokens."""
     low = low_precision(dtype)
-    tile = 16 if tokens <= DECODE_TOKENS else 64
     most = 64 if low else (32 if tile == 16 else 16)
     return {
         "LOW_PRECISION": low,
-        "ONE": tile == 16,
+        "ONE": tile == TILE_SIZES[0],
         "BLOCK_T": tile,
         "BLOCK_OUT": power_of_two(k_max, 16, most),
         "BLOCK_IN": power_of_two(k_max, 16, most),
         "BLOCK_R": 16,
-        "num_warps": 4 if tile == 16 else 8,
+        # One token's core of 64 x 64 is 64 values a thread of two warps.
+        "num_warps": (2 if low else 4) if tile == TILE_SIZES[0] else 8,
         "num_stages": 2 if low else 1,
     }
 

@@ -21,7 +21,7 @@ bits in every run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,18 +33,22 @@ from vllm_vlora.quantize import NF4_BLOCK, SCALE_BLOCK
 from vllm_vlora.triton_kernels import direct
 from vllm_vlora.triton_kernels.dequantise import load_tile
 from vllm_vlora.triton_kernels.device import (
-    DECODE_TOKENS,
+    Rest,
     aligned,
     aligned_pointer,
+    choose_tiles,
     cut_columns,
     load_sum,
     low_precision,
     multiply,
+    pdl_options,
     pick,
     pick_block,
     power_of_two,
+    start_dependents,
+    wait_for_previous,
 )
-from vllm_vlora.triton_kernels.direct import DirectLayer, Routing, SlotTable
+from vllm_vlora.triton_kernels.direct import TILE_SIZES, DirectLayer, Routing, SlotTable
 
 _FIELDS = tl.constexpr(direct.RECORD_FIELDS)
 _RANK = tl.constexpr(direct.RANK)
@@ -58,8 +62,12 @@ _BLOCK = tl.constexpr(NF4_BLOCK)
 _BYTES = tl.constexpr(NF4_BLOCK // 2)
 _SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
 
-# Columns of d_in that a part should have at least: fewer would be mostly start-up.
-_LEAST_PART = 512
+# By the size of tiles: columns of d_in that a part should have at least, since fewer would be mostly
+# start-up; programs that a shrink should have; and the tiles that a batch is expected to have: in
+# decode the cut has to do for one token too.
+_LEAST_PART = {16: 1024, 64: 512}
+_WANTED = {16: 192, 64: 400}
+_EXPECTED_TILES = {16: 1, 64: 32}
 
 
 # --- a packed factor -------------------------------------------------------------------------------
@@ -146,6 +154,41 @@ def _load_values(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_format(  # type: ignore[no-untyped-def]
+    addresses,
+    held_cols,
+    book_ptr,
+    rows,
+    row_live,
+    first,
+    live_cols,
+    FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOOK_UP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """``[rows, first : first + COLS]``, rounded to DTYPE, of a matrix.
+
+    Args:
+        held_cols: columns of the matrix.
+        live_cols: how many of the COLS columns there are; those beyond have any finite value.
+        ALIGNED: rows begin at 16 bytes, and ``first`` is a multiple of 64.
+        LOOK_UP: NF4's values come from the table, if the sizes allow it, and not by selects.
+    """
+    where = _locate(addresses, held_cols, FORMAT, DTYPE, ALIGNED)
+    if LOOK_UP and ALIGNED and COLS >= _BLOCK and (FORMAT == "nf4" or FORMAT == "nf4-dq"):
+        values = _load_nf4(
+            where, book_ptr, rows, row_live, first, live_cols, FORMAT, DTYPE, ROWS, COLS
+        )
+    else:
+        cols = tl.arange(0, COLS)
+        values = _load_values(where, rows, row_live, first + cols, cols < live_cols, FORMAT, DTYPE)
+    return values
+
+
+@triton.jit
 def _load_any(  # type: ignore[no-untyped-def]
     format,
     addresses,
@@ -155,31 +198,30 @@ def _load_any(  # type: ignore[no-untyped-def]
     row_live,
     first,
     live_cols,
+    FORMATS: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    LOOK_UP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """``[rows, first : first + COLS]``, rounded to DTYPE, of a matrix whose format is known at run time.
-
-    Args:
-        held_cols: columns of the matrix.
-        live_cols: how many of the COLS columns there are; those beyond have any finite value.
-        ALIGNED: rows begin at 16 bytes, and ``first`` is a multiple of 64.
-    """
+    """``_load_format`` for a format known at run time, one of those whose bits FORMATS has."""
     values = tl.zeros((ROWS, COLS), dtype=DTYPE)
     for code in tl.static_range(_FORMAT_COUNT):
-        if format == code:
+        if 1 << code == FORMATS:
+            # Triton before 3.7 takes an element of a constexpr tuple for a string.
             FORMAT: tl.constexpr = _FORMATS[code]
-            where = _locate(addresses, held_cols, FORMAT, DTYPE, ALIGNED)
-            if ALIGNED and (FORMAT == "nf4" or FORMAT == "nf4-dq"):
-                values = _load_nf4(
-                    where, book_ptr, rows, row_live, first, live_cols, FORMAT, DTYPE, ROWS, COLS
-                )
-            else:
-                cols = tl.arange(0, COLS)
-                col_live = cols < live_cols
-                values = _load_values(where, rows, row_live, first + cols, col_live, FORMAT, DTYPE)
+            values = _load_format(
+                addresses, held_cols, book_ptr, rows, row_live, first, live_cols,
+                FORMAT, DTYPE, ALIGNED, LOOK_UP, ROWS, COLS,
+            )  # fmt: skip
+        elif (FORMATS >> code) & 1:  # noqa: SIM102 (known when compiled)
+            if format == code:
+                OTHER: tl.constexpr = _FORMATS[code]
+                values = _load_format(
+                    addresses, held_cols, book_ptr, rows, row_live, first, live_cols,
+                    OTHER, DTYPE, ALIGNED, LOOK_UP, ROWS, COLS,
+                )  # fmt: skip
     return values
 
 
@@ -191,6 +233,7 @@ def _shrink_tile(  # type: ignore[no-untyped-def]
     x_ptrs,
     token_live,
     addresses,
+    book_ptr,
     rows,
     row_live,
     start_in,
@@ -204,21 +247,29 @@ def _shrink_tile(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``x[:, first:stop] A[rows, first:stop]^T`` for the tokens whose rows ``x_ptrs`` are."""
+    """``A[rows, first:stop] x[:, first:stop]^T`` for the tokens whose rows ``x_ptrs`` are.
+
+    A stands on the left: Triton 3.6 does not compile the transpose of what NF4 was decoded to.
+    """
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
-    where = _locate(addresses, start_in + d_in, FORMAT, dtype, ALIGNED)
-    total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.float32)
     for start in range(first, stop, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
-        live = cols < d_in
-        mask = token_live[:, None] & live[None, :]
+        mask = token_live[:, None] & (cols < stop)[None, :]
         x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
-        a = _load_values(where, rows, row_live, start_in + cols, live, FORMAT, dtype)
-        total = multiply(x, tl.trans(a), total, LOW_PRECISION)
+        a = _load_format(
+            addresses, start_in + d_in, book_ptr, rows, row_live, start_in + start, stop - start,
+            FORMAT, dtype, ALIGNED, True, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+        total = multiply(a, tl.trans(x), total, LOW_PRECISION)
     return total
 
 
-@triton.jit(do_not_specialize=["slices", "first_number", "starts", "max_rank", "part_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "slices", "first_number", "starts", "max_rank", "part_stride", "slice_stride",
+    ]
+)  # fmt: skip
 def _shrink_kernel(  # type: ignore[no-untyped-def]
     h_ptr,
     x_ptr,
@@ -236,8 +287,10 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     part_stride,
     slice_stride,
     COUNT: tl.constexpr,
+    FORMATS: tl.constexpr,
     ALIGNED: tl.constexpr,
     LOW_PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -247,9 +300,10 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     """``h[part, i, t, rows] = A x`` over a part of d_in, for one tile of tokens, all of one task.
 
     Grid (tiles, slices, parts of d_in); h is float32 ``[parts, slices, T, max_rank]``. ``ALIGNED``:
-    A's rows begin, and this rank's columns in them, at multiples of 64 columns. ``ONE_ROWS`` rows at
-    a time for a tile of one token; 0 to treat it as others.
+    A's rows begin, and this rank's columns in them, at multiples of 64 columns. A tile of one token
+    is multiplied ``ONE_ROWS`` rows at a time; its first block of A is under way before x is there.
     """
+    start_dependents(PDL)
     tile_ptr = tiles_ptr + tl.program_id(0) * 3
     place = tl.program_id(1)
     part = tl.program_id(2)
@@ -257,86 +311,122 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     first_token = tl.load(tile_ptr + 1)
     count = tl.load(tile_ptr + 2)
     record_ptr = records_ptr + (slot.to(tl.int64) * slices + first_number + place) * _FIELDS
-    rank = tl.minimum(tl.load(record_ptr + _RANK).to(tl.int32), max_rank)
-    format = tl.load(record_ptr + _FORMAT).to(tl.int32)
-    addresses = (
-        tl.load(record_ptr + _A),
-        tl.load(record_ptr + _A + 1),
-        tl.load(record_ptr + _A + 2),
-    )
-    start_in = aligned(pick(starts, place, COUNT), 64, ALIGNED)
-    first = part * part_cols
-    stop = tl.minimum(first + part_cols, d_in)
-    h_ptr += part.to(tl.int64) * part_stride + place.to(tl.int64) * slice_stride
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if ONE_ROWS > 0:  # noqa: SIM102 (known when compiled, so the rest is left out)
+    rank = tl.minimum(tl.load(record_ptr + _RANK, mask=count > 0, other=0).to(tl.int32), max_rank)
+    if rank == 0:
+        wait_for_previous(PDL)
+    else:
+        format = tl.load(record_ptr + _FORMAT).to(tl.int32)
+        addresses = (
+            tl.load(record_ptr + _A),
+            tl.load(record_ptr + _A + 1),
+            tl.load(record_ptr + _A + 2),
+        )
+        start_in = aligned(pick(starts, place, COUNT), 64, ALIGNED)
+        first = part * part_cols
+        stop = tl.minimum(first + part_cols, d_in)
+        h_ptr += part.to(tl.int64) * part_stride + place.to(tl.int64) * slice_stride
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
         if count == 1:
             token = tl.load(order_ptr + first_token).to(tl.int64)
+            x_row = x_ptr + token * x_stride
+            cols = tl.arange(0, ONE_COLS)
             for row in range(0, rank, ONE_ROWS):
                 rows = row + tl.arange(0, ONE_ROWS)
-                one = tl.zeros((ONE_ROWS,), dtype=tl.float32)
-                for start in range(first, stop, ONE_COLS):
-                    cols = start + tl.arange(0, ONE_COLS)
-                    x = tl.load(x_ptr + token * x_stride + cols, mask=cols < stop, other=0.0)
+                a = _load_any(
+                    format, addresses, start_in + d_in, book_ptr, rows, rows < rank,
+                    start_in + first, stop - first,
+                    FORMATS, dtype, ALIGNED, True, ONE_ROWS, ONE_COLS,
+                )  # fmt: skip
+                wait_for_previous(PDL)
+                x = tl.load(x_row + first + cols, mask=first + cols < stop, other=0.0)
+                one = tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+                for start in range(first + ONE_COLS, stop, ONE_COLS):
+                    x = tl.load(x_row + start + cols, mask=start + cols < stop, other=0.0)
                     a = _load_any(
-                        format,
-                        addresses,
-                        start_in + d_in,
-                        book_ptr,
-                        rows,
-                        rows < rank,
-                        start_in + start,
-                        stop - start,
-                        dtype,
-                        ALIGNED,
-                        ONE_ROWS,
-                        ONE_COLS,
-                    )
+                        format, addresses, start_in + d_in, book_ptr, rows, rows < rank,
+                        start_in + start, stop - start,
+                        FORMATS, dtype, ALIGNED, True, ONE_ROWS, ONE_COLS,
+                    )  # fmt: skip
                     one += tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
                 tl.store(h_ptr + token * max_rank + rows, one, mask=rows < rank)
-    if count > (1 if ONE_ROWS > 0 else 0):
-        lanes = tl.arange(0, BLOCK_T)
-        token_live = lanes < count
-        tokens = tl.load(order_ptr + first_token + lanes, mask=token_live, other=0).to(tl.int64)
-        for row in range(0, rank, BLOCK_R):
-            rows = row + tl.arange(0, BLOCK_R)
-            h = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-            # The format is chosen outside of the loop over columns, which is long and pipelined.
-            for code in tl.static_range(_FORMAT_COUNT):
-                if format == code:
-                    # Triton before 3.7 takes an element of a constexpr tuple for a string.
-                    FORMAT: tl.constexpr = _FORMATS[code]
-                    h = _shrink_tile(
-                        x_ptr + tokens * x_stride,
-                        token_live,
-                        addresses,
-                        rows,
-                        rows < rank,
-                        start_in,
-                        d_in,
-                        first,
-                        stop,
-                        FORMAT,
-                        ALIGNED,
-                        LOW_PRECISION,
-                        BLOCK_T,
-                        BLOCK_R,
-                        BLOCK_D,
-                    )
-            tl.store(
-                h_ptr + tokens[:, None] * max_rank + rows[None, :],
-                h,
-                mask=token_live[:, None] & (rows < rank)[None, :],
-            )
+        else:
+            wait_for_previous(PDL)
+            lanes = tl.arange(0, BLOCK_T)
+            token_live = lanes < count
+            tokens = tl.load(order_ptr + first_token + lanes, mask=token_live, other=0).to(tl.int64)
+            for row in range(0, rank, BLOCK_R):
+                rows = row + tl.arange(0, BLOCK_R)
+                h = tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.float32)
+                # The format is chosen outside of the loop over columns, which is long and pipelined.
+                for code in tl.static_range(_FORMAT_COUNT):
+                    if (FORMATS >> code) & 1:  # noqa: SIM102 (known when compiled)
+                        if format == code:
+                            FORMAT: tl.constexpr = _FORMATS[code]
+                            h = _shrink_tile(
+                                x_ptr + tokens * x_stride, token_live, addresses, book_ptr,
+                                rows, rows < rank, start_in, d_in, first, stop,
+                                FORMAT, ALIGNED, LOW_PRECISION, BLOCK_T, BLOCK_R, BLOCK_D,
+                            )  # fmt: skip
+                tl.store(
+                    h_ptr + tokens[None, :] * max_rank + rows[:, None],
+                    h,
+                    mask=token_live[None, :] & (rows < rank)[:, None],
+                )
 
 
 # --- expand ----------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _expand_one(  # type: ignore[no-untyped-def]
+    h_ptrs,
+    format,
+    addresses,
+    book_ptr,
+    rank,
+    scale,
+    held_cols,
+    start_out,
+    first,
+    width,
+    part_stride,
+    FORMATS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PDL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ONE_ROWS: tl.constexpr,
+    ONE_COLS: tl.constexpr,
+):
+    """``(scale h) B[:, first : first + ONE_COLS]`` of one token."""
+    parts = tl.arange(0, PARTS).to(tl.int64)[:, None] * part_stride
+    rows = tl.arange(0, ONE_ROWS)
+    # The first rows, mostly all of them, are under way before h is there.
+    b = _load_any(
+        format, addresses, held_cols, book_ptr, rows, rows < rank, start_out + first, width - first,
+        FORMATS, DTYPE, ALIGNED, True, ONE_ROWS, ONE_COLS,
+    )  # fmt: skip
+    wait_for_previous(PDL)
+    h = tl.load(h_ptrs + parts + rows[None, :], mask=(rows < rank)[None, :], other=0.0)
+    h = (tl.sum(h, axis=0) * scale).to(DTYPE).to(tl.float32)
+    total = tl.sum(h[:, None] * b.to(tl.float32), axis=0)
+    for row in range(ONE_ROWS, rank, ONE_ROWS):
+        rows = row + tl.arange(0, ONE_ROWS)
+        b = _load_any(
+            format, addresses, held_cols, book_ptr, rows, rows < rank,
+            start_out + first, width - first,
+            FORMATS, DTYPE, ALIGNED, True, ONE_ROWS, ONE_COLS,
+        )  # fmt: skip
+        h = tl.load(h_ptrs + parts + rows[None, :], mask=(rows < rank)[None, :], other=0.0)
+        h = (tl.sum(h, axis=0) * scale).to(DTYPE).to(tl.float32)
+        total += tl.sum(h[:, None] * b.to(tl.float32), axis=0)
+    return total
+
+
 @triton.jit(
     do_not_specialize=[
         "slices", "first_number", "block_starts", "y_starts", "widths", "starts", "max_rank",
-        "part_stride",
+        "part_stride", "slice_stride",
     ]
 )  # fmt: skip
 def _expand_kernel(  # type: ignore[no-untyped-def]
@@ -357,95 +447,81 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     part_stride,
     slice_stride,
     COUNT: tl.constexpr,
+    FORMATS: tl.constexpr,
     PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     LOW_PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ONE_ROWS: tl.constexpr,
+    ONE_COLS: tl.constexpr,
 ):
-    """``y += (scale h) B`` on one tile of tokens, all of one task, and one block of columns.
+    """``y += (scale h) B`` on one tile of tokens, all of one task, and ONE_COLS columns.
 
-    Grid (blocks of columns over all slices, tiles); ``h`` as the shrink left it. ``ALIGNED``: slices
+    Grid (groups of columns over all slices, tiles); ``h`` as the shrink left it. ``ALIGNED``: slices
     begin and end at multiples of 64 columns in y and in B. ``ONE_ROWS`` as for the shrink.
     """
-    place, block = pick_block(tl.program_id(0), block_starts, COUNT)
+    start_dependents(PDL)
+    place, group = pick_block(tl.program_id(0), block_starts, COUNT)
     tile_ptr = tiles_ptr + tl.program_id(1) * 3
     slot = tl.load(tile_ptr)
     first_token = tl.load(tile_ptr + 1)
     count = tl.load(tile_ptr + 2)
     record_ptr = records_ptr + (slot.to(tl.int64) * slices + first_number + place) * _FIELDS
-    rank = tl.minimum(tl.load(record_ptr + _RANK).to(tl.int32), max_rank)
-    scale = tl.load(record_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
-    format = tl.load(record_ptr + _FORMAT).to(tl.int32)
-    addresses = (
-        tl.load(record_ptr + _B),
-        tl.load(record_ptr + _B + 1),
-        tl.load(record_ptr + _B + 2),
-    )
-    width = aligned(pick(widths, place, COUNT), 64, ALIGNED)
-    start_out = aligned(pick(starts, place, COUNT), 64, ALIGNED)
-    first = block * BLOCK_D
-    cols = first + tl.arange(0, BLOCK_D)
-    y_ptr += aligned(pick(y_starts, place, COUNT), 64, ALIGNED) + cols
-    h_ptr += place.to(tl.int64) * slice_stride
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    if ONE_ROWS > 0:  # noqa: SIM102 (known when compiled, so the rest is left out)
-        if (count == 1) & (rank > 0):
+    rank = tl.minimum(tl.load(record_ptr + _RANK, mask=count > 0, other=0).to(tl.int32), max_rank)
+    if rank == 0:
+        wait_for_previous(PDL)
+    else:
+        scale = tl.load(record_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
+        format = tl.load(record_ptr + _FORMAT).to(tl.int32)
+        addresses = (
+            tl.load(record_ptr + _B),
+            tl.load(record_ptr + _B + 1),
+            tl.load(record_ptr + _B + 2),
+        )
+        width = aligned(pick(widths, place, COUNT), 64, ALIGNED)
+        start_out = aligned(pick(starts, place, COUNT), 64, ALIGNED)
+        y_ptr += aligned(pick(y_starts, place, COUNT), 64, ALIGNED)
+        h_ptr += place.to(tl.int64) * slice_stride
+        dtype: tl.constexpr = y_ptr.dtype.element_ty
+        first = group * ONE_COLS
+        if count == 1:
             token = tl.load(order_ptr + first_token).to(tl.int64)
-            parts = tl.arange(0, PARTS).to(tl.int64)[:, None] * part_stride
-            sums = tl.zeros((ONE_ROWS, BLOCK_D), dtype=tl.float32)
-            for row in range(0, rank, ONE_ROWS):
-                rows = row + tl.arange(0, ONE_ROWS)
-                h_ptrs = h_ptr + token * max_rank + parts + rows[None, :]
-                h = tl.sum(tl.load(h_ptrs, mask=(rows < rank)[None, :], other=0.0), axis=0)
-                b = _load_any(
-                    format,
-                    addresses,
-                    start_out + width,
-                    book_ptr,
-                    rows,
-                    rows < rank,
-                    start_out + first,
-                    width - first,
-                    dtype,
-                    ALIGNED,
-                    ONE_ROWS,
-                    BLOCK_D,
-                )
-                sums += (h * scale).to(dtype).to(tl.float32)[:, None] * b.to(tl.float32)
-            y_ptrs = y_ptr + token * y_stride
-            y = tl.load(y_ptrs, mask=cols < width, other=0.0).to(tl.float32)
-            tl.store(y_ptrs, (y + tl.sum(sums, axis=0)).to(dtype), mask=cols < width)
-    if (count > (1 if ONE_ROWS > 0 else 0)) & (rank > 0):
-        lanes = tl.arange(0, BLOCK_T)
-        live = lanes < count
-        tokens = tl.load(order_ptr + first_token + lanes, mask=live, other=0).to(tl.int64)
-        total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-        for row in range(0, rank, BLOCK_R):
-            rows = row + tl.arange(0, BLOCK_R)
-            h_ptrs = h_ptr + tokens[:, None] * max_rank + rows[None, :]
-            h = load_sum(h_ptrs, part_stride, live[:, None] & (rows < rank)[None, :], PARTS)
-            b = _load_any(
-                format,
-                addresses,
-                start_out + width,
-                book_ptr,
-                rows,
-                rows < rank,
-                start_out + first,
-                width - first,
-                dtype,
-                ALIGNED,
-                BLOCK_R,
-                BLOCK_D,
-            )
-            total = multiply((h * scale).to(dtype), b, total, LOW_PRECISION)
-        y_ptrs = y_ptr[None, :] + tokens[:, None] * y_stride
-        mask = live[:, None] & (cols < width)[None, :]
-        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptrs, (y + total).to(dtype), mask=mask)
+            one_cols = first + tl.arange(0, ONE_COLS)
+            one = _expand_one(
+                h_ptr + token * max_rank, format, addresses, book_ptr, rank, scale,
+                start_out + width, start_out, first, width, part_stride,
+                FORMATS, PARTS, ALIGNED, PDL, dtype, ONE_ROWS, ONE_COLS,
+            )  # fmt: skip
+            places = y_ptr + token * y_stride + one_cols
+            held = tl.load(places, mask=one_cols < width, other=0.0).to(tl.float32)
+            tl.store(places, (held + one).to(dtype), mask=one_cols < width)
+        else:
+            wait_for_previous(PDL)
+            lanes = tl.arange(0, BLOCK_T)
+            live = lanes < count
+            tokens = tl.load(order_ptr + first_token + lanes, mask=live, other=0).to(tl.int64)
+            for start in range(first, tl.minimum(first + ONE_COLS, width), BLOCK_D):
+                cols = start + tl.arange(0, BLOCK_D)
+                # y comes from the memory, all else from the cache: asked for first.
+                y_ptrs = y_ptr + cols[None, :] + tokens[:, None] * y_stride
+                mask = live[:, None] & (cols < width)[None, :]
+                y = tl.load(y_ptrs, mask=mask, other=0.0)
+                total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+                for row in range(0, rank, BLOCK_R):
+                    rows = row + tl.arange(0, BLOCK_R)
+                    h_ptrs = h_ptr + tokens[:, None] * max_rank + rows[None, :]
+                    h = load_sum(h_ptrs, part_stride, live[:, None] & (rows < rank)[None, :], PARTS)
+                    # Triton 3.6 does not compile a wgmma of what the table gave.
+                    b = _load_any(
+                        format, addresses, start_out + width, book_ptr, rows, rows < rank,
+                        start_out + start, width - start,
+                        FORMATS, dtype, ALIGNED, BLOCK_T < 64, BLOCK_R, BLOCK_D,
+                    )  # fmt: skip
+                    total = multiply((h * scale).to(dtype), b, total, LOW_PRECISION)
+                tl.store(y_ptrs, (y.to(tl.float32) + total).to(dtype), mask=mask)
 
 
 # --- the host's part -------------------------------------------------------------------------------
@@ -453,8 +529,23 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class _Plan:
-    """Both launches' arguments that no batch changes; it must not hold the layer itself."""
+    """Both launches' arguments that no batch changes; it must not hold the layer itself.
 
+    Attributes:
+        sized: (size of tiles, dtype of x) -> all arguments that these fix.
+    """
+
+    shrink: dict[str, Any]
+    expand: dict[str, Any]
+    sized: dict[tuple[int, torch.dtype], _Sized] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """parts of d_in, groups of blocks of columns, and the arguments of both launches."""
+
+    parts: int
+    groups: int
     shrink: dict[str, Any]
     expand: dict[str, Any]
 
@@ -462,48 +553,63 @@ class _Plan:
 _PLANS: WeakKeyDictionary[DirectLayer, _Plan] = WeakKeyDictionary()
 
 
-def launch_private(
-    y: torch.Tensor, x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing
-) -> None:
-    """Enqueue both launches for arguments that have passed ``add_direct``'s checks; no wait."""
+def begin_private(x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing) -> Rest:
+    """Enqueue the shrink for arguments that have passed ``add_direct``'s checks; no wait.
+
+    Returns:
+        Enqueues the expansion into y, once y holds the base layer's output.
+    """
     plan = _PLANS.get(layer)
     if plan is None:
         plan = _PLANS[layer] = _make_plan(layer)
     tokens, count = x.shape[0], len(layer.slices)
-    shrink = shrink_config(tokens, layer.max_rank, x.dtype)
-    expand = expand_config(tokens, layer.max_rank, x.dtype)
-    tile = shrink["BLOCK_T"]
-    tiles = routing.max_tiles(tokens, tile)
-    # In decode the cut is the layer's own: graphs of all sizes share one compiled kernel.
-    programs = count * (1 if tokens <= DECODE_TOKENS else triton.cdiv(tokens, tile))
-    parts, part_cols = cut_columns(layer.d_in, programs, _LEAST_PART)
-    h = torch.empty((parts, count, tokens, layer.max_rank), dtype=torch.float32, device=x.device)
-    read = (table.records, routing.order, routing.tiles[tile], table.codebook)
+    size, tiles = choose_tiles(x, routing)
+    sized = plan.sized.get((size, x.dtype))
+    if sized is None:
+        sized = plan.sized[size, x.dtype] = _make_sized(plan, layer, size, x)
+    h = torch.empty(
+        (sized.parts, count, tokens, layer.max_rank), dtype=torch.float32, device=x.device
+    )
+    read = (table.records, routing.order, routing.tiles[size], table.codebook)
     common = {
         "slices": table.records.shape[1],
-        "first_number": layer.index,
-        "max_rank": layer.max_rank,
         "part_stride": h.stride(0),
         "slice_stride": h.stride(1),
-        "COUNT": count,
     }
-    _shrink_kernel[(tiles, count, parts)](
-        h, x, *read, part_cols=part_cols, x_stride=x.stride(0), **common, **plan.shrink, **shrink
+    _shrink_kernel[(tiles, count, sized.parts)](
+        h, x, *read, x_stride=x.stride(0), **common, **sized.shrink
     )
+
+    def expand(y: torch.Tensor) -> None:
+        _expand_kernel[(sized.groups, tiles)](
+            y, h, *read, y_stride=y.stride(0), **common, **sized.expand
+        )
+
+    return expand
+
+
+def _make_sized(plan: _Plan, layer: DirectLayer, size: int, x: torch.Tensor) -> _Sized:
+    """All arguments that depend on the layer, the size of tiles and the dtype alone."""
+    count = len(layer.slices)
+    shrink = shrink_config(size, layer.max_rank, x.dtype)
+    expand = expand_config(size, layer.max_rank, x.dtype)
+    programs = count * _EXPECTED_TILES[size]
+    parts, part_cols = cut_columns(layer.d_in, programs, _LEAST_PART[size], _WANTED[size])
     widths = plan.expand["widths"]
-    blocks = [triton.cdiv(width, expand["BLOCK_D"]) for width in widths]
-    block_starts = tuple(sum(blocks[:place]) for place in range(count))
-    _expand_kernel[(sum(blocks), tiles)](
-        y,
-        h,
-        *read,
-        block_starts=block_starts,
-        y_stride=y.stride(0),
-        PARTS=parts,
-        **common,
-        **plan.expand,
-        **expand,
+    groups = [triton.cdiv(width, expand["ONE_COLS"]) for width in widths]
+    block_starts = tuple(sum(groups[:place]) for place in range(count))
+    common = {"first_number": layer.index, "max_rank": layer.max_rank, "COUNT": count}
+    common |= {"FORMATS": _format_bits(layer), **pdl_options(x.device)}
+    return _Sized(
+        parts,
+        sum(groups),
+        {"part_cols": part_cols, **common, **plan.shrink, **shrink},
+        {"block_starts": block_starts, "PARTS": parts, **common, **plan.expand, **expand},
     )
+
+
+def _format_bits(layer: DirectLayer) -> int:
+    return sum(1 << direct.FORMAT_CODES[format] for format in layer.formats)
 
 
 def _make_plan(layer: DirectLayer) -> _Plan:
@@ -526,36 +632,37 @@ def _make_plan(layer: DirectLayer) -> _Plan:
     )
 
 
-def shrink_config(tokens: int, max_rank: int, dtype: torch.dtype) -> dict[str, int | bool]:
-    """The shrink's compile-time arguments, apart from what the layer fixes.
+def shrink_config(size: int, max_rank: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    """The shrink's compile-time arguments, apart from what the layer fixes; ``size`` of tiles.
 
     The sizes are those at which no format's body takes more than 168 registers where the layer is
     aligned; others are right, but slower.
     """
-    low, decode = low_precision(dtype), tokens <= DECODE_TOKENS
-    block_r = power_of_two(max_rank, 16, 32 if low and not decode else 16)
+    low, small = low_precision(dtype), size == TILE_SIZES[0]
+    block_r = power_of_two(max_rank, 16, 32 if low and not small else 16)
     return {
         "LOW_PRECISION": low,
-        "BLOCK_T": 16 if decode else 64,
+        "BLOCK_T": size,
         "BLOCK_R": block_r,
         # A float32 product runs on the FMA units with its operands in registers.
-        "BLOCK_D": (64 if block_r == 16 else 32) if low else 16,
-        "ONE_ROWS": power_of_two(max_rank, 1, 8) if decode else 0,
-        "ONE_COLS": 512,
-        "num_warps": 4 if decode else 8,
+        "BLOCK_D": 64 if low else 16,
+        "ONE_ROWS": power_of_two(max_rank, 1, 16),
+        "ONE_COLS": 256,
+        "num_warps": 4,
         "num_stages": 2 if low else 1,
     }
 
 
-def expand_config(tokens: int, max_rank: int, dtype: torch.dtype) -> dict[str, int | bool]:
+def expand_config(size: int, max_rank: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """The expansion's compile-time arguments, apart from what the layer fixes."""
-    low, decode = low_precision(dtype), tokens <= DECODE_TOKENS
+    low, small = low_precision(dtype), size == TILE_SIZES[0]
     return {
         "LOW_PRECISION": low,
-        "BLOCK_T": 16 if decode else 64,
-        "BLOCK_R": power_of_two(max_rank, 16, 32 if low and not decode else 16),
-        "BLOCK_D": (256 if decode else 128) if low else 64,
-        "ONE_ROWS": power_of_two(max_rank, 1, 8) if decode else 0,
-        "num_warps": 4 if decode else 8,
+        "BLOCK_T": size,
+        "BLOCK_R": power_of_two(max_rank, 16, 32 if low and not small else 16),
+        "BLOCK_D": 128 if small and low else 64,
+        "ONE_ROWS": power_of_two(max_rank, 1, 8),
+        "ONE_COLS": 1024 if small else 512,
+        "num_warps": 4 if small else 8,
         "num_stages": 1,
     }

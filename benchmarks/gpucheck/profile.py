@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import floors
@@ -31,11 +32,12 @@ def kernels(
             ("float", False, ("float",)),
         ):
             world = make_world(
-                shape, dtype, device, slots=slots, tokens=tokens, tasks=tasks, joint=joint, private=private
+                shape, dtype, device,
+                slots=slots, tokens=tokens, tasks=tasks, joint=joint, private=private,
             )  # fmt: skip
             world.routing.update(spread_slots(tokens, tasks, 0))
             x, y = world.batch(tokens)
-            for kernel, us in _profile(lambda: world.run(y, x), flush).items():
+            for kernel, us in _profile(partial(world.run, y, x), flush).items():
                 yield {
                     "check": "profile", "layer": shape.name, "tokens": tokens, "tasks": tasks,
                     "slots": slots, "kind": name, "kernel": kernel, "us": us,
@@ -68,20 +70,22 @@ def idle(
         world = make_world(shape, dtype, device, slots=64, tokens=tokens)
         x, y = world.batch(tokens)
         world.routing.update(np.zeros(0, dtype=np.int32))
-        for name, direct in (("base", False), ("base + idle direct", True)):
-
-            def run(direct: bool = direct) -> None:
-                for weight in weights:
-                    torch.mm(x, weight.t(), out=y)
-                    if direct:
-                        world.run(y, x)
-
+        for name, add in (("base", None), ("base + idle direct", world.run)):
+            run = partial(_layers, weights, x, y, add)
             run()
-            replay = capture(run)
             yield {
                 "check": "idle", "layer": shape.name, "slots": slots, "what": name,
-                "us": _time(replay) / len(weights),
+                "us": _time(capture(run)) / len(weights),
             }  # fmt: skip
+
+
+def _layers(
+    weights: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor, add: Callable[..., None] | None
+) -> None:
+    for weight in weights:
+        torch.mm(x, weight.t(), out=y)
+        if add is not None:
+            add(y, x)
 
 
 def _time(replay: Callable[[], None]) -> float:

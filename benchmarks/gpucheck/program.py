@@ -83,10 +83,17 @@ def run(args: argparse.Namespace) -> int:
                 for row in _rows(stage, MODELS[args.shape].layer(layer), dtype, device):
                     failed += row.get("right") is False
                     keep(row)
-            except Exception:
+            except Exception:  # noqa: BLE001
                 # The others may still say something.
                 failed += 1
-                keep({"check": stage, "layer": layer, "right": False, "error": traceback.format_exc()})
+                keep(
+                    {
+                        "check": stage,
+                        "layer": layer,
+                        "right": False,
+                        "error": traceback.format_exc(),
+                    }
+                )
             keep({"check": stage, "layer": layer, "seconds": time.monotonic() - started})
     if output:
         output.close()
@@ -100,7 +107,9 @@ def _rows(
 
     gpu = device.type == "cuda"
     if stage == "smoke":
-        return smoke.check(layer, smoke.BATCHES if gpu else ((1, 1), (7, 7), (270, 3)), dtype, device)
+        return smoke.check(
+            layer, smoke.BATCHES if gpu else ((1, 1), (7, 7), (270, 3)), dtype, device
+        )
     if stage == "replay":
         return replay.check(layer, (64, 272) if gpu else (16,), dtype, device)
     if stage == "profile":

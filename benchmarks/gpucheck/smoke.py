@@ -15,7 +15,10 @@ TOLERANCE = 1e-2
 
 
 def check(
-    shape: floors.Layer, batches: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+    shape: floors.Layer,
+    batches: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[dict[str, object]]:
     """A row a batch: the error of the worst token, and whether it is rounding."""
     rows = []
@@ -36,6 +39,7 @@ def check(
         added = (few.float() - before[places].float()).norm(dim=1)
         error = float(((y[places].float() - few.float()).norm(dim=1) / added).max())
         rows.append(
-            {"check": "smoke", "layer": shape.name, "tokens": tokens, "slots": slots, "error": error, "right": error <= TOLERANCE}
+            {"check": "smoke", "layer": shape.name, "tokens": tokens, "slots": slots, "error": error,
+             "right": error <= TOLERANCE}
         )  # fmt: skip
     return rows

@@ -60,7 +60,7 @@ def make_world(
     joint: bool = True,
     private: tuple[str, ...] = PRIVATE,
 ) -> World:
-    """``tasks`` (or as many as slots) random tasks; joint and private by turns where both are asked for."""
+    """``tasks`` (or as many as slots) random tasks, joint and private by turns where both are wanted."""
     count = len(shape.widths)
     v = torch.randn(count * k, shape.d_in, device=device) / shape.d_in**0.5
     slices = tuple(
@@ -70,7 +70,7 @@ def make_world(
         for width in shape.widths
     )
     held_v = _held(v, dtype) if joint else None
-    layer = DirectLayer(0, shape.d_in, slices, held_v, rank if private else 0)
+    layer = DirectLayer(0, shape.d_in, slices, held_v, rank if private else 0, private or PRIVATE)
     table = SlotTable(slots, count, device)
     made = []
     for slot in range(tasks or slots):
@@ -78,7 +78,9 @@ def make_world(
         parts = {
             place: _joint(k, rank, slot + place, dtype, device)
             if kind
-            else _private(shape.d_in, width, rank, private[(slot // 2) % len(private)], dtype, device)
+            else _private(
+                shape.d_in, width, rank, private[(slot // 2) % len(private)], dtype, device
+            )
             for place, width in enumerate(shape.widths)
         }
         made.append(make_task(parts, count, device))

@@ -105,7 +105,7 @@ def run_cell(
         try:
             error = check_operation(operation, batch)
             methods = _methods(operation, batch, limits)
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 (the others still count)
             wrong.append(f"{cell}: {operation.label}: {type(problem).__name__}: {problem}"[:1000])
             continue
         timed += [(mode, operation, error, method) for mode, method in methods]

@@ -131,7 +131,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--budget", type=float, metavar="S", help="begin no cell after so many seconds"
     )
     parser.add_argument(
-        "--no-activation", action="store_true", help="the forward pass only, no activation of a task"
+        "--no-activation",
+        action="store_true",
+        help="the forward pass only, no activation of a task",
     )
     add_work_options(parser)
 
