@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -161,7 +162,18 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
-    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if on else NO_PDL
+
+
+NO_PDL = {"PDL": False}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Arguments, as ``pdl_options`` gives them, of a part's first launch and of those that write y."""
+
+    first: Mapping[str, bool]
+    rest: Mapping[str, bool]
 
 
 def cut_columns(cols: int, programs: int, least: int, wanted: int) -> tuple[int, int]:

@@ -358,7 +358,7 @@ def begin_direct(
         raise ValueError("direct: an addition is begun ahead of y on a GPU only")
     from vllm_vlora.triton_kernels.direct_kernel import begin_direct as begin
 
-    return begin(x, layer, table, routing)
+    return begin(x, layer, table, routing, ahead=True)
 
 
 def warm_up_batches(max_tokens: int) -> list[tuple[int, int]]:
@@ -386,7 +386,9 @@ def warm_up(
         routing.update(np.zeros(routed, dtype=np.int32))
         for layer in layers:
             x = torch.zeros(tokens, layer.d_in, dtype=dtype, device=table.records.device)
-            add_direct(x.new_zeros(tokens, layer.width), x, layer, table, routing)
+            y = x.new_zeros(tokens, layer.width)
+            add_direct(y, x, layer, table, routing)
+            begin_direct(x, layer, table, routing)(y)
     routing.update(np.zeros(0, dtype=np.int32))
 
 

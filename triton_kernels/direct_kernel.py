@@ -25,7 +25,8 @@ shared memory, and all partial sums of z are loaded at once.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,7 +39,9 @@ from vllm_vlora.triton_kernels import direct
 from vllm_vlora.triton_kernels.dequantise import load_tile
 from vllm_vlora.triton_kernels.device import (
     DECODE_TOKENS,
+    NO_PDL,
     PART_ALIGNMENT,
+    Chain,
     Rest,
     aligned,
     aligned_pointer,
@@ -536,11 +539,16 @@ def launch_direct(
     Raises:
         ValueError: a part of V or of a U is not contiguous along its rows.
     """
-    begin_direct(x, layer, table, routing)(y)
+    begin_direct(x, layer, table, routing, ahead=False)(y)
 
 
-def begin_direct(x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing) -> Rest:
+def begin_direct(
+    x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing, *, ahead: bool
+) -> Rest:
     """Enqueue what needs x alone.
+
+    Args:
+        ahead: the rest comes on another stream, after y.
 
     Returns:
         Enqueues the rest, which adds to y; it has to come on a stream that waits for the one here.
@@ -554,11 +562,15 @@ def begin_direct(x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing:
     if plan is None:
         plan = _PLANS[layer] = _make_plan(layer)
     rests = []
+    # A launch that begins early has one launch before it: the one of its own stream.
+    chained = pdl_options(x.device)
+    chain = Chain(NO_PDL if ahead else chained, NO_PDL if ahead else chained)
     with _on_device(x):
         if plan.v is not None:
-            rests.append(_begin_joint(x, plan, table, routing))
+            rests.append(_begin_joint(x, plan, table, routing, chain, chained))
+            chain = replace(chain, first=chained)
         if layer.private:
-            rests.append(begin_private(x, layer, table, routing))
+            rests.append(begin_private(x, layer, table, routing, chain))
 
     def finish(y: torch.Tensor) -> None:
         with _on_device(y):
@@ -646,14 +658,22 @@ def _matrix_arguments(matrix: PackedMatrix, name: str) -> dict[str, Any]:
     }
 
 
-def _begin_joint(x: torch.Tensor, plan: _Plan, table: SlotTable, routing: Routing) -> Rest:
+def _begin_joint(
+    x: torch.Tensor,
+    plan: _Plan,
+    table: SlotTable,
+    routing: Routing,
+    chain: Chain,
+    chained: Mapping[str, bool],
+) -> Rest:
     tokens, slices = x.shape[0], table.records.shape[1]
     tile, tiles = choose_tiles(x, routing)
     bucket = (power_of_two(tokens, 16, 64), tokens > DECODE_TOKENS, tile, x.dtype)
     sized = plan.sized.get(bucket)
     if sized is None:
         sized = plan.sized[bucket] = _make_sized(plan, tokens, tile, x)
-    z = _launch_shrink(x, plan, sized)
+    z = _launch_shrink(x, plan, sized, chain.first)
+    # The vendor's product may be what is before the core; it is waited for like any other.
     w = torch.empty((tokens, plan.w_total), dtype=x.dtype, device=x.device)
     _core_kernel[(tiles, plan.core["COUNT"], sized.out_blocks)](
         w,
@@ -667,6 +687,7 @@ def _begin_joint(x: torch.Tensor, plan: _Plan, table: SlotTable, routing: Routin
         part_stride=z.stride(0),
         PARTS=z.shape[0],
         **sized.core,
+        **chained,
     )
 
     def expand(y: torch.Tensor) -> None:
@@ -681,6 +702,7 @@ def _begin_joint(x: torch.Tensor, plan: _Plan, table: SlotTable, routing: Routin
                 y_stride=y.stride(0),
                 w_stride=plan.w_total,
                 **arguments,
+                **chain.rest,
             )
 
     return expand
@@ -689,7 +711,6 @@ def _begin_joint(x: torch.Tensor, plan: _Plan, table: SlotTable, routing: Routin
 def _make_sized(plan: _Plan, tokens: int, tile: int, x: torch.Tensor) -> _Sized:
     """All arguments that depend on the layer, the dtype and the bucket of token counts alone."""
     assert plan.v is not None
-    pdl = pdl_options(x.device)
     shrink: dict[str, Any] | None = None
     row_blocks = parts = 1
     if tokens <= DECODE_TOKENS or FLOAT_DTYPES.get(plan.v.format) != x.dtype:
@@ -702,7 +723,7 @@ def _make_sized(plan: _Plan, tokens: int, tile: int, x: torch.Tensor) -> _Sized:
         else:
             part_cols = plan.v.cols
         shrink |= {"k_total": plan.v.rows, "d_in": plan.v.cols, "part_cols": part_cols}
-        shrink |= {**plan.shrink, **pdl}
+        shrink |= plan.shrink
     core = core_config(tile, plan.k_max, x.dtype)
     out_blocks = triton.cdiv(max(plan.core["k_outs"]), core["BLOCK_OUT"])
     expands = []
@@ -712,14 +733,14 @@ def _make_sized(plan: _Plan, tokens: int, tile: int, x: torch.Tensor) -> _Sized:
         for width in arguments["widths"]:
             block_starts.append(block_starts[-1] + triton.cdiv(width, config["BLOCK_D"]))
         col_blocks = block_starts.pop()
-        fixed = {"block_starts": tuple(block_starts), **arguments, **config, **pdl}
+        fixed = {"block_starts": tuple(block_starts), **arguments, **config}
         expands.append((col_blocks, int(config["BLOCK_T"]), fixed))
-    return _Sized(
-        shrink, row_blocks, parts, {**plan.core, **core, **pdl}, out_blocks, tuple(expands)
-    )
+    return _Sized(shrink, row_blocks, parts, {**plan.core, **core}, out_blocks, tuple(expands))
 
 
-def _launch_shrink(x: torch.Tensor, plan: _Plan, sized: _Sized) -> torch.Tensor:
+def _launch_shrink(
+    x: torch.Tensor, plan: _Plan, sized: _Sized, pdl: Mapping[str, bool]
+) -> torch.Tensor:
     """z as ``[parts, T, k_total]``: float32 partial sums, or one part in the dtype of x."""
     v, tokens = plan.v, x.shape[0]
     assert v is not None
@@ -731,7 +752,7 @@ def _launch_shrink(x: torch.Tensor, plan: _Plan, sized: _Sized) -> torch.Tensor:
         return z
     token_blocks = triton.cdiv(tokens, sized.shrink["BLOCK_T"])
     _shrink_kernel[(sized.row_blocks, sized.parts, token_blocks)](
-        z, x, tokens=tokens, x_stride=x.stride(0), **sized.shrink
+        z, x, tokens=tokens, x_stride=x.stride(0), **sized.shrink, **pdl
     )
     return z
 

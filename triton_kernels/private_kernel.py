@@ -33,6 +33,7 @@ from vllm_vlora.quantize import NF4_BLOCK, SCALE_BLOCK
 from vllm_vlora.triton_kernels import direct
 from vllm_vlora.triton_kernels.dequantise import load_tile
 from vllm_vlora.triton_kernels.device import (
+    Chain,
     Rest,
     aligned,
     aligned_pointer,
@@ -41,7 +42,6 @@ from vllm_vlora.triton_kernels.device import (
     load_sum,
     low_precision,
     multiply,
-    pdl_options,
     pick,
     pick_block,
     power_of_two,
@@ -553,7 +553,9 @@ class _Sized:
 _PLANS: WeakKeyDictionary[DirectLayer, _Plan] = WeakKeyDictionary()
 
 
-def begin_private(x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing) -> Rest:
+def begin_private(
+    x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing, chain: Chain
+) -> Rest:
     """Enqueue the shrink for arguments that have passed ``add_direct``'s checks; no wait.
 
     Returns:
@@ -577,12 +579,12 @@ def begin_private(x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing
         "slice_stride": h.stride(1),
     }
     _shrink_kernel[(tiles, count, sized.parts)](
-        h, x, *read, x_stride=x.stride(0), **common, **sized.shrink
+        h, x, *read, x_stride=x.stride(0), **common, **sized.shrink, **chain.first
     )
 
     def expand(y: torch.Tensor) -> None:
         _expand_kernel[(sized.groups, tiles)](
-            y, h, *read, y_stride=y.stride(0), **common, **sized.expand
+            y, h, *read, y_stride=y.stride(0), **common, **sized.expand, **chain.rest
         )
 
     return expand
@@ -599,7 +601,7 @@ def _make_sized(plan: _Plan, layer: DirectLayer, size: int, x: torch.Tensor) -> 
     groups = [triton.cdiv(width, expand["ONE_COLS"]) for width in widths]
     block_starts = tuple(sum(groups[:place]) for place in range(count))
     common = {"first_number": layer.index, "max_rank": layer.max_rank, "COUNT": count}
-    common |= {"FORMATS": _format_bits(layer), **pdl_options(x.device)}
+    common["FORMATS"] = _format_bits(layer)
     return _Sized(
         parts,
         sum(groups),
