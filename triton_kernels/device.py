@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,10 @@ import triton.language as tl
 
 from vllm_vlora.triton_kernels.direct import TILE_SIZES, Routing
 
+# Arguments and options of a launch, hashable.
+Options = tuple[tuple[str, bool], ...]
+PDL: Options = (("PDL", True), ("launch_pdl", True))
+NO_PDL: Options = (("PDL", False),)
 # What is left of an addition once its first launches are enqueued: those that write y.
 Rest = Callable[[torch.Tensor], None]
 
@@ -155,25 +159,23 @@ def capturing(x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def pdl_options(device: torch.device) -> dict[str, bool]:
+def pdl_options(device: torch.device) -> Options:
     """The arguments of a launch that say whether it begins before the one ahead of it has ended."""
     on = (
         device.type == "cuda"
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
-    return {"PDL": True, "launch_pdl": True} if on else NO_PDL
-
-
-NO_PDL = {"PDL": False}
+    return PDL if on else NO_PDL
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Arguments, as ``pdl_options`` gives them, of a part's first launch and of those that write y."""
+    """How a part's first launch begins, those between, and those that write y: see ``pdl_options``."""
 
-    first: Mapping[str, bool]
-    rest: Mapping[str, bool]
+    first: Options
+    middle: Options
+    rest: Options
 
 
 def cut_columns(cols: int, programs: int, least: int, wanted: int) -> tuple[int, int]:

@@ -25,7 +25,6 @@ shared memory, and all partial sums of z are loaded at once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -59,6 +58,7 @@ from vllm_vlora.triton_kernels.device import (
     wait_for_previous,
 )
 from vllm_vlora.triton_kernels.direct import TILE_SIZES, DirectLayer, Routing, SlotTable
+from vllm_vlora.triton_kernels.launch import Launch
 from vllm_vlora.triton_kernels.private_kernel import begin_private
 
 # A slice's part of w begins, and is filled up, to a multiple of this many columns: w is read 16 bytes
@@ -505,26 +505,31 @@ class _Plan:
     k_max: int
     core: dict[str, Any]
     expands: tuple[dict[str, Any], ...]
-    sized: dict[tuple[int, bool, int, torch.dtype], _Sized] = field(default_factory=dict)
+    sized: dict[tuple[int, bool, int, torch.dtype, Chain], _Sized] = field(default_factory=dict)
+
+    @property
+    def v_rows(self) -> int:
+        """Columns of z."""
+        return 0 if self.v is None else self.v.rows
 
 
 @dataclass(frozen=True)
 class _Sized:
-    """What a bucket of token counts adds to a plan.
+    """What a class of token counts adds to a plan.
 
     Attributes:
-        shrink: all arguments of the shrink that no batch changes; None for the vendor's product.
+        shrink: (tokens a block, launch), or None for the vendor's product.
         row_blocks, parts: blocks of V's rows, parts of d_in.
-        core, out_blocks: the core's arguments, and blocks of w's columns a slice at most.
-        expands: (blocks of columns, tokens a block, arguments) of each launch of expand.
+        core, out_blocks: the core's launch, and blocks of w's columns a slice at most.
+        expands: (blocks of columns, tokens a block, launch) for the U of each format.
     """
 
-    shrink: dict[str, Any] | None
+    shrink: tuple[int, Launch] | None
     row_blocks: int
     parts: int
-    core: dict[str, Any]
+    core: Launch
     out_blocks: int
-    expands: tuple[tuple[int, int, dict[str, Any]], ...]
+    expands: tuple[tuple[int, int, Launch], ...]
 
 
 # Finding a layer's arguments anew would cost the host more than a launch.
@@ -564,10 +569,10 @@ def begin_direct(
     rests = []
     # A launch that begins early has one launch before it: the one of its own stream.
     chained = pdl_options(x.device)
-    chain = Chain(NO_PDL if ahead else chained, NO_PDL if ahead else chained)
+    chain = Chain(NO_PDL, chained, NO_PDL) if ahead else Chain(chained, chained, chained)
     with _on_device(x):
         if plan.v is not None:
-            rests.append(_begin_joint(x, plan, table, routing, chain, chained))
+            rests.append(_begin_joint(x, plan, table, routing, chain))
             chain = replace(chain, first=chained)
         if layer.private:
             rests.append(begin_private(x, layer, table, routing, chain))
@@ -659,88 +664,88 @@ def _matrix_arguments(matrix: PackedMatrix, name: str) -> dict[str, Any]:
 
 
 def _begin_joint(
-    x: torch.Tensor,
-    plan: _Plan,
-    table: SlotTable,
-    routing: Routing,
-    chain: Chain,
-    chained: Mapping[str, bool],
+    x: torch.Tensor, plan: _Plan, table: SlotTable, routing: Routing, chain: Chain
 ) -> Rest:
     tokens, slices = x.shape[0], table.records.shape[1]
     tile, tiles = choose_tiles(x, routing)
-    bucket = (power_of_two(tokens, 16, 64), tokens > DECODE_TOKENS, tile, x.dtype)
-    sized = plan.sized.get(bucket)
+    key = (power_of_two(tokens, 16, 64), tokens > DECODE_TOKENS, tile, x.dtype, chain)
+    sized = plan.sized.get(key)
     if sized is None:
-        sized = plan.sized[bucket] = _make_sized(plan, tokens, tile, x)
-    z = _launch_shrink(x, plan, sized, chain.first)
-    # The vendor's product may be what is before the core; it is waited for like any other.
+        sized = plan.sized[key] = _make_sized(plan, tokens, tile, x, chain)
+    z = _launch_shrink(x, plan, sized)
     w = torch.empty((tokens, plan.w_total), dtype=x.dtype, device=x.device)
-    _core_kernel[(tiles, plan.core["COUNT"], sized.out_blocks)](
-        w,
-        z,
-        table.records,
-        routing.order,
-        routing.tiles[tile],
-        slices,
-        z_stride=z.stride(1),
-        w_stride=plan.w_total,
-        part_stride=z.stride(0),
-        PARTS=z.shape[0],
-        **sized.core,
-        **chained,
+    sized.core(
+        (tiles, plan.core["COUNT"], sized.out_blocks),
+        w_ptr=w,
+        z_ptr=z,
+        records_ptr=table.records,
+        order_ptr=routing.order,
+        tiles_ptr=routing.tiles[tile],
+        slices=slices,
+        part_stride=tokens * plan.v_rows,
     )
 
     def expand(y: torch.Tensor) -> None:
-        for col_blocks, block_t, arguments in sized.expands:
-            _expand_kernel[(col_blocks, triton.cdiv(tokens, block_t))](
-                y,
-                w,
-                table.records,
-                routing.token_slots,
+        for col_blocks, block_t, launch in sized.expands:
+            launch(
+                (col_blocks, triton.cdiv(tokens, block_t), 1),
+                y_ptr=y,
+                w_ptr=w,
+                records_ptr=table.records,
+                token_slots_ptr=routing.token_slots,
                 slices=slices,
                 tokens=tokens,
                 y_stride=y.stride(0),
-                w_stride=plan.w_total,
-                **arguments,
-                **chain.rest,
             )
 
     return expand
 
 
-def _make_sized(plan: _Plan, tokens: int, tile: int, x: torch.Tensor) -> _Sized:
-    """All arguments that depend on the layer, the dtype and the bucket of token counts alone."""
-    assert plan.v is not None
-    shrink: dict[str, Any] | None = None
-    row_blocks = parts = 1
-    if tokens <= DECODE_TOKENS or FLOAT_DTYPES.get(plan.v.format) != x.dtype:
-        shrink = shrink_config(tokens, plan.shrink["FORMAT"], x.dtype)
-        row_blocks = triton.cdiv(plan.v.rows, int(shrink["BLOCK_K"]))
-        # In decode the cut is the layer's own: graphs of all sizes share one compiled kernel. A longer
-        # batch has programs enough.
-        if tokens <= DECODE_TOKENS:
-            parts, part_cols = cut_columns(plan.v.cols, row_blocks, PART_ALIGNMENT, _WANTED)
-        else:
-            part_cols = plan.v.cols
-        shrink |= {"k_total": plan.v.rows, "d_in": plan.v.cols, "part_cols": part_cols}
-        shrink |= plan.shrink
-    core = core_config(tile, plan.k_max, x.dtype)
-    out_blocks = triton.cdiv(max(plan.core["k_outs"]), core["BLOCK_OUT"])
-    expands = []
-    for arguments in plan.expands:
-        config = expand_config(tokens, plan.k_max, arguments["FORMAT"], x.dtype)
-        block_starts = [0]
-        for width in arguments["widths"]:
-            block_starts.append(block_starts[-1] + triton.cdiv(width, config["BLOCK_D"]))
-        col_blocks = block_starts.pop()
-        fixed = {"block_starts": tuple(block_starts), **arguments, **config}
-        expands.append((col_blocks, int(config["BLOCK_T"]), fixed))
-    return _Sized(shrink, row_blocks, parts, {**plan.core, **core}, out_blocks, tuple(expands))
+def _make_sized(plan: _Plan, tokens: int, tile: int, x: torch.Tensor, chain: Chain) -> _Sized:
+    """All launches, for which the layer, the dtype and the class of token counts are fixed."""
+    shrink, row_blocks, parts = _make_shrink(plan, tokens, x, chain)
+    config = core_config(tile, plan.k_max, x.dtype)
+    out_blocks = triton.cdiv(max(plan.core["k_outs"]), config["BLOCK_OUT"])
+    strides = {"z_stride": plan.v_rows, "w_stride": plan.w_total, "PARTS": parts}
+    core = Launch(_core_kernel, {**plan.core, **config, **strides, **dict(chain.middle)})
+    expands = tuple(_make_expand(plan, arguments, tokens, x, chain) for arguments in plan.expands)
+    return _Sized(shrink, row_blocks, parts, core, out_blocks, expands)
 
 
-def _launch_shrink(
-    x: torch.Tensor, plan: _Plan, sized: _Sized, pdl: Mapping[str, bool]
-) -> torch.Tensor:
+def _make_shrink(
+    plan: _Plan, tokens: int, x: torch.Tensor, chain: Chain
+) -> tuple[tuple[int, Launch] | None, int, int]:
+    """((tokens a block, launch) or None for the vendor's product, blocks of V's rows, parts)."""
+    v = plan.v
+    assert v is not None
+    if tokens > DECODE_TOKENS and FLOAT_DTYPES.get(v.format) == x.dtype:
+        return None, 1, 1
+    config = shrink_config(tokens, plan.shrink["FORMAT"], x.dtype)
+    row_blocks, parts, part_cols = triton.cdiv(v.rows, int(config["BLOCK_K"])), 1, v.cols
+    if tokens <= DECODE_TOKENS:
+        # The cut is the layer's own: graphs of all sizes share one compiled kernel. A longer batch has
+        # programs enough.
+        parts, part_cols = cut_columns(v.cols, row_blocks, PART_ALIGNMENT, _WANTED)
+    sizes = {"k_total": v.rows, "d_in": v.cols, "part_cols": part_cols}
+    launch = Launch(_shrink_kernel, {**sizes, **plan.shrink, **config, **dict(chain.first)})
+    return (int(config["BLOCK_T"]), launch), row_blocks, parts
+
+
+def _make_expand(
+    plan: _Plan, arguments: dict[str, Any], tokens: int, x: torch.Tensor, chain: Chain
+) -> tuple[int, int, Launch]:
+    """(blocks of columns, tokens a block, launch) for the U of one format."""
+    config = expand_config(tokens, plan.k_max, arguments["FORMAT"], x.dtype)
+    block_starts = [0]
+    for width in arguments["widths"]:
+        block_starts.append(block_starts[-1] + triton.cdiv(width, config["BLOCK_D"]))
+    col_blocks = block_starts.pop()
+    fixed = {"block_starts": tuple(block_starts), "w_stride": plan.w_total, **arguments, **config}
+    launch = Launch(_expand_kernel, {**fixed, **dict(chain.rest)})
+    return col_blocks, int(config["BLOCK_T"]), launch
+
+
+def _launch_shrink(x: torch.Tensor, plan: _Plan, sized: _Sized) -> torch.Tensor:
     """z as ``[parts, T, k_total]``: float32 partial sums, or one part in the dtype of x."""
     v, tokens = plan.v, x.shape[0]
     assert v is not None
@@ -750,10 +755,9 @@ def _launch_shrink(
         # A plain dense product, large enough for the vendor's kernels.
         torch.mm(x, v.parts["values"].t(), out=z[0])
         return z
-    token_blocks = triton.cdiv(tokens, sized.shrink["BLOCK_T"])
-    _shrink_kernel[(sized.row_blocks, sized.parts, token_blocks)](
-        z, x, tokens=tokens, x_stride=x.stride(0), **sized.shrink, **pdl
-    )
+    block_t, launch = sized.shrink
+    grid = (sized.row_blocks, sized.parts, triton.cdiv(tokens, block_t))
+    launch(grid, z_ptr=z, x_ptr=x, tokens=tokens, x_stride=x.stride(0))
     return z
 
 

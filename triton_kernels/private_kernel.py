@@ -49,6 +49,7 @@ from vllm_vlora.triton_kernels.device import (
     wait_for_previous,
 )
 from vllm_vlora.triton_kernels.direct import TILE_SIZES, DirectLayer, Routing, SlotTable
+from vllm_vlora.triton_kernels.launch import Launch
 
 _FIELDS = tl.constexpr(direct.RECORD_FIELDS)
 _RANK = tl.constexpr(direct.RANK)
@@ -532,22 +533,22 @@ class _Plan:
     """Both launches' arguments that no batch changes; it must not hold the layer itself.
 
     Attributes:
-        sized: (size of tiles, dtype of x) -> all arguments that these fix.
+        sized: (size of tiles, dtype of x, chain) -> the launches, for which these are fixed.
     """
 
     shrink: dict[str, Any]
     expand: dict[str, Any]
-    sized: dict[tuple[int, torch.dtype], _Sized] = field(default_factory=dict)
+    sized: dict[tuple[int, torch.dtype, Chain], _Sized] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Sized:
-    """parts of d_in, groups of blocks of columns, and the arguments of both launches."""
+    """Parts of d_in, groups of blocks of columns, and both launches."""
 
     parts: int
     groups: int
-    shrink: dict[str, Any]
-    expand: dict[str, Any]
+    shrink: Launch
+    expand: Launch
 
 
 _PLANS: WeakKeyDictionary[DirectLayer, _Plan] = WeakKeyDictionary()
@@ -566,32 +567,35 @@ def begin_private(
         plan = _PLANS[layer] = _make_plan(layer)
     tokens, count = x.shape[0], len(layer.slices)
     size, tiles = choose_tiles(x, routing)
-    sized = plan.sized.get((size, x.dtype))
+    key = (size, x.dtype, chain)
+    sized = plan.sized.get(key)
     if sized is None:
-        sized = plan.sized[size, x.dtype] = _make_sized(plan, layer, size, x)
+        sized = plan.sized[key] = _make_sized(plan, layer, size, x, chain)
     h = torch.empty(
         (sized.parts, count, tokens, layer.max_rank), dtype=torch.float32, device=x.device
     )
-    read = (table.records, routing.order, routing.tiles[size], table.codebook)
     common = {
+        "h_ptr": h,
+        "records_ptr": table.records,
+        "order_ptr": routing.order,
+        "tiles_ptr": routing.tiles[size],
+        "book_ptr": table.codebook,
         "slices": table.records.shape[1],
-        "part_stride": h.stride(0),
-        "slice_stride": h.stride(1),
+        "part_stride": count * tokens * layer.max_rank,
+        "slice_stride": tokens * layer.max_rank,
     }
-    _shrink_kernel[(tiles, count, sized.parts)](
-        h, x, *read, x_stride=x.stride(0), **common, **sized.shrink, **chain.first
-    )
+    sized.shrink((tiles, count, sized.parts), x_ptr=x, x_stride=x.stride(0), **common)
 
     def expand(y: torch.Tensor) -> None:
-        _expand_kernel[(sized.groups, tiles)](
-            y, h, *read, y_stride=y.stride(0), **common, **sized.expand, **chain.rest
-        )
+        sized.expand((sized.groups, tiles, 1), y_ptr=y, y_stride=y.stride(0), **common)
 
     return expand
 
 
-def _make_sized(plan: _Plan, layer: DirectLayer, size: int, x: torch.Tensor) -> _Sized:
-    """All arguments that depend on the layer, the size of tiles and the dtype alone."""
+def _make_sized(
+    plan: _Plan, layer: DirectLayer, size: int, x: torch.Tensor, chain: Chain
+) -> _Sized:
+    """Both launches with all arguments that depend on the layer, the size of tiles and the dtype."""
     count = len(layer.slices)
     shrink = shrink_config(size, layer.max_rank, x.dtype)
     expand = expand_config(size, layer.max_rank, x.dtype)
@@ -605,8 +609,21 @@ def _make_sized(plan: _Plan, layer: DirectLayer, size: int, x: torch.Tensor) -> 
     return _Sized(
         parts,
         sum(groups),
-        {"part_cols": part_cols, **common, **plan.shrink, **shrink},
-        {"block_starts": block_starts, "PARTS": parts, **common, **plan.expand, **expand},
+        Launch(
+            _shrink_kernel,
+            {"part_cols": part_cols, **common, **plan.shrink, **shrink, **dict(chain.first)},
+        ),
+        Launch(
+            _expand_kernel,
+            {
+                "block_starts": block_starts,
+                "PARTS": parts,
+                **common,
+                **plan.expand,
+                **expand,
+                **dict(chain.rest),
+            },
+        ),
     )
 
 
