@@ -46,6 +46,7 @@ from vllm_vlora.triton_kernels.device import (
     aligned_pointer,
     capturing,
     choose_tiles,
+    count_blocks,
     cut_columns,
     load_sum,
     low_precision,
@@ -603,7 +604,7 @@ def _make_plan(layer: DirectLayer) -> _Plan:
             members.append(
                 _Member(number, k_in, k_out, z_start, w_start, y_start, part.width, part.u)
             )
-            w_start += triton.cdiv(k_out, _W_ALIGNMENT) * _W_ALIGNMENT
+            w_start += count_blocks(k_out, _W_ALIGNMENT) * _W_ALIGNMENT
         z_start += part.k_in
         y_start += part.width
     if layer.v is None or not members:
@@ -688,7 +689,7 @@ def _begin_joint(
     def expand(y: torch.Tensor) -> None:
         for col_blocks, block_t, launch in sized.expands:
             launch(
-                (col_blocks, triton.cdiv(tokens, block_t), 1),
+                (col_blocks, count_blocks(tokens, block_t), 1),
                 y_ptr=y,
                 w_ptr=w,
                 records_ptr=table.records,
@@ -705,7 +706,7 @@ def _make_sized(plan: _Plan, tokens: int, tile: int, x: torch.Tensor, chain: Cha
     """All launches, for which the layer, the dtype and the class of token counts are fixed."""
     shrink, row_blocks, parts = _make_shrink(plan, tokens, x, chain)
     config = core_config(tile, plan.k_max, x.dtype)
-    out_blocks = triton.cdiv(max(plan.core["k_outs"]), config["BLOCK_OUT"])
+    out_blocks = count_blocks(max(plan.core["k_outs"]), config["BLOCK_OUT"])
     strides = {"z_stride": plan.v_rows, "w_stride": plan.w_total, "PARTS": parts}
     core = Launch(_core_kernel, {**plan.core, **config, **strides, **dict(chain.middle)})
     expands = tuple(_make_expand(plan, arguments, tokens, x, chain) for arguments in plan.expands)
@@ -721,7 +722,7 @@ def _make_shrink(
     if tokens > DECODE_TOKENS and FLOAT_DTYPES.get(v.format) == x.dtype:
         return None, 1, 1
     config = shrink_config(tokens, plan.shrink["FORMAT"], x.dtype)
-    row_blocks, parts, part_cols = triton.cdiv(v.rows, int(config["BLOCK_K"])), 1, v.cols
+    row_blocks, parts, part_cols = count_blocks(v.rows, int(config["BLOCK_K"])), 1, v.cols
     if tokens <= DECODE_TOKENS:
         # The cut is the layer's own: graphs of all sizes share one compiled kernel. A longer batch has
         # programs enough.
@@ -738,7 +739,7 @@ def _make_expand(
     config = expand_config(tokens, plan.k_max, arguments["FORMAT"], x.dtype)
     block_starts = [0]
     for width in arguments["widths"]:
-        block_starts.append(block_starts[-1] + triton.cdiv(width, config["BLOCK_D"]))
+        block_starts.append(block_starts[-1] + count_blocks(width, config["BLOCK_D"]))
     col_blocks = block_starts.pop()
     fixed = {"block_starts": tuple(block_starts), "w_stride": plan.w_total, **arguments, **config}
     launch = Launch(_expand_kernel, {**fixed, **dict(chain.rest)})
@@ -756,7 +757,7 @@ def _launch_shrink(x: torch.Tensor, plan: _Plan, sized: _Sized) -> torch.Tensor:
         torch.mm(x, v.parts["values"].t(), out=z[0])
         return z
     block_t, launch = sized.shrink
-    grid = (sized.row_blocks, sized.parts, triton.cdiv(tokens, block_t))
+    grid = (sized.row_blocks, sized.parts, count_blocks(tokens, block_t))
     launch(grid, z_ptr=z, x_ptr=x, tokens=tokens, x_stride=x.stride(0))
     return z
 

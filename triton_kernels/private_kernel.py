@@ -38,6 +38,7 @@ from vllm_vlora.triton_kernels.device import (
     aligned,
     aligned_pointer,
     choose_tiles,
+    count_blocks,
     cut_columns,
     load_sum,
     low_precision,
@@ -602,7 +603,7 @@ def _make_sized(
     programs = count * _EXPECTED_TILES[size]
     parts, part_cols = cut_columns(layer.d_in, programs, _LEAST_PART[size], _WANTED[size])
     widths = plan.expand["widths"]
-    groups = [triton.cdiv(width, expand["ONE_COLS"]) for width in widths]
+    groups = [count_blocks(width, expand["ONE_COLS"]) for width in widths]
     block_starts = tuple(sum(groups[:place]) for place in range(count))
     common = {"first_number": layer.index, "max_rank": layer.max_rank, "COUNT": count}
     common["FORMATS"] = _format_bits(layer)
