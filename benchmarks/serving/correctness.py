@@ -23,8 +23,10 @@ MAX_TOKENS = 16
 _LOGPROBS = 5
 # A place of its own among the run's random generators.
 _PLACE = 1 << 20
-# How much less likely, in nats, a token may be that another arithmetic picks.
-NEAR_TIE = 0.1
+# How much less likely, in nats, a token may be that another arithmetic picks. In bfloat16 stock vLLM
+# itself, asked twice in other batches on an H100, agreed with itself in a fifth of 64 answers of 32
+# tokens only (random weights); another task's token is less likely by several nats.
+NEAR_TIE, BFLOAT16_TIE = 0.1, 0.5
 
 
 def check_calls(seed: int, vocabulary: int) -> list[Call]:
@@ -62,11 +64,14 @@ def check_reference(name: str, reference: Trace, base: Trace) -> None:
             )
 
 
-def compare(name: str, found: Trace, reference: Trace, exact: bool) -> dict[str, Any]:
+def compare(
+    name: str, found: Trace, reference: Trace, exact: bool, tie: float = NEAR_TIE
+) -> dict[str, Any]:
     """Hold one configuration's tokens against the reference's.
 
     Args:
         exact: whether the first difference is an error already; otherwise it must be a near tie.
+        tie: how near, in nats.
 
     Returns:
         How many tokens were compared, up to each answer's first difference, and how many answers
@@ -86,7 +91,7 @@ def compare(name: str, found: Trace, reference: Trace, exact: bool) -> dict[str,
             continue
         likeliest = reference.logprobs[place][first]
         behind = likeliest[wanted[first]] - likeliest.get(tokens[first], -float("inf"))
-        if exact or behind > NEAR_TIE:
+        if exact or behind > tie:
             raise WrongResultError(
                 f"{where}: token {first} is {tokens[first]}, stock vLLM gives {wanted[first]}, which "
                 f"is likelier by {behind:.3g} nats"

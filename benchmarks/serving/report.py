@@ -75,6 +75,7 @@ class Measurements:
         self.starts: dict[str, list[float]] = defaultdict(list)
         self.checks: dict[str, dict[str, Any]] = {}
         self.not_run: dict[str, str] = {}
+        self.wrong: list[str] = []
 
     def cell(
         self, configuration: Configuration, load: Load, requests: int, concurrency: int

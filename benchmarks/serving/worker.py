@@ -24,6 +24,7 @@ class BenchExtension:
 
     device: torch.device
     model_runner: Any
+    vllm_config: Any
 
     def bench_memory(self) -> int:
         """Bytes that the worker holds: on a GPU in tensors, without the KV cache; on CPU resident.
@@ -39,10 +40,10 @@ class BenchExtension:
         return torch.cuda.memory_allocated(self.device) - sum(caches.values())
 
     def _caches(self) -> list[torch.Tensor]:
-        flat: list[torch.Tensor] = []
-        for cache in self.model_runner.kv_caches:
-            flat += cache if isinstance(cache, (list, tuple)) else [cache]
-        return flat
+        """Of every attention layer; where vLLM's runners keep them differs."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        held = [getattr(layer, "kv_cache", None) for layer in layers]
+        return [t for cache in held for t in _tensors(cache)]
 
     def bench_initialise(self) -> None:
         """Give dummy weights the size of a fresh model's: norms 1, everything else N(0, 0.02).
@@ -78,6 +79,12 @@ class BenchExtension:
         stats.sort_stats("tottime").print_stats(_PROFILE_LINES)
         stats.sort_stats("cumtime").print_stats(_PROFILE_LINES)
         return text.getvalue()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for one in value for t in _tensors(one)] if isinstance(value, (list, tuple)) else []
 
 
 def _resident_nbytes() -> int:

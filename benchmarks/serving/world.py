@@ -49,8 +49,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
     },
 }
+# Four engines of it fit into 80 GB.
+MODELS["7b-16"] = MODELS["7b"] | {"num_hidden_layers": 16}
 # Models whose weights are not written: vLLM makes them up, ``worker.bench_initialise`` sets them.
-DUMMY_MODELS = ("7b",)
+DUMMY_MODELS = ("7b", "7b-16")
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "k32": {"num_components": 32, "quantize": "none"},

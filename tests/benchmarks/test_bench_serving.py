@@ -371,7 +371,7 @@ def _parse(*arguments: str) -> argparse.Namespace:
     ("arguments", "message"),
     [
         (["--quick", "--full"], "contradict each other"),
-        (["--model", "/nowhere"], "neither tiny, small, 7b nor a folder"),
+        (["--model", "/nowhere"], "neither tiny, small, 7b, 7b-16 nor a folder"),
         (["--configurations", "base,stockN"], "no configuration 'stockN'; use base"),
         (["--tasks", "8,0"], "'0' is not a whole number from 1 on"),
         (["--tasks", "8,two"], "'two' is not a whole number"),
@@ -426,12 +426,14 @@ def test_sizes_come_from_the_device_and_the_options() -> None:
 def test_the_device_may_rule_out_what_was_asked_for() -> None:
     def refuse(*arguments: str, gpu: bool) -> None:
         args = _parse(*arguments)
-        program.refuse_impossible(settings.resolved(args, gpu), args.keep_gib)
+        program.refuse_impossible(settings.resolved(args, gpu), args.keep_gib, args.together)
 
     with pytest.raises(SystemExit, match="punica-runs is for CPU only"):
         refuse("--configurations", "base,punica-runs", gpu=True)
     with pytest.raises(SystemExit, match="--keep-gib is for CPU only"):
         refuse("--keep-gib", "8", gpu=True)
+    with pytest.raises(SystemExit, match="--together is for a GPU only"):
+        refuse("--together", "8", gpu=False)
     with pytest.raises(SystemExit, match="none of these configurations"):
         refuse("--configurations", "stock-1", "--tasks", "8", gpu=False)
     refuse(gpu=True)
