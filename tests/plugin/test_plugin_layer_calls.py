@@ -133,11 +133,79 @@ def test_a_compiled_layer_looks_at_each_batch_anew(own_calls: Any, tmp_path: Pat
     torch.testing.assert_close(compiled(layer.x), (layer.update + 1) * 2)
 
 
+def addition(layer: Layer) -> Any:
+    """What vLLM compiles of a layer: the base's output, and the updates added to it."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = x @ WEIGHT
+        layer.wrapper.add_lora_linear(y, x, (), (), 1.0, (80,))
+        return y * 2
+
+    return forward
+
+
+WEIGHT = torch.randn(96, 80, generator=torch.Generator().manual_seed(1))
+
+
+def compiled(layer: Layer, backend: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(addition(layer), backend=backend, fullgraph=True, dynamic=False)
+
+
+def test_equal_layers_have_equal_graphs(own_calls: Any, tmp_path: Path) -> None:
+    """vLLM compiles equal pieces of a model once; a constant of the layer would make them differ."""
+    texts = []
+    for number in range(2):
+        layer = make_punica(own_calls, build(tmp_path / str(number)), on_cpu=True)
+
+        def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+            call = next(n for n in graph.graph.nodes if "add_lora_linear" in str(n.target))
+            assert all(isinstance(argument, torch.fx.Node) for argument in call.args)
+            texts.append(graph.print_readable(print_output=False))
+            return graph.forward
+
+        compiled(layer, keep)(layer.x)
+    assert "add_lora_linear" in texts[0]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("first_is_gone", [False, True])
+def test_a_graph_that_another_engine_compiled_reaches_this_ones_layer(
+    own_calls: Any, tmp_path: Path, first_is_gone: bool
+) -> None:
+    saved: list[Any] = []
+
+    def take_saved(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        saved.append(graph.forward)
+        return saved[0]  # As from vLLM's cache, whose key does not tell the engines apart.
+
+    first = make_punica(own_calls, build(tmp_path / "first", seed=1), on_cpu=True)
+    second = make_punica(own_calls, build(tmp_path / "second", seed=2), on_cpu=True)
+    want = (second.x @ WEIGHT + second.update) * 2
+    run = compiled(first, take_saved)
+    torch.testing.assert_close(run(first.x), (first.x @ WEIGHT + first.update) * 2)
+    if first_is_gone:
+        del first, run
+        torch._dynamo.reset()
+    torch.testing.assert_close(compiled(second, take_saved)(second.x), want)
+    assert len(saved) == 2
+
+
+def test_inductor_adds_in_place(own_calls: Any, tmp_path: Path) -> None:
+    """The compiler that vLLM uses lowers the call, keeps its order, and reads its handle each time."""
+    layer = make_punica(own_calls, build(tmp_path / "ck"), on_cpu=True)
+    run = compiled(layer, "inductor")
+    for stock in (False, True):
+        layer.manager.stock_in_batch = stock
+        want = (layer.x @ WEIGHT + layer.update + stock) * 2
+        torch.testing.assert_close(run(layer.x), want)
+
+
 def test_a_layer_that_nobody_holds_is_not_kept_by_its_number(
     layer_calls: Any, tmp_path: Path
 ) -> None:
     layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu=True)
-    handle = layer.wrapper._handle
-    assert layer_calls._LAYERS[handle] is layer.wrapper
+    number = layer.wrapper._handle.item()
+    assert layer_calls._LAYERS[number] is layer.wrapper
     del layer
-    assert handle not in layer_calls._LAYERS
+    assert number not in layer_calls._LAYERS

@@ -33,8 +33,12 @@ class LayerPunica:
         self._module = module
         self._layer = layer
         self._on_cpu = current_platform.is_cpu()
-        self._handle = next(_HANDLES)
-        _LAYERS[self._handle] = self
+        number = next(_NUMBERS)
+        _LAYERS[number] = self
+        # A tensor is an input of a compiled graph, where an int would be a constant in it: then equal
+        # layers would not share one graph, and a graph from vLLM's cache would address the layers of
+        # the engine that saved it. On CPU, so that reading it waits for nothing.
+        self._handle = torch.tensor([number], dtype=torch.int64, device="cpu")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -83,17 +87,17 @@ class LayerPunica:
         return None
 
 
-# Compiled graphs name a layer by its number. They do not keep it alive: an engine that was shut down
-# must be collected.
-_HANDLES = itertools.count()
+# A layer by the number in its handle. They are not kept alive: an engine that was shut down must be
+# collected.
+_NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, LayerPunica] = weakref.WeakValueDictionary()
 
 
 @torch.library.custom_op("vllm_vlora::add_lora_linear", mutates_args=("y",))
-def _add_lora_linear(y: torch.Tensor, x: torch.Tensor, handle: int) -> None:
-    _LAYERS[handle].run(y, x)
+def _add_lora_linear(y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor) -> None:
+    _LAYERS[int(handle.item())].run(y, x)
 
 
 @_add_lora_linear.register_fake
-def _add_lora_linear_fake(y: torch.Tensor, x: torch.Tensor, handle: int) -> None:
+def _add_lora_linear_fake(y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor) -> None:
     return None
