@@ -126,7 +126,8 @@ def worker(managing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
     manager.lora_config = SimpleNamespace(max_loras=2, max_cpu_loras=4)
     manager._direct_models, manager._direct_slots = {}, DirectSlots(store.direct)
     manager._routed_version, manager._stock_free = -1, None
-    manager.stock_in_batch, manager.direct_in_batch = True, False
+    manager.in_batch, manager.in_graph = (True, False), (True, True)
+    manager._warm_up, manager.direct_apart = None, False
     manager._last_mapping = manager._last_slot_layout = None
     manager.lora_index_to_id = [None, None]
     manager._registered_adapters, manager._active_adapters = Cache(), Cache()
@@ -185,14 +186,15 @@ def test_punica_sees_direct_tokens_as_the_base_models(worker: Worker) -> None:
     models = manager._direct_models
     joint, private = models[11].task.direct, models[12].task.direct
     assert got == [joint, joint, None, None, private]
-    assert (manager.stock_in_batch, manager.direct_in_batch) == (True, True)
+    assert manager.in_batch == (True, True)
     for tokens, flags in (
         ((0, 0), (False, False)),
         ((12, 0), (False, True)),
         ((7, 0), (True, False)),
     ):
         manager.set_adapter_mapping(LoRAMapping(tokens, tokens))
-        assert (manager.stock_in_batch, manager.direct_in_batch) == flags
+        assert manager.in_batch == flags
+        assert manager.in_graph == (True, True), "a graph of a real batch would serve any"
 
 
 def test_the_same_mapping_is_routed_again_when_a_slot_holds_another_task(worker: Worker) -> None:

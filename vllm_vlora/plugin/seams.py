@@ -1,7 +1,7 @@
 """What takes the place of vLLM's own functions, and how it is put there.
 
 What is patched, and why there, is in ``seam_table``, with everything else that the plugin relies on. What
-is put there is below and in ``manager`` and ``scheduling``.
+is put there is below and in ``manager``, ``scheduling`` and ``graph_cases``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 
 from vllm_vlora._version import __version__
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.scheduling import schedule_by_kind
@@ -254,4 +255,6 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (seams[name].owner, seams[name].attribute, wrap(seams[name].value))
         for name, wrap in wrappers.items()
     ]
-    return patches + (schedule_by_kind(setup, seams) if setup.direct else [])
+    if setup.direct:
+        patches += schedule_by_kind(setup, seams) + capture_by_kind(seams)
+    return patches
