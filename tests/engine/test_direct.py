@@ -157,6 +157,16 @@ def test_an_id_that_comes_with_another_task_gets_that_task(engine: Engine) -> No
         assert tokens == [engine.world.reference[name][0]]
 
 
+def test_a_sleep_that_would_lose_the_tasks_is_refused_and_the_engine_goes_on(
+    engine: Engine,
+) -> None:
+    with pytest.raises(Exception, match="sleep level 2 would lose the tasks"):
+        engine.llm.sleep(level=2)
+    name = next(iter(ADAPTERS))
+    tokens = engine.generate([PROMPTS[0]], [engine.request(name)])
+    assert tokens == [engine.world.reference[name][0]]
+
+
 MANY = """
 import json, sys
 from vllm import LLM, SamplingParams

@@ -213,6 +213,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for adapter_id in list(self._direct_models):
             self.remove_adapter(adapter_id)
         super().remove_all_adapters()
+        if self._writer is not None:
+            # vLLM calls this too when weights were reloaded after a sleep that lost the slots' content.
+            for slot in range(self.lora_slots):
+                self._writer.forget(slot)
 
     def pin_adapter(self, lora_id: int) -> bool:
         if lora_id not in self._direct_models:
@@ -470,6 +474,11 @@ def _refuse_direct_config(vllm_config: Any) -> None:
     if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise ModelMismatchError(
             f"vllm-vlora does not run tasks direct with VLLM_LORA_ENABLE_DUAL_STREAM; {otherwise}"
+        )
+    if envs.VLLM_BATCH_INVARIANT:
+        # How the kernels cut a sum depends on the batch.
+        raise ModelMismatchError(
+            f"vllm-vlora does not run tasks direct with VLLM_BATCH_INVARIANT; {otherwise}"
         )
 
 

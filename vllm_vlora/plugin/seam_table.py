@@ -226,6 +226,12 @@ def _replaced() -> Iterator[Seam]:
         direct=True,
     )
     yield Seam(
+        _CORE,
+        "EngineCore.sleep",
+        "level 2, which would lose the tasks, is refused",
+        accepts=("level",),
+    )
+    yield Seam(
         _MIXIN,
         "LoRAModelRunnerMixin.load_lora_model",
         "the runner is told of a third graph",
@@ -367,7 +373,8 @@ def _called() -> Iterator[Seam]:
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "pipeline parallel is refused", ())
     yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
-    yield Seam("vllm.envs", "VLLM_LORA_ENABLE_DUAL_STREAM", "refused in direct mode", direct=True)
+    for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_BATCH_INVARIANT"):
+        yield Seam("vllm.envs", name, "refused in direct mode", direct=True)
     yield Seam(
         "vllm.lora.lora_weights",
         "LoRAFullModuleWeights",
