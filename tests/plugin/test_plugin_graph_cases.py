@@ -273,6 +273,13 @@ def test_a_runner_that_has_changed_keeps_its_two_graphs(
     assert graphs[key_of(requests(manager, ("joint",)), 4)] == MAX_LORAS + 1
 
 
+def test_a_runner_of_another_kind_is_left_alone(cases: Any, manager: Any) -> None:
+    compilation = SimpleNamespace(cudagraph_specialize_lora=True)
+    runner = SimpleNamespace(compilation_config=compilation)
+    assert not cases.capture_direct_apart(runner, manager)
+    assert vars(runner) == {"compilation_config": compilation}
+
+
 def test_a_warm_up_batch_runs_everything_and_leaves_no_mapping_behind(
     cases: Any, manager: Any
 ) -> None:

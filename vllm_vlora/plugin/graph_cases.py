@@ -38,6 +38,8 @@ logger = init_logger("vllm.plugins.vlora")
 
 ONE_ADAPTER = 1
 """vLLM's number of active adapters in the key of ``DIRECT_ONLY``."""
+# vLLM's two model runners, by what only the one has.
+_TOLD_BY = {"v1": "cudagraph_dispatcher", "v2": "lora_capture_cases"}
 _COUNT = "get_num_active_loras_for_dispatch"
 
 
@@ -119,15 +121,18 @@ def capture_direct_apart(runner: Any, manager: TaskLoRAManager) -> bool:
     """
     if not runner.compilation_config.cudagraph_specialize_lora:
         return False
-    version, adapt = (
-        ("v1", _adapt_v1) if hasattr(runner, "cudagraph_dispatcher") else ("v2", _adapt_v2)
-    )
+    version = next((v for v, name in _TOLD_BY.items() if hasattr(runner, name)), None)
     try:
+        if version is None:
+            raise IncompatibleVLLMError(
+                f"{type(runner).__name__} is a model runner of another kind"
+            )
         for seam in RUNNER_SEAMS[version]:
             seam.find()
     except IncompatibleVLLMError as error:
         logger.info("vllm-vlora: batches of direct tasks alone use the graphs of all (%s)", error)
         return False
+    adapt = _adapt_v1 if version == "v1" else _adapt_v2
     adapt(runner, manager, runner.lora_config.max_loras)
     return True
 

@@ -242,7 +242,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         slots = self._direct_slots
-        if slots is not None and (self._warm_up or slots.version != self._routed_version):
+        warm_up = self._warm_up is not None
+        if slots is not None and (warm_up or slots.version != self._routed_version):
             # A slot holds another task, or the batch before was of another kind: the same mapping
             # means something else.
             self._last_mapping = None
