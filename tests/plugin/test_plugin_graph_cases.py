@@ -92,6 +92,7 @@ def vllm_config(cudagraph_mode: Any, specialize: bool) -> Any:
             cudagraph_capture_sizes=SIZES,
             max_cudagraph_capture_size=SIZES[-1],
             compile_sizes=[],
+            pass_config=SimpleNamespace(enable_sp=False),
         ),
     )
 
