@@ -54,7 +54,9 @@ class BudgetError(VLoRAError):
 
 
 class ModelStateError(VLoRAError, RuntimeError):
-    """A model cannot do this now: a task is merged into its weights, or it is quantised or compiled."""
+    """A model cannot do this now: a task is merged into its weights, it is quantised or compiled, or an
+    engine would lose the tasks that it serves.
+    """
 
 
 class ModelMismatchError(VLoRAError):

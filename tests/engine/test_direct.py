@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,6 +159,16 @@ def test_an_id_that_comes_with_another_task_gets_that_task(engine: Engine) -> No
         assert tokens == [engine.world.reference[name][0]]
 
 
+def test_a_sleep_that_would_lose_the_tasks_is_refused_and_the_engine_goes_on(
+    engine: Engine,
+) -> None:
+    with pytest.raises(Exception, match="sleep level 2 would lose the tasks"):
+        engine.llm.sleep(level=2)
+    name = next(iter(ADAPTERS))
+    tokens = engine.generate([PROMPTS[0]], [engine.request(name)])
+    assert tokens == [engine.world.reference[name][0]]
+
+
 MANY = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -208,13 +220,17 @@ def test_a_thousand_distinct_tasks_in_one_batch(world: World) -> None:
 
 
 COMPILED = """
-import json, sys
+import gc, json, sys
 from vllm import LLM, SamplingParams
+from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+from vllm.config import CompilationMode
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.platforms.cpu import CpuPlatform
 from vllm_vlora import lora_request
 
 check = CpuPlatform.check_and_update_config.__func__
+job = json.loads(sys.argv[1])
 
 def keep_compilation(cls, config):
     # On CPU vLLM turns compilation off whenever LoRA is on.
@@ -223,10 +239,16 @@ def keep_compilation(cls, config):
         check(cls, config)
     finally:
         config.lora_config = lora
+    if job["as_on_gpu"]:
+        # In pieces between the attention layers, which are saved; without passes that name CUDA's
+        # operators.
+        compilation = config.compilation_config
+        compilation.mode, compilation.compile_sizes = CompilationMode.VLLM_COMPILE, []
+        for name, value in list(vars(compilation.pass_config).items()):
+            if value is True:
+                setattr(compilation.pass_config, name, False)
 
-def main():
-    job = json.loads(sys.argv[1])
-    CpuPlatform.check_and_update_config = classmethod(keep_compilation)
+def answer():
     arguments = {**job["arguments"], "enforce_eager": False}
     llm = LLM(job["model"], enable_lora=True, max_loras=16, max_lora_rank=16, **arguments)
     mode = llm.llm_engine.vllm_config.compilation_config.mode
@@ -239,15 +261,27 @@ def main():
     answers = {}
     for (name, _), output in zip(items, done):
         answers.setdefault(name, []).append(list(output.outputs[0].token_ids))
-    print("RESULT " + json.dumps([int(mode), answers]), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+    return [mode.name, answers]
+
+def main():
+    CpuPlatform.check_and_update_config = classmethod(keep_compilation)
+    if job["as_on_gpu"]:
+        FixFunctionalizationPass.__call__ = lambda self, graph: None
+    found = []
+    for _ in range(job["engines"]):
+        found.append(answer())
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    print("RESULT " + json.dumps(found), flush=True)
 
 if __name__ == "__main__":
     main()
 """
 
 
-def test_compiled_graphs_and_warm_up_with_dummies(world: World) -> None:
-    """The graph is traced in a warm-up run with dummy adapters; batches of all kinds follow it."""
+def _compiled(world: World, engines: int, as_on_gpu: bool, **environment: str) -> list[list]:
+    """(mode, answers) of engines with compiled graphs, one after another in one process."""
     # punica for CPU branches on the batch in embeddings, which a compiled graph would freeze.
     tasks = [task for task in ADAPTERS if task != "embedding"]
     job = {
@@ -258,17 +292,43 @@ def test_compiled_graphs_and_warm_up_with_dummies(world: World) -> None:
         "prompts": PROMPTS,
         "arguments": ENGINE_ARGUMENTS,
         "max_tokens": MAX_TOKENS,
+        "engines": engines,
+        "as_on_gpu": as_on_gpu,
     }
-    mode, found = run_script(
+    return run_script(
         COMPILED,
         json.dumps(job),
         VLLM_VLORA_CHECKPOINT=str(mixed(world)),
         VLLM_VLORA_SLOTS=str(SLOTS),
-        VLLM_CPU_CI_ENV="1",  # Traced by dynamo and run without inductor's C++: a minute less.
+        **environment,
     )
-    assert mode != 0
-    for name, answers in found.items():
-        assert answers == world.reference[name.removeprefix("peft ")], name
+
+
+def _assert_as_stock(world: World, answers: dict[str, list[list[int]]]) -> None:
+    for name, tokens in answers.items():
+        assert tokens == world.reference[name.removeprefix("peft ")], name
+
+
+def test_compiled_graphs_and_warm_up_with_dummies(world: World) -> None:
+    """The graph is traced in a warm-up run with dummy adapters; batches of all kinds follow it."""
+    # Traced by dynamo and run without inductor's C++: a minute less.
+    [[mode, answers]] = _compiled(world, 1, as_on_gpu=False, VLLM_CPU_CI_ENV="1")
+    assert mode != "NONE"
+    _assert_as_stock(world, answers)
+
+
+def test_an_engine_that_takes_anothers_graphs_from_vllms_cache(
+    world: World, tmp_path: Path
+) -> None:
+    """The second engine's layers have other handles than those that the graphs were saved with."""
+    known = Path(os.environ.get("VLLM_CACHE_ROOT", Path.home() / ".cache/vllm")) / "modelinfos"
+    if known.exists():
+        (tmp_path / "modelinfos").symlink_to(known)  # vLLM would take ten seconds to find it out.
+    found = _compiled(world, 2, as_on_gpu=True, VLLM_CACHE_ROOT=str(tmp_path))
+    assert list(tmp_path.glob("torch_compile_cache/**/*")), "nothing was saved"
+    for mode, answers in found:
+        assert mode == "VLLM_COMPILE"
+        _assert_as_stock(world, answers)
 
 
 START = """

@@ -66,7 +66,9 @@ def make_punica(module: Any, checkpoint: Checkpoint, on_cpu: bool, direct: bool 
     path = make_path(checkpoint)
     activate_all(path, checkpoint, ["one"]).route(np.array([1, 0, 1]))
     manager = SimpleNamespace(
-        vlora_store=SimpleNamespace(direct=path), stock_in_batch=False, direct_in_batch=True
+        vlora_store=SimpleNamespace(direct=path),
+        in_batch=module.DIRECT_ONLY,
+        in_graph=module.EVERYTHING,
     )
     inner = Punica()
     linear = SimpleNamespace(
@@ -81,31 +83,56 @@ def make_punica(module: Any, checkpoint: Checkpoint, on_cpu: bool, direct: bool 
     return Layer(wrapper, inner, manager, x, update)
 
 
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a CUDA graph is being captured, as far as a build of torch for CPU can tell."""
+    state = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state[0])
+    return state
+
+
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("stock", [True, False])
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_layer_adds_stock_and_direct_updates(
-    layer_calls: Any, tmp_path: Path, on_cpu: bool, stock: bool, direct: bool
+    layer_calls: Any,
+    tmp_path: Path,
+    capturing: list[bool],
+    on_cpu: bool,
+    stock: bool,
+    direct: bool,
 ) -> None:
-    """A CPU leaves out what the batch lacks; a GPU's launches are captured whatever it holds."""
+    """What the batch lacks is left out; on a GPU punica does so by itself outside of linear layers."""
     layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu)
-    layer.manager.stock_in_batch, layer.manager.direct_in_batch = stock, direct
-    runs_stock, runs_direct = stock or not on_cpu, direct or not on_cpu
-    want = float(runs_stock) + layer.update * runs_direct
-    torch.testing.assert_close(layer.add(), want)
-    assert layer.punica.calls == ["linear"] * runs_stock
+    layer.manager.in_batch = layer_calls.Kinds(stock, direct)
+    torch.testing.assert_close(layer.add(), float(stock) + layer.update * direct)
+    assert layer.punica.calls == ["linear"] * stock
     for name in ("logits", "embedding"):
         got = getattr(layer.wrapper, f"add_lora_{name}")(1, two=2)
-        assert got == (name if runs_stock else None)
+        assert got == (name if stock or not on_cpu else None)
     assert layer.wrapper.anything_else() == "forwarded"
     with pytest.raises(AssertionError):
         layer.wrapper.add_lora_linear(torch.zeros(3, 80), layer.x, (), (), 2.0, (80,))
 
 
+@pytest.mark.parametrize("captured", ["NOTHING", "DIRECT_ONLY", "EVERYTHING"])
+@pytest.mark.parametrize("batch", ["NOTHING", "DIRECT_ONLY", "EVERYTHING"])
+def test_a_graph_is_captured_with_what_its_batches_need(
+    layer_calls: Any, tmp_path: Path, capturing: list[bool], captured: str, batch: str
+) -> None:
+    """Whatever the batch is that stands for them."""
+    layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu=False)
+    layer.manager.in_batch = getattr(layer_calls, batch)
+    layer.manager.in_graph = kinds = getattr(layer_calls, captured)
+    capturing[0] = True
+    torch.testing.assert_close(layer.add(), float(kinds.stock) + layer.update * kinds.direct)
+    assert layer.punica.calls == ["linear"] * kinds.stock
+
+
 def test_a_layer_without_direct_tasks_stays_stock(layer_calls: Any, tmp_path: Path) -> None:
     layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu=True, direct=False)
     assert not layer.add().any()
-    layer.manager.stock_in_batch = True
+    layer.manager.in_batch = layer_calls.EVERYTHING
     assert (layer.add() == 1).all()
 
 
@@ -125,19 +152,87 @@ def test_a_compiled_layer_looks_at_each_batch_anew(own_calls: Any, tmp_path: Pat
         return y * 2
 
     compiled = torch.compile(forward, backend="eager", fullgraph=True)
-    layer.manager.direct_in_batch = False  # As in the run that the graph is traced in.
+    layer.manager.in_batch = own_calls.NOTHING  # As in the run that the graph is traced in.
     assert not compiled(layer.x).any()
-    layer.manager.direct_in_batch = True
+    layer.manager.in_batch = own_calls.DIRECT_ONLY
     torch.testing.assert_close(compiled(layer.x), layer.update * 2)
-    layer.manager.stock_in_batch = True
+    layer.manager.in_batch = own_calls.EVERYTHING
     torch.testing.assert_close(compiled(layer.x), (layer.update + 1) * 2)
+
+
+def addition(layer: Layer) -> Any:
+    """What vLLM compiles of a layer: the base's output, and the updates added to it."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = x @ WEIGHT
+        layer.wrapper.add_lora_linear(y, x, (), (), 1.0, (80,))
+        return y * 2
+
+    return forward
+
+
+WEIGHT = torch.randn(96, 80, generator=torch.Generator().manual_seed(1))
+
+
+def compiled(layer: Layer, backend: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(addition(layer), backend=backend, fullgraph=True, dynamic=False)
+
+
+def test_equal_layers_have_equal_graphs(own_calls: Any, tmp_path: Path) -> None:
+    """vLLM compiles equal pieces of a model once; a constant of the layer would make them differ."""
+    texts = []
+    for number in range(2):
+        layer = make_punica(own_calls, build(tmp_path / str(number)), on_cpu=True)
+
+        def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+            call = next(n for n in graph.graph.nodes if "add_lora_linear" in str(n.target))
+            assert all(isinstance(argument, torch.fx.Node) for argument in call.args)
+            texts.append(graph.print_readable(print_output=False))
+            return graph.forward
+
+        compiled(layer, keep)(layer.x)
+    assert "add_lora_linear" in texts[0]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("first_is_gone", [False, True])
+def test_a_graph_that_another_engine_compiled_reaches_this_ones_layer(
+    own_calls: Any, tmp_path: Path, first_is_gone: bool
+) -> None:
+    saved: list[Any] = []
+
+    def take_saved(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        saved.append(graph.forward)
+        return saved[0]  # As from vLLM's cache, whose key does not tell the engines apart.
+
+    first = make_punica(own_calls, build(tmp_path / "first", seed=1), on_cpu=True)
+    second = make_punica(own_calls, build(tmp_path / "second", seed=2), on_cpu=True)
+    want = (second.x @ WEIGHT + second.update) * 2
+    run = compiled(first, take_saved)
+    torch.testing.assert_close(run(first.x), (first.x @ WEIGHT + first.update) * 2)
+    if first_is_gone:
+        del first, run
+        torch._dynamo.reset()
+    torch.testing.assert_close(compiled(second, take_saved)(second.x), want)
+    assert len(saved) == 2
+
+
+def test_inductor_adds_in_place(own_calls: Any, tmp_path: Path) -> None:
+    """The compiler that vLLM uses lowers the call, keeps its order, and reads its handle each time."""
+    layer = make_punica(own_calls, build(tmp_path / "ck"), on_cpu=True)
+    run = compiled(layer, "inductor")
+    for stock in (False, True):
+        layer.manager.in_batch = own_calls.Kinds(stock, direct=True)
+        want = (layer.x @ WEIGHT + layer.update + stock) * 2
+        torch.testing.assert_close(run(layer.x), want)
 
 
 def test_a_layer_that_nobody_holds_is_not_kept_by_its_number(
     layer_calls: Any, tmp_path: Path
 ) -> None:
     layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu=True)
-    handle = layer.wrapper._handle
-    assert layer_calls._LAYERS[handle] is layer.wrapper
+    number = layer.wrapper._handle.item()
+    assert layer_calls._LAYERS[number] is layer.wrapper
     del layer
-    assert handle not in layer_calls._LAYERS
+    assert number not in layer_calls._LAYERS

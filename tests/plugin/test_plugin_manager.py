@@ -12,7 +12,7 @@ import pytest
 from plugin_world import STORED, TASKS, Store, build, make_path
 
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.errors import ModelMismatchError, ModelStateError
 from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.plugin.settings import Settings
@@ -33,7 +33,8 @@ def managing() -> Any:
 def test_what_direct_tasks_were_not_made_for_is_refused(
     managing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("VLLM_LORA_ENABLE_DUAL_STREAM", raising=False)
+    for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_BATCH_INVARIANT"):
+        monkeypatch.delenv(name, raising=False)
 
     def config(specialize: bool) -> Any:
         return SimpleNamespace(lora_config=SimpleNamespace(specialize_active_lora=specialize))
@@ -41,9 +42,11 @@ def test_what_direct_tasks_were_not_made_for_is_refused(
     managing._refuse_direct_config(config(False))
     with pytest.raises(ModelMismatchError, match=r"--specialize-active-lora; .*=materialize"):
         managing._refuse_direct_config(config(True))
-    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
-    with pytest.raises(ModelMismatchError, match=r"VLLM_LORA_ENABLE_DUAL_STREAM; .*=materialize"):
-        managing._refuse_direct_config(config(False))
+    for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_BATCH_INVARIANT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            with pytest.raises(ModelMismatchError, match=rf"{name}; .*=materialize"):
+                managing._refuse_direct_config(config(False))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,33 @@ def test_compiled_graphs_of_another_mode_are_not_taken(seams: Any) -> None:
     assert first["vllm_vlora"] == name(["b", "a"], {})["vllm_vlora"]
 
 
+@pytest.mark.parametrize("checkpoint", ["folder", None])
+def test_a_sleep_that_would_lose_the_tasks_is_refused_before_anything_else(
+    seams: Any, managing: Any, checkpoint: str | None
+) -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    setup = managing.Setup(checkpoint, Settings("materialize"))
+    patches = {(owner, name): value for owner, name, value in seams._patches(setup, list)}
+    sleep = patches.get((EngineCore, "sleep"), EngineCore.sleep)
+    slept: list[Any] = []
+    core = SimpleNamespace(
+        pause_scheduler=lambda **kwargs: slept.append("paused"),
+        model_executor=SimpleNamespace(sleep=slept.append),
+    )
+    sleep(core)
+    sleep(core, 1, mode="wait")
+    assert slept == ["paused", 1] * 2
+    for call in (lambda: sleep(core, 2), lambda: sleep(core, level=2, mode="wait")):
+        if checkpoint is None:
+            call()
+            assert slept[-2:] == ["paused", 2]
+        else:
+            with pytest.raises(ModelStateError, match=r"level 2 would lose.*use level 1"):
+                call()
+            assert slept == ["paused", 1] * 2
+
+
 # --- seams: the manager ----------------------------------------------------------------------------
 
 
@@ -126,7 +156,8 @@ def worker(managing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
     manager.lora_config = SimpleNamespace(max_loras=2, max_cpu_loras=4)
     manager._direct_models, manager._direct_slots = {}, DirectSlots(store.direct)
     manager._routed_version, manager._stock_free = -1, None
-    manager.stock_in_batch, manager.direct_in_batch = True, False
+    manager.in_batch, manager.in_graph = (True, False), (True, True)
+    manager._warm_up, manager.direct_apart, manager._writer = None, False, None
     manager._last_mapping = manager._last_slot_layout = None
     manager.lora_index_to_id = [None, None]
     manager._registered_adapters, manager._active_adapters = Cache(), Cache()
@@ -185,14 +216,15 @@ def test_punica_sees_direct_tokens_as_the_base_models(worker: Worker) -> None:
     models = manager._direct_models
     joint, private = models[11].task.direct, models[12].task.direct
     assert got == [joint, joint, None, None, private]
-    assert (manager.stock_in_batch, manager.direct_in_batch) == (True, True)
+    assert manager.in_batch == (True, True)
     for tokens, flags in (
         ((0, 0), (False, False)),
         ((12, 0), (False, True)),
         ((7, 0), (True, False)),
     ):
         manager.set_adapter_mapping(LoRAMapping(tokens, tokens))
-        assert (manager.stock_in_batch, manager.direct_in_batch) == flags
+        assert manager.in_batch == flags
+        assert manager.in_graph == (True, True), "a graph of a real batch would serve any"
 
 
 def test_the_same_mapping_is_routed_again_when_a_slot_holds_another_task(worker: Worker) -> None:

@@ -16,7 +16,7 @@ import pytest
 from vllm_vlora import plugin
 from vllm_vlora.errors import IncompatibleVLLMError
 from vllm_vlora.plugin import __main__ as command
-from vllm_vlora.plugin.seam_table import SEAMS, MissingSeamError, find_seams
+from vllm_vlora.plugin.seam_table import SEAMS, MissingSeamError, Seam, find_seams
 
 FOLDER = Path(plugin.__file__).parent
 # Seams that only some of the supported versions have; the installed one lacks at most these.
@@ -148,6 +148,15 @@ def test_what_a_supported_version_may_lack_is_absent(
     delete("vllm.lora.lora_weights", "LoRAFullModuleWeights")
     assert command.main(["--json"]) == 0
     assert _states(capsys.readouterr().out)["LoRAFullModuleWeights"] == "absent"
+
+
+def test_what_a_wrapped_method_sets_is_found() -> None:
+    """vLLM wraps the method in which its model runner sets most of what it holds."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert hasattr(GPUModelRunner.__init__, "__wrapped__")
+    seam = Seam("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.cudagraph_dispatcher", "")
+    assert seam.find().value is None
 
 
 @pytest.mark.parametrize("number", ["0.27.1", "0.33.0"])

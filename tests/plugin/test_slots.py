@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -115,3 +117,21 @@ def test_a_write_that_fails_leaves_the_slot_unknown(monkeypatch: pytest.MonkeyPa
             model.writer.write(0, TASKS[0])
     model.writer.write(0, TASKS[2])
     model.assert_holds(0, TASKS[2])
+
+
+def test_slots_whose_content_was_lost_are_written_whole() -> None:
+    """vLLM removes all adapters when it has loaded its weights again, after a sleep of level 2."""
+    from vllm_vlora.plugin.manager import TaskLoRAManager
+
+    model = Model()
+    manager = object.__new__(TaskLoRAManager)
+    manager.lora_config = SimpleNamespace(max_loras=SLOTS)
+    manager._direct_models, manager._writer = {}, model.writer
+    manager._registered_adapters, manager._active_adapters = {}, {}  # type: ignore[assignment]
+    for task in TASKS[:2]:
+        model.writer.write(1, task)
+    for stack in (*model.a.values(), *model.b.values()):
+        stack.fill_(torch.nan)
+    manager.remove_all_adapters()
+    model.writer.write(1, TASKS[2])
+    model.assert_holds(1, TASKS[2])

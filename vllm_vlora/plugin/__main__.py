@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_report() -> dict[str, Any]:
     """What is found: ``version``, ``supported``, ``note`` on it, and ``seams``.
 
-    A seam has ``use`` (replaced, overridden, called, layers or read), ``module``, ``name``, ``shown``
-    (with the parameters expected), ``why``, ``state`` and ``problem``, which is null where none is.
+    A seam has ``use`` (replaced, overridden, called, layers, read or graphs), ``module``, ``name``,
+    ``shown`` (with the parameters expected), ``why``, ``state`` and ``problem``, which is null where
+    none is.
     """
     note = _fault_of_version()
     return {

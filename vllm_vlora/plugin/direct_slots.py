@@ -71,3 +71,7 @@ class DirectSlots:
         token_slots = slots[where] if len(slots) else np.zeros(0, dtype=np.int32)
         self._path.routing.update(token_slots)
         return token_slots != none
+
+    def spread(self, tokens: int) -> None:
+        """Route so many tokens over all slots in turn, whatever these hold: a warm-up's worst case."""
+        self._path.routing.update(np.arange(tokens) % self._path.table.slots)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from vllm.platforms import current_platform
@@ -13,11 +13,28 @@ from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.triton_kernels.direct import DirectLayer, add_direct
 
 
-class Batch(Protocol):
-    """What a layer asks the manager about the batch in flight."""
+class Kinds(NamedTuple):
+    """Which kinds of adapters there are: those that stand in slots, and direct tasks."""
 
-    stock_in_batch: bool
-    direct_in_batch: bool
+    stock: bool
+    direct: bool
+
+
+NOTHING = Kinds(stock=False, direct=False)
+DIRECT_ONLY = Kinds(stock=False, direct=True)
+EVERYTHING = Kinds(stock=True, direct=True)
+
+
+class Batch(Protocol):
+    """What a layer asks the manager about the batch in flight.
+
+    Attributes:
+        in_batch: what the batch holds.
+        in_graph: what the batches hold that a CUDA graph captured now will be replayed for.
+    """
+
+    in_batch: Kinds
+    in_graph: Kinds
     vlora_store: ResidentStore
 
 
@@ -33,8 +50,12 @@ class LayerPunica:
         self._module = module
         self._layer = layer
         self._on_cpu = current_platform.is_cpu()
-        self._handle = next(_HANDLES)
-        _LAYERS[self._handle] = self
+        number = next(_NUMBERS)
+        _LAYERS[number] = self
+        # A tensor is an input of a compiled graph, where an int would be a constant in it: then equal
+        # layers would not share one graph, and a graph from vLLM's cache would address the layers of
+        # the engine that saved it. On CPU, so that reading it waits for nothing.
+        self._handle = torch.tensor([number], dtype=torch.int64, device="cpu")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -57,13 +78,16 @@ class LayerPunica:
             self.run(y, x)
 
     def run(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """The addition itself, with a look at the batch on CPU only."""
+        """The addition itself, of what the batch needs."""
         manager, module = self._manager, self._module
-        if manager.stock_in_batch or not self._on_cpu:
+        # Launches that go into a CUDA graph, and not to the device, serve every batch of the graph.
+        capturing = not self._on_cpu and torch.cuda.is_current_stream_capturing()
+        kinds = manager.in_graph if capturing else manager.in_batch
+        if kinds.stock:
             self._inner.add_lora_linear(
                 y, x, module.lora_a_stacked, module.lora_b_stacked, 1.0, module.output_slices
             )
-        if self._layer is None or (self._on_cpu and not manager.direct_in_batch):
+        if self._layer is None or not kinds.direct:
             return
         path = manager.vlora_store.direct
         assert path is not None
@@ -71,29 +95,29 @@ class LayerPunica:
 
     def add_lora_logits(self, *args: Any, **kwargs: Any) -> Any:
         """Stock, but not for a batch on CPU that holds no ordinary adapter."""
-        if self._manager.stock_in_batch or not self._on_cpu:
+        if self._manager.in_batch.stock or not self._on_cpu:
             return self._inner.add_lora_logits(*args, **kwargs)
         # It gathers a slot's B (vocabulary x rank) once a token, also for tokens without an adapter.
         return None
 
     def add_lora_embedding(self, *args: Any, **kwargs: Any) -> Any:
         """As ``add_lora_logits``."""
-        if self._manager.stock_in_batch or not self._on_cpu:
+        if self._manager.in_batch.stock or not self._on_cpu:
             return self._inner.add_lora_embedding(*args, **kwargs)
         return None
 
 
-# Compiled graphs name a layer by its number. They do not keep it alive: an engine that was shut down
-# must be collected.
-_HANDLES = itertools.count()
+# A layer by the number in its handle. They are not kept alive: an engine that was shut down must be
+# collected.
+_NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, LayerPunica] = weakref.WeakValueDictionary()
 
 
 @torch.library.custom_op("vllm_vlora::add_lora_linear", mutates_args=("y",))
-def _add_lora_linear(y: torch.Tensor, x: torch.Tensor, handle: int) -> None:
-    _LAYERS[handle].run(y, x)
+def _add_lora_linear(y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor) -> None:
+    _LAYERS[int(handle.item())].run(y, x)
 
 
 @_add_lora_linear.register_fake
-def _add_lora_linear_fake(y: torch.Tensor, x: torch.Tensor, handle: int) -> None:
+def _add_lora_linear_fake(y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor) -> None:
     return None

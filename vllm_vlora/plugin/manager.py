@@ -1,6 +1,7 @@
 """vLLM's LoRA manager beside direct tasks: what is resident, which slot holds what, the batch's mapping.
 
-With ``seams``, ``layers``, ``layer_calls`` and ``scheduling`` the only file that knows vLLM's internals.
+With ``seams``, ``layers``, ``layer_calls``, ``scheduling`` and ``graph_cases`` the only file that knows
+vLLM's internals.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,7 +29,7 @@ from vllm_vlora.errors import ModelMismatchError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.identity import parse_task_path
-from vllm_vlora.plugin.layer_calls import LayerPunica
+from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica
 from vllm_vlora.plugin.layers import (
     engine_name,
     is_fused_moe,
@@ -91,8 +93,12 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         self._direct_slots: DirectSlots | None = None
         self._routed_version = -1
         self._stock_free: tuple[Any, ...] | None = None
-        # What the batch holds; read by the layers on CPU only, since a captured graph cannot look.
-        self.stock_in_batch, self.direct_in_batch = True, False
+        # Read by the layers; see ``layer_calls.Batch``.
+        self.in_batch, self.in_graph = Kinds(stock=True, direct=False), EVERYTHING
+        # What the graph of a warm-up batch must serve, while one is set up; None for other batches.
+        self._warm_up: Kinds | None = None
+        # Whether batches of direct tasks alone have graphs of their own; see ``graph_cases``.
+        self.direct_apart = False
 
     @property
     def lora_slots(self) -> int:
@@ -207,6 +213,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for adapter_id in list(self._direct_models):
             self.remove_adapter(adapter_id)
         super().remove_all_adapters()
+        if self._writer is not None:
+            # vLLM calls this too when weights were reloaded after a sleep that lost the slots' content.
+            for slot in range(self.lora_slots):
+                self._writer.forget(slot)
 
     def pin_adapter(self, lora_id: int) -> bool:
         if lora_id not in self._direct_models:
@@ -216,10 +226,26 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         self._direct_slots.pin(lora_id)
         return True
 
+    def runs_direct(self, request: LoRARequest) -> bool:
+        """Whether a request is for a task that is loaded and runs direct."""
+        task = self.vlora_store.held(request.lora_path)
+        return task is not None and task.direct is not None
+
+    @contextmanager
+    def warm_up(self, in_graph: Kinds) -> Iterator[None]:
+        """Take a mapping that is set now as a warm-up batch's, whose graph serves such batches."""
+        self._warm_up = in_graph
+        try:
+            yield
+        finally:
+            self._warm_up = None
+
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         slots = self._direct_slots
-        if slots is not None and slots.version != self._routed_version:
-            # A slot holds another task: the same mapping means other slots.
+        warm_up = self._warm_up is not None
+        if slots is not None and (warm_up or slots.version != self._routed_version):
+            # A slot holds another task, or the batch before was of another kind: the same mapping
+            # means something else.
             self._last_mapping = None
         super().set_adapter_mapping(mapping)
 
@@ -228,16 +254,30 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         if slots is None or mapping.type != LoRAMappingType.LANGUAGE:
             super()._set_adapter_mapping(mapping)
             return
+        if self._warm_up is not None and not self._warm_up.stock:
+            mapping = _without_adapters(mapping)
         tokens = np.asarray(mapping.index_mapping, dtype=np.int64)
         direct = slots.route(tokens)
         self._routed_version = slots.version
-        self.direct_in_batch = bool(direct.any())
-        self.stock_in_batch = bool((tokens[~direct] > 0).any())
+        stock = bool((tokens[~direct] > 0).any())
         # Two batches of equal size without stock adapters mean the same to punica.
         shape = (len(tokens), len(mapping.prompt_mapping), mapping.is_prefill)
-        if self.stock_in_batch or shape != self._stock_free:
+        if stock or shape != self._stock_free:
             super()._set_adapter_mapping(_without_direct(mapping, tokens, direct, slots))
-        self._stock_free = None if self.stock_in_batch else shape
+        self._stock_free = None if stock else shape
+        self.in_batch, self.in_graph = Kinds(stock, bool(direct.any())), EVERYTHING
+        if self._warm_up is not None:
+            self._set_warm_up(self._warm_up, len(tokens))
+
+    def _set_warm_up(self, in_graph: Kinds, tokens: int) -> None:
+        """Run everything and in every slot: memory is measured then, and kernels are compiled.
+
+        Only what is captured is limited to what the graph must serve.
+        """
+        assert self._direct_slots is not None
+        self._direct_slots.spread(tokens)
+        self._routed_version = -1
+        self.in_batch, self.in_graph = EVERYTHING, in_graph
 
     # --- the start ---
 
@@ -320,6 +360,15 @@ def _without_direct(
     return LoRAMapping(
         tuple(np.where(direct, 0, tokens).tolist()),
         prompts,
+        is_prefill=mapping.is_prefill,
+        type=mapping.type,
+    )
+
+
+def _without_adapters(mapping: LoRAMapping) -> LoRAMapping:
+    return LoRAMapping(
+        (0,) * len(mapping.index_mapping),
+        (0,) * len(mapping.prompt_mapping),
         is_prefill=mapping.is_prefill,
         type=mapping.type,
     )
@@ -426,6 +475,11 @@ def _refuse_direct_config(vllm_config: Any) -> None:
     if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise ModelMismatchError(
             f"vllm-vlora does not run tasks direct with VLLM_LORA_ENABLE_DUAL_STREAM; {otherwise}"
+        )
+    if envs.VLLM_BATCH_INVARIANT:
+        # How the kernels cut a sum depends on the batch.
+        raise ModelMismatchError(
+            f"vllm-vlora does not run tasks direct with VLLM_BATCH_INVARIANT; {otherwise}"
         )
 
 

@@ -84,6 +84,10 @@ class ResidentStore:
         """Every task held, in the order of loading."""
         return list(self._tasks.values())
 
+    def held(self, path: str) -> ResidentTask | None:
+        """The task of a path, if it is in memory."""
+        return self._tasks.get(path)
+
     def preload(self, folder: str | Path, make_path: MakePath | None = None) -> Checkpoint:
         """Load every task of a checkpoint, with ``make_path`` also what lets tasks run direct.
 

@@ -141,7 +141,7 @@ def _instances_hold(owner: Any, attribute: str) -> bool:
             step.opname == "STORE_ATTR" and step.argval == attribute
             for function in vars(kind).values()
             if inspect.isfunction(function)
-            for step in dis.get_instructions(function)
+            for step in dis.get_instructions(inspect.unwrap(function))
         ):
             return True
     return False
@@ -159,6 +159,9 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _CORE = "vllm.v1.engine.core"
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _PUNICA = "vllm.lora.punica_wrapper.punica_base"
+_MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
+_RUNNER_V1 = "vllm.v1.worker.gpu_model_runner"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
 
 
 def _replaced() -> Iterator[Seam]:
@@ -222,6 +225,27 @@ def _replaced() -> Iterator[Seam]:
         ("self", "request", "request_wave"),
         direct=True,
     )
+    yield Seam(
+        _CORE,
+        "EngineCore.sleep",
+        "level 2, which would lose the tasks, is refused",
+        accepts=("level",),
+    )
+    yield Seam(
+        _MIXIN,
+        "LoRAModelRunnerMixin.load_lora_model",
+        "the runner is told of a third graph",
+        ("self", "model", "vllm_config", "device"),
+        direct=True,
+    )
+    yield Seam(
+        _MIXIN,
+        "LoRAModelRunnerMixin.maybe_select_dummy_loras",
+        "for which kind of batches a graph is captured",
+        ("self", "lora_config", "num_scheduled_tokens", "mapping_type", "num_sampled_tokens",
+         "num_active_loras"),
+        direct=True,
+    )  # fmt: skip
     yield Seam(
         _SERVING,
         "OpenAIServingModels.init_static_loras",
@@ -349,7 +373,8 @@ def _called() -> Iterator[Seam]:
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "pipeline parallel is refused", ())
     yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
-    yield Seam("vllm.envs", "VLLM_LORA_ENABLE_DUAL_STREAM", "refused in direct mode", direct=True)
+    for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_BATCH_INVARIANT"):
+        yield Seam("vllm.envs", name, "refused in direct mode", direct=True)
     yield Seam(
         "vllm.lora.lora_weights",
         "LoRAFullModuleWeights",
@@ -440,7 +465,7 @@ def _held() -> Iterator[Seam]:
     for name in ("request_id", "lora_request"):
         yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is", direct=True)
     yield Seam(
-        "vllm.v1.worker.lora_model_runner_mixin",
+        _MIXIN,
         "LoRAModelRunnerMixin.lora_manager",
         "our manager, in a worker",
         direct=True,
@@ -449,6 +474,12 @@ def _held() -> Iterator[Seam]:
         "vllm.v1.worker.worker_base",
         "WorkerBase.model_runner",
         "our manager, in a worker",
+        direct=True,
+    )
+    yield Seam(
+        "vllm.config",
+        "CompilationConfig.cudagraph_specialize_lora",
+        "whether there are graphs without adapters",
         direct=True,
     )
     for name in ("max_loras", "max_lora_rank", "fully_sharded_loras", "specialize_active_lora"):
@@ -470,12 +501,62 @@ def _held() -> Iterator[Seam]:
     )
 
 
+def _runner_v1() -> Iterator[Seam]:
+    """What gives batches of direct tasks alone a graph of their own in vLLM's first model runner."""
+    dispatcher = "vllm.v1.cudagraph_dispatcher"
+    why = "a third graph, for direct tasks alone"
+    takes = {"_get_lora_cases": ("self",), "specialize_lora_count": None}
+    for name, parameters in takes.items():
+        yield Seam(dispatcher, f"CudagraphDispatcher.{name}", why, parameters, optional=True)
+    yield Seam(
+        _RUNNER_V1,
+        "GPUModelRunner._determine_batch_execution_and_padding",
+        "which graph a batch uses",
+        accepts=("force_num_active_loras",),
+        optional=True,
+    )
+    for name in ("cudagraph_dispatcher", "input_batch"):
+        yield Seam(_RUNNER_V1, f"GPUModelRunner.{name}", why, optional=True)
+    yield Seam(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch.lora_id_to_lora_request",
+        "which graph a batch uses",
+        optional=True,
+    )
+
+
+def _runner_v2() -> Iterator[Seam]:
+    """The same in its second one."""
+    why = "a third graph, for direct tasks alone"
+    for name in ("lora_capture_cases", "lora_state"):
+        yield Seam(_RUNNER_V2, f"GPUModelRunner.{name}", why, optional=True)
+    yield Seam(
+        _RUNNER_V2,
+        "get_num_active_loras_for_dispatch",
+        "which graph a batch uses",
+        ("lora_config", "lora_state", "req_ids", "dummy_run"),
+        optional=True,
+    )
+    yield Seam(
+        "vllm.v1.worker.gpu.lora_utils",
+        "LoraState.get_activate_loras",
+        "which graph a batch uses",
+        ("self", "req_ids"),
+        optional=True,
+    )
+
+
+RUNNER_SEAMS: dict[str, tuple[Seam, ...]] = {"v1": tuple(_runner_v1()), "v2": tuple(_runner_v2())}
+"""What a model runner must have for a third graph. It is looked up in the worker that has one, which has
+imported these modules; without, batches of direct tasks alone use the graphs of all."""
+
 GROUPS: dict[str, tuple[Seam, ...]] = {
     "replaced": tuple(_replaced()),
     "overridden": tuple(_overridden()),
     "called": tuple(_called()),
     "layers": tuple(_layers()),
     "read": tuple(_held()),
+    "graphs": RUNNER_SEAMS["v1"] + RUNNER_SEAMS["v2"],
 }
 """The seams by what is done with them, in the order in which they are checked."""
 

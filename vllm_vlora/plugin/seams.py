@@ -1,7 +1,7 @@
 """What takes the place of vLLM's own functions, and how it is put there.
 
 What is patched, and why there, is in ``seam_table``, with everything else that the plugin relies on. What
-is put there is below and in ``manager`` and ``scheduling``.
+is put there is below and in ``manager``, ``scheduling`` and ``graph_cases``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 
 from vllm_vlora._version import __version__
-from vllm_vlora.errors import CheckpointError
+from vllm_vlora.errors import CheckpointError, ModelStateError
+from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.scheduling import schedule_by_kind
@@ -105,6 +106,27 @@ def _name_graphs(vllm_config: Any, manager: TaskLoRAManager) -> None:
         layers = sorted(path.layers)
         digest = hashlib.sha256("".join(layers).encode()).hexdigest()[:16]
         vllm_config.additional_config["vllm_vlora"] = f"{__version__} direct {digest}"
+
+
+# --- the engine core ------------------------------------------------------------------------------
+
+
+def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments["level"] >= 2:
+            # The tasks lie with the model's weights. vLLM loads those anew, and knows nothing of ours.
+            raise ModelStateError(
+                "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which keeps "
+                "them in host memory, or end the engine and start another"
+            )
+        return original(self, *args, **kwargs)
+
+    return sleep
 
 
 # --- the API server and the offline engine ---------------------------------------------------------
@@ -247,6 +269,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     if setup.checkpoint is not None:
         checkpoint = setup.checkpoint
         wrappers[f"{lru}.create_lora_manager"] = lambda f: _create_lora_manager(f, checkpoint)
+        wrappers["EngineCore.sleep"] = _sleep
         wrappers["OpenAIServingModels.init_static_loras"] = lambda f: _init_static_loras(
             f, requests
         )
@@ -254,4 +277,6 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (seams[name].owner, seams[name].attribute, wrap(seams[name].value))
         for name, wrap in wrappers.items()
     ]
-    return patches + (schedule_by_kind(setup, seams) if setup.direct else [])
+    if setup.direct:
+        patches += schedule_by_kind(setup, seams) + capture_by_kind(seams)
+    return patches
