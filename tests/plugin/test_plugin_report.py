@@ -189,9 +189,9 @@ def test_the_help_explains_states_and_exit_codes(capsys: pytest.CaptureFixture[s
 
 
 def test_the_installation_checks_the_table(delete: Callable[[str, str], None]) -> None:
-    delete("vllm.v1.engine.core", "EngineCore.add_request")
+    delete("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests")
     find_seams(direct=False)
-    with pytest.raises(MissingSeamError, match=r"EngineCore\.add_request does not exist"):
+    with pytest.raises(MissingSeamError, match=r"Scheduler\.finish_requests does not exist"):
         find_seams(direct=True)
     delete("vllm.lora.layers", "BaseLayerWithLoRA.set_mapping")
     with pytest.raises(IncompatibleVLLMError, match=r"set_mapping does not exist"):

@@ -44,6 +44,32 @@ class DirectMemory:
     factors: int = 0
     table: int = 0
 
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.bases + self.cores + self.factors + self.table
+
+    def __add__(self, other: DirectMemory) -> DirectMemory:
+        return DirectMemory(
+            self.bases + other.bases,
+            self.cores + other.cores,
+            self.factors + other.factors,
+            self.table + other.table,
+        )
+
+    def __neg__(self) -> DirectMemory:
+        return DirectMemory(-self.bases, -self.cores, -self.factors, -self.table)
+
+
+def task_memory(task: DirectTask) -> DirectMemory:
+    """What one task takes on the device."""
+    cores = [part.core.untyped_storage() for part in task.slices.values() if part.core is not None]
+    return DirectMemory(
+        cores=sum({storage.data_ptr(): storage.nbytes() for storage in cores}.values()),
+        factors=sum(m.nbytes for part in task.slices.values() for m in (part.a, part.b) if m),
+        table=task.records.nbytes,
+    )
+
 
 class DirectPath:
     """Everything that direct tasks need on one rank.
@@ -99,8 +125,7 @@ class DirectPath:
         self.table = SlotTable(slots, count, device)
         self.routing = Routing(max_tokens, slots, device)
         self.empty = make_task({}, count, device)
-        self._cores_nbytes = self._factors_nbytes = 0
-        self._records_nbytes = self.empty.records.nbytes
+        self._tasks = task_memory(self.empty)
 
     # --- tasks ---
 
@@ -126,21 +151,19 @@ class DirectPath:
                     parts[number] = SliceTask(core=core, core_rank=rank)
                 elif module.rank:
                     parts[number] = self._private(module, layout)
-        parts, nbytes = _place_cores(parts, self.dtype, self.device)
-        self._cores_nbytes += nbytes
-        self._factors_nbytes += sum(
-            matrix.nbytes for part in parts.values() for matrix in (part.a, part.b) if matrix
-        )
-        task = make_task(parts, self._count, self.device)
-        self._records_nbytes += task.records.nbytes
+        task = make_task(_place_cores(parts, self.dtype, self.device), self._count, self.device)
+        self._tasks += task_memory(task)
         return task
+
+    def drop_task(self, task: DirectTask) -> None:
+        """Leave a task that ``make_task`` made out of the books; who holds it lets it go."""
+        self._tasks += -task_memory(task)
 
     def memory(self) -> DirectMemory:
         """What all of it takes on the device."""
         bases = sum(m.nbytes for layer in self.layers.values() for m in _bases(layer))
         slots = self.table.records.nbytes + self.table.codebook.nbytes
-        table = slots + self.routing.nbytes + self._records_nbytes
-        return DirectMemory(bases, self._cores_nbytes, self._factors_nbytes, table)
+        return DirectMemory(bases=bases, table=slots + self.routing.nbytes) + self._tasks
 
     def _task_obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
         record = checkpoint.record(task_id)
@@ -318,8 +341,8 @@ def _bases(layer: DirectLayer) -> Iterator[PackedMatrix]:
 
 def _place_cores(
     parts: Mapping[int, SliceTask], dtype: torch.dtype, device: torch.device
-) -> tuple[dict[int, SliceTask], int]:
-    """The same parts with all cores in one allocation of the dtype, and its bytes."""
+) -> dict[int, SliceTask]:
+    """The same parts with all cores in one allocation of the dtype."""
     cores = {number: part.core for number, part in parts.items() if part.core is not None}
     sizes = {n: -(-c.numel() // CORE_ALIGNMENT) * CORE_ALIGNMENT for n, c in cores.items()}
     whole = torch.zeros(sum(sizes.values()), dtype=dtype, device=device)
@@ -329,7 +352,7 @@ def _place_cores(
         view.copy_(core)
         placed[number] = replace(parts[number], core=view)
         offset += sizes[number]
-    return placed, whole.nbytes
+    return placed
 
 
 def _core(module: StoredModule, k_out: int, k_in: int) -> tuple[torch.Tensor, int]:

@@ -23,7 +23,7 @@ from vllm.lora.utils import is_base_embedding_weights
 from vllm.platforms import current_platform
 
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.identity import parse_task_path
@@ -35,12 +35,15 @@ from vllm_vlora.plugin.layers import (
     read_layouts,
     slot_nbytes,
 )
+from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
 from vllm_vlora.plugin.slots import SlotWriter
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 logger = init_logger("vllm.plugins.vlora")
+# As bytes over a budget: whatever gives way may help.
+_ALL = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,36 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             except ValueError as error:
                 raise ModelMismatchError(f"{task.path}: task {task.task_id!r}: {error}") from error
         return model
+
+    # --- tasks that come after start-up ---
+
+    def hold(self, request: LoRARequest) -> Held:
+        """Load the task of one of our requests unless it is resident; an error is in the answer.
+
+        Nothing is raised: with several workers, each must answer.
+        """
+        try:
+            self.task_model(request)
+        except torch.OutOfMemoryError:
+            return Held(late=True, over=_ALL)
+        except VLoRAError as error:
+            return Held(late=True, error=error)
+        except Exception as error:
+            logger.exception("vllm-vlora: %s cannot be loaded", request.lora_path)
+            return Held(late=True, error=TaskLoadError(f"{request.lora_path}: {error}"))
+        if not self.vlora_store.is_late(request.lora_path):
+            return Held(late=False)
+        budget = self.setup.settings.late_mib * 2**20
+        return Held(late=True, over=self.vlora_store.late_nbytes - budget)
+
+    def forget(self, path: str) -> None:
+        """Let go of a task that came after start-up and of the adapters that stand for it."""
+        for adapter_id, model in list(self.list_adapters().items()):
+            if isinstance(model, TaskLoRAModel) and model.task.path == path:
+                self.remove_adapter(adapter_id)
+        if self._writer is not None:
+            self._writer.drop(path)
+        self.vlora_store.forget(path)
 
     # --- direct tasks ---
 

@@ -1,5 +1,8 @@
 """Tasks that are resident in a worker's memory: bases once, every task packed, all on device.
 
+What is loaded at start-up stays. A task that comes later stays until it is forgotten: the engine core
+decides that (see ``residency``), which alone knows what is asked for.
+
 A task is held in one of two forms: as a direct task, or as the sources from which it is materialized.
 """
 
@@ -14,13 +17,15 @@ import torch
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
-from vllm_vlora.plugin.direct import DirectPath
+from vllm_vlora.plugin.direct import DirectPath, task_memory
 from vllm_vlora.plugin.identity import TaskPath, task_path
 from vllm_vlora.quantize import PackedMatrix
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 from vllm_vlora.triton_kernels.direct import DirectTask
 
+BasisKey = tuple[str, str, str]
+"""Digest of all bases, module, representation of the tasks that share one."""
 Check = Callable[[Checkpoint, Iterable[str], bool], None]
 MakePath = Callable[[Checkpoint], DirectPath]
 
@@ -44,13 +49,19 @@ class ResidentTask:
     obstacle: str = ""
 
 
+@dataclass(frozen=True)
+class _Late:
+    """A task that came after start-up: bytes of its own, and the bases that it needs beside them."""
+
+    nbytes: int
+    bases: frozenset[BasisKey]
+
+
 class ResidentStore:
     """The tasks of one worker by their ``lora_path``, which names their content.
 
     Bases and private factors keep their stored precision; only the cores of joint tasks, which are
-    small, are unpacked. A task that was loaded stays: the API server may hold its path for as long as
-    it lives, and a request whose task must be read from disk can fail, which inside a step ends the
-    engine. So a re-published task costs the bytes of its old state until the engine ends.
+    small, are unpacked.
 
     Args:
         device: where the tensors lie.
@@ -75,6 +86,9 @@ class ResidentStore:
         self._tasks: dict[str, ResidentTask] = {}
         # By the digest of all bases, then by module and the representation of the tasks that share it.
         self._bases: dict[str, dict[tuple[str, str], Basis]] = {}
+        self._late: dict[str, _Late] = {}
+        self._preloading = False
+        self._preloaded_bases: set[BasisKey] = set()
         self.seconds = 0.0
 
     def __len__(self) -> int:
@@ -95,7 +109,10 @@ class ResidentStore:
         checkpoint = Checkpoint.open(folder)
         if make_path is not None:
             self.direct = make_path(checkpoint)
+        self._preloading = True
         self._load_all(checkpoint, checkpoint.tasks)
+        self._preloading = False
+        self._preloaded_bases = set(self._basis_keys())
         self.seconds = time.perf_counter() - started
         return checkpoint
 
@@ -119,36 +136,52 @@ class ResidentStore:
             "request with vllm_vlora.lora_request"
         )
 
+    def is_late(self, path: str) -> bool:
+        """Whether a task came after start-up and is held."""
+        return path in self._late
+
+    @property
+    def late_nbytes(self) -> int:
+        """Bytes on the device of what came after start-up."""
+        late = [
+            self._bases[digest][module, representation]
+            for digest, module, representation in set(self._basis_keys()) - self._preloaded_bases
+        ]
+        return sum(task.nbytes for task in self._late.values()) + sum(
+            sum(_storages(_basis_tensors(basis)).values()) for basis in late
+        )
+
+    def forget(self, path: str) -> None:
+        """Let go of a task that came after start-up, if it is held, and of bases that no task needs."""
+        if self._late.pop(path, None) is not None:
+            task = self._tasks.pop(path)
+            if task.direct is not None:
+                assert self.direct is not None
+                self.direct.drop_task(task.direct)
+        needed = self._preloaded_bases.union(*(task.bases for task in self._late.values()))
+        for digest, module, representation in set(self._basis_keys()) - needed:
+            del self._bases[digest][module, representation]
+
+    def _basis_keys(self) -> Iterable[BasisKey]:
+        return [(digest, *key) for digest, held in self._bases.items() for key in held]
+
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held on the device; storage shared by several is counted once."""
-        direct = 0
-        if self.direct is not None:
-            memory = self.direct.memory()
-            direct = memory.bases + memory.cores + memory.factors + memory.table
+        direct = 0 if self.direct is None else self.direct.memory().total
         return direct + self.materialized_nbytes
 
     @property
     def materialized_nbytes(self) -> int:
         """Bytes of what is not held for direct tasks."""
-        storages = {}
-        for tensor in self._tensors():
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        return sum(_storages(self._tensors()).values())
 
     def _tensors(self) -> Iterable[torch.Tensor]:
         for bases in self._bases.values():
             for basis in bases.values():
-                yield from basis.u.parts.values()
-                yield from basis.v.parts.values()
+                yield from _basis_tensors(basis)
         for task in self._tasks.values():
-            yield from task.extra.values()
-            for pair in task.sources.values():
-                for source in pair:
-                    yield from source.matrix.parts.values()
-                    if source.left is not None:
-                        yield source.left
+            yield from _task_tensors(task)
 
     def _load_all(self, checkpoint: Checkpoint, task_ids: Iterable[str]) -> None:
         obstacles = {task_id: self._obstacle(checkpoint, task_id) for task_id in task_ids}
@@ -180,7 +213,7 @@ class ResidentStore:
         if obstacle is None:
             assert self.direct is not None
             task = self.direct.make_task(stored)
-            self._tasks[path] = ResidentTask(task_id, path, rank, {}, {}, task)
+            self._keep(ResidentTask(task_id, path, rank, {}, {}, task), frozenset())
             return
         bases = self._bases.get(checkpoint.basis_digest, {})
         sources = {
@@ -189,8 +222,26 @@ class ResidentStore:
             )
             for name, module in stored.modules.items()
         }
+        used = frozenset(
+            (checkpoint.basis_digest, name, module.representation)
+            for name, module in stored.modules.items()
+            if not module.is_private
+        )
         extra = dict(stored.extra)
-        self._tasks[path] = ResidentTask(task_id, path, rank, sources, extra, None, obstacle)
+        self._keep(ResidentTask(task_id, path, rank, sources, extra, None, obstacle), used)
+
+    def _keep(self, task: ResidentTask, bases: frozenset[BasisKey]) -> None:
+        self._tasks[task.path] = task
+        if self._preloading:
+            return
+        if task.direct is not None:
+            nbytes = task_memory(task.direct).total
+        else:
+            shared = [self._bases[digest][module, kind] for digest, module, kind in bases]
+            others = _storages(tensor for basis in shared for tensor in _basis_tensors(basis))
+            own = _storages(_task_tensors(task))
+            nbytes = sum(size for place, size in own.items() if place not in others)
+        self._late[task.path] = _Late(nbytes, bases)
 
     def _load_bases(self, checkpoint: Checkpoint, task_ids: list[str]) -> None:
         """Hold the packed bases that these tasks are materialized from."""
@@ -218,3 +269,23 @@ class ResidentStore:
     def _by_slot(self, matrix: PackedMatrix) -> PackedMatrix:
         """On CPU: the matrix laid out as a slot's B is, which is several times quicker to copy from."""
         return matrix.by_columns() if self._device.type == "cpu" else matrix
+
+
+def _basis_tensors(basis: Basis) -> Iterable[torch.Tensor]:
+    yield from basis.u.parts.values()
+    yield from basis.v.parts.values()
+
+
+def _task_tensors(task: ResidentTask) -> Iterable[torch.Tensor]:
+    yield from task.extra.values()
+    for pair in task.sources.values():
+        for source in pair:
+            yield from source.matrix.parts.values()
+            if source.left is not None:
+                yield source.left
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address -> bytes of what the tensors lie in."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}

@@ -218,9 +218,20 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.add_request",
-        "asks the workers which of our tasks need a slot",
+        "its task is loaded before it; asks the workers which of our tasks need a slot",
         ("self", "request", "request_wave"),
-        direct=True,
+    )
+    yield Seam(
+        _CORE,
+        "EngineCore.add_lora",
+        "tasks that come after start-up stay within their budget",
+        ("self", "lora_request"),
+    )
+    yield Seam(
+        "vllm.v1.executor.abstract",
+        "Executor.determine_available_memory",
+        "the KV cache leaves the budget free",
+        ("self",),
     )
     yield Seam(
         _SERVING,
@@ -343,8 +354,17 @@ def _called() -> Iterator[Seam]:
         "vllm.v1.executor.abstract",
         "Executor.collective_rpc",
         "asks the workers",
-        accepts=("method",),
-        direct=True,
+        accepts=("method", "args"),
+    )
+    yield Seam(
+        "vllm.v1.engine.exceptions", "EngineDeadError", "is not taken for a load that failed"
+    )
+    yield Seam(
+        _CORE,
+        "EngineCoreProc._send_error_outputs_to_client",
+        "the end of a request whose task cannot be loaded again",
+        ("self", "req_ids", "client_index"),
+        optional=True,
     )
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "pipeline parallel is refused", ())
@@ -433,24 +453,21 @@ def _held() -> Iterator[Seam]:
     yield Seam(_WORKER, "WorkerLoRAManager._adapter_manager", "our manager")
     for name in ("engine_client", "lora_requests"):
         yield Seam(_SERVING, f"OpenAIServingModels.{name}", "lists every task in /v1/models")
-    for name in ("lora_config", "requests"):
-        yield Seam(_SCHEDULER, f"Scheduler.{name}", "slots, requests inside", direct=True)
+    yield Seam(_SCHEDULER, "Scheduler.lora_config", "slots", direct=True)
+    yield Seam(_SCHEDULER, "Scheduler.requests", "requests inside")
+    yield Seam("vllm.v1.engine.llm_engine", "LLMEngine.engine_core", "its client of the engine core")
+    yield Seam("vllm.v1.engine.core_client", "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):
-        yield Seam(_CORE, f"EngineCore.{name}", "asks the workers", direct=True)
-    for name in ("request_id", "lora_request"):
-        yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is", direct=True)
+        yield Seam(_CORE, f"EngineCore.{name}", "asks the workers")
+    for name in ("request_id", "lora_request", "client_index"):
+        yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is")
+    yield Seam("vllm.config", "CacheConfig.kv_cache_memory_bytes", "is memory measured?")
     yield Seam(
         "vllm.v1.worker.lora_model_runner_mixin",
         "LoRAModelRunnerMixin.lora_manager",
         "our manager, in a worker",
-        direct=True,
     )
-    yield Seam(
-        "vllm.v1.worker.worker_base",
-        "WorkerBase.model_runner",
-        "our manager, in a worker",
-        direct=True,
-    )
+    yield Seam("vllm.v1.worker.worker_base", "WorkerBase.model_runner", "our manager, in a worker")
     for name in ("max_loras", "max_lora_rank", "fully_sharded_loras", "specialize_active_lora"):
         yield Seam("vllm.config", f"LoRAConfig.{name}", "slots, ranks, what is refused")
     for name in ("additional_config", "compilation_config", "lora_config", "model_config"):

@@ -53,7 +53,7 @@ class SlotWriter:
     """Writes tasks into slots.
 
     ``layouts`` has every slice of every layer. What a task's writes need is arranged once and kept
-    for as long as the task, which is for ever: some 300 bytes a factor on a GPU, and on a CPU a copy
+    until the task is dropped: some 300 bytes a factor on a GPU, and on a CPU a copy
     of the packed factors that do not lie as the slots do (see ``plan_materialize``).
 
     A slot keeps what was written to it when its adapter leaves, so the writer remembers how far each
@@ -118,6 +118,10 @@ class SlotWriter:
         if slot in self._slots:
             into = self._slots[slot]
             into.rows = [len(side) for side in into.sides]
+
+    def drop(self, path: str) -> None:
+        """Let go of what is kept for a task's writes, if anything is."""
+        self._plans.pop(path, None)
 
     def _slot(self, slot: int) -> _Slot:
         held = self._slots.get(slot)
