@@ -98,7 +98,7 @@ def test_what_does_not_fit_beside_the_tasks_in_use_is_its_callers_error(engine: 
     from vllm_vlora import lora_request
 
     requests = {name: lora_request(engine.late, name) for name in COPIES}
-    with pytest.raises(MemoryBudgetError, match="no room for task 'late-.*VLLM_VLORA_LATE_MIB"):
+    with pytest.raises(MemoryBudgetError, match=r"no room for task 'late-.*VLLM_VLORA_LATE_MIB"):
         engine.ask(list(requests.values()))
     assert not engine.llm.llm_engine.has_unfinished_requests()
     # The engine lives, those held answer, and room is made for others again.
@@ -122,3 +122,38 @@ def test_a_task_that_gave_way_and_is_gone_is_an_error_and_the_engine_lives(engin
         engine.ask([first])
     assert engine.ask([None]) == [engine.answer("base")]
     engine.held()
+
+
+KV = """
+import json, os, sys
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE")  # So that vLLM measures.
+from vllm import LLM
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+found, measure = [], CPUWorker.determine_available_memory
+
+def record(self):
+    found.append(measure(self))
+    return found[-1]
+
+CPUWorker.determine_available_memory = record
+
+def main():
+    job = json.loads(sys.argv[1])
+    llm = LLM(job["model"], gpu_memory_utilization=0.2, **job["lora"], **job["arguments"])
+    held = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    used = sum(tensor.size for tensor in held.kv_cache_tensors)
+    print("RESULT " + json.dumps([found, used, used // held.num_blocks]), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize(("lora", "left_mib"), [({"enable_lora": True}, 700), ({}, 0)])
+def test_the_kv_cache_leaves_the_budget_free(
+    world: World, lora: dict[str, Any], left_mib: int
+) -> None:
+    job = {"model": str(world.model), "arguments": ENGINE_ARGUMENTS, "lora": lora}
+    (found,), used, block = run_script(KV, json.dumps(job), VLLM_VLORA_LATE_MIB="700")
+    assert 0 <= found - left_mib * 2**20 - used < block

@@ -168,9 +168,7 @@ def ensure_before_add_request(original: Callable[..., Any]) -> Callable[..., Any
                 refuse = getattr(self, "_send_error_outputs_to_client", None)
                 if refuse is None:
                     raise
-                from vllm_vlora.plugin.manager import logger
-
-                logger.exception("vllm-vlora: request %s is refused", request.request_id)
+                _logger().exception("vllm-vlora: request %s is refused", request.request_id)
                 return refuse([request.request_id], request.client_index)
         return original(self, request, request_wave)
 
@@ -188,6 +186,18 @@ def leave_memory(original: Callable[..., Any], late_mib: int) -> Callable[..., A
         found = original(self)
         if self.lora_config is None or self.cache_config.kv_cache_memory_bytes is not None:
             return found
+        _logger().info(
+            "vllm-vlora: %d MiB of each device are kept out of the KV cache for tasks that are loaded "
+            "after start-up (%s)",
+            late_mib,
+            LATE_VARIABLE,
+        )
         return [nbytes - late_mib * 2**20 for nbytes in found]
 
     return determine_available_memory
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.plugins.vlora")

@@ -455,8 +455,12 @@ def _held() -> Iterator[Seam]:
         yield Seam(_SERVING, f"OpenAIServingModels.{name}", "lists every task in /v1/models")
     yield Seam(_SCHEDULER, "Scheduler.lora_config", "slots", direct=True)
     yield Seam(_SCHEDULER, "Scheduler.requests", "requests inside")
-    yield Seam("vllm.v1.engine.llm_engine", "LLMEngine.engine_core", "its client of the engine core")
-    yield Seam("vllm.v1.engine.core_client", "InprocClient.engine_core", "an engine core in process")
+    yield Seam(
+        "vllm.v1.engine.llm_engine", "LLMEngine.engine_core", "its client of the engine core"
+    )
+    yield Seam(
+        "vllm.v1.engine.core_client", "InprocClient.engine_core", "an engine core in process"
+    )
     for name in ("scheduler", "model_executor"):
         yield Seam(_CORE, f"EngineCore.{name}", "asks the workers")
     for name in ("request_id", "lora_request", "client_index"):
