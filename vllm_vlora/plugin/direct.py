@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,8 @@ class DirectPath:
         device, dtype: of the layers' inputs.
         packed_basis: keep quantised bases packed where a rank's share can be cut from them.
         ignored_extra: whether a tensor beside the LoRA weights is one that serving leaves out.
+        elsewhere: modules of the other pipeline-parallel ranks -> whether they have a direct form there.
+            How a task runs is decided from all of its modules, and so alike on every rank.
     """
 
     def __init__(
@@ -102,11 +105,13 @@ class DirectPath:
         dtype: torch.dtype,
         packed_basis: bool = False,
         ignored_extra: Callable[[str], bool] = lambda name: False,
+        elsewhere: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
         self.dtype, self.device = dtype, device
         self.basis_digest = checkpoint.basis_digest
         self._engine_name = engine_name
         self._ignored_extra = ignored_extra
+        self._elsewhere = elsewhere
         self._layouts = list(layouts)
         self._slices: dict[str, list[tuple[int, SliceLayout]]] = {}
         count = 0
@@ -116,7 +121,11 @@ class DirectPath:
                 count += 1
         self._count = count
         users = _users(checkpoint, self._task_obstacle)
-        self.layers = _make_layers(self, checkpoint, users, packed_basis)
+        self._joint = {engine_name(module.name) for segment, module in users if segment.is_joint}
+        # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
+        self._max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
+        bases = _load_bases(self, checkpoint, packed_basis)
+        self.layers = _make_layers(self._layouts, bases, self._max_rank, dtype)
         self._by_slice = {
             layer.index + place: layer
             for layer in self.layers.values()
@@ -145,7 +154,8 @@ class DirectPath:
         """A stored task, whose tensors are on the device, in the form that the kernels read."""
         parts: dict[int, SliceTask] = {}
         for name, module in stored.modules.items():
-            for number, layout in self._slices[self._engine_name(name)]:
+            # What is another pipeline rank's has no slices here.
+            for number, layout in self._slices.get(self._engine_name(name), ()):
                 if module.is_joint:
                     core, rank = _core(module, *self._widths(number))
                     parts[number] = SliceTask(core=core, core_rank=rank)
@@ -176,26 +186,24 @@ class DirectPath:
             return f"it carries {heads[0]}, which stands in a slot"
         for segment in segments:
             module = checkpoint.modules[segment.module]
-            parts = self._slices.get(self._engine_name(module.name))
-            if parts is None:
+            name = self._engine_name(module.name)
+            parts = self._slices.get(name, [])
+            if not parts and not self._elsewhere.get(name):
                 return f"{module.name} is a layer without a direct form"
-            if any(len(part.runs_a) != 1 or len(part.runs_b) != 1 for _, part in parts):
+            if not all(part.is_whole_run for _, part in parts):
                 return f"{module.name} is cut into several pieces on a tensor-parallel rank"
         return None
 
     def _segment_obstacle(self, segment: Segment, module: str, basis: str) -> str | None:
         """Why the layers, as they were made, cannot take a segment."""
-        for number, _ in self._slices[self._engine_name(module)]:
-            layer = self._by_slice.get(number)
-            if segment.is_joint:
-                part = layer.slices[number - layer.index] if layer else None
-                if part is None or part.u is None or basis != self.basis_digest:
-                    return f"{module} has another basis than the engine started with"
-            elif segment.rank > (layer.max_rank if layer else 0):
-                return (
-                    f"{module} has rank {segment.rank}, more than the private tasks that the engine "
-                    "started with"
-                )
+        if segment.is_joint:
+            if basis != self.basis_digest or self._engine_name(module) not in self._joint:
+                return f"{module} has another basis than the engine started with"
+        elif segment.rank > self._max_rank:
+            return (
+                f"{module} has rank {segment.rank}, more than the private tasks that the engine "
+                "started with"
+            )
         return None
 
     def _widths(self, number: int) -> tuple[int, int]:
@@ -232,18 +240,11 @@ def _users(
 
 
 def _make_layers(
-    path: DirectPath,
-    checkpoint: Checkpoint,
-    users: list[tuple[Segment, ModuleSpec]],
-    packed_basis: bool,
+    layouts: Iterable[LayerLayout], bases: dict[str, Basis], max_rank: int, dtype: torch.dtype
 ) -> dict[str, DirectLayer]:
-    joint = {path._engine_name(m.name) for s, m in users if s.is_joint}
-    bases = _load_bases(path, checkpoint, joint, packed_basis)
-    # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
-    max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
     layers, index = {}, 0
-    for layout in path._layouts:
-        layer = _make_layer(layout, index, bases, max_rank, path.dtype)
+    for layout in layouts:
+        layer = _make_layer(layout, index, bases, max_rank, dtype)
         if layer is not None:
             layers[layout.name] = layer
         index += len(layout.slices)
@@ -282,14 +283,12 @@ def _start(run: Run, full: int) -> int:
     return 0 if run.width == full else run.source % NF4_BLOCK
 
 
-def _load_bases(
-    path: DirectPath, checkpoint: Checkpoint, wanted: set[str], packed: bool
-) -> dict[str, Basis]:
+def _load_bases(path: DirectPath, checkpoint: Checkpoint, packed: bool) -> dict[str, Basis]:
     """This rank's share of every wanted basis by the engine's name; host copies are not kept."""
     bases: dict[str, Basis] = {}
     for module, basis in checkpoint.bases():
         name = path._engine_name(module)
-        if name not in wanted:
+        if name not in path._joint or name in path._elsewhere:
             continue
         (_, layout), *others = path._slices[name]
         assert not others, f"{name} stands in several layers"

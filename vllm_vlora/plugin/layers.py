@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+from vllm.distributed import get_pp_group
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
 from vllm.lora.utils import parse_fine_tuned_lora_name
@@ -36,7 +37,8 @@ def engine_name(manager: Any, name: str) -> str:
 
 def _has_module(manager: Any, name: str) -> bool:
     packed = manager.packed_modules
-    return any(name in packed.get(module, [module]) for module in manager.modules)
+    here = any(name in packed.get(module, [module]) for module in manager.modules)
+    return here or name in manager.elsewhere
 
 
 def read_layouts(manager: Any) -> list[SliceLayout]:
@@ -64,6 +66,23 @@ def read_direct_layouts(manager: Any) -> list[LayerLayout]:
         for name, layer in manager.modules.items()
         if isinstance(layer, BaseLinearLayerWithLoRA) and layer.punica_wrapper is wrapper
     ]
+
+
+def read_elsewhere(manager: Any) -> dict[str, bool]:
+    """Modules of the other pipeline-parallel ranks -> whether they have a direct form there.
+
+    Every rank of the pipeline must ask at the same point of its start.
+    """
+    group = get_pp_group()
+    if group.world_size == 1:
+        return {}
+    mine = dict.fromkeys((layout.name for layout in read_layouts(manager)), False)
+    for layer in read_direct_layouts(manager):
+        mine.update((part.name, part.is_whole_run) for part in layer.slices)
+    of_all: list[dict[str, bool]] = [{} for _ in range(group.world_size)]
+    torch.distributed.all_gather_object(of_all, mine, group=group.cpu_group)
+    merged = {name: form for theirs in of_all for name, form in theirs.items()}
+    return {name: form for name, form in merged.items() if name not in mine}
 
 
 def _language_wrapper(manager: Any) -> Any:

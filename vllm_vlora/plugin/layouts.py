@@ -41,6 +41,11 @@ class SliceLayout:
     runs_b: tuple[Run, ...]
     at_most: bool = False
 
+    @property
+    def is_whole_run(self) -> bool:
+        """Whether this rank holds one run of columns of either side, as the direct kernels need."""
+        return len(self.runs_a) == 1 and len(self.runs_b) == 1
+
 
 def index_runs(indices: torch.Tensor) -> tuple[Run, ...]:
     """Consecutive runs of a 1-D tensor of column indices, in the order in which a rank holds them."""

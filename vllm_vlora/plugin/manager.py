@@ -32,6 +32,7 @@ from vllm_vlora.plugin.layers import (
     engine_name,
     is_fused_moe,
     read_direct_layouts,
+    read_elsewhere,
     read_layouts,
     slot_nbytes,
 )
@@ -82,6 +83,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         kwargs["lora_config"] = _config_of_slots(kwargs["lora_config"], self.setup)
         self._vllm_config = kwargs["vllm_config"]
         super().__init__(*args, **kwargs)
+        self.elsewhere = read_elsewhere(self)
         self._writer: SlotWriter | None = None
         self._engine_name = functools.cache(functools.partial(engine_name, self))
         self.vlora_store = ResidentStore(
@@ -89,6 +91,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             self._engine_name,
             self._check,
             only_direct=self.setup.settings.mode == "direct",
+            elsewhere=self.elsewhere,
         )
         self._direct_models: dict[int, TaskLoRAModel] = {}
         self._direct_slots: DirectSlots | None = None
@@ -142,7 +145,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     def writer(self) -> SlotWriter:
         """The writer over this model's layers, made on first use."""
         if self._writer is None:
-            self._writer = SlotWriter(read_layouts(self), self.lora_config.max_lora_rank)
+            self._writer = SlotWriter(
+                read_layouts(self), self.lora_config.max_lora_rank, self.elsewhere
+            )
         return self._writer
 
     def task_model(self, request: LoRARequest) -> TaskLoRAModel:
@@ -311,6 +316,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             dtype=self._vllm_config.model_config.dtype,
             packed_basis=self.setup.settings.packed_basis,
             ignored_extra=is_base_embedding_weights,
+            elsewhere=self.elsewhere,
         )
 
     def _attach(self, path: DirectPath) -> None:
@@ -423,6 +429,11 @@ def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager)
         if is_base_embedding_weights(name):
             continue  # An unchanged copy of base weights; stock vLLM leaves it out as well.
         module = name.split(".")[-2] if "." in name else name
+        if manager.elsewhere:
+            raise ModelMismatchError(
+                f"{checkpoint.path}: task {task_id!r} carries {name}, a head, which is not served with "
+                "pipeline parallel, where the last rank alone has it; use tensor parallel instead"
+            )
         supported: set[str] = getattr(manager, "supported_modules_to_save", set())
         if module not in supported:
             raise ModelMismatchError(
@@ -438,12 +449,6 @@ def _refuse_config(manager: TaskLoRAManager) -> None:
     if manager.lora_config.fully_sharded_loras:
         raise ModelMismatchError(
             "vllm-vlora does not serve --fully-sharded-loras; start vLLM without it"
-        )
-    from vllm.distributed import get_pp_group
-
-    if get_pp_group().world_size > 1:
-        raise ModelMismatchError(
-            "vllm-vlora does not serve pipeline parallel yet; use tensor parallel instead"
         )
 
 

@@ -9,13 +9,13 @@ A task is held in one of two forms: as a direct task, or as the sources from whi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.direct import DirectPath, task_memory
 from vllm_vlora.plugin.identity import TaskPath, task_path
@@ -69,6 +69,8 @@ class ResidentStore:
         check: called with a checkpoint, task ids and whether they run direct before these are loaded;
             raises when the served model cannot take them.
         only_direct: refuse tasks that cannot run direct.
+        elsewhere: the engine's names of modules that other pipeline-parallel ranks have; what is stored
+            for them is left out.
     """
 
     def __init__(
@@ -77,11 +79,13 @@ class ResidentStore:
         engine_name: Callable[[str], str],
         check: Check,
         only_direct: bool = False,
+        elsewhere: Collection[str] = (),
     ) -> None:
         self._device = device
         self._engine_name = engine_name
         self._check = check
         self._only_direct = only_direct
+        self._elsewhere = elsewhere
         self.direct: DirectPath | None = None
         self._tasks: dict[str, ResidentTask] = {}
         # By the digest of all bases, then by module and the representation of the tasks that share it.
@@ -209,7 +213,7 @@ class ResidentStore:
         if path in self._tasks:
             return
         rank = checkpoint.record(task_id).max_rank
-        stored = checkpoint.load_task(task_id, self._device)
+        stored = self._read(checkpoint, task_id)
         if obstacle is None:
             assert self.direct is not None
             task = self.direct.make_task(stored)
@@ -250,7 +254,7 @@ class ResidentStore:
             (checkpoint.modules[segment.module].name, segment.representation)
             for task_id in task_ids
             for segment in checkpoint.record(task_id).segments
-            if not segment.is_private
+            if not segment.is_private and self._is_here(checkpoint.modules[segment.module].name)
         }
         if wanted <= held.keys():
             return
@@ -259,6 +263,25 @@ class ResidentStore:
             if key in wanted and key not in held:
                 u = basis.u.to(self._device)
                 held[key] = Basis(self._by_slot(u), basis.v.to(self._device))
+
+    def _is_here(self, module: str) -> bool:
+        return not self._elsewhere or self._engine_name(module) not in self._elsewhere
+
+    def _read(self, checkpoint: Checkpoint, task_id: str) -> StoredTask:
+        """A task on the device, without what other pipeline ranks have."""
+        if not self._elsewhere:
+            return checkpoint.load_task(task_id, self._device)
+        # Copies of what stays: views would keep the whole file's tensors.
+        whole = checkpoint.load_task(task_id)
+        modules = {
+            name: replace(
+                module,
+                matrices={n: _copy(m, self._device) for n, m in module.matrices.items()},
+            )
+            for name, module in whole.modules.items()
+            if self._is_here(name)
+        }
+        return replace(whole, modules=modules)
 
     def _lay_out(self, module: StoredModule) -> StoredModule:
         if not module.is_private:
@@ -289,3 +312,8 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """Address -> bytes of what the tensors lie in."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _copy(matrix: PackedMatrix, device: torch.device) -> PackedMatrix:
+    parts = {name: part.to(device, copy=True) for name, part in matrix.parts.items()}
+    return PackedMatrix(matrix.format, matrix.rows, matrix.cols, parts)

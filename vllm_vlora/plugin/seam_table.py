@@ -367,7 +367,7 @@ def _called() -> Iterator[Seam]:
         optional=True,
     )
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
-    yield Seam("vllm.distributed", "get_pp_group", "pipeline parallel is refused", ())
+    yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
     yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
     yield Seam("vllm.envs", "VLLM_LORA_ENABLE_DUAL_STREAM", "refused in direct mode", direct=True)
     yield Seam(
@@ -484,11 +484,12 @@ def _held() -> Iterator[Seam]:
         optional=True,
     )
     yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.vllm_config", "is there --enable-lora?")
-    yield Seam(
-        "vllm.distributed.parallel_state",
-        "GroupCoordinator.world_size",
-        "pipeline parallel is refused",
-    )
+    for name in ("world_size", "cpu_group"):
+        yield Seam(
+            "vllm.distributed.parallel_state",
+            f"GroupCoordinator.{name}",
+            "what other pipeline ranks have",
+        )
 
 
 GROUPS: dict[str, tuple[Seam, ...]] = {

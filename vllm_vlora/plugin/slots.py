@@ -6,7 +6,7 @@ This module knows tensors only. ``layers`` reads vLLM's layers and describes eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +56,8 @@ class SlotWriter:
     until the task is dropped: some 300 bytes a factor on a GPU, and on a CPU a copy
     of the packed factors that do not lie as the slots do (see ``plan_materialize``).
 
+    ``elsewhere`` names modules that other pipeline-parallel ranks write.
+
     A slot keeps what was written to it when its adapter leaves, so the writer remembers how far each
     side of a slot is filled, and zeroes only what the next task leaves of that. Of a slot that it
     has not written nothing is known. Who writes to slots beside it must say so with ``forget``.
@@ -63,6 +65,7 @@ class SlotWriter:
 
     layouts: list[SliceLayout]
     max_rank: int
+    elsewhere: Collection[str] = ()
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _plans: dict[str, _TaskPlan] = field(default_factory=dict)
 
@@ -85,6 +88,8 @@ class SlotWriter:
                 )
         for module in (checkpoint.modules[index] for index in sorted(used)):
             name = engine_name(module.name)
+            if name in self.elsewhere:
+                continue
             if name not in layouts:
                 raise ModelMismatchError(
                     f"{checkpoint.path}: the served model has no LoRA layer for module "
