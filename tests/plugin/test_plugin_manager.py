@@ -35,15 +35,18 @@ def test_what_direct_tasks_were_not_made_for_is_refused(
 ) -> None:
     monkeypatch.delenv("VLLM_LORA_ENABLE_DUAL_STREAM", raising=False)
 
-    def config(specialize: bool) -> Any:
-        return SimpleNamespace(lora_config=SimpleNamespace(specialize_active_lora=specialize))
+    def config(specialize: bool = False, sharded: bool = False) -> Any:
+        lora = SimpleNamespace(specialize_active_lora=specialize, fully_sharded_loras=sharded)
+        return SimpleNamespace(lora_config=lora)
 
-    managing._refuse_direct_config(config(False))
+    managing._refuse_direct_config(config())
     with pytest.raises(ModelMismatchError, match=r"--specialize-active-lora; .*=materialize"):
-        managing._refuse_direct_config(config(True))
+        managing._refuse_direct_config(config(specialize=True))
+    with pytest.raises(ModelMismatchError, match=r"--fully-sharded-loras, whose .*=materialize"):
+        managing._refuse_direct_config(config(sharded=True))
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(ModelMismatchError, match=r"VLLM_LORA_ENABLE_DUAL_STREAM; .*=materialize"):
-        managing._refuse_direct_config(config(False))
+        managing._refuse_direct_config(config())
 
 
 @pytest.mark.parametrize(

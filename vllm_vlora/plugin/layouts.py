@@ -30,6 +30,8 @@ class SliceLayout:
         d_in, d_out: the module's shape over all ranks, which the checkpoint must have.
         runs_a, runs_b: which of the module's columns this rank holds.
         at_most: the checkpoint's d_in and d_out may be smaller (vocabularies are padded).
+        first_row: where in a task's A the rows begin that this rank holds, as many as ``a`` has; all but
+            zero come of ``--fully-sharded-loras``.
     """
 
     name: str
@@ -40,6 +42,7 @@ class SliceLayout:
     runs_a: tuple[Run, ...]
     runs_b: tuple[Run, ...]
     at_most: bool = False
+    first_row: int = 0
 
     @property
     def is_whole_run(self) -> bool:

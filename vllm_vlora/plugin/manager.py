@@ -304,7 +304,6 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             _log_direct(self, store.direct)
 
     def _make_direct_path(self, checkpoint: Checkpoint) -> DirectPath:
-        _refuse_config(self)
         _refuse_direct_config(self._vllm_config)
         return DirectPath(
             checkpoint,
@@ -327,7 +326,6 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
                 module.set_mapping(LayerPunica(self, module, layer))
 
     def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
-        _refuse_config(self)
         task_ids = list(task_ids)
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
@@ -445,18 +443,16 @@ def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager)
 # --- what is refused or warned of at start-up ------------------------------------------------------
 
 
-def _refuse_config(manager: TaskLoRAManager) -> None:
-    if manager.lora_config.fully_sharded_loras:
-        raise ModelMismatchError(
-            "vllm-vlora does not serve --fully-sharded-loras; start vLLM without it"
-        )
-
-
 def _refuse_direct_config(vllm_config: Any) -> None:
     """Refuse what direct tasks were not made for, with the way out."""
     from vllm import envs
 
     otherwise = "leave it out, or set VLLM_VLORA_MODE=materialize"
+    if vllm_config.lora_config.fully_sharded_loras:
+        raise ModelMismatchError(
+            "vllm-vlora does not run tasks direct with --fully-sharded-loras, whose layers gather what "
+            f"every rank shrank before they expand it, and the direct pass has no such half; {otherwise}"
+        )
     if vllm_config.lora_config.specialize_active_lora:
         raise ModelMismatchError(
             f"vllm-vlora does not run tasks direct with --specialize-active-lora; {otherwise}"

@@ -413,7 +413,7 @@ def _layers() -> Iterator[Seam]:
             yield Seam(_LAYERS, f"{owner}.{name}", "slots")
     for name, takes in (("slice_lora_a", "lora_a"), ("slice_lora_b", "lora_b")):
         yield Seam(_LAYERS, f"{column}.{name}", "what a rank keeps", ("self", takes))
-    for name in ("n_slices", "output_slices", "tp_size", "base_layer"):
+    for name in ("n_slices", "output_slices", "output_size", "tp_size", "base_layer"):
         yield Seam(_LAYERS, f"{column}.{name}", "shapes")
     yield Seam(
         _LAYERS,

@@ -7,7 +7,7 @@ This module knows tensors only. ``layers`` reads vLLM's layers and describes eac
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -146,11 +146,13 @@ class SlotWriter:
     def _plan(self, task: ResidentTask, slot: int) -> _TaskPlan:
         held = self._plans.get(task.path)
         if held is None:
-            outs = iter(self._slot(slot).table.outs)
+            into = self._slot(slot)
+            outs = iter(into.table.outs)
             jobs: list[MaterializeJob] = []
             rows: list[int] = []
-            for layout in self.layouts:
-                sources = task.sources.get(layout.name, (None, None))
+            for layout, held_a in zip(self.layouts, into.sides[::2]):
+                source_a, source_b = task.sources.get(layout.name, (None, None))
+                sources = _rows_of(source_a, layout.first_row, len(held_a)), source_b
                 for source, runs in zip(sources, (layout.runs_a, layout.runs_b)):
                     rows.append(0 if source is None else source.rank)
                     jobs += [_job(next(outs), source, run) for run in runs]
@@ -162,6 +164,18 @@ def _regions(view: torch.Tensor, runs: tuple[Run, ...]) -> list[torch.Tensor]:
     if len(runs) == 1:
         return [view]
     return [view[:, run.target : run.target + run.width] for run in runs]
+
+
+def _rows_of(source: SideSource | None, first: int, count: int) -> SideSource | None:
+    """At most ``count`` rows of a source from ``first`` on; None where there are none."""
+    if source is None or source.rank <= first:
+        return None
+    stop = min(first + count, source.rank)
+    if (first, stop) == (0, source.rank):
+        return source
+    if source.left is not None:
+        return replace(source, left=source.left[first:stop])
+    return replace(source, matrix=source.matrix.row_slice(first, stop))
 
 
 def _job(region: torch.Tensor, source: SideSource | None, run: Run) -> MaterializeJob:
