@@ -68,6 +68,23 @@ class TaskLoRAModel(LoRAModel):
         self.task = task
 
 
+class _AnyStreamPunica(LayerPunica):
+    """Also what a layer calls on its side stream (VLLM_LORA_ENABLE_DUAL_STREAM)."""
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        add_inputs: bool = True,
+    ) -> None:
+        """As without ``add_inputs``: where it is False y is zeros, and adding to them is writing."""
+        super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
+
+
 class TaskLoRAManager(LRUCacheLoRAModelManager):
     """vLLM's manager beside direct tasks, whose slots are filled from resident tasks where one is ours.
 
@@ -323,7 +340,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for name, module in self.modules.items():
             layer = path.layers.get(name)
             if layer is not None or (current_platform.is_cpu() and not _is_full_head(module)):
-                module.set_mapping(LayerPunica(self, module, layer))
+                module.set_mapping(_AnyStreamPunica(self, module, layer))
 
     def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
         task_ids = list(task_ids)
@@ -445,8 +462,6 @@ def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager)
 
 def _refuse_direct_config(vllm_config: Any) -> None:
     """Refuse what direct tasks were not made for, with the way out."""
-    from vllm import envs
-
     otherwise = "leave it out, or set VLLM_VLORA_MODE=materialize"
     if vllm_config.lora_config.fully_sharded_loras:
         raise ModelMismatchError(
@@ -455,11 +470,8 @@ def _refuse_direct_config(vllm_config: Any) -> None:
         )
     if vllm_config.lora_config.specialize_active_lora:
         raise ModelMismatchError(
-            f"vllm-vlora does not run tasks direct with --specialize-active-lora; {otherwise}"
-        )
-    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
-        raise ModelMismatchError(
-            f"vllm-vlora does not run tasks direct with VLLM_LORA_ENABLE_DUAL_STREAM; {otherwise}"
+            "vllm-vlora does not run tasks direct with --specialize-active-lora, which captures graphs "
+            f"by the number of adapters in a batch and counts direct tasks with them; {otherwise}"
         )
 
 

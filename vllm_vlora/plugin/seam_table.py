@@ -369,7 +369,6 @@ def _called() -> Iterator[Seam]:
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
     yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
-    yield Seam("vllm.envs", "VLLM_LORA_ENABLE_DUAL_STREAM", "refused in direct mode", direct=True)
     yield Seam(
         "vllm.lora.lora_weights",
         "LoRAFullModuleWeights",
