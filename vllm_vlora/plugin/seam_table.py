@@ -364,7 +364,6 @@ def _called() -> Iterator[Seam]:
         "EngineCoreProc._send_error_outputs_to_client",
         "the end of a request whose task cannot be loaded again",
         ("self", "req_ids", "client_index"),
-        optional=True,
     )
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
