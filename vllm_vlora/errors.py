@@ -63,6 +63,14 @@ class ModelMismatchError(VLoRAError):
     """The served model lacks a module of the checkpoint, or has it in another shape."""
 
 
+class MemoryBudgetError(VLoRAError):
+    """A task that is not loaded yet would take more memory than such tasks may."""
+
+
+class TaskLoadError(VLoRAError, ValueError):
+    """The engine could not load the task of a request; the message has the engine's reason."""
+
+
 class IncompatibleVLLMError(VLoRAError):
     """The installed vLLM is not one this plugin was checked on."""
 

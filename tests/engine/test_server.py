@@ -17,6 +17,9 @@ import pytest
 from engine_forks import start, stop
 from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact
 
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.plugin.identity import task_path
+
 pytestmark = pytest.mark.engine
 
 COMMAND = """
@@ -151,6 +154,61 @@ def test_runtime_updating_resolves_and_renews_tasks(world: World, tmp_path: Path
         assert _ids(server.text("task", PROMPTS[0])) == _words(world.reference[second][0])
         with pytest.raises(openai.NotFoundError):
             server.text("nobody", PROMPTS[0])
+    finally:
+        server.stop()
+
+
+def test_a_task_beyond_the_budget_is_a_bad_request_and_the_server_lives(
+    world: World, tmp_path: Path
+) -> None:
+    first, second, *_ = ADAPTERS
+    path = world.compress("full", {"task": world.adapters[first]}, ratio=0.1)
+    server = Server(
+        world, tmp_path / "log", path, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", VLLM_VLORA_LATE_MIB="0"
+    )
+    try:
+        assert server.wait(), server.log.read_text()[-4000:]
+        tasks = {"task": world.adapters[first], "new": world.adapters[second]}
+        world.compress("full", tasks, force=True, ratio=0.1)
+        with pytest.raises(openai.BadRequestError, match="'new' was found but could not be loaded"):
+            server.text("new", PROMPTS[0])
+        assert "no room for task 'new'" in server.log.read_text()
+        new = str(task_path(Checkpoint.open(path), "new"))
+        answer = httpx.post(
+            f"{server.url}/v1/load_lora_adapter",
+            json={"lora_name": "n", "lora_path": new},
+            timeout=60,
+        )
+        assert answer.status_code == 500
+        assert "may take VLLM_VLORA_LATE_MIB on each device" in answer.json()["error"]["message"]
+        assert _ids(server.text("task", PROMPTS[0])) == _words(world.reference[first][0])
+    finally:
+        server.stop()
+
+
+def test_a_task_that_gave_way_and_is_gone_fails_its_request_alone(
+    world: World, tmp_path: Path
+) -> None:
+    """The engine core finds it missing when the request comes, outside of every step."""
+    first, second, *_ = ADAPTERS
+    path = world.compress("gone", {"task": world.adapters[first]}, ratio=0.1)
+    server = Server(
+        world, tmp_path / "log", path, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", VLLM_VLORA_LATE_MIB="1"
+    )
+    try:
+        assert server.wait(), server.log.read_text()[-4000:]
+        late = [f"late-{i}" for i in range(14)]
+        tasks = {"task": world.adapters[first], **dict.fromkeys(late, world.adapters[second])}
+        world.compress("gone", tasks, force=True, ratio=0.1)
+        for name in late:
+            assert _ids(server.text(name, PROMPTS[0])) == _words(world.reference[second][0])
+        opened = Checkpoint.open(path)
+        (path / opened.record("late-0").file).unlink()
+        with pytest.raises(openai.InternalServerError):
+            server.text("late-0", PROMPTS[0])
+        assert "is refused" in server.log.read_text()
+        for name, stock in (("late-1", second), ("task", first)):
+            assert _ids(server.text(name, PROMPTS[0])) == _words(world.reference[stock][0])
     finally:
         server.stop()
 

@@ -12,6 +12,7 @@ from engine_world import (
     MAX_TOKENS,
     PROMPTS,
     World,
+    _for_stock,
     exact,
     mixed,
 )
@@ -102,3 +103,74 @@ def test_two_ranks_answer_as_stock_on_one_and_hold_what_the_plan_says(world: Wor
         assert rank["slots"] == plan.slots_nbytes
         total = rank["slots"] + rank["direct"] + rank["materialized"]
         assert total == plan.total_nbytes
+
+
+SHARDED = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm_vlora import lora_request
+
+def slot(worker, adapter):
+    manager = worker.model_runner.lora_manager._adapter_manager
+    place = manager.lora_index_to_id.index(adapter)
+    found = {}
+    for name, layer in manager.modules.items():
+        for side in ("lora_a_stacked", "lora_b_stacked"):
+            stacks = getattr(layer, side)
+            for i, stack in enumerate(stacks if isinstance(stacks, tuple) else (stacks,)):
+                found[f"{name} {side} {i}"] = stack[place].clone()
+    return found
+
+def main():
+    job = json.loads(sys.argv[1])
+    llm = LLM(job["model"], tensor_parallel_size=2, fully_sharded_loras=True, enable_lora=True,
+              max_loras=2, max_lora_rank=16, **job["arguments"])
+    ask = llm.llm_engine.engine_core.engine_core.model_executor.collective_rpc
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+
+    def generate(request):
+        done = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling,
+                            lora_request=[request] * len(job["prompts"]), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in done]
+
+    answers, unequal, rows = {}, [], set()
+    for number, (task, folder) in enumerate(job["adapters"].items(), 1):
+        for kind, path in job["checkpoints"].items():
+            answers[f"{kind}/{task}"] = generate(lora_request(path, task))
+        ours = lora_request(job["checkpoints"]["private"], task)
+        generate(ours)
+        answers[f"stock/{task}"] = generate(LoRARequest(task, number, folder))
+        pairs = zip(ask(slot, args=(ours.lora_int_id,)), ask(slot, args=(number,)))
+        for rank, (got, want) in enumerate(pairs):
+            unequal += [f"{task} {rank} {name}" for name in want if not got[name].equal(want[name])]
+            rows |= {(name.split()[0].split(".")[-1], name.split()[1], want[name].shape[1])
+                     for name in want if "layers" in name}
+    print("RESULT " + json.dumps([answers, unequal, sorted(rows)]), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_fully_sharded_slots_hold_what_stock_puts_there(world: World) -> None:
+    """A of column-parallel and B of row-parallel layers are cut as well: ranks of A, outputs of B."""
+    job = {
+        "model": str(world.model),
+        "checkpoints": {kind: str(exact(world, kind)) for kind in ("private", "joint")},
+        "adapters": {name: str(_for_stock(path)) for name, path in world.adapters.items()},
+        "arguments": ENGINE_ARGUMENTS,
+        "max_tokens": MAX_TOKENS,
+        "prompts": PROMPTS,
+    }
+    answers, unequal, rows = run_script(
+        SHARDED,
+        json.dumps(job),
+        VLLM_VLORA_CHECKPOINT=job["checkpoints"]["private"],
+        VLLM_VLORA_MODE="materialize",
+    )
+    for name, tokens in answers.items():
+        assert tokens == world.reference[name.split("/", 1)[1]], name
+    assert unequal == []
+    assert ["qkv_proj", "lora_a_stacked", 8] in rows
+    assert ["o_proj", "lora_b_stacked", 64] in rows

@@ -17,7 +17,7 @@ import torch
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.writer import CheckpointWriter
-from vllm_vlora.errors import CheckpointError
+from vllm_vlora.errors import CheckpointError, TaskLoadError
 from vllm_vlora.plugin.identity import parse_task_path, task_ids_to_int, task_path
 from vllm_vlora.plugin.layouts import Run, SliceLayout, index_runs
 from vllm_vlora.plugin.resident import ResidentStore
@@ -351,6 +351,8 @@ class _Engine:
 
 
 class _SyncEngine(_Engine):
+    engine_core = None  # Not in this process.
+
     def add_lora(self, request: Any) -> bool:
         return self.load(request)
 
@@ -390,6 +392,34 @@ def test_a_task_is_loaded_before_its_first_request_is_queued(kind: type) -> None
     assert engine.calls[3:] == ["load"], "a request whose task cannot be loaded is not queued"
     assert ask(LoRARequest("ordinary", 7, "/adapters/ordinary")) == ask(None) == "taken"
     assert engine.calls[4:] == ["take", "take"]
+
+
+def test_a_load_that_failed_in_another_process_is_the_callers_error() -> None:
+    """vLLM's client raises a bare Exception of the text, for which the API server blames itself."""
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    from vllm_vlora.plugin import seams
+
+    class Engine(_AsyncEngine):
+        def __init__(self, error: Exception) -> None:
+            super().__init__()
+            self.error = error
+
+        async def add_lora(self, request: Any) -> bool:
+            raise self.error
+
+    add_request = seams._add_request_async(_AsyncEngine.add_request)
+    request = LoRARequest("task", 5, f"/ck/tasks/x.safetensors@{'1' * 32}")
+    for error, expected in (
+        (Exception("no room"), ValueError),
+        (EngineDeadError(), EngineDeadError),
+    ):
+        with pytest.raises(expected) as caught:
+            asyncio.run(add_request(Engine(error), "id", lora_request=request))
+        if expected is ValueError:
+            assert isinstance(caught.value, TaskLoadError)
+            assert str(caught.value) == "task 'task': no room"
 
 
 def test_stock_code_is_shown_the_layers_that_the_writer_does_not_fill() -> None:

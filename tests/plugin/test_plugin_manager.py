@@ -12,7 +12,7 @@ import pytest
 from plugin_world import STORED, TASKS, Store, build, make_path
 
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import ModelMismatchError, ModelStateError
+from vllm_vlora.errors import CheckpointError, ModelMismatchError, ModelStateError, VLoRAError
 from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.plugin.settings import Settings
@@ -33,20 +33,20 @@ def managing() -> Any:
 def test_what_direct_tasks_were_not_made_for_is_refused(
     managing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_BATCH_INVARIANT"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
 
-    def config(specialize: bool) -> Any:
-        return SimpleNamespace(lora_config=SimpleNamespace(specialize_active_lora=specialize))
+    def config(specialize: bool = False, sharded: bool = False) -> Any:
+        lora = SimpleNamespace(specialize_active_lora=specialize, fully_sharded_loras=sharded)
+        return SimpleNamespace(lora_config=lora)
 
-    managing._refuse_direct_config(config(False))
-    with pytest.raises(ModelMismatchError, match=r"--specialize-active-lora; .*=materialize"):
-        managing._refuse_direct_config(config(True))
-    for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_BATCH_INVARIANT"):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "1")
-            with pytest.raises(ModelMismatchError, match=rf"{name}; .*=materialize"):
-                managing._refuse_direct_config(config(False))
+    managing._refuse_direct_config(config())
+    with pytest.raises(ModelMismatchError, match=r"--specialize-active-lora, which .*=materialize"):
+        managing._refuse_direct_config(config(specialize=True))
+    with pytest.raises(ModelMismatchError, match=r"--fully-sharded-loras, whose .*=materialize"):
+        managing._refuse_direct_config(config(sharded=True))
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ModelMismatchError, match=r"VLLM_BATCH_INVARIANT.*=materialize"):
+        managing._refuse_direct_config(config())
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,7 @@ def worker(managing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
     manager._last_mapping = manager._last_slot_layout = None
     manager.lora_index_to_id = [None, None]
     manager._registered_adapters, manager._active_adapters = Cache(), Cache()
+    manager._writer = None
     stock: list[Any] = []
     monkeypatch.setattr(
         LoRAModelManager, "_set_adapter_mapping", lambda self, mapping: stock.append(mapping)
@@ -285,6 +286,59 @@ def test_other_towers_mappings_are_stock(worker: Worker) -> None:
     manager.set_adapter_mapping(tower)
     assert worker.stock[-1] is tower
     assert manager.vlora_store.direct.routing.runs == runs
+
+
+def test_a_late_task_is_held_and_forgotten_with_its_adapters_and_slot(
+    managing: Any, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    manager, store = worker.manager, worker.manager.vlora_store
+    monkeypatch.setattr(
+        managing.TaskLoRAManager, "setup", managing.Setup("ck", Settings(late_mib=1))
+    )
+    before = store.nbytes
+    assert manager.hold(worker.request("joint", 11)) == managing.Held(late=False)
+    later = build(tmp_path / "later", seed=1)
+    late = LoRARequest("one", 21, str(task_path(later, "one")))
+    held = manager.hold(late)
+    assert (held.late, held.over, held.error) == (True, store.late_nbytes - 2**20, None)
+    assert store.nbytes == before + store.late_nbytes
+    for number in (21, 22):
+        manager.add_direct(LoRARequest("one", number, late.lora_path))
+    task = manager._direct_models[21].task.direct
+    assert task in store.direct.table.tasks
+    manager.forget(late.lora_path)
+    assert held_ids(manager) == []
+    assert manager.list_adapters() == {}
+    assert task not in store.direct.table.tasks, "its tensors would live on"
+    assert store.nbytes == before
+
+
+def test_what_fails_in_a_worker_is_its_answer(
+    managing: Any, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from vllm.lora.request import LoRARequest
+
+    manager, store = worker.manager, worker.manager.vlora_store
+    later = build(tmp_path / "later", seed=1)
+    late = LoRARequest("one", 21, str(task_path(later, "one")))
+    for error, message in (
+        (CheckpointError("damaged"), "damaged"),
+        (OSError("no disk"), f"{late.lora_path}: no disk"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "task", lambda path, error=error: (_ for _ in ()).throw(error))
+            held = manager.hold(late)
+            assert isinstance(held.error, VLoRAError)
+            assert str(held.error) == message
+    with monkeypatch.context() as patch:
+        full = torch.OutOfMemoryError("full")
+        patch.setattr(store, "task", lambda path: (_ for _ in ()).throw(full))
+        held = manager.hold(late)
+        assert held.error is None
+        assert held.over > 2**40, "whatever gives way may help"
 
 
 class StockWorker:

@@ -311,3 +311,30 @@ def test_cores_lie_where_16_byte_loads_may_begin(tmp_path: Path) -> None:
     for core in cores:
         assert core.is_contiguous()
         assert (core.data_ptr() - cores[0].data_ptr()) % 16 == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_pipeline_rank_decides_alike_and_holds_its_own(tmp_path: Path, rank: int) -> None:
+    """Two ranks with a layer each, which know of each other's modules, against one with both."""
+    first, later = build(tmp_path / "ck"), build(tmp_path / "later", seed=1)
+    tall = build(tmp_path / "tall", {"one": {"o": ("private", 6)}, "two": {"q": ("private", 6)}})
+    whole = make_path(first)
+    mine, other = layouts()[rank], layouts()[1 - rank]
+    elsewhere = {part.name: True for part in other.slices}
+    path = make_path(first, [mine], elsewhere=elsewhere)
+    for checkpoint in (first, later, tall):
+        for task in checkpoint.tasks:
+            assert path.obstacle(checkpoint, task) == whole.obstacle(checkpoint, task)
+    assert set(path.layers) == {mine.name} & set(whole.layers)
+    names = {part.name for part in mine.slices}
+    for task in TASKS:
+        made = path.make_task(first.load_task(task))
+        assert len(made.slices) == len(names & set(TASKS[task]))
+    both = [path.memory(), make_path(first, [other], elsewhere=dict.fromkeys(names, True)).memory()]
+    assert sum(memory.bases for memory in both) == whole.memory().bases
+    # A layer that has no direct form there has none for any rank.
+    path = make_path(first, [mine], elsewhere=dict.fromkeys(elsewhere, False))
+    for task in TASKS:
+        refused = next((n for n in TASKS[task] if n in elsewhere), None)
+        reason = refused and f"{refused} is a layer without a direct form"
+        assert path.obstacle(first, task) == reason

@@ -197,11 +197,18 @@ def test_the_help_explains_states_and_exit_codes(capsys: pytest.CaptureFixture[s
 # --- the table ------------------------------------------------------------------------------------
 
 
-def test_the_installation_checks_the_table(delete: Callable[[str, str], None]) -> None:
-    delete("vllm.v1.engine.core", "EngineCore.add_request")
+def test_the_installation_checks_the_table(
+    monkeypatch: pytest.MonkeyPatch, delete: Callable[[str, str], None]
+) -> None:
+    scheduler, _ = _owner("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests")
+    monkeypatch.setattr(scheduler, "finish_requests", lambda self: None)
     find_seams(direct=False)
-    with pytest.raises(MissingSeamError, match=r"EngineCore\.add_request does not exist"):
+    with pytest.raises(IncompatibleVLLMError, match=r"Scheduler\.finish_requests takes"):
         find_seams(direct=True)
+    delete("vllm.v1.engine.core", "EngineCore.add_lora")
+    with pytest.raises(MissingSeamError, match=r"EngineCore\.add_lora does not exist"):
+        find_seams(direct=False)
+    monkeypatch.undo()
     delete("vllm.lora.layers", "BaseLayerWithLoRA.set_mapping")
     with pytest.raises(IncompatibleVLLMError, match=r"set_mapping does not exist"):
         find_seams(direct=False)

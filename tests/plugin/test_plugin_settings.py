@@ -17,6 +17,8 @@ from vllm_vlora.plugin.settings import Settings, read_settings
         ({"VLLM_VLORA_MODE": "materialize"}, Settings("materialize")),
         ({"VLLM_VLORA_SLOTS": "064"}, Settings(slots=64)),
         ({"VLLM_VLORA_BASIS": "packed"}, Settings(packed_basis=True)),
+        ({"VLLM_VLORA_LATE_MIB": "0"}, Settings(late_mib=0)),
+        ({"VLLM_VLORA_LATE_MIB": "4096"}, Settings(late_mib=4096)),
         ({"VLLM_VLORA_BASIS": "dense", "VLLM_VLORA_MODE": "auto"}, Settings()),
     ],
 )
@@ -41,6 +43,8 @@ def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> 
         ("MODE", "Direct", "'Direct': use one of"),
         ("MODE", " auto", "' auto': use one of"),
         ("BASIS", "nf4", "'nf4': use one of dense, packed"),
+        *(("LATE_MIB", bad, f"{bad!r}: use a whole number from 0 on")
+          for bad in ("-1", "1.5", "1G", " 8")),
         *(("SLOTS", bad, f"{bad!r}: use a whole number from 1 on")
           for bad in ("0", "-1", "+3", "2.0", "eight", " 8", "٣", "²", "1e3", "00")),
     ],

@@ -18,7 +18,8 @@ IDS = 5
 
 def bare_slots(count: int) -> DirectSlots:
     """Slots over a table and a routing of their own."""
-    path = SimpleNamespace(table=SlotTable(count, 1, CPU), routing=Routing(16, count, CPU))
+    table, routing = SlotTable(count, 1, CPU), Routing(16, count, CPU)
+    path = SimpleNamespace(table=table, routing=routing, empty=new_task())
     return DirectSlots(path)  # type: ignore[arg-type]
 
 

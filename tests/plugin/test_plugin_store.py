@@ -8,7 +8,7 @@ import pytest
 import torch
 from plugin_world import STORED, TASKS, Store, build, make_path
 
-from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.errors import CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.representations.decode import decode
 
@@ -94,3 +94,64 @@ def test_a_late_task_on_another_basis_is_materialized_from_it(tmp_path: Path) ->
     assert private.direct is not None
     assert store.direct.memory().factors > memory.factors
     assert store.task(task_path(later, "private")) is private
+
+
+def test_forgetting_late_tasks_gives_all_their_bytes_back(tmp_path: Path) -> None:
+    made = Store()
+    store = made.store
+    first = build(tmp_path / "ck", STORED)
+    store.preload(first.path, make_path)
+    before, held = store.nbytes, len(store)
+    assert store.late_nbytes == 0
+    later = build(tmp_path / "later", STORED, seed=1)
+    paths = {name: task_path(later, name) for name in STORED}
+    for path in paths.values():
+        store.task(path)
+        assert store.is_late(str(path))
+        assert store.late_nbytes == store.nbytes - before
+    assert {store.task(paths[name]).direct is None for name in STORED} == {True, False}
+    with_all = store.late_nbytes
+    # Of the checkpoint's bases each is held as long as one task needs it.
+    bases = dict(later.bases())
+    store.forget(str(paths["joint"]))
+    assert store.late_nbytes == store.nbytes - before < with_all - bases["k"].u.nbytes
+    again = store.task(paths["joint"])
+    assert store.late_nbytes == with_all
+    for name in TASKS["joint"]:
+        a, b = decode(later.load_task("joint").modules[name], bases[name])
+        source_a, source_b = again.sources[name]
+        torch.testing.assert_close(source_b.to_dense().T @ source_a.to_dense(), b @ a)
+    for path in paths.values():
+        store.forget(str(path))
+        store.forget(str(path))
+        assert store.late_nbytes == store.nbytes - before
+        assert not store.is_late(str(path))
+    assert (store.nbytes, len(store), store.late_nbytes) == (before, held, 0)
+
+
+def test_what_the_engine_started_with_is_never_forgotten(tmp_path: Path) -> None:
+    made = Store()
+    first = build(tmp_path / "ck", STORED)
+    made.store.preload(first.path, make_path)
+    before = made.store.nbytes
+    for name in STORED:
+        path = task_path(first, name)
+        task = made.store.task(path)
+        assert not made.store.is_late(str(path))
+        made.store.forget(str(path))
+        assert made.store.task(path) is task
+    assert made.store.nbytes == before
+
+
+def test_a_load_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
+    made = Store()
+    made.store.preload(build(tmp_path / "ck").path, make_path)
+    before = made.store.nbytes
+    later = build(tmp_path / "later", seed=1)
+    path = task_path(later, "joint")
+    file = path.checkpoint / path.file
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError):
+        made.store.task(path)
+    made.store.forget(str(path))
+    assert made.store.nbytes == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -135,3 +136,27 @@ def test_slots_whose_content_was_lost_are_written_whole() -> None:
     manager.remove_all_adapters()
     model.writer.write(1, TASKS[2])
     model.assert_holds(1, TASKS[2])
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_rank_of_fully_sharded_slots_holds_its_rows_of_a(first: int) -> None:
+    """Two ranks share A's rows; of a task of few the second has some, or none."""
+    held = MAX_RANK // 2
+    a = torch.full((SLOTS, 1, held, D_IN), torch.nan)
+    b = torch.full((SLOTS, 1, D_OUT, MAX_RANK), torch.nan)
+    whole = (Run(0, 0, D_IN),), (Run(0, 0, D_OUT),)
+    views = (lambda s: a[s, 0]), (lambda s: b[s, 0].T)
+    layout = SliceLayout("two", *views, D_IN, D_OUT, *whole, first_row=first)
+    writer = SlotWriter([layout], MAX_RANK)
+    ranks = [8, 6, 4, 3, 8]
+    for joint in (True, False):
+        for number, rank in enumerate(ranks):
+            task = make_task(number, {"two" if joint else "one": rank})
+            sources = {"two": next(iter(task.sources.values()))}
+            task = replace(task, path=f"{joint} {number}", sources=sources)
+            writer.write(0, task)
+            source_a, source_b = sources["two"]
+            whole_a, whole_b = torch.zeros(MAX_RANK, D_IN), torch.zeros(D_OUT, MAX_RANK)
+            whole_a[:rank], whole_b[:, :rank] = source_a.to_dense(), source_b.to_dense().T
+            torch.testing.assert_close(a[0, 0], whole_a[first : first + held])
+            torch.testing.assert_close(b[0, 0], whole_b)

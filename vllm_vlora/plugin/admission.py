@@ -60,6 +60,10 @@ class Admission(Generic[RequestT]):
             del self._waiting[request_id]
         return [request for _, request in entering]
 
+    def waiting(self) -> list[RequestT]:
+        """The requests that wait, in the order of their coming."""
+        return [request for _, request in self._waiting.values()]
+
     def withdraw(self, request_ids: Iterable[str] | None) -> list[RequestT]:
         """Take these requests, or all, out of the waiting ones."""
         chosen = list(self._waiting) if request_ids is None else request_ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,32 @@ class DirectMemory:
     factors: int = 0
     table: int = 0
 
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.bases + self.cores + self.factors + self.table
+
+    def __add__(self, other: DirectMemory) -> DirectMemory:
+        return DirectMemory(
+            self.bases + other.bases,
+            self.cores + other.cores,
+            self.factors + other.factors,
+            self.table + other.table,
+        )
+
+    def __neg__(self) -> DirectMemory:
+        return DirectMemory(-self.bases, -self.cores, -self.factors, -self.table)
+
+
+def task_memory(task: DirectTask) -> DirectMemory:
+    """What one task takes on the device."""
+    cores = [part.core.untyped_storage() for part in task.slices.values() if part.core is not None]
+    return DirectMemory(
+        cores=sum({storage.data_ptr(): storage.nbytes() for storage in cores}.values()),
+        factors=sum(m.nbytes for part in task.slices.values() for m in (part.a, part.b) if m),
+        table=task.records.nbytes,
+    )
+
 
 class DirectPath:
     """Everything that direct tasks need on one rank.
@@ -62,6 +89,8 @@ class DirectPath:
         device, dtype: of the layers' inputs.
         packed_basis: keep quantised bases packed where a rank's share can be cut from them.
         ignored_extra: whether a tensor beside the LoRA weights is one that serving leaves out.
+        elsewhere: modules of the other pipeline-parallel ranks -> whether they have a direct form there.
+            How a task runs is decided from all of its modules, and so alike on every rank.
     """
 
     def __init__(
@@ -76,11 +105,13 @@ class DirectPath:
         dtype: torch.dtype,
         packed_basis: bool = False,
         ignored_extra: Callable[[str], bool] = lambda name: False,
+        elsewhere: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
         self.dtype, self.device = dtype, device
         self.basis_digest = checkpoint.basis_digest
         self._engine_name = engine_name
         self._ignored_extra = ignored_extra
+        self._elsewhere = elsewhere
         self._layouts = list(layouts)
         self._slices: dict[str, list[tuple[int, SliceLayout]]] = {}
         count = 0
@@ -90,7 +121,11 @@ class DirectPath:
                 count += 1
         self._count = count
         users = _users(checkpoint, self._task_obstacle)
-        self.layers = _make_layers(self, checkpoint, users, packed_basis)
+        self._joint = {engine_name(module.name) for segment, module in users if segment.is_joint}
+        # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
+        self._max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
+        bases = _load_bases(self, checkpoint, packed_basis)
+        self.layers = _make_layers(self._layouts, bases, self._max_rank, dtype)
         self._by_slice = {
             layer.index + place: layer
             for layer in self.layers.values()
@@ -99,8 +134,7 @@ class DirectPath:
         self.table = SlotTable(slots, count, device)
         self.routing = Routing(max_tokens, slots, device)
         self.empty = make_task({}, count, device)
-        self._cores_nbytes = self._factors_nbytes = 0
-        self._records_nbytes = self.empty.records.nbytes
+        self._tasks = task_memory(self.empty)
 
     # --- tasks ---
 
@@ -120,27 +154,26 @@ class DirectPath:
         """A stored task, whose tensors are on the device, in the form that the kernels read."""
         parts: dict[int, SliceTask] = {}
         for name, module in stored.modules.items():
-            for number, layout in self._slices[self._engine_name(name)]:
+            # What is another pipeline rank's has no slices here.
+            for number, layout in self._slices.get(self._engine_name(name), ()):
                 if module.is_joint:
                     core, rank = _core(module, *self._widths(number))
                     parts[number] = SliceTask(core=core, core_rank=rank)
                 elif module.rank:
                     parts[number] = self._private(module, layout)
-        parts, nbytes = _place_cores(parts, self.dtype, self.device)
-        self._cores_nbytes += nbytes
-        self._factors_nbytes += sum(
-            matrix.nbytes for part in parts.values() for matrix in (part.a, part.b) if matrix
-        )
-        task = make_task(parts, self._count, self.device)
-        self._records_nbytes += task.records.nbytes
+        task = make_task(_place_cores(parts, self.dtype, self.device), self._count, self.device)
+        self._tasks += task_memory(task)
         return task
+
+    def drop_task(self, task: DirectTask) -> None:
+        """Leave a task that ``make_task`` made out of the books; who holds it lets it go."""
+        self._tasks += -task_memory(task)
 
     def memory(self) -> DirectMemory:
         """What all of it takes on the device."""
         bases = sum(m.nbytes for layer in self.layers.values() for m in _bases(layer))
         slots = self.table.records.nbytes + self.table.codebook.nbytes
-        table = slots + self.routing.nbytes + self._records_nbytes
-        return DirectMemory(bases, self._cores_nbytes, self._factors_nbytes, table)
+        return DirectMemory(bases=bases, table=slots + self.routing.nbytes) + self._tasks
 
     def _task_obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
         record = checkpoint.record(task_id)
@@ -153,26 +186,24 @@ class DirectPath:
             return f"it carries {heads[0]}, which stands in a slot"
         for segment in segments:
             module = checkpoint.modules[segment.module]
-            parts = self._slices.get(self._engine_name(module.name))
-            if parts is None:
+            name = self._engine_name(module.name)
+            parts = self._slices.get(name, [])
+            if not parts and not self._elsewhere.get(name):
                 return f"{module.name} is a layer without a direct form"
-            if any(len(part.runs_a) != 1 or len(part.runs_b) != 1 for _, part in parts):
+            if not all(part.is_whole_run for _, part in parts):
                 return f"{module.name} is cut into several pieces on a tensor-parallel rank"
         return None
 
     def _segment_obstacle(self, segment: Segment, module: str, basis: str) -> str | None:
         """Why the layers, as they were made, cannot take a segment."""
-        for number, _ in self._slices[self._engine_name(module)]:
-            layer = self._by_slice.get(number)
-            if segment.is_joint:
-                part = layer.slices[number - layer.index] if layer else None
-                if part is None or part.u is None or basis != self.basis_digest:
-                    return f"{module} has another basis than the engine started with"
-            elif segment.rank > (layer.max_rank if layer else 0):
-                return (
-                    f"{module} has rank {segment.rank}, more than the private tasks that the engine "
-                    "started with"
-                )
+        if segment.is_joint:
+            if basis != self.basis_digest or self._engine_name(module) not in self._joint:
+                return f"{module} has another basis than the engine started with"
+        elif segment.rank > self._max_rank:
+            return (
+                f"{module} has rank {segment.rank}, more than the private tasks that the engine "
+                "started with"
+            )
         return None
 
     def _widths(self, number: int) -> tuple[int, int]:
@@ -209,18 +240,11 @@ def _users(
 
 
 def _make_layers(
-    path: DirectPath,
-    checkpoint: Checkpoint,
-    users: list[tuple[Segment, ModuleSpec]],
-    packed_basis: bool,
+    layouts: Iterable[LayerLayout], bases: dict[str, Basis], max_rank: int, dtype: torch.dtype
 ) -> dict[str, DirectLayer]:
-    joint = {path._engine_name(m.name) for s, m in users if s.is_joint}
-    bases = _load_bases(path, checkpoint, joint, packed_basis)
-    # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
-    max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
     layers, index = {}, 0
-    for layout in path._layouts:
-        layer = _make_layer(layout, index, bases, max_rank, path.dtype)
+    for layout in layouts:
+        layer = _make_layer(layout, index, bases, max_rank, dtype)
         if layer is not None:
             layers[layout.name] = layer
         index += len(layout.slices)
@@ -259,14 +283,12 @@ def _start(run: Run, full: int) -> int:
     return 0 if run.width == full else run.source % NF4_BLOCK
 
 
-def _load_bases(
-    path: DirectPath, checkpoint: Checkpoint, wanted: set[str], packed: bool
-) -> dict[str, Basis]:
+def _load_bases(path: DirectPath, checkpoint: Checkpoint, packed: bool) -> dict[str, Basis]:
     """This rank's share of every wanted basis by the engine's name; host copies are not kept."""
     bases: dict[str, Basis] = {}
     for module, basis in checkpoint.bases():
         name = path._engine_name(module)
-        if name not in wanted:
+        if name not in path._joint or name in path._elsewhere:
             continue
         (_, layout), *others = path._slices[name]
         assert not others, f"{name} stands in several layers"
@@ -318,8 +340,8 @@ def _bases(layer: DirectLayer) -> Iterator[PackedMatrix]:
 
 def _place_cores(
     parts: Mapping[int, SliceTask], dtype: torch.dtype, device: torch.device
-) -> tuple[dict[int, SliceTask], int]:
-    """The same parts with all cores in one allocation of the dtype, and its bytes."""
+) -> dict[int, SliceTask]:
+    """The same parts with all cores in one allocation of the dtype."""
     cores = {number: part.core for number, part in parts.items() if part.core is not None}
     sizes = {n: -(-c.numel() // CORE_ALIGNMENT) * CORE_ALIGNMENT for n, c in cores.items()}
     whole = torch.zeros(sum(sizes.values()), dtype=dtype, device=device)
@@ -329,7 +351,7 @@ def _place_cores(
         view.copy_(core)
         placed[number] = replace(parts[number], core=view)
         offset += sizes[number]
-    return placed, whole.nbytes
+    return placed
 
 
 def _core(module: StoredModule, k_out: int, k_in: int) -> tuple[torch.Tensor, int]:

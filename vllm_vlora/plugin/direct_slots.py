@@ -52,11 +52,12 @@ class DirectSlots:
         self._pinned.add(adapter)
 
     def remove(self, adapter: int) -> None:
-        """Give an adapter's slot back, if it has one."""
+        """Give an adapter's slot back, if it has one; the table then holds nothing of its task."""
         slot = self._slots.pop(adapter, None)
         self._pinned.discard(adapter)
         if slot is not None:
             self._free.append(slot)
+            self._path.table.set(slot, self._path.empty)
             self.version += 1
 
     def route(self, token_adapters: np.ndarray) -> np.ndarray:

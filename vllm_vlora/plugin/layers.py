@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+from vllm.distributed import get_pp_group
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
 from vllm.lora.utils import parse_fine_tuned_lora_name
@@ -36,7 +37,8 @@ def engine_name(manager: Any, name: str) -> str:
 
 def _has_module(manager: Any, name: str) -> bool:
     packed = manager.packed_modules
-    return any(name in packed.get(module, [module]) for module in manager.modules)
+    here = any(name in packed.get(module, [module]) for module in manager.modules)
+    return here or name in manager.elsewhere
 
 
 def read_layouts(manager: Any) -> list[SliceLayout]:
@@ -64,6 +66,23 @@ def read_direct_layouts(manager: Any) -> list[LayerLayout]:
         for name, layer in manager.modules.items()
         if isinstance(layer, BaseLinearLayerWithLoRA) and layer.punica_wrapper is wrapper
     ]
+
+
+def read_elsewhere(manager: Any) -> dict[str, bool]:
+    """Modules of the other pipeline-parallel ranks -> whether they have a direct form there.
+
+    Every rank of the pipeline must ask at the same point of its start.
+    """
+    group = get_pp_group()
+    if group.world_size == 1:
+        return {}
+    mine = dict.fromkeys((layout.name for layout in read_layouts(manager)), False)
+    for layer in read_direct_layouts(manager):
+        mine.update((part.name, part.is_whole_run) for part in layer.slices)
+    of_all: list[dict[str, bool]] = [{} for _ in range(group.world_size)]
+    torch.distributed.all_gather_object(of_all, mine, group=group.cpu_group)
+    merged = {name: form for theirs in of_all for name, form in theirs.items()}
+    return {name: form for name, form in merged.items() if name not in mine}
 
 
 def _language_wrapper(manager: Any) -> Any:
@@ -96,6 +115,7 @@ def _linear_layouts(names: list[str], layer: Any) -> list[SliceLayout]:
     stacks = list(zip(layer.lora_a_stacked, layer.lora_b_stacked))
     full = [_full_shape(layer, i, a.shape[3], b.shape[2]) for i, (a, b) in enumerate(stacks)]
     kept_a, kept_b = _kept_columns(layer, full)
+    first_rows = _first_rows(layer, full)
     return [
         SliceLayout(
             name,
@@ -105,6 +125,7 @@ def _linear_layouts(names: list[str], layer: Any) -> list[SliceLayout]:
             d_out,
             index_runs(kept_a[i]),
             index_runs(kept_b[i]),
+            first_row=first_rows[i],
         )
         for i, (name, (a, b), (d_in, d_out)) in enumerate(zip(names, stacks, full))
     ]
@@ -124,7 +145,7 @@ def _full_shape(layer: Any, index: int, width_in: int, width_out: int) -> tuple[
         return width_in, width_out
     base = layer.base_layer
     if type(layer).__name__.startswith("RowParallel"):
-        return width_in * layer.tp_size, width_out
+        return width_in * layer.tp_size, layer.output_size
     if type(layer).__name__.startswith("Replicated"):
         return width_in, width_out
     replicas = getattr(base, "num_kv_head_replicas", 1) if index > 0 else 1
@@ -135,13 +156,28 @@ def _kept_columns(
     layer: Any, full: list[tuple[int, int]]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Ask the layer itself which columns of A and rows of B it keeps, by slicing their numbers."""
-    a = [torch.arange(d_in).view(1, -1) for d_in, _ in full]
     b = [torch.arange(d_out).view(-1, 1) for _, d_out in full]
     if layer.tp_size > 1:
-        many = len(full) > 1
-        a = layer.slice_lora_a(a) if many else [layer.slice_lora_a(a[0])]
-        b = layer.slice_lora_b(b) if many else [layer.slice_lora_b(b[0])]
-    return [t.reshape(-1) for t in a], [t.reshape(-1) for t in b]
+        b = layer.slice_lora_b(b) if len(full) > 1 else [layer.slice_lora_b(b[0])]
+    a = _sliced_a(layer, [torch.arange(d_in).expand(_rank(layer), d_in) for d_in, _ in full])
+    return [t[0] for t in a], [t.reshape(-1) for t in b]
+
+
+def _first_rows(layer: Any, full: list[tuple[int, int]]) -> list[int]:
+    """The first row of A that the layer keeps of each slice, by slicing their numbers."""
+    rows = torch.arange(_rank(layer)).view(-1, 1)
+    return [int(t[0, 0]) for t in _sliced_a(layer, [rows.expand(-1, d_in) for d_in, _ in full])]
+
+
+def _sliced_a(layer: Any, a: list[torch.Tensor]) -> list[torch.Tensor]:
+    if layer.tp_size == 1:
+        return a
+    return layer.slice_lora_a(a) if len(a) > 1 else [layer.slice_lora_a(a[0])]
+
+
+def _rank(layer: Any) -> int:
+    """Ranks of a slot over all tensor-parallel ranks."""
+    return layer.lora_b_stacked[0].shape[3]
 
 
 def _logits_layout(name: str, layer: Any) -> SliceLayout:

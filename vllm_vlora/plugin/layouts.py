@@ -30,6 +30,8 @@ class SliceLayout:
         d_in, d_out: the module's shape over all ranks, which the checkpoint must have.
         runs_a, runs_b: which of the module's columns this rank holds.
         at_most: the checkpoint's d_in and d_out may be smaller (vocabularies are padded).
+        first_row: where in a task's A the rows begin that this rank holds, as many as ``a`` has; all but
+            zero come of ``--fully-sharded-loras``.
     """
 
     name: str
@@ -40,6 +42,12 @@ class SliceLayout:
     runs_a: tuple[Run, ...]
     runs_b: tuple[Run, ...]
     at_most: bool = False
+    first_row: int = 0
+
+    @property
+    def is_whole_run(self) -> bool:
+        """Whether this rank holds one run of columns of either side, as the direct kernels need."""
+        return len(self.runs_a) == 1 and len(self.runs_b) == 1
 
 
 def index_runs(indices: torch.Tensor) -> tuple[Run, ...]:

@@ -25,7 +25,7 @@ from vllm.lora.utils import is_base_embedding_weights
 from vllm.platforms import current_platform
 
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.identity import parse_task_path
@@ -34,15 +34,19 @@ from vllm_vlora.plugin.layers import (
     engine_name,
     is_fused_moe,
     read_direct_layouts,
+    read_elsewhere,
     read_layouts,
     slot_nbytes,
 )
+from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
 from vllm_vlora.plugin.slots import SlotWriter
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 logger = init_logger("vllm.plugins.vlora")
+# As bytes over a budget: whatever gives way may help.
+_ALL = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,23 @@ class TaskLoRAModel(LoRAModel):
         self.task = task
 
 
+class _AnyStreamPunica(LayerPunica):
+    """Also what a layer calls on its side stream (VLLM_LORA_ENABLE_DUAL_STREAM)."""
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        add_inputs: bool = True,
+    ) -> None:
+        """As without ``add_inputs``: where it is False y is zeros, and adding to them is writing."""
+        super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
+
+
 class TaskLoRAManager(LRUCacheLoRAModelManager):
     """vLLM's manager beside direct tasks, whose slots are filled from resident tasks where one is ours.
 
@@ -81,6 +102,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         kwargs["lora_config"] = _config_of_slots(kwargs["lora_config"], self.setup)
         self._vllm_config = kwargs["vllm_config"]
         super().__init__(*args, **kwargs)
+        self.elsewhere = read_elsewhere(self)
         self._writer: SlotWriter | None = None
         self._engine_name = functools.cache(functools.partial(engine_name, self))
         self.vlora_store = ResidentStore(
@@ -88,6 +110,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             self._engine_name,
             self._check,
             only_direct=self.setup.settings.mode == "direct",
+            elsewhere=self.elsewhere,
         )
         self._direct_models: dict[int, TaskLoRAModel] = {}
         self._direct_slots: DirectSlots | None = None
@@ -145,7 +168,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     def writer(self) -> SlotWriter:
         """The writer over this model's layers, made on first use."""
         if self._writer is None:
-            self._writer = SlotWriter(read_layouts(self), self.lora_config.max_lora_rank)
+            self._writer = SlotWriter(
+                read_layouts(self), self.lora_config.max_lora_rank, self.elsewhere
+            )
         return self._writer
 
     def task_model(self, request: LoRARequest) -> TaskLoRAModel:
@@ -164,6 +189,36 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             except ValueError as error:
                 raise ModelMismatchError(f"{task.path}: task {task.task_id!r}: {error}") from error
         return model
+
+    # --- tasks that come after start-up ---
+
+    def hold(self, request: LoRARequest) -> Held:
+        """Load the task of one of our requests unless it is resident; an error is in the answer.
+
+        Nothing is raised: with several workers, each must answer.
+        """
+        try:
+            self.task_model(request)
+        except torch.OutOfMemoryError:
+            return Held(late=True, over=_ALL)
+        except VLoRAError as error:
+            return Held(late=True, error=error)
+        except Exception as error:
+            logger.exception("vllm-vlora: %s cannot be loaded", request.lora_path)
+            return Held(late=True, error=TaskLoadError(f"{request.lora_path}: {error}"))
+        if not self.vlora_store.is_late(request.lora_path):
+            return Held(late=False)
+        budget = self.setup.settings.late_mib * 2**20
+        return Held(late=True, over=self.vlora_store.late_nbytes - budget)
+
+    def forget(self, path: str) -> None:
+        """Let go of a task that came after start-up and of the adapters that stand for it."""
+        for adapter_id, model in list(self.list_adapters().items()):
+            if isinstance(model, TaskLoRAModel) and model.task.path == path:
+                self.remove_adapter(adapter_id)
+        if self._writer is not None:
+            self._writer.drop(path)
+        self.vlora_store.forget(path)
 
     # --- direct tasks ---
 
@@ -306,7 +361,6 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             _log_direct(self, store.direct)
 
     def _make_direct_path(self, checkpoint: Checkpoint) -> DirectPath:
-        _refuse_config(self)
         _refuse_direct_config(self._vllm_config)
         return DirectPath(
             checkpoint,
@@ -318,6 +372,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             dtype=self._vllm_config.model_config.dtype,
             packed_basis=self.setup.settings.packed_basis,
             ignored_extra=is_base_embedding_weights,
+            elsewhere=self.elsewhere,
         )
 
     def _attach(self, path: DirectPath) -> None:
@@ -325,10 +380,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for name, module in self.modules.items():
             layer = path.layers.get(name)
             if layer is not None or (current_platform.is_cpu() and not _is_full_head(module)):
-                module.set_mapping(LayerPunica(self, module, layer))
+                module.set_mapping(_AnyStreamPunica(self, module, layer))
 
     def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
-        _refuse_config(self)
         task_ids = list(task_ids)
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
@@ -439,6 +493,11 @@ def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager)
         if is_base_embedding_weights(name):
             continue  # An unchanged copy of base weights; stock vLLM leaves it out as well.
         module = name.split(".")[-2] if "." in name else name
+        if manager.elsewhere:
+            raise ModelMismatchError(
+                f"{checkpoint.path}: task {task_id!r} carries {name}, a head, which is not served with "
+                "pipeline parallel, where the last rank alone has it; use tensor parallel instead"
+            )
         supported: set[str] = getattr(manager, "supported_modules_to_save", set())
         if module not in supported:
             raise ModelMismatchError(
@@ -450,31 +509,20 @@ def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager)
 # --- what is refused or warned of at start-up ------------------------------------------------------
 
 
-def _refuse_config(manager: TaskLoRAManager) -> None:
-    if manager.lora_config.fully_sharded_loras:
-        raise ModelMismatchError(
-            "vllm-vlora does not serve --fully-sharded-loras; start vLLM without it"
-        )
-    from vllm.distributed import get_pp_group
-
-    if get_pp_group().world_size > 1:
-        raise ModelMismatchError(
-            "vllm-vlora does not serve pipeline parallel yet; use tensor parallel instead"
-        )
-
-
 def _refuse_direct_config(vllm_config: Any) -> None:
     """Refuse what direct tasks were not made for, with the way out."""
     from vllm import envs
 
     otherwise = "leave it out, or set VLLM_VLORA_MODE=materialize"
+    if vllm_config.lora_config.fully_sharded_loras:
+        raise ModelMismatchError(
+            "vllm-vlora does not run tasks direct with --fully-sharded-loras, whose layers gather what "
+            f"every rank shrank before they expand it, and the direct pass has no such half; {otherwise}"
+        )
     if vllm_config.lora_config.specialize_active_lora:
         raise ModelMismatchError(
-            f"vllm-vlora does not run tasks direct with --specialize-active-lora; {otherwise}"
-        )
-    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
-        raise ModelMismatchError(
-            f"vllm-vlora does not run tasks direct with VLLM_LORA_ENABLE_DUAL_STREAM; {otherwise}"
+            "vllm-vlora does not run tasks direct with --specialize-active-lora, which captures graphs "
+            f"by the number of adapters in a batch and counts direct tasks with them; {otherwise}"
         )
     if envs.VLLM_BATCH_INVARIANT:
         # How the kernels cut a sum depends on the batch.

@@ -1,26 +1,31 @@
 """Tasks that are resident in a worker's memory: bases once, every task packed, all on device.
 
+What is loaded at start-up stays. A task that comes later stays until it is forgotten: the engine core
+decides that (see ``residency``), which alone knows what is asked for.
+
 A task is held in one of two forms: as a direct task, or as the sources from which it is materialized.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
-from vllm_vlora.plugin.direct import DirectPath
+from vllm_vlora.plugin.direct import DirectPath, task_memory
 from vllm_vlora.plugin.identity import TaskPath, task_path
 from vllm_vlora.quantize import PackedMatrix
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 from vllm_vlora.triton_kernels.direct import DirectTask
 
+BasisKey = tuple[str, str, str]
+"""Digest of all bases, module, representation of the tasks that share one."""
 Check = Callable[[Checkpoint, Iterable[str], bool], None]
 MakePath = Callable[[Checkpoint], DirectPath]
 
@@ -44,13 +49,19 @@ class ResidentTask:
     obstacle: str = ""
 
 
+@dataclass(frozen=True)
+class _Late:
+    """A task that came after start-up: bytes of its own, and the bases that it needs beside them."""
+
+    nbytes: int
+    bases: frozenset[BasisKey]
+
+
 class ResidentStore:
     """The tasks of one worker by their ``lora_path``, which names their content.
 
     Bases and private factors keep their stored precision; only the cores of joint tasks, which are
-    small, are unpacked. A task that was loaded stays: the API server may hold its path for as long as
-    it lives, and a request whose task must be read from disk can fail, which inside a step ends the
-    engine. So a re-published task costs the bytes of its old state until the engine ends.
+    small, are unpacked.
 
     Args:
         device: where the tensors lie.
@@ -58,6 +69,8 @@ class ResidentStore:
         check: called with a checkpoint, task ids and whether they run direct before these are loaded;
             raises when the served model cannot take them.
         only_direct: refuse tasks that cannot run direct.
+        elsewhere: the engine's names of modules that other pipeline-parallel ranks have; what is stored
+            for them is left out.
     """
 
     def __init__(
@@ -66,15 +79,20 @@ class ResidentStore:
         engine_name: Callable[[str], str],
         check: Check,
         only_direct: bool = False,
+        elsewhere: Collection[str] = (),
     ) -> None:
         self._device = device
         self._engine_name = engine_name
         self._check = check
         self._only_direct = only_direct
+        self._elsewhere = elsewhere
         self.direct: DirectPath | None = None
         self._tasks: dict[str, ResidentTask] = {}
         # By the digest of all bases, then by module and the representation of the tasks that share it.
         self._bases: dict[str, dict[tuple[str, str], Basis]] = {}
+        self._late: dict[str, _Late] = {}
+        self._preloading = False
+        self._preloaded_bases: set[BasisKey] = set()
         self.seconds = 0.0
 
     def __len__(self) -> int:
@@ -99,7 +117,10 @@ class ResidentStore:
         checkpoint = Checkpoint.open(folder)
         if make_path is not None:
             self.direct = make_path(checkpoint)
+        self._preloading = True
         self._load_all(checkpoint, checkpoint.tasks)
+        self._preloading = False
+        self._preloaded_bases = set(self._basis_keys())
         self.seconds = time.perf_counter() - started
         return checkpoint
 
@@ -123,36 +144,52 @@ class ResidentStore:
             "request with vllm_vlora.lora_request"
         )
 
+    def is_late(self, path: str) -> bool:
+        """Whether a task came after start-up and is held."""
+        return path in self._late
+
+    @property
+    def late_nbytes(self) -> int:
+        """Bytes on the device of what came after start-up."""
+        late = [
+            self._bases[digest][module, representation]
+            for digest, module, representation in set(self._basis_keys()) - self._preloaded_bases
+        ]
+        return sum(task.nbytes for task in self._late.values()) + sum(
+            sum(_storages(_basis_tensors(basis)).values()) for basis in late
+        )
+
+    def forget(self, path: str) -> None:
+        """Let go of a task that came after start-up, if it is held, and of bases that no task needs."""
+        if self._late.pop(path, None) is not None:
+            task = self._tasks.pop(path)
+            if task.direct is not None:
+                assert self.direct is not None
+                self.direct.drop_task(task.direct)
+        needed = self._preloaded_bases.union(*(task.bases for task in self._late.values()))
+        for digest, module, representation in set(self._basis_keys()) - needed:
+            del self._bases[digest][module, representation]
+
+    def _basis_keys(self) -> Iterable[BasisKey]:
+        return [(digest, *key) for digest, held in self._bases.items() for key in held]
+
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held on the device; storage shared by several is counted once."""
-        direct = 0
-        if self.direct is not None:
-            memory = self.direct.memory()
-            direct = memory.bases + memory.cores + memory.factors + memory.table
+        direct = 0 if self.direct is None else self.direct.memory().total
         return direct + self.materialized_nbytes
 
     @property
     def materialized_nbytes(self) -> int:
         """Bytes of what is not held for direct tasks."""
-        storages = {}
-        for tensor in self._tensors():
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        return sum(_storages(self._tensors()).values())
 
     def _tensors(self) -> Iterable[torch.Tensor]:
         for bases in self._bases.values():
             for basis in bases.values():
-                yield from basis.u.parts.values()
-                yield from basis.v.parts.values()
+                yield from _basis_tensors(basis)
         for task in self._tasks.values():
-            yield from task.extra.values()
-            for pair in task.sources.values():
-                for source in pair:
-                    yield from source.matrix.parts.values()
-                    if source.left is not None:
-                        yield source.left
+            yield from _task_tensors(task)
 
     def _load_all(self, checkpoint: Checkpoint, task_ids: Iterable[str]) -> None:
         obstacles = {task_id: self._obstacle(checkpoint, task_id) for task_id in task_ids}
@@ -180,11 +217,11 @@ class ResidentStore:
         if path in self._tasks:
             return
         rank = checkpoint.record(task_id).max_rank
-        stored = checkpoint.load_task(task_id, self._device)
+        stored = self._read(checkpoint, task_id)
         if obstacle is None:
             assert self.direct is not None
             task = self.direct.make_task(stored)
-            self._tasks[path] = ResidentTask(task_id, path, rank, {}, {}, task)
+            self._keep(ResidentTask(task_id, path, rank, {}, {}, task), frozenset())
             return
         bases = self._bases.get(checkpoint.basis_digest, {})
         sources = {
@@ -193,8 +230,26 @@ class ResidentStore:
             )
             for name, module in stored.modules.items()
         }
+        used = frozenset(
+            (checkpoint.basis_digest, name, module.representation)
+            for name, module in stored.modules.items()
+            if not module.is_private
+        )
         extra = dict(stored.extra)
-        self._tasks[path] = ResidentTask(task_id, path, rank, sources, extra, None, obstacle)
+        self._keep(ResidentTask(task_id, path, rank, sources, extra, None, obstacle), used)
+
+    def _keep(self, task: ResidentTask, bases: frozenset[BasisKey]) -> None:
+        self._tasks[task.path] = task
+        if self._preloading:
+            return
+        if task.direct is not None:
+            nbytes = task_memory(task.direct).total
+        else:
+            shared = [self._bases[digest][module, kind] for digest, module, kind in bases]
+            others = _storages(tensor for basis in shared for tensor in _basis_tensors(basis))
+            own = _storages(_task_tensors(task))
+            nbytes = sum(size for place, size in own.items() if place not in others)
+        self._late[task.path] = _Late(nbytes, bases)
 
     def _load_bases(self, checkpoint: Checkpoint, task_ids: list[str]) -> None:
         """Hold the packed bases that these tasks are materialized from."""
@@ -203,7 +258,7 @@ class ResidentStore:
             (checkpoint.modules[segment.module].name, segment.representation)
             for task_id in task_ids
             for segment in checkpoint.record(task_id).segments
-            if not segment.is_private
+            if not segment.is_private and self._is_here(checkpoint.modules[segment.module].name)
         }
         if wanted <= held.keys():
             return
@@ -212,6 +267,25 @@ class ResidentStore:
             if key in wanted and key not in held:
                 u = basis.u.to(self._device)
                 held[key] = Basis(self._by_slot(u), basis.v.to(self._device))
+
+    def _is_here(self, module: str) -> bool:
+        return not self._elsewhere or self._engine_name(module) not in self._elsewhere
+
+    def _read(self, checkpoint: Checkpoint, task_id: str) -> StoredTask:
+        """A task on the device, without what other pipeline ranks have."""
+        if not self._elsewhere:
+            return checkpoint.load_task(task_id, self._device)
+        # Copies of what stays: views would keep the whole file's tensors.
+        whole = checkpoint.load_task(task_id)
+        modules = {
+            name: replace(
+                module,
+                matrices={n: _copy(m, self._device) for n, m in module.matrices.items()},
+            )
+            for name, module in whole.modules.items()
+            if self._is_here(name)
+        }
+        return replace(whole, modules=modules)
 
     def _lay_out(self, module: StoredModule) -> StoredModule:
         if not module.is_private:
@@ -222,3 +296,28 @@ class ResidentStore:
     def _by_slot(self, matrix: PackedMatrix) -> PackedMatrix:
         """On CPU: the matrix laid out as a slot's B is, which is several times quicker to copy from."""
         return matrix.by_columns() if self._device.type == "cpu" else matrix
+
+
+def _basis_tensors(basis: Basis) -> Iterable[torch.Tensor]:
+    yield from basis.u.parts.values()
+    yield from basis.v.parts.values()
+
+
+def _task_tensors(task: ResidentTask) -> Iterable[torch.Tensor]:
+    yield from task.extra.values()
+    for pair in task.sources.values():
+        for source in pair:
+            yield from source.matrix.parts.values()
+            if source.left is not None:
+                yield source.left
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address -> bytes of what the tensors lie in."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _copy(matrix: PackedMatrix, device: torch.device) -> PackedMatrix:
+    parts = {name: part.to(device, copy=True) for name, part in matrix.parts.items()}
+    return PackedMatrix(matrix.format, matrix.rows, matrix.cols, parts)

@@ -221,9 +221,20 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.add_request",
-        "asks the workers which of our tasks need a slot",
+        "its task is loaded before it; asks the workers which of our tasks need a slot",
         ("self", "request", "request_wave"),
-        direct=True,
+    )
+    yield Seam(
+        _CORE,
+        "EngineCore.add_lora",
+        "tasks that come after start-up stay within their budget",
+        ("self", "lora_request"),
+    )
+    yield Seam(
+        "vllm.v1.executor.abstract",
+        "Executor.determine_available_memory",
+        "the KV cache leaves the budget free",
+        ("self",),
     )
     yield Seam(
         _CORE,
@@ -367,14 +378,21 @@ def _called() -> Iterator[Seam]:
         "vllm.v1.executor.abstract",
         "Executor.collective_rpc",
         "asks the workers",
-        accepts=("method",),
-        direct=True,
+        accepts=("method", "args"),
+    )
+    yield Seam(
+        "vllm.v1.engine.exceptions", "EngineDeadError", "is not taken for a load that failed"
+    )
+    yield Seam(
+        _CORE,
+        "EngineCoreProc._send_error_outputs_to_client",
+        "the end of a request whose task cannot be loaded again",
+        ("self", "req_ids", "client_index"),
     )
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
-    yield Seam("vllm.distributed", "get_pp_group", "pipeline parallel is refused", ())
+    yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
     yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
-    for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_BATCH_INVARIANT"):
-        yield Seam("vllm.envs", name, "refused in direct mode", direct=True)
+    yield Seam("vllm.envs", "VLLM_BATCH_INVARIANT", "refused in direct mode", direct=True)
     yield Seam(
         "vllm.lora.lora_weights",
         "LoRAFullModuleWeights",
@@ -418,7 +436,7 @@ def _layers() -> Iterator[Seam]:
             yield Seam(_LAYERS, f"{owner}.{name}", "slots")
     for name, takes in (("slice_lora_a", "lora_a"), ("slice_lora_b", "lora_b")):
         yield Seam(_LAYERS, f"{column}.{name}", "what a rank keeps", ("self", takes))
-    for name in ("n_slices", "output_slices", "tp_size", "base_layer"):
+    for name in ("n_slices", "output_slices", "output_size", "tp_size", "base_layer"):
         yield Seam(_LAYERS, f"{column}.{name}", "shapes")
     yield Seam(
         _LAYERS,
@@ -458,23 +476,23 @@ def _held() -> Iterator[Seam]:
     yield Seam(_WORKER, "WorkerLoRAManager._adapter_manager", "our manager")
     for name in ("engine_client", "lora_requests"):
         yield Seam(_SERVING, f"OpenAIServingModels.{name}", "lists every task in /v1/models")
-    for name in ("lora_config", "requests"):
-        yield Seam(_SCHEDULER, f"Scheduler.{name}", "slots, requests inside", direct=True)
+    yield Seam(_SCHEDULER, "Scheduler.lora_config", "slots", direct=True)
+    yield Seam(_SCHEDULER, "Scheduler.requests", "requests inside")
+    yield Seam(
+        "vllm.v1.engine.llm_engine", "LLMEngine.engine_core", "its client of the engine core"
+    )
+    yield Seam(
+        "vllm.v1.engine.core_client", "InprocClient.engine_core", "an engine core in process"
+    )
     for name in ("scheduler", "model_executor"):
-        yield Seam(_CORE, f"EngineCore.{name}", "asks the workers", direct=True)
-    for name in ("request_id", "lora_request"):
-        yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is", direct=True)
+        yield Seam(_CORE, f"EngineCore.{name}", "asks the workers")
+    for name in ("request_id", "lora_request", "client_index"):
+        yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is")
+    yield Seam("vllm.config", "CacheConfig.kv_cache_memory_bytes", "is memory measured?")
     yield Seam(
         _MIXIN,
         "LoRAModelRunnerMixin.lora_manager",
         "our manager, in a worker",
-        direct=True,
-    )
-    yield Seam(
-        "vllm.v1.worker.worker_base",
-        "WorkerBase.model_runner",
-        "our manager, in a worker",
-        direct=True,
     )
     yield Seam(
         "vllm.config",
@@ -482,6 +500,7 @@ def _held() -> Iterator[Seam]:
         "whether there are graphs without adapters",
         direct=True,
     )
+    yield Seam("vllm.v1.worker.worker_base", "WorkerBase.model_runner", "our manager, in a worker")
     for name in ("max_loras", "max_lora_rank", "fully_sharded_loras", "specialize_active_lora"):
         yield Seam("vllm.config", f"LoRAConfig.{name}", "slots, ranks, what is refused")
     for name in ("additional_config", "compilation_config", "lora_config", "model_config"):
@@ -494,11 +513,12 @@ def _held() -> Iterator[Seam]:
         optional=True,
     )
     yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.vllm_config", "is there --enable-lora?")
-    yield Seam(
-        "vllm.distributed.parallel_state",
-        "GroupCoordinator.world_size",
-        "pipeline parallel is refused",
-    )
+    for name in ("world_size", "cpu_group"):
+        yield Seam(
+            "vllm.distributed.parallel_state",
+            f"GroupCoordinator.{name}",
+            "what other pipeline ranks have",
+        )
 
 
 def _runner_v1() -> Iterator[Seam]:

@@ -6,21 +6,29 @@ is put there is below and in ``manager``, ``scheduling`` and ``graph_cases``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_vlora._version import __version__
-from vllm_vlora.errors import CheckpointError, ModelStateError
+from vllm_vlora.errors import CheckpointError, ModelStateError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
+from vllm_vlora.plugin.residency import (
+    ensure_before_add_lora,
+    ensure_before_add_request,
+    ensure_in_process,
+    leave_memory,
+)
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import find_seams
 from vllm_vlora.plugin.settings import Settings, read_settings
@@ -162,8 +170,12 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         request = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
         path = _new_path(self, request)
         if path is not None:
-            self.add_lora(request)
+            with _as_the_callers_error(request):
+                self.add_lora(request)
             _loaded_paths(self).add(path)
+        elif request is not None:
+            # An engine core in this process raises, which must be before the request is in the books.
+            ensure_in_process(self.engine_core, request)
         return original(self, *args, **kwargs)
 
     return add_request
@@ -177,11 +189,23 @@ def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
         request = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
         path = _new_path(self, request)
         if path is not None:
-            await self.add_lora(request)
+            with _as_the_callers_error(request):
+                await self.add_lora(request)
             _loaded_paths(self).add(path)
         return await original(self, *args, **kwargs)
 
     return add_request
+
+
+@contextlib.contextmanager
+def _as_the_callers_error(request: Any) -> Iterator[None]:
+    """A load that failed in another process, of which only the text came back, as an error of ours."""
+    try:
+        yield
+    except (VLoRAError, EngineDeadError):
+        raise
+    except Exception as error:
+        raise TaskLoadError(f"task {request.lora_name!r}: {error}") from error
 
 
 def _new_path(engine: Any, request: LoRARequest | None) -> str | None:
@@ -192,7 +216,10 @@ def _new_path(engine: Any, request: LoRARequest | None) -> str | None:
 
 
 def _loaded_paths(engine: Any) -> set[str]:
-    """Paths of tasks that the workers hold; they never drop one."""
+    """Paths of tasks that the workers were asked to hold.
+
+    One that has given way since is loaded again by the engine core; see ``residency``.
+    """
     return engine.__dict__.setdefault("_vlora_loaded_paths", set())
 
 
@@ -262,6 +289,8 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "AsyncLLM.add_request": _add_request_async,
         "LoRARequest.__eq__": _equal_requests,
         "_gen_lora_extra_hash_keys": _lora_hash_keys,
+        "EngineCore.add_lora": ensure_before_add_lora,
+        "Executor.determine_available_memory": lambda f: leave_memory(f, setup.settings.late_mib),
     }
     if setup.direct:
         wrappers[f"{lru}._apply_adapters"] = _apply_adapters
@@ -277,6 +306,10 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (seams[name].owner, seams[name].attribute, wrap(seams[name].value))
         for name, wrap in wrappers.items()
     ]
-    if setup.direct:
-        patches += schedule_by_kind(setup, seams) + capture_by_kind(seams)
-    return patches
+    scheduling = schedule_by_kind(setup, seams) if setup.direct else []
+    graphs = capture_by_kind(seams) if setup.direct else []
+    # Outside of what asks the workers how a request's task runs: that one must be loaded.
+    core = seams["EngineCore.add_request"]
+    add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
+    add_request = ensure_before_add_request(add or core.value)
+    return [*patches, *scheduling, *graphs, (core.owner, core.attribute, add_request)]

@@ -17,6 +17,11 @@ DEFAULT_PEFT_SLOTS = 8
 MODE_VARIABLE = "VLLM_VLORA_MODE"
 SLOTS_VARIABLE = "VLLM_VLORA_SLOTS"
 BASIS_VARIABLE = "VLLM_VLORA_BASIS"
+LATE_VARIABLE = "VLLM_VLORA_LATE_MIB"
+# For tasks that come after start-up. Taken from the KV cache, so it is kept small: on an 80 GB GPU 0.7 %
+# of the memory. A hundred tasks of a 7B model at rank 16 in NF4 fit, or the packed bases of another
+# checkpoint (80 MB at 64 components) and two hundred of its tasks; the least recently used give way.
+DEFAULT_LATE_MIB = 512
 BASES = ("dense", "packed")
 
 
@@ -29,11 +34,13 @@ class Settings:
             refuses tasks that cannot run direct, ``materialize`` writes every task into a slot.
         slots: slots for adapters that need one, when tasks run direct; ``--max-loras`` caps it.
         packed_basis: keep quantised bases packed on the device instead of in the compute dtype.
+        late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
     """
 
     mode: str = "auto"
     slots: int = DEFAULT_PEFT_SLOTS
     packed_basis: bool = False
+    late_mib: int = DEFAULT_LATE_MIB
 
     @property
     def direct(self) -> bool:
@@ -45,8 +52,9 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings of this process; raises SettingError that names the variable and its values."""
     return Settings(
         mode=_choice(environment, MODE_VARIABLE, MODES),
-        slots=_positive(environment, SLOTS_VARIABLE, DEFAULT_PEFT_SLOTS),
+        slots=_whole(environment, SLOTS_VARIABLE, DEFAULT_PEFT_SLOTS, least=1),
         packed_basis=_choice(environment, BASIS_VARIABLE, BASES) == "packed",
+        late_mib=_whole(environment, LATE_VARIABLE, DEFAULT_LATE_MIB, least=0),
     )
 
 
@@ -57,8 +65,8 @@ def _choice(environment: Mapping[str, str], name: str, choices: tuple[str, ...])
     return value
 
 
-def _positive(environment: Mapping[str, str], name: str, default: int) -> int:
+def _whole(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
     text = environment.get(name) or str(default)
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise SettingError(f"{name}={text!r}: use a whole number from 1 on")
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise SettingError(f"{name}={text!r}: use a whole number from {least} on")
     return int(text)

@@ -6,8 +6,8 @@ This module knows tensors only. ``layers`` reads vLLM's layers and describes eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -53,8 +53,10 @@ class SlotWriter:
     """Writes tasks into slots.
 
     ``layouts`` has every slice of every layer. What a task's writes need is arranged once and kept
-    for as long as the task, which is for ever: some 300 bytes a factor on a GPU, and on a CPU a copy
+    until the task is dropped: some 300 bytes a factor on a GPU, and on a CPU a copy
     of the packed factors that do not lie as the slots do (see ``plan_materialize``).
+
+    ``elsewhere`` names modules that other pipeline-parallel ranks write.
 
     A slot keeps what was written to it when its adapter leaves, so the writer remembers how far each
     side of a slot is filled, and zeroes only what the next task leaves of that. Of a slot that it
@@ -63,6 +65,7 @@ class SlotWriter:
 
     layouts: list[SliceLayout]
     max_rank: int
+    elsewhere: Collection[str] = ()
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _plans: dict[str, _TaskPlan] = field(default_factory=dict)
 
@@ -85,6 +88,8 @@ class SlotWriter:
                 )
         for module in (checkpoint.modules[index] for index in sorted(used)):
             name = engine_name(module.name)
+            if name in self.elsewhere:
+                continue
             if name not in layouts:
                 raise ModelMismatchError(
                     f"{checkpoint.path}: the served model has no LoRA layer for module "
@@ -119,6 +124,10 @@ class SlotWriter:
             into = self._slots[slot]
             into.rows = [len(side) for side in into.sides]
 
+    def drop(self, path: str) -> None:
+        """Let go of what is kept for a task's writes, if anything is."""
+        self._plans.pop(path, None)
+
     def _slot(self, slot: int) -> _Slot:
         held = self._slots.get(slot)
         if held is None:
@@ -137,11 +146,13 @@ class SlotWriter:
     def _plan(self, task: ResidentTask, slot: int) -> _TaskPlan:
         held = self._plans.get(task.path)
         if held is None:
-            outs = iter(self._slot(slot).table.outs)
+            into = self._slot(slot)
+            outs = iter(into.table.outs)
             jobs: list[MaterializeJob] = []
             rows: list[int] = []
-            for layout in self.layouts:
-                sources = task.sources.get(layout.name, (None, None))
+            for layout, held_a in zip(self.layouts, into.sides[::2]):
+                source_a, source_b = task.sources.get(layout.name, (None, None))
+                sources = _rows_of(source_a, layout.first_row, len(held_a)), source_b
                 for source, runs in zip(sources, (layout.runs_a, layout.runs_b)):
                     rows.append(0 if source is None else source.rank)
                     jobs += [_job(next(outs), source, run) for run in runs]
@@ -153,6 +164,18 @@ def _regions(view: torch.Tensor, runs: tuple[Run, ...]) -> list[torch.Tensor]:
     if len(runs) == 1:
         return [view]
     return [view[:, run.target : run.target + run.width] for run in runs]
+
+
+def _rows_of(source: SideSource | None, first: int, count: int) -> SideSource | None:
+    """At most ``count`` rows of a source from ``first`` on; None where there are none."""
+    if source is None or source.rank <= first:
+        return None
+    stop = min(first + count, source.rank)
+    if (first, stop) == (0, source.rank):
+        return source
+    if source.left is not None:
+        return replace(source, left=source.left[first:stop])
+    return replace(source, matrix=source.matrix.row_slice(first, stop))
 
 
 def _job(region: torch.Tensor, source: SideSource | None, run: Run) -> MaterializeJob:

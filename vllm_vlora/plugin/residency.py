@@ -1,0 +1,203 @@
+"""Tasks that come after start-up stay within their budget; the engine core decides which are held.
+
+Such a task is loaded by the workers before its first request enters the scheduler, never inside a step,
+where what fails ends the engine. It stays while a request asks for it. When the next one would take more
+than ``VLLM_VLORA_LATE_MIB`` on any device, the least recently asked for that no request needs give way,
+and where that is not enough the load is an error of the request's. An engine core sees every load and
+every request, in their order, whatever number of API servers asks; workers and API servers do not.
+
+The bytes are kept out of the KV cache: what vLLM finds available for it is lessened by them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vllm_vlora.errors import MemoryBudgetError, VLoRAError
+from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.settings import LATE_VARIABLE
+
+
+class Held(NamedTuple):
+    """What a worker says when it was told to hold a task.
+
+    Attributes:
+        late: it was not loaded at start-up.
+        over: bytes by which all such tasks are above the budget with it.
+        error: why it could not be loaded; the worker then holds nothing of it.
+    """
+
+    late: bool
+    over: int = 0
+    error: VLoRAError | None = None
+
+
+class Residency:
+    """Which tasks the workers of one engine core hold.
+
+    Args:
+        hold: tells every worker to hold a request's task.
+        forget: tells every worker to let go of a path.
+        in_use: the paths that requests in the engine ask for.
+    """
+
+    def __init__(
+        self,
+        hold: Callable[[Any], list[Held]],
+        forget: Callable[[str], object],
+        in_use: Callable[[], set[str]],
+    ) -> None:
+        self._hold, self._forget, self._in_use = hold, forget, in_use
+        self._preloaded: set[str] = set()
+        # By last use, the most recent one last.
+        self._late: OrderedDict[str, None] = OrderedDict()
+
+    def ensure(self, request: Any) -> None:
+        """Have a request's task held by every worker.
+
+        Raises:
+            MemoryBudgetError: not even with every task gone that no request needs.
+            VLoRAError: it cannot be loaded.
+        """
+        path = request.lora_path
+        if path in self._preloaded:
+            return
+        if path in self._late:
+            self._late.move_to_end(path)
+            return
+        try:
+            late = self._make_room_for(request)
+        except BaseException:
+            self._forget(path)
+            raise
+        if late:
+            self._late[path] = None
+        else:
+            self._preloaded.add(path)
+
+    def _make_room_for(self, request: Any) -> bool:
+        """Whether the task is a late one; loaded either way."""
+        idle: list[str] | None = None
+        while True:
+            answers = self._hold(request)
+            error = next((answer.error for answer in answers if answer.error), None)
+            if error is not None:
+                raise error
+            over = max(answer.over for answer in answers)
+            if over <= 0:
+                return any(answer.late for answer in answers)
+            if idle is None:
+                used = self._in_use()
+                idle = [path for path in reversed(self._late) if path not in used]
+            if not idle:
+                raise MemoryBudgetError(
+                    f"no room for task {request.lora_name!r} beside the tasks that requests in flight "
+                    f"use: tasks loaded after start-up may take {LATE_VARIABLE} on each device; ask "
+                    "again later, set that higher, or put the task into the checkpoint that the "
+                    "engine starts with"
+                )
+            victim = idle.pop()
+            self._forget(victim)
+            del self._late[victim]
+
+
+# --- the engine core -------------------------------------------------------------------------------
+
+
+def _hold(worker: Any, request: Any) -> Held:
+    return worker.model_runner.lora_manager._adapter_manager.hold(request)
+
+
+def _forget(worker: Any, path: str) -> None:
+    worker.model_runner.lora_manager._adapter_manager.forget(path)
+
+
+def _residency(core: Any) -> Residency:
+    """The engine core's own, made on first use."""
+    held = core.__dict__.get("_vlora_residency")
+    if held is None:
+        ask = core.model_executor.collective_rpc
+        held = core.__dict__["_vlora_residency"] = Residency(
+            lambda request: ask(_hold, args=(request,)),
+            lambda path: ask(_forget, args=(path,)),
+            lambda: _paths_in_use(core.scheduler),
+        )
+    return held
+
+
+def _paths_in_use(scheduler: Any) -> set[str]:
+    """The adapters' paths of the requests that the scheduler holds and of those that wait outside."""
+    outside = scheduler.__dict__.get("_vlora_admission")
+    requests = [*scheduler.requests.values(), *(outside.waiting() if outside else ())]
+    return {request.lora_request.lora_path for request in requests if request.lora_request}
+
+
+def ensure_in_process(client: Any, lora_request: Any) -> None:
+    """Hold a task of ours where the client's engine core is in this process; else nothing."""
+    core = getattr(client, "engine_core", None)
+    if core is not None and parse_task_path(lora_request.lora_path) is not None:
+        _residency(core).ensure(lora_request)
+
+
+def ensure_before_add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.add_lora`` that holds a task of ours before it makes an adapter of it."""
+
+    @functools.wraps(original)
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        if parse_task_path(lora_request.lora_path) is not None:
+            _residency(self).ensure(lora_request)
+        return original(self, lora_request)
+
+    return add_lora
+
+
+def ensure_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.add_request`` that holds a request's task, which may have given way."""
+
+    @functools.wraps(original)
+    def add_request(self: Any, request: Any, request_wave: int = 0) -> Any:
+        lora = request.lora_request
+        if lora and parse_task_path(lora.lora_path) is not None:
+            try:
+                _residency(self).ensure(lora)
+            except VLoRAError:
+                # An engine core of its own process ends with what is raised here.
+                refuse = getattr(self, "_send_error_outputs_to_client", None)
+                if refuse is None:
+                    raise
+                _logger().exception("vllm-vlora: request %s is refused", request.request_id)
+                return refuse([request.request_id], request.client_index)
+        return original(self, request, request_wave)
+
+    return add_request
+
+
+def leave_memory(original: Callable[..., Any], late_mib: int) -> Callable[..., Any]:
+    """``Executor.determine_available_memory`` less what later tasks may take.
+
+    Not where the user set the KV cache's size (``--kv-cache-memory-bytes``): vLLM then measures nothing.
+    """
+
+    @functools.wraps(original)
+    def determine_available_memory(self: Any) -> list[int]:
+        found = original(self)
+        if self.lora_config is None or self.cache_config.kv_cache_memory_bytes is not None:
+            return found
+        _logger().info(
+            "vllm-vlora: %d MiB of each device are kept out of the KV cache for tasks that are loaded "
+            "after start-up (%s)",
+            late_mib,
+            LATE_VARIABLE,
+        )
+        return [nbytes - late_mib * 2**20 for nbytes in found]
+
+    return determine_available_memory
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.plugins.vlora")
