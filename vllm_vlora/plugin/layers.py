@@ -14,6 +14,7 @@ from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.plugin.experts import expert_stacks, is_fused_moe
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout, View, index_runs
 
 
@@ -40,12 +41,12 @@ def _has_module(manager: Any, name: str) -> bool:
 
 
 def read_layouts(manager: Any) -> list[SliceLayout]:
-    """Describe every slice of every LoRA layer of this rank."""
+    """Describe every slice of every LoRA layer of this rank but fused experts, see ``experts``."""
     layouts: list[SliceLayout] = []
     for module_name, layer in manager.modules.items():
         kind = type(layer).__name__
         if is_fused_moe(layer):
-            continue  # No job can fill one; a checkpoint with such modules is refused by name.
+            continue
         parts = manager.packed_modules.get(module_name, [module_name])
         if kind == "LogitsProcessorWithLoRA":
             layouts.append(_logits_layout(parts[0], layer))
@@ -78,14 +79,13 @@ def slot_nbytes(manager: Any) -> int:
     """Bytes of all slots of all LoRA layers of this rank."""
     stacks: list[torch.Tensor] = []
     for layer in manager.modules.values():
+        if is_fused_moe(layer):
+            stacks += expert_stacks(layer)
+            continue
         for name in ("lora_a_stacked", "lora_b_stacked"):
             held = getattr(layer, name, ())
             stacks += [held] if isinstance(held, torch.Tensor) else list(held)
     return sum(stack.nbytes for stack in stacks)
-
-
-def is_fused_moe(layer: Any) -> bool:
-    return type(layer).__name__.startswith("FusedMoE")
 
 
 def _linear_layouts(names: list[str], layer: Any) -> list[SliceLayout]:

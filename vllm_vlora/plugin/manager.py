@@ -26,11 +26,16 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import ModelMismatchError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
+from vllm_vlora.plugin.experts import (
+    ExpertWriter,
+    check_experts,
+    is_fused_moe,
+    make_expert_writer,
+)
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.layer_calls import LayerPunica
 from vllm_vlora.plugin.layers import (
     engine_name,
-    is_fused_moe,
     read_direct_layouts,
     read_layouts,
     slot_nbytes,
@@ -123,24 +128,34 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             activated = super().activate_adapter(lora_id)
             if activated and self._writer is not None:
                 self._writer.forget(self.lora_index_to_id.index(lora_id))
+                self.experts.forget(self.lora_index_to_id.index(lora_id))
             return activated
         # Stock code keeps the books (slots, LRU order) and is shown only the layers that the writer does
         # not fill: to set classification heads, and to reset what another adapter left in the slot.
-        layers, self.modules = self.modules, _layers_left_to_stock(self.modules)
+        filled = self.experts.filled(model.task)
+        layers, self.modules = self.modules, _layers_left_to_stock(self.modules, filled)
         try:
             activated = super().activate_adapter(lora_id)
         finally:
             self.modules = layers
         if activated:
             self.writer.write(self.lora_index_to_id.index(lora_id), model.task)
+            self.experts.write(self.lora_index_to_id.index(lora_id), model.task)
         return activated
 
     @property
     def writer(self) -> SlotWriter:
-        """The writer over this model's layers, made on first use."""
+        """The writer over this model's layers but fused experts, made on first use."""
         if self._writer is None:
-            self._writer = SlotWriter(read_layouts(self), self.lora_config.max_lora_rank)
+            max_rank = self.lora_config.max_lora_rank
+            self._writer = SlotWriter(read_layouts(self), max_rank, self.experts.layouts)
         return self._writer
+
+    @functools.cached_property
+    def experts(self) -> ExpertWriter:
+        """The writer over this model's fused experts."""
+        max_rank = self.lora_config.max_lora_rank
+        return make_expert_writer(self.modules, self.packed_modules, max_rank)
 
     def task_model(self, request: LoRARequest) -> TaskLoRAModel:
         """The model of one of our requests, from resident memory wherever possible."""
@@ -250,6 +265,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
             if task.direct is None:
                 self.writer.prepare(task)
+                self.experts.prepare(task)
         if store.direct is not None:
             self._direct_slots = DirectSlots(store.direct)
             self._attach(store.direct)
@@ -290,6 +306,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
         _refuse_config(self)
         task_ids = list(task_ids)
+        packed = self.packed_modules
+        check_experts(self.modules, packed, checkpoint, task_ids, self._engine_name)
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
         writer.check(checkpoint, task_ids, self._engine_name)
@@ -358,9 +376,17 @@ def _log_direct(manager: TaskLoRAManager, path: DirectPath) -> None:
 # --- classification heads --------------------------------------------------------------------------
 
 
-def _layers_left_to_stock(modules: dict[str, Any]) -> dict[str, Any]:
-    """The layers that stock code sets or resets when a task of ours takes a slot."""
-    return {n: layer for n, layer in modules.items() if _is_full_head(layer) or is_fused_moe(layer)}
+def _layers_left_to_stock(modules: dict[str, Any], filled: list[Any]) -> dict[str, Any]:
+    """The layers that stock code sets or resets when a task of ours takes a slot.
+
+    ``filled`` are the layers of fused experts that the task's own writes fill.
+    """
+    ours = set(map(id, filled))
+    return {
+        name: layer
+        for name, layer in modules.items()
+        if _is_full_head(layer) or (is_fused_moe(layer) and id(layer) not in ours)
+    }
 
 
 def _is_full_head(layer: Any) -> bool:

@@ -52,9 +52,11 @@ class _TaskPlan:
 class SlotWriter:
     """Writes tasks into slots.
 
-    ``layouts`` has every slice of every layer. What a task's writes need is arranged once and kept
-    for as long as the task, which is for ever: some 300 bytes a factor on a GPU, and on a CPU a copy
-    of the packed factors that do not lie as the slots do (see ``plan_materialize``).
+    ``layouts`` has every slice of every layer that it fills, ``elsewhere`` those of the model that
+    another writer fills or another rank holds, which ``check`` alone looks at. What a task's writes need
+    is arranged once and kept for as long as the task, which is for ever: some 300 bytes a factor on a
+    GPU, and on a CPU a copy of the packed factors that do not lie as the slots do (see
+    ``plan_materialize``).
 
     A slot keeps what was written to it when its adapter leaves, so the writer remembers how far each
     side of a slot is filled, and zeroes only what the next task leaves of that. Of a slot that it
@@ -63,6 +65,7 @@ class SlotWriter:
 
     layouts: list[SliceLayout]
     max_rank: int
+    elsewhere: list[SliceLayout] = field(default_factory=list)
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _plans: dict[str, _TaskPlan] = field(default_factory=dict)
 
@@ -71,7 +74,7 @@ class SlotWriter:
     ) -> None:
         """Raise ModelMismatchError, naming the module or task, when the model cannot take a task."""
         layouts: dict[str, list[SliceLayout]] = {}
-        for layout in self.layouts:
+        for layout in (*self.layouts, *self.elsewhere):
             layouts.setdefault(layout.name, []).append(layout)
         used: set[int] = set()
         for task_id in task_ids:

@@ -1,0 +1,123 @@
+"""A tiny mixture of experts in vLLM's files, and PEFT adapters of it as PEFT wrote them per expert.
+
+transformers 5 holds a block's experts as one parameter; adapters of the models that people serve were
+trained with a linear layer for each expert, which this module's skeleton has under the same names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_world import make_model
+
+LAYERS, EXPERTS, HIDDEN, INNER = 2, 4, 64, 48
+PROJECTIONS = ("gate_proj", "down_proj", "up_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# The rest of LoraConfig: other ranks and scales for some projections, rsLoRA, experts alone.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "everything": {
+        "r": 8,
+        "lora_alpha": 12,
+        "target_modules": [*ATTENTION, *PROJECTIONS],
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"up_proj": 5},
+    },
+    "experts": {"r": 4, "lora_alpha": 3, "target_modules": [*PROJECTIONS], "use_rslora": True},
+    "attention": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+}
+
+
+class _Expert(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = torch.nn.Linear(HIDDEN, INNER, bias=False)
+        self.up_proj = torch.nn.Linear(HIDDEN, INNER, bias=False)
+        self.down_proj = torch.nn.Linear(INNER, HIDDEN, bias=False)
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ATTENTION:
+            self.add_module(name, torch.nn.Linear(HIDDEN, HIDDEN, bias=False))
+
+
+class _Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = _Attention()
+        self.mlp = torch.nn.Module()
+        self.mlp.experts = torch.nn.ModuleList(_Expert() for _ in range(EXPERTS))
+
+
+class _Skeleton(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList(_Block() for _ in range(LAYERS))
+
+
+def make_moe_model(folder: Path) -> Path:
+    """A two-layer Qwen3-MoE of four experts, two of them for each token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    make_model(folder)  # for its tokenizer
+    config = Qwen3MoeConfig(
+        vocab_size=256,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        moe_intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=HIDDEN // 2,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_moe_adapter(folder: Path, seed: int, **config: Any) -> Path:
+    """A PEFT folder, by PEFT, with random factors in bfloat16 and large enough to change the tokens."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    adapted = get_peft_model(_Skeleton(), LoraConfig(**config))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.normal_(0, 0.25).bfloat16()
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def make_moe_adapters(root: Path) -> dict[str, Path]:
+    """Every one of ``ADAPTERS`` by its name."""
+    return {
+        name: make_moe_adapter(root / name, 50 + number, **config)
+        for number, (name, config) in enumerate(ADAPTERS.items())
+    }
+
+
+def expert_names(layer: int) -> list[str]:
+    """The modules of a layer's experts in the order in which vLLM packs them."""
+    prefix = f"model.layers.{layer}.mlp.experts"
+    return [f"{prefix}.{expert}.{name}" for expert in range(EXPERTS) for name in PROJECTIONS]
+
+
+def read_ranks(folder: Path) -> int:
+    """The largest rank that an adapter's config names."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return max([config["r"], *config["rank_pattern"].values()])
