@@ -1,7 +1,7 @@
-"""Adapters of a mixture of experts: what our tasks put into a real engine's slots next to stock's.
+"""Adapters of a mixture of experts in a real engine: its slots next to stock's, and its answers.
 
-vLLM has no kernel for LoRA on fused experts on CPU, so what is compared are the slots, byte by byte, and
-the flags that the kernel reads; only the answers of adapters without experts are.
+vLLM has no kernel for LoRA on fused experts on CPU. So the slots are compared byte by byte with the flags
+that the kernel reads; and for the answers its definition in torch stands in for it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from engine_forks import run_script
-from engine_world import ENGINE_ARGUMENTS, PROMPTS
-from moe_world import ADAPTERS, make_moe_adapters, make_moe_model
+from engine_world import ENGINE_ARGUMENTS, MAX_TOKENS, PROMPTS, for_stock
+from moe_world import ADAPTERS, EXPERTS, INNER, greedy, make_moe_adapters, make_moe_model, merge
 
 from vllm_vlora import CompressOptions, compress, open_adapter
 
 pytestmark = pytest.mark.engine
+
+LAYER = "model.layers.0.mlp.experts"
 
 SCRIPT = """
 import json, sys
@@ -47,16 +49,11 @@ def fingerprints(worker, name):
                 found[f"{layer_name} {side} {tuple(values.shape)}"] = [digest, nonzero]
     return found
 
-def obstacles(worker):
-    manager = worker.model_runner.lora_manager._adapter_manager
-    return {task.task_id: task.obstacle for task in manager.vlora_store.tasks()}
-
 def main():
     job = json.loads(sys.argv[1])
     llm = LLM(job["model"], enable_lora=True, max_loras=1, max_lora_rank=8, max_cpu_loras=8,
               **job["arguments"])
-    found = {"obstacles": llm.collective_rpc(obstacles)}
-    requests = {}
+    found, requests = {}, {}
     for number, (name, path) in enumerate(job["adapters"].items(), 1):
         requests[f"stock {name}"] = LoRARequest(f"stock-{name}", number, path)
         requests[f"ours {name}"] = lora_request(job["checkpoint"], name)
@@ -92,7 +89,7 @@ def fill_slots(
     job = {
         "model": str(model),
         "checkpoint": str(checkpoint),
-        "adapters": {name: str(path) for name, path in adapters.items()},
+        "adapters": {name: str(for_stock(path)) for name, path in adapters.items()},
         "arguments": {**ENGINE_ARGUMENTS, "dtype": "bfloat16", **arguments},
     }
     return run_script(
@@ -105,16 +102,19 @@ def fill_slots(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "shape"),
     [
-        {},
-        {"tensor_parallel_size": 2},
-        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        ({}, (EXPERTS, INNER)),
+        ({"tensor_parallel_size": 2}, (EXPERTS, INNER // 2)),
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, (EXPERTS // 2, INNER)),
     ],
     ids=["one rank", "two tensor-parallel ranks", "two expert-parallel ranks"],
 )
 def test_slots_of_experts_hold_what_stock_puts_there(
-    moe: tuple[Path, dict[str, Path]], tmp_path: Path, arguments: dict[str, Any]
+    moe: tuple[Path, dict[str, Path]],
+    tmp_path: Path,
+    arguments: dict[str, Any],
+    shape: tuple[int, int],
 ) -> None:
     model, adapters = moe
     checkpoint = store(tmp_path / "checkpoint", adapters)
@@ -128,9 +128,96 @@ def test_slots_of_experts_hold_what_stock_puts_there(
         for ours in found[f"ours {name}"]:
             assert ours == stock
         for rank in stock:
+            assert f"{LAYER} w13_lora_b_stacked 0 {(1, *shape, 8)}" in rank
             experts = [value for key, value in rank.items() if ".experts" in key]
             assert len(experts) == 2 * 7, "six tensors and the flags in each of two layers"
             assert all(nonzero > 0 for _, nonzero in experts) == (name != "attention")
             assert any(nonzero > 0 for _, nonzero in experts) == (name != "attention")
             seen.add(json.dumps(rank))
     assert len(seen) == ranks * len(ADAPTERS)
+
+
+ANSWERS = """
+import json, sys
+import torch
+from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm_vlora import lora_request
+
+def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *args, **kwargs):
+    lora = self._lora_context
+    slots = lora.punica_wrapper.token_lora_indices
+    output.zero_()
+    for token, experts in enumerate(topk_ids.tolist()):
+        slot = int(slots[token])
+        adapted = slot >= 0 and int(lora.adapter_enabled[slot])
+        x = hidden_states[token]
+        for place, expert in enumerate(experts):
+            gate_up = w1[expert] @ x
+            if adapted:
+                gate_up = gate_up + torch.cat([
+                    b[slot, expert] @ (a[slot, expert] @ x)
+                    for a, b in zip(lora.w13_lora_a_stacked, lora.w13_lora_b_stacked)])
+            gate, up = gate_up.chunk(2)
+            inner = torch.nn.functional.silu(gate) * up
+            down = w2[expert] @ inner
+            if adapted:
+                a, b = lora.w2_lora_a_stacked[0], lora.w2_lora_b_stacked[0]
+                down = down + b[slot, expert] @ (a[slot, expert] @ inner)
+            output[token] += topk_weights[token, place] * down
+
+TritonExperts.apply = apply
+
+def obstacles(worker):
+    manager = worker.model_runner.lora_manager._adapter_manager
+    return {task.task_id: task.obstacle for task in manager.vlora_store.tasks()}
+
+def main():
+    job = json.loads(sys.argv[1])
+    llm = LLM(job["model"], enable_lora=True, max_loras=8, max_lora_rank=8, **job["arguments"])
+    requests = {"base": None} | {n: lora_request(job["checkpoint"], n) for n in job["tasks"]}
+    items = [(name, n) for name in requests for n in range(len(job["prompts"]))]
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+    done = llm.generate([{"prompt_token_ids": job["prompts"][n]} for _, n in items], sampling,
+                        lora_request=[requests[name] for name, _ in items], use_tqdm=False)
+    answers = {}
+    for (name, _), output in zip(items, done):
+        answers.setdefault(name, []).append(list(output.outputs[0].token_ids))
+    found = llm.collective_rpc(obstacles)
+    print("RESULT " + json.dumps([answers, found]), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_attention_runs_direct_beside_materialized_experts(
+    moe: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    """All in one batch, in float32, next to models that PEFT merged the adapters into."""
+    model, adapters = moe
+    checkpoint = store(tmp_path / "checkpoint", adapters)
+    job = {
+        "model": str(model),
+        "checkpoint": str(checkpoint),
+        "tasks": list(ADAPTERS),
+        "arguments": ENGINE_ARGUMENTS,
+        "prompts": PROMPTS,
+        "max_tokens": MAX_TOKENS,
+    }
+    answers, (obstacles,) = run_script(
+        ANSWERS,
+        json.dumps(job),
+        VLLM_VLORA_CHECKPOINT=str(checkpoint),
+        VLLM_VLORA_SLOTS="2",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+    )
+    assert obstacles["attention"] == ""
+    for name in ("everything", "experts"):
+        assert obstacles[name].endswith(".down_proj is of a fused expert")
+    expected = {"base": greedy(model, PROMPTS, MAX_TOKENS)}
+    for name, path in adapters.items():
+        merged = merge(model, path, tmp_path / f"merged-{name}")
+        expected[name] = greedy(merged, PROMPTS, MAX_TOKENS)
+    assert len({json.dumps(answer) for answer in expected.values()}) == len(expected)
+    assert answers == expected

@@ -6,12 +6,12 @@ trained with a linear layer for each expert, which this module's skeleton has un
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine_world import make_model
+from engine_world import PLAIN, make_model, save_plain
 
 LAYERS, EXPERTS, HIDDEN, INNER = 2, 4, 64, 48
 PROJECTIONS = ("gate_proj", "down_proj", "up_proj")
@@ -100,6 +100,7 @@ def make_moe_adapter(folder: Path, seed: int, **config: Any) -> Path:
         if "lora_" in name:
             parameter.data = parameter.data.normal_(0, 0.25).bfloat16()
     adapted.save_pretrained(folder)
+    save_plain(adapted, folder / PLAIN)
     return folder
 
 
@@ -111,13 +112,33 @@ def make_moe_adapters(root: Path) -> dict[str, Path]:
     }
 
 
-def expert_names(layer: int) -> list[str]:
-    """The modules of a layer's experts in the order in which vLLM packs them."""
-    prefix = f"model.layers.{layer}.mlp.experts"
-    return [f"{prefix}.{expert}.{name}" for expert in range(EXPERTS) for name in PROJECTIONS]
+def merge(model: Path, adapter: Path, folder: Path) -> Path:
+    """The model with an adapter merged into its weights, by PEFT, in float32."""
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    skeleton = _Skeleton()
+    adapted = {name: weights[name] for name in skeleton.state_dict()}
+    skeleton.load_state_dict(adapted)
+    merged = PeftModel.from_pretrained(skeleton, adapter).merge_and_unload().state_dict()
+    assert merged.keys() == adapted.keys()
+    shutil.copytree(model, folder)
+    save_file(weights | merged, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
-def read_ranks(folder: Path) -> int:
-    """The largest rank that an adapter's config names."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return max([config["r"], *config["rank_pattern"].values()])
+def greedy(model: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """What transformers answers, in float32."""
+    from transformers import Qwen3MoeForCausalLM
+
+    loaded = Qwen3MoeForCausalLM.from_pretrained(model, dtype=torch.float32)
+    answers = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(count):
+                following = loaded(tokens).logits[:, -1:].argmax(-1)
+                tokens = torch.cat([tokens, following], dim=1)
+        answers.append(tokens[0, len(prompt) :].tolist())
+    return answers

@@ -1,6 +1,7 @@
 """vLLM's LoRA manager beside direct tasks: what is resident, which slot holds what, the batch's mapping.
 
-With ``seams``, ``layers``, ``layer_calls`` and ``scheduling`` the only file that knows vLLM's internals.
+With ``seams``, ``layers``, ``experts``, ``layer_calls`` and ``scheduling`` the only file that knows
+vLLM's internals.
 """
 
 from __future__ import annotations

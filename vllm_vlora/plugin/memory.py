@@ -170,7 +170,8 @@ def direct_obstacle(segments: Iterable[Segment], modules: Sequence[ModuleSpec]) 
 
     A task runs direct when each of its modules is a linear layer other than ``lm_head`` and no fused
     expert, stored joint or private: vLLM runs LoRA on ``lm_head``, on embeddings and on experts through
-    other calls. Flat tasks are materialized: the direct pass would cost rank times as many products as they have components.
+    other calls. Flat tasks are materialized: the direct pass would cost rank times as many products as
+    they have components.
     """
     for segment in segments:
         module = modules[segment.module]
