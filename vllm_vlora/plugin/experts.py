@@ -191,10 +191,12 @@ class ExpertWriter:
             self._writer.prepare(task)
 
     def write(self, slot: int, task: ResidentTask) -> None:
-        """Fill the slot of every layer with a task's experts, where it has any."""
+        """Fill the slot of every layer with a task's experts, where it has any.
+
+        Where it has none vLLM has made the slot zero, so what is known of it stays an upper bound.
+        """
         adapted = self._adapted(task)
         if not adapted:
-            self.forget(slot)
             return
         self._writer.write(slot, task)
         for place, (layer, _) in enumerate(self.layers):
