@@ -15,7 +15,7 @@ from engine_forks import run_script
 from engine_world import ENGINE_ARGUMENTS, MAX_TOKENS, PROMPTS, for_stock
 from moe_world import ADAPTERS, EXPERTS, INNER, greedy, make_moe_adapters, make_moe_model, merge
 
-from vllm_vlora import CompressOptions, compress, open_adapter
+from vllm_vlora import CompressOptions, compress, open_adapter, split_experts
 
 pytestmark = pytest.mark.engine
 
@@ -55,7 +55,8 @@ def main():
               **job["arguments"])
     found, requests = {}, {}
     for number, (name, path) in enumerate(job["adapters"].items(), 1):
-        requests[f"stock {name}"] = LoRARequest(f"stock-{name}", number, path)
+        fields = {"is_3d_lora_weight": True} if name in job["fused"] else {}
+        requests[f"stock {name}"] = LoRARequest(f"stock-{name}", number, path, **fields)
         requests[f"ours {name}"] = lora_request(job["checkpoint"], name)
     # Through one slot, so that each finds what another left: stock's, ours, with experts and without.
     for name in [*requests, *reversed(requests), *sorted(requests)]:
@@ -84,31 +85,37 @@ def store(folder: Path, adapters: dict[str, Path]) -> Path:
 
 
 def fill_slots(
-    model: Path, checkpoint: Path, adapters: dict[str, Path], mode: str, **arguments: Any
+    model: Path, checkpoint: Path, adapters: dict[str, Path], *fused: str, **arguments: Any
 ) -> dict[str, Any]:
     job = {
         "model": str(model),
         "checkpoint": str(checkpoint),
         "adapters": {name: str(for_stock(path)) for name, path in adapters.items()},
+        "fused": fused,
         "arguments": {**ENGINE_ARGUMENTS, "dtype": "bfloat16", **arguments},
     }
     return run_script(
         SCRIPT,
         json.dumps(job),
         VLLM_VLORA_CHECKPOINT=str(checkpoint),
-        VLLM_VLORA_MODE=mode,
+        VLLM_VLORA_MODE="materialize",
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # To send a function to the workers.
     )
+
+
+TENSOR_PARALLEL = {"tensor_parallel_size": 2}
+EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+RANKS = ["one rank", "two tensor-parallel ranks", "two expert-parallel ranks"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "shape"),
     [
         ({}, (EXPERTS, INNER)),
-        ({"tensor_parallel_size": 2}, (EXPERTS, INNER // 2)),
-        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, (EXPERTS // 2, INNER)),
+        (TENSOR_PARALLEL, (EXPERTS, INNER // 2)),
+        (EXPERT_PARALLEL, (EXPERTS // 2, INNER)),
     ],
-    ids=["one rank", "two tensor-parallel ranks", "two expert-parallel ranks"],
+    ids=RANKS,
 )
 def test_slots_of_experts_hold_what_stock_puts_there(
     moe: tuple[Path, dict[str, Path]],
@@ -118,7 +125,7 @@ def test_slots_of_experts_hold_what_stock_puts_there(
 ) -> None:
     model, adapters = moe
     checkpoint = store(tmp_path / "checkpoint", adapters)
-    found = fill_slots(model, checkpoint, adapters, "materialize", **arguments)
+    found = fill_slots(model, checkpoint, adapters, **arguments)
     ranks = arguments.get("tensor_parallel_size", 1)
     seen = set()
     for name in ADAPTERS:
@@ -135,6 +142,25 @@ def test_slots_of_experts_hold_what_stock_puts_there(
             assert any(nonzero > 0 for _, nonzero in experts) == (name != "attention")
             seen.add(json.dumps(rank))
     assert len(seen) == ranks * len(ADAPTERS)
+
+
+@pytest.mark.parametrize("arguments", [{}, TENSOR_PARALLEL, EXPERT_PARALLEL], ids=RANKS)
+def test_adapters_of_fused_parameters_fill_the_same_slots(
+    moe: tuple[Path, dict[str, Path]], tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    """Stock reads PEFT's own folder, and we the one that it was split into."""
+    model, adapters = moe
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    fused, _ = make_fused_adapter(model, tmp_path / "fused", 70, **options)
+    split = split_experts(fused, tmp_path / "split", interleaved=False)
+    checkpoint = store(tmp_path / "checkpoint", {"fused": split, "experts": adapters["experts"]})
+    given = {"fused": fused, "experts": adapters["experts"]}
+    found = fill_slots(
+        model, checkpoint, given, "fused", enable_mixed_moe_lora_format=True, **arguments
+    )
+    for name in given:
+        assert found[f"ours {name}"] == found[f"stock {name}"]
+    assert found["ours fused"] != found["ours experts"]
 
 
 ANSWERS = """

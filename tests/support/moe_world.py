@@ -142,3 +142,28 @@ def greedy(model: Path, prompts: list[list[int]], count: int) -> list[list[int]]
                 tokens = torch.cat([tokens, following], dim=1)
         answers.append(tokens[0, len(prompt) :].tolist())
     return answers
+
+
+def make_fused_adapter(
+    model: Path,
+    folder: Path,
+    seed: int,
+    parameters: tuple[str, ...] = ("gate_up_proj", "down_proj"),
+    **config: Any,
+) -> tuple[Path, Path]:
+    """An adapter of the experts as parameters, and the model that PEFT merged it into."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    loaded = Qwen3MoeForCausalLM.from_pretrained(model, dtype=torch.float32)
+    targets = [f"mlp.experts.{name}" for name in parameters]
+    options = {"target_modules": [], "target_parameters": targets} | config
+    adapted = get_peft_model(loaded, LoraConfig(**options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.normal_(0, 0.25).bfloat16().float()
+    adapted.save_pretrained(folder)
+    merged = folder.with_name(f"{folder.name}-merged")
+    adapted.merge_and_unload().save_pretrained(merged)
+    return folder, merged
