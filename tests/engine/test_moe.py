@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 from engine_forks import run_script
 from engine_world import ENGINE_ARGUMENTS, MAX_TOKENS, PROMPTS, for_stock
-from moe_world import ADAPTERS, EXPERTS, INNER, greedy, make_moe_adapters, make_moe_model, merge
+from moe_world import (
+    ADAPTERS,
+    EXPERTS,
+    INNER,
+    greedy,
+    make_fused_adapter,
+    make_moe_adapters,
+    make_moe_model,
+    merge,
+)
 
 from vllm_vlora import CompressOptions, compress, open_adapter, split_experts
 
