@@ -19,6 +19,7 @@ from moe_world import (
     INNER,
     greedy,
     make_fused_adapter,
+    make_gpt_oss,
     make_moe_adapters,
     make_moe_model,
     merge,
@@ -170,6 +171,28 @@ def test_adapters_of_fused_parameters_fill_the_same_slots(
     for name in given:
         assert found[f"ours {name}"] == found[f"stock {name}"]
     assert found["ours fused"] != found["ours experts"]
+
+
+def test_interleaved_parameters_fill_the_same_slots(tmp_path: Path) -> None:
+    """gpt-oss, whose experts stock vLLM cuts among ranks after it told gate and up apart."""
+    model = make_gpt_oss(tmp_path / "model")
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    fused, _ = make_fused_adapter(model, tmp_path / "fused", 71, **options)
+    names = ("w1", "w3", "w2")
+    split = split_experts(fused, tmp_path / "split", interleaved=True, names=names)
+    checkpoint = store(tmp_path / "checkpoint", {"fused": split})
+    found = fill_slots(
+        model,
+        checkpoint,
+        {"fused": fused},
+        "fused",
+        enable_mixed_moe_lora_format=True,
+        **TENSOR_PARALLEL,
+    )
+    assert found["ours fused"] == found["stock fused"]
+    experts = [value for key, value in found["stock fused"][0][0].items() if LAYER in key]
+    assert len(experts) == 7
+    assert all(nonzero > 0 for _, nonzero in experts)
 
 
 ANSWERS = """

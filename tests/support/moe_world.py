@@ -90,6 +90,28 @@ def make_moe_model(folder: Path) -> Path:
     return folder
 
 
+def make_gpt_oss(folder: Path) -> Path:
+    """A gpt-oss of one layer and four experts, whose gate and up take turns in one parameter."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    make_model(folder)  # for its tokenizer
+    config = GptOssConfig(
+        vocab_size=256,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=HIDDEN // 2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    GptOssForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def make_moe_adapter(folder: Path, seed: int, **config: Any) -> Path:
     """A PEFT folder, by PEFT, with random factors in bfloat16 and large enough to change the tokens."""
     from peft import LoraConfig, get_peft_model
@@ -153,10 +175,10 @@ def make_fused_adapter(
 ) -> tuple[Path, Path]:
     """An adapter of the experts as parameters, and the model that PEFT merged it into."""
     from peft import LoraConfig, get_peft_model
-    from transformers import Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    loaded = Qwen3MoeForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     targets = [f"mlp.experts.{name}" for name in parameters]
     options = {"target_modules": [], "target_parameters": targets} | config
     adapted = get_peft_model(loaded, LoraConfig(**options))
