@@ -204,8 +204,12 @@ def stock_tokens(
 def for_stock(adapter: Path) -> Path:
     """The form of an adapter that the installed vLLM serves as PEFT does."""
     plain = adapter / PLAIN
-    old = tuple(map(int, _version("vllm").split("+")[0].split(".")[:2])) < (0, 32)
-    return plain if old and plain.exists() else adapter
+    return plain if older_vllm(0, 32) and plain.exists() else adapter
+
+
+def older_vllm(*release: int) -> bool:
+    """Whether the installed vLLM is from before a release."""
+    return tuple(map(int, _version("vllm").split("+")[0].split(".")[:2])) < release
 
 
 def _digest(folder: Path) -> str:
