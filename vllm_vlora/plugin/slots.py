@@ -32,11 +32,13 @@ class _Slot:
     Attributes:
         sides: the slot's A and B of every layout, whole, in the layouts' order.
         table: the same cut into the layouts' runs, in the order of a task's jobs.
+        all_rows: the rows of each of ``sides``, kept since asking thousands of tensors takes long.
         rows: for each of ``sides`` how many of its first rows may hold something other than zero.
     """
 
     sides: list[torch.Tensor]
     table: OutTable
+    all_rows: list[int]
     rows: list[int]
 
 
@@ -119,8 +121,7 @@ class SlotWriter:
     def forget(self, slot: int) -> None:
         """Take back what is known of a slot's content: stock code has written to it."""
         if slot in self._slots:
-            into = self._slots[slot]
-            into.rows = [len(side) for side in into.sides]
+            self._slots[slot].rows = self._slots[slot].all_rows
 
     def _slot(self, slot: int) -> _Slot:
         held = self._slots.get(slot)
@@ -134,7 +135,7 @@ class SlotWriter:
                     sides.append(view)
                     regions += _regions(view, runs)
             rows = [len(side) for side in sides]
-            held = self._slots[slot] = _Slot(sides, OutTable(regions), rows)
+            held = self._slots[slot] = _Slot(sides, OutTable(regions), rows, rows)
         return held
 
     def _plan(self, task: ResidentTask, slot: int) -> _TaskPlan:
