@@ -140,7 +140,8 @@ def _check_blocks(
         if hidden != out or gate_up != 2 * width:
             raise AdapterError(
                 f"{where}: {block} has {GATE_UP} of {hidden} to {gate_up} and {DOWN} of {width} to "
-                f"{out}, which do not follow each other; old PEFT swapped the two, save it with 0.19"
+                f"{out}, which do not follow each other: not the layout that PEFT 0.21 writes; save the "
+                "adapter again with that"
             )
 
 
