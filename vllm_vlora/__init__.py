@@ -11,6 +11,7 @@ from vllm_vlora._version import __version__
 from vllm_vlora.lazy import names_on_first_use
 
 if TYPE_CHECKING:
+    from vllm_vlora.adapters.fused_experts import split_experts
     from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
     from vllm_vlora.checkpoint.export import ConfigChanges, export_all, export_task
     from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 
 # Module -> the public names that it is the home of.
 _NAMES = {
+    "adapters.fused_experts": ("split_experts",),
     "adapters.peft_folder": ("Adapter", "open_adapter"),
     "checkpoint.export": ("ConfigChanges", "export_all", "export_task"),
     "checkpoint.hub": ("pull_checkpoint", "push_checkpoint"),
@@ -179,6 +181,7 @@ __all__ = [
     "remove_tasks",
     "save_adapter",
     "select_num_components",
+    "split_experts",
     "subspace_coverage",
     "task_arithmetic",
     "ties_merge",

@@ -282,6 +282,8 @@ def _layout(module: ModuleSpec, tp: int) -> LayerLayout:
         ("lm_head", "linear", "private", "module lm_head is the output head"),
         ("a.lm_head.proj", "linear", "private", None),
         ("embed", "embedding", "private", "module embed is of kind embedding"),
+        ("mlp.experts.12.w1", "linear", "joint", "module mlp.experts.12.w1 is of a fused expert"),
+        ("mlp.shared_experts.up_proj", "linear", "private", None),
     ],
 )
 def test_what_cannot_run_direct(

@@ -184,7 +184,7 @@ def test_a_path_whose_weights_are_gone_is_an_error(tmp_path: Path) -> None:
 
 SEAMS = tuple(
     f"vllm_vlora.plugin.{name}"
-    for name in ("seams", "manager", "layers", "layer_calls", "scheduling")
+    for name in ("seams", "manager", "layers", "experts", "layer_calls", "scheduling")
 )
 
 
@@ -424,12 +424,12 @@ def test_a_load_that_failed_in_another_process_is_the_callers_error() -> None:
 
 def test_stock_code_is_shown_the_layers_that_the_writer_does_not_fill() -> None:
     """Else what an ordinary adapter left in a slot's experts would answer for our task."""
-    from vllm.lora.layers import BaseLayerWithLoRA
+    from vllm.lora.layers import BaseLayerWithLoRA, FusedMoE3DWithLoRA, FusedMoEWithLoRA
 
     from vllm_vlora.plugin.manager import _layers_left_to_stock
 
-    class FusedMoEWithLoRA(BaseLayerWithLoRA):
-        """Named as vLLM's own."""
+    def bare(kind: type) -> Any:
+        return kind.__new__(kind)
 
     class Head(BaseLayerWithLoRA):
         def set_module_to_save(self) -> None:
@@ -438,5 +438,7 @@ def test_stock_code_is_shown_the_layers_that_the_writer_does_not_fill() -> None:
     class Linear(BaseLayerWithLoRA):
         """Filled by the writer."""
 
-    layers = {"experts": FusedMoEWithLoRA(), "score": Head(), "q_proj": Linear()}
-    assert set(_layers_left_to_stock(layers)) == {"experts", "score"}
+    experts = bare(FusedMoEWithLoRA)
+    layers = {"experts": experts, "fused": bare(FusedMoE3DWithLoRA), "score": Head(), "q": Linear()}
+    assert set(_layers_left_to_stock(layers, [])) == {"experts", "fused", "score"}
+    assert set(_layers_left_to_stock(layers, [experts])) == {"fused", "score"}

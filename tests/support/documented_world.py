@@ -6,6 +6,8 @@
 * ``adapters``: the same as a list of ``LoRAWeights``;
 * ``subspace``, ``joint``: ``SharedSubspace`` of them, flat with 2 components and joint with 4;
 * ``checkpoint``: path of a compressed checkpoint of them;
+* ``fused_dir``: a PEFT folder of fused experts: rank 2, two experts of ``layers.0.mlp.experts``,
+  hidden 6, inner 4;
 * ``vlora_checkpoint``: path of a checkpoint that vlora wrote, of tasks cola, mrpc, rte and team/wnli;
 * ``base_model``: an ``nn.Module`` with these linears; ``forward(x (B, 12)) -> (B, 14)``;
 * ``folder``: an empty ``pathlib.Path``, which is also the working folder.
@@ -15,6 +17,7 @@ Every run gets everything anew, so an example may change what it likes.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tiny_adapters import ALPHA, RANK, SHAPES, TinyModel
 from torch import nn
 
@@ -63,6 +67,24 @@ def write_adapters(root: Path) -> list[str]:
     return folders
 
 
+def write_fused(folder: Path) -> Path:
+    """An adapter of a block's two parameters of experts, as PEFT writes it."""
+    block = "base_model.model.layers.0.mlp.experts"
+    shapes = {
+        f"{block}.base_layer.lora_A.weight": (4, 6),
+        f"{block}.base_layer.lora_B.weight": (8, 4),
+        f"{block}.lora_A.weight": (4, 4),
+        f"{block}.lora_B.weight": (6, 4),
+    }
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_parameters": targets}
+    folder.mkdir(parents=True)
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 class DocumentedWorld:
     """Makes the names that a source text mentions, in a folder of its own."""
 
@@ -77,6 +99,7 @@ class DocumentedWorld:
             "subspace": self._subspace,
             "joint": self._joint,
             "checkpoint": self._checkpoint,
+            "fused_dir": lambda: write_fused(self._folder / "world" / "fused"),
             "vlora_checkpoint": self._vlora_checkpoint,
             "base_model": self._base_model,
             "folder": self._empty,

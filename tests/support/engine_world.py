@@ -129,11 +129,11 @@ def make_adapter(model: Path, folder: Path, seed: int, **config: object) -> Path
         if "lora_" in name:
             parameter.data.normal_(0, 0.25)
     adapted.save_pretrained(folder, save_embedding_layers=False)
-    _save_plain(adapted, folder / PLAIN)
+    save_plain(adapted, folder / PLAIN)
     return folder
 
 
-def _save_plain(adapted: Any, folder: Path) -> None:
+def save_plain(adapted: Any, folder: Path) -> None:
     """The same adapter with every scale, as PEFT computes it, folded into B: alpha = r throughout.
 
     vLLM before 0.32 ignores rank_pattern and alpha_pattern, so it needs this form for a reference.
@@ -188,7 +188,7 @@ def stock_tokens(
         "max_tokens": MAX_TOKENS,
         "prompts": prompts,
     }
-    folders = {name: _for_stock(path) for name, path in adapters.items()}
+    folders = {name: for_stock(path) for name, path in adapters.items()}
     digests = {name: _digest(path) for name, path in [("", model), *folders.items()]}
     key = hashlib.sha256(json.dumps([job, digests]).encode()).hexdigest()[:32]
     job |= {"model": str(model), "adapters": {name: str(path) for name, path in folders.items()}}
@@ -201,11 +201,15 @@ def stock_tokens(
     return json.loads(once(_cache() / "tokens" / f"{key}.json", ask).read_text())
 
 
-def _for_stock(adapter: Path) -> Path:
+def for_stock(adapter: Path) -> Path:
     """The form of an adapter that the installed vLLM serves as PEFT does."""
     plain = adapter / PLAIN
-    old = tuple(map(int, _version("vllm").split("+")[0].split(".")[:2])) < (0, 32)
-    return plain if old and plain.exists() else adapter
+    return plain if older_vllm(0, 32) and plain.exists() else adapter
+
+
+def older_vllm(*release: int) -> bool:
+    """Whether the installed vLLM is from before a release."""
+    return tuple(map(int, _version("vllm").split("+")[0].split(".")[:2])) < release
 
 
 def _digest(folder: Path) -> str:

@@ -31,7 +31,10 @@ _REFUSED_OPTIONS = {
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "alora_invocation_tokens": "aLoRA applies the adapter to some tokens only",
     "layer_replication": "layer replication changes the model's layers",
-    "target_parameters": "LoRA on bare parameters (fused MoE experts) is not a module's update",
+    "target_parameters": (
+        "LoRA on bare parameters is not a module's update; vllm_vlora.split_experts makes a plain "
+        "adapter of one of fused experts"
+    ),
     "trainable_token_indices": "trained tokens replace rows of the embedding",
     "arrow_config": "Arrow routes between several adapters",
     "kasa_config": "KaSA truncates the base weights",

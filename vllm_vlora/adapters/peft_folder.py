@@ -39,6 +39,8 @@ from vllm_vlora.quantize import is_finite
 from vllm_vlora.snapshots import ref_name, resolve_snapshot
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_PATTERNS = [CONFIG_FILE, WEIGHTS_FILE]
+"""What is downloaded of an adapter on the Hub."""
 KINDS = ("linear", "embedding")
 
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -144,7 +146,7 @@ class Adapter:
             AdapterError: a value is NaN or infinite, or the file changed since it was opened.
         """
         module = self.modules[name]
-        with _open_weights(self.path / WEIGHTS_FILE) as file:
+        with open_weights(self.path / WEIGHTS_FILE) as file:
             return self._read_factors(file, module)
 
     def iter_factors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Factors]]:
@@ -154,7 +156,7 @@ class Adapter:
             KeyError, AdapterError: as :meth:`factors`.
         """
         chosen = [self.modules[name] for name in (self.modules if names is None else names)]
-        with _open_weights(self.path / WEIGHTS_FILE) as file:
+        with open_weights(self.path / WEIGHTS_FILE) as file:
             for module in chosen:
                 yield module.name, self._read_factors(file, module)
 
@@ -166,7 +168,7 @@ class Adapter:
         """
         if not self.extra:
             return {}
-        with _open_weights(self.path / WEIGHTS_FILE) as file:
+        with open_weights(self.path / WEIGHTS_FILE) as file:
             return {key: self._read(file, key, shape) for key, (_, shape) in self.extra.items()}
 
     def _read_factors(self, file: Any, module: LoRAModule) -> Factors:
@@ -202,13 +204,11 @@ def open_adapter(ref: str | Path) -> Adapter:
         >>> adapter.name, adapter.modules["layers.0.q_proj"].rank
         ('task_0', 2)
     """
-    folder = resolve_snapshot(
-        ref, what="adapter", error=AdapterError, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
-    )
+    folder = resolve_snapshot(ref, what="adapter", error=AdapterError, allow_patterns=PEFT_PATTERNS)
     config = read_config(folder)
     check_config(config, str(folder))
-    header = _read_header(folder)
-    pairs, extra_keys = _sort_keys(header, config, str(folder))
+    header = read_header(folder)
+    pairs, extra_keys = sort_keys(header, config, str(folder))
     if not pairs:
         raise AdapterError(f"{folder}: {WEIGHTS_FILE} holds no LoRA tensors; nothing to read")
     modules = {
@@ -275,7 +275,9 @@ def write_adapter(
 
 
 @dataclass
-class _Pair:
+class LoRAKeys:
+    """A module's kind, and its tensors' names in the file by side, "A" and "B"."""
+
     kind: str
     keys: dict[str, str]
 
@@ -286,7 +288,8 @@ class _Header:
     shape: tuple[int, ...]
 
 
-def _open_weights(path: Path) -> Any:
+def open_weights(path: Path) -> Any:
+    """The opened weights file; AdapterError when it is missing or damaged."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
@@ -307,19 +310,20 @@ def _missing_weights(folder: Path) -> str:
     return f"{folder}: no {WEIGHTS_FILE}; where there is only a .bin: {hint}"
 
 
-def _read_header(folder: Path) -> dict[str, _Header]:
-    with _open_weights(folder / WEIGHTS_FILE) as file:
+def read_header(folder: Path) -> dict[str, _Header]:
+    """Dtype and shape of every tensor of a folder's weights file."""
+    with open_weights(folder / WEIGHTS_FILE) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         return {
             key: _Header(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()
         }
 
 
-def _sort_keys(
+def sort_keys(
     header: Mapping[str, _Header], config: Mapping[str, Any], where: str
-) -> tuple[dict[str, _Pair], list[str]]:
+) -> tuple[dict[str, LoRAKeys], list[str]]:
     """Tell LoRA tensors, paired by module, from extra ones; refuse what is neither."""
-    pairs: dict[str, _Pair] = {}
+    pairs: dict[str, LoRAKeys] = {}
     extra = []
     for key in header:
         match = _LORA_KEY.fullmatch(key)
@@ -328,7 +332,7 @@ def _sort_keys(
             extra.append(key)
             continue
         kind = "embedding" if match["embedding"] else "linear"
-        pair = pairs.setdefault(match["module"], _Pair(kind, {}))
+        pair = pairs.setdefault(match["module"], LoRAKeys(kind, {}))
         if pair.kind != kind or match["side"] in pair.keys:
             other = next(iter(pair.keys.values()))
             raise AdapterError(
@@ -348,7 +352,7 @@ def _sort_keys(
 
 def _describe_module(
     name: str,
-    pair: _Pair,
+    pair: LoRAKeys,
     header: Mapping[str, _Header],
     config: Mapping[str, Any],
     where: str,

@@ -68,8 +68,13 @@ class LayerPunica:
         lora_b_stacked: tuple[torch.Tensor, ...],
         scale: float,
         output_slices: tuple[int, ...],
+        add_inputs: bool = True,
     ) -> None:
-        """Add ordinary adapters' and direct tasks' updates to y in place."""
+        """Add ordinary adapters' and direct tasks' updates to y in place.
+
+        ``add_inputs`` is False where vLLM runs the update beside the base layer
+        (VLLM_LORA_ENABLE_DUAL_STREAM): y is zeros then, and adding to them is writing.
+        """
         assert scale == 1.0
         if torch.compiler.is_compiling():
             # One opaque call: nothing of what the batch holds is burnt into the compiled graph.

@@ -15,6 +15,7 @@ from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.plugin.experts import expert_stacks, is_fused_moe
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout, View, index_runs
 
 
@@ -42,12 +43,12 @@ def _has_module(manager: Any, name: str) -> bool:
 
 
 def read_layouts(manager: Any) -> list[SliceLayout]:
-    """Describe every slice of every LoRA layer of this rank."""
+    """Describe every slice of every LoRA layer of this rank but fused experts, see ``experts``."""
     layouts: list[SliceLayout] = []
     for module_name, layer in manager.modules.items():
         kind = type(layer).__name__
         if is_fused_moe(layer):
-            continue  # No job can fill one; a checkpoint with such modules is refused by name.
+            continue
         parts = manager.packed_modules.get(module_name, [module_name])
         if kind == "LogitsProcessorWithLoRA":
             layouts.append(_logits_layout(parts[0], layer))
@@ -76,7 +77,8 @@ def read_elsewhere(manager: Any) -> dict[str, bool]:
     group = get_pp_group()
     if group.world_size == 1:
         return {}
-    mine = dict.fromkeys((layout.name for layout in read_layouts(manager)), False)
+    slots = [*read_layouts(manager), *manager.experts.layouts]
+    mine = dict.fromkeys((layout.name for layout in slots), False)
     for layer in read_direct_layouts(manager):
         mine.update((part.name, part.is_whole_run) for part in layer.slices)
     of_all: list[dict[str, bool]] = [{} for _ in range(group.world_size)]
@@ -97,14 +99,13 @@ def slot_nbytes(manager: Any) -> int:
     """Bytes of all slots of all LoRA layers of this rank."""
     stacks: list[torch.Tensor] = []
     for layer in manager.modules.values():
+        if is_fused_moe(layer):
+            stacks += expert_stacks(layer)
+            continue
         for name in ("lora_a_stacked", "lora_b_stacked"):
             held = getattr(layer, name, ())
             stacks += [held] if isinstance(held, torch.Tensor) else list(held)
     return sum(stack.nbytes for stack in stacks)
-
-
-def is_fused_moe(layer: Any) -> bool:
-    return type(layer).__name__.startswith("FusedMoE")
 
 
 def _linear_layouts(names: list[str], layer: Any) -> list[SliceLayout]:

@@ -28,7 +28,8 @@ class SliceLayout:
         a, b: slot index -> view of the slot, (max rank, d_in) and (max rank, d_out) of this rank; b is
             the transposed slot.
         d_in, d_out: the module's shape over all ranks, which the checkpoint must have.
-        runs_a, runs_b: which of the module's columns this rank holds.
+        runs_a, runs_b: which of the module's columns this rank holds; none of an expert of another rank,
+            whose views must not be taken.
         at_most: the checkpoint's d_in and d_out may be smaller (vocabularies are padded).
         first_row: where in a task's A the rows begin that this rank holds, as many as ``a`` has; all but
             zero come of ``--fully-sharded-loras``.

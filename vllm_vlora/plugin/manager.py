@@ -1,7 +1,7 @@
 """vLLM's LoRA manager beside direct tasks: what is resident, which slot holds what, the batch's mapping.
 
-With ``seams``, ``layers``, ``layer_calls``, ``scheduling`` and ``graph_cases`` the only file that knows
-vLLM's internals.
+With ``seams``, ``layers``, ``experts``, ``layer_calls``, ``scheduling`` and ``graph_cases`` the only
+file that knows vLLM's internals.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
+from vllm_vlora.plugin.experts import (
+    ExpertWriter,
+    check_experts,
+    is_fused_moe,
+    make_expert_writer,
+)
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica
 from vllm_vlora.plugin.layers import (
     engine_name,
-    is_fused_moe,
     read_direct_layouts,
     read_elsewhere,
     read_layouts,
@@ -68,23 +73,6 @@ class TaskLoRAModel(LoRAModel):
     def __init__(self, lora_id: int, task: ResidentTask) -> None:
         super().__init__(lora_id, task.rank, {})
         self.task = task
-
-
-class _AnyStreamPunica(LayerPunica):
-    """Also what a layer calls on its side stream (VLLM_LORA_ENABLE_DUAL_STREAM)."""
-
-    def add_lora_linear(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-        add_inputs: bool = True,
-    ) -> None:
-        """As without ``add_inputs``: where it is False y is zeros, and adding to them is writing."""
-        super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
 
 
 class TaskLoRAManager(LRUCacheLoRAModelManager):
@@ -152,26 +140,38 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             activated = super().activate_adapter(lora_id)
             if activated and self._writer is not None:
                 self._writer.forget(self.lora_index_to_id.index(lora_id))
+                self.experts.forget(self.lora_index_to_id.index(lora_id))
             return activated
         # Stock code keeps the books (slots, LRU order) and is shown only the layers that the writer does
         # not fill: to set classification heads, and to reset what another adapter left in the slot.
-        layers, self.modules = self.modules, _layers_left_to_stock(self.modules)
+        filled = self.experts.filled(model.task)
+        layers, self.modules = self.modules, _layers_left_to_stock(self.modules, filled)
         try:
             activated = super().activate_adapter(lora_id)
         finally:
             self.modules = layers
         if activated:
             self.writer.write(self.lora_index_to_id.index(lora_id), model.task)
+            self.experts.write(self.lora_index_to_id.index(lora_id), model.task)
         return activated
 
     @property
     def writer(self) -> SlotWriter:
-        """The writer over this model's layers, made on first use."""
+        """The writer over this model's layers but fused experts, made on first use."""
         if self._writer is None:
             self._writer = SlotWriter(
-                read_layouts(self), self.lora_config.max_lora_rank, self.elsewhere
+                read_layouts(self),
+                self.lora_config.max_lora_rank,
+                others=self.experts.layouts,
+                elsewhere=self.elsewhere,
             )
         return self._writer
+
+    @functools.cached_property
+    def experts(self) -> ExpertWriter:
+        """The writer over this model's fused experts."""
+        max_rank = self.lora_config.max_lora_rank
+        return make_expert_writer(self.modules, self.packed_modules, max_rank)
 
     def task_model(self, request: LoRARequest) -> TaskLoRAModel:
         """The model of one of our requests, from resident memory wherever possible."""
@@ -218,6 +218,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
                 self.remove_adapter(adapter_id)
         if self._writer is not None:
             self._writer.drop(path)
+        self.experts.drop(path)
         self.vlora_store.forget(path)
 
     # --- direct tasks ---
@@ -345,6 +346,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
             if task.direct is None:
                 self.writer.prepare(task)
+                self.experts.prepare(task)
         if store.direct is not None:
             self._direct_slots = DirectSlots(store.direct)
             self._attach(store.direct)
@@ -380,10 +382,12 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for name, module in self.modules.items():
             layer = path.layers.get(name)
             if layer is not None or (current_platform.is_cpu() and not _is_full_head(module)):
-                module.set_mapping(_AnyStreamPunica(self, module, layer))
+                module.set_mapping(LayerPunica(self, module, layer))
 
     def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
         task_ids = list(task_ids)
+        packed = self.packed_modules
+        check_experts(self.modules, packed, checkpoint, task_ids, self._engine_name)
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
         writer.check(checkpoint, task_ids, self._engine_name)
@@ -461,9 +465,17 @@ def _log_direct(manager: TaskLoRAManager, path: DirectPath) -> None:
 # --- classification heads --------------------------------------------------------------------------
 
 
-def _layers_left_to_stock(modules: dict[str, Any]) -> dict[str, Any]:
-    """The layers that stock code sets or resets when a task of ours takes a slot."""
-    return {n: layer for n, layer in modules.items() if _is_full_head(layer) or is_fused_moe(layer)}
+def _layers_left_to_stock(modules: dict[str, Any], filled: list[Any]) -> dict[str, Any]:
+    """The layers that stock code sets or resets when a task of ours takes a slot.
+
+    ``filled`` are the layers of fused experts that the task's own writes fill.
+    """
+    ours = set(map(id, filled))
+    return {
+        name: layer
+        for name, layer in modules.items()
+        if _is_full_head(layer) or (is_fused_moe(layer) and id(layer) not in ours)
+    }
 
 
 def _is_full_head(layer: Any) -> bool:

@@ -25,6 +25,7 @@ What every mode and stock vLLM need alike (punica's index buffers, activations) 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -58,6 +59,8 @@ STOCK = "stock"
 MODES = SERVING_MODES[::-1]
 """From what is nearest to stock vLLM on."""
 DEFAULT_BATCHED_TOKENS = 8192
+# vLLM fuses the experts of every model that has them, numbered so in adapters.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 # vLLM leaves the base model's own weights in an adapter file alone (``is_base_embedding_weights``).
 _IGNORED_EXTRA = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _SIDE_ITEMSIZE = FLOAT_DTYPES["float32"].itemsize
@@ -165,9 +168,10 @@ class MemoryPlan:
 def direct_obstacle(segments: Iterable[Segment], modules: Sequence[ModuleSpec]) -> str | None:
     """Why a task with these segments cannot run direct, naming the module; None when it can.
 
-    A task runs direct when each of its modules is a linear layer other than ``lm_head``, stored joint
-    or private: vLLM runs LoRA on ``lm_head`` and on embeddings through other calls. Flat tasks are
-    materialized: the direct pass would cost rank times as many products as they have components.
+    A task runs direct when each of its modules is a linear layer other than ``lm_head`` and no fused
+    expert, stored joint or private: vLLM runs LoRA on ``lm_head``, on embeddings and on experts through
+    other calls. Flat tasks are materialized: the direct pass would cost rank times as many products as
+    they have components.
     """
     for segment in segments:
         module = modules[segment.module]
@@ -175,6 +179,8 @@ def direct_obstacle(segments: Iterable[Segment], modules: Sequence[ModuleSpec]) 
             return f"module {module.name} is of kind {module.kind}"
         if module.name.rsplit(".", 1)[-1] == LM_HEAD:
             return f"module {module.name} is the output head"
+        if _EXPERT.search(module.name):
+            return f"module {module.name} is of a fused expert"
         if not (segment.is_joint or segment.is_private):
             return f"module {module.name} is stored {segment.representation}"
     return None

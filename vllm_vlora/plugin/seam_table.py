@@ -151,6 +151,7 @@ def _instances_hold(owner: Any, attribute: str) -> bool:
 
 _LAYERS = "vllm.lora.layers"
 _LINEAR = "vllm.lora.layers.base_linear"
+_MOE_CONFIG = "vllm.model_executor.layers.fused_moe.config"
 _MANAGER = "vllm.lora.model_manager"
 _WORKER = "vllm.lora.worker_manager"
 _REQUEST = "vllm.lora.request"
@@ -425,10 +426,31 @@ def _layers() -> Iterator[Seam]:
         "ReplicatedLinearWithLoRA": "nothing of it is cut",
         "LogitsProcessorWithLoRA": "lm_head, materialized",
         "VocabParallelEmbeddingWithLoRA": "embeddings, materialized",
-        "FusedMoEWithLoRA": "fused experts, refused",
+        "FusedMoEWithLoRA": "fused experts, materialized",
+        "FusedMoE3DWithLoRA": "fused experts with gate and up as one, refused",
     }
     for name, why in kinds.items():
         yield Seam(_LAYERS, name, why)
+    for name in (
+        "w13_lora_a_stacked",
+        "w13_lora_b_stacked",
+        "w2_lora_a_stacked",
+        "w2_lora_b_stacked",
+    ):
+        yield Seam(_LAYERS, f"FusedMoEWithLoRA.{name}", "slots of experts")
+    for name, takes in (("_slice_w13_b", "w13_lora_b"), ("_slice_w2_a", "w2_lora_a")):
+        yield Seam(_LAYERS, f"FusedMoEWithLoRA.{name}", "what a rank keeps", ("self", takes))
+    yield Seam(
+        _LAYERS, "FusedMoEWithLoRA.reset_lora", "empties a slot of experts", ("self", "index")
+    )
+    yield Seam(_LAYERS, "FusedMoEWithLoRA.adapter_enabled", "says which slots adapt experts")
+    for name in ("enable_moe_shared_loras", "fully_sharded"):
+        yield Seam(_LAYERS, f"FusedMoEWithLoRA.{name}", "refused for experts")
+    for name in ("ep_rank", "global_num_experts", "local_num_experts", "moe_config", "tp_size"):
+        yield Seam(_LAYERS, f"FusedMoEWithLoRA.{name}", "shapes of experts")
+    for name in ("hidden_dim", "intermediate_size_per_partition"):
+        for suffix in ("", "_unpadded"):
+            yield Seam(_MOE_CONFIG, f"FusedMoEConfig.{name}{suffix}", "shapes of experts")
     column = "ColumnParallelLinearWithLoRA"
     for name in ("lora_a_stacked", "lora_b_stacked"):
         yield Seam(_LINEAR, f"BaseLinearLayerWithLoRA.{name}", "slots")

@@ -32,11 +32,13 @@ class _Slot:
     Attributes:
         sides: the slot's A and B of every layout, whole, in the layouts' order.
         table: the same cut into the layouts' runs, in the order of a task's jobs.
+        all_rows: the rows of each of ``sides``, kept since asking thousands of tensors takes long.
         rows: for each of ``sides`` how many of its first rows may hold something other than zero.
     """
 
     sides: list[torch.Tensor]
     table: OutTable
+    all_rows: list[int]
     rows: list[int]
 
 
@@ -52,11 +54,11 @@ class _TaskPlan:
 class SlotWriter:
     """Writes tasks into slots.
 
-    ``layouts`` has every slice of every layer. What a task's writes need is arranged once and kept
-    until the task is dropped: some 300 bytes a factor on a GPU, and on a CPU a copy
-    of the packed factors that do not lie as the slots do (see ``plan_materialize``).
-
-    ``elsewhere`` names modules that other pipeline-parallel ranks write.
+    ``layouts`` has every slice of every layer that it fills, ``others`` those that another writer fills,
+    which ``check`` alone looks at, and ``elsewhere`` names modules that other pipeline-parallel ranks
+    write. What a task's writes need is arranged once and kept until the task is dropped: some 300 bytes
+    a factor on a GPU, and on a CPU a copy of the packed factors that do not lie as the slots do (see
+    ``plan_materialize``).
 
     A slot keeps what was written to it when its adapter leaves, so the writer remembers how far each
     side of a slot is filled, and zeroes only what the next task leaves of that. Of a slot that it
@@ -65,6 +67,7 @@ class SlotWriter:
 
     layouts: list[SliceLayout]
     max_rank: int
+    others: list[SliceLayout] = field(default_factory=list)
     elsewhere: Collection[str] = ()
     _slots: dict[int, _Slot] = field(default_factory=dict)
     _plans: dict[str, _TaskPlan] = field(default_factory=dict)
@@ -74,7 +77,7 @@ class SlotWriter:
     ) -> None:
         """Raise ModelMismatchError, naming the module or task, when the model cannot take a task."""
         layouts: dict[str, list[SliceLayout]] = {}
-        for layout in self.layouts:
+        for layout in (*self.layouts, *self.others):
             layouts.setdefault(layout.name, []).append(layout)
         used: set[int] = set()
         for task_id in task_ids:
@@ -121,8 +124,7 @@ class SlotWriter:
     def forget(self, slot: int) -> None:
         """Take back what is known of a slot's content: stock code has written to it."""
         if slot in self._slots:
-            into = self._slots[slot]
-            into.rows = [len(side) for side in into.sides]
+            self._slots[slot].rows = self._slots[slot].all_rows
 
     def drop(self, path: str) -> None:
         """Let go of what is kept for a task's writes, if anything is."""
@@ -140,7 +142,7 @@ class SlotWriter:
                     sides.append(view)
                     regions += _regions(view, runs)
             rows = [len(side) for side in sides]
-            held = self._slots[slot] = _Slot(sides, OutTable(regions), rows)
+            held = self._slots[slot] = _Slot(sides, OutTable(regions), rows, rows)
         return held
 
     def _plan(self, task: ResidentTask, slot: int) -> _TaskPlan:
