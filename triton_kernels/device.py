@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -163,14 +163,15 @@ def capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@functools.cache
 def pdl_options(device: torch.device) -> Options:
-    """The arguments of a launch that say whether it begins before the one ahead of it has ended."""
-    on = (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    """The arguments of a launch that say whether it begins before the one ahead of it has ended.
+
+    Not beside vLLM's own kernels that begin so: its shrink does not wait for what is ahead of it.
+    """
+    if device.type == "cpu" or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
+        return NO_PDL
+    target = triton.runtime.driver.active.get_current_target()
+    on = target.backend == "cuda" and target.arch >= 90
     return PDL if on else NO_PDL
 
 

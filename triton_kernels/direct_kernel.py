@@ -41,6 +41,7 @@ from vllm_vlora.triton_kernels.device import (
     NO_PDL,
     PART_ALIGNMENT,
     Chain,
+    Options,
     Rest,
     aligned,
     aligned_pointer,
@@ -259,7 +260,7 @@ def _core_tile(  # type: ignore[no-untyped-def]
 @triton.jit(
     do_not_specialize=[
         "slices",
-        "numbers",
+        "first_number",
         "k_ins",
         "k_outs",
         "z_starts",
@@ -274,7 +275,8 @@ def _core_kernel(  # type: ignore[no-untyped-def]
     order_ptr,
     tiles_ptr,
     slices,
-    numbers,
+    first_number,
+    places,
     k_ins,
     k_outs,
     z_starts,
@@ -309,7 +311,7 @@ def _core_kernel(  # type: ignore[no-untyped-def]
     k_out = aligned(pick(k_outs, place, COUNT), 8, ALIGNED)
     z_start = aligned(pick(z_starts, place, COUNT), 8, ALIGNED)
     w_start = aligned(pick(w_starts, place, COUNT), _W_COLS, True)
-    number = pick(numbers, place, COUNT)
+    number = first_number + pick(places, place, COUNT)
     record_ptr = records_ptr + (slot.to(tl.int64) * slices + number) * _FIELDS
     core = tl.load(record_ptr + _CORE, mask=count > 0, other=0)
     first_out = tl.program_id(2) * BLOCK_OUT
@@ -368,7 +370,7 @@ def _core_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(
     do_not_specialize=[
-        "slices", "numbers", "block_starts", "y_starts", "widths", "w_starts", "k_outs", "tokens",
+        "slices", "first_number", "block_starts", "y_starts", "widths", "w_starts", "k_outs", "tokens",
         "codes_strides", "scales_strides", "ranges_strides",
     ]
 )  # fmt: skip
@@ -381,7 +383,8 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     scales_ptrs,
     ranges_ptrs,
     slices,
-    numbers,
+    first_number,
+    places,
     block_starts,
     y_starts,
     widths,
@@ -409,7 +412,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     """
     start_dependents(PDL)
     place, block = pick_block(tl.program_id(0), block_starts, COUNT)
-    number = pick(numbers, place, COUNT)
+    number = first_number + pick(places, place, COUNT)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_batch = rows < tokens
     slots = tl.load(token_slots_ptr + rows, mask=in_batch, other=0).to(tl.int64)
@@ -478,7 +481,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
 class _Member:
     """A slice with a basis; the fields are named after the kernels' arguments."""
 
-    numbers: int
+    places: int
     k_ins: int
     k_outs: int
     z_starts: int
@@ -507,6 +510,13 @@ class _Plan:
     core: dict[str, Any]
     expands: tuple[dict[str, Any], ...]
     sized: dict[tuple[int, bool, int, torch.dtype, Chain], _Sized] = field(default_factory=dict)
+    options: list[Options] = field(default_factory=list)
+
+    def pdl(self, device: torch.device) -> Options:
+        """``pdl_options`` of the one device that the layer is on."""
+        if not self.options:
+            self.options.append(pdl_options(device))
+        return self.options[0]
 
     @property
     def v_rows(self) -> int:
@@ -569,7 +579,7 @@ def begin_direct(
         plan = _PLANS[layer] = _make_plan(layer)
     rests = []
     # A launch that begins early has one launch before it: the one of its own stream.
-    chained = pdl_options(x.device)
+    chained = plan.pdl(x.device)
     chain = Chain(NO_PDL, chained, NO_PDL) if ahead else Chain(chained, chained, chained)
     with _on_device(x):
         if plan.v is not None:
@@ -600,9 +610,9 @@ def _make_plan(layer: DirectLayer) -> _Plan:
     for place, part in enumerate(layer.slices):
         if part.u is not None and part.k_in and part.k_out:
             assert part.u.cols == part.width
-            number, k_in, k_out = layer.index + place, part.k_in, part.k_out
+            k_in, k_out = part.k_in, part.k_out
             members.append(
-                _Member(number, k_in, k_out, z_start, w_start, y_start, part.width, part.u)
+                _Member(place, k_in, k_out, z_start, w_start, y_start, part.width, part.u)
             )
             w_start += count_blocks(k_out, _W_ALIGNMENT) * _W_ALIGNMENT
         z_start += part.k_in
@@ -613,10 +623,15 @@ def _make_plan(layer: DirectLayer) -> _Plan:
     by_format: dict[str, list[_Member]] = {}
     for member in members:
         by_format.setdefault(member.u.format, []).append(member)
-    core = _columns(members, "numbers", "k_ins", "k_outs", "z_starts", "w_starts")
+    core = _columns(members, "places", "k_ins", "k_outs", "z_starts", "w_starts")
     sizes = [*core["k_ins"], *core["k_outs"]]
     core["ALIGNED"] = all(size % 8 == 0 for size in sizes)
-    expands = tuple(_expand_arguments(group) for group in by_format.values())
+    # Apart from the places: Triton makes constants of some elements of a tuple, so that with numbers in
+    # it nearly every block of a model would have kernels of its own.
+    core["first_number"] = layer.index
+    expands = tuple(
+        {**_expand_arguments(group), "first_number": layer.index} for group in by_format.values()
+    )
     shrink = _matrix_arguments(layer.v, "V")
     return _Plan(layer.v, shrink, w_start, max(sizes), core, expands)
 
@@ -628,7 +643,7 @@ def _columns(members: list[_Member], *names: str) -> dict[str, Any]:
 
 
 def _expand_arguments(members: list[_Member]) -> dict[str, Any]:
-    arguments = _columns(members, "numbers", "y_starts", "widths", "w_starts", "k_outs")
+    arguments = _columns(members, "places", "y_starts", "widths", "w_starts", "k_outs")
     matrices = [_matrix_arguments(member.u, "U") for member in members]
     arguments["FORMAT"] = matrices[0].pop("FORMAT")
     for name in matrices[0]:

@@ -22,6 +22,7 @@ from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.triton_kernels.direct import (
     CORE_ALIGNMENT,
+    FORMAT_CODES,
     DirectLayer,
     DirectSlice,
     DirectTask,
@@ -29,6 +30,7 @@ from vllm_vlora.triton_kernels.direct import (
     SliceTask,
     SlotTable,
     make_task,
+    warm_up,
 )
 
 EngineName = Callable[[str], str]
@@ -124,8 +126,10 @@ class DirectPath:
         self._joint = {engine_name(module.name) for segment, module in users if segment.is_joint}
         # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
         self._max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
+        self._formats = _formats(users)
         bases = _load_bases(self, checkpoint, packed_basis)
-        self.layers = _make_layers(self._layouts, bases, self._max_rank, dtype)
+        limits = _Limits(self._max_rank, self._formats, dtype)
+        self.layers = _make_layers(self._layouts, bases, limits)
         self._by_slice = {
             layer.index + place: layer
             for layer in self.layers.values()
@@ -135,6 +139,10 @@ class DirectPath:
         self.routing = Routing(max_tokens, slots, device)
         self.empty = make_task({}, count, device)
         self._tasks = task_memory(self.empty)
+
+    def warm_up(self) -> None:
+        """Have every kernel compiled and loaded that a batch can need; nothing is routed after it."""
+        warm_up(self.layers.values(), self.table, self.routing, self.dtype)
 
     # --- tasks ---
 
@@ -204,6 +212,10 @@ class DirectPath:
                 f"{module} has rank {segment.rank}, more than the private tasks that the engine "
                 "started with"
             )
+        elif not _served_as(segment.format) <= set(self._formats):
+            return (
+                f"{module} is {segment.format}, a format that no task had when the engine started"
+            )
         return None
 
     def _widths(self, number: int) -> tuple[int, int]:
@@ -239,12 +251,36 @@ def _users(
     ]
 
 
+def _formats(users: Iterable[tuple[Segment, ModuleSpec]]) -> tuple[str, ...]:
+    """What the kernels must know of: each body that they need not have makes them smaller and faster."""
+    found = {
+        kind for segment, _ in users if segment.is_private for kind in _served_as(segment.format)
+    }
+    return tuple(kind for kind in FORMAT_CODES if kind in found)
+
+
+def _served_as(format: str) -> set[str]:
+    """The kinds of packed factors that a stored format becomes: a rank's cut makes nf4 of nf4-dq."""
+    if format in FLOAT_DTYPES:
+        return {"float"}
+    return {format, "nf4"} if format == "nf4-dq" else {format}
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What private tasks may be, and the dtype of the layers' inputs."""
+
+    max_rank: int
+    formats: tuple[str, ...]
+    dtype: torch.dtype
+
+
 def _make_layers(
-    layouts: Iterable[LayerLayout], bases: dict[str, Basis], max_rank: int, dtype: torch.dtype
+    layouts: Iterable[LayerLayout], bases: dict[str, Basis], limits: _Limits
 ) -> dict[str, DirectLayer]:
     layers, index = {}, 0
     for layout in layouts:
-        layer = _make_layer(layout, index, bases, max_rank, dtype)
+        layer = _make_layer(layout, index, bases, limits)
         if layer is not None:
             layers[layout.name] = layer
         index += len(layout.slices)
@@ -252,16 +288,12 @@ def _make_layers(
 
 
 def _make_layer(
-    layout: LayerLayout,
-    index: int,
-    bases: dict[str, Basis],
-    max_rank: int,
-    dtype: torch.dtype,
+    layout: LayerLayout, index: int, bases: dict[str, Basis], limits: _Limits
 ) -> DirectLayer | None:
     # Nothing runs direct in a slice of several runs, but its columns of y lie between the others'.
     held = [bases.pop(part.name, None) for part in layout.slices]
     v = [basis.v for basis in held if basis is not None]
-    if not v and not max_rank:
+    if not v and not limits.max_rank:
         return None
     slices = tuple(
         DirectSlice(
@@ -273,9 +305,9 @@ def _make_layer(
         )
         for part, basis in zip(layout.slices, held)
     )
-    stacked = _stack_rows(v, dtype) if v else None
+    stacked = _stack_rows(v, limits.dtype) if v else None
     d_in = sum(run.width for run in layout.slices[0].runs_a)
-    return DirectLayer(index, d_in, slices, stacked, max_rank)
+    return DirectLayer(index, d_in, slices, stacked, limits.max_rank, limits.formats)
 
 
 def _start(run: Run, full: int) -> int:

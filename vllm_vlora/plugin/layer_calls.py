@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from vllm.platforms import current_platform
 
 from vllm_vlora.plugin.resident import ResidentStore
-from vllm_vlora.triton_kernels.direct import DirectLayer, add_direct
+from vllm_vlora.triton_kernels.direct import DirectLayer, add_direct, begin_direct
 
 
 class Kinds(NamedTuple):
@@ -55,10 +57,27 @@ class LayerPunica:
         # A tensor is an input of a compiled graph, where an int would be a constant in it: then equal
         # layers would not share one graph, and a graph from vLLM's cache would address the layers of
         # the engine that saved it. On CPU, so that reading it waits for nothing.
-        self._handle = torch.tensor([number], dtype=torch.int64, device="cpu")
+        self.handle = torch.tensor([number], dtype=torch.int64, device="cpu")
+        self._begun: Callable[[torch.Tensor], None] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+    def begin(self, x: torch.Tensor) -> None:
+        """In a graph, enqueue on another stream what needs x alone: it runs beside the base layer.
+
+        Outside of graphs the host is what takes long, and another stream would add to that.
+        """
+        if not torch.cuda.is_current_stream_capturing() or not self._manager.in_graph.direct:
+            return
+        path = self._manager.vlora_store.direct
+        assert path is not None
+        assert self._layer is not None
+        side = _side_stream(x.device)
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(side):
+            rows = x.reshape(-1, x.shape[-1])
+            self._begun = begin_direct(rows, self._layer, path.table, path.routing)
 
     def add_lora_linear(
         self,
@@ -78,7 +97,7 @@ class LayerPunica:
         assert scale == 1.0
         if torch.compiler.is_compiling():
             # One opaque call: nothing of what the batch holds is burnt into the compiled graph.
-            torch.ops.vllm_vlora.add_lora_linear(y, x, self._handle)
+            torch.ops.vllm_vlora.add_lora_linear(y, x, self.handle)
         else:
             self.run(y, x)
 
@@ -93,6 +112,11 @@ class LayerPunica:
                 y, x, module.lora_a_stacked, module.lora_b_stacked, 1.0, module.output_slices
             )
         if self._layer is None or not kinds.direct:
+            return
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            torch.cuda.current_stream(y.device).wait_stream(_side_stream(y.device))
+            begun(y)
             return
         path = manager.vlora_store.direct
         assert path is not None
@@ -112,6 +136,20 @@ class LayerPunica:
         return None
 
 
+def begin_ahead(module: Any, calls: LayerPunica) -> None:
+    """Have a LoRA layer begin its direct update before its base layer runs."""
+    apply = module.apply
+
+    def apply_beside(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            torch.ops.vllm_vlora.begin_lora_linear(calls.handle, x)
+        else:
+            calls.begin(x)
+        return apply(x, *args, **kwargs)
+
+    module.apply = apply_beside
+
+
 # A layer by the number in its handle. They are not kept alive: an engine that was shut down must be
 # collected.
 _NUMBERS = itertools.count()
@@ -121,6 +159,22 @@ _LAYERS: weakref.WeakValueDictionary[int, LayerPunica] = weakref.WeakValueDictio
 @torch.library.custom_op("vllm_vlora::add_lora_linear", mutates_args=("y",))
 def _add_lora_linear(y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor) -> None:
     _LAYERS[int(handle.item())].run(y, x)
+
+
+# The handle is said to be written, so that this is kept and stays before the addition, which reads it.
+@torch.library.custom_op("vllm_vlora::begin_lora_linear", mutates_args=("handle",))
+def _begin_lora_linear(handle: torch.Tensor, x: torch.Tensor) -> None:
+    _LAYERS[int(handle.item())].begin(x)
+
+
+@_begin_lora_linear.register_fake
+def _begin_lora_linear_fake(handle: torch.Tensor, x: torch.Tensor) -> None:
+    return None
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @_add_lora_linear.register_fake

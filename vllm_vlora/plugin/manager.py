@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from vllm_vlora.plugin.experts import (
     make_expert_writer,
 )
 from vllm_vlora.plugin.identity import parse_task_path
-from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica
+from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_ahead
 from vllm_vlora.plugin.layers import (
     engine_name,
     read_direct_layouts,
@@ -216,9 +217,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for adapter_id, model in list(self.list_adapters().items()):
             if isinstance(model, TaskLoRAModel) and model.task.path == path:
                 self.remove_adapter(adapter_id)
-        if self._writer is not None:
-            self._writer.drop(path)
-        self.experts.drop(path)
+        # Both are made on first use.
+        for writer in (self._writer, vars(self).get("experts")):
+            if writer is not None:
+                writer.drop(path)
         self.vlora_store.forget(path)
 
     # --- direct tasks ---
@@ -350,6 +352,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         if store.direct is not None:
             self._direct_slots = DirectSlots(store.direct)
             self._attach(store.direct)
+            started = time.monotonic()
+            store.direct.warm_up()
+            logger.info("vllm-vlora: kernels ready in %.1f s", time.monotonic() - started)
         _warn_of_base_model(checkpoint, self)
         logger.info(
             "vllm-vlora: %s: %d tasks resident on %s, %.1f MiB, loaded in %.2f s",
@@ -382,7 +387,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for name, module in self.modules.items():
             layer = path.layers.get(name)
             if layer is not None or (current_platform.is_cpu() and not _is_full_head(module)):
-                module.set_mapping(LayerPunica(self, module, layer))
+                calls = LayerPunica(self, module, layer)
+                module.set_mapping(calls)
+                if layer is not None and self.setup.settings.overlap and self.device.type == "cuda":
+                    begin_ahead(module, calls)
 
     def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
         task_ids = list(task_ids)

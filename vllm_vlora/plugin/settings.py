@@ -23,6 +23,8 @@ LATE_VARIABLE = "VLLM_VLORA_LATE_MIB"
 # checkpoint (80 MB at 64 components) and two hundred of its tasks; the least recently used give way.
 DEFAULT_LATE_MIB = 512
 BASES = ("dense", "packed")
+OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
+SWITCH = ("on", "off")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Settings:
             refuses tasks that cannot run direct, ``materialize`` writes every task into a slot.
         slots: slots for adapters that need one, when tasks run direct; ``--max-loras`` caps it.
         packed_basis: keep quantised bases packed on the device instead of in the compute dtype.
+        overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
     """
 
@@ -41,6 +44,7 @@ class Settings:
     slots: int = DEFAULT_PEFT_SLOTS
     packed_basis: bool = False
     late_mib: int = DEFAULT_LATE_MIB
+    overlap: bool = True
 
     @property
     def direct(self) -> bool:
@@ -55,6 +59,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         slots=_whole(environment, SLOTS_VARIABLE, DEFAULT_PEFT_SLOTS, least=1),
         packed_basis=_choice(environment, BASIS_VARIABLE, BASES) == "packed",
         late_mib=_whole(environment, LATE_VARIABLE, DEFAULT_LATE_MIB, least=0),
+        overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
     )
 
 
