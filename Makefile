@@ -49,13 +49,14 @@ compat: $(VENV)/.ready ## The engine tests on older vLLM versions, then on this 
 	$(MAKE) test-engine
 
 # For compiling alone, so a folder beside the environment will do: 200 to 300 MB each.
-compat-triton: $(VENV)/.ready ## Every kernel compiled with other versions of Triton; needs no GPU
+compat-triton: $(VENV)/.ready ## Compile the kernels with other Triton versions; records that it passed
 	for version in $(TRITON_VERSIONS); do \
 	  folder=.cache/triton-$$version; \
 	  test -d $$folder/triton || $(PIP) install --quiet --no-deps --only-binary :all: --target $$folder triton==$$version || exit 1; \
 	  OMP_NUM_THREADS=1 TRITON_UNDER_TEST=$$folder $(BIN)/pytest -q -m "" \
 	    tests/kernels/test_direct_compile.py tests/kernels/test_kernel_compile.py || exit 1; \
 	done
+	$(if $(RECORD),$(BIN)/python tests/support/triton_record.py $(TRITON_VERSIONS))
 
 docs: $(VENV)-docs/.ready ## The documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
+import compile_kernels
 import pytest
+import triton_record
 from compile_kernels import TARGETS, compile_launches, complaints, in_own_process
+from places import ROOT
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton to compile"
@@ -105,3 +109,20 @@ def test_what_does_not_compile_or_takes_too_much_is_reported(tmp_path: Path) -> 
     spilled = [{**rows[0], "spilled": 4}]
     assert len(complaints(spilled, 200)) == 1
     assert complaints(spilled) == []
+
+
+def test_a_record_of_other_versions_holds_until_a_kernel_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_record, "RECORD", tmp_path / "triton.passed")
+    assert triton_record.main([]) == 1
+    assert triton_record.main(["3.6.0", "3.8.0"]) == 0
+    assert triton_record.main([]) == 0
+    assert triton_record.RECORD.read_text().endswith(" 3.6.0 3.8.0\n")
+    for folder in ("triton_kernels", "vllm_vlora"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(compile_kernels, "ROOT", tmp_path)
+    assert triton_record.main([]) == 0
+    with (tmp_path / "triton_kernels" / "device.py").open("a") as file:
+        file.write("\n")
+    assert triton_record.main([]) == 1

@@ -27,6 +27,7 @@ from places import BENCHMARKS, ROOT, SUPPORT, TESTS
 
 CACHE = ROOT / ".cache" / "kernel-compile"
 PROCESSES = 2
+LAUNCHING = ("compile_kernels.py", "record_launches.py", "engine_launches.py")
 Target = tuple[str, int | str, int]
 # Backend, architecture and threads of a warp, as GPUTarget takes them.
 TARGETS: dict[str, Target] = {
@@ -104,18 +105,23 @@ def in_own_process(test_file: str, name: str, folder: Path) -> Any:
 
 
 def _key(test_file: str, name: str, targets: Mapping[str, Target]) -> str:
-    """A hash of the kernels, of what launches them, and of Triton."""
+    what = [Path(test_file).name, name, dict(targets), triton_version(), source_hash()]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+
+
+def source_hash() -> str:
+    """SHA-256 over the kernels and what launches and compiles them."""
     sources = [
         *(ROOT / "triton_kernels").glob("*.py"),
         ROOT / "vllm_vlora" / "quantize.py",
         BENCHMARKS / "floors.py",
         *(TESTS / "kernels").glob("*.py"),
-        *(SUPPORT / f"{stem}.py" for stem in ("record_launches", "engine_launches")),
+        *(SUPPORT / name for name in LAUNCHING),
     ]
-    key = hashlib.sha256(json.dumps([name, dict(targets), triton_version()]).encode())
-    for path in (Path(__file__), Path(test_file), *sorted(sources)):
-        key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return key.hexdigest()[:32]
+    digest = hashlib.sha256()
+    for path in sorted(sources, key=lambda path: path.name):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _start(arguments: list[Any], folder: Path) -> Any:
