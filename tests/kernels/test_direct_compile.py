@@ -25,6 +25,10 @@ H100 = {"sm_90": TARGETS["sm_90"]}
 MAX_REGISTERS = 168
 # What a version is known to need more of: (registers, spilled) by target and kernel.
 ALLOWED: dict[str, dict[str, tuple[int, int]]] = {
+    "3.6.0": {
+        "sm_80 private_kernel._expand_kernel": (176, 0),
+        "gfx942 direct_kernel._shrink_kernel": (224, 0),
+    },
     # Scalar registers, which go to vector registers and not to memory.
     "3.9.0": {"gfx942 direct_kernel._shrink_kernel": (168, 3)},
 }

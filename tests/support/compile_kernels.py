@@ -148,6 +148,10 @@ def _start(arguments: list[Any], folder: Path) -> Any:
 
 
 def _load(test_file: str, name: str) -> Any:
+    """A function of a test file; the kernels must be those whose sources are hashed."""
+    found = importlib.util.find_spec("vllm_vlora")
+    assert found is not None
+    assert Path(str(found.origin)).is_relative_to(ROOT), f"not of this repository: {found.origin}"
     spec = importlib.util.spec_from_file_location("launches", test_file)
     assert spec is not None
     assert spec.loader is not None
