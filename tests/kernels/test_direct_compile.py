@@ -29,7 +29,10 @@ ALLOWED: dict[str, dict[str, tuple[int, int]]] = {
         "sm_80 private_kernel._expand_kernel": (176, 0),
         "gfx942 direct_kernel._shrink_kernel": (224, 0),
     },
-    "3.7.1": {"sm_100 direct_kernel._shrink_kernel": (168, 8)},
+    "3.7.1": {
+        "sm_90 private_kernel._expand_kernel": (175, 16),
+        "sm_100 direct_kernel._shrink_kernel": (168, 8),
+    },
     "3.8.0": {"sm_90 direct_kernel._core_kernel": (168, 8)},
     # Scalar registers, which go to vector registers and not to memory.
     "3.9.0": {"gfx942 direct_kernel._shrink_kernel": (168, 3)},
