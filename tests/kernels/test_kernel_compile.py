@@ -1,24 +1,18 @@
-"""The materialize kernel compiled ahead of time for real GPUs, without one: registers and spills."""
+"""The materialize kernel compiled ahead of time for real GPUs, without one: what its host code launches.
+
+``make compat-triton`` runs this file with other versions of Triton.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+from typing import Any
 
 import pytest
-from compile_kernels import TARGETS, KernelSource, compile_kernels
+from compile_kernels import TARGETS, compile_launches, complaints
 
-# Format of the matrix, rank, k, dtype of left (None: identity), in which direction out lies, whether
-# everything is aligned.
-VARIANTS = {
-    "bfloat16 joint": ("bfloat16", 16, 64, "bfloat16", "rows", True),
-    "int8 joint": ("int8", 16, 64, "float32", "rows", True),
-    "nf4 joint": ("nf4", 64, 64, "float32", "columns", True),
-    "nf4-dq joint": ("nf4-dq", 16, 64, "float32", "rows", True),
-    "bfloat16 identity": ("bfloat16", 16, 16, None, "rows", True),
-    "nf4 identity": ("nf4", 16, 16, None, "columns", True),
-    "unaligned identity": ("nf4-dq", 16, 16, None, "columns", False),
-    "unaligned joint": ("bfloat16", 64, 64, "bfloat16", "any", False),
-}
+H100 = {"sm_90": TARGETS["sm_90"]}
 # Four warps on 65536 registers: 168 a thread leave three blocks on a multiprocessor.
 MAX_REGISTERS = 168
 
@@ -27,48 +21,70 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def kernel_sources() -> dict[str, KernelSource]:
-    """What ``compile_kernels`` compiles, in a process of its own."""
-    return {name: source(*variant) for name, variant in VARIANTS.items()}
+# --- what is launched; runs in processes of its own -----------------------------------------------
 
 
-def source(
-    format: str, rank: int, k: int, left: str | None, order: str, aligned: bool
-) -> KernelSource:
+def launch_slots(recording: Any) -> None:
+    """A task into a slot of an 8-billion model: joint with a core of either dtype, and private."""
     import torch
+    from engine_launches import Engine, run_materialize, run_unaligned
 
-    from vllm_vlora.quantize import FLOAT_DTYPES, part_specs
-    from vllm_vlora.triton_kernels.materialize_kernel import (
-        Kind,
-        _materialize_kernel,
-        kernel_constants,
-    )
-
-    parts = [dtype for dtype, _ in part_specs(format, 64).values()]
-    kind = Kind(
-        out=torch.bfloat16,
-        order=order,
-        left=None if left is None else getattr(torch, left),
-        format="float" if format in FLOAT_DTYPES else format,
-        codes=parts[0],
-        scales=parts[1] if len(parts) > 1 else torch.float32,
-    )
-    constants = kernel_constants(kind, rank, k, aligned, aligned)
-    stages = constants.pop("num_stages")
-    types = {"jobs_ptr": "*i64", "outs_ptr": "*i64", "tiles_ptr": "*i32"}
-    return KernelSource(_materialize_kernel, types, constants, tuple(types), {"num_stages": stages})
+    for basis, core, rank in (
+        ("float", torch.bfloat16, 16),
+        ("int8", torch.float32, 16),
+        ("nf4", torch.float32, 64),
+        ("nf4-dq", torch.float32, 16),
+        ("float", None, 16),
+        ("nf4", None, 16),
+    ):
+        run_materialize(recording, Engine("llama-8b", k=64, basis=basis, rank=rank), core, rank)
+    run_unaligned(recording)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    return compile_kernels(__file__, tmp_path_factory.mktemp("compile"))
+def launch_engines(recording: Any) -> None:
+    """Every way of storing a task, dtype and rank; models differ in nothing that is compiled."""
+    import torch
+    from engine_launches import Engine, run_materialize
+
+    for dtype in (torch.bfloat16, torch.float16):
+        for basis in ("float", "int8", "nf4", "nf4-dq"):
+            for rank in (8, 16, 64):
+                engine = Engine("llama-8b", 1, dtype, 64, basis, rank)
+                for core in (None, dtype, torch.float32):
+                    run_materialize(recording, engine, core, max(rank, 16))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", VARIANTS)
+def launch_tests(recording: Any) -> None:
+    """The tests that run on a GPU. Without one their results are wrong, so what they find is ignored."""
+    recording.label = "test_materialize.py"
+    os.environ["VLORA_TEST_MATERIALIZE"] = "recorder"
+    test_file = os.path.join(os.path.dirname(__file__), "test_materialize.py")
+    options = ["-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    ended = pytest.main([test_file, *options])
+    assert ended == pytest.ExitCode.TESTS_FAILED
+    assert len(recording.launches) > 50
+
+
+# --- the tests ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("launches", "targets"),
+    [
+        ("launch_slots", TARGETS),
+        pytest.param("launch_engines", H100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+    ],
+)
 def test_materialize_compiles_without_spilling(
-    compiled: dict[str, dict[str, int]], target: str, variant: str
+    launches: str, targets: dict[str, Any], tmp_path: Any
 ) -> None:
-    used = compiled[f"{target} {variant}"]
-    assert used["spilled"] == 0, used
-    assert 0 < used["registers"] <= MAX_REGISTERS, used
+    rows = compile_launches(__file__, launches, tmp_path, targets)
+    assert {row["target"] for row in rows} == set(targets)
+    assert complaints(rows, MAX_REGISTERS) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_whatever_the_gpu_tests_launch_compiles(tmp_path: Any) -> None:
+    """On sizes that no model has, more registers and spills are right, but slow."""
+    assert complaints(compile_launches(__file__, "launch_tests", tmp_path, H100)) == []

@@ -1,8 +1,11 @@
-"""Compile Triton kernels ahead of time for real GPUs, without one, and read what they use.
+"""Compile what the host code launches for real GPUs, without one, and read what the kernels use.
 
-A test file says what to compile in a function ``kernel_sources() -> dict[str, KernelSource]`` and
-calls ``compile_kernels(__file__, folder)``. Compilation runs in a process of its own, which loads
-that file again, since another test may have made Triton interpret.
+A test file has functions that launch, each taking a ``record_launches.Recording``; it calls
+``compile_launches(__file__, name, folder)``. That runs in processes of their own, which load the file
+again, since another test may have made Triton interpret.
+
+``TRITON_UNDER_TEST`` names a folder with another Triton than the environment's, as
+``pip install --target`` makes it; ``make compat-triton`` sets it.
 """
 
 from __future__ import annotations
@@ -14,62 +17,59 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
-from importlib.metadata import version
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from places import BENCHMARKS, ROOT, SUPPORT, TESTS
+
 CACHE = ROOT / ".cache" / "kernel-compile"
+PROCESSES = 2
+LAUNCHING = ("compile_kernels.py", "record_launches.py", "engine_launches.py")
+Target = tuple[str, int | str, int]
 # Backend, architecture and threads of a warp, as GPUTarget takes them.
-TARGETS: dict[str, tuple[str, int | str, int]] = {
+TARGETS: dict[str, Target] = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+UNDER_TEST = os.environ.get("TRITON_UNDER_TEST", "")
 
 
-@dataclass(frozen=True)
-class KernelSource:
-    """One specialisation of one kernel.
-
-    Attributes:
-        kernel: the ``triton.jit`` function.
-        types: argument -> Triton's type, such as "*bf16"; an argument without one is "i32".
-        constants: argument -> value, for the compile-time arguments, for absent pointers (None) and
-            for integers that a launch specialises on (1).
-        aligned: arguments that are multiples of 16, or pointers aligned to 16 bytes.
-        options: Triton's options, such as num_warps and num_stages.
-    """
-
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any] = field(default_factory=dict)
-    aligned: tuple[str, ...] = ()
-    options: dict[str, int] = field(default_factory=dict)
+def triton_version() -> str:
+    """The Triton that compiles: the folder's under test, or the environment's."""
+    if not UNDER_TEST:
+        return version("triton")
+    found = [d.version for d in distributions(path=[UNDER_TEST]) if d.name == "triton"]
+    assert found, f"no Triton in TRITON_UNDER_TEST={UNDER_TEST}"
+    return found[0]
 
 
-def compile_kernels(
-    test_file: str, folder: Path, targets: dict[str, tuple[str, int | str, int]] = TARGETS
-) -> dict[str, dict[str, int]]:
-    """Compile what ``kernel_sources`` of a test file returns, for every target.
+def compile_launches(
+    test_file: str, name: str, folder: Path, targets: Mapping[str, Target] = TARGETS
+) -> list[dict[str, Any]]:
+    """Compile every variant that a function of a test file launches, for every target.
 
     What was found is kept in ``.cache/kernel-compile`` under a hash of all that it depends on, so that
     the same kernels are not compiled again.
 
     Args:
-        test_file: path of a Python file that defines ``kernel_sources``.
-        folder: for temporary files and Triton's cache.
+        test_file: path of a Python file.
+        name: of a function in it, which takes a ``Recording`` and launches kernels.
+        folder: for Triton's cache.
 
     Returns:
-        "target source" -> ``registers`` a thread, ``spilled`` (bytes, or registers on AMD) and
-        ``shared`` (bytes of shared memory a program).
+        For each target and variant ``target``, ``kernel``, ``label`` (what launches it), and either
+        ``error``, or ``registers`` a thread, ``spilled`` (bytes, or registers on AMD) and ``shared``
+        (bytes of shared memory a program).
     """
-    kept = CACHE / f"{_key(test_file, targets)}.json"
+    kept = CACHE / f"{_key(test_file, name, targets)}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    report = _compile_in_own_process(test_file, folder, targets)
+    report = _start(["compile", test_file, name, dict(targets)], folder)
     CACHE.mkdir(parents=True, exist_ok=True)
     # Moved in one step: a run that is ended here must not leave half a report.
     staged = kept.with_suffix(f".{os.getpid()}")
@@ -78,75 +78,161 @@ def compile_kernels(
     return report
 
 
-def _key(test_file: str, targets: dict[str, tuple[str, int | str, int]]) -> str:
-    """A hash of the kernels, of what they and their configurations come from, and of Triton."""
-    sources = [*(ROOT / "triton_kernels").glob("*.py"), ROOT / "vllm_vlora" / "quantize.py"]
-    key = hashlib.sha256(json.dumps([targets, version("triton")]).encode())
-    for path in (Path(__file__), Path(test_file), *sorted(sources)):
-        key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return key.hexdigest()[:32]
+def complaints(
+    rows: Sequence[dict[str, Any]],
+    registers: int | None = None,
+    allowed: Mapping[str, tuple[int, int]] | None = None,
+) -> list[str]:
+    """What is wrong with a report, one line a variant.
+
+    Args:
+        registers: the most a thread may take where nothing may be spilled; None for any number of either.
+        allowed: target and kernel -> (registers, spilled) where more is known to be needed.
+    """
+    found = []
+    for row in rows:
+        most = (allowed or {}).get(f"{row['target']} {row['kernel']}", (registers, 0))
+        used = (row.get("registers", 0), row.get("spilled", 0))
+        much = registers is not None and (used[0] > most[0] or used[1] > most[1])
+        if "error" in row or much:
+            found.append(" ".join(f"{name} {value};" for name, value in row.items()))
+    return found
 
 
-def _compile_in_own_process(
-    test_file: str, folder: Path, targets: dict[str, tuple[str, int | str, int]]
-) -> dict[str, dict[str, int]]:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+def in_own_process(test_file: str, name: str, folder: Path) -> Any:
+    """What a function of a test file without arguments returns, where Triton does not interpret."""
+    return _start(["call", test_file, name], folder)
+
+
+def _key(test_file: str, name: str, targets: Mapping[str, Target]) -> str:
+    what = [Path(test_file).name, name, dict(targets), triton_version(), source_hash()]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+
+
+def source_hash() -> str:
+    """SHA-256 over the kernels and what launches and compiles them."""
+    sources = [
+        *(ROOT / "triton_kernels").glob("*.py"),
+        ROOT / "vllm_vlora" / "quantize.py",
+        BENCHMARKS / "floors.py",
+        *(TESTS / "kernels").glob("*.py"),
+        *(SUPPORT / name for name in LAUNCHING),
+    ]
+    digest = hashlib.sha256()
+    for path in sorted(sources, key=lambda path: path.name):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _start(arguments: list[Any], folder: Path) -> Any:
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        # Tests whose launches are recorded fail: nobody wants to see these failures again.
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
+    }
     environment.pop("TRITON_INTERPRET", None)
-    arguments = json.dumps([test_file, str(folder), targets])
-    command = [sys.executable, "-W", "ignore", __file__, arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    if UNDER_TEST:
+        others = os.environ.get("PYTHONPATH", "")
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(UNDER_TEST).resolve()), others])
+    result = folder / "result.json"
+    command = [sys.executable, "-W", "ignore", __file__, json.dumps(arguments), str(result)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(ended.stdout + ended.stderr)
+    return json.loads(result.read_text())
 
 
-def _compile_all(test_file: str, folder: str, targets: dict[str, list[Any]]) -> dict[str, Any]:
-    from triton.backends.compiler import GPUTarget
+# --- in the process of its own --------------------------------------------------------------------
 
-    spec = importlib.util.spec_from_file_location("kernels_to_compile", test_file)
+
+def _load(test_file: str, name: str) -> Any:
+    """A function of a test file; the kernels must be those whose sources are hashed."""
+    found = importlib.util.find_spec("vllm_vlora")
+    assert found is not None
+    assert Path(str(found.origin)).is_relative_to(ROOT), f"not of this repository: {found.origin}"
+    spec = importlib.util.spec_from_file_location("launches", test_file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["launches"] = module
     spec.loader.exec_module(module)
-    report = {}
-    # The test's module imported KernelSource from another copy of this file: duck typing only.
-    for source_name, source in module.kernel_sources().items():
-        for target_name, target in targets.items():
-            used = _compile_one(source, GPUTarget(*target), Path(folder))
-            report[f"{target_name} {source_name}"] = used
-    return report
+    return getattr(module, name)
 
 
-def _compile_one(source: KernelSource, target: Any, folder: Path) -> dict[str, int]:
+def _compile_all(test_file: str, name: str, targets: dict[str, Target]) -> list[dict[str, Any]]:
+    """Shares of the targets' variants, in processes that are forked anew for each: what the host code
+    keeps of one target must not stand for another."""
+    import multiprocessing
+
+    import triton
+
+    found = Path(triton.__file__)
+    assert not UNDER_TEST or found.is_relative_to(Path(UNDER_TEST).resolve()), found
+    launch = _load(test_file, name)
+    shares = PROCESSES if len(targets) < PROCESSES else 1
+    global _compile_share
+
+    def _compile_share(work: tuple[str, int]) -> list[dict[str, Any]]:
+        return _compile_target(launch, work[0], tuple(targets[work[0]]), work[1], shares)
+
+    works = [(target, share) for target in targets for share in range(shares)]
+    with multiprocessing.get_context("fork").Pool(PROCESSES, maxtasksperchild=1) as pool:
+        reports = pool.map(_call_share, works, chunksize=1)
+    return [row for report in reports for row in report]
+
+
+def _call_share(work: tuple[str, int]) -> list[dict[str, Any]]:
+    return _compile_share(work)
+
+
+def _compile_target(
+    launch: Any, target_name: str, target: Any, share: int, shares: int
+) -> list[dict[str, Any]]:
+    from record_launches import recording
+
+    with recording(target) as found:
+        launch(found)
+    variants = list(found.variants.values())[share::shares]
+    return [
+        {
+            "target": target_name,
+            "kernel": variant.name,
+            "label": variant.label,
+            **_compile_one(variant, found.target),
+        }
+        for variant in variants
+    ]
+
+
+def _compile_one(variant: Any, target: Any) -> dict[str, Any]:
     import triton
     from triton.compiler import ASTSource
 
-    names = source.kernel.arg_names
-    unknown = {*source.types, *source.constants, *source.aligned} - set(names)
-    assert not unknown, f"the kernel has no arguments {sorted(unknown)}"
-    signature = {
-        name: "constexpr" if name in source.constants else source.types.get(name, "i32")
-        for name in names
-    }
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in source.aligned}
-    ast = ASTSource(source.kernel, signature, dict(source.constants), attributes)
-    kernel = triton.compile(ast, target=target, options=dict(source.options))
-    return {"shared": kernel.metadata.shared, **_resources(kernel, target, folder)}
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
+    try:
+        kernel = triton.compile(source, target=target, options=variant.options.__dict__)
+    except Exception as error:  # noqa: BLE001 (whatever the compiler says, the test shows it)
+        return {"error": f"{type(error).__name__}: {error}"[:2000]}
+    return {"shared": kernel.metadata.shared, **_resources(kernel, target)}
 
 
-def _resources(kernel: Any, target: Any, folder: Path) -> dict[str, int]:
+def _resources(kernel: Any, target: Any) -> dict[str, int]:
     if target.backend == "hip":
         names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
         found = [_number(rf"\.{name}:\s+(\d+)", kernel.asm["amdgcn"]) for name in names]
         return {"registers": found[0], "spilled": found[1] + found[2]}
     from triton.backends.nvidia.compiler import get_ptxas
 
-    ptx = folder / "kernel.ptx"
-    ptx.write_text(kernel.asm["ptx"])
     found_target = re.search(r"\.target (\w+)", kernel.asm["ptx"])
     assert found_target is not None
-    command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={found_target[1]}", str(ptx)]
-    command += ["-o", f"{ptx}.o"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={found_target[1]}", ptx.name]
+        command += ["-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = _number(r"(\d+) bytes spill stores", report)
     spilled += _number(r"(\d+) bytes spill loads", report)
     return {"registers": _number(r"Used (\d+) registers", report), "spilled": spilled}
@@ -158,5 +244,10 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
+def _main(what: str, test_file: str, name: str, rest: Sequence[Any]) -> Any:
+    return _compile_all(test_file, name, *rest) if what == "compile" else _load(test_file, name)()
+
+
 if __name__ == "__main__":
-    print(json.dumps(_compile_all(*json.loads(sys.argv[1]))))
+    what, test_file, name, *rest = json.loads(sys.argv[1])
+    Path(sys.argv[2]).write_text(json.dumps(_main(what, test_file, name, rest)))

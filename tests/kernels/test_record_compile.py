@@ -1,0 +1,128 @@
+"""What the tests of compilation stand on: launches are recorded as Triton would compile them."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import compile_kernels
+import pytest
+import triton_record
+from compile_kernels import TARGETS, compile_launches, complaints, in_own_process
+from places import ROOT
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton to compile"
+)
+
+
+def record_some() -> dict[str, Any]:
+    """Launches of a kernel whose arguments Triton specialises on, and of the compiled one."""
+    import torch
+    import triton
+    import triton.language as tl
+    from record_launches import recording
+
+    @triton.jit(do_not_specialize=["count"])
+    def double(ptr, count, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        places = tl.arange(0, BLOCK) * stride
+        live = tl.arange(0, BLOCK) < count
+        tl.store(ptr + places, 2 * tl.load(ptr + places, mask=live), mask=live)
+
+    x = torch.empty(100, dtype=torch.bfloat16, device="meta")
+    with recording(TARGETS["sm_90"]) as found:
+        found.label = "first"
+        compiled = double[(2, 3)](x, 7, 32, BLOCK=16)
+        found.label = "others"
+        double[(1,)](x, 16, 48, BLOCK=16)  # A multiple of 16 too, and the count is not looked at.
+        double[(1,)](x, 7, 1, BLOCK=16)
+        double[(1,)](x, 7, 33, BLOCK=16, num_warps=8)
+        double[(1,)](x[1:].float(), 7, 33, BLOCK=16)
+        compiled[(5,)](x, 7, 32)
+    with recording(TARGETS["sm_90"]) as again:
+        double[(1,)](x, 7, 32, BLOCK=16)
+    return {
+        "variants": [
+            [
+                v.label,
+                list(v.signature.values()),
+                list(v.constants.values()),
+                sorted(place[0] for place, found in v.attributes.items() if found),
+                v.options.num_warps,
+            ]
+            for v in found.variants.values()
+        ],
+        "grids": [grid for _, grid in found.launches],
+        "again": len(again.variants),
+    }
+
+
+def launch_wrong(recording: Any) -> None:
+    """One kernel that compiles and one that no compiler takes."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def right(ptr, VALUE: tl.constexpr):  # type: ignore[no-untyped-def]
+        tl.store(ptr, VALUE)
+
+    @triton.jit
+    def wrong(ptr):  # type: ignore[no-untyped-def]
+        tl.store(ptr, tl.arange(0, 3))
+
+    x = torch.empty(4, device="meta")
+    for value in (1, 2):
+        recording.label = f"value {value}"
+        right[(1,)](x, value)
+    wrong[(1,)](x)
+
+
+def test_a_variant_is_what_triton_looks_at(tmp_path: Path) -> None:
+    found = in_own_process(__file__, "record_some", tmp_path)
+    bf16, fp32 = ["*bf16", "i32", "i32", "constexpr"], ["*fp32", "i32", "i32", "constexpr"]
+    one = ["*bf16", "i32", "constexpr", "constexpr"]
+    assert found["variants"] == [
+        ["first", bf16, [16], [0, 2], 4],
+        ["others", one, [1, 16], [0], 4],
+        ["others", bf16, [16], [0], 8],
+        ["others", fp32, [16], [0], 4],
+    ]
+    assert found["grids"] == [[2, 3, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1], [5, 1, 1]]
+    assert found["again"] == 1
+
+
+def test_what_does_not_compile_or_takes_too_much_is_reported(tmp_path: Path) -> None:
+    rows = compile_launches(__file__, "launch_wrong", tmp_path, {"sm_90": TARGETS["sm_90"]})
+    rows.sort(key=lambda row: (row["kernel"], row["label"]))
+    wrong = [row for row in rows if "error" in row]
+    assert [row["kernel"] for row in rows] == ["launches.right", "launches.right", "launches.wrong"]
+    assert [row["label"] for row in rows] == ["value 1", "value 2", "value 2"]
+    assert [row["kernel"] for row in wrong] == ["launches.wrong"]
+    assert "power of 2" in wrong[0]["error"]
+    assert len(complaints(rows)) == 1
+    assert len(complaints(rows, registers=1)) == 3
+    allowed = {"sm_90 launches.right": (200, 0)}
+    assert len(complaints(rows, 1, allowed)) == 1
+    spilled = [{**rows[0], "spilled": 4}]
+    assert len(complaints(spilled, 200)) == 1
+    assert complaints(spilled) == []
+
+
+def test_a_record_of_other_versions_holds_until_a_kernel_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_record, "RECORD", tmp_path / "triton.passed")
+    assert triton_record.main([]) == 1
+    assert triton_record.main(["3.6.0", "3.8.0"]) == 0
+    assert triton_record.main([]) == 0
+    assert triton_record.RECORD.read_text().endswith(" 3.6.0 3.8.0\n")
+    for folder in ("triton_kernels", "vllm_vlora"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(compile_kernels, "ROOT", tmp_path)
+    assert triton_record.main([]) == 0
+    with (tmp_path / "triton_kernels" / "device.py").open("a") as file:
+        file.write("\n")
+    assert triton_record.main([]) == 1

@@ -1,0 +1,185 @@
+"""The launches of an engine: a model's layers as the plugin makes them, without memory behind them.
+
+To be run inside ``record_launches.recording``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from places import ROOT
+from record_launches import Recording
+
+from vllm_vlora.quantize import FORMAT_OF_DTYPE, PackedMatrix, part_specs
+from vllm_vlora.triton_kernels.direct import (
+    DirectLayer,
+    DirectSlice,
+    Routing,
+    SlotTable,
+    add_direct_triton,
+)
+from vllm_vlora.triton_kernels.materialize import MaterializeJob
+
+sys.path.append(str(ROOT / "benchmarks"))
+import floors
+
+MODELS = floors.MODELS
+
+META = torch.device("meta")
+MAX_TOKENS = 8192
+# Modules whose x is cut on a tensor-parallel rank; of the others y is.
+ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One rank of an engine with a checkpoint.
+
+    Attributes:
+        model: a key of ``MODELS``.
+        parallel: tensor-parallel ranks.
+        dtype: of the layers' inputs.
+        k: components of the shared bases; 0 for none.
+        basis: format that the device holds them in; "float" for the dtype.
+        rank: of private tasks; 0 for none.
+    """
+
+    model: str
+    parallel: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    k: int = 0
+    basis: str = "float"
+    rank: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"k {self.k} {self.basis}"] * bool(self.k) + [f"rank {self.rank}"] * bool(
+            self.rank
+        )
+        return f"{self.model} TP {self.parallel} {FORMAT_OF_DTYPE[self.dtype]} {' '.join(parts)}"
+
+
+def matrix(rows: int, cols: int, format: str) -> PackedMatrix:
+    """A packed matrix without memory."""
+    parts = {
+        name: torch.empty(rows, *shape, dtype=dtype, device=META)
+        for name, (dtype, shape) in part_specs(format, cols).items()
+    }
+    return PackedMatrix(format, rows, cols, parts)
+
+
+def direct_layers(
+    engine: Engine, repeats: int = 1, modules: Sequence[str] = ()
+) -> list[DirectLayer]:
+    """The first ``repeats`` blocks of the model: their numbers differ, and so may their launches.
+
+    Args:
+        modules: names of the layers, all of a block's for none.
+    """
+    format = FORMAT_OF_DTYPE[engine.dtype] if engine.basis == "float" else engine.basis
+    layers: list[DirectLayer] = []
+    index = 0
+    for shape in MODELS[engine.model].layers * repeats:
+        if modules and shape.name not in modules:
+            continue
+        cut_in, cut_out = (
+            (engine.parallel, 1) if shape.name in ROW_PARALLEL else (1, engine.parallel)
+        )
+        d_in = shape.d_in // cut_in
+        slices = tuple(
+            DirectSlice(
+                width // cut_out,
+                0,
+                0,
+                matrix(engine.k, width // cut_out, format) if engine.k else None,
+                engine.k,
+            )
+            for width in shape.widths
+        )
+        v = matrix(engine.k * len(slices), d_in, format) if engine.k else None
+        layers.append(DirectLayer(index, d_in, slices, v, engine.rank))
+        index += len(slices)
+    return layers
+
+
+def run_direct(
+    recording: Recording,
+    engine: Engine,
+    batches: Iterable[tuple[int, int]],
+    repeats: int = 1,
+    slots: int = 64,
+    modules: Sequence[str] = (),
+) -> None:
+    """Run layers on batches of (tokens, distinct tasks)."""
+    layers = direct_layers(engine, repeats, modules)
+    count = layers[-1].index + len(layers[-1].slices)
+    table, routing = SlotTable(slots, count, META), Routing(MAX_TOKENS, slots, META)
+    for tokens, tasks in batches:
+        recording.label = f"{engine}, {tokens} tokens of {tasks} tasks"
+        routing.update(np.arange(tokens, dtype=np.int32) % tasks)
+        for layer in layers:
+            x = torch.empty(tokens, layer.d_in, dtype=engine.dtype, device=META)
+            y = torch.empty(tokens, layer.width, dtype=engine.dtype, device=META)
+            add_direct_triton(y, x, layer, table, routing)
+
+
+def batches(tokens: Iterable[int], slots: int = 64) -> Iterator[tuple[int, int]]:
+    """(tokens, tasks): one task, and as many as there can be."""
+    for count in tokens:
+        for tasks in sorted({1, min(count, slots)}):
+            yield count, tasks
+
+
+def run_materialize(
+    recording: Recording,
+    engine: Engine,
+    core: torch.dtype | None,
+    slot_rank: int,
+) -> None:
+    """Write a task into a slot of the model's layers: joint where there is a ``core``, else private.
+
+    Args:
+        core: dtype of the cores; None for private factors.
+        slot_rank: rows of A that a slot has.
+    """
+    from vllm_vlora.triton_kernels.materialize_kernel import KernelPlan
+
+    format = FORMAT_OF_DTYPE[engine.dtype] if engine.basis == "float" else engine.basis
+    recording.label = f"materialize {engine}, slots of {slot_rank}"
+    jobs = []
+    for layer in direct_layers(engine):
+        for part in layer.slices:
+            a = torch.empty(slot_rank, layer.d_in, dtype=engine.dtype, device=META)
+            b = torch.empty(part.width, slot_rank, dtype=engine.dtype, device=META).t()
+            for out in (a, b):
+                left = None
+                if core is not None:
+                    left = torch.empty(engine.rank, engine.k, dtype=core, device=META)
+                rows = engine.rank if core is None else engine.k
+                packed = matrix(rows, out.shape[1], format)
+                jobs.append(MaterializeJob(out, packed, left, 1.0, 0, out.shape[1]))
+    KernelPlan(jobs).run()
+
+
+def run_unaligned(recording: Recording) -> None:
+    """What no model has: factors into views that are contiguous along neither side, or begin anywhere."""
+    from vllm_vlora.triton_kernels.materialize_kernel import KernelPlan
+
+    recording.label = "materialize unaligned"
+    out = torch.empty(100, 64, dtype=torch.bfloat16, device=META)
+    KernelPlan(
+        [
+            MaterializeJob(out.t(), matrix(64, 103, "nf4-dq"), None, 1.0, 3, 100),
+            MaterializeJob(
+                out[::2, ::2],
+                matrix(64, 35, "bfloat16"),
+                torch.empty(50, 64, dtype=torch.bfloat16, device=META),
+                1.0,
+                1,
+                32,
+            ),
+        ]
+    ).run()
