@@ -232,7 +232,7 @@ def test_a_layer_that_nobody_holds_is_not_kept_by_its_number(
     layer_calls: Any, tmp_path: Path
 ) -> None:
     layer = make_punica(layer_calls, build(tmp_path / "ck"), on_cpu=True)
-    number = layer.wrapper._handle.item()
+    number = layer.wrapper.handle.item()
     assert layer_calls._LAYERS[number] is layer.wrapper
     del layer
     assert number not in layer_calls._LAYERS
