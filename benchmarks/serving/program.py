@@ -213,6 +213,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N,N",
         help="GPU: batch sizes that are captured as graphs (default: vLLM's some fifty, which take long)",
     )
+    add(
+        "--no-jit-warmup",
+        action="store_true",
+        help="GPU: start sooner; vLLM's own kernels are then compiled when they are first used",
+    )
     add("--eager", action="store_true", help="GPU: neither compile nor capture graphs")
     add(
         "--keep-gib",
@@ -487,6 +492,8 @@ class Bench:
             arguments["max_num_batched_tokens"] = settings.max_num_batched_tokens
         if settings.gpu:
             arguments["gpu_memory_utilization"] = self.args.gpu_memory_utilization
+            if self.args.no_jit_warmup:
+                arguments["kernel_config"] = {"enable_jit_warmup": False}
             if self.args.capture_sizes:
                 sizes = {"cudagraph_capture_sizes": list(self.args.capture_sizes)}
                 arguments["compilation_config"] = sizes
