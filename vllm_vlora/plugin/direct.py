@@ -140,9 +140,9 @@ class DirectPath:
         self.empty = make_task({}, count, device)
         self._tasks = task_memory(self.empty)
 
-    def warm_up(self) -> None:
+    def warm_up(self, ahead: bool) -> None:
         """Have every kernel compiled and loaded that a batch can need; nothing is routed after it."""
-        warm_up(self.layers.values(), self.table, self.routing, self.dtype)
+        warm_up(self.layers.values(), self.table, self.routing, self.dtype, ahead)
 
     # --- tasks ---
 
