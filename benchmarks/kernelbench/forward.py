@@ -173,8 +173,11 @@ def private_operation(batch: Batch, work: floors.Work, factors: Factors, cache: 
 
     count = len(batch.layer.widths)
     slices = tuple(DirectSlice(width, 0, 0, None, 0) for width in batch.layer.widths)
+    # As in an engine whose checkpoint has one format: no kernel has bodies that it does not need.
+    formats = ("float" if work.format in FLOAT_DTYPES else work.format,)
     layers = [
-        DirectLayer(copy * count, batch.layer.d_in, slices, None, rank) for copy in range(copies)
+        DirectLayer(copy * count, batch.layer.d_in, slices, None, rank, formats)
+        for copy in range(copies)
     ]
     run = _direct_run(batch, layers, part)
     return Operation("direct-private", work, copies, run, expected)
