@@ -12,10 +12,12 @@ not taken: with the core inside expand, each of the 96 blocks of columns reads e
 (48 MiB from L2), and the other way, the last block of shrink to arrive applying the cores, needs
 atomics and waits on memory order for the same gain.
 
-Everything a launch depends on is a number of the layer, of the table or of x's shape, so a captured
-graph replays with other tasks and other tokens. Which tokens have a core is read from the records in
-the kernel: w is written and read for those alone, and y is not touched for others, so that it keeps
-its bits and temporaries need no zeroing.
+In a captured graph everything a launch depends on is a number of the layer, of the table or of x's
+shape, so that it replays with other tasks and other tokens; outside of one, no more is launched than
+the batch has. Which tokens have a core is read from the records in the kernel: w is written and read
+for those alone, and y is not touched for others, so that it keeps its bits and temporaries need no
+zeroing. Each launch begins while the one ahead of it still runs (``device.wait_for_previous``), with
+the records, the core or U, and then waits for z or w.
 
 Shrink and expand put tokens of all tasks together on the tensor cores. A tile of one token, which is
 what most cores see in decode, is multiplied and summed in registers instead: a core of 8 KiB needs no
