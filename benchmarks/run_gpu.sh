@@ -167,7 +167,7 @@ run() {
     # Triton's interpreter and a busy CPU take long.
     [ -z "$tiny" ] || limit=$((limit * 10))
     left=$((box - SECONDS))
-    if [ $left -lt 3 ]; then
+    if [ $left -lt 1 ]; then
         failed=1
         report "$name" 0 "no time left"
         return
