@@ -145,6 +145,21 @@ def test_the_rows_hold_rates_ratios_and_units() -> None:
         assert direct["to_stock"][rate]["rounds"] == pytest.approx([2.0, 2.0])
 
 
+def test_rows_within_a_round_have_the_ratios_of_whole_rounds() -> None:
+    """They are written after every cell, in case the run is ended."""
+    measured = _measured()
+    before = {row["configuration"]: row for row in measured.rows()}
+    for key, cell in measured.cells.items():
+        if key[0] == "base":
+            for rate in report.RATES:
+                cell.rates[rate].append(1.0)
+    after = {row["configuration"]: row for row in measured.rows()}
+    assert len(after) > 1
+    for name, row in after.items():
+        if name != "base":
+            assert row["to_base"] == before[name]["to_base"]
+
+
 def test_the_engines_rows_hold_memory_above_base_and_paired_latencies() -> None:
     rows = {row["configuration"]: row for row in _measured().results()["engines"]}
     assert rows["base"]["memory_above_base_bytes"] == 0
