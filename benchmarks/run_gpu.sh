@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can say, in stages of a fixed time each, the most telling first.
 #   benchmarks/run_gpu.sh [FOLDER] [--stages NAME...] [--box SECONDS] [--tiny] [--list]
-# FOLDER    of the results, written as they come (default: build/gpu)
+# FOLDER    of the results, written as they come (default: build/gpu in the repository)
 # --stages  names of stages or of the presets "first" and "second" (default: first)
 # --box     seconds for the whole run (default: what the stages may take; first is under 8 minutes, second
 #           under 4)
@@ -14,16 +14,16 @@
 # of its lora/ops/triton_ops, the baseline of the kernel benchmark. PYTHON names another interpreter;
 # SERVING other options of the serving benchmark.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 2
+root="$(cd "$(dirname "$0")/.." && pwd)"
 
 first="smoke tests kernels profile cliffs memory large"
 second="materialize serving"
 # name, seconds at most, what it says, the file with its rows
 stages="\
-smoke        60   results, then graphs replayed with other tasks (checks.jsonl)
+smoke        80   results, then graphs replayed with other tasks (checks.jsonl)
 tests        80   the kernels' tests on the device
 kernels      120  llama-7b against punica, decode and prefill (kernels.json)
-profile      40   each kernel's time, and what idle launches cost (checks.jsonl)
+profile      40   what direct work adds to a layer, each kernel's time (checks.jsonl)
 cliffs       60   257 tasks and more, 1024 slots (kernels-cliffs.json)
 memory       45   results under compute-sanitizer (checks.jsonl)
 large        45   llama-70b (kernels-70b.json)
@@ -37,7 +37,7 @@ wrong() {
 
 # --- the command line ---
 
-out=build/gpu box=86400 tiny="" wanted=()
+out="$root/build/gpu" box=86400 tiny="" wanted=()
 while [ $# -gt 0 ]; do
     case "$1" in
     --list)
@@ -78,19 +78,21 @@ python="${PYTHON:-python3}"
 # The repository's root must stay off the path: its folder triton_kernels has the name of a package that
 # vLLM imports.
 case ":${PYTHONPATH:-none}:" in
-*":$PWD:"* | *"::"*) wrong "leave this repository's root out of PYTHONPATH" ;;
+*":$root:"* | *"::"*) wrong "leave this repository's root out of PYTHONPATH" ;;
 esac
 links="$(mktemp -d)"
 trap 'rm -rf "$links"' EXIT
-ln -s "$PWD/vllm_vlora" "$links/vllm_vlora"
+ln -s "$root/vllm_vlora" "$links/vllm_vlora"
 export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-mkdir -p "$out" || exit 2
 
 has() { "$python" -P -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
+has torch || wrong "$python has no torch; PYTHON names another interpreter"
+mkdir -p "$out" || exit 2
+
 # --- the stages: each sets command, or skip to why it cannot run ---
 
-bench() { command=("$python" benchmarks/run.py "$@"); }
+bench() { command=("$python" "$root/benchmarks/run.py" "$@"); }
 
 check() { bench gpucheck ${tiny:+--device cpu} --json "$out/checks.jsonl" --stages "$@"; }
 
@@ -115,13 +117,13 @@ plan() {
             "$python" -P -m pytest -q -p no:cacheprovider --tb=short)
         [ -z "$only" ] || command+=(-k "$only")
         if [ -z "$tiny" ] && has xdist; then command+=(-n 6); fi
-        command+=(tests/kernels/test_direct_kernels.py tests/kernels/test_materialize.py)
+        command+=("$root"/tests/kernels/test_{direct_kernels,materialize}.py)
         ;;
     kernels)
         kernels kernels.json --shapes llama-7b --k 64 --formats float nf4 --rounds 10 \
             --tasks 64 1 256 512 1024 --prefill-tokens 2048 --prefill-tasks 8
         ;;
-    profile) check profile idle ;;
+    profile) check beside idle profile ;;
     cliffs)
         kernels kernels-cliffs.json --shapes llama-7b --modules qkv_proj down_proj --k 64 --formats nf4 \
             --slots 1024 --tasks 256 257 512 1024 --prefill-tokens 2048 --prefill-tasks 8 --rounds 5

@@ -19,8 +19,9 @@ Check the direct kernels where only a device can: on real shapes, in graphs, ker
 
   smoke    results against the operation's definition, from one token to prefill
   replay   a graph captured with nothing routed, replayed with other tasks, slots and token counts
+  beside   a layer in a graph: alone, and with its direct work after it or beside it, as in an engine
+  idle     the same when the batch has no task
   profile  microseconds of every kernel, the caches emptied before each call
-  idle     what a layer's direct launches cost when the batch has no task
 
 Every row is written to --json as it comes (a line of JSON each); a failing check does not end the run,
 and the exit status is 1 when one failed.
@@ -32,7 +33,7 @@ EXAMPLES = """\
 """
 TINY = floors.llama("tiny", 1, 128, 192, 64)
 MODELS = {**floors.MODELS, "tiny": TINY}
-STAGES = ("smoke", "replay", "profile", "idle")
+STAGES = ("smoke", "replay", "beside", "idle", "profile")
 DECODE_PROFILE = ((1, 1, 1), (64, 64, 64), (256, 256, 256), (512, 512, 512), (64, 64, 1024))
 PREFILL_PROFILE = ((2048, 8, 8), (2048, 8, 1024))
 FEW_PROFILE = ((1, 1, 1), (7, 7, 16))
@@ -113,4 +114,7 @@ def _rows(
     if stage == "profile":
         batches = FEW_PROFILE if few else DECODE_PROFILE + PREFILL_PROFILE
         return profile.kernels(layer, batches, dtype, device, repeats=20 if gpu else 1)
+    if stage == "beside":
+        decode = ((1, 1),) if few else ((64, 64), (1, 1), (256, 256))
+        return profile.beside(layer, decode, dtype, device, rounds=15 if gpu else 1)
     return profile.idle(layer, dtype, device, tokens=64 if gpu else 4, rounds=15 if gpu else 1)

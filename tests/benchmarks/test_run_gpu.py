@@ -20,12 +20,13 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def call(*arguments: str | Path, code: int = 0, **environment: str) -> str:
+def call(*arguments: str | Path, code: int = 0, cwd: Path = ROOT, **environment: str) -> str:
     """What the script prints, when it ends with ``code``."""
     done = subprocess.run(
         ["bash", str(SCRIPT), *map(str, arguments)],
         capture_output=True,
         text=True,
+        cwd=cwd,
         env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
         timeout=300,
         check=False,
@@ -58,20 +59,23 @@ def test_the_presets_hold_every_stage_and_fit_their_time() -> None:
 @needs_triton
 def test_a_stage_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
     # Nothing there has vLLM's kernels.
-    text = call(tmp_path, "--tiny", "--stages", "kernels", "memory", code=1, PUNICA=str(tmp_path))
-    assert results(tmp_path) == {"kernels": "failed (1)", "memory": "ok"}
+    stages = ("kernels", "memory", "profile")
+    text = call(tmp_path, "--tiny", "--stages", *stages, code=1, PUNICA=str(tmp_path))
+    assert results(tmp_path) == {"kernels": "failed (1)", "memory": "ok", "profile": "ok"}
     assert "no lora_shrink_op.py" in text
     assert "no lora_shrink_op.py" in (tmp_path / "logs.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "checks.jsonl").read_text().splitlines()]
     assert [row["right"] for row in rows if "right" in row] == [True] * 3
+    timed = {row["check"] for row in rows if row.get("us", 0) > 0}
+    assert timed == {"beside", "idle", "profile"}
 
 
 @needs_triton
 def test_time_that_is_up_ends_a_stage_and_the_run(tmp_path: Path) -> None:
     started = time.monotonic()
-    call(tmp_path, "--tiny", "--box", "3", "--stages", "smoke", "profile", code=1)
+    call("here", "--tiny", "--box", "3", "--stages", "smoke", "profile", code=1, cwd=tmp_path)
     assert time.monotonic() - started < 15
-    assert results(tmp_path) == {"smoke": "time out", "profile": "no time left"}
+    assert results(tmp_path / "here") == {"smoke": "time out", "profile": "no time left"}
 
 
 @pytest.mark.parametrize(
@@ -86,6 +90,14 @@ def test_time_that_is_up_ends_a_stage_and_the_run(tmp_path: Path) -> None:
 def test_wrong_calls(arguments: list[str], words: str, tmp_path: Path) -> None:
     assert words in call(tmp_path / "out", *arguments, code=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interpreter_without_torch_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    base = Path(sys.base_prefix) / "bin" / "python3"
+    if subprocess.run([base, "-P", "-c", "import torch"], capture_output=True).returncode == 0:
+        pytest.skip("torch is installed for all")
+    words = "PYTHON names another interpreter"
+    assert words in call(tmp_path / "out", code=2, PYTHON=str(base))
 
 
 @pytest.mark.parametrize("path", [str(ROOT), f"/nowhere:{ROOT}", "/nowhere:"])
