@@ -16,7 +16,7 @@ on either side; rank of a task; slot_rank of vLLM's slots, to which stock kernel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 NF4_BLOCK = 64
 SCALE_BLOCK = 256
@@ -92,6 +92,22 @@ class Model:
                 return Layer(name, layer.d_in, (layer.widths[parts.index(name)],))
         raise KeyError(name)
 
+    def on_rank(self, ranks: int) -> Model:
+        """What one of so many tensor-parallel ranks has: columns of y, or of x where y is summed up.
+
+        Raises:
+            ValueError: the ranks do not get equal parts.
+        """
+        layers = []
+        for layer in self.layers:
+            cut_in = layer.name in ("o_proj", "down_proj")
+            if any(size % ranks for size in ((layer.d_in,) if cut_in else layer.widths)):
+                raise ValueError(f"{self.name}: {layer.name} is not {ranks} equal parts")
+            d_in = layer.d_in // ranks if cut_in else layer.d_in
+            widths = layer.widths if cut_in else tuple(width // ranks for width in layer.widths)
+            layers.append(replace(layer, d_in=d_in, widths=widths))
+        return replace(self, layers=tuple(layers))
+
 
 _SLICES = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -127,26 +143,38 @@ class Cost:
     """What a path must move and compute.
 
     ``bytes`` within device memory, ``host_bytes`` from the host, ``flops`` (two a multiply-add),
-    ``launches`` kernels.
+    ``launches`` kernels, one after the other, whose programs wait for ``loads`` loads, each for the one
+    before it. Of these, ``early_launches`` with ``early_loads`` need x alone: in an engine's graphs they
+    run beside the base layer.
     """
 
     bytes: int = 0
     flops: int = 0
     host_bytes: int = 0
     launches: int = 0
+    loads: int = 0
+    early_launches: int = 0
+    early_loads: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.bytes + other.bytes,
-            self.flops + other.flops,
-            self.host_bytes + other.host_bytes,
-            self.launches + other.launches,
-        )
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
     def __mul__(self, count: int) -> Cost:
-        return Cost(
-            self.bytes * count, self.flops * count, self.host_bytes * count, self.launches * count
-        )
+        return Cost(*(count * value for value in astuple(self)))
+
+
+def _launched(*loads: int, early: int = 0) -> Cost:
+    """Kernels by the loads that each waits for; so many of the first need x alone."""
+    first = loads[:early]
+    return Cost(0, 0, 0, len(loads), sum(loads), len(first), sum(first))
+
+
+# Counted in the kernels' sources. Punica: the sums set to zero; then whose tokens, how many, from where,
+# which, and x; in the expansion after these the sums, and y. Joint: x; then tile, record, core; then
+# slot, record, w, y. Private: tile, rank, addresses, A; the same of B, and y.
+_PUNICA = _launched(0, 5, 6)
+_JOINT = _launched(1, 3, 4, early=2)
+_PRIVATE = _launched(4, 5, early=1)
 
 
 @dataclass(frozen=True)
@@ -220,11 +248,11 @@ def _update(work: Work, layer: Layer, weights: int, inner_bytes: int, inner_flop
 
 
 def punica(layer: Layer, work: Work) -> Cost:
-    """Stock vLLM: y += B A x from slots padded to ``slot_rank``, float32 between shrink and expand."""
+    """Stock vLLM: y += B A x from slots padded to ``slot_rank``, by way of zeroed float32 sums."""
     weights = work.distinct * work.slot_rank * layer.spread * work.itemsize
-    between = 2 * 4 * work.tokens * work.slot_rank * len(layer.widths)
+    between = 3 * 4 * work.tokens * work.slot_rank * len(layer.widths)
     flops = 2 * work.tokens * work.slot_rank * layer.spread
-    return _update(work, layer, weights, between, flops) + Cost(launches=2)
+    return _update(work, layer, weights, between, flops) + _PUNICA
 
 
 def direct_joint(layer: Layer, work: Work) -> Cost:
@@ -233,7 +261,7 @@ def direct_joint(layer: Layer, work: Work) -> Cost:
     weights = (work.k * layer.spread + work.distinct * slices * core) * work.itemsize
     between = 2 * 2 * work.tokens * slices * work.k * work.itemsize
     flops = 2 * work.tokens * (work.k * layer.spread + slices * core)
-    return _update(work, layer, weights, between, flops) + Cost(launches=3)
+    return _update(work, layer, weights, between, flops) + _JOINT
 
 
 def direct_private(layer: Layer, work: Work) -> Cost:
@@ -243,7 +271,7 @@ def direct_private(layer: Layer, work: Work) -> Cost:
     weights = work.distinct * work.rank * packed
     between = 2 * work.tokens * len(layer.widths) * work.rank * work.itemsize
     flops = 2 * work.tokens * work.rank * layer.spread
-    return _update(work, layer, weights, between, flops) + Cost(launches=2)
+    return _update(work, layer, weights, between, flops) + _PRIVATE
 
 
 # --- making a task ready --------------------------------------------------------------------------
@@ -312,9 +340,18 @@ def limits(cost: Cost, device: Device) -> dict[str, float]:
     }
 
 
-def seconds(cost: Cost, device: Device, launch_seconds: float = 0.0) -> float:
-    """max(bytes / bandwidth, flops / rate, host bytes / PCIe rate) + launches * launch_seconds."""
-    return max(limits(cost, device).values()) + cost.launches * launch_seconds
+def seconds(
+    cost: Cost, device: Device, launch: float = 0.0, load: float = 0.0, *, beside: bool = False
+) -> float:
+    """max(bytes / bandwidth, flops / rate, host bytes / PCIe rate), and seconds of waiting.
+
+    Args:
+        launch, load: seconds for each launch and each of the loads that wait for each other.
+        beside: what runs beside the base layer is waited for by nobody.
+    """
+    launches = cost.launches - (cost.early_launches if beside else 0)
+    loads = cost.loads - (cost.early_loads if beside else 0)
+    return max(limits(cost, device).values()) + launches * launch + loads * load
 
 
 def bound(cost: Cost, device: Device) -> str:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from plots import draw_panels
 
 DESCRIPTION = """\
 Print what each path must move and compute over all linear layers of a model, and how long that takes
-at least on a device: max(bytes / bandwidth, operations / rate, host bytes / PCIe rate).
+at least on a device: max(bytes / bandwidth, operations / rate, host bytes / PCIe rate). Forward paths: of
+one step, and of one of the model's layers; "beside" is what is left of a layer's where the launches that
+need x alone (in brackets) run beside the base layer, as in an engine's graphs.
 
   base                 the model's linear layers themselves
   punica               stock vLLM's shrink and expand, from slots padded to the slots' rank
@@ -28,11 +31,14 @@ at least on a device: max(bytes / bandwidth, operations / rate, host bytes / PCI
 
 A device's rates are its data sheet's peaks (sources in floors.py), which no kernel reaches: give
 measured ones with --bandwidth, --flops and --pcie for a fair ratio. --launch-us adds a latency for each
-kernel launch; CUDA graphs take most of it away.
+kernel launch, of which CUDA graphs take most away, and --load-us one for each load whose address another
+load gives. With --bandwidth 3000 --launch-us 0.7 --load-us 0.5 direct-joint is predicted about as an H100
+measures it. With --tp these are the shapes and the bytes of one rank; the sums over ranks come on top.
 """
 EXAMPLES = """\
   python benchmarks/run.py roofline                                     llama-7b on an H100
   python benchmarks/run.py roofline --model llama-70b --device h200 --tokens 64 4096 --tasks 1 64
+  python benchmarks/run.py roofline --model llama-70b --tp 4 --launch-us 0.7 --load-us 0.5
   python benchmarks/run.py roofline --bandwidth 2.9e3 --measured kernels.json
   python benchmarks/run.py roofline --model custom --layers 8 --hidden 1024 --intermediate 2816
 """
@@ -48,7 +54,15 @@ def run(args: argparse.Namespace) -> int:
         rows = list(predict(args, model, device))
     print_head(device, args)
     (print_measured if args.measured else print_predicted)(rows)
-    write_json(args.json, {"device": vars(device), "launch_us": args.launch_us, "rows": rows})
+    write_json(
+        args.json,
+        {
+            "device": vars(device),
+            "launch_us": args.launch_us,
+            "load_us": args.load_us,
+            "rows": rows,
+        },
+    )
     if args.plot:
         plot(args.plot, rows, f"{model.name}, rank {args.rank}, k {args.k}, {device.name}")
     return 0
@@ -76,12 +90,13 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for option in ("bandwidth", "flops", "pcie"):
         if getattr(args, option) is not None and getattr(args, option) <= 0:
             parser.error(f"--{option} must be above 0")
-    if args.launch_us < 0:
-        parser.error("--launch-us must not be negative")
+    if min(args.launch_us, args.load_us) < 0:
+        parser.error("--launch-us and --load-us must not be negative")
     custom = (args.layers, args.hidden, args.intermediate)
     if (args.model == "custom") != all(custom) or (args.model != "custom" and any(custom)):
         parser.error("--model custom needs --layers, --hidden and --intermediate, others none")
     try:
+        make_model(args)
         args.slot_rank = floors.slot_rank(max(args.rank, args.slot_rank or 1))
     except ValueError as error:
         parser.error(str(error))
@@ -98,11 +113,19 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launch-us", type=float, default=0.0, metavar="US", help="for each launch (default: 0)"
     )
+    parser.add_argument(
+        "--load-us",
+        type=float,
+        default=0.0,
+        metavar="US",
+        help="for each dependent load (default: 0)",
+    )
 
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """The model's shape and what the batch is."""
     parser.add_argument("--model", choices=[*floors.MODELS, "custom"], default="llama-7b")
+    parser.add_argument("--tp", type=count, default=1, help="tensor-parallel ranks (default: 1)")
     parser.add_argument("--layers", type=count, help="of a custom model")
     parser.add_argument("--hidden", type=count, help="of a custom model")
     parser.add_argument("--intermediate", type=count, help="of a custom model")
@@ -147,11 +170,12 @@ def make_device(args: argparse.Namespace) -> floors.Device:
 
 
 def make_model(args: argparse.Namespace) -> floors.Model:
-    """The named model or the custom one."""
+    """One rank of the named model or of the custom one."""
     if args.model != "custom":
-        return floors.MODELS[args.model]
+        return floors.MODELS[args.model].on_rank(args.tp)
     kv_width = args.kv_width or args.hidden
-    return floors.llama("custom", args.layers, args.hidden, args.intermediate, kv_width)
+    whole = floors.llama("custom", args.layers, args.hidden, args.intermediate, kv_width)
+    return whole.on_rank(args.tp)
 
 
 def make_work(args: argparse.Namespace, **values: Any) -> floors.Work:
@@ -179,63 +203,81 @@ def predict(
                     continue
                 for format in floors.formats_of(op, args.format):
                     work = make_work(args, tokens=tokens, tasks=tasks, format=format)
-                    yield make_row(op, model, work, device, args.launch_us)
+                    yield make_row(op, model, work, device, args)
     for op in floors.READY:
         for format in floors.formats_of(op, args.format):
-            yield make_row(op, model, make_work(args, format=format), device, args.launch_us)
+            yield make_row(op, model, make_work(args, format=format), device, args)
 
 
 def make_row(
-    op: str, model: floors.Model, work: floors.Work, device: floors.Device, launch_us: float
+    op: str,
+    model: floors.Model,
+    work: floors.Work,
+    device: floors.Device,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """A path's cost and floor as JSON data."""
     cost = floors.model_cost(op, model, work)
     forward = op in floors.FORWARD
+    waits = 1e-6 * args.launch_us, 1e-6 * args.load_us
+    alone, beside = (1e6 * floors.seconds(cost, device, *waits, beside=b) for b in (False, True))
     return {
         "op": op,
         "model": model.name,
+        "tp": args.tp,
         "rank": work.rank,
         "slot_rank": work.slot_rank,
         "k": work.k,
         "tokens": work.tokens if forward else None,
         "tasks": work.tasks if forward and op != "base" else None,
         "format": work.format if op in floors.USES_FORMAT else None,
-        "bytes": cost.bytes,
-        "flops": cost.flops,
-        "host_bytes": cost.host_bytes,
-        "launches": cost.launches,
+        **asdict(cost),
         "bound": floors.bound(cost, device),
-        "us": 1e6 * floors.seconds(cost, device, launch_us * 1e-6),
+        "us": alone,
+        "us_layer": alone / model.repeats if forward else None,
+        "us_layer_beside": beside / model.repeats if forward else None,
     }
 
 
 def print_head(device: floors.Device, args: argparse.Namespace) -> None:
     print(
         f"{device.name}: {device.bandwidth / 1e9:,.0f} GB/s, {device.flops / 1e12:,.0f} TFLOP/s, PCIe "
-        f"{device.pcie / 1e9:,.0f} GB/s; {args.launch_us:g} us a launch"
+        f"{device.pcie / 1e9:,.0f} GB/s; {args.launch_us:g} us a launch, "
+        f"{args.load_us:g} a dependent load"
     )
 
 
 def print_predicted(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
+    part = f", one of {first['tp']} ranks" if first["tp"] > 1 else ""
     print(
-        f"{first['model']}, all linear layers; rank {first['rank']} in slots of {first['slot_rank']}, "
-        f"k {first['k']}\n"
+        f"{first['model']}{part}, all linear layers; rank {first['rank']} in slots of "
+        f"{first['slot_rank']}, k {first['k']}\n"
     )
-    head = ["path", "format", "tokens", "tasks", "MB", "GFLOP", "launches", "bound", "us"]
+    head = ["path", "format", "tokens", "tasks", "MB", "GFLOP", "launches", "loads", "bound", "us"]
     lines = (
         [
             row["op"],
             *(str(row[name] or "") for name in ("format", "tokens", "tasks")),
             f"{(row['bytes'] + row['host_bytes']) / 1e6:,.2f}",
             f"{row['flops'] / 1e9:,.2f}",
-            str(row["launches"]),
+            *(_with_early(row, name) for name in ("launches", "loads")),
             row["bound"],
             f"{row['us']:,.2f}",
+            *(
+                "" if row[name] is None else f"{row[name]:,.2f}"
+                for name in ("us_layer", "us_layer_beside")
+            ),
         ]
         for row in rows
     )
-    print(table(head, lines, left=2))
+    print(table([*head, "a layer", "beside"], lines, left=2))
+
+
+def _with_early(row: dict[str, Any], name: str) -> str:
+    """How many, and in brackets those that need x alone."""
+    early = row[f"early_{name}"]
+    return f"{row[name]} ({early})" if early else str(row[name])
 
 
 # --- beside measurements --------------------------------------------------------------------------
@@ -248,7 +290,8 @@ def compare(args: argparse.Namespace, device: floors.Device) -> Iterator[dict[st
         if missing:
             sys.exit(f"{args.measured}: row {number} has no {', '.join(missing)}")
         cost, reason = measured_cost(args, row)
-        floor = None if cost is None else 1e6 * floors.seconds(cost, device, args.launch_us * 1e-6)
+        waits = 1e-6 * args.launch_us, 1e-6 * args.load_us
+        floor = None if cost is None else 1e6 * floors.seconds(cost, device, *waits)
         ratio = row["us_p50"] / floor if floor else None
         yield {**row, "floor_us": floor, "ratio_to_floor": ratio, "no_floor": reason}
 
@@ -286,6 +329,7 @@ def measured_cost(
     model = floors.MODELS.get(row.get("model") or shape or args.model)
     if model is None:
         return None, "unknown model"
+    model = model.on_rank(args.tp)
     if row.get("module") in (None, "all"):
         return floors.model_cost(row["op"], model, work), None
     try:

@@ -53,7 +53,7 @@ BENCHMARKS = {
     "gpucheck": Benchmark(
         "what only a GPU can show of the direct kernels: results, graphs, each kernel's time",
         "gpucheck.program",
-        {"device": "", "device-note": ""},
+        {"device": "", "quick": "few and small batches", "device-note": ""},
     ),
     "serving": Benchmark(
         "throughput and latency of a vLLM engine against the number of tasks it serves",

@@ -3,6 +3,6 @@
 world       one layer with joint and private tasks of every format, and batches of them
 smoke       results against the operation's definition, decode and prefill
 replay      a graph captured with nothing routed, replayed with other tasks
-profile     microseconds of every kernel of a layer, and of a layer with idle work
+profile     microseconds of every kernel, and of a layer with its direct work
 program     the options and the run
 """

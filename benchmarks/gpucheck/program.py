@@ -19,8 +19,9 @@ Check the direct kernels where only a device can: on real shapes, in graphs, ker
 
   smoke    results against the operation's definition, from one token to prefill
   replay   a graph captured with nothing routed, replayed with other tasks, slots and token counts
+  beside   a layer in a graph: alone, and with its direct work after it or beside it, as in an engine
+  idle     the same when the batch has no task
   profile  microseconds of every kernel, the caches emptied before each call
-  idle     what a layer's direct launches cost when the batch has no task
 
 Every row is written to --json as it comes (a line of JSON each); a failing check does not end the run,
 and the exit status is 1 when one failed.
@@ -28,13 +29,14 @@ and the exit status is 1 when one failed.
 EXAMPLES = """\
   python benchmarks/run.py gpucheck --json out.jsonl
   python benchmarks/run.py gpucheck --stages smoke replay --layers qkv_proj
-  python benchmarks/run.py gpucheck --device cpu --stages smoke replay    in Triton's interpreter
+  python benchmarks/run.py gpucheck --device cpu    tiny, in Triton's interpreter: tries the program
 """
 TINY = floors.llama("tiny", 1, 128, 192, 64)
 MODELS = {**floors.MODELS, "tiny": TINY}
-STAGES = ("smoke", "replay", "profile", "idle")
+STAGES = ("smoke", "replay", "beside", "idle", "profile")
 DECODE_PROFILE = ((1, 1, 1), (64, 64, 64), (256, 256, 256), (512, 512, 512), (64, 64, 1024))
 PREFILL_PROFILE = ((2048, 8, 8), (2048, 8, 1024))
+FEW_PROFILE = ((1, 1, 1), (7, 7, 16))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +54,9 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--device cuda: torch sees no GPU; --device cpu tries the program")
     tiny = args.device == "cpu"
     args.shape = args.shape or ("tiny" if tiny else "llama-7b")
-    args.stages = args.stages or list(STAGES[:2] if tiny else STAGES)
+    args.quick = args.quick or tiny
+    args.stages = args.stages or list(STAGES)
     args.layers = args.layers or ["qkv_proj"]
-    if tiny and set(args.stages) & set(STAGES[2:]):
-        parser.error("profile and idle need a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
         if output:
             print(json.dumps(row, default=str), file=output, flush=True)
 
-    keep({"check": "record"} | record(args, name, "torch", "triton"))
+    keep({"check": "record"} | record(args, name, "torch", "triton", "vllm"))
     for stage in args.stages:
         for layer in args.layers:
             started = time.monotonic()
             try:
-                for row in _rows(stage, MODELS[args.shape].layer(layer), dtype, device):
+                for row in _rows(stage, MODELS[args.shape].layer(layer), dtype, device, args.quick):
                     failed += row.get("right") is False
                     keep(row)
             except Exception:  # noqa: BLE001
@@ -101,17 +102,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(
-    stage: str, layer: floors.Layer, dtype: torch.dtype, device: torch.device
+    stage: str, layer: floors.Layer, dtype: torch.dtype, device: torch.device, few: bool
 ) -> Iterable[dict[str, Any]]:
     from gpucheck import profile, replay, smoke
 
     gpu = device.type == "cuda"
     if stage == "smoke":
-        return smoke.check(
-            layer, smoke.BATCHES if gpu else ((1, 1), (7, 7), (270, 3)), dtype, device
-        )
+        return smoke.check(layer, smoke.FEW if few else smoke.BATCHES, dtype, device)
     if stage == "replay":
         return replay.check(layer, (64, 272) if gpu else (16,), dtype, device)
     if stage == "profile":
-        return profile.kernels(layer, DECODE_PROFILE + PREFILL_PROFILE, dtype, device)
-    return profile.idle(layer, dtype, device)
+        batches = FEW_PROFILE if few else DECODE_PROFILE + PREFILL_PROFILE
+        return profile.kernels(layer, batches, dtype, device, repeats=20 if gpu else 1)
+    if stage == "beside":
+        decode = ((1, 1),) if few else ((64, 64), (1, 1), (256, 256))
+        return profile.beside(layer, decode, dtype, device, rounds=15 if gpu else 1)
+    return profile.idle(layer, dtype, device, tokens=64 if gpu else 4, rounds=15 if gpu else 1)

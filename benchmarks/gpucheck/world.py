@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import floors
@@ -39,6 +40,12 @@ class World:
         """Add the batch's updates to y by the Triton kernels."""
         add = add_direct if x.is_cuda else add_direct_triton
         add(y, x, self.layer, self.table, self.routing)
+
+    def begin(self, x: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        """Enqueue what needs x alone; the result, called with y, adds the rest of ``run``."""
+        from vllm_vlora.triton_kernels.direct_kernel import begin_direct
+
+        return begin_direct(x, self.layer, self.table, self.routing, ahead=True)
 
     def batch(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random (x, y)."""

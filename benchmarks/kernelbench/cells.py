@@ -22,7 +22,7 @@ from kernelbench.forward import (
     punica_operation,
 )
 from kernelbench.punica import Punica
-from kernelbench.report import Floors, make_row
+from kernelbench.report import AIM_PREFILL, AIM_TASKS, Floors, make_row
 from kernelbench.verify import check_operation, check_replay
 
 # A graph's replay takes at least this long, so that what it costs to start does not count.
@@ -78,10 +78,14 @@ class Settings:
 
 
 def cells(settings: Settings) -> Iterator[Cell]:
-    """The cells, batch by batch, so that a run that ends early has whole models of what it has."""
-    batches = [("decode", *b) for b in settings.decode] + [
-        ("prefill", *b) for b in settings.prefill
-    ]
+    """The cells, batch by batch, so that a run that ends early has whole models of what it has.
+
+    What the aims look at comes first.
+    """
+    batches = [("decode", *b) for b in settings.decode]
+    batches += [("prefill", *b) for b in settings.prefill]
+    aims = (("decode", AIM_TASKS, AIM_TASKS), ("prefill", *AIM_PREFILL))
+    batches.sort(key=lambda batch: batch not in aims)
     for phase, tokens, tasks in batches:
         for name, model in settings.models.items():
             for layer in model.layers:

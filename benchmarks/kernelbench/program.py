@@ -222,9 +222,6 @@ def make_settings(args: argparse.Namespace, device: torch.device) -> Settings:
     decode = [(tasks, tasks) for tasks in args.tasks]
     decode += [(DECODE_TOKENS, t) for t in args.tasks if t < DECODE_TOKENS and not args.tiny]
     prefill = [(t, n) for t in args.prefill_tokens for n in args.prefill_tasks if n <= t]
-    # What the aims look at comes first, in case the time is up before the end.
-    decode.sort(key=lambda batch: batch != (report.AIM_TASKS, report.AIM_TASKS))
-    prefill.sort(key=lambda batch: batch != report.AIM_PREFILL)
     return Settings(
         device=device,
         dtype=getattr(torch, dtype_name),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import time
 import traceback
 from collections import deque
@@ -87,6 +88,10 @@ class Engine:
             self._process.join()
         self._connection.close()
 
+    def compiled_late(self) -> list[str]:
+        """Kernels that vLLM's monitor saw compiled after the start, when requests may have waited."""
+        return late_kernels(self.spec.log.read_text(errors="replace"))
+
     def _ask(self, *message: object) -> Any:
         try:
             self._connection.send(message)
@@ -106,6 +111,11 @@ class Engine:
     def _explain(self, reason: str) -> str:
         lines = self.spec.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         return "\n".join([f"{self.spec.name}: {reason}", *lines])
+
+
+def late_kernels(log: str) -> list[str]:
+    """The kernels that a log says were compiled "during inference", each once."""
+    return list(dict.fromkeys(re.findall(r"compilation during inference: ([\w.<>]+\w>?)", log)))
 
 
 # --- in the engine's process -----------------------------------------------------------------------

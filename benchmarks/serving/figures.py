@@ -74,6 +74,6 @@ def spread_of_rounds(values: Sequence[float]) -> dict[str, Any]:
 def spread_of_ratios(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     """Round by round ``value / reference``: what drifts hits both sides of each ratio.
 
-    Before the end of a run one of them may have a round more.
+    While a round is under way one side may have it already; it does not count then.
     """
     return spread_of_rounds([a / b for a, b in zip(values, reference)])

@@ -556,7 +556,9 @@ class Bench:
     def _stop(self, engines: list[str]) -> None:
         for name in engines:
             if name in self._engines:
-                self._engines.pop(name).stop()
+                engine = self._engines.pop(name)
+                engine.stop()
+                self.measurements.compiled[name].update(dict.fromkeys(engine.compiled_late()))
             elif name in self._starting:
                 with contextlib.suppress(EngineFailedError):
                     self._starting.pop(name).result().stop()

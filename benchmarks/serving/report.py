@@ -74,6 +74,8 @@ class Measurements:
         self.memory: dict[str, list[int]] = defaultdict(list)
         self.starts: dict[str, list[float]] = defaultdict(list)
         self.checks: dict[str, dict[str, Any]] = {}
+        # Engine -> kernels, in the order in which they came.
+        self.compiled: dict[str, dict[str, None]] = defaultdict(dict)
         self.not_run: dict[str, str] = {}
         self.wrong: list[str] = []
 
@@ -151,6 +153,7 @@ class Measurements:
             "engines": self.engine_rows(),
             "checks": self.checks,
             "not_run": self.not_run,
+            "compiled_while_serving": {n: list(k) for n, k in self.compiled.items() if k},
         }
 
 
@@ -171,6 +174,8 @@ def print_results(results: dict[str, Any]) -> None:
     _print_engines(results["engines"])
     for name, reason in results["not_run"].items():
         print(f"NOT RUN {name}: {reason}")
+    for name, kernels in results["compiled_while_serving"].items():
+        print(f"compiled while serving, {name}: {', '.join(kernels)}")
 
 
 def _print_load(load: Load, rows: list[dict[str, Any]]) -> None:

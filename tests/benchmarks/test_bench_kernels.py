@@ -403,6 +403,14 @@ def test_cells_are_all_combinations() -> None:
     ]
 
 
+def test_what_the_aims_look_at_comes_first() -> None:
+    decode, prefill = ((1, 1), (64, 64), (512, 512)), ((512, 8), (2048, 8))
+    found = cells(_settings(modules=("o_proj",), decode=decode, prefill=prefill))
+    assert [(cell.tokens, cell.tasks) for cell in found] == [
+        (64, 64), (2048, 8), (1, 1), (512, 512), (512, 8),
+    ]  # fmt: skip
+
+
 # --- rows and aims --------------------------------------------------------------------------------
 
 DEVICE = floors.Device("d", bandwidth=2e12, flops=5e14, pcie=5e10)

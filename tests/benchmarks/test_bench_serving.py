@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import run
 from serving import correctness, plot, program, report, settings
 from serving.configurations import DIRECT, configuration
+from serving.engine import late_kernels
 from serving.figures import Trace, spread_of_ratios
 from serving.loads import (
     Call,
@@ -145,6 +146,21 @@ def test_the_rows_hold_rates_ratios_and_units() -> None:
         assert direct["to_stock"][rate]["rounds"] == pytest.approx([2.0, 2.0])
 
 
+def test_rows_within_a_round_have_the_ratios_of_whole_rounds() -> None:
+    """They are written after every cell, in case the run is ended."""
+    measured = _measured()
+    before = {row["configuration"]: row for row in measured.rows()}
+    for key, cell in measured.cells.items():
+        if key[0] == "base":
+            for rate in report.RATES:
+                cell.rates[rate].append(1.0)
+    after = {row["configuration"]: row for row in measured.rows()}
+    assert len(after) > 1
+    for name, row in after.items():
+        if name != "base":
+            assert row["to_base"] == before[name]["to_base"]
+
+
 def test_the_engines_rows_hold_memory_above_base_and_paired_latencies() -> None:
     rows = {row["configuration"]: row for row in _measured().results()["engines"]}
     assert rows["base"]["memory_above_base_bytes"] == 0
@@ -153,6 +169,26 @@ def test_the_engines_rows_hold_memory_above_base_and_paired_latencies() -> None:
     direct = rows["direct-k32"]
     assert direct["first_token_cold_ms"]["p50"] == pytest.approx(11)
     assert direct["activation_ms"]["rounds"] == pytest.approx([2, 3])
+
+
+def test_kernels_compiled_while_serving_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = pytest.importorskip("vllm.utils.jit_monitor")
+    monkeypatch.setattr(monitor, "_mode", "error")  # Then it raises the text that it would log.
+    event = {"backend": "Triton", "event": "kernel JIT compilation", "detail": "x=1"}
+    lines = []
+    for kernel in ("_shrink_kernel", "_core_kernel", "_shrink_kernel", "a.b.<lambda>"):
+        with pytest.raises(RuntimeError) as raised:
+            monitor._handle_jit_event(**event, fn_name=kernel)
+        lines.append(f"WARNING 11-26 10:00:00 {raised.value}")
+    measured = _measured()
+    measured.compiled["direct-k32"].update(dict.fromkeys(late_kernels("\n".join(lines))))
+    results = measured.results()
+    names = ["_shrink_kernel", "_core_kernel", "a.b.<lambda>"]
+    assert results["compiled_while_serving"] == {"direct-k32": names}
+    report.print_results(results)
+    assert f"compiled while serving, direct-k32: {', '.join(names)}" in capsys.readouterr().out
 
 
 def test_a_configuration_that_failed_leaves_no_figures() -> None:

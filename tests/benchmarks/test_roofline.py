@@ -44,7 +44,7 @@ SPREAD, PACKED = 8 + 8 + 4 + 6, 4 * 36
         ("base", (2 * (8 * 10 + 3 * 8 + 3 * 10), 2 * 3 * 80, 0, 1)),
         (
             "punica",
-            (ACTIVATIONS + 2 * (2 * 8 * SPREAD) + 2 * 4 * 3 * 8 * 2, 2 * 3 * 8 * SPREAD, 0, 2),
+            (ACTIVATIONS + 2 * (2 * 8 * SPREAD) + 3 * 4 * 3 * 8 * 2, 2 * 3 * 8 * SPREAD, 0, 3),
         ),
         (
             "direct-joint",  # two tasks' cores of 4 x 4 for each slice; z and w of 3 x 4
@@ -99,6 +99,51 @@ def test_a_model_is_the_sum_of_its_layers() -> None:
         model.layer("lm_head")
 
 
+def test_a_rank_has_columns_of_y_or_of_x() -> None:
+    part = floors.llama("m", 3, 16, 40, 8).on_rank(4)
+    assert [(layer.name, layer.d_in, layer.widths) for layer in part.layers] == [
+        ("qkv_proj", 16, (4, 2, 2)),
+        ("o_proj", 4, (16,)),
+        ("gate_up_proj", 16, (10, 10)),
+        ("down_proj", 10, (16,)),
+    ]
+    with pytest.raises(ValueError, match="qkv_proj is not 3 equal parts"):
+        floors.llama("m", 3, 18, 36, 8).on_rank(3)
+
+
+WORLDS = """
+import sys, numpy, torch
+sys.path.append(sys.argv[1])
+import floors
+from gpucheck.world import make_world
+from vllm_vlora.triton_kernels import direct_kernel, launch
+called = []
+run = launch.Launch.__call__
+launch.Launch.__call__ = lambda *given, **named: called.append(1) or run(*given, **named)
+shape = floors.Layer("qkv_proj", 96, (64, 32, 32))
+for kind in ({"private": ()}, {"joint": False, "private": ("nf4",)}):
+    world = make_world(shape, torch.float16, torch.device("cpu"), slots=2, tokens=3, k=16, **kind)
+    world.routing.update(numpy.array([0, 1, 0], dtype=numpy.int32))
+    x, y = world.batch(3)
+    rest = direct_kernel.begin_direct(x, world.layer, world.table, world.routing, ahead=True)
+    early = len(called)
+    rest(y)
+    print(early, len(called))
+    called.clear()
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the interpreter")
+def test_the_launches_are_those_of_the_kernels() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", WORLDS, str(BENCHMARKS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    costs = [path(LAYER, WORK) for path in (floors.direct_joint, floors.direct_private)]
+    wanted = [[cost.early_launches, cost.launches] for cost in costs]
+    assert [[int(n) for n in line.split()] for line in done.stdout.splitlines()] == wanted
+
+
 def test_time_is_that_of_the_busiest_resource() -> None:
     device = floors.Device("d", bandwidth=100.0, flops=1000.0, pcie=10.0)
     for cost, bound, seconds in (
@@ -108,8 +153,10 @@ def test_time_is_that_of_the_busiest_resource() -> None:
     ):
         assert floors.bound(cost, device) == bound
         assert floors.seconds(cost, device) == pytest.approx(seconds)
-    cost = floors.Cost(500, 0, 0, launches=4)
-    assert floors.seconds(cost, device, launch_seconds=0.25) == pytest.approx(6.0)
+    cost = floors.Cost(500, 0, 0, launches=4, loads=10, early_launches=1, early_loads=6)
+    assert floors.seconds(cost, device, launch=0.25) == pytest.approx(6.0)
+    assert floors.seconds(cost, device, 0.25, 0.125) == pytest.approx(7.25)
+    assert floors.seconds(cost, device, 0.25, 0.125, beside=True) == pytest.approx(6.25)
 
 
 def test_facts_that_have_another_home_agree_with_it() -> None:
@@ -142,7 +189,17 @@ def call(*arguments: str | Path, code: int = 0, **environment: str) -> str:
 
 def test_predictions_as_json(tmp_path: Path) -> None:
     options = ("--tokens", "8", "--tasks", "4", "--format", "nf4", "--bandwidth", "2000")
-    text = call(*options, "--json", tmp_path / "out.json", "--launch-us", "2", "--rank", "9")
+    text = call(
+        *options,
+        "--json",
+        tmp_path / "out.json",
+        "--launch-us",
+        "2",
+        "--load-us",
+        "1",
+        "--rank",
+        "9",
+    )
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["device"]["bandwidth"] == 2e12
     assert {row["op"] for row in report["rows"]} == set(floors.PATHS)
@@ -151,7 +208,13 @@ def test_predictions_as_json(tmp_path: Path) -> None:
         work = floors.Work(tokens=8, tasks=4, rank=9, slot_rank=16, format="nf4")
         cost = floors.model_cost(row["op"], floors.MODELS["llama-7b"], work)
         device = floors.Device("d", 2e12, 989e12, 64e9)
-        assert row["us"] == pytest.approx(1e6 * floors.seconds(cost, device, 2e-6))
+        alone, beside = (
+            1e6 * floors.seconds(cost, device, 2e-6, 1e-6, beside=early) for early in (False, True)
+        )
+        assert row["us"] == pytest.approx(alone)
+        if row["op"] in floors.FORWARD:
+            assert row["us_layer"] == pytest.approx(alone / 32)
+            assert row["us_layer_beside"] == pytest.approx(beside / 32)
         assert (row["bytes"], row["flops"], row["slot_rank"]) == (cost.bytes, cost.flops, 16)
 
 
@@ -185,9 +248,22 @@ def test_measurements_beside_their_floors(tmp_path: Path) -> None:
     assert "none: unknown op" in text
 
 
+def test_predictions_for_a_rank(tmp_path: Path) -> None:
+    options = ("--model", "llama-70b", "--tp", "4", "--tokens", "1", "--tasks", "1")
+    assert "llama-70b, one of 4 ranks" in call(*options, "--json", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    whole = floors.model_cost("base", floors.MODELS["llama-70b"], floors.Work())
+    assert rows[0]["op"] == "base"
+    assert 4 * rows[0]["flops"] == whole.flops
+    joint = next(row for row in rows if row["op"] == "direct-joint")
+    assert (joint["launches"], joint["early_launches"]) == (80 * 4 * 3, 80 * 4 * 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--tp", "3"], "qkv_proj is not 3 equal parts"),
+        (["--load-us", "-1"], "must not be negative"),
         (["--tokens", "0"], "--tokens"),
         (["--rank", "513"], "513"),
         (["--model", "custom"], "--hidden"),
