@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -27,6 +28,12 @@ from places import BENCHMARKS, ROOT, SUPPORT, TESTS
 
 CACHE = ROOT / ".cache" / "kernel-compile"
 PROCESSES = 2
+COMPILED = (
+    "test_direct_compile.py",
+    "test_direct_kernels.py",
+    "test_kernel_compile.py",
+    "test_materialize.py",
+)
 LAUNCHING = ("compile_kernels.py", "record_launches.py", "engine_launches.py")
 Target = tuple[str, int | str, int]
 # Backend, architecture and threads of a warp, as GPUTarget takes them.
@@ -63,8 +70,8 @@ def compile_launches(
 
     Returns:
         For each target and variant ``target``, ``kernel``, ``label`` (what launches it), and either
-        ``error``, or ``registers`` a thread, ``spilled`` (bytes, or registers on AMD) and ``shared``
-        (bytes of shared memory a program).
+        ``error``, or ``warps`` a program, ``registers`` a thread, ``spilled`` (bytes, or registers on
+        AMD), ``shared`` (bytes of shared memory a program) and ``seconds`` that it took to compile.
     """
     kept = CACHE / f"{_key(test_file, name, targets)}.json"
     if kept.exists():
@@ -105,7 +112,8 @@ def in_own_process(test_file: str, name: str, folder: Path) -> Any:
 
 
 def _key(test_file: str, name: str, targets: Mapping[str, Target]) -> str:
-    what = [Path(test_file).name, name, dict(targets), triton_version(), source_hash()]
+    own = Path(test_file).read_text()
+    what = [Path(test_file).name, own, name, dict(targets), triton_version(), source_hash()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
@@ -115,7 +123,7 @@ def source_hash() -> str:
         *(ROOT / "triton_kernels").glob("*.py"),
         ROOT / "vllm_vlora" / "quantize.py",
         BENCHMARKS / "floors.py",
-        *(TESTS / "kernels").glob("*.py"),
+        *(TESTS / "kernels" / name for name in COMPILED),
         *(SUPPORT / name for name in LAUNCHING),
     ]
     digest = hashlib.sha256()
@@ -211,11 +219,17 @@ def _compile_one(variant: Any, target: Any) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
+    began = time.perf_counter()
     try:
         kernel = triton.compile(source, target=target, options=variant.options.__dict__)
     except Exception as error:  # noqa: BLE001 (whatever the compiler says, the test shows it)
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
-    return {"shared": kernel.metadata.shared, **_resources(kernel, target)}
+    return {
+        "warps": variant.options.num_warps,
+        "shared": kernel.metadata.shared,
+        "seconds": round(time.perf_counter() - began, 1),
+        **_resources(kernel, target),
+    }
 
 
 def _resources(kernel: Any, target: Any) -> dict[str, int]:

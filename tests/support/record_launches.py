@@ -11,11 +11,14 @@ To be run in a process that does not interpret Triton's kernels.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -52,7 +55,7 @@ class Recording:
     Attributes:
         target: whose launches they would be.
         variants: (kernel, Triton's key) -> the variant, in the order of their first launches.
-        launches: (kernel, grid) of every launch in order.
+        launches: (kernel, grid) of every launch in order; ("mm", ()) for a product of torch's.
         label: of what follows, set by whoever launches.
     """
 
@@ -60,6 +63,11 @@ class Recording:
     variants: dict[tuple[str, str], Variant] = field(default_factory=dict)
     launches: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     label: str = ""
+
+    @property
+    def programs(self) -> int:
+        """Of all launches of Triton's."""
+        return sum(math.prod(grid) for _, grid in self.launches if grid)
 
 
 class _Driver:
@@ -98,6 +106,19 @@ class _Compiled:
         return lambda *arguments, **named: self._launches.append((self._name, full))
 
 
+class _Products(TorchDispatchMode):
+    """Records torch's products of matrices beside the launches of kernels."""
+
+    def __init__(self, launches: list[tuple[str, tuple[int, ...]]]) -> None:
+        super().__init__()
+        self._launches = launches
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.overloadpacket is torch.ops.aten.mm:
+            self._launches.append(("mm", ()))
+        return op(*args, **(kwargs or {}))
+
+
 @contextmanager
 def recording(target: tuple[str, int | str, int]) -> Iterator[Recording]:
     """Record launches instead of compiling and running them.
@@ -127,6 +148,7 @@ def recording(target: tuple[str, int | str, int]) -> Iterator[Recording]:
     driver.set_active(_Driver(found.target))
     JITFunction._do_compile = record
     try:
-        yield found
+        with _Products(found.launches):
+            yield found
     finally:
         driver._active, JITFunction._do_compile = before, compile
