@@ -49,7 +49,7 @@ pytestmark = pytest.mark.skipif(
 
 def launch_8b(recording: Any) -> None:
     """Decode and prefill of an 8-billion model: its layer of three slices, and its longest."""
-    from engine_launches import EAGER, WAYS, Batch, Engine, run_direct
+    from engine_launches import EAGER, Batch, Engine, run_direct
 
     batches = [Batch(*DECODE), Batch(*PREFILL)]
     for basis in ("float", "nf4-dq"):
@@ -76,23 +76,33 @@ def launch_qkv(recording: Any) -> None:
 
 
 def launch_engines(recording: Any) -> None:
-    """Every model, way of storing and length of a batch: also what the benchmarks launch."""
+    """Every length of a batch, for each way of storing on one model and the usual ones on all: also
+    what the benchmarks launch. What begins ahead differs in the instructions of waiting alone."""
     import torch
-    from engine_launches import MODELS, Engine, batches, run_direct
+    from engine_launches import EAGER, MODELS, Engine, batches, run_direct
 
-    for model in MODELS:
-        for parallel in (1, 4):
-            for dtype in (torch.bfloat16, torch.float16):
-                for engine in (
-                    *(Engine(model, parallel, dtype, k) for k in (32, 64, 128)),
-                    *(Engine(model, parallel, dtype, 64, basis) for basis in BASES),
-                    *(
-                        Engine(model, parallel, dtype, rank=rank, formats=formats)
-                        for rank in (8, 16, 64)
-                        for formats in FORMATS
-                    ),
-                ):
-                    run_direct(recording, engine, batches(LENGTHS))
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for engine in (
+        *(Engine("llama-8b", k=k) for k in (32, 64, 128)),
+        *(Engine("llama-8b", k=64, basis=basis) for basis in BASES),
+        *(
+            Engine("llama-8b", rank=rank, formats=formats)
+            for rank in (8, 16, 64)
+            for formats in FORMATS
+        ),
+        *(
+            engine
+            for model in MODELS
+            for parallel in (1, 4)
+            for dtype in ((bf16, fp16) if model == "llama-8b" else (bf16,))
+            for engine in (
+                Engine(model, parallel, dtype, k=64),
+                Engine(model, parallel, dtype, k=64, basis="nf4-dq"),
+                Engine(model, parallel, dtype, rank=16, formats=("nf4",)),
+            )
+        ),
+    ):
+        run_direct(recording, engine, batches(LENGTHS), ways=[EAGER])
 
 
 def launch_tests(recording: Any) -> None:

@@ -189,15 +189,15 @@ def _way(way: Way) -> Iterator[None]:
     """Only a GPU knows whether a graph is being captured."""
     with ExitStack() as stack:
         for module in (device, direct_kernel):
-            stack.enter_context(mock.patch.object(module, "capturing", lambda x: way.captured))
+            stack.enter_context(mock.patch.object(module, "capturing", return_value=way.captured))
         yield
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Launches on tensors of the CPU have the options of those on a GPU."""
-    real = device.pdl_options
-    with mock.patch.object(direct_kernel, "pdl_options", lambda where: real(META)):
+    options = device.pdl_options(META)
+    with mock.patch.object(direct_kernel, "pdl_options", return_value=options):
         yield
 
 
