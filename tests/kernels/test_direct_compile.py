@@ -16,16 +16,12 @@ from compile_kernels import (
     compile_launches,
     complaints,
     in_own_process,
-    triton_version,
 )
 
 H100 = {"sm_90": TARGETS["sm_90"]}
 OTHERS = {name: target for name, target in TARGETS.items() if name not in H100}
-# Four warps on 65536 registers: 168 a thread leave three programs on a multiprocessor; what has eight
-# warps takes more tokens at a time.
-MAX_REGISTERS = 168
-# What a version is known to need more of: (registers, spilled) by target and kernel.
-ALLOWED: dict[str, dict[str, tuple[int, int]]] = {}
+# Long batches of rank 64, one program a multiprocessor and none of it spilled.
+RANK_64 = {"sm_90 private_kernel._expand_kernel": 232, "sm_90 private_kernel._shrink_kernel": 255}
 BASES = ("float", "int8", "nf4", "nf4-dq")
 # What the private tasks of a checkpoint may be; a tensor-parallel rank may have to make nf4 of nf4-dq.
 FORMATS = (("float",), ("int8",), ("nf4",), ("nf4", "nf4-dq"), ("float", "int8", "nf4", "nf4-dq"))
@@ -172,14 +168,14 @@ def test_an_engine_s_kernels_compile_without_spilling(
     rows = compile_launches(__file__, launches, tmp_path, targets)
     assert {row["target"] for row in rows} == set(targets)
     assert len({row["kernel"] for row in rows}) >= 2
-    assert complaints(rows, MAX_REGISTERS, ALLOWED.get(triton_version())) == []
+    assert complaints(rows) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_whatever_an_engine_launches_compiles_without_spilling(tmp_path: Any) -> None:
+def test_whatever_engines_launch_compiles_without_spilling(tmp_path: Any) -> None:
     rows = compile_launches(__file__, "launch_engines", tmp_path, H100)
-    assert complaints(rows, MAX_REGISTERS, ALLOWED.get(triton_version())) == []
+    assert complaints(rows, allowed=RANK_64) == []
 
 
 @pytest.mark.slow
@@ -187,7 +183,7 @@ def test_whatever_an_engine_launches_compiles_without_spilling(tmp_path: Any) ->
 def test_whatever_the_gpu_tests_launch_compiles(tmp_path: Any) -> None:
     """On sizes that no model has, more registers and spills are right, but slow."""
     rows = compile_launches(__file__, "launch_tests", tmp_path, H100)
-    assert complaints(rows) == []
+    assert complaints(rows, held=False) == []
 
 
 def test_no_batch_compiles_what_the_warm_up_did_not(tmp_path: Any) -> None:
