@@ -372,9 +372,15 @@ def warm_up_batches(max_tokens: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def warm_up(
-    layers: Iterable[DirectLayer], table: SlotTable, routing: Routing, dtype: torch.dtype
+    layers: Iterable[DirectLayer],
+    table: SlotTable,
+    routing: Routing,
+    dtype: torch.dtype,
+    ahead: bool = False,
 ) -> None:
     """Compile and load every kernel that a batch of up to ``routing.max_tokens`` can need.
+
+    ``ahead``: also those of ``begin_direct``.
 
     To be called once the layers are made and before anything is captured, with nothing routed: an
     engine that compiles while it serves answers nobody for a second. It leaves nothing routed.
@@ -388,7 +394,8 @@ def warm_up(
             x = torch.zeros(tokens, layer.d_in, dtype=dtype, device=table.records.device)
             y = x.new_zeros(tokens, layer.width)
             add_direct(y, x, layer, table, routing)
-            begin_direct(x, layer, table, routing)(y)
+            if ahead:
+                begin_direct(x, layer, table, routing)(y)
     routing.update(np.zeros(0, dtype=np.int32))
 
 

@@ -72,6 +72,8 @@ def spread_of_rounds(values: Sequence[float]) -> dict[str, Any]:
 
 
 def spread_of_ratios(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
-    """Round by round ``value / reference``: what drifts hits both sides of each ratio."""
-    assert len(values) == len(reference)
+    """Round by round ``value / reference``: what drifts hits both sides of each ratio.
+
+    Before the end of a run one of them may have a round more.
+    """
     return spread_of_rounds([a / b for a, b in zip(values, reference)])

@@ -207,6 +207,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=count, help="vLLM's (default: 128; 256 on a GPU)")
     add("--max-num-batched-tokens", type=count, help="vLLM's (default: 2048; vLLM's own on a GPU)")
     add("--gpu-memory-utilization", type=float, default=0.9, help="vLLM's, on a GPU (default: 0.9)")
+    add(
+        "--capture-sizes",
+        type=count_list,
+        metavar="N,N",
+        help="GPU: batch sizes that are captured as graphs (default: vLLM's some fifty, which take long)",
+    )
+    add(
+        "--no-jit-warmup",
+        action="store_true",
+        help="GPU: start sooner; vLLM's own kernels are then compiled when they are first used",
+    )
     add("--eager", action="store_true", help="GPU: neither compile nor capture graphs")
     add(
         "--keep-gib",
@@ -481,6 +492,11 @@ class Bench:
             arguments["max_num_batched_tokens"] = settings.max_num_batched_tokens
         if settings.gpu:
             arguments["gpu_memory_utilization"] = self.args.gpu_memory_utilization
+            if self.args.no_jit_warmup:
+                arguments["kernel_config"] = {"enable_jit_warmup": False}
+            if self.args.capture_sizes:
+                sizes = {"cudagraph_capture_sizes": list(self.args.capture_sizes)}
+                arguments["compilation_config"] = sizes
             if self.args.together:
                 arguments["kv_cache_memory_bytes"] = int(self.args.together * 2**30)
         else:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 from engine_world import World, make_world
 
@@ -7,3 +10,15 @@ from engine_world import World, make_world
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plugin_of_its_own() -> Iterator[None]:
+    """An engine in a test's process leaves the plugin installed as that one's environment said."""
+    yield
+    seams = sys.modules.get("vllm_vlora.plugin.seams")
+    if seams is not None:
+        import vllm.plugins
+
+        seams.uninstall()
+        vllm.plugins.plugins_loaded = False

@@ -78,6 +78,13 @@ def engine(world: World, request: pytest.FixtureRequest) -> Iterator[Engine]:
         patch.setenv("VLLM_VLORA_LATE_MIB", str(LATE_MIB))
         preloaded = exact(world, "private") if request.param != "no checkpoint" else ""
         patch.setenv("VLLM_VLORA_CHECKPOINT", str(preloaded))
+        # The other engine's plugin has another checkpoint.
+        import vllm.plugins
+
+        from vllm_vlora.plugin import seams
+
+        seams.uninstall()
+        patch.setattr(vllm.plugins, "plugins_loaded", False)
         engine = Engine(world)
         yield engine
         engine.llm.llm_engine.engine_core.shutdown()

@@ -12,8 +12,8 @@ from engine_world import (
     MAX_TOKENS,
     PROMPTS,
     World,
-    _for_stock,
     exact,
+    for_stock,
     mixed,
 )
 
@@ -158,7 +158,7 @@ def test_fully_sharded_slots_hold_what_stock_puts_there(world: World) -> None:
     job = {
         "model": str(world.model),
         "checkpoints": {kind: str(exact(world, kind)) for kind in ("private", "joint")},
-        "adapters": {name: str(_for_stock(path)) for name, path in world.adapters.items()},
+        "adapters": {name: str(for_stock(path)) for name, path in world.adapters.items()},
         "arguments": ENGINE_ARGUMENTS,
         "max_tokens": MAX_TOKENS,
         "prompts": PROMPTS,

@@ -236,3 +236,113 @@ def test_a_layer_that_nobody_holds_is_not_kept_by_its_number(
     assert layer_calls._LAYERS[number] is layer.wrapper
     del layer
     assert number not in layer_calls._LAYERS
+
+
+# --- beside the base layer -------------------------------------------------------------------------
+
+
+class Linear(torch.nn.Module):
+    """A LoRA layer as vLLM has it: its base layer, and then the updates."""
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__()
+        self.punica_wrapper = wrapper
+        self.register_buffer("weight", WEIGHT)
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        y = x @ self.weight
+        self.punica_wrapper.add_lora_linear(y, x, (), (), 1.0, (80,))
+        return y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.apply(x, None) * 2
+
+
+class Stream:
+    """Notes whom a stream waits for."""
+
+    def __init__(self, name: str, events: list[str]) -> None:
+        self.name, self.events = name, events
+
+    def wait_stream(self, other: Stream) -> None:
+        self.events.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self) -> None:
+        self.events.append(f"on {self.name}")
+
+    def __exit__(self, *error: object) -> None:
+        self.events.append(f"off {self.name}")
+
+
+@pytest.fixture
+def beside(
+    own_calls: Any, tmp_path: Path, capturing: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Layer, Linear, list[str]]:
+    """A layer whose direct update begins ahead, on streams that only note what is asked of them."""
+    events: list[str] = []
+    layer = make_punica(own_calls, build(tmp_path / "ck"), on_cpu=False)
+    layer.manager.in_graph = own_calls.DIRECT_ONLY
+
+    def begin(x: torch.Tensor, *rest: Any) -> Any:
+        events.append("begun")
+        kept = x.clone()
+
+        def finish(y: torch.Tensor) -> None:
+            events.append("finished")
+            add_direct(y, kept, *rest)
+
+        return finish
+
+    main, side = Stream("main", events), Stream("side", events)
+    monkeypatch.setattr(own_calls, "begin_direct", begin)
+    monkeypatch.setattr(own_calls, "_side_stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    module = Linear(layer.wrapper)
+    own_calls.begin_ahead(module, layer.wrapper)
+    capturing[0] = True
+    return layer, module, events
+
+
+AHEAD = ["side waits for main", "on side", "begun", "off side", "main waits for side", "finished"]
+
+
+def test_a_graph_has_the_update_begin_beside_the_base_layer(
+    beside: tuple[Layer, Linear, list[str]], capturing: list[bool], own_calls: Any
+) -> None:
+    layer, module, events = beside
+    want = (layer.x @ WEIGHT + layer.update) * 2
+    torch.testing.assert_close(module(layer.x), want)
+    assert events == AHEAD
+    # Outside of graphs, and in graphs without direct tasks, the layer is as it was.
+    events.clear()
+    capturing[0] = False
+    torch.testing.assert_close(module(layer.x), want)
+    capturing[0], layer.manager.in_graph = True, own_calls.NOTHING
+    torch.testing.assert_close(module(layer.x), layer.x @ WEIGHT * 2)
+    assert events == []
+
+
+def test_what_was_begun_is_used_once(
+    beside: tuple[Layer, Linear, list[str]], own_calls: Any
+) -> None:
+    """A base layer that fails leaves nothing for the next call, which has another x."""
+    layer, module, _ = beside
+    layer.wrapper.begin(layer.x * 3)
+    torch.testing.assert_close(module(layer.x), (layer.x @ WEIGHT + layer.update) * 2)
+    assert layer.wrapper._begun is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_layer_begins_before_its_base_layer(
+    beside: tuple[Layer, Linear, list[str]], own_calls: Any, backend: str
+) -> None:
+    """The operator is neither dropped, though nothing uses a result of it, nor moved behind."""
+    layer, module, events = beside
+    torch._dynamo.reset()
+    run = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        events.clear()
+        torch.testing.assert_close(run(layer.x), (layer.x @ WEIGHT + layer.update) * 2)
+        assert events == AHEAD
+    assert layer.wrapper.handle.item() in own_calls._LAYERS

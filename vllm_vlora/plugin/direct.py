@@ -140,9 +140,9 @@ class DirectPath:
         self.empty = make_task({}, count, device)
         self._tasks = task_memory(self.empty)
 
-    def warm_up(self) -> None:
+    def warm_up(self, ahead: bool) -> None:
         """Have every kernel compiled and loaded that a batch can need; nothing is routed after it."""
-        warm_up(self.layers.values(), self.table, self.routing, self.dtype)
+        warm_up(self.layers.values(), self.table, self.routing, self.dtype, ahead)
 
     # --- tasks ---
 
@@ -159,7 +159,7 @@ class DirectPath:
         return None
 
     def make_task(self, stored: StoredTask) -> DirectTask:
-        """A stored task, whose tensors are on the device, in the form that the kernels read."""
+        """A stored task in the form that the kernels read; private factors are on the device."""
         parts: dict[int, SliceTask] = {}
         for name, module in stored.modules.items():
             # What is another pipeline rank's has no slices here.
@@ -376,13 +376,19 @@ def _place_cores(
     """The same parts with all cores in one allocation of the dtype."""
     cores = {number: part.core for number, part in parts.items() if part.core is not None}
     sizes = {n: -(-c.numel() // CORE_ALIGNMENT) * CORE_ALIGNMENT for n, c in cores.items()}
-    whole = torch.zeros(sum(sizes.values()), dtype=dtype, device=device)
     placed, offset = dict(parts), 0
+    # Filled where the cores are, so that a task read on the host takes one copy to the device.
+    where = next((core.device for core in cores.values()), device)
+    whole = torch.zeros(sum(sizes.values()), dtype=dtype, device=where)
+    starts = {}
     for number, core in cores.items():
-        view = whole[offset : offset + core.numel()].view(core.shape)
-        view.copy_(core)
-        placed[number] = replace(parts[number], core=view)
+        whole[offset : offset + core.numel()].view(core.shape).copy_(core)
+        starts[number] = offset
         offset += sizes[number]
+    whole = whole.to(device)
+    for number, core in cores.items():
+        view = whole[starts[number] : starts[number] + core.numel()].view(core.shape)
+        placed[number] = replace(parts[number], core=view)
     return placed
 
 

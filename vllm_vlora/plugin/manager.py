@@ -353,8 +353,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             self._direct_slots = DirectSlots(store.direct)
             self._attach(store.direct)
             started = time.monotonic()
-            store.direct.warm_up()
-            logger.info("vllm-vlora: kernels ready in %.1f s", time.monotonic() - started)
+            store.direct.warm_up(self.setup.settings.overlap)
+            if self.device.type != "cpu":
+                logger.info("vllm-vlora: kernels ready in %.1f s", time.monotonic() - started)
         _warn_of_base_model(checkpoint, self)
         logger.info(
             "vllm-vlora: %s: %d tasks resident on %s, %.1f MiB, loaded in %.2f s",

@@ -34,6 +34,7 @@ from vllm_vlora.plugin.seam_table import find_seams
 from vllm_vlora.plugin.settings import Settings, read_settings
 
 _PATCHED = "_vlora_patched"
+_ABSENT = object()
 
 
 # --- the worker -----------------------------------------------------------------------------------
@@ -272,10 +273,21 @@ def install(
         return
     setup = Setup(checkpoint, settings or read_settings())
     patches = _patches(setup, requests)
+    before = [(target, name, vars(target).get(name, _ABSENT)) for target, name, _ in patches]
     for target, name, value in patches:
         setattr(target, name, value)
     TaskLoRAManager.setup = setup
-    setattr(LRUCacheWorkerLoRAManager, _PATCHED, True)
+    setattr(LRUCacheWorkerLoRAManager, _PATCHED, before)
+
+
+def uninstall() -> None:
+    """Undo ``install`` in this process, whose next engine may then run with other settings."""
+    for target, name, value in reversed(getattr(LRUCacheWorkerLoRAManager, _PATCHED, [])):
+        if value is _ABSENT:
+            delattr(target, name)
+        else:
+            setattr(target, name, value)
+    setattr(LRUCacheWorkerLoRAManager, _PATCHED, [])
 
 
 def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tuple[Any, str, Any]]:

@@ -24,7 +24,7 @@ LATE_VARIABLE = "VLLM_VLORA_LATE_MIB"
 DEFAULT_LATE_MIB = 512
 BASES = ("dense", "packed")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
-SWITCH = ("on", "off")
+SWITCH = ("off", "on")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Settings:
     slots: int = DEFAULT_PEFT_SLOTS
     packed_basis: bool = False
     late_mib: int = DEFAULT_LATE_MIB
-    overlap: bool = True
+    overlap: bool = False
 
     @property
     def direct(self) -> bool:
