@@ -121,21 +121,22 @@ def _beside(name: str) -> str:
 
 def late_variants() -> dict[str, list[str]]:
     """Engine -> what compiles while it serves: with which batches."""
-    from engine_launches import Engine, batches, run_direct, run_warm_up
+    from engine_launches import WAYS, Engine, batches, run_direct, run_warm_up
     from record_launches import recording
 
     late = {}
-    for engine in (
-        Engine("llama-7b", rank=8),
-        Engine("llama-7b", rank=16, formats=("nf4",)),
-        Engine("llama-7b", k=64),
-        Engine("llama-70b", 4, k=64, rank=64),
+    for engine, ahead in (
+        (Engine("llama-7b", rank=8), True),
+        (Engine("llama-7b", rank=16, formats=("nf4",)), False),
+        (Engine("llama-7b", k=64), False),
+        (Engine("llama-70b", 4, k=64, rank=64), True),
     ):
+        ways = [way for way in WAYS if ahead or not way.ahead]
         with recording(TARGETS["sm_90"]) as found:
-            run_warm_up(found, engine)
+            run_warm_up(found, engine, ahead)
             warm = len(found.variants)
             assert warm
-            run_direct(found, engine, batches(MANY_LENGTHS))
+            run_direct(found, engine, batches(MANY_LENGTHS), ways=ways)
         late[str(engine)] = [v.label for v in list(found.variants.values())[warm:]]
     return late
 

@@ -155,8 +155,8 @@ def run_direct(
                     _begin(x, layer, table, routing, way.ahead)(y)
 
 
-def run_warm_up(recording: Recording, engine: Engine, slots: int = 64) -> None:
-    """What an engine runs before it serves."""
+def run_warm_up(recording: Recording, engine: Engine, ahead: bool, slots: int = 64) -> None:
+    """What an engine runs before it serves; ``ahead``: one that begins ahead."""
     layers = direct_layers(engine)
     table, routing = _tables(layers, slots)
     table.records = table.records.as_subclass(_OnGpu)
@@ -166,7 +166,7 @@ def run_warm_up(recording: Recording, engine: Engine, slots: int = 64) -> None:
         add_direct=add_direct_triton,
         begin_direct=lambda *arguments: _begin(*arguments, ahead=True),
     ):
-        direct.warm_up(layers, table, routing, engine.dtype)
+        direct.warm_up(layers, table, routing, engine.dtype, ahead=ahead)
 
 
 class _OnGpu(torch.Tensor):
