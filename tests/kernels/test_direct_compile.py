@@ -33,7 +33,7 @@ LENGTHS = (
     *(513, 709, 961, 1024, 1025, 1479, 2048, 3012, 4096, 8192),
 )
 # So many lengths that each remainder of 16 is among them, and each size at which d_in is cut otherwise.
-MANY_LENGTHS = sorted({*LENGTHS, *range(1, 530), *range(530, 8193, 29)})
+MANY_LENGTHS = sorted({*LENGTHS, *range(1, 530, 3), *range(530, 8193, 61)})
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton to compile"
