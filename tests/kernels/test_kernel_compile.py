@@ -10,9 +10,11 @@ import os
 from typing import Any
 
 import pytest
-from compile_kernels import TARGETS, compile_launches, complaints
+from compile_kernels import TARGETS, compile_launches, complaints, triton_version
 
 H100 = {"sm_90": TARGETS["sm_90"]}
+# What a version is known to need more of: registers by target and kernel.
+ALLOWED = {"3.6.0": {"sm_90 materialize_kernel._materialize_kernel": 248}}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton to compile"
@@ -78,7 +80,7 @@ def test_materialize_compiles_without_spilling(
 ) -> None:
     rows = compile_launches(__file__, launches, tmp_path, targets)
     assert {row["target"] for row in rows} == set(targets)
-    assert complaints(rows) == []
+    assert complaints(rows, allowed=ALLOWED.get(triton_version())) == []
 
 
 @pytest.mark.slow

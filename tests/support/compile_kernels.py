@@ -100,13 +100,15 @@ def complaints(
     """What is wrong with a report, one line a variant.
 
     Args:
-        held: whether registers and spills count.
+        held: whether registers and spills count; with another Triton than the environment's they do
+            on sm_90 alone.
         allowed: target and kernel -> registers where more are known to be needed.
     """
     found = []
     for row in rows:
         most = (allowed or {}).get(f"{row['target']} {row['kernel']}", MAX_REGISTERS)
-        if "error" in row or (held and _takes_much(row, most)):
+        counts = held and (not UNDER_TEST or row["target"] == "sm_90")
+        if "error" in row or (counts and _takes_much(row, most)):
             found.append(" ".join(f"{name} {value};" for name, value in row.items()))
     return found
 
