@@ -48,12 +48,13 @@ compat: $(VENV)/.ready ## The engine tests on older vLLM versions, then on this 
 	for version in $(COMPAT_VERSIONS); do requirements/compat.sh $(VENV) $$version || exit 1; done
 	$(MAKE) test-engine
 
-# For compiling alone, so a folder beside the environment will do: 200 to 300 MB each.
+# For compiling alone, so a folder beside the environment will do: 200 to 300 MB each. ALL=yes also compiles
+# whatever engines launch, some minutes a version.
 compat-triton: $(VENV)/.ready ## Compile the kernels with other Triton versions; records that it passed
 	for version in $(TRITON_VERSIONS); do \
 	  folder=.cache/triton-$$version; \
 	  test -d $$folder/triton || $(PIP) install --quiet --no-deps --only-binary :all: --target $$folder triton==$$version || exit 1; \
-	  OMP_NUM_THREADS=1 TRITON_UNDER_TEST=$$folder $(BIN)/pytest -q -m "" \
+	  OMP_NUM_THREADS=1 TRITON_UNDER_TEST=$$folder $(BIN)/pytest -q -m "" $(if $(ALL),,-k "not engines") \
 	    tests/kernels/test_direct_compile.py tests/kernels/test_kernel_compile.py || exit 1; \
 	done
 	$(if $(RECORD),$(BIN)/python tests/support/triton_record.py $(TRITON_VERSIONS))

