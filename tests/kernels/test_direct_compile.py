@@ -183,7 +183,7 @@ def test_whatever_engines_launch_compiles_without_spilling(tmp_path: Any) -> Non
 @pytest.mark.timeout(3600)
 def test_whatever_the_gpu_tests_launch_compiles(tmp_path: Any) -> None:
     """On sizes that no model has, more registers and spills are right, but slow."""
-    rows = compile_launches(__file__, "launch_tests", tmp_path, H100)
+    rows = compile_launches(__file__, "launch_tests", tmp_path, H100, measured=False)
     assert complaints(rows, held=False) == []
 
 

@@ -87,4 +87,9 @@ def test_materialize_compiles_without_spilling(
 @pytest.mark.timeout(3600)
 def test_whatever_the_gpu_tests_launch_compiles(tmp_path: Any) -> None:
     """On sizes that no model has, more registers and spills are right, but slow."""
-    assert complaints(compile_launches(__file__, "launch_tests", tmp_path, H100), held=False) == []
+    assert (
+        complaints(
+            compile_launches(__file__, "launch_tests", tmp_path, H100, measured=False), held=False
+        )
+        == []
+    )

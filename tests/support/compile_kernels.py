@@ -63,7 +63,11 @@ def triton_version() -> str:
 
 
 def compile_launches(
-    test_file: str, name: str, folder: Path, targets: Mapping[str, Target] = TARGETS
+    test_file: str,
+    name: str,
+    folder: Path,
+    targets: Mapping[str, Target] = TARGETS,
+    measured: bool = True,
 ) -> list[dict[str, Any]]:
     """Compile every variant that a function of a test file launches, for every target.
 
@@ -74,16 +78,17 @@ def compile_launches(
         test_file: path of a Python file.
         name: of a function in it, which takes a ``Recording`` and launches kernels.
         folder: for Triton's cache.
+        measured: find out what the kernels use; assembling them once more takes as long as compiling.
 
     Returns:
         For each target and variant ``target``, ``kernel``, ``label`` (what launches it), and either
         ``error``, or ``warps`` a program, ``registers`` a thread, ``spilled`` (bytes, or registers on
         AMD), ``shared`` (bytes of shared memory a program) and ``seconds`` that it took to compile.
     """
-    kept = CACHE / f"{_key(test_file, name, targets)}.json"
+    kept = CACHE / f"{_key(test_file, name, targets, measured)}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    report = _start(["compile", test_file, name, dict(targets)], folder)
+    report = _start(["compile", test_file, name, dict(targets), measured], folder)
     CACHE.mkdir(parents=True, exist_ok=True)
     # Moved in one step: a run that is ended here must not leave half a report.
     staged = kept.with_suffix(f".{os.getpid()}")
@@ -125,9 +130,10 @@ def in_own_process(test_file: str, name: str, folder: Path) -> Any:
     return _start(["call", test_file, name], folder)
 
 
-def _key(test_file: str, name: str, targets: Mapping[str, Target]) -> str:
+def _key(test_file: str, name: str, targets: Mapping[str, Target], measured: bool) -> str:
     own = Path(test_file).read_text()
-    what = [Path(test_file).name, own, name, dict(targets), triton_version(), source_hash()]
+    what = [Path(test_file).name, own, name, dict(targets), measured]
+    what += [triton_version(), source_hash()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
@@ -183,7 +189,9 @@ def _load(test_file: str, name: str) -> Any:
     return getattr(module, name)
 
 
-def _compile_all(test_file: str, name: str, targets: dict[str, Target]) -> list[dict[str, Any]]:
+def _compile_all(
+    test_file: str, name: str, targets: dict[str, Target], measured: bool
+) -> list[dict[str, Any]]:
     """Shares of the targets' variants, in processes that are forked anew for each: what the host code
     keeps of one target must not stand for another."""
     import multiprocessing
@@ -197,7 +205,8 @@ def _compile_all(test_file: str, name: str, targets: dict[str, Target]) -> list[
     global _compile_share
 
     def _compile_share(work: tuple[str, int]) -> list[dict[str, Any]]:
-        return _compile_target(launch, work[0], tuple(targets[work[0]]), work[1], shares)
+        target, share = work
+        return _compile_target(launch, target, tuple(targets[target]), share, shares, measured)
 
     works = [(target, share) for target in targets for share in range(shares)]
     with multiprocessing.get_context("fork").Pool(PROCESSES, maxtasksperchild=1) as pool:
@@ -210,7 +219,7 @@ def _call_share(work: tuple[str, int]) -> list[dict[str, Any]]:
 
 
 def _compile_target(
-    launch: Any, target_name: str, target: Any, share: int, shares: int
+    launch: Any, target_name: str, target: Any, share: int, shares: int, measured: bool
 ) -> list[dict[str, Any]]:
     from record_launches import recording
 
@@ -222,13 +231,13 @@ def _compile_target(
             "target": target_name,
             "kernel": variant.name,
             "label": variant.label,
-            **_compile_one(variant, found.target),
+            **_compile_one(variant, found.target, measured),
         }
         for variant in variants
     ]
 
 
-def _compile_one(variant: Any, target: Any) -> dict[str, Any]:
+def _compile_one(variant: Any, target: Any, measured: bool) -> dict[str, Any]:
     import triton
     from triton.compiler import ASTSource
 
@@ -242,7 +251,7 @@ def _compile_one(variant: Any, target: Any) -> dict[str, Any]:
         "warps": variant.options.num_warps,
         "shared": kernel.metadata.shared,
         "seconds": round(time.perf_counter() - began, 1),
-        **_resources(kernel, target),
+        **(_resources(kernel, target) if measured else {}),
     }
 
 
