@@ -49,7 +49,6 @@ class Launch:
     def _kind(self, name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.dtype, value.data_ptr() % 16 == 0
-        if name in self._counted:
-            return value % 16 == 0, value == 1
         # Wider numbers are another type.
-        return value >> 31
+        wide = value >> 31
+        return (value % 16 == 0, value == 1, wide) if name in self._counted else wide
