@@ -512,13 +512,13 @@ class _Plan:
     core: dict[str, Any]
     expands: tuple[dict[str, Any], ...]
     sized: dict[tuple[int, bool, int, torch.dtype, Chain], _Sized] = field(default_factory=dict)
-    options: list[Options] = field(default_factory=list)
+    options: dict[torch.device, Options] = field(default_factory=dict)
 
     def pdl(self, device: torch.device) -> Options:
-        """``pdl_options`` of the one device that the layer is on."""
-        if not self.options:
-            self.options.append(pdl_options(device))
-        return self.options[0]
+        """``pdl_options``, asked once."""
+        if device not in self.options:
+            self.options[device] = pdl_options(device)
+        return self.options[device]
 
     @property
     def v_rows(self) -> int:

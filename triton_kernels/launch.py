@@ -15,7 +15,8 @@ class Launch:
     Triton's own call looks at every argument, and at every constant that the kernel reads, to find what
     it has compiled for their kind: some 25 us a launch, which in a step that is not captured is more
     than the device needs. Here only the arguments that change are looked at. What Triton tells kinds of
-    them apart by is whether an address or a size is a multiple of 16, and whether a size is 1.
+    them apart by is whether an address or a size is a multiple of 16, whether a size is 1 and, on AMD,
+    whether a storage is larger than 2 GiB. A launch is of one device.
 
     Args:
         kernel: the ``triton.jit`` function.
@@ -48,7 +49,8 @@ class Launch:
 
     def _kind(self, name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.dtype, value.data_ptr() % 16 == 0
+            large = value.untyped_storage().nbytes() >> 31
+            return value.dtype, value.data_ptr() % 16 == 0, large
         # Wider numbers are another type.
         wide = value >> 31
         return (value % 16 == 0, value == 1, wide) if name in self._counted else wide

@@ -537,12 +537,12 @@ class _Plan:
     """Both launches' arguments that no batch changes; it must not hold the layer itself.
 
     Attributes:
-        sized: (size of tiles, dtype of x, chain) -> the launches, for which these are fixed.
+        sized: (size of tiles, dtype and device of x, chain) -> the launches, for which these are fixed.
     """
 
     shrink: dict[str, Any]
     expand: dict[str, Any]
-    sized: dict[tuple[int, torch.dtype, Chain], _Sized] = field(default_factory=dict)
+    sized: dict[tuple[int, torch.dtype, torch.device, Chain], _Sized] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -571,7 +571,7 @@ def begin_private(
         plan = _PLANS[layer] = _make_plan(layer)
     tokens, count = x.shape[0], len(layer.slices)
     size, tiles = choose_tiles(x, routing)
-    key = (size, x.dtype, chain)
+    key = (size, x.dtype, x.device, chain)
     sized = plan.sized.get(key)
     if sized is None:
         sized = plan.sized[key] = _make_sized(plan, layer, size, x, chain)

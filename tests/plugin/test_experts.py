@@ -51,7 +51,7 @@ def make_layer(
         intermediate_size_per_partition_unpadded=inner,
         num_experts=EXPERTS,
         num_local_experts=EXPERTS // ep[1],
-        moe_parallel_config=SimpleNamespace(ep_rank=ep[0], use_ep=ep[1] > 1),
+        moe_parallel_config=SimpleNamespace(ep_rank=ep[0], ep_size=ep[1], use_ep=ep[1] > 1),
     )
     layer.tp_rank, layer.tp_size = tp
     layer.device = torch.device("cpu")
@@ -224,9 +224,13 @@ def test_what_cannot_be_filled_is_refused_with_the_way_out(
     held = {"l.experts": layer, "q_proj": torch.nn.Identity()}
     packed = {"l.experts": modules}
     with pytest.raises(ModelMismatchError, match=r"l\.experts\.3\.w2"):
-        check_experts(held, packed, checkpoint, ["experts"], str)
-    check_experts(held, packed, checkpoint, ["attention"], str)
-    check_experts({"l.experts": make_layer()}, packed, checkpoint, ["experts"], str)
+        check_experts(held, packed, checkpoint, ["experts"], str, "linear")
+    check_experts(held, packed, checkpoint, ["attention"], str, "linear")
+    check_experts({"l.experts": make_layer()}, packed, checkpoint, ["experts"], str, "round_robin")
+    shared = {"l.experts": make_layer(ep=(0, 2))}
+    check_experts(shared, packed, checkpoint, ["experts"], str, "linear")
+    with pytest.raises(ModelMismatchError, match="without --expert-placement-strategy round_robin"):
+        check_experts(shared, packed, checkpoint, ["experts"], str, "round_robin")
 
 
 def test_redundant_experts_are_refused() -> None:
@@ -257,3 +261,10 @@ def test_every_rank_checks_every_expert(tmp_path: Path, ep: tuple[int, int]) -> 
     writer.check(make_checkpoint(tmp_path / "fits"), ["experts"], str)
     with pytest.raises(ModelMismatchError, match=r"l\.experts\.3\.w2 is 24 x 20 .* 24 x 16"):
         writer.check(make_checkpoint(tmp_path / "wide", 20), ["experts"], str)
+
+
+def test_experts_that_do_not_divide_among_ranks_are_refused() -> None:
+    """vLLM gives the first ranks one more; their places are then not a rank's multiple."""
+    reason = expert_obstacle(make_layer(ep=(1, 3)), names())
+    assert reason is not None
+    assert "4 experts do not divide among 3 expert-parallel ranks" in reason

@@ -324,11 +324,16 @@ def test_a_graph_has_the_update_begin_beside_the_base_layer(
 
 
 def test_what_was_begun_is_used_once(
-    beside: tuple[Layer, Linear, list[str]], own_calls: Any
+    beside: tuple[Layer, Linear, list[str]], capturing: list[bool]
 ) -> None:
     """A base layer that fails leaves nothing for the next call, which has another x."""
     layer, module, _ = beside
     layer.wrapper.begin(layer.x * 3)
+    torch.testing.assert_close(module(layer.x), (layer.x @ WEIGHT + layer.update) * 2)
+    assert layer.wrapper._begun is None
+    # Nor for a batch that is not captured.
+    layer.wrapper.begin(layer.x * 3)
+    capturing[0] = False
     torch.testing.assert_close(module(layer.x), (layer.x @ WEIGHT + layer.update) * 2)
     assert layer.wrapper._begun is None
 

@@ -215,9 +215,9 @@ def test_requests_that_wait_for_a_slot_keep_their_tasks() -> None:
 @pytest.mark.parametrize(
     ("lora_config", "kv_bytes", "expected"),
     [
-        (object(), None, [3 << 20, 0]),
-        (None, None, [5 << 20, 2 << 20]),
-        (object(), 1, [5 << 20, 2 << 20]),
+        (object(), None, [3 << 20, 1 << 20]),
+        (None, None, [5 << 20, 3 << 20]),
+        (object(), 1, [5 << 20, 3 << 20]),
     ],
 )
 def test_memory_is_left_where_vllm_measures_it(
@@ -226,4 +226,10 @@ def test_memory_is_left_where_vllm_measures_it(
     executor = SimpleNamespace(
         lora_config=lora_config, cache_config=SimpleNamespace(kv_cache_memory_bytes=kv_bytes)
     )
-    assert leave_memory(lambda self: [5 << 20, 2 << 20], 2)(executor) == expected
+    assert leave_memory(lambda self: [5 << 20, 3 << 20], 2)(executor) == expected
+    if expected[0] < 5 << 20:
+        with pytest.raises(
+            MemoryBudgetError, match="3 MiB are left .* VLLM_VLORA_LATE_MIB keeps 3 MiB"
+        ):
+            leave_memory(lambda self: [5 << 20, 3 << 20], 3)(executor)
+    assert leave_memory(lambda self: [-1], 0)(executor) == [-1]

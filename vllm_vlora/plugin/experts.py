@@ -65,6 +65,12 @@ def expert_obstacle(layer: Any, names: list[str]) -> str | None:
             "each tensor-parallel rank pads its share of them; start vLLM with "
             "--enable-expert-parallel or without tensor parallel"
         )
+    parallel = config.moe_parallel_config
+    if parallel.use_ep and layer.global_num_experts % parallel.ep_size:
+        return (
+            f"{layer.global_num_experts} experts do not divide among {parallel.ep_size} expert-parallel "
+            "ranks; start vLLM with a number of ranks that divides them"
+        )
     if len(set(names)) != layer.global_num_experts * _projections(layer):
         return (
             f"vLLM names {len(set(names))} modules for {layer.global_num_experts} experts, as with "
@@ -238,12 +244,22 @@ def check_experts(
     checkpoint: Checkpoint,
     task_ids: Iterable[str],
     engine_name: Callable[[str], str],
+    placement: str,
 ) -> None:
-    """Raise ModelMismatchError, with the way out, when a task adapts experts that it cannot fill."""
+    """Raise ModelMismatchError, with the way out, when a task adapts experts that it cannot fill.
+
+    ``placement``: how vLLM gives experts to expert-parallel ranks.
+    """
+
+    def obstacle(name: str, layer: Any) -> str | None:
+        if placement != "linear" and layer.moe_config.moe_parallel_config.use_ep:
+            return f"start vLLM without --expert-placement-strategy {placement}"
+        return expert_obstacle(layer, packed.get(name, []))
+
     obstacles = {
         f"{name}.": why
         for name, layer in modules.items()
-        if is_fused_moe(layer) and (why := expert_obstacle(layer, packed.get(name, [])))
+        if is_fused_moe(layer) and (why := obstacle(name, layer))
     }
     if not obstacles:
         return

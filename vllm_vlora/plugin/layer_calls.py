@@ -68,6 +68,7 @@ class LayerPunica:
 
         Outside of graphs the host is what takes long, and another stream would add to that.
         """
+        self._begun = None
         if not torch.cuda.is_current_stream_capturing() or not self._manager.in_graph.direct:
             return
         path = self._manager.vlora_store.direct
@@ -113,8 +114,9 @@ class LayerPunica:
             )
         if self._layer is None or not kinds.direct:
             return
+        # What a capture that failed has begun is not for a batch that comes later.
         begun, self._begun = self._begun, None
-        if begun is not None:
+        if begun is not None and capturing:
             torch.cuda.current_stream(y.device).wait_stream(_side_stream(y.device))
             begun(y)
             return

@@ -271,10 +271,12 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for adapter_id in list(self._direct_models):
             self.remove_adapter(adapter_id)
         super().remove_all_adapters()
-        if self._writer is not None:
-            # vLLM calls this too when weights were reloaded after a sleep that lost the slots' content.
+        # vLLM calls this too when weights were reloaded after a sleep that lost the slots' content. The
+        # writers are made on first use.
+        for writer in (self._writer, vars(self).get("experts")):
             for slot in range(self.lora_slots):
-                self._writer.forget(slot)
+                if writer is not None:
+                    writer.forget(slot)
 
     def pin_adapter(self, lora_id: int) -> bool:
         if lora_id not in self._direct_models:
@@ -396,7 +398,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
         task_ids = list(task_ids)
         packed = self.packed_modules
-        check_experts(self.modules, packed, checkpoint, task_ids, self._engine_name)
+        parallel = self._vllm_config.parallel_config
+        placement = getattr(parallel, "expert_placement_strategy", "linear")
+        check_experts(self.modules, packed, checkpoint, task_ids, self._engine_name, placement)
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
         writer.check(checkpoint, task_ids, self._engine_name)

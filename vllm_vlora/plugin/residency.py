@@ -115,6 +115,12 @@ def _forget(worker: Any, path: str) -> None:
     worker.model_runner.lora_manager._adapter_manager.forget(path)
 
 
+def _forget_everywhere(core: Any, path: str) -> None:
+    """Have every worker let go of a path, and forget how it runs."""
+    core.model_executor.collective_rpc(_forget, args=(path,))
+    core.scheduler.__dict__.get("_vlora_kinds", {}).pop(path, None)
+
+
 def _residency(core: Any) -> Residency:
     """The engine core's own, made on first use."""
     held = core.__dict__.get("_vlora_residency")
@@ -122,7 +128,7 @@ def _residency(core: Any) -> Residency:
         ask = core.model_executor.collective_rpc
         held = core.__dict__["_vlora_residency"] = Residency(
             lambda request: ask(_hold, args=(request,)),
-            lambda path: ask(_forget, args=(path,)),
+            lambda path: _forget_everywhere(core, path),
             lambda: _paths_in_use(core.scheduler),
         )
     return held
@@ -192,6 +198,12 @@ def leave_memory(original: Callable[..., Any], late_mib: int) -> Callable[..., A
             late_mib,
             LATE_VARIABLE,
         )
+        if late_mib and min(found) <= late_mib * 2**20:
+            raise MemoryBudgetError(
+                f"{min(found) / 2**20:.0f} MiB are left for the KV cache, and {LATE_VARIABLE} keeps "
+                f"{late_mib} MiB for tasks that are loaded after start-up; set it lower, 0 refuses such "
+                "tasks, or give vLLM more memory"
+            )
         return [nbytes - late_mib * 2**20 for nbytes in found]
 
     return determine_available_memory

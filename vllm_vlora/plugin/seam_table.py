@@ -448,6 +448,13 @@ def _layers() -> Iterator[Seam]:
         yield Seam(_LAYERS, f"FusedMoEWithLoRA.{name}", "refused for experts")
     for name in ("ep_rank", "global_num_experts", "local_num_experts", "moe_config", "tp_size"):
         yield Seam(_LAYERS, f"FusedMoEWithLoRA.{name}", "shapes of experts")
+    yield Seam(_MOE_CONFIG, "FusedMoEConfig.moe_parallel_config", "which experts a rank has")
+    yield Seam(
+        "vllm.config",
+        "ParallelConfig.expert_placement_strategy",
+        "refused for experts",
+        optional=True,
+    )
     for name in ("hidden_dim", "intermediate_size_per_partition"):
         for suffix in ("", "_unpadded"):
             yield Seam(_MOE_CONFIG, f"FusedMoEConfig.{name}{suffix}", "shapes of experts")
