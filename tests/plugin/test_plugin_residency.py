@@ -229,7 +229,7 @@ def test_memory_is_left_where_vllm_measures_it(
     assert leave_memory(lambda self: [5 << 20, 3 << 20], 2)(executor) == expected
     if expected[0] < 5 << 20:
         with pytest.raises(
-            MemoryBudgetError, match="3 MiB are left .* VLLM_VLORA_LATE_MIB keeps 3 MiB"
+            MemoryBudgetError, match=r"3 MiB are left .* VLLM_VLORA_LATE_MIB keeps 3 MiB"
         ):
             leave_memory(lambda self: [5 << 20, 3 << 20], 3)(executor)
     assert leave_memory(lambda self: [-1], 0)(executor) == [-1]
