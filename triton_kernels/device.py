@@ -90,7 +90,6 @@ def multiply(left, right, total, LOW_PRECISION: tl.constexpr):  # type: ignore[n
 @triton.jit
 def load_sum(pointers, part_stride, mask, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The sum of PARTS tiles of numbers that lie ``part_stride`` apart, in a fixed order, in float32."""
-    part_stride = tl.cast(part_stride, tl.int64)
     total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     # Four loads in flight: all of them would take more registers than there are.
     AT_ONCE: tl.constexpr = 4 if PARTS > 4 else PARTS
