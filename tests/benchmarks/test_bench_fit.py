@@ -112,7 +112,8 @@ def test_exact_is_the_dense_solution(tmp_path: Path, k: int) -> None:
 
 
 def test_a_worker_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
-    paths = write_collection(tmp_path / "x", Size(600, 700, 60, 8), Spectrum())
+    # Large enough that the fit takes many times the interval at which it is looked at.
+    paths = write_collection(tmp_path / "x", Size(1400, 1600, 300, 8), Spectrum())
     run = start_worker(sys.executable, "ours", paths, 64, 1)(0.0)
     assert run.stopped
     assert run.energy is None
