@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,9 @@ class Engine:
 
 
 @pytest.fixture(scope="module", params=["direct beside a checkpoint", "no checkpoint"])
-def engine(world: World, request: pytest.FixtureRequest) -> Iterator[Engine]:
+def engine(
+    world: World, request: pytest.FixtureRequest, take_out_the_plugin: Callable[[], None]
+) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENGINE_ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -78,13 +80,7 @@ def engine(world: World, request: pytest.FixtureRequest) -> Iterator[Engine]:
         patch.setenv("VLLM_VLORA_LATE_MIB", str(LATE_MIB))
         preloaded = exact(world, "private") if request.param != "no checkpoint" else ""
         patch.setenv("VLLM_VLORA_CHECKPOINT", str(preloaded))
-        # The other engine's plugin has another checkpoint.
-        import vllm.plugins
-
-        from vllm_vlora.plugin import seams
-
-        seams.uninstall()
-        patch.setattr(vllm.plugins, "plugins_loaded", False)
+        take_out_the_plugin()  # The other engine's has another checkpoint.
         engine = Engine(world)
         yield engine
         engine.llm.llm_engine.engine_core.shutdown()
