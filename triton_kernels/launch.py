@@ -26,7 +26,7 @@ class Launch:
     def __init__(self, kernel: Any, fixed: Mapping[str, Any]) -> None:
         self._kernel = kernel
         self._fixed = dict(fixed)
-        self._names = names = kernel.arg_names
+        names = kernel.arg_names
         self._arguments = [fixed.get(name) for name in names]
         self._places = {name: place for place, name in enumerate(names) if name not in fixed}
         self._counted = set(names) - set(getattr(kernel, "do_not_specialize", ()))
