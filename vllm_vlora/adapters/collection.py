@@ -1,4 +1,4 @@
-"""The adapters as one collection: by number, their modules united by name, read either way.
+"""The adapters as one collection: by number, their modules united by layer, read either way.
 
 Nothing here holds weights: every pass over the collection reads them again, module by module or
 task by task.
@@ -7,15 +7,17 @@ task by task.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.adapters.module_names import shared_prefixes
+from vllm_vlora.adapters.peft_folder import Adapter, LoRAModule
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.representations.factors import ScaledFactors
+from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import some_of
 
@@ -46,18 +48,25 @@ class Module:
 
 
 class Collection:
-    """The adapters by number, and the union of their modules by name.
+    """The adapters by number, and the union of their modules.
+
+    Where adapters have several names for one layer they are renamed, see ``module_names``.
+
+    Args:
+        known: modules whose names stay: those of the checkpoint that the adapters are added to.
 
     Raises:
         AdapterError: there are none, or two contradict each other.
         TaskIdError: a task id that is not allowed.
     """
 
-    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(
+        self, adapters: Mapping[str, Adapter], known: Iterable[ModuleSpec] = ()
+    ) -> None:
         if not adapters:
             raise AdapterError("there are no adapters to compress; name at least one")
         self.task_ids = [validate_task_id(task_id) for task_id in adapters]
-        self.adapters = list(adapters.values())
+        self.adapters = under_shared_names(list(adapters.values()), known)
         self.original_nbytes = sum(adapter.original_nbytes for adapter in self.adapters)
         self.modules = self._unite()
 
@@ -111,6 +120,25 @@ class Collection:
             yield
         except ValueError as error:
             raise AdapterError(f"task {self.task_ids[task]!r}, module {module}: {error}") from error
+
+
+def under_shared_names(
+    adapters: Sequence[Adapter], known: Iterable[ModuleSpec] = ()
+) -> list[Adapter]:
+    """The adapters with one name for each layer, where there is no doubt that it is one.
+
+    Args:
+        known: modules whose names stay.
+    """
+
+    def shapes(modules: Iterable[LoRAModule | ModuleSpec]) -> dict[str, tuple[int, int, str]]:
+        return {module.name: (module.d_in, module.d_out, module.kind) for module in modules}
+
+    found = shared_prefixes([shapes(a.modules.values()) for a in adapters], shapes(known))
+    return [
+        adapter.under_names(prefixes) if prefixes else adapter
+        for adapter, prefixes in zip(adapters, found)
+    ]
 
 
 def common_base_model(adapters: Mapping[str, Adapter]) -> tuple[str | None, str | None]:

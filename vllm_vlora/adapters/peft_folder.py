@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_vlora.adapters.module_names import inverse, renamed
 from vllm_vlora.adapters.peft_config import (
     CONFIG_FILE,
     check_config,
@@ -111,6 +112,8 @@ class Adapter:
         modules: the adapted modules, sorted by name.
         extra: dtype and shape of every tensor that is not LoRA (classifier heads and other
             ``modules_to_save``, embeddings saved whole), under its name in the file.
+        renamed: prefix of the modules' names -> what they have in its place in the file
+            (``module_names``); empty where the names are the file's.
 
     Examples:
         >>> adapter = open_adapter(adapter_dirs[0])
@@ -125,6 +128,7 @@ class Adapter:
     modules: dict[str, LoRAModule]
     extra: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     _keys: dict[str, tuple[str, str]] = field(repr=False)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def base_model(self) -> str | None:
@@ -170,6 +174,21 @@ class Adapter:
             return {}
         with open_weights(self.path / WEIGHTS_FILE) as file:
             return {key: self._read(file, key, shape) for key, (_, shape) in self.extra.items()}
+
+    def under_names(self, prefixes: Mapping[str, str]) -> Adapter:
+        """The adapter with these prefixes in its modules' names: new prefix -> the one in the file.
+
+        Only names change: its config, and what its weights mean, are as they were.
+        """
+        assert not self.renamed, f"{self.path} has other names already"
+        names = {name: renamed(name, inverse(prefixes)) for name in self.modules}
+        modules = {new: replace(self.modules[old], name=new) for old, new in names.items()}
+        return replace(
+            self,
+            modules=dict(sorted(modules.items())),
+            renamed=dict(prefixes),
+            _keys={new: self._keys[old] for old, new in names.items()},
+        )
 
     def _read_factors(self, file: Any, module: LoRAModule) -> Factors:
         key_a, key_b = self._keys[module.name]

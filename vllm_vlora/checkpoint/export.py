@@ -10,6 +10,8 @@ config. Any other task gets a config that describes the decoded factors:
   ``rank_pattern`` and ``alpha_pattern`` and take lora_alpha / r for every module are right too.
 - ``target_modules`` lists the full names of exactly the adapted modules.
 
+Modules have the names that the task's own adapter had, also where the checkpoint has others.
+
 Factors stored in a floating-point format are written in that format's dtype, quantised ones in
 bfloat16: its rounding (2**-9 relative) is far below what the quantisation lost, and vLLM casts an
 adapter to the model's 16-bit type anyway.
@@ -35,7 +37,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 from vllm_vlora.representations.registry import side_sources
-from vllm_vlora.representations.stored import Basis
+from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
 
 _QUANTIZED_DTYPE = torch.bfloat16
@@ -191,24 +193,28 @@ def _export(
     task = checkpoint.load_task(task_id)
     if not task.modules:
         raise CheckpointError(f"{checkpoint.path}: task {task_id!r} adapts no module")
-    original = checkpoint.record(task_id).adapter_config
-    if changes.alpha is None and _kept_as_it_was(task, original):
+    record = checkpoint.record(task_id)
+    original = record.adapter_config
+    # The adapter's own names, which are those of the model that it was made for.
+    named = {record.own_name(name): stored for name, stored in task.modules.items()}
+    if changes.alpha is None and _kept_as_it_was(named, original):
         config, scale = original, None
     else:
         rank = _common_rank(task)
         scale = _common_scale(task) if changes.alpha is None else changes.alpha / rank
-        config = _new_config(task, original, scale, checkpoint.base_model)
+        config = _new_config(named, original, scale, checkpoint.base_model)
+    factors = _factors(task, bases, scale, dtype)
     return write_adapter(
         output,
-        changes.apply(config, task.modules),
-        _factors(task, bases, scale, dtype),
-        {module.name: module.kind for module in checkpoint.modules},
+        changes.apply(config, named),
+        ((record.own_name(name), pair) for name, pair in factors),
+        {record.own_name(m.name): m.kind for m in checkpoint.modules if m.name in task.modules},
         task.extra,
         force=force,
     )
 
 
-def _kept_as_it_was(task: StoredTask, config: Mapping[str, Any]) -> bool:
+def _kept_as_it_was(modules: Mapping[str, StoredModule], config: Mapping[str, Any]) -> bool:
     """Whether ``config`` gives every stored module its rank and scale, so that it may stay."""
     if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
         return False
@@ -218,7 +224,7 @@ def _kept_as_it_was(task: StoredTask, config: Mapping[str, Any]) -> bool:
             and stored.format in FLOAT_DTYPES
             and stored.rank == lora_rank(config, name)
             and stored.scale == lora_scale(config, name, stored.rank)[1]
-            for name, stored in task.modules.items()
+            for name, stored in modules.items()
         )
     # A config without these numbers, or with patterns that are none, describes nothing.
     except (KeyError, TypeError, ValueError, AttributeError, re.error):
@@ -261,10 +267,13 @@ def _cast(task: StoredTask, name: str, matrix: torch.Tensor, dtype: torch.dtype)
 
 
 def _new_config(
-    task: StoredTask, original: Mapping[str, Any], scale: float, base_model: str | None
+    modules: Mapping[str, StoredModule],
+    original: Mapping[str, Any],
+    scale: float,
+    base_model: str | None,
 ) -> dict[str, Any]:
     """``original`` with ranks, alphas and targets that describe the decoded factors."""
-    pairs = {name: (stored.rank, scale * stored.rank) for name, stored in task.modules.items()}
+    pairs = {name: (stored.rank, scale * stored.rank) for name, stored in modules.items()}
     config = {"task_type": None, "bias": "none", **original}
     config.update(
         rank_options(pairs),

@@ -12,8 +12,8 @@ after another, in the order of the task's segments, in one flat tensor per
 shape, so a task of two hundred modules is a handful of tensors. ``docs/format.md`` has the whole
 layout.
 
-Format 2 adds what format 1 cannot say: ``bits`` and ``rows`` of a segment, and ``flat``. A checkpoint
-that uses none of it is written as format 1, byte for byte as ever.
+Format 2 adds what format 1 cannot say: ``bits`` and ``rows`` of a segment, and ``flat``; format 3 adds
+``renamed`` of a task. A checkpoint that uses none of it is written as format 1, byte for byte as ever.
 
 Everything read is checked: versions, names, extents, digests, and that paths stay inside.
 """
@@ -23,21 +23,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import GenericAlias
 from typing import Any
 
 import msgspec
 
+from vllm_vlora.adapters.module_names import renamed
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES, dtype_of
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskIdError
 from vllm_vlora.representations.registry import segment_fault, shared_fault
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.task_ids import encode_task_id, validate_task_id
 
-FORMAT_VERSION = 2
-"""The newest version, which is written where it is needed; 1 is written everywhere else."""
+FORMAT_VERSION = 3
+"""The newest version. Each checkpoint is written in the least version that can say what it holds."""
 CONFIG_FILE = "vlora_config.json"
 TASKS_FILE = "tasks.json"
 TASKS_FOLDER = "tasks"
@@ -64,7 +65,11 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class TaskRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """One task in ``tasks.json``; ``original_nbytes`` counts its LoRA weights at 16 bits each."""
+    """One task in ``tasks.json``; ``original_nbytes`` counts its LoRA weights at 16 bits each.
+
+    ``renamed`` is for an adapter that has other names for its modules than the manifest: prefix of the
+    manifest's names -> what the adapter's names have in its place (``adapters.module_names``).
+    """
 
     file: str
     sha256: str
@@ -75,6 +80,11 @@ class TaskRecord(msgspec.Struct, forbid_unknown_fields=True):
     adapter_config: dict[str, Any]
     source: str = ""
     extra: dict[str, tuple[str, list[int]]] = msgspec.field(default_factory=dict)
+    renamed: dict[str, str] = msgspec.field(default_factory=dict)
+
+    def own_name(self, module: str) -> str:
+        """What the task's adapter calls a module of the manifest."""
+        return renamed(module, self.renamed)
 
     @property
     def max_rank(self) -> int:
@@ -91,25 +101,40 @@ class TaskRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 # --- versions and writing -------------------------------------------------------------------------
 
-# Fields that came with format 2, by the struct that has them. They are None in format 1.
-_VERSION_2_FIELDS = {ModuleSpec: ("flat",), Segment: ("bits", "rows")}
+# Fields that came with a later format, by the struct that has them. Before it they are None or empty.
+_LATER_FIELDS: dict[type, dict[int, tuple[str, ...]]] = {
+    ModuleSpec: {2: ("flat",)},
+    Segment: {2: ("bits", "rows")},
+    TaskRecord: {3: ("renamed",)},
+}
 
 
 def format_version(modules: Iterable[ModuleSpec], tasks: Iterable[TaskRecord]) -> int:
     """The least format version that can say what these modules and tasks hold."""
-    structs = [*modules, *(segment for record in tasks for segment in record.segments)]
-    for struct in structs:
-        if any(getattr(struct, name) is not None for name in _VERSION_2_FIELDS[type(struct)]):
-            return 2
-    return 1
+    version = 1
+    for struct in _structs(modules, tasks):
+        for later, names in _LATER_FIELDS[type(struct)].items():
+            if later > version and any(getattr(struct, name) for name in names):
+                version = later
+    return version
 
 
-def plain(struct: ModuleSpec | Segment) -> dict[str, Any]:
-    """The JSON object of a module or a segment; fields of format 2 stand in it where they are set."""
+def _structs(
+    modules: Iterable[ModuleSpec], tasks: Iterable[TaskRecord]
+) -> Iterator[ModuleSpec | TaskRecord | Segment]:
+    yield from modules
+    for record in tasks:
+        yield record
+        yield from record.segments
+
+
+def plain(struct: ModuleSpec | Segment | TaskRecord) -> dict[str, Any]:
+    """The JSON object of a struct; fields of later formats stand in it where they are set."""
     fields = msgspec.to_builtins(struct)
-    for name in _VERSION_2_FIELDS[type(struct)]:
-        if fields[name] is None:
-            del fields[name]
+    for names in _LATER_FIELDS[type(struct)].values():
+        for name in names:
+            if not fields[name]:
+                del fields[name]
     return fields
 
 
@@ -124,7 +149,7 @@ def encode_tasks(tasks: Mapping[str, TaskRecord]) -> bytes:
     fields: dict[str, Any] = {}
     for task_id, record in tasks.items():
         segments = [plain(segment) for segment in record.segments]
-        fields[task_id] = {**msgspec.to_builtins(record), "segments": segments}
+        fields[task_id] = {**plain(record), "segments": segments}
     return msgspec.json.encode(fields)
 
 
@@ -152,8 +177,9 @@ def read_config(path: Path) -> Config:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
-    if _check_version(file, data) == 1:
-        _decode(file, data, _CONFIG_1)
+    version = _check_version(file, data)
+    if version in _CONFIGS:
+        _decode(file, data, _CONFIGS[version])
     config = _decode(file, data, Config)
     _check_modules(file, config)
     for ref in [*config.basis, config.tasks]:
@@ -165,8 +191,8 @@ def read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
     """Read and check ``tasks.json``, against its digest and the modules of ``config``."""
     file = path / config.tasks.file
     data = read_checked(file, config.tasks)
-    if config.format_version == 1:
-        _decode(file, data, _TASKS_1)
+    if config.format_version in _TASKS:
+        _decode(file, data, _TASKS[config.format_version])
     tasks = _decode(file, data, dict[str, TaskRecord])
     for task_id, record in tasks.items():
         try:
@@ -246,6 +272,11 @@ def _check_segments(
         wrong = segment_fault(segment, module)
         if wrong:
             raise CheckpointError(f"{file}: task {task_id!r}, module {module.name}: {wrong}")
+    own = {record.own_name(modules[place].name) for place in seen}
+    if len(own) < len(seen) or "" in own:
+        raise CheckpointError(
+            f"{file}: task {task_id!r} has no name of its own for each of its modules"
+        )
 
 
 def _check_inside(file: Path, name: str) -> None:
@@ -261,9 +292,10 @@ def _decode(file: Path, data: bytes, kind: Any) -> Any:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _version_1(struct: type[msgspec.Struct], **types: Any) -> Any:
-    """The struct as format 1 has it, without later fields, and with fields of these other types."""
-    later = _VERSION_2_FIELDS.get(struct, ())
+def _as_of(version: int, struct: type[msgspec.Struct], **types: Any) -> Any:
+    """The struct as a format has it, without later fields, and with fields of these other types."""
+    came = _LATER_FIELDS.get(struct, {})
+    later = {name for since, names in came.items() if since > version for name in names}
     fields: list[Any] = []
     for info in msgspec.structs.fields(struct):
         if info.name in later:
@@ -277,7 +309,15 @@ def _version_1(struct: type[msgspec.Struct], **types: Any) -> Any:
     return msgspec.defstruct(struct.__name__, fields, forbid_unknown_fields=True)
 
 
-# A file of version 1 must also decode as these, so that no later field stands in it.
-_CONFIG_1 = _version_1(Config, modules=GenericAlias(list, (_version_1(ModuleSpec),)))
-_TASK_1 = _version_1(TaskRecord, segments=GenericAlias(list, (_version_1(Segment),)))
-_TASKS_1 = GenericAlias(dict, (str, _TASK_1))
+def _config_of(version: int) -> Any:
+    return _as_of(version, Config, modules=GenericAlias(list, (_as_of(version, ModuleSpec),)))
+
+
+def _tasks_of(version: int) -> Any:
+    segments = GenericAlias(list, (_as_of(version, Segment),))
+    return GenericAlias(dict, (str, _as_of(version, TaskRecord, segments=segments)))
+
+
+# A file of an older version must also decode as these, so that no later field stands in it.
+_CONFIGS = {1: _config_of(1)}
+_TASKS = {version: _tasks_of(version) for version in range(1, FORMAT_VERSION)}

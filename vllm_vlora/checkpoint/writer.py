@@ -99,8 +99,13 @@ class CheckpointWriter:
         adapter_config: dict[str, Any],
         source: str = "",
         extra: Mapping[str, torch.Tensor] | None = None,
+        renamed: Mapping[str, str] | None = None,
     ) -> TaskRecord:
-        """Write one task's file and remember its record."""
+        """Write one task's file and remember its record.
+
+        Args:
+            renamed: prefix of the modules' names -> what the adapter's own names have in its place.
+        """
         assert task_id not in self.tasks, f"task {task_id!r} added twice"
         segments: list[Segment] = []
         chunks: dict[str, list[torch.Tensor]] = {}
@@ -137,6 +142,7 @@ class CheckpointWriter:
             adapter_config=adapter_config,
             source=source,
             extra={k: (SAFETENSORS_DTYPES[t.dtype], list(t.shape)) for k, t in extra.items()},
+            renamed=dict(renamed or {}),
         )
         return self.tasks[task_id]
 

@@ -105,5 +105,6 @@ def _write_task(
         adapter_config=adapter.config,
         source=adapter.name,
         extra=adapter.extra_tensors(),
+        renamed=adapter.renamed,
     )
     return replace(report_task(task_id, record), seen_error=encoded.seen)

@@ -82,8 +82,8 @@ def add_adapters(
     """
     started = time.monotonic()
     options = options or AddOptions()
-    collection = Collection(adapters)
     with edited(checkpoint, output, force=force) as (opened, folder):
+        collection = Collection(adapters, opened.modules)
         if not replace_tasks:
             check_new(opened, collection.task_ids)
         scratch = folder / ".scratch"
@@ -268,6 +268,7 @@ class Addition:
             adapter_config=adapter.config,
             source=adapter.name,
             extra=adapter.extra_tensors(),
+            renamed=adapter.renamed,
         )
         ranks = [segment.rank for segment in record.segments]
         return _Written(record.lora_nbytes, (min(ranks), max(ranks)), error, seen)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_vlora.adapters.collection import Collection, Module
+from vllm_vlora.adapters.collection import Collection, Module, under_shared_names
 from vllm_vlora.adapters.peft_config import CONFIG_FILE, lora_rank, lora_scale
 from vllm_vlora.adapters.peft_folder import (
     WEIGHTS_FILE,
@@ -374,6 +374,7 @@ class SHAREModel:
             else:
                 assert original_weights is not None
                 original = _as_adapter(original_weights, record.adapter_config, Path(scratch))
+            original = original.under_names(record.renamed)
             errors = self._errors(self.checkpoint.load_task(adapter_name), original)
         return {
             "per_layer": errors,
@@ -407,15 +408,17 @@ class SHAREModel:
         record = self.checkpoint.record(adapter_name)
         task = self.checkpoint.load_task(adapter_name)
         config = record.adapter_config
-        if not _fits(config, task):
+        named = {record.own_name(name): name for name in task.modules}
+        if not _fits(config, {own: task.modules[name] for own, name in named.items()}):
             return export_task(
                 self.checkpoint, adapter_name, folder, force=force, dtype=torch.float32
             )
         kinds = {module.name: module.kind for module in self.checkpoint.modules}
-        factors = {
-            name: _in_config(config, name, *decode(stored, self._basis(name, stored)))
-            for name, stored in task.modules.items()
-        }
+        factors = {}
+        for own, name in named.items():
+            stored = task.modules[name]
+            factors[own] = _in_config(config, own, *decode(stored, self._basis(name, stored)))
+        kinds = {own: kinds[name] for own, name in named.items()}
         return write_adapter(folder, config, factors, kinds, task.extra, force=force)
 
     def _basis(self, name: str, stored: StoredModule) -> Basis | None:
@@ -498,6 +501,7 @@ class SHAREModel:
 
     def _project(self, name: str, adapter: Adapter, threshold: float) -> list[float] | None:
         """Store an adapter's cores and return what each module's basis holds of it; None: too little."""
+        [adapter] = under_shared_names([adapter], self.checkpoint.modules)
         cores: dict[str, StoredModule] = {}
         explained, lost, norm = list[float](), 0.0, 0.0
         for module, (a, b) in adapter.iter_factors():
@@ -523,6 +527,7 @@ class SHAREModel:
                 adapter_config=adapter.config,
                 source=adapter.name,
                 extra=adapter.extra_tensors(),
+                renamed=adapter.renamed,
             )
             writer.finish_edited()
         self._adopt(place)
@@ -684,7 +689,7 @@ def _as_adapter(
     return open_adapter(folder)
 
 
-def _fits(config: Mapping[str, Any], task: StoredTask) -> bool:
+def _fits(config: Mapping[str, Any], modules: Mapping[str, StoredModule]) -> bool:
     """Whether a config gives every stored module a rank that holds it, and a scale to divide by."""
     if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
         return False
@@ -693,7 +698,7 @@ def _fits(config: Mapping[str, Any], task: StoredTask) -> bool:
     return all(
         stored.rank <= lora_rank(config, name)
         and lora_scale(config, name, lora_rank(config, name))[1]
-        for name, stored in task.modules.items()
+        for name, stored in modules.items()
     )
 
 
