@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_vlora.adapters.module_names import shared_prefixes
-from vllm_vlora.adapters.peft_folder import Adapter, LoRAModule
+from vllm_vlora.adapters.module_names import layer_shapes, shared_prefixes
+from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.representations.spec import ModuleSpec
@@ -60,9 +60,7 @@ class Collection:
         TaskIdError: a task id that is not allowed.
     """
 
-    def __init__(
-        self, adapters: Mapping[str, Adapter], known: Iterable[ModuleSpec] = ()
-    ) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], known: Iterable[ModuleSpec] = ()) -> None:
         if not adapters:
             raise AdapterError("there are no adapters to compress; name at least one")
         self.task_ids = [validate_task_id(task_id) for task_id in adapters]
@@ -130,11 +128,8 @@ def under_shared_names(
     Args:
         known: modules whose names stay.
     """
-
-    def shapes(modules: Iterable[LoRAModule | ModuleSpec]) -> dict[str, tuple[int, int, str]]:
-        return {module.name: (module.d_in, module.d_out, module.kind) for module in modules}
-
-    found = shared_prefixes([shapes(a.modules.values()) for a in adapters], shapes(known))
+    shapes = [layer_shapes(adapter.modules) for adapter in adapters]
+    found = shared_prefixes(shapes, layer_shapes({module.name: module for module in known}))
     return [
         adapter.under_names(prefixes) if prefixes else adapter
         for adapter, prefixes in zip(adapters, found)

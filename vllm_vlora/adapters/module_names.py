@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class _Part(NamedTuple):
@@ -69,9 +69,7 @@ def _place(name: str) -> _Place | None:
         for prefix in part.prefixes:
             for head in part.heads:
                 # A head without a dot is a module's whole name.
-                if name.startswith(prefix + head) and (
-                    head.endswith(".") or name == prefix + head
-                ):
+                if name.startswith(prefix + head) and (head.endswith(".") or name == prefix + head):
                     return _Place(number, prefix, head, name[len(prefix + head) :])
     return None
 
@@ -108,6 +106,22 @@ def find_name(name: str, translate: Callable[[str], str | None]) -> str | None:
         return found
     others = {other for other in map(translate, other_names(name)) if other is not None}
     return others.pop() if len(others) == 1 else None
+
+
+class Layer(Protocol):
+    """Whatever describes a layer: of an adapter, a checkpoint or a subspace."""
+
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_out(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+
+
+def layer_shapes(layers: Mapping[str, Layer]) -> dict[str, tuple[int, int, str]]:
+    """What :func:`shared_prefixes` compares of layers."""
+    return {name: (layer.d_in, layer.d_out, layer.kind) for name, layer in layers.items()}
 
 
 def shared_prefixes(
@@ -184,9 +198,7 @@ def _chosen(used: Sequence[set[str]], fixed: set[str]) -> str | None:
     return max(counts, key=lambda prefix: (counts[prefix], len(prefix)))
 
 
-def _shapes_agree(
-    part: int, adapters: Sequence[tuple[Mapping[str, Hashable], _Places]]
-) -> bool:
+def _shapes_agree(part: int, adapters: Sequence[tuple[Mapping[str, Hashable], _Places]]) -> bool:
     """Whether a layer has one shape under all prefixes."""
     # Two shapes under one prefix are two base models, and an error of its own.
     shapes: dict[str, dict[str, Hashable]] = {}

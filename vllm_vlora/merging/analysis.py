@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -23,13 +23,10 @@ from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.representations.factors import small_product
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer
-from vllm_vlora.subspace.weights import LoRAWeights
+from vllm_vlora.subspace.weights import LoRAWeights, Update, under_shared_names
 
 if TYPE_CHECKING:
     from vllm_vlora.subspace.shared import SharedSubspace
-
-Update: TypeAlias = LoRAWeights | Adapter
-"""An adapter in memory, or an opened one that is read module by module."""
 
 # Rows of stacked factors that are held in float64 at a time.
 _ROWS_AT_ONCE = 1024
@@ -169,6 +166,9 @@ def subspace_coverage(subspace: SharedSubspace, adapter: LoRAWeights) -> dict[st
         True
     """
     found: dict[str, Coverage] = {}
+    [alike] = under_shared_names([adapter], subspace.layers)
+    assert isinstance(alike, LoRAWeights)
+    adapter = alike
     for name in sorted(adapter.layer_names):
         layer = subspace.layers.get(name)
         if layer is None:
@@ -307,6 +307,7 @@ def scaled_layers(adapter: Update) -> Iterator[tuple[str, Factors]]:
 
 def _by_layer(adapters: Sequence[Update]) -> Iterator[tuple[str, list[tuple[int, Factors]]]]:
     """Yield (layer name, [(adapter's place, (A, s B) in float32)]) for every layer of any adapter."""
+    adapters = under_shared_names(adapters)
     owned = [
         {*(adapter.modules if isinstance(adapter, Adapter) else adapter.layer_names)}
         for adapter in adapters

@@ -20,7 +20,9 @@ from typing import TypeAlias, overload
 
 import torch
 
+from vllm_vlora.adapters.module_names import renamed
 from vllm_vlora.adapters.peft_folder import Factors
+from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.report import common
 from vllm_vlora.checkpoint.successor import Successor, edited
@@ -281,10 +283,7 @@ def read_tasks(checkpoint: Checkpoint, task_ids: Sequence[str]) -> list[LoRAWeig
     stored = [checkpoint.load_task(task_id) for task_id in task_ids]
     shared = checkpoint.shared_by(task_ids)
     kinds = {spec.name: spec.kind for spec in checkpoint.modules if spec.kind != "linear"}
-    return [
-        _decoded(task, shared, kinds, checkpoint.record(task.task_id).adapter_config)
-        for task in stored
-    ]
+    return [_decoded(task, shared, kinds, checkpoint.record(task.task_id)) for task in stored]
 
 
 # --- a subspace -----------------------------------------------------------------------------------
@@ -318,7 +317,13 @@ def _origin(subspace: SharedSubspace, weights: Mapping[str, float]) -> TaskOrigi
     if known:
         config |= {"r": subspace.rank, "lora_alpha": subspace.rank}
     extra = common_extra([task.origin.extra for task in tasks])
-    return TaskOrigin(config, extra, source=_formula(weights), scale_known=known)
+    return TaskOrigin(
+        config,
+        extra,
+        source=_formula(weights),
+        scale_known=known,
+        renamed=tasks[0].origin.renamed,
+    )
 
 
 def _projection(subspace: SharedSubspace, task_id: str) -> TaskProjection:
@@ -400,6 +405,8 @@ class _Blend:
         self._rank, self._format = rank, format
         self._tasks = [checkpoint.load_task(task_id) for task_id in weights]
         self._shared = checkpoint.shared_by(weights)
+        # The first task's config and names: those of the model that the result is for.
+        self._renamed = checkpoint.record(next(iter(weights))).renamed
 
     def write(self, writer: Successor, task_id: str) -> None:
         """Encode every module of any of the tasks, with the error of its numbers as stored."""
@@ -426,6 +433,7 @@ class _Blend:
             adapter_config=self._config(modules),
             source=_formula(self._weights),
             extra=common_extra([task.extra for task in self._tasks]),
+            renamed=self._renamed,
         )
 
     def _module(
@@ -485,7 +493,8 @@ class _Blend:
         """A config of scale 1 with these ranks, otherwise like that of the first task."""
         configs = [self._checkpoint.record(task.task_id).adapter_config for task in self._tasks]
         config = common_config(configs, [task.modules for task in self._tasks])
-        return described(config, {name: (m.rank, float(m.rank)) for name, m in modules.items()})
+        ranks = {renamed(name, self._renamed): m.rank for name, m in modules.items()}
+        return described(config, {name: (rank, float(rank)) for name, rank in ranks.items()})
 
 
 def _summed(parts: Sequence[tuple[float, Factors]]) -> tuple[Factors, Factors]:
@@ -507,10 +516,11 @@ def _decoded(
     task: StoredTask,
     shared: _Shared,
     kinds: Mapping[str, str],
-    config: Mapping[str, object],
+    record: TaskRecord,
 ) -> LoRAWeights:
+    own = {name: record.own_name(name) for name in task.modules}
     factors = {
-        name: decode(stored, shared.get((name, stored.representation)))
+        own[name]: decode(stored, shared.get((name, stored.representation)))
         for name, stored in task.modules.items()
     }
     weights = LoRAWeights(
@@ -518,8 +528,8 @@ def _decoded(
         {name: a for name, (a, _) in factors.items()},
         {name: b for name, (_, b) in factors.items()},
         max(len(a) for a, _ in factors.values()),
-        unscaled_config(config),
-        {name: kind for name, kind in kinds.items() if name in factors},
+        unscaled_config(record.adapter_config),
+        {own[name]: kind for name, kind in kinds.items() if name in own},
         dict(task.extra),
     )
     weights.metadata = exact_config(weights)

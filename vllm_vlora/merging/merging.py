@@ -24,7 +24,7 @@ import torch
 
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.representations.factors import balanced_svd, squared_norm
-from vllm_vlora.subspace.weights import LoRAWeights, exact_config
+from vllm_vlora.subspace.weights import LoRAWeights, exact_config, under_shared_names
 
 SPACES = ("weights", "factors")
 SIGN_METHODS = ("total", "frequency")
@@ -400,6 +400,7 @@ def _merged(
     weights: Sequence[float],
     merge: Callable[[str, Sequence[_Part]], _Merged],
 ) -> MergedWeights:
+    adapters = [a for a in under_shared_names(adapters) if isinstance(a, LoRAWeights)]
     kinds, extra = _common_kinds(adapters), common_extra([a.extra for a in adapters])
     lora_a, lora_b, errors = {}, {}, {}
     lost = norm = 0.0

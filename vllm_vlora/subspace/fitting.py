@@ -131,6 +131,7 @@ def project_member(layers: Mapping[str, Layer], member: Member) -> TaskProjectio
         member.original_nbytes,
         member.source,
         member.has_scale,
+        member.renamed,
     )
     return TaskProjection(member.task_id, first, second, origin)
 

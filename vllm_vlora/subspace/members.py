@@ -5,37 +5,35 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from vllm_vlora.adapters.module_names import (
+    Layer,
+    inverse,
+    layer_shapes,
+    renamed,
+    shared_prefixes,
+)
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.errors import AdapterError, OptionError, TaskIdError
 from vllm_vlora.representations.factors import ScaledFactors
-from vllm_vlora.subspace.weights import LoRAWeights
+from vllm_vlora.subspace.weights import LayerShape, LoRAWeights, Update, shapes_of
 from vllm_vlora.task_ids import validate_task_id
 
 MISSING = ("error", "zero", "common")
-AnyAdapter: TypeAlias = LoRAWeights | Adapter | str | Path
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """One layer of one adapter; ``kind`` is "linear" or "embedding"."""
-
-    d_in: int
-    d_out: int
-    rank: int
-    kind: str
+AnyAdapter: TypeAlias = Update | str | Path
 
 
 @dataclass(frozen=True)
 class Member:
     """One adapter of a collection, under its task id; weights are read when asked for.
 
-    ``read`` yields (layer, (A, B, scale)) for the named layers, in their order.
+    ``read`` yields (layer, (A, B, scale)) for the named layers, in their order. ``renamed``: prefix of
+    the layers' names -> what the adapter has in its place.
     """
 
     task_id: str
@@ -44,6 +42,7 @@ class Member:
     read_extra: Callable[[], Mapping[str, Tensor]]
     metadata: Mapping[str, Any]
     source: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_scale(self) -> bool:
@@ -89,10 +88,36 @@ def as_members(adapters: Sequence[AnyAdapter], task_ids: Sequence[str] | None) -
     return [as_member(adapter, name) for adapter, name in zip(adapters, names)]
 
 
-def share_layers(members: Sequence[Member], missing: str) -> list[Member]:
-    """The adapters with the layers that a subspace of them has.
+def named_alike(
+    members: Sequence[Member], known: Mapping[str, Layer] | None = None
+) -> list[Member]:
+    """The adapters with one name for each layer; ``known`` layers keep theirs (``module_names``)."""
+    shapes = [layer_shapes(member.shapes) for member in members]
+    found = shared_prefixes(shapes, layer_shapes(known or {}))
+    return [
+        _under_names(member, prefixes) if prefixes else member
+        for member, prefixes in zip(members, found)
+    ]
+
+
+def _under_names(member: Member, prefixes: Mapping[str, str]) -> Member:
+    new = {name: renamed(name, inverse(prefixes)) for name in member.shapes}
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, ScaledFactors]]:
+        for name, factors in member.read(renamed(name, prefixes) for name in names):
+            yield new[name], factors
+
+    shapes = {new[name]: shape for name, shape in member.shapes.items()}
+    return replace(member, shapes=shapes, read=read, renamed=dict(prefixes))
+
+
+def share_layers(
+    members: Sequence[Member], missing: str, known: Mapping[str, Layer] | None = None
+) -> list[Member]:
+    """The adapters with the layers that a subspace of them has, each layer under one name.
 
     Args:
+        known: layers whose names stay.
         missing: what is done where an adapter lacks a layer of another one. "error": AdapterError.
             "zero": it has no update there. "common": the layer is left out of all, with a warning.
 
@@ -102,6 +127,7 @@ def share_layers(members: Sequence[Member], missing: str) -> list[Member]:
     """
     if missing not in MISSING:
         raise OptionError(f"missing is {missing!r}; give one of {', '.join(MISSING)}")
+    members = named_alike(members, known)
     _check_shapes(members)
     names = list(dict.fromkeys(name for member in members for name in member.shapes))
     lacking = [(member, name) for name in names for member in members if name not in member.shapes]
@@ -146,16 +172,7 @@ def _in_memory(weights: LoRAWeights, task_id: str) -> Member:
             # Fits run on the CPU in float32.
             yield name, (a.float().cpu(), b.float().cpu(), weights.scale(name))
 
-    shapes = {
-        name: LayerShape(
-            weights.lora_a[name].shape[1],
-            weights.lora_b[name].shape[0],
-            weights.lora_a[name].shape[0],
-            weights.kinds.get(name, "linear"),
-        )
-        for name in sorted(weights.layer_names)
-    }
-    return Member(task_id, shapes, read, lambda: weights.extra, weights.metadata)
+    return Member(task_id, shapes_of(weights), read, lambda: weights.extra, weights.metadata)
 
 
 def _on_disk(adapter: Adapter, task_id: str, source: str) -> Member:
@@ -163,8 +180,4 @@ def _on_disk(adapter: Adapter, task_id: str, source: str) -> Member:
         for name, (a, b) in adapter.iter_factors(names):
             yield name, (a, b, adapter.modules[name].scale)
 
-    shapes = {
-        name: LayerShape(module.d_in, module.d_out, module.rank, module.kind)
-        for name, module in adapter.modules.items()
-    }
-    return Member(task_id, shapes, read, adapter.extra_tensors, adapter.config, source)
+    return Member(task_id, shapes_of(adapter), read, adapter.extra_tensors, adapter.config, source)

@@ -28,6 +28,7 @@ from vllm_vlora.subspace.members import (
     LayerShape,
     Member,
     as_member,
+    named_alike,
     share_layers,
 )
 from vllm_vlora.subspace.state import SubspaceState
@@ -72,7 +73,9 @@ class FittedState(SubspaceState):
             for task_id in self.tasks
         ]
         members = share_layers(
-            [*members, as_member(new_adapter, new_task_id)], missing or self._missing_rule()
+            [*members, as_member(new_adapter, new_task_id)],
+            missing or self._missing_rule(),
+            self.layers,
         )
         choice = self._choice(num_components)
         if num_components is not None:
@@ -182,6 +185,7 @@ class FittedState(SubspaceState):
         self, member: Member, missing: str | None, *, unknown_allowed: bool = False
     ) -> Member:
         """The adapter with the layers that the subspace has too, by the rule for missing ones."""
+        [member] = named_alike([member], self.layers)
         rule = missing or self._missing_rule()
         if rule not in MISSING:
             raise OptionError(f"missing is {rule!r}; give one of {', '.join(MISSING)}")

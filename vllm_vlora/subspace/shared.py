@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from vllm_vlora.adapters.module_names import renamed
 from vllm_vlora.errors import OptionError
 from vllm_vlora.snapshots import ref_name
 from vllm_vlora.subspace.fitting import Choice, check_components, project_member
@@ -221,6 +222,8 @@ class SharedSubspace(FittedState):
     def reconstruct(self, task_id: str) -> LoRAWeights:
         """A task as an adapter of scale 1: the subspace's own rank (flat) or its core's rank (joint).
 
+        Its layers have the names that the task's adapter gave them.
+
         The adapter's config comes along with ranks and alphas that fit, its heads as they were. Where
         loadings require gradients the result is differentiable; a joint one then has rank k.
 
@@ -232,13 +235,15 @@ class SharedSubspace(FittedState):
             1.0
         """
         task = self._placed(self._task(task_id))
-        factors = {name: self._factors(name, task.at(name)) for name in self.layers if name in task}
+        own = {renamed(name, task.origin.renamed): name for name in self.layers if name in task}
+        factors = {layer: self._factors(name, task.at(name)) for layer, name in own.items()}
+        kinds = {layer: self.layers[name].kind for layer, name in own.items()}
         weights = LoRAWeights(
             list(factors),
             {name: a for name, (a, _) in factors.items()},
             {name: b for name, (_, b) in factors.items()},
             max((a.shape[0] for a, _ in factors.values()), default=0),
-            kinds={n: self.layers[n].kind for n in factors if self.layers[n].kind != "linear"},
+            kinds={layer: kind for layer, kind in kinds.items() if kind != "linear"},
             extra=dict(task.origin.extra),
         )
         metadata = {"peft_type": "LORA", "task_type": None, **task.origin.metadata}

@@ -75,6 +75,7 @@ def write_subspace(path: str | Path, stored: StoredSubspace, *, force: bool) -> 
                 adapter_config=_config(stored, task, base_model),
                 source=task.origin.source,
                 extra=task.origin.extra,
+                renamed=task.origin.renamed,
             )
         contents = report_contents(folder, writer.tasks, basis_nbytes(writer.modules))
         writer.finish(model_card(base_model, contents))
@@ -265,6 +266,7 @@ def _read_task(checkpoint: Checkpoint, task_id: str, layers: Mapping[str, Layer]
         record.original_nbytes,
         record.source,
         config.get("lora_alpha") is not None,
+        record.renamed,
     )
     return TaskProjection(task_id, first, second, origin, packed)
 
@@ -308,7 +310,7 @@ def _adapter_rank(checkpoint: Checkpoint, record: TaskRecord) -> int:
     if not isinstance(config.get("r"), int):
         return record.max_rank
     names = [checkpoint.modules[segment.module].name for segment in record.segments]
-    return max((lora_rank(config, name) for name in names), default=1)
+    return max((lora_rank(config, record.own_name(name)) for name in names), default=1)
 
 
 def _read_vlora(files: VLoRAFiles) -> StoredSubspace:

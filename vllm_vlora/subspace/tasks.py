@@ -25,6 +25,7 @@ class TaskOrigin:
         original_nbytes: its LoRA weights at 16 bits each; 0 for a task that was made here.
         source: where it was read from.
         scale_known: whether its config gave an alpha.
+        renamed: prefix of the layers' names -> what the adapter has in its place.
     """
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class TaskOrigin:
     original_nbytes: int = 0
     source: str = ""
     scale_known: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def drifted(self, drifts: Mapping[str, float], drift: float) -> TaskOrigin:
         """After the stored task moved by these relative distances: errors add up at most.

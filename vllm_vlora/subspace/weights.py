@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from vllm_vlora.adapters.module_names import (
+    Layer,
+    inverse,
+    layer_shapes,
+    renamed,
+    shared_prefixes,
+)
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import KINDS, Adapter, Factors, open_adapter, write_adapter
 from vllm_vlora.errors import AdapterError
@@ -105,6 +112,26 @@ class LoRAWeights:
         rank = self.lora_a[layer].shape[0]
         return lora_scale(self.metadata, layer, rank)[1] if self.has_scale else 1.0
 
+    def under_names(self, prefixes: Mapping[str, str]) -> LoRAWeights:
+        """The adapter with these prefixes in its layers' names: new prefix -> the one it has.
+
+        Ranks and alphas that its config gives by name are given by the new ones.
+        """
+        old = {renamed(name, inverse(prefixes)): name for name in self.layer_names}
+        metadata = dict(self.metadata)
+        if self.has_scale:
+            pairs = _rank_pairs(self)
+            metadata |= rank_options({new: pairs[name] for new, name in old.items()})
+        return LoRAWeights(
+            list(old),
+            {new: self.lora_a[name] for new, name in old.items()},
+            {new: self.lora_b[name] for new, name in old.items()},
+            self.rank,
+            metadata,
+            {new: self.kinds[name] for new, name in old.items() if name in self.kinds},
+            self.extra,
+        )
+
     def scaled(self, layer: str) -> Factors:
         """(A (r, d_in), scale * B (d_out, r)) in float32, so that delta_W = B A.
 
@@ -117,6 +144,54 @@ class LoRAWeights:
             (8, 12)
         """
         return self.lora_a[layer].float(), self.scale(layer) * self.lora_b[layer].float()
+
+
+Update: TypeAlias = LoRAWeights | Adapter
+"""An adapter in memory, or an opened one that is read module by module."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer of one adapter; ``kind`` is "linear" or "embedding"."""
+
+    d_in: int
+    d_out: int
+    rank: int
+    kind: str
+
+
+def shapes_of(adapter: Update) -> dict[str, LayerShape]:
+    """Shape of every layer of an adapter, by name."""
+    if isinstance(adapter, Adapter):
+        return {
+            name: LayerShape(module.d_in, module.d_out, module.rank, module.kind)
+            for name, module in adapter.modules.items()
+        }
+    return {
+        name: LayerShape(
+            adapter.lora_a[name].shape[1],
+            adapter.lora_b[name].shape[0],
+            adapter.lora_a[name].shape[0],
+            adapter.kinds.get(name, "linear"),
+        )
+        for name in sorted(adapter.layer_names)
+    }
+
+
+def under_shared_names(
+    adapters: Sequence[Update], known: Mapping[str, Layer] | None = None
+) -> list[Update]:
+    """The adapters with one name for each layer, where there is no doubt that it is one.
+
+    Args:
+        known: layers whose names stay, as those of a subspace.
+    """
+    shapes = [layer_shapes(shapes_of(adapter)) for adapter in adapters]
+    found = shared_prefixes(shapes, layer_shapes(known or {}))
+    return [
+        adapter.under_names(prefixes) if prefixes else adapter
+        for adapter, prefixes in zip(adapters, found)
+    ]
 
 
 def load_adapter(path: str | Path) -> LoRAWeights:
