@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
+
+Found = TypeVar("Found", bound=Hashable)
 
 
 class _Part(NamedTuple):
@@ -25,7 +27,7 @@ class _Part(NamedTuple):
     heads: tuple[str, ...]
 
 
-# No prefix and head of one part make those of another: a name has at most one reading.
+# Of two parts that a name belongs to, the first counts.
 _PARTS = (
     # The decoder: bare, under a head, and in a multimodal model (bare or not, after 4.52 and before).
     _Part(
@@ -35,7 +37,17 @@ _PARTS = (
     # Idefics 3, SmolVLM.
     _Part(("", "model."), ("text_model.layers.", "text_model.embed_tokens")),
     _Part(("", "language_model."), ("lm_head",)),
-    # Towers and what joins them to the decoder; before 4.52 they stood beside it, since then within.
+    # Towers and what joins them to the decoder; before 4.52 they stood beside it, since then within. The
+    # encoder of some has lost the model around it in transformers 5.
+    _Part(
+        (
+            "vision_tower.",
+            "model.vision_tower.",
+            "vision_tower.vision_model.",
+            "model.vision_tower.vision_model.",
+        ),
+        ("encoder.", "embeddings."),
+    ),
     *(
         _Part(("", "model."), (f"{tower}.",))
         for tower in (
@@ -88,7 +100,7 @@ def other_names(name: str) -> Iterator[str]:
                 yield prefix + place.head + place.rest
 
 
-def find_name(name: str, translate: Callable[[str], str | None]) -> str | None:
+def find_name(name: str, translate: Callable[[str], Found | None]) -> Found | None:
     """What ``translate`` gives for a layer under whatever name it knows it.
 
     Args:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.errors import ModelMismatchError, OptionError
 from vllm_vlora.model.updates import AdaptedShape
 
@@ -91,7 +92,8 @@ def find_layers(model: nn.Module, shapes: Mapping[str, AdaptedShape]) -> list[Ad
     """The layers of ``model`` that ``shapes`` names, in its order.
 
     Names may differ by one prefix on either side, as those of a model and of its inner model do
-    ("model.layers.0.q_proj", "layers.0.q_proj").
+    ("model.layers.0.q_proj", "layers.0.q_proj"), or be those that the layers have in another model class
+    (``adapters.module_names``).
 
     Raises:
         ModelMismatchError: a layer is missing, is of another shape or no linear layer, or its name fits
@@ -129,7 +131,11 @@ def find_layers(model: nn.Module, shapes: Mapping[str, AdaptedShape]) -> list[Ad
 
 
 def _match_names(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Name in the subspace -> name in the model, by one change of prefix for all of them."""
+    """Name in the subspace -> name in the model.
+
+    By one change of prefix for all of them; where there is none, each by the names that the layer has in
+    other model classes.
+    """
     fitting, fewest = [], names
     for rename in _renamings(names, modules):
         missing = [name for name in names if rename(name) not in modules]
@@ -138,6 +144,12 @@ def _match_names(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str
         elif len(missing) < len(fewest):
             fewest = missing
     if not fitting:
+        known = {name: name for name in modules}
+        found = {name: find_name(name, known.get) for name in names}
+        missing = [name for name, other in found.items() if other is None]
+        if not missing:
+            return {name: other for name, other in found.items() if other is not None}
+        fewest = min(fewest, missing, key=len)
         raise ModelMismatchError(
             f"the model has no layer {fewest[0]}"
             + (f" ({len(fewest)} of {len(names)} are missing)" if len(fewest) > 1 else "")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
+from vllm_vlora.plugin.held_bases import HeldBases
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.memory import direct_obstacle
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, NF4_BLOCK, PackedMatrix, unpack
@@ -122,8 +123,8 @@ class DirectPath:
                 self._slices.setdefault(part.name, []).append((count, part))
                 count += 1
         self._count = count
-        users = _users(checkpoint, self._task_obstacle)
-        self._joint = {engine_name(module.name) for segment, module in users if segment.is_joint}
+        self._held = HeldBases(engine_name)
+        users = _users(checkpoint, self._task_obstacle, self._held)
         # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
         self._max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
         self._formats = _formats(users)
@@ -205,14 +206,15 @@ class DirectPath:
     def _segment_obstacle(self, segment: Segment, module: str, basis: str) -> str | None:
         """Why the layers, as they were made, cannot take a segment."""
         if segment.is_joint:
-            if basis != self.basis_digest or self._engine_name(module) not in self._joint:
+            if basis != self.basis_digest or self._held.holder(module) is None:
                 return f"{module} has another basis than the engine started with"
-        elif segment.rank > self._max_rank:
+            return self._held.obstacle(module)
+        if segment.rank > self._max_rank:
             return (
                 f"{module} has rank {segment.rank}, more than the private tasks that the engine "
                 "started with"
             )
-        elif not _served_as(segment.format) <= set(self._formats):
+        if not _served_as(segment.format) <= set(self._formats):
             return (
                 f"{module} is {segment.format}, a format that no task had when the engine started"
             )
@@ -240,13 +242,14 @@ class DirectPath:
 
 
 def _users(
-    checkpoint: Checkpoint, obstacle: Callable[[Checkpoint, str], str | None]
+    checkpoint: Checkpoint, obstacle: Callable[[Checkpoint, str], str | None], held: HeldBases
 ) -> list[tuple[Segment, ModuleSpec]]:
-    """The segments of every task that can run direct, with their modules."""
+    """The segments of every task that can run direct, with their modules; ``held`` gets their bases."""
     return [
         (segment, checkpoint.modules[segment.module])
         for task_id, record in checkpoint.tasks.items()
         if obstacle(checkpoint, task_id) is None
+        and held.take(record.segments, checkpoint.modules) is None
         for segment in record.segments
     ]
 
@@ -320,7 +323,7 @@ def _load_bases(path: DirectPath, checkpoint: Checkpoint, packed: bool) -> dict[
     bases: dict[str, Basis] = {}
     for module, basis in checkpoint.bases():
         name = path._engine_name(module)
-        if name not in path._joint or name in path._elsewhere:
+        if not path._held.holds(module) or name in path._elsewhere:
             continue
         (_, layout), *others = path._slices[name]
         assert not others, f"{name} stands in several layers"

@@ -14,32 +14,67 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
+from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.errors import ModelMismatchError
 from vllm_vlora.plugin.experts import expert_stacks, is_fused_moe
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout, View, index_runs
 
 
-def engine_name(manager: Any, name: str) -> str:
-    """An adapters' module name as this model class has it, by vLLM's own rules."""
-    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-    if mapper is not None:
-        rename = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
-        mapper = rename()
-    try:
-        mapped, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)
-    except ValueError as error:
-        raise ModelMismatchError(f"the served model has no module {name} ({error})") from error
-    if manager.is_pooling_model and not _has_module(manager, mapped):
+class EngineNames:
+    """The served model's name of a module, by the adapters' name of it.
+
+    By vLLM's own rules; where these lead to no layer of the model, by the other names that the layer has
+    in other model classes, which vLLM's rules may not know (``adapters.module_names``).
+
+    Args:
+        manager: vLLM's, whose layers are all made when the first name is asked for.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._known: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        """The engine's name; that of no layer where the model has none.
+
+        Raises:
+            ModelMismatchError: vLLM's rules leave the module out.
+        """
+        if name not in self._known:
+            found = find_name(name, self._layer)
+            self._known[name] = self._mapped(name) if found is None else found
+        return self._known[name]
+
+    def _layer(self, name: str) -> str | None:
+        mapped = self._mapped(name)
+        if mapped in self._modules:
+            return mapped
         # Adapters of a bare backbone lack the prefix that vLLM's pooling models have.
         prefixed = f"model.{mapped}"
-        return prefixed if _has_module(manager, prefixed) else mapped
-    return mapped
+        return prefixed if self._manager.is_pooling_model and prefixed in self._modules else None
 
+    def _mapped(self, name: str) -> str:
+        try:
+            mapped, _ = parse_fine_tuned_lora_name(
+                f"base_model.model.{name}.lora_A.weight", self._mapper
+            )
+        except ValueError as error:
+            raise ModelMismatchError(f"the served model has no module {name} ({error})") from error
+        return mapped
 
-def _has_module(manager: Any, name: str) -> bool:
-    packed = manager.packed_modules
-    here = any(name in packed.get(module, [module]) for module in manager.modules)
-    return here or name in manager.elsewhere
+    @functools.cached_property
+    def _mapper(self) -> Any:
+        mapper = getattr(self._manager.model, "hf_to_vllm_mapper", None)
+        if mapper is None:
+            return None
+        rename = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
+        return rename()
+
+    @functools.cached_property
+    def _modules(self) -> set[str]:
+        packed = self._manager.packed_modules
+        here = {part for name in self._manager.modules for part in packed.get(name, [name])}
+        return here.union(self._manager.elsewhere)
 
 
 def read_layouts(manager: Any) -> list[SliceLayout]:

@@ -38,7 +38,7 @@ from vllm_vlora.plugin.experts import (
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_ahead
 from vllm_vlora.plugin.layers import (
-    engine_name,
+    EngineNames,
     read_direct_layouts,
     read_elsewhere,
     read_layouts,
@@ -48,6 +48,7 @@ from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
 from vllm_vlora.plugin.slots import SlotWriter
+from vllm_vlora.wording import some_of
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 logger = init_logger("vllm.plugins.vlora")
@@ -93,7 +94,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         super().__init__(*args, **kwargs)
         self.elsewhere = read_elsewhere(self)
         self._writer: SlotWriter | None = None
-        self._engine_name = functools.cache(functools.partial(engine_name, self))
+        self._engine_name = EngineNames(self)
         self.vlora_store = ResidentStore(
             self.device,
             self._engine_name,
@@ -449,7 +450,9 @@ def _log_direct(manager: TaskLoRAManager, path: DirectPath) -> None:
     """Say which tasks run direct, which do not and why, and what each part takes."""
     tasks = manager.vlora_store.tasks()
     others = [task for task in tasks if task.direct is None]
-    why = f" ({others[0].task_id!r}: {others[0].obstacle})" if others else ""
+    # One task of each reason.
+    reasons = {task.obstacle: task.task_id for task in reversed(others)}
+    why = some_of((f"{task!r}: {why}" for why, task in reversed(reasons.items())), 3)
     logger.info(
         "vllm-vlora: mode %s: %d of %d tasks run direct, up to %d in one batch; %d materialized%s",
         manager.setup.settings.mode,
@@ -457,7 +460,7 @@ def _log_direct(manager: TaskLoRAManager, path: DirectPath) -> None:
         len(tasks),
         path.table.slots,
         len(others),
-        why,
+        f" ({why})" if others else "",
     )
     memory, mib = path.memory(), 2**20
     logger.info(

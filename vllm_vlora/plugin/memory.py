@@ -32,10 +32,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from vllm_vlora.adapters.module_names import layer_shapes, renamed, shared_prefixes
 from vllm_vlora.adapters.peft_config import lora_rank
 from vllm_vlora.checkpoint.card import VLLM_LORA_RANKS, serving_rank
 from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.errors import ModelMismatchError, OptionError
+from vllm_vlora.plugin.held_bases import HeldBases
 from vllm_vlora.plugin.model_layers import (
     LM_HEAD,
     LayerSlice,
@@ -239,7 +241,7 @@ def plan_memory(
     if model is not None:
         model.check_tp(tp)
     fillers = match_modules(checkpoint.modules, model) if model else _own_slices(checkpoint)
-    slices = targeted(model.slices() if model else fillers, target_modules)
+    slices = targeted(model.slices() if model else dict.fromkeys(fillers), target_modules)
     _check_targets(checkpoint, fillers, slices)
     counter = _Counter(
         slot_row=itemsize * sum(sum(item.widths(tp)) for item in slices),
@@ -440,8 +442,10 @@ def _count_tasks(
     checkpoint: Checkpoint, fillers: Sequence[LayerSlice], tp: int, itemsize: int
 ) -> list[_Task]:
     widths = [item.widths(tp) for item in fillers]
+    layers = {module.name: item.name for module, item in zip(checkpoint.modules, fillers)}
+    held = HeldBases(layers.__getitem__)
     return [
-        _count_task(task_id, record, checkpoint.modules, widths, itemsize)
+        _count_task(task_id, record, checkpoint.modules, widths, itemsize, held)
         for task_id, record in checkpoint.tasks.items()
     ]
 
@@ -452,6 +456,7 @@ def _count_task(
     modules: Sequence[ModuleSpec],
     widths: Sequence[tuple[int, int]],
     itemsize: int,
+    held: HeldBases,
 ) -> _Task:
     direct = sources = _FormBytes()
     read = adapter = 0
@@ -481,7 +486,7 @@ def _count_task(
     return _Task(
         task_id=task_id,
         rank=record.max_rank,
-        obstacle=_task_obstacle(record, modules),
+        obstacle=_task_obstacle(record, modules) or held.take(record.segments, modules),
         direct=direct,
         sources=sources,
         shared=frozenset(shared),
@@ -568,7 +573,18 @@ def _dtype_name(dtype: str) -> str:
 
 
 def _own_slices(checkpoint: Checkpoint) -> list[LayerSlice]:
-    return [module_slice(module) for module in checkpoint.modules]
+    """The slice that each module of the checkpoint takes; modules that are one layer take one."""
+    of_tasks = [
+        {checkpoint.modules[segment.module].name for segment in record.segments}
+        for record in checkpoint.tasks.values()
+    ]
+    by_name = layer_shapes({module.name: module for module in checkpoint.modules})
+    prefixes = shared_prefixes([{name: by_name[name] for name in names} for names in of_tasks])
+    shared = {old: new for change in prefixes for new, old in change.items()}
+    return [
+        replace(module_slice(module), name=renamed(module.name, shared))
+        for module in checkpoint.modules
+    ]
 
 
 def _slot_rank(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -599,7 +615,7 @@ def _adapter_rank(record: TaskRecord, segment: Segment, module: ModuleSpec) -> i
     """The original adapter's rank of a module."""
     if record.adapter_config.get("r") is None:
         return segment.rank
-    return lora_rank(record.adapter_config, module.name)
+    return lora_rank(record.adapter_config, record.own_name(module.name))
 
 
 def _check_targets(

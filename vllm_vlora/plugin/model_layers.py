@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.errors import ModelMismatchError, OptionError
 from vllm_vlora.representations.spec import ModuleSpec
 
@@ -222,8 +223,7 @@ def match_modules(modules: Iterable[ModuleSpec], shape: ModelShape) -> list[Laye
     slices = {item.name: item for item in shape.slices()}
     found = []
     for module in modules:
-        # Adapters of a bare backbone lack the prefix.
-        item = slices.get(module.name) or slices.get(f"model.{module.name}")
+        item = find_name(module.name, slices.get)
         if item is None:
             raise ModelMismatchError(
                 f"{shape.source}: no LoRA layer for module {module.name} of the checkpoint; it is "

@@ -80,6 +80,7 @@ class SlotWriter:
         for layout in (*self.layouts, *self.others):
             layouts.setdefault(layout.name, []).append(layout)
         used: set[int] = set()
+        task_ids = list(task_ids)
         for task_id in task_ids:
             record = checkpoint.record(task_id)
             used.update(segment.module for segment in record.segments)
@@ -89,8 +90,11 @@ class SlotWriter:
                     f"allows {self.max_rank}; start vLLM with --max-lora-rank {record.max_rank} or "
                     "the next rank that it offers"
                 )
-        for module in (checkpoint.modules[index] for index in sorted(used)):
-            name = engine_name(module.name)
+        names = {index: engine_name(checkpoint.modules[index].name) for index in sorted(used)}
+        if len(set(names.values())) < len(names):
+            _check_once(checkpoint, task_ids, names)
+        for index, name in names.items():
+            module = checkpoint.modules[index]
             if name in self.elsewhere:
                 continue
             if name not in layouts:
@@ -187,6 +191,21 @@ def _job(region: torch.Tensor, source: SideSource | None, run: Run) -> Materiali
     width = min(run.width, source.matrix.cols - run.source)
     out = region[: source.rank]
     return MaterializeJob(out, source.matrix, source.left, source.scale, run.source, width)
+
+
+def _check_once(checkpoint: Checkpoint, task_ids: Iterable[str], names: dict[int, str]) -> None:
+    """Refuse a task with two modules for one layer, of which only one could be in its slot."""
+    for task_id in task_ids:
+        first: dict[str, str] = {}
+        for segment in checkpoint.record(task_id).segments:
+            module = checkpoint.modules[segment.module].name
+            other = first.setdefault(names[segment.module], module)
+            if other != module:
+                raise ModelMismatchError(
+                    f"{checkpoint.path}: task {task_id!r} adapts the layer {names[segment.module]} of "
+                    f"the served model twice, as {other} and as {module}; make the adapter anew, or "
+                    "leave the task out of the served checkpoint"
+                )
 
 
 def _check_shape(where: str, module: ModuleSpec, layout: SliceLayout) -> None:
