@@ -117,7 +117,7 @@ def _meanings() -> dict[str, dict[str, str]]:
 
 def _plain(markdown: str) -> str:
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
-    return text.replace("*(2)*", "(format 2)")
+    return re.sub(r"\*\((\d)\)\*", r"(format \1)", text)
 
 
 def _limit_extra(extra: dict[str, Any]) -> None:

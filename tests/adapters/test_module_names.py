@@ -184,5 +184,6 @@ def test_an_export_has_the_names_of_its_original(
 
 def test_one_name_is_written_as_ever(tmp_path: Path, adapters: dict[str, Path]) -> None:
     chosen = {task: open_adapter(adapters[task]) for task in ("head", "more")}
-    compress(chosen, tmp_path / "checkpoint", CompressOptions(representation="private"))
+    options = CompressOptions(representation="private", quantize="none", ratio=0.1)
+    compress(chosen, tmp_path / "checkpoint", options)
     assert Checkpoint.open(tmp_path / "checkpoint").config.format_version == 1

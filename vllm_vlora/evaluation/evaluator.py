@@ -572,7 +572,8 @@ def _judge(
     losses_only: bool,
 ) -> TaskFidelity:
     record = checkpoint.record(task)
-    names = {segment.module: checkpoint.modules[segment.module].name for segment in record.segments}
+    # As the original and the export have them.
+    names = {s.module: record.own_name(checkpoint.modules[s.module].name) for s in record.segments}
     errors: dict[str, float | None] = {names[s.module]: s.error for s in record.segments}
     error: float | None = record.error
     if original is not None:
