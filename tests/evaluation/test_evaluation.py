@@ -18,6 +18,7 @@ import torch
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
@@ -249,6 +250,33 @@ def test_an_exactly_stored_task_recovers_everything(world: World, evaluator: Eva
         assert task.error == pytest.approx(0, abs=1e-6)
     assert report.summary.worst == pytest.approx(1, abs=1e-4)
     assert report.below(0.99) == []
+
+
+def test_a_task_that_names_layers_as_another_class_does_is_judged_as_by_hand(
+    world: World, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    """One adapter of the bare backbone beside others of the model with its head."""
+    bare = {}
+    for key, tensor in load_file(world.adapters["chat"] / "adapter_model.safetensors").items():
+        bare[key.replace("model.model.layers.", "model.layers.")] = tensor
+    (tmp_path / "chat").mkdir()
+    save_file(bare, tmp_path / "chat" / "adapter_model.safetensors")
+    config = (world.adapters["chat"] / "adapter_config.json").read_text()
+    (tmp_path / "chat" / "adapter_config.json").write_text(config)
+    adapters = {**world.adapters, "chat": tmp_path / "chat"}
+    opened = {task: open_adapter(folder) for task, folder in adapters.items()}
+    assert all(name.startswith("layers.") for name in opened["chat"].modules)
+    options = CompressOptions(representation="private", max_error=0.0)
+    compress(opened, tmp_path / "ckpt", options)
+    report = evaluate_checkpoint(evaluator, Checkpoint.open(tmp_path / "ckpt"), adapters)
+    for task in report.tasks:
+        loss = mean_nll(
+            *reference(merged(world, world.adapters[task.task_id]), world, task.task_id)
+        )
+        assert task.adapter_loss == pytest.approx(loss, rel=1e-4)
+        assert task.compressed_loss == pytest.approx(loss, rel=1e-4)
+        assert task.error == pytest.approx(0, abs=1e-6)
+        assert list(task.modules) == list(opened[task.task_id].modules)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from vllm_vlora._version import __version__
+from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.checkpoint.export import export_all
 from vllm_vlora.checkpoint.reader import Checkpoint
@@ -39,6 +40,7 @@ from vllm_vlora.evaluation.fidelity import (
     recovered_fraction,
     total_error,
 )
+from vllm_vlora.evaluation.model_names import under_model_names
 from vllm_vlora.evaluation.texts import (
     IGNORED,
     Batch,
@@ -248,7 +250,7 @@ class Evaluator:
         """
         present = dict(self._model.named_modules())
         for name, shape in modules.items():
-            weight = getattr(present.get(name), "weight", None)
+            weight = getattr(find_name(name, present.get), "weight", None)
             if weight is None:
                 raise ModelMismatchError(
                     f"{where}: adapts module {name}, which the model {self.model_name} lacks; "
@@ -329,6 +331,17 @@ class Evaluator:
     @contextmanager
     def _loaded(self, folders: Mapping[str, Path]) -> Iterator[Callable[[str], None]]:
         """Adapters on the model, the first one active; yields the function that makes one active."""
+        layers = [name for name, _ in self._model.named_modules()]
+        with tempfile.TemporaryDirectory(prefix="vllm-vlora-") as scratch:
+            named = {
+                name: under_model_names(folder, layers, Path(scratch) / str(number))
+                for number, (name, folder) in enumerate(folders.items())
+            }
+            with self._on_model(named) as use:
+                yield use
+
+    @contextmanager
+    def _on_model(self, folders: Mapping[str, Path]) -> Iterator[Callable[[str], None]]:
         import peft
 
         saved: dict[str, torch.Tensor] = {}
