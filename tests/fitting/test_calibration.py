@@ -234,6 +234,21 @@ def test_modules_that_were_not_seen_are_measured_by_frobenius(gathered: Calibrat
     assert gathered.metric("model.embed_tokens") is FROBENIUS
 
 
+@pytest.mark.parametrize("prefix", ["", "language_model.model.", "model.language_model."])
+def test_adapters_of_another_class_of_the_model_are_measured_alike(
+    gathered: Calibration, prefix: str
+) -> None:
+    name = f"{LAYER}.mlp.up_proj"
+    other = name.replace("model.", prefix, 1)
+    assert gathered.covers(other)
+    assert gathered.metric(other).input is gathered.metric(name).input
+    assert gathered.weight(other) == gathered.weight(name)
+    assert gathered.input_moment(other) is gathered.input_moment(name)
+    assert gathered.output_moment(other) is gathered.output_moment(name)
+    with pytest.raises(DataError, match=r"up_proj is 64 -> 128 "):
+        gathered.check_shapes([(other, 64, 128)])
+
+
 def test_modules_with_one_input_share_its_root(gathered: Calibration) -> None:
     q, v = (gathered.metric(f"{LAYER}.self_attn.{x}_proj") for x in "qv")
     assert q.input is v.input

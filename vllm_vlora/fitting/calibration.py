@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 
 from vllm_vlora._version import __version__
+from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.errors import DataError
 from vllm_vlora.fitting.moments import FullMoment, LowRankMoment, Moment
@@ -203,8 +204,18 @@ class Calibration:
         return self._moments
 
     def covers(self, name: str) -> bool:
-        """Whether the module ``name`` (as in our checkpoints) was seen."""
-        return name in self._modules
+        """Whether the module ``name`` (as in our checkpoints, or in another model class) was seen."""
+        return self._seen(name) is not None
+
+    def _seen(self, name: str) -> ModuleRecord | None:
+        found = find_name(name, lambda known: known if known in self._modules else None)
+        return None if found is None else self._modules[found]
+
+    def _record(self, name: str) -> ModuleRecord:
+        found = self._seen(name)
+        if found is None:
+            raise KeyError(name)
+        return found
 
     def metric(self, name: str) -> Metric:
         """How errors of the module's delta_W are measured; FROBENIUS for a module not seen.
@@ -212,7 +223,7 @@ class Calibration:
         Moments are scaled to mean one, so metrics of different modules do not compare; ``weight``
         is what was divided out.
         """
-        module = self._modules.get(name)
+        module = self._seen(name)
         if module is None:
             return FROBENIUS
         output = None if module.output is None else self._whitening(module.output)
@@ -227,7 +238,7 @@ class Calibration:
         Raises:
             KeyError: the module was not seen.
         """
-        module = self._modules[name]
+        module = self._record(name)
         output = 1.0 if module.output is None else self._mean(module.output)
         return self._mean(module.input) * output
 
@@ -237,7 +248,7 @@ class Calibration:
         Raises:
             KeyError: the module was not seen.
         """
-        return self._moments[self._modules[name].input]
+        return self._moments[self._record(name).input]
 
     def output_moment(self, name: str) -> Moment | None:
         """E[g g^T] at the module's outputs; None where no gradients were gathered.
@@ -245,7 +256,7 @@ class Calibration:
         Raises:
             KeyError: the module was not seen.
         """
-        output = self._modules[name].output
+        output = self._record(name).output
         return None if output is None else self._moments[output]
 
     def check_shapes(self, shapes: Iterable[tuple[str, int, int]]) -> None:
@@ -255,7 +266,7 @@ class Calibration:
             DataError: a module that was seen has another shape: this is another model's calibration.
         """
         for name, d_in, d_out in shapes:
-            module = self._modules.get(name)
+            module = self._seen(name)
             if module is not None and (module.d_in, module.d_out) != (d_in, d_out):
                 raise DataError(
                     f"module {name} is {d_in} -> {d_out} in the adapters, {module.d_in} -> "
