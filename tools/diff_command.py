@@ -14,7 +14,7 @@ from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, reported
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_vlora.merging.analysis import Update
+    from vllm_vlora.subspace.weights import Update
 
 
 def diff(

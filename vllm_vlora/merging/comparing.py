@@ -9,7 +9,6 @@ from typing import Any
 from vllm_vlora.adapters.collection import Progress
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.merging.analysis import (
-    Update,
     adapter_diff,
     compute_similarity_matrix,
     effective_rank,
@@ -20,6 +19,7 @@ from vllm_vlora.merging.analysis import (
     update_norm,
 )
 from vllm_vlora.merging.spectra import ModuleFidelity, Spectrum, SpectrumCollector
+from vllm_vlora.subspace.weights import Update
 
 
 def analyze_adapters(

@@ -19,8 +19,9 @@ from vllm_vlora.representations.factors import ReadFactors, ScaledFactors, squar
 from vllm_vlora.representations.joint import split_core
 from vllm_vlora.subspace.algebra import gram_schmidt, select_num_components
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
-from vllm_vlora.subspace.members import LayerShape, Member
+from vllm_vlora.subspace.members import Member
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
+from vllm_vlora.subspace.weights import LayerShape
 
 _OVERSAMPLE = 8
 # In memory, ranks together up to this many are fitted exactly; beyond it the randomised method, whose

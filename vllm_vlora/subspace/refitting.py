@@ -25,7 +25,6 @@ from vllm_vlora.subspace.layers import FlatLayer, Layer, Loadings
 from vllm_vlora.subspace.members import (
     MISSING,
     AnyAdapter,
-    LayerShape,
     Member,
     as_member,
     named_alike,
@@ -33,6 +32,7 @@ from vllm_vlora.subspace.members import (
 )
 from vllm_vlora.subspace.state import SubspaceState
 from vllm_vlora.subspace.tasks import TaskProjection, with_loadings
+from vllm_vlora.subspace.weights import LayerShape
 
 if TYPE_CHECKING:
     from typing import Self
