@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_forks import run
-from renamed_world import TASKS, World, backbone_world, combine, exact, multimodal_world
+from renamed_world import TASKS, World, backbone_world, combine, exact, generation_world
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 
@@ -47,7 +47,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module", params=[multimodal_world, backbone_world])
+@pytest.fixture(scope="module", params=[generation_world, backbone_world])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     world: World = request.param(tmp_path_factory.mktemp("renamed"))
     answers = list(world.reference.values())
@@ -71,6 +71,7 @@ def _serve(
     }
     _, output = run(SCRIPT, json.dumps(job), VLLM_VLORA_CHECKPOINT=str(start))
     lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    Path("/tmp/wtn/engine.out").open("a").write(output)
     assert lines, output[-20_000:]
     answers = json.loads(lines[-1].removeprefix("RESULT "))
     return {key: torch.tensor(answer) for key, answer in zip(requests, answers)}, output

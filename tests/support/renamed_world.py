@@ -37,67 +37,8 @@ class Names:
     old: str
 
 
-MULTIMODAL = Names("model.language_model.layers.", "language_model.model.layers.")
+GENERATION = Names("model.layers.", "model.language_model.layers.")
 BACKBONE = Names("layers.", "model.layers.")
-
-
-def make_multimodal(folder: Path) -> Path:
-    """A two-layer LLaVA with its processor, in a checkpoint that vLLM loads."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-
-    text = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-        projection_dim=32,
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, image_token_id=255)
-    )
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(3)
-    model.save_pretrained(folder)
-    words = {f"w{i}": i for i in range(255)} | {"<image>": 255}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token="w0",
-            unk_token="w1",
-            additional_special_tokens=["<image>"],
-        ),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-    )
-    processor.save_pretrained(folder)
-    return folder
 
 
 @dataclass(frozen=True)
@@ -111,21 +52,24 @@ class World:
     reference: Mapping[str, torch.Tensor]
 
 
-def multimodal_world(root: Path) -> World:
-    """A LLaVA; numbers are the log-probabilities of the prompt's tokens but the first."""
-    from transformers import LlavaForConditionalGeneration
+def generation_world(root: Path) -> World:
+    """A Llama, with adapters of it and of a multimodal model whose text it could be.
 
-    model = make_multimodal(root / "model")
+    Numbers are the log-probabilities of the prompt's tokens but the first.
+    """
+    from transformers import LlamaForCausalLM
+
+    model = make_model(root / "model")
 
     def measure(adapted: Any) -> torch.Tensor:
         logits = adapted(input_ids=torch.tensor([PROMPT])).logits[0, :-1]
         return logits.log_softmax(-1).gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
 
-    return _world(root, model, MULTIMODAL, LlavaForConditionalGeneration, measure)
+    return _world(root, model, GENERATION, LlamaForCausalLM, measure)
 
 
 def backbone_world(root: Path) -> World:
-    """A bare Llama; numbers are the normalised last hidden state."""
+    """A bare Llama served as a pooling model; numbers are the normalised last hidden state."""
     from transformers import LlamaModel
 
     model = make_model(root / "model")
@@ -143,9 +87,7 @@ def _world(root: Path, model: Path, names: Names, kind: Any, measure: Any) -> Wo
     adapters, reference = {}, {}
     for seed, (task, targets) in enumerate(TASKS.items()):
         torch.manual_seed(100 + seed)
-        config = LoraConfig(
-            r=4, lora_alpha=8, target_modules=targets, exclude_modules=".*vision_tower.*"
-        )
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
         adapted = get_peft_model(kind.from_pretrained(model), config)
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
@@ -178,7 +120,7 @@ def exact(world: World, *tasks: str) -> Path:
         if chosen:
             options: dict[str, Any] = {"ratio": 0.1}
             if kind == "joint":
-                options = {"num_components": 8}
+                options = {"num_components": 4 * len(chosen)}
             folder = world.root / f"{kind} of {' '.join(tasks)}"
             compress(
                 chosen, folder, CompressOptions(representation=kind, quantize="none", **options)
