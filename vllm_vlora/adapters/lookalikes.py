@@ -57,6 +57,7 @@ _IN_FOLDERS: tuple[tuple[str, str], ...] = (
         f"only adapter_model.pt, no adapter_model.safetensors; a .pt file is {_PICKLE}",
     ),
     ("pytorch_lora_weights.safetensors", _DIFFUSERS),
+    ("snapshots/*", "a repository in the Hub's cache; name one of its folders in snapshots"),
     ("adapters.safetensors", _MLX),
     ("adapters.npz", _NPZ),
     ("*.nemo", _NEMO),
