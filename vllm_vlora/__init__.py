@@ -93,8 +93,7 @@ _NAMES = {
     "merging.analysis": (
         "adapter_diff",
         "compute_similarity_matrix",
-        "find_adapters",
-    "find_clusters",
+        "find_clusters",
         "find_outliers",
         "subspace_coverage",
     ),
@@ -160,6 +159,7 @@ __all__ = [
     "export_all",
     "export_task",
     "extract_adapter",
+    "find_adapters",
     "find_clusters",
     "find_outliers",
     "gram_schmidt",

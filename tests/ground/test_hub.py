@@ -170,8 +170,9 @@ def test_a_linked_folder_keeps_the_name_the_user_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "ref",
-    ["nothing", "/no/such/folder", "./org/x", "a//b", "here/b/c", "a/.b/c", "", "a b/c", "~nobody-here/x", "x" * 5000],
-)
+    ["nothing", "/no/such/folder", "./org/x", "a//b", "here/b/c", "a/.b/c", "", "a b/c",
+     "~nobody-here/x", "x" * 5000],
+)  # fmt: skip
 def test_what_is_neither_folder_nor_id_never_reaches_the_hub(
     ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,9 +18,7 @@ from vllm_vlora.adapters.peft_config import CONFIG_FILE
 from vllm_vlora.snapshots import cached_snapshot, ref_name
 
 _MOST_LEVELS = 6
-_CHECKPOINT = re.compile(
-    r"(?:checkpoint|ckpt|step|epoch|iter)[-_]?0*(?P<number>\d+)", re.IGNORECASE
-)
+_CHECKPOINT = re.compile(r"checkpoint[-_]?(?P<number>\d+)", re.IGNORECASE)
 # Names that say what a folder holds and nothing of the task.
 _GENERIC = frozenset({
     "adapter", "adapters", "adapter_model", "lora", "lora_adapter", "lora_model", "peft", "default",
@@ -106,10 +104,13 @@ def _walk(folder: Path, search: _Search, level: int) -> None:
     for child in kept:
         _walk(child, search, level + 1)
     search.passed_over |= others
-    search.passed_over |= {file: describe_file(file) for file in _lookalikes(folder)}
-    if level and search.count == before:
-        said = describe_folder(folder) or (f"no {CONFIG_FILE} in it" if level == 1 else None)
-        search.passed_over |= {folder: said} if said else {}
+    said = describe_folder(folder) if level and search.count == before else None
+    if said is None:
+        search.passed_over |= {file: describe_file(file) for file in _lookalikes(folder)}
+    if said is None and level == 1 and search.count == before:
+        said = f"no {CONFIG_FILE} in it"
+    if said is not None:
+        search.passed_over[folder] = said
 
 
 def _name_inner(adapter: Path, search: _Search) -> None:
