@@ -122,13 +122,13 @@ def test_what_training_wrapped_around_a_name_is_taken_off(
         assert torch.equal(logits(exported), logits(plain))
 
 
-def test_the_base_models_copy_of_a_saved_module_is_not_the_adapters(
-    plain: Path, tmp_path: Path
-) -> None:
+def test_tensors_beside_a_saved_module_keep_names_of_their_own(plain: Path, tmp_path: Path) -> None:
+    """Of a resized vocabulary PEFT writes the base model's copy, and the trained one a second time."""
     folder = renamed(plain, tmp_path / "state", named("default"))
-    tensors = load_file(folder / WEIGHTS)
-    save_file(tensors | {f"{HEAD}.original_module.weight": torch.ones(3, 16)}, folder / WEIGHTS)
-    assert open_adapter(folder).extra == open_adapter(plain).extra
+    more = {f"{HEAD}.{name}.weight" for name in ("original_module", "modules_to_save")}
+    tensors = load_file(folder / WEIGHTS) | {name: torch.ones(3, 16) for name in more}
+    save_file(tensors, folder / WEIGHTS)
+    assert open_adapter(folder).extra.keys() == open_adapter(plain).extra.keys() | more
 
 
 def refused(folder: Path, *said: str) -> None:

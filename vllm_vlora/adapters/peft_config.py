@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from vllm_vlora.errors import AdapterError
 from vllm_vlora.wording import some_of
 
 CONFIG_FILE = "adapter_config.json"
+
+GATHER = (
+    "sharded training (DeepSpeed ZeRO-3, FSDP) must gather the weights before it saves them: set "
+    "stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on its checkpoint, and save again"
+)
+"""What to do about tensors that sharded training left empty."""
 
 _LORA_BIAS_KEY = re.compile(r".+\.lora_B(?:\.default)?\.bias")
 _LORA_LIKE_KEY = re.compile(r"(^|.*\.)lora[_.].*")
@@ -86,6 +92,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: holds no JSON object; copy the adapter again")
     return config
+
+
+def check_extra_shape(name: str, shape: Sequence[int], where: str) -> None:
+    """Refuse a tensor without elements: what a rank of a sharded training holds of another's."""
+    if 0 in shape:
+        raise AdapterError(f"{where}: tensor {name!r} is empty, shape {list(shape)}; {GATHER}")
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -244,14 +256,14 @@ def check_extra_key(key: str, config: Mapping[str, Any], where: str) -> None:
             "convert the adapter to PEFT's names (lora_A, lora_B)"
         )
     bias = config.get("bias") or "none"
-    if bias != "none" and key.endswith(".bias") and not _is_saved_module(key, config):
+    if bias != "none" and key.endswith(".bias") and not is_saved_module(key, config):
         raise AdapterError(
             f"{where}: bias={bias!r} and tensor {key!r}: trained biases of the base model are not "
             "supported; train with bias='none'"
         )
 
 
-def _is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
+def is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor lies in one of ``modules_to_save`` or in a head of the task type."""
     heads = [*saved_modules(config), *_TASK_HEADS.get(str(config.get("task_type")), ())]
     return any(_lies_in(key, head) for head in heads)

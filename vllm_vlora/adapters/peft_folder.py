@@ -18,8 +18,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import torch
@@ -29,12 +31,15 @@ from vllm_vlora.adapters.lookalikes import describe_file
 from vllm_vlora.adapters.mlx_folder import MLX_WEIGHTS, as_peft, is_mlx
 from vllm_vlora.adapters.peft_config import (
     CONFIG_FILE,
+    GATHER,
     check_config,
     check_extra_key,
+    check_extra_shape,
     check_saved_modules,
     config_warnings,
     lora_rank,
     lora_scale,
+    rank_options,
     read_config,
 )
 from vllm_vlora.adapters.peft_targets import selects
@@ -139,7 +144,7 @@ class Adapter:
     modules: dict[str, LoRAModule]
     extra: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     warnings: tuple[str, ...]
-    _factors: dict[str, tuple[StoredTensor, StoredTensor]] = field(repr=False)
+    _keys: dict[str, tuple[StoredTensor, StoredTensor]] = field(repr=False)
     _whole: dict[str, StoredTensor] = field(repr=False)
 
     @property
@@ -161,7 +166,7 @@ class Adapter:
             KeyError: the adapter has no such module.
             AdapterError: a value is NaN or infinite, or the file changed since it was opened.
         """
-        a, b = self._factors[name]
+        a, b = self._keys[name]
         with WeightsReader(str(self.path)) as weights:
             return weights.read(a), weights.read(b)
 
@@ -171,7 +176,7 @@ class Adapter:
         Raises:
             KeyError, AdapterError: as :meth:`factors`.
         """
-        chosen = {name: self._factors[name] for name in (self.modules if names is None else names)}
+        chosen = {name: self._keys[name] for name in (self.modules if names is None else names)}
         with WeightsReader(str(self.path)) as weights:
             for name, (a, b) in chosen.items():
                 yield name, (weights.read(a), weights.read(b))
@@ -218,7 +223,7 @@ def open_adapter(ref: str | Path) -> Adapter:
         modules=modules,
         extra={key: _describe_extra(whole[key], where) for key in sorted(whole)},
         warnings=tuple(warnings),
-        _factors={name: (pairs[name].sides["A"], pairs[name].sides["B"]) for name in modules},
+        _keys={name: (pairs[name].sides["A"], pairs[name].sides["B"]) for name in modules},
         _whole={key: whole[key] for key in sorted(whole)},
     )
 
@@ -262,6 +267,47 @@ def check_targets(
             f"{some_of(left_out)}, for which there are LoRA tensors: PEFT would leave them out and "
             "vLLM apply them; name them there, or remove the tensors"
         )
+
+
+@contextmanager
+def as_peft_folder(adapter: Adapter) -> Iterator[Path]:
+    """A folder from which PEFT reads the adapter as it was read here: its own, or a copy for now.
+
+    PEFT passes over tensors of other names with a warning, and would run the base model.
+    """
+    if _is_as_peft_writes(adapter):
+        yield adapter.path
+        return
+    modules = adapter.modules
+    options = rank_options({n: (m.rank, m.scale * m.rank) for n, m in modules.items()})
+    selected = {
+        "target_modules": sorted(modules),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+    with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
+        yield write_adapter(
+            Path(scratch) / "adapter",
+            {**adapter.config, **options, **selected, "exclude_modules": None},
+            adapter.iter_factors(),
+            {name: module.kind for name, module in modules.items()},
+            adapter.extra_tensors(),
+        )
+
+
+def _is_as_peft_writes(adapter: Adapter) -> bool:
+    """Whether the files and the names in them are those that ``write_adapter`` would write."""
+    try:
+        json.loads((adapter.path / CONFIG_FILE).read_text(encoding="utf-8"))
+    # In another encoding than PEFT reads.
+    except ValueError:
+        return False
+    stored = dict(adapter._whole)
+    for name, module in adapter.modules.items():
+        stored |= zip(_module_keys(name, module.kind), adapter._keys[name], strict=True)
+    return all(
+        tensor.key == key and tensor.file.name == WEIGHTS_FILE for key, tensor in stored.items()
+    )
 
 
 def write_adapter(
@@ -336,10 +382,7 @@ def sort_tensors(
         name = parse_lora(key)
         if name is None:
             check_extra_key(key, config, where)
-            parsed = parse_whole(key)
-            if parsed is None:
-                continue
-            key, adapter = parsed
+            key, adapter = parse_whole(key)
             if key in whole:
                 raise _twice(whole[key].key, stored.key, where)
             whole[key] = stored
@@ -416,10 +459,7 @@ def _check_shapes(
     if len(shape_a) > 2 or len(shape_b) > 2:
         raise AdapterError(f"{where}: {shown}; LoRA on convolutions is not supported")
     if len(shape_a) < 2 or len(shape_b) < 2 or 0 in shape_a or 0 in shape_b:
-        raise AdapterError(
-            f"{where}: {shown}, not two matrices; sharded training must gather the weights "
-            "before it saves them"
-        )
+        raise AdapterError(f"{where}: {shown}, not two matrices; {GATHER}")
     if shape_a[0] != shape_b[1]:
         raise AdapterError(f"{where}: {shown}, whose ranks differ; save the adapter again")
     if shape_a[0] != lora_rank(config, name):
@@ -435,11 +475,7 @@ def _describe_extra(stored: StoredTensor, where: str) -> tuple[torch.dtype, tupl
         raise AdapterError(
             f"{where}: tensor {stored.key!r} has the unsupported dtype {stored.dtype}"
         )
-    if 0 in stored.shape:
-        raise AdapterError(
-            f"{where}: tensor {stored.key!r} has shape {list(stored.shape)}, so nothing of it was "
-            "saved; under DeepSpeed ZeRO-3 or FSDP gather the weights before they are saved"
-        )
+    check_extra_shape(stored.key, stored.shape, where)
     return dtype, stored.shape
 
 

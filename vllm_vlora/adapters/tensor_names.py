@@ -9,8 +9,7 @@ in its names, which means nothing to the model and which neither PEFT nor vLLM f
   transformers calls a part of its own just below the top ``module``.)
 - the adapter's name: ``lora_A.default.weight``, ``score.modules_to_save.default.weight``.
 
-Without these every name has exactly one meaning. ``original_module`` holds the base model's weights of a
-module that was trained whole, which an active adapter does not use.
+Without these every name has exactly one meaning.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ _LORA = re.compile(
     r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.weight)?"
 )
 _SAVED = re.compile(r"\.modules_to_save\.(?P<adapter>[^.]+)(?=\.)")
-_ORIGINAL = re.compile(r"\.original_module(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,8 @@ def parse_lora(key: str) -> LoRAName | None:
     )
 
 
-def parse_whole(key: str) -> tuple[str, str | None] | None:
-    """PEFT's name of a tensor saved whole, and the adapter's name where the key has it.
-
-    None for the base model's own copy of a module that the adapter brings.
-    """
-    if _ORIGINAL.search(key):
-        return None
+def parse_whole(key: str) -> tuple[str, str | None]:
+    """PEFT's name of a tensor that is not LoRA, and the adapter's name where the key has it."""
     saved = _SAVED.search(key)
     return PREFIX + _unwrap(_SAVED.sub("", key)), saved and saved["adapter"]
 

@@ -196,7 +196,7 @@ def _export(
     original = checkpoint.record(task_id).adapter_config
     kinds = {module.name: module.kind for module in checkpoint.modules}
     if changes.alpha is None and _kept_as_it_was(task, original):
-        config, scale = _selecting(original, task, kinds), None
+        config, scale = _selecting(original, {name: kinds[name] for name in task.modules}), None
     else:
         rank = _common_rank(task)
         scale = _common_scale(task) if changes.alpha is None else changes.alpha / rank
@@ -228,22 +228,20 @@ def _kept_as_it_was(task: StoredTask, config: Mapping[str, Any]) -> bool:
         return False
 
 
-def _selecting(
-    config: dict[str, Any], task: StoredTask, kinds: Mapping[str, str]
-) -> dict[str, Any]:
-    """The config, with targets that select the task's modules where its own may not."""
+def _selecting(config: dict[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+    """The config, with targets that select these modules (name -> kind) where its own may not."""
     try:
-        selected = all(selects(config, name, kinds[name]) for name in task.modules)
+        selected = all(selects(config, name, kind) for name, kind in modules.items())
     # A config whose targets are no list and no pattern selects nothing.
     except ValueError:
         selected = False
-    return config if selected else {**config, **_full_targets(task)}
+    return config if selected else {**config, **_full_targets(modules)}
 
 
-def _full_targets(task: StoredTask) -> dict[str, Any]:
-    """Options that select exactly the task's modules."""
+def _full_targets(modules: Iterable[str]) -> dict[str, Any]:
+    """Options that select exactly these modules."""
     return {
-        "target_modules": sorted(task.modules),
+        "target_modules": sorted(modules),
         # Full names select the modules; these would select among them a second time.
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -301,7 +299,7 @@ def _new_config(
         init_lora_weights=True,
         eva_config=None,
         lora_ga_config=None,
-        **_full_targets(task),
+        **_full_targets(pairs),
     )
     if not config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = base_model
