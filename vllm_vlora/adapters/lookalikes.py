@@ -50,11 +50,11 @@ _IN_FOLDERS: tuple[tuple[str, str], ...] = (
     ("share_config.json", _FOREIGN),
     (
         "adapter_model.bin",
-        f"only adapter_model.bin, no adapter_model.safetensors; a .bin file is {_PICKLE}",
+        f"only adapter_model.bin; a .bin file is {_PICKLE}",
     ),
     (
         "adapter_model.pt",
-        f"only adapter_model.pt, no adapter_model.safetensors; a .pt file is {_PICKLE}",
+        f"only adapter_model.pt; a .pt file is {_PICKLE}",
     ),
     ("pytorch_lora_weights.safetensors", _DIFFUSERS),
     ("snapshots/*", "a repository in the Hub's cache; name one of its folders in snapshots"),

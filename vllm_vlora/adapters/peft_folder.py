@@ -379,19 +379,19 @@ def sort_tensors(
     whole: dict[str, StoredTensor] = {}
     adapters: Counter[str] = Counter()
     for key, stored in header.items():
-        name = parse_lora(key)
-        if name is None:
+        lora = parse_lora(key)
+        if lora is None:
             check_extra_key(key, config, where)
-            key, adapter = parse_whole(key)
-            if key in whole:
-                raise _twice(whole[key].key, stored.key, where)
-            whole[key] = stored
+            plain, adapter = parse_whole(key)
+            if plain in whole:
+                raise _twice(whole[plain].key, stored.key, where)
+            whole[plain] = stored
         else:
-            adapter = name.adapter
-            pair = pairs.setdefault(name.module, LoRAPair(name.kind, name.trained, {}))
-            if pair.kind != name.kind or name.side in pair.sides:
+            adapter = lora.adapter
+            pair = pairs.setdefault(lora.module, LoRAPair(lora.kind, lora.trained, {}))
+            if pair.kind != lora.kind or lora.side in pair.sides:
                 raise _twice(next(iter(pair.sides.values())).key, stored.key, where)
-            pair.sides[name.side] = stored
+            pair.sides[lora.side] = stored
         if adapter is not None:
             adapters[adapter] += 1
     if len(adapters) > 1:
@@ -399,6 +399,11 @@ def sort_tensors(
             f"{where}: holds the adapters {some_of(map(repr, adapters))} at once; save each into a "
             "folder of its own with PEFT's save_pretrained"
         )
+    _check_whole_pairs(pairs, where)
+    return pairs, whole
+
+
+def _check_whole_pairs(pairs: Mapping[str, LoRAPair], where: str) -> None:
     for name, pair in pairs.items():
         for side, other in (("A", "B"), ("B", "A")):
             if side not in pair.sides:
@@ -406,7 +411,6 @@ def sort_tensors(
                     f"{where}: module {name!r} has lora_{other} but no lora_{side}; "
                     "the file is incomplete, save the adapter again"
                 )
-    return pairs, whole
 
 
 def _twice(first: str, second: str, where: str) -> AdapterError:
