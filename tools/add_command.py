@@ -127,7 +127,7 @@ def add(
     """
     with reported(verbose):
         from vllm_vlora.editing.options import AddOptions
-        from vllm_vlora.tools.inputs import collect_shown
+        from vllm_vlora.tools.inputs import Inputs, collect_shown
 
         _check_rebuild(rebuild, originals, expand)
         options = AddOptions(
@@ -141,17 +141,19 @@ def add(
             adapters, name = None, [f"{task_id}={_only(adapters, name)}"]
         messages = open_console(stderr=True)
         # A rebuild may also come without new adapters, after some were removed.
-        collected = (
+        inputs = (
             collect_shown(adapters or [], name or [], messages)
             if adapters or name or not rebuild
-            else {}
+            else Inputs({}, {}, {})
         )
+        collected = inputs.adapters
         target = _Target(checkpoint, output, force)
         if rebuild:
             assert originals is not None
             rebuilt, before = _rebuild(target, collected, originals, options, replace)
             print_result(
-                _rebuilt_json(rebuilt, before, list(collected), target.name),
+                _rebuilt_json(rebuilt, before, list(collected), target.name)
+                | {"left_out": inputs.left_out},
                 lambda console, _: _print_rebuilt(console, rebuilt, before, target.name),
                 as_json,
             )
@@ -170,7 +172,7 @@ def add(
                 progress=advance,
             )
         print_result(
-            _added_json(report, target.name),
+            _added_json(report, target.name) | {"left_out": inputs.left_out},
             lambda console, _: _print_added(console, report, target.name),
             as_json,
         )

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_vlora.tools.common_options import Plot, adapters_argument, names_option
-from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
+from vllm_vlora.tools.terminal import (
+    AsJson,
+    Verbose,
+    open_console,
+    print_result,
+    progress_bar,
+    reported,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,15 +55,15 @@ def analyze(
     """
     with reported(verbose):
         from vllm_vlora.merging.comparing import analyze_adapters
-        from vllm_vlora.tools.inputs import collect, expand
+        from vllm_vlora.tools.inputs import collect_shown
         from vllm_vlora.tools.task_plots import check_plot_path
 
         if plot is not None:
             check_plot_path(plot)
-        refs = [found for ref in adapters for found in expand(ref)]
-        opened = collect(refs, name or [])
+        inputs = collect_shown(adapters, name or [], open_console(stderr=True))
         with progress_bar() as advance:
-            data, spectra = analyze_adapters(opened, threshold, advance)
+            data, spectra = analyze_adapters(inputs.adapters, threshold, advance)
+        data["left_out"] = inputs.left_out
         if plot is not None:
             _plot(plot, data, spectra)
             data["plot"] = str(plot)

@@ -203,18 +203,20 @@ def compress(flags: CompressFlags) -> None:
         options = _options(flags)
         messages = open_console(stderr=True)
         _check_unused(flags)
-        collected = collect_shown(flags.adapters or [], flags.name or [], messages)
+        inputs = collect_shown(flags.adapters or [], flags.name or [], messages)
+        collected = inputs.adapters
         if flags.calibration is not None:
             options = _calibrated(options, flags.calibration, flags.base, collected, messages)
         if flags.plan:
             points = _predict(collected, options, messages)
+            points["left_out"] = inputs.left_out
             print_result(points, show.print_curve, flags.as_json)
             return
         assert flags.output is not None
         report = _compress(collected, flags.output, options, flags, messages)
         show.print_warnings(messages, report.warnings)
         print_result(
-            _as_data(report, flags.output),
+            _as_data(report, flags.output) | {"left_out": inputs.left_out},
             lambda console, data: _print(
                 console, data, report, by_size=flags.max_error is not None
             ),
@@ -316,6 +318,7 @@ def _as_data(report: CompressReport, output: Path) -> dict[str, Any]:
     data = show.summarize(Checkpoint.open(output), str(output))
     data["candidates"] = [_candidate(candidate) for candidate in report.candidates]
     data["seconds"] = report.seconds
+    data["warnings"] = report.warnings
     data["raised"], data["kept"] = report.raised, report.kept
     if report.calibrated:
         data["seen_errors"] = {task.task_id: task.seen_error for task in report.tasks}

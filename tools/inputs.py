@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import AdapterError, TaskIdError
+from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from vllm_vlora.adapters.peft_folder import Adapter
 
-_ADAPTER_CONFIG = "adapter_config.json"
-
-
-def expand(ref: str) -> list[str]:
-    """The adapters that one argument stands for: itself, or the sub-folders of a collection.
-
-    A folder is a collection when it has no ``adapter_config.json`` and some sub-folder has one;
-    sub-folders without one are left out.
-    """
-    path = Path(ref).expanduser()
-    if not path.is_dir() or (path / _ADAPTER_CONFIG).exists():
-        return [ref]
-    children = sorted(child for child in path.iterdir() if (child / _ADAPTER_CONFIG).is_file())
-    return [str(child) for child in children] or [ref]
+_MOST_SHOWN = 20
 
 
 def parse_name(text: str) -> tuple[str, str]:
@@ -42,16 +31,34 @@ def parse_name(text: str) -> tuple[str, str]:
     return task_id, path
 
 
-def collect(refs: Iterable[str], names: Iterable[str]) -> dict[str, Adapter]:
+@dataclass(frozen=True)
+class Inputs:
+    """What a command line names.
+
+    Attributes:
+        adapters: task id -> opened adapter, in the order given.
+        folders: a folder of adapters that was given -> how many were found in it.
+        passed_over: folder or file in such a folder -> why it is not among them.
+    """
+
+    adapters: dict[str, Adapter]
+    folders: dict[str, int]
+    passed_over: dict[str, str]
+
+    @property
+    def left_out(self) -> list[dict[str, str]]:
+        """``passed_over`` as ``--json`` prints it."""
+        return [{"path": path, "why": why} for path, why in self.passed_over.items()]
+
+
+def collect(refs: Iterable[str], names: Iterable[str]) -> Inputs:
     """Open every adapter and give each a task id.
 
     Args:
-        refs: adapters, already expanded; the task id is the folder's or repository's name.
-        names: ``ID=PATH``. A path that is also among ``refs`` gets the id instead of its own name,
-            any other is one more adapter.
-
-    Returns:
-        Task id -> opened adapter, in the order given.
+        refs: adapters, and folders that hold some; the task id is the folder's or repository's name, or
+            the part of the path that tells the adapters of a folder apart.
+        names: ``ID=PATH``. A path that is also among ``refs`` or in a folder of theirs gets the id
+            instead of its own name, any other is one more adapter.
 
     Raises:
         AdapterError: an adapter cannot be opened.
@@ -60,29 +67,49 @@ def collect(refs: Iterable[str], names: Iterable[str]) -> dict[str, Adapter]:
     from vllm_vlora.adapters.peft_folder import open_adapter
     from vllm_vlora.task_ids import validate_task_id
 
+    found = Inputs({}, {}, {})
     named: dict[str, list[str]] = {}
     paths: dict[str, str] = {}
     for task_id, path in map(parse_name, names):
         named.setdefault(_identity(path), []).append(task_id)
         paths[_identity(path)] = path
-    chosen: list[tuple[str, str | None]] = []
-    for ref in refs:
-        ids = named.pop(_identity(ref), None)
-        chosen += [(ref, task_id) for task_id in ids] if ids else [(ref, None)]
-    chosen += [(paths[key], task_id) for key, ids in named.items() for task_id in ids]
+    chosen: list[tuple[str, str | None, str | None]] = []
+    for place, own in (pair for ref in refs for pair in _expand(ref, found)):
+        ids = named.pop(_identity(place), None)
+        chosen += [(place, own, task_id) for task_id in ids] if ids else [(place, own, None)]
+    chosen += [(paths[key], None, task_id) for key, ids in named.items() for task_id in ids]
 
-    adapters: dict[str, Adapter] = {}
     refs_by_id: dict[str, str] = {}
-    for ref, given in chosen:
-        adapter = open_adapter(ref)
+    for ref, own, given in chosen:
+        opened = open_adapter(ref)
+        adapter = opened if own is None else replace(opened, name=own)
         task_id = validate_task_id(adapter.name if given is None else given)
-        if task_id in adapters:
+        if task_id in found.adapters:
             raise _collision(task_id, refs_by_id[task_id], ref)
-        adapters[task_id] = adapter
+        found.adapters[task_id] = adapter
         refs_by_id[task_id] = ref
-    if not adapters:
+    if not found.adapters:
         raise AdapterError("no adapter given; name at least one folder or Hub id")
-    return adapters
+    return found
+
+
+def _expand(ref: str, found: Inputs) -> list[tuple[str, str | None]]:
+    """The adapters that one argument stands for, with ids where it is a folder of adapters."""
+    path = Path(ref).expanduser()
+    if not path.is_dir():
+        return [(ref, None)]
+    from vllm_vlora.adapters.discovery import find_adapters
+    from vllm_vlora.adapters.lookalikes import describe_folder
+
+    inside = find_adapters(path)
+    found.passed_over.update({str(place): why for place, why in inside.passed_over.items()})
+    if not inside.adapters and inside.passed_over and describe_folder(path) is None:
+        reasons = (f"{place.name}: {why}" for place, why in inside.passed_over.items())
+        raise AdapterError(f"{ref}: no adapter in it; {some_of(reasons, 3)}")
+    if not inside.adapters or list(inside.adapters.values()) == [path.absolute()]:
+        return [(ref, None)]
+    found.folders[ref] = len(inside.adapters)
+    return [(str(folder), task_id) for task_id, folder in inside.adapters.items()]
 
 
 def _collision(task_id: str, first: str, second: str) -> TaskIdError:
@@ -99,16 +126,17 @@ def _identity(ref: str) -> str:
     return os.path.realpath(path) if path.exists() else ref
 
 
-def collect_shown(
-    given: Iterable[str], names: Iterable[str], messages: Console
-) -> dict[str, Adapter]:
-    """As :func:`collect`, of arguments not yet expanded; says how many a folder stands for."""
+def collect_shown(given: Iterable[str], names: Iterable[str], messages: Console) -> Inputs:
+    """As :func:`collect`; says how many adapters a folder stands for, and what there was left out."""
     from vllm_vlora.tools.summary import line
 
-    refs: list[str] = []
-    for ref in given:
-        found = expand(ref)
-        if found != [ref]:
-            line(messages, f"{ref} is a folder of adapters: {len(found)} found")
-        refs += found
-    return collect(refs, names)
+    found = collect(given, names)
+    for ref, count in found.folders.items():
+        line(messages, f"{ref} is a folder of adapters: {count} found")
+    shown = list(found.passed_over.items())[:_MOST_SHOWN]
+    for place, why in shown:
+        line(messages, f"Left out {place}: {why}", style="yellow")
+    if len(found.passed_over) > len(shown):
+        rest = len(found.passed_over) - len(shown)
+        line(messages, f"Left out {rest} more places; --json names them all", style="yellow")
+    return found

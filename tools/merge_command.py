@@ -10,7 +10,14 @@ import typer
 
 from vllm_vlora.errors import OptionError
 from vllm_vlora.tools.common_options import adapters_argument, force_option, output_option
-from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
+from vllm_vlora.tools.terminal import (
+    AsJson,
+    Verbose,
+    open_console,
+    print_result,
+    progress_bar,
+    reported,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -181,9 +188,9 @@ def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRA
             advance("read", 0, 1)
             return refs, read_tasks(Checkpoint.open(checkpoint), refs)
         from vllm_vlora.subspace.weights import LoRAWeights
-        from vllm_vlora.tools.inputs import collect, expand
+        from vllm_vlora.tools.inputs import collect_shown
 
-        opened = collect([found for ref in refs for found in expand(ref)], [])
+        opened = collect_shown(refs, [], open_console(stderr=True)).adapters
         read = []
         for done, adapter in enumerate(opened.values(), 1):
             read.append(LoRAWeights.from_adapter(adapter))

@@ -11,6 +11,7 @@ from vllm_vlora._version import __version__
 from vllm_vlora.lazy import names_on_first_use
 
 if TYPE_CHECKING:
+    from vllm_vlora.adapters.discovery import FoundAdapters, find_adapters
     from vllm_vlora.adapters.fused_experts import split_experts
     from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
     from vllm_vlora.checkpoint.export import ConfigChanges, export_all, export_task
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 
 # Module -> the public names that it is the home of.
 _NAMES = {
+    "adapters.discovery": ("FoundAdapters", "find_adapters"),
     "adapters.fused_experts": ("split_experts",),
     "adapters.peft_folder": ("Adapter", "open_adapter"),
     "checkpoint.export": ("ConfigChanges", "export_all", "export_task"),
@@ -129,6 +131,7 @@ __all__ = [
     "Checkpoint",
     "CompressOptions",
     "CompressReport",
+    "FoundAdapters",
     "ConfigChanges",
     "LoRAWeights",
     "LowRankUpdate",
@@ -156,6 +159,7 @@ __all__ = [
     "export_all",
     "export_task",
     "extract_adapter",
+    "find_adapters",
     "find_clusters",
     "find_outliers",
     "gram_schmidt",

@@ -19,7 +19,12 @@ from huggingface_hub.utils import (
 from vllm_vlora.errors import VLoRAError
 
 # The Hub's own rule for a name is checked by huggingface_hub; this only tells an id from a path.
-_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
+_HUB_ID = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?P<inner>(?:/[\w-][\w.-]*)*)(?:@(?P<revision>[^@\s]+))?",
+    re.ASCII,
+)
+# A repository's folder in the Hub's cache, with snapshots/COMMIT below.
+_CACHED = re.compile(r"models--(?:.+?--)?(?P<name>.+)")
 
 
 def resolve_snapshot(
@@ -31,9 +36,10 @@ def resolve_snapshot(
 ) -> Path:
     """Return the local folder that ``ref`` names, downloading it from the Hub where needed.
 
-    An existing folder wins. Otherwise ``org/name`` or ``org/name@revision`` is a Hub id and is
-    fetched into huggingface_hub's cache (its environment variables apply: ``HF_HOME``,
-    ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``).
+    An existing folder wins; of a repository's folder in the Hub's cache its snapshot is meant.
+    Otherwise ``org/name``, ``org/name@revision`` or a folder in a repository, ``org/name/folder``, is
+    a Hub id and is fetched into huggingface_hub's cache (its environment variables apply:
+    ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``).
 
     Args:
         what: the thing sought, for messages ("adapter").
@@ -45,14 +51,17 @@ def resolve_snapshot(
     """
     path = _existing_folder(ref)
     if path is not None:
-        return path
+        return cached_snapshot(path) or path
     if os.path.isfile(ref):
         raise error(f"{what} {os.fspath(ref)!r} is a file; give the folder that holds it")
-    match = _HUB_ID.fullmatch(str(ref))
+    match = _hub_id(ref)
     if match is None:
         raise error(
             f"{what} {os.fspath(ref)!r}: no such folder, and not a Hub id of the form org/name"
         )
+    inner = match["inner"].lstrip("/")
+    if inner:
+        allow_patterns = [f"{inner}/{pattern}" for pattern in allow_patterns or ["*"]]
     try:
         folder = huggingface_hub.snapshot_download(
             match["repo"], revision=match["revision"], allow_patterns=allow_patterns
@@ -61,19 +70,50 @@ def resolve_snapshot(
     # failed download of any kind is the same to the user.
     except Exception as problem:
         raise error(f"{what} {os.fspath(ref)!r}: no such folder; {_explain(problem)}") from problem
-    return Path(folder).absolute()
+    found = Path(folder, inner).absolute()
+    if not found.is_dir():
+        raise error(f"{what} {os.fspath(ref)!r}: the Hub repository has no folder {inner} with one")
+    return found
+
+
+def cached_snapshot(folder: Path) -> Path | None:
+    """The snapshot in a repository's folder of the Hub's cache, ``models--org--name``.
+
+    That of the main branch, or the only one; None where it is no such folder, or has several others.
+    """
+    if not _CACHED.fullmatch(folder.name) or not os.path.isdir(folder / "snapshots"):
+        return None
+    main = folder / "refs" / "main"
+    if main.is_file():
+        snapshot = folder / "snapshots" / main.read_text().strip()
+        if snapshot.is_dir():
+            return snapshot
+    snapshots = [child for child in (folder / "snapshots").iterdir() if child.is_dir()]
+    return snapshots[0] if len(snapshots) == 1 else None
+
+
+def _hub_id(ref: str | Path) -> re.Match[str] | None:
+    """The parts of a Hub id. A path below a folder that is there is a path, however it goes on."""
+    match = _HUB_ID.fullmatch(str(ref))
+    if match and match["inner"] and os.path.isdir(match["repo"].partition("/")[0]):
+        return None
+    return match
 
 
 def ref_name(ref: str | Path) -> str:
     """Return the last part of a folder's path or of a Hub id, without a revision.
 
-    A snapshot's own folder is named by its commit, so the name is taken from what the user wrote.
+    A snapshot's own folder is named by its commit, so the name is taken from what the user wrote, or
+    from the repository's folder in the Hub's cache.
     """
     folder = _existing_folder(ref)
-    match = _HUB_ID.fullmatch(str(ref))
+    match = _hub_id(ref)
     if folder is None and match is not None:
-        return match["repo"].rpartition("/")[2]
-    return (folder or Path(ref)).name
+        return (match["repo"] + match["inner"]).rpartition("/")[2]
+    path = folder or Path(ref)
+    cache = path.parent.parent if path.parent.name == "snapshots" else path
+    cached = _CACHED.fullmatch(cache.name)
+    return cached["name"] if cached else path.name
 
 
 def _existing_folder(ref: str | Path) -> Path | None:

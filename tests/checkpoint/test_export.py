@@ -315,6 +315,19 @@ def test_embeddings_and_lm_head(tmp_path: Path) -> None:
     assert_peft_computes_what_is_stored(folder, checkpoint, "t")
 
 
+@pytest.mark.parametrize("init", ["orthogonal", "eva", "mica", "gaussian"])
+def test_how_training_began_is_not_asked_of_other_ranks(tmp_path: Path, init: str) -> None:
+    """PEFT's orthogonal factors need an even rank, so a config that asks for them could not load."""
+    adapter = make_adapter(tmp_path / "original", bias="lora_only")
+    options = adapter.config | {"init_lora_weights": init}
+    (tmp_path / "original" / CONFIG).write_text(json.dumps(options))
+    adapter = open_adapter(tmp_path / "original")
+    checkpoint = store(tmp_path / "ckpt", {"t": (adapter, truncate(adapter, {"": 3}, "float32"))})
+    folder = export_task(checkpoint, "t", tmp_path / "out")
+    assert_peft_computes_what_is_stored(folder, checkpoint, "t")
+    assert open_adapter(folder).config["bias"] == "none"
+
+
 def test_a_module_whose_name_ends_another_ones_gets_its_own_rank(tmp_path: Path) -> None:
     class Nested(torch.nn.Module):
         def __init__(self) -> None:

@@ -294,7 +294,7 @@ def test_other_modules_ranks_kinds_and_heads(tmp_path: Path) -> None:
     tasks = check(path, new, add_adapters(path, new, AddOptions(ratio=3)))
     checkpoint = Checkpoint.open(path)
     assert [module.name for module in checkpoint.modules][-2:] == sorted(set(shapes) - set(SHAPES))
-    assert checkpoint.load_task("wide").extra["score.weight"].shape == (3, 8)
+    assert checkpoint.load_task("wide").extra["base_model.model.score.weight"].shape == (3, 8)
     assert checkpoint.record("wide").lora_nbytes == tasks["wide"].nbytes
     assert tasks["zero"].error == 0.0
 

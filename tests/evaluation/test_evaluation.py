@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,6 +316,28 @@ def test_a_lossy_task_is_judged_as_by_hand(
     assert found.greedy.tokens == pytest.approx(sum(shared) / len(pairs))
     assert found.greedy.possible == pytest.approx(sum(max(map(len, p)) for p in pairs) / len(pairs))
     assert found.greedy.exact == pytest.approx(sum(x == y for x, y in pairs) / len(pairs))
+
+
+def test_an_original_that_peft_would_pass_over_is_judged_as_it_reads(
+    world: World, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    """Names of a compiled model, of which PEFT loads none: it would run the base model."""
+    from safetensors.torch import load_file, save_file
+
+    original = world.adapters["sql"]
+    tensors = load_file(original / "adapter_model.safetensors")
+    shutil.copytree(original, tmp_path / "sql")
+    save_file(
+        {f"_orig_mod.{key}": tensor for key, tensor in tensors.items()},
+        tmp_path / "sql" / "adapter_model.safetensors",
+    )
+    found, expected = (
+        evaluator.compare("sql", original, path, losses_only=True)
+        for path in (tmp_path / "sql", original)
+    )
+    assert found.original is not None
+    assert expected.original is not None
+    assert found.original.loss == expected.original.loss < found.base.loss
 
 
 def test_the_cheap_mode_finds_the_same_fraction(
@@ -654,7 +677,12 @@ def make_adapter(tmp_path: Path) -> Make:
             )
             for module, (d_out, d_in) in modules.items()
         }
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["x"]}
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": sorted(factors),
+        }
         return open_adapter(write_adapter(tmp_path / name, config, factors))
 
     return make

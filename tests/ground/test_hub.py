@@ -170,18 +170,19 @@ def test_a_linked_folder_keeps_the_name_the_user_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "ref",
-    ["nothing", "/no/such/folder", "./org/x", "a/b/c", "", "a b/c", "~nobody-here/x", "x" * 5000],
-)
+    ["nothing", "/no/such/folder", "./org/x", "a//b", "here/b/c", "a/.b/c", "", "a b/c",
+     "~nobody-here/x", "x" * 5000],
+)  # fmt: skip
 def test_what_is_neither_folder_nor_id_never_reaches_the_hub(
     ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*args: object, **kwargs: object) -> str:
-        raise AssertionError("asked the Hub")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **_: asked.append(a))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     with pytest.raises(CheckpointError, match=r"checkpoint '.*': no such folder"):
         resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    assert asked == []
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
@@ -207,6 +208,40 @@ def test_revision_and_patterns_reach_the_hub(
     assert found == tmp_path
     assert asked == [("org/name.v1", {"revision": "refs/pr/3", "allow_patterns": ["*.json"]})]
     assert ref_name("org/name.v1@refs/pr/3") == "name.v1"
+
+
+def test_a_folder_in_a_repository_is_fetched_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repo: str, **kwargs: object) -> str:
+        asked.append((repo, kwargs))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "runs" / "fr").mkdir(parents=True)
+    found = resolve_snapshot(
+        "org/name/runs/fr@v2", what="adapter", error=AdapterError, allow_patterns=["a.json", "*.x"]
+    )
+    assert found == tmp_path / "runs" / "fr"
+    patterns = ["runs/fr/a.json", "runs/fr/*.x"]
+    assert asked == [("org/name", {"revision": "v2", "allow_patterns": patterns})]
+    assert ref_name("org/name/runs/fr@v2") == "fr"
+    with pytest.raises(AdapterError, match="no folder runs/de"):
+        resolve_snapshot("org/name/runs/de", what="adapter", error=AdapterError)
+
+
+def test_a_repository_in_the_cache_is_its_snapshot(tmp_path: Path) -> None:
+    cached = tmp_path / "models--org--french-lora"
+    for commit in ("aa", "bb"):
+        (cached / "snapshots" / commit).mkdir(parents=True)
+    assert resolve_snapshot(cached, what="adapter", error=AdapterError) == cached
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("bb\n")
+    found = resolve_snapshot(cached, what="adapter", error=AdapterError)
+    assert found == cached / "snapshots" / "bb"
+    assert ref_name(cached) == ref_name(cached / "snapshots" / "aa") == "french-lora"
 
 
 def test_a_full_cache_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

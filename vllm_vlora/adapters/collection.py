@@ -136,6 +136,15 @@ def under_shared_names(
     ]
 
 
+def reading_warnings(adapters: Mapping[str, Adapter]) -> list[str]:
+    """What was found in adapters and is not followed; a line each kind, naming the tasks."""
+    said: dict[str, list[str]] = {}
+    for task_id, adapter in adapters.items():
+        for warning in adapter.warnings:
+            said.setdefault(warning, []).append(repr(task_id))
+    return [f"{some_of(tasks)}: {warning}" for warning, tasks in said.items()]
+
+
 def common_base_model(adapters: Mapping[str, Adapter]) -> tuple[str | None, str | None]:
     """The base model that most adapters name, and a warning where they name several."""
     first: dict[str, str] = {}

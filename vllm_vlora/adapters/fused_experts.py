@@ -26,19 +26,16 @@ from vllm_vlora.adapters.peft_config import (
     lora_rank,
     lora_scale,
     rank_options,
-    read_config,
 )
 from vllm_vlora.adapters.peft_folder import (
-    PEFT_PATTERNS,
-    WEIGHTS_FILE,
     Factors,
-    open_weights,
-    read_header,
-    sort_keys,
+    find_adapter,
+    read_folder,
+    sort_tensors,
     write_adapter,
 )
+from vllm_vlora.adapters.weights_files import WEIGHTS_FILE, WeightsReader
 from vllm_vlora.errors import AdapterError
-from vllm_vlora.snapshots import resolve_snapshot
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -79,21 +76,18 @@ def split_experts(
         >>> list(open_adapter(path).modules)[:2]
         ['layers.0.mlp.experts.0.down_proj', 'layers.0.mlp.experts.0.gate_proj']
     """
-    folder = resolve_snapshot(ref, what="adapter", error=AdapterError, allow_patterns=PEFT_PATTERNS)
-    config = read_config(folder)
+    folder = find_adapter(ref)
+    config, header = read_folder(folder)
     fused = _fused_parameters(config, str(folder))
     check_config(_without_parameters(config), str(folder))
-    header = read_header(folder)
-    pairs, extra_keys = sort_keys(header, config, str(folder))
-    shapes = {
-        name: tuple(header[pair.keys[side]].shape for side in "AB") for name, pair in pairs.items()
-    }
+    pairs, whole = sort_tensors(header, config, str(folder))
+    shapes = {name: tuple(pair.sides[s].shape for s in "AB") for name, pair in pairs.items()}
     _check_blocks(shapes, fused, str(folder))
     factors: dict[str, Factors] = {}
     scales: dict[str, tuple[int, float]] = {}
-    with open_weights(folder / WEIGHTS_FILE) as file:
+    with WeightsReader(str(folder)) as weights:
         for name, pair in pairs.items():
-            a, b = (file.get_tensor(pair.keys[side]) for side in "AB")
+            a, b = (weights.read(pair.sides[side]) for side in "AB")
             parameter = _parameter(name, fused)
             if parameter is None:
                 factors[name], scales[name] = (a, b), _rank_and_alpha(config, name)
@@ -104,7 +98,7 @@ def split_experts(
             split = dict(_split(block, a, b, rank, parts, str(folder)))
             factors |= split
             scales |= dict.fromkeys(split, (rank, alpha))
-        extra = {key: file.get_tensor(key) for key in extra_keys}
+        extra = {key: weights.read(stored) for key, stored in whole.items()}
     kinds = {name: pair.kind for name, pair in pairs.items() if name in factors}
     return write_adapter(out_dir, _plain_config(config, scales), factors, kinds, extra, force=force)
 

@@ -10,14 +10,22 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vllm_vlora.adapters.lookalikes import describe_content, describe_folder
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.wording import some_of
 
 CONFIG_FILE = "adapter_config.json"
+
+GATHER = (
+    "sharded training (DeepSpeed ZeRO-3, FSDP) must gather the weights before it saves them: set "
+    "stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on its checkpoint, and save again"
+)
+"""What to do about tensors that sharded training left empty."""
 
 _LORA_BIAS_KEY = re.compile(r".+\.lora_B(?:\.default)?\.bias")
 _LORA_LIKE_KEY = re.compile(r"(^|.*\.)lora[_.].*")
@@ -40,7 +48,19 @@ _REFUSED_OPTIONS = {
     "kasa_config": "KaSA truncates the base weights",
     "monteclora_config": "MonteCLoRA samples its weights",
     "velora_config": "VeLoRA is not supported",
+    "enable_lora": "factors of PEFT 0.1's merged projections have groups",
 }
+_KNOWN_OPTIONS = frozenset({
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
+    "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights",
+})  # fmt: skip
+# PEFT calls its variants of LoRA so: use_dora, velora_config. Of other names that it does not know it
+# says that they are ignored.
+_VARIANT = re.compile(r"use_.*|.*_config")
 # These only choose the first values of A and B, so a saved adapter is plain LoRA. The others
 # (pissa, olora, corda, loftq) also change the base weights. The rule is vLLM's and PEFT's.
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
@@ -56,18 +76,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config of the adapter in ``folder``, as it stands there."""
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        # From bytes, json tells UTF-8, 16 and 32 apart, with a byte order mark or without.
+        config = json.loads(content)
     except FileNotFoundError as error:
-        raise AdapterError(
-            f"{folder}: no {CONFIG_FILE}; give a folder that PEFT's save_pretrained wrote"
-        ) from error
+        found = describe_folder(folder) or "give a folder that PEFT's save_pretrained wrote"
+        raise AdapterError(f"{folder}: no {CONFIG_FILE}; {found}") from error
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{path}: not Unicode ({error}); save it as UTF-8") from error
     except ValueError as error:
-        raise AdapterError(f"{path}: not valid JSON ({error}); copy the adapter again") from error
+        advice = describe_content(content) or "copy the adapter again"
+        raise AdapterError(f"{path}: not valid JSON ({error}); {advice}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: holds no JSON object; copy the adapter again")
     return config
+
+
+def check_extra_shape(name: str, shape: Sequence[int], where: str) -> None:
+    """Refuse a tensor without elements: what a rank of a sharded training holds of another's."""
+    if 0 in shape:
+        raise AdapterError(f"{where}: tensor {name!r} is empty, shape {list(shape)}; {GATHER}")
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -82,6 +112,12 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             raise AdapterError(
                 f"{where}: {option} is set, which is not supported: {reason}; "
                 "use a plain LoRA adapter"
+            )
+    for option, value in config.items():
+        if value and option not in _KNOWN_OPTIONS and _VARIANT.fullmatch(option):
+            raise AdapterError(
+                f"{where}: {option} is set, which this version does not know and which may change "
+                f"what the adapter computes; take it out of {CONFIG_FILE} if it does not"
             )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
@@ -108,6 +144,22 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
                     f"{where}: {option} has the key {key!r}, which is no regular expression: "
                     f"{error}; correct {CONFIG_FILE}"
                 ) from error
+
+
+def config_warnings(config: Mapping[str, Any]) -> list[str]:
+    """What a config says that is not followed, one line each."""
+    found = []
+    unknown = sorted(o for o, v in config.items() if v and o not in _KNOWN_OPTIONS)
+    if unknown:
+        named = some_of(f"{option}={config[option]!r:.40}" for option in unknown)
+        found.append(f"{CONFIG_FILE} sets {named}, which is not known and ignored, as PEFT does")
+    if str(config.get("init_lora_weights")).lower() == "lora_ga":
+        found.append(
+            "init_lora_weights='lora_ga' trains against changed base weights; unless the adapter was "
+            "saved with PEFT's path_initial_model_for_weight_conversion it does not fit the "
+            "original ones"
+        )
+    return found
 
 
 def _check_rank_value(value: Any, option: str, where: str) -> None:
@@ -204,18 +256,49 @@ def check_extra_key(key: str, config: Mapping[str, Any], where: str) -> None:
             "convert the adapter to PEFT's names (lora_A, lora_B)"
         )
     bias = config.get("bias") or "none"
-    if bias != "none" and key.endswith(".bias") and not _is_saved_module(key, config):
+    if bias != "none" and key.endswith(".bias") and not is_saved_module(key, config):
         raise AdapterError(
             f"{where}: bias={bias!r} and tensor {key!r}: trained biases of the base model are not "
             "supported; train with bias='none'"
         )
 
 
-def _is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor lies in one of ``modules_to_save`` (PEFT matches the end of a name)."""
+def is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor lies in one of ``modules_to_save`` or in a head of the task type."""
+    heads = [*saved_modules(config), *_TASK_HEADS.get(str(config.get("task_type")), ())]
+    return any(_lies_in(key, head) for head in heads)
+
+
+def saved_modules(config: Mapping[str, Any]) -> list[str]:
+    """The names of ``modules_to_save``."""
     saved = config.get("modules_to_save") or []
-    heads = [saved] if isinstance(saved, str) else [*saved]
-    heads += _TASK_HEADS.get(str(config.get("task_type")), ())
+    return [saved] if isinstance(saved, str) else [*saved]
+
+
+def _lies_in(key: str, module: str) -> bool:
+    """Whether a tensor belongs to a module of that name (PEFT matches the end of a name)."""
     parts = key.split(".")
-    parents = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return any(parent.endswith(head) for parent in parents for head in heads)
+    return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts)))
+
+
+def check_saved_modules(config: Mapping[str, Any], keys: Iterable[str], where: str) -> list[str]:
+    """Warnings of ``modules_to_save`` that a file lacks.
+
+    PEFT cannot load an adapter that lacks a module which the model has; names that the model has not are
+    ignored, and of a task's heads it lists several.
+
+    Raises:
+        AdapterError: the file has none of them.
+    """
+    keys = list(keys)
+    saved = saved_modules(config)
+    missing = [name for name in saved if not any(_lies_in(key, name) for key in keys)]
+    if saved and len(missing) == len(saved):
+        raise AdapterError(
+            f"{where}: modules_to_save names {some_of(saved)}, of which the file holds no tensor; "
+            "save the adapter again (under ZeRO-3 or FSDP gather it first), or correct "
+            f"{CONFIG_FILE} if nothing else was trained"
+        )
+    heads = {head for names in _TASK_HEADS.values() for head in names}
+    lost = [name for name in missing if name not in heads]
+    return [f"modules_to_save names {some_of(lost)}, which the file lacks"] if lost else []

@@ -15,45 +15,63 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint.
 from __future__ import annotations
 
 import json
-import re
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_vlora.adapters.lookalikes import describe_file
+from vllm_vlora.adapters.mlx_folder import MLX_WEIGHTS, as_peft, is_mlx
 from vllm_vlora.adapters.module_names import inverse, renamed
 from vllm_vlora.adapters.peft_config import (
     CONFIG_FILE,
+    GATHER,
     check_config,
     check_extra_key,
+    check_extra_shape,
+    check_saved_modules,
+    config_warnings,
     lora_rank,
     lora_scale,
+    rank_options,
     read_config,
+)
+from vllm_vlora.adapters.peft_targets import selects
+from vllm_vlora.adapters.tensor_names import PREFIX, parse_lora, parse_whole
+from vllm_vlora.adapters.weights_files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    StoredTensor,
+    WeightsReader,
+    check_finite,
+    read_headers,
 )
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.errors import AdapterError
-from vllm_vlora.quantize import is_finite
 from vllm_vlora.snapshots import ref_name, resolve_snapshot
+from vllm_vlora.wording import some_of
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PEFT_PATTERNS = [CONFIG_FILE, WEIGHTS_FILE]
+PEFT_PATTERNS = [
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    INDEX_FILE,
+    "adapter_model-*.safetensors",
+    MLX_WEIGHTS,
+]
 """What is downloaded of an adapter on the Hub."""
 KINDS = ("linear", "embedding")
 
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
-_PREFIX = "base_model.model."
 # What PEFT's save_pretrained writes; anything else in a folder is somebody's own file.
 _PEFT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, "README.md"})
-
-_LORA_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])"
-    r"(?:\.default)?(?:\.weight)?"
-)
 
 _LORA_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXTRA_DTYPES = _LORA_DTYPES | {
@@ -111,7 +129,8 @@ class Adapter:
         config: ``adapter_config.json`` as read.
         modules: the adapted modules, sorted by name.
         extra: dtype and shape of every tensor that is not LoRA (classifier heads and other
-            ``modules_to_save``, embeddings saved whole), under its name in the file.
+            ``modules_to_save``, embeddings saved whole), under PEFT's name.
+        warnings: what was found and is not followed, one line each.
         renamed: prefix of the modules' names -> what they have in its place in the file
             (``module_names``); empty where the names are the file's.
 
@@ -127,7 +146,9 @@ class Adapter:
     config: dict[str, Any]
     modules: dict[str, LoRAModule]
     extra: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    _keys: dict[str, tuple[str, str]] = field(repr=False)
+    warnings: tuple[str, ...]
+    _keys: dict[str, tuple[StoredTensor, StoredTensor]] = field(repr=False)
+    _whole: dict[str, StoredTensor] = field(repr=False)
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -149,9 +170,9 @@ class Adapter:
             KeyError: the adapter has no such module.
             AdapterError: a value is NaN or infinite, or the file changed since it was opened.
         """
-        module = self.modules[name]
-        with open_weights(self.path / WEIGHTS_FILE) as file:
-            return self._read_factors(file, module)
+        a, b = self._keys[name]
+        with WeightsReader(str(self.path)) as weights:
+            return weights.read(a), weights.read(b)
 
     def iter_factors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Factors]]:
         """Yield (name, (A, B)) for the named modules, or all, opening the file once.
@@ -159,10 +180,10 @@ class Adapter:
         Raises:
             KeyError, AdapterError: as :meth:`factors`.
         """
-        chosen = [self.modules[name] for name in (self.modules if names is None else names)]
-        with open_weights(self.path / WEIGHTS_FILE) as file:
-            for module in chosen:
-                yield module.name, self._read_factors(file, module)
+        chosen = {name: self._keys[name] for name in (self.modules if names is None else names)}
+        with WeightsReader(str(self.path)) as weights:
+            for name, (a, b) in chosen.items():
+                yield name, (weights.read(a), weights.read(b))
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors of :attr:`extra`.
@@ -170,10 +191,8 @@ class Adapter:
         Raises:
             AdapterError: a value is NaN or infinite, or the file changed since it was opened.
         """
-        if not self.extra:
-            return {}
-        with open_weights(self.path / WEIGHTS_FILE) as file:
-            return {key: self._read(file, key, shape) for key, (_, shape) in self.extra.items()}
+        with WeightsReader(str(self.path)) as weights:
+            return {key: weights.read(stored) for key, stored in self._whole.items()}
 
     def under_names(self, prefixes: Mapping[str, str]) -> Adapter:
         """The adapter with these prefixes in its modules' names: new prefix -> the one in the file.
@@ -189,23 +208,6 @@ class Adapter:
             renamed=dict(prefixes),
             _keys={new: self._keys[old] for old, new in names.items()},
         )
-
-    def _read_factors(self, file: Any, module: LoRAModule) -> Factors:
-        key_a, key_b = self._keys[module.name]
-        a = self._read(file, key_a, (module.rank, module.d_in))
-        return a, self._read(file, key_b, (module.d_out, module.rank))
-
-    def _read(self, file: Any, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-        try:
-            tensor = file.get_tensor(key)
-        except SafetensorError as error:
-            raise AdapterError(f"{self.path}: cannot read tensor {key!r}: {error}") from error
-        if tuple(tensor.shape) != shape:
-            raise AdapterError(f"{self.path}: tensor {key!r} changed while it was read; run again")
-        _check_finite(tensor, key, str(self.path))
-        # safetensors maps the file anew for every opening; a tensor that kept its mapping would
-        # let a large collection reach the system's limit of maps (65530).
-        return tensor.clone()
 
 
 def open_adapter(ref: str | Path) -> Adapter:
@@ -223,24 +225,107 @@ def open_adapter(ref: str | Path) -> Adapter:
         >>> adapter.name, adapter.modules["layers.0.q_proj"].rank
         ('task_0', 2)
     """
-    folder = resolve_snapshot(ref, what="adapter", error=AdapterError, allow_patterns=PEFT_PATTERNS)
-    config = read_config(folder)
-    check_config(config, str(folder))
-    header = read_header(folder)
-    pairs, extra_keys = sort_keys(header, config, str(folder))
+    folder = find_adapter(ref)
+    config, header = read_folder(folder)
+    where = str(folder)
+    check_config(config, where)
+    pairs, whole = sort_tensors(header, config, where)
     if not pairs:
-        raise AdapterError(f"{folder}: {WEIGHTS_FILE} holds no LoRA tensors; nothing to read")
-    modules = {
-        name: _describe_module(name, pairs[name], header, config, str(folder))
-        for name in sorted(pairs)
-    }
+        raise AdapterError(f"{where}: {WEIGHTS_FILE} holds no LoRA tensors; nothing to read")
+    check_targets(config, {name: (pair.kind, pair.trained) for name, pair in pairs.items()}, where)
+    warnings = config_warnings(config) + check_saved_modules(config, whole, where)
+    modules = {name: _describe_module(name, pairs[name], config, where) for name in sorted(pairs)}
     return Adapter(
         path=folder,
-        name=ref_name(ref),
+        name=ref_name(folder if os.path.isfile(ref) else ref),
         config=config,
         modules=modules,
-        extra={key: _describe_extra(key, header[key], str(folder)) for key in sorted(extra_keys)},
-        _keys={name: (pairs[name].keys["A"], pairs[name].keys["B"]) for name in modules},
+        extra={key: _describe_extra(whole[key], where) for key in sorted(whole)},
+        warnings=tuple(warnings),
+        _keys={name: (pairs[name].sides["A"], pairs[name].sides["B"]) for name in modules},
+        _whole={key: whole[key] for key in sorted(whole)},
+    )
+
+
+def find_adapter(ref: str | Path) -> Path:
+    """The local folder of an adapter that is named by its folder, one of PEFT's files, or its Hub id."""
+    path = Path(os.path.expanduser(ref))
+    if os.path.isfile(path):
+        beside = path.name in (WEIGHTS_FILE, CONFIG_FILE) and (path.parent / CONFIG_FILE).is_file()
+        if not beside:
+            raise AdapterError(f"adapter {os.fspath(ref)!r} is a file: {describe_file(path)}")
+        return path.parent.absolute()
+    return resolve_snapshot(ref, what="adapter", error=AdapterError, allow_patterns=PEFT_PATTERNS)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """A folder's config and its tensors by name, as PEFT has both."""
+    config = read_config(folder)
+    return as_peft(folder, config) if is_mlx(config) else (config, read_headers(folder))
+
+
+def check_targets(
+    config: Mapping[str, Any], modules: Mapping[str, tuple[str, str]], where: str
+) -> None:
+    """Refuse modules that the config does not select: PEFT would leave them out and vLLM apply them.
+
+    Args:
+        modules: name -> (kind, name in the model that was trained).
+    """
+    try:
+        left_out = [
+            name
+            for name, (kind, trained) in modules.items()
+            if selects(config, name, kind) is False and selects(config, trained, kind) is False
+        ]
+    except ValueError as error:
+        raise AdapterError(f"{where}: {error}; correct {CONFIG_FILE}") from error
+    if left_out:
+        raise AdapterError(
+            f"{where}: target_modules and its companions in {CONFIG_FILE} do not select "
+            f"{some_of(left_out)}, for which there are LoRA tensors: PEFT would leave them out and "
+            "vLLM apply them; name them there, or remove the tensors"
+        )
+
+
+@contextmanager
+def as_peft_folder(adapter: Adapter) -> Iterator[Path]:
+    """A folder from which PEFT reads the adapter as it was read here: its own, or a copy for now.
+
+    PEFT passes over tensors of other names with a warning, and would run the base model.
+    """
+    if _is_as_peft_writes(adapter):
+        yield adapter.path
+        return
+    modules = adapter.modules
+    options = rank_options({n: (m.rank, m.scale * m.rank) for n, m in modules.items()})
+    selected = {
+        "target_modules": sorted(modules),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+    with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
+        yield write_adapter(
+            Path(scratch) / "adapter",
+            {**adapter.config, **options, **selected, "exclude_modules": None},
+            adapter.iter_factors(),
+            {name: module.kind for name, module in modules.items()},
+            adapter.extra_tensors(),
+        )
+
+
+def _is_as_peft_writes(adapter: Adapter) -> bool:
+    """Whether the files and the names in them are those that ``write_adapter`` would write."""
+    try:
+        json.loads((adapter.path / CONFIG_FILE).read_text(encoding="utf-8"))
+    # In another encoding than PEFT reads.
+    except ValueError:
+        return False
+    stored = dict(adapter._whole)
+    for name, module in adapter.modules.items():
+        stored |= zip(_module_keys(name, module.kind), adapter._keys[name], strict=True)
+    return all(
+        tensor.key == key and tensor.file.name == WEIGHTS_FILE for key, tensor in stored.items()
     )
 
 
@@ -276,13 +361,16 @@ def write_adapter(
     check_config(config, str(out_dir))
     pairs = factors.items() if isinstance(factors, Mapping) else factors
     tensors: dict[str, torch.Tensor] = {}
+    written: dict[str, tuple[str, str]] = {}
     for name, (a, b) in pairs:
         kind = (kinds or {}).get(name, "linear")
+        written[name] = kind, name
         _check_factors(name, a, b, kind, config, str(out_dir))
         for key, tensor in zip(_module_keys(name, kind), (a, b), strict=True):
             _add_tensor(tensors, key, tensor, str(out_dir))
     if not tensors:
         raise AdapterError(f"{out_dir}: the adapter has no modules; nothing to write")
+    check_targets(config, written, str(out_dir))
     for key, tensor in (extra or {}).items():
         _add_tensor(tensors, key, tensor, str(out_dir))
     # Only the top level is sorted: of two patterns that match a module PEFT takes the first.
@@ -294,101 +382,83 @@ def write_adapter(
 
 
 @dataclass
-class LoRAKeys:
-    """A module's kind, and its tensors' names in the file by side, "A" and "B"."""
+class LoRAPair:
+    """A module's kind, its name in the model that was trained, and its tensors by side, "A" and "B"."""
 
     kind: str
-    keys: dict[str, str]
+    trained: str
+    sides: dict[str, StoredTensor]
 
 
-@dataclass(frozen=True)
-class _Header:
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def open_weights(path: Path) -> Any:
-    """The opened weights file; AdapterError when it is missing or damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise AdapterError(_missing_weights(path.parent)) from error
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{path}: not a whole safetensors file ({error}); copy or download it again"
-        ) from error
-
-
-def _missing_weights(folder: Path) -> str:
-    hint = (
-        "a .bin file is pickle, which can run code when it is read, so it is refused; convert it: "
-        "load the adapter with PEFT and call save_pretrained(folder, safe_serialization=True)"
-    )
-    if (folder / "adapter_model.bin").exists():
-        return f"{folder}: only adapter_model.bin, no {WEIGHTS_FILE}; {hint}"
-    return f"{folder}: no {WEIGHTS_FILE}; where there is only a .bin: {hint}"
-
-
-def read_header(folder: Path) -> dict[str, _Header]:
-    """Dtype and shape of every tensor of a folder's weights file."""
-    with open_weights(folder / WEIGHTS_FILE) as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        return {
-            key: _Header(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()
-        }
-
-
-def sort_keys(
-    header: Mapping[str, _Header], config: Mapping[str, Any], where: str
-) -> tuple[dict[str, LoRAKeys], list[str]]:
-    """Tell LoRA tensors, paired by module, from extra ones; refuse what is neither."""
-    pairs: dict[str, LoRAKeys] = {}
-    extra = []
-    for key in header:
-        match = _LORA_KEY.fullmatch(key)
-        if match is None:
+def sort_tensors(
+    header: Mapping[str, StoredTensor], config: Mapping[str, Any], where: str
+) -> tuple[dict[str, LoRAPair], dict[str, StoredTensor]]:
+    """LoRA tensors by module, and others by PEFT's name; refuse what is neither."""
+    pairs: dict[str, LoRAPair] = {}
+    whole: dict[str, StoredTensor] = {}
+    adapters: Counter[str] = Counter()
+    for key, stored in header.items():
+        lora = parse_lora(key)
+        if lora is None:
             check_extra_key(key, config, where)
-            extra.append(key)
-            continue
-        kind = "embedding" if match["embedding"] else "linear"
-        pair = pairs.setdefault(match["module"], LoRAKeys(kind, {}))
-        if pair.kind != kind or match["side"] in pair.keys:
-            other = next(iter(pair.keys.values()))
-            raise AdapterError(
-                f"{where}: tensors {other!r} and {key!r} name the same module twice; "
-                "remove one of them"
-            )
-        pair.keys[match["side"]] = key
+            plain, adapter = parse_whole(key)
+            if plain in whole:
+                raise _twice(whole[plain].key, stored.key, where)
+            whole[plain] = stored
+        else:
+            adapter = lora.adapter
+            pair = pairs.setdefault(lora.module, LoRAPair(lora.kind, lora.trained, {}))
+            if pair.kind != lora.kind or lora.side in pair.sides:
+                raise _twice(next(iter(pair.sides.values())).key, stored.key, where)
+            pair.sides[lora.side] = stored
+        if adapter is not None:
+            adapters[adapter] += 1
+    if len(adapters) > 1:
+        raise AdapterError(
+            f"{where}: holds the adapters {some_of(map(repr, adapters))} at once; save each into a "
+            "folder of its own with PEFT's save_pretrained"
+        )
+    _check_whole_pairs(pairs, where)
+    return pairs, whole
+
+
+def _check_whole_pairs(pairs: Mapping[str, LoRAPair], where: str) -> None:
     for name, pair in pairs.items():
         for side, other in (("A", "B"), ("B", "A")):
-            if side not in pair.keys:
+            if side not in pair.sides:
                 raise AdapterError(
                     f"{where}: module {name!r} has lora_{other} but no lora_{side}; "
                     "the file is incomplete, save the adapter again"
                 )
-    return pairs, extra
+
+
+def _twice(first: str, second: str, where: str) -> AdapterError:
+    return AdapterError(
+        f"{where}: tensors {first!r} and {second!r} name the same module twice; remove one of them"
+    )
 
 
 def _describe_module(
-    name: str,
-    pair: LoRAKeys,
-    header: Mapping[str, _Header],
-    config: Mapping[str, Any],
-    where: str,
+    name: str, pair: LoRAPair, config: Mapping[str, Any], where: str
 ) -> LoRAModule:
     dtypes = []
-    for key in pair.keys.values():
-        dtype = _LORA_DTYPES.get(header[key].dtype)
+    for stored in pair.sides.values():
+        dtype = _LORA_DTYPES.get(stored.dtype)
         if dtype is None:
             raise AdapterError(
-                f"{where}: tensor {key!r} has dtype {header[key].dtype}; LoRA weights must be "
+                f"{where}: tensor {stored.key!r} has dtype {stored.dtype}; LoRA weights must be "
                 "float32, float16 or bfloat16"
             )
         dtypes.append(dtype)
-    shape_a, shape_b = header[pair.keys["A"]].shape, header[pair.keys["B"]].shape
+    shape_a, shape_b = pair.sides["A"].shape, pair.sides["B"].shape
     _check_shapes(name, shape_a, shape_b, config, where)
     rank = shape_a[0]
     alpha, scale = lora_scale(config, name, rank)
+    if lora_scale(config, pair.trained, rank) != (alpha, scale):
+        raise AdapterError(
+            f"{where}: alpha_pattern gives {name!r} another alpha than the name in the file, "
+            f"{pair.trained!r}; name the tensors as PEFT's save_pretrained does"
+        )
     return LoRAModule(
         name=name,
         rank=rank,
@@ -412,10 +482,7 @@ def _check_shapes(
     if len(shape_a) > 2 or len(shape_b) > 2:
         raise AdapterError(f"{where}: {shown}; LoRA on convolutions is not supported")
     if len(shape_a) < 2 or len(shape_b) < 2 or 0 in shape_a or 0 in shape_b:
-        raise AdapterError(
-            f"{where}: {shown}, not two matrices; sharded training must gather the weights "
-            "before it saves them"
-        )
+        raise AdapterError(f"{where}: {shown}, not two matrices; {GATHER}")
     if shape_a[0] != shape_b[1]:
         raise AdapterError(f"{where}: {shown}, whose ranks differ; save the adapter again")
     if shape_a[0] != lora_rank(config, name):
@@ -425,19 +492,14 @@ def _check_shapes(
         )
 
 
-def _describe_extra(key: str, header: _Header, where: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    dtype = _EXTRA_DTYPES.get(header.dtype)
+def _describe_extra(stored: StoredTensor, where: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    dtype = _EXTRA_DTYPES.get(stored.dtype)
     if dtype is None:
-        raise AdapterError(f"{where}: tensor {key!r} has the unsupported dtype {header.dtype}")
-    return dtype, header.shape
-
-
-def _check_finite(tensor: torch.Tensor, key: str, where: str) -> None:
-    if not is_finite(tensor):
         raise AdapterError(
-            f"{where}: tensor {key!r} holds NaN or infinite values; the training diverged or the "
-            "file is damaged"
+            f"{where}: tensor {stored.key!r} has the unsupported dtype {stored.dtype}"
         )
+    check_extra_shape(stored.key, stored.shape, where)
+    return dtype, stored.shape
 
 
 def _check_factors(
@@ -462,8 +524,8 @@ def _check_factors(
 def _module_keys(name: str, kind: str) -> tuple[str, str]:
     # PEFT holds embedding factors as bare parameters, so their names have no ".weight".
     if kind == "embedding":
-        return f"{_PREFIX}{name}.lora_embedding_A", f"{_PREFIX}{name}.lora_embedding_B"
-    return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
+        return f"{PREFIX}{name}.lora_embedding_A", f"{PREFIX}{name}.lora_embedding_B"
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
 
 def _add_tensor(
@@ -471,7 +533,7 @@ def _add_tensor(
 ) -> None:
     if key in tensors:
         raise AdapterError(f"{where}: tensor {key!r} is given twice; name each module once")
-    _check_finite(tensor, key, where)
+    check_finite(tensor, key, where)
     # A copy, since safetensors refuses tensors that share memory (factors cut from one basis).
     tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
 

@@ -2,7 +2,8 @@
 
 A task whose every module is *kept as it was* (private factors in a floating-point format, with the
 rank and the scale that its own ``adapter_config`` gives) is written back bit for bit, with that
-config. Any other task gets a config that describes the decoded factors:
+config; only where it does not select every module, or leaves that to the model ("all-linear"), are its
+targets written anew. Any other task gets a config that describes the decoded factors:
 
 - ``r`` is the most common rank; the others stand in ``rank_pattern`` under full module names.
 - One scale s serves all modules, the most common one; B of a module with another scale is
@@ -32,6 +33,7 @@ import torch
 
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import Factors, write_adapter
+from vllm_vlora.adapters.peft_targets import selects
 from vllm_vlora.atomic import exists_error
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
@@ -197,8 +199,9 @@ def _export(
     original = record.adapter_config
     # The adapter's own names, which are those of the model that it was made for.
     named = {record.own_name(name): stored for name, stored in task.modules.items()}
+    kinds = {record.own_name(m.name): m.kind for m in checkpoint.modules if m.name in task.modules}
     if changes.alpha is None and _kept_as_it_was(named, original):
-        config, scale = original, None
+        config, scale = _selecting(original, kinds), None
     else:
         rank = _common_rank(task)
         scale = _common_scale(task) if changes.alpha is None else changes.alpha / rank
@@ -208,7 +211,7 @@ def _export(
         output,
         changes.apply(config, named),
         ((record.own_name(name), pair) for name, pair in factors),
-        {record.own_name(m.name): m.kind for m in checkpoint.modules if m.name in task.modules},
+        kinds,
         task.extra,
         force=force,
     )
@@ -229,6 +232,27 @@ def _kept_as_it_was(modules: Mapping[str, StoredModule], config: Mapping[str, An
     # A config without these numbers, or with patterns that are none, describes nothing.
     except (KeyError, TypeError, ValueError, AttributeError, re.error):
         return False
+
+
+def _selecting(config: dict[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+    """The config, with targets that select these modules (name -> kind) where its own may not."""
+    try:
+        selected = all(selects(config, name, kind) for name, kind in modules.items())
+    # A config whose targets are no list and no pattern selects nothing.
+    except ValueError:
+        selected = False
+    return config if selected else {**config, **_full_targets(modules)}
+
+
+def _full_targets(modules: Iterable[str]) -> dict[str, Any]:
+    """Options that select exactly these modules."""
+    return {
+        "target_modules": sorted(modules),
+        # Full names select the modules; these would select among them a second time.
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+    }
 
 
 def _common_scale(task: StoredTask) -> float:
@@ -274,15 +298,17 @@ def _new_config(
 ) -> dict[str, Any]:
     """``original`` with ranks, alphas and targets that describe the decoded factors."""
     pairs = {name: (stored.rank, scale * stored.rank) for name, stored in modules.items()}
-    config = {"task_type": None, "bias": "none", **original}
+    config = {"task_type": None, **original}
     config.update(
         rank_options(pairs),
         peft_type="LORA",
-        target_modules=sorted(pairs),
-        # Full names select the modules; these would select among them a second time.
-        layers_to_transform=None,
-        layers_pattern=None,
-        exclude_modules=None,
+        # No trained bias is ever stored, and vLLM refuses an adapter that says that it has one.
+        bias="none",
+        # The others are for training, and PEFT's "orthogonal" cannot even begin with an odd rank.
+        init_lora_weights=True,
+        eva_config=None,
+        lora_ga_config=None,
+        **_full_targets(pairs),
     )
     if not config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = base_model

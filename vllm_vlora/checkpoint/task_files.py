@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from vllm_vlora.adapters.discovery import find_adapters
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import AdapterError, OptionError
@@ -122,8 +123,10 @@ def _originals_in(
 
 
 def _adapters_in(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
-    """Name -> adapter folder: the sub-folders, and by id those that lie deeper."""
-    found = {child.name: child for child in sorted(folder.iterdir()) if _is_adapter(child)}
+    """Name -> adapter folder: those that compressing the folder would find, and by id any deeper."""
+    found = find_adapters(folder).adapters
+    # Of adapters in a folder's own sub-folders the name counts as well, whatever lies around them.
+    found |= {child.name: child for child in sorted(folder.iterdir()) if _is_adapter(child)}
     for task in checkpoint.tasks:
         # An id may be anything, also a path that leads out of the folder.
         parts = task.split("/")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_vlora.adapters.collection import Collection, common_base_model
+from vllm_vlora.adapters.collection import Collection, common_base_model, reading_warnings
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
@@ -63,7 +63,8 @@ def write_checkpoint(
         recovered, kept: of the report, where the model was run.
     """
     collection = encoder.survey.collection
-    common, warning = common_base_model(dict(zip(collection.task_ids, collection.adapters)))
+    adapters = dict(zip(collection.task_ids, collection.adapters))
+    common, warning = common_base_model(adapters)
     writer = CheckpointWriter(folder, base_model or common)
     for module in collection.modules.values():
         basis = stored_basis(chosen.plan, encoder.bases, module)
@@ -83,7 +84,7 @@ def write_checkpoint(
         nbytes=bases + sum(task.nbytes for task in tasks),
         basis_nbytes=bases,
         candidates=chosen.candidates,
-        warnings=[] if warning is None else [warning],
+        warnings=[*([] if warning is None else [warning]), *reading_warnings(adapters)],
         raised=[collection.task_ids[task] for task in chosen.plan.raised],
         calibrated=encoder.settings.calibration is not None,
         recovered=dict(recovered or {}),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_vlora.adapters.collection import Collection, Module, Progress
+from vllm_vlora.adapters.collection import Collection, Module, Progress, reading_warnings
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.successor import Successor, edited
@@ -303,8 +303,9 @@ class Addition:
     def _warnings(
         self, added: Sequence[AddedTask], expand: bool, growth: Growth | None
     ) -> list[str]:
-        found = []
-        for task_id, adapter in zip(self._new.collection.task_ids, self._new.collection.adapters):
+        new = self._new.collection
+        found = reading_warnings(dict(zip(new.task_ids, new.adapters)))
+        for task_id, adapter in zip(new.task_ids, new.adapters):
             base = self._new.checkpoint.base_model
             if None not in (adapter.base_model, base) and adapter.base_model != base:
                 found.append(

@@ -22,7 +22,7 @@ import torch
 
 from vllm_vlora._version import __version__
 from vllm_vlora.adapters.module_names import find_name
-from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
+from vllm_vlora.adapters.peft_folder import Adapter, as_peft_folder, open_adapter
 from vllm_vlora.checkpoint.export import export_all
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import AdapterError, DataError, ModelMismatchError, OptionError
@@ -353,12 +353,13 @@ class Evaluator:
         try:
             for name, folder in folders.items():
                 try:
-                    if adapted is None:
-                        adapted = peft.PeftModel.from_pretrained(
-                            self._model, str(folder), adapter_name=name
-                        )
-                    else:
-                        adapted.load_adapter(str(folder), name)
+                    with as_peft_folder(open_adapter(folder)) as readable:
+                        if adapted is None:
+                            adapted = peft.PeftModel.from_pretrained(
+                                self._model, str(readable), adapter_name=name
+                            )
+                        else:
+                            adapted.load_adapter(str(readable), name)
                 except (ValueError, RuntimeError) as error:
                     raise AdapterError(
                         f"{folder}: PEFT cannot load it onto {self.model_name}: {first_line(error)}"

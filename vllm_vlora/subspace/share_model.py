@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from vllm_vlora.adapters.collection import Collection, Module, under_shared_names
 from vllm_vlora.adapters.peft_config import CONFIG_FILE, lora_rank, lora_scale
 from vllm_vlora.adapters.peft_folder import (
-    WEIGHTS_FILE,
     Adapter,
     Factors,
     open_adapter,
     write_adapter,
 )
+from vllm_vlora.adapters.weights_files import WEIGHTS_FILE
 from vllm_vlora.checkpoint.card import format_bytes
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint

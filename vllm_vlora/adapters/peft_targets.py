@@ -1,0 +1,97 @@
+"""Which modules an ``adapter_config.json`` selects, by PEFT's rules.
+
+PEFT takes from a file the tensors of modules that the config selects and ignores all others; vLLM takes
+all. Where the two differ an adapter has no single meaning.
+
+Source: ``peft.tuners.tuners_utils.check_target_module_exists``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_vlora.adapters.peft_config import saved_modules
+
+_ALL_LINEAR = "all-linear"
+_OUTPUT_LAYER = "lm_head"
+
+
+def selects(config: Mapping[str, Any], name: str, kind: str = "linear") -> bool | None:
+    """Whether PEFT adapts a module; None where that depends on the model.
+
+    Args:
+        name: path of the module in the base model. kind: "linear" or "embedding".
+
+    Raises:
+        ValueError: an option of the config is no pattern or list; says which.
+    """
+    if _excluded(config, name):
+        return False
+    targets = config.get("target_modules")
+    if targets is None:
+        return None
+    if isinstance(targets, str):
+        if targets.lower() == _ALL_LINEAR:
+            return _of_all_linear(name, kind)
+        return _matches("target_modules", targets, name)
+    _check_list("target_modules", targets)
+    # A list with that word in it finds no module in PEFT, and can only have meant the word.
+    if _ALL_LINEAR in targets:
+        return _of_all_linear(name, kind)
+    if name in targets:
+        return True
+    return _ends_with(name, targets) and _in_layers(config, name)
+
+
+def _of_all_linear(name: str, kind: str) -> bool | None:
+    """PEFT takes every linear module but the output layer."""
+    return None if kind == "linear" and name.rpartition(".")[2] != _OUTPUT_LAYER else False
+
+
+def _excluded(config: Mapping[str, Any], name: str) -> bool:
+    excluded = config.get("exclude_modules")
+    if isinstance(excluded, str) and excluded and _matches("exclude_modules", excluded, name):
+        return True
+    if excluded and not isinstance(excluded, str):
+        _check_list("exclude_modules", excluded)
+        if name in excluded or _ends_with(name, excluded):
+            return True
+    saved = saved_modules(config)
+    return any(_matches("modules_to_save", rf"(.*\.)?{m}(\..*)?", name) for m in saved)
+
+
+def _in_layers(config: Mapping[str, Any], name: str) -> bool:
+    """Whether ``layers_to_transform``, where it is set, holds the layer of a module."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # With any pattern the first numbered part counts, below a part that holds the list.
+        lead = r".*?\." if pattern == r"[^.]*" else r"(?:.*?\.)?"
+        try:
+            match = re.match(rf"{lead}{pattern}\.(?P<index>\d+)\.", name)
+        except re.error as error:
+            raise ValueError(f"layers_pattern {pattern!r} is no regular expression") from error
+        if match is not None:
+            index = int(match["index"])
+            return index == layers if isinstance(layers, int) else index in layers
+    return False
+
+
+def _ends_with(name: str, ends: Any) -> bool:
+    return any(name.endswith(f".{end}") for end in ends)
+
+
+def _matches(option: str, pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{option} {pattern!r} is no regular expression: {error}") from error
+
+
+def _check_list(option: str, value: Any) -> None:
+    if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{option} is no list of names")
