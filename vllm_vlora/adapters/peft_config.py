@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,12 @@ from typing import Any
 from vllm_vlora.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
+
+GATHER = (
+    "sharded training (DeepSpeed ZeRO-3, FSDP) must gather the weights before it saves them: set "
+    "stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on its checkpoint, and save again"
+)
+"""What to do about tensors that sharded training left empty."""
 
 _LORA_BIAS_KEY = re.compile(r".+\.lora_B(?:\.default)?\.bias")
 _LORA_LIKE_KEY = re.compile(r"(^|.*\.)lora[_.].*")
@@ -68,6 +74,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: holds no JSON object; copy the adapter again")
     return config
+
+
+def check_extra_shape(name: str, shape: Sequence[int], where: str) -> None:
+    """Refuse a tensor without elements: what a rank of a sharded training holds of another's."""
+    if 0 in shape:
+        raise AdapterError(f"{where}: tensor {name!r} is empty, shape {list(shape)}; {GATHER}")
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:

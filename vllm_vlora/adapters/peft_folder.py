@@ -27,8 +27,10 @@ from safetensors.torch import save_file
 
 from vllm_vlora.adapters.peft_config import (
     CONFIG_FILE,
+    GATHER,
     check_config,
     check_extra_key,
+    check_extra_shape,
     lora_rank,
     lora_scale,
     read_config,
@@ -393,10 +395,7 @@ def _check_shapes(
     if len(shape_a) > 2 or len(shape_b) > 2:
         raise AdapterError(f"{where}: {shown}; LoRA on convolutions is not supported")
     if len(shape_a) < 2 or len(shape_b) < 2 or 0 in shape_a or 0 in shape_b:
-        raise AdapterError(
-            f"{where}: {shown}, not two matrices; sharded training must gather the weights "
-            "before it saves them"
-        )
+        raise AdapterError(f"{where}: {shown}, not two matrices; {GATHER}")
     if shape_a[0] != shape_b[1]:
         raise AdapterError(f"{where}: {shown}, whose ranks differ; save the adapter again")
     if shape_a[0] != lora_rank(config, name):
@@ -410,6 +409,7 @@ def _describe_extra(key: str, header: _Header, where: str) -> tuple[torch.dtype,
     dtype = _EXTRA_DTYPES.get(header.dtype)
     if dtype is None:
         raise AdapterError(f"{where}: tensor {key!r} has the unsupported dtype {header.dtype}")
+    check_extra_shape(key, header.shape, where)
     return dtype, header.shape
 
 
