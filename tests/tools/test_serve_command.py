@@ -164,6 +164,9 @@ def test_help_behind_the_checkpoint_is_ours(checkpoint: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(checkpoint), "--help"])
     assert result.exit_code == 0
     assert "Serve every task of a checkpoint" in result.stdout
+    for args in (["--print", str(checkpoint)], [str(checkpoint), "--print"]):
+        printed = CliRunner().invoke(app, ["serve", *args])
+        assert shlex.split(printed.stdout) == shown(checkpoint)
 
 
 @pytest.mark.parametrize(

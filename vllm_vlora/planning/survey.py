@@ -218,7 +218,7 @@ class Surveyor:
         return affinities(torch.stack([sketch_task(*f, seed=module.index) for f in factors]))
 
     def _flat(self, module: Module, metric: Metric) -> tuple[FlatGroup, torch.Tensor, torch.Tensor]:
-        """Fit a flat basis to all tasks of a module and measure its widths, in the formats that hold it."""
+        """Fit a flat basis to all tasks of a module; measure its widths, in formats that hold it."""
         rank, formats = max(module.ranks), self.settings.formats
         most = min(max(len(module.tasks) - 1, 1), _MOST_FLAT)
         if self.settings.num_components is not None:

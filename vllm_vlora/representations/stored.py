@@ -32,13 +32,7 @@ class StoredModule(HasRepresentation):
     @property
     def changes_nothing(self) -> bool:
         """Whether its own numbers make delta_W zero, whatever its tasks share; loadings never do."""
-        return not self.is_flat and any(_is_zero(matrix) for matrix in self.matrices.values())
-
-
-def _is_zero(matrix: PackedMatrix) -> bool:
-    # The first row alone tells, but for updates of zero.
-    first = matrix.row_slice(0, min(1, matrix.rows))
-    return not bool(unpack(first).any()) and not bool(unpack(matrix).any())
+        return not self.is_flat and any(m.is_zero for m in self.matrices.values())
 
 
 @dataclass(frozen=True)
