@@ -96,14 +96,12 @@ def _ids(text: str) -> list[str]:
     return re.findall(r"w\d+", text)
 
 
-def test_the_line_that_serves_is_shown_and_the_process_is_vllms(
-    server: Server, checkpoint: Path
-) -> None:
-    log = server.log.read_text()
-    assert f"VLLM_VLORA_CHECKPOINT={checkpoint} vllm serve" in log
-    # What is given twice stands there once, as it was given.
-    assert log.split("vllm serve", 1)[1].splitlines()[0].count("--max-loras") == 1
-    assert Path(f"/proc/{server.process.pid}/cmdline").read_bytes().split(b"\0")[2:3] == [b"serve"]
+def test_the_line_that_serves_is_shown(server: Server, checkpoint: Path) -> None:
+    line = server.log.read_text().splitlines()[0]
+    assert re.match(rf"VLLM_VLORA_CHECKPOINT={re.escape(str(checkpoint))} \S*vllm serve ", line)
+    # What is given stands there once, as it was given.
+    for option in ("--enable-lora", "--max-loras 3", "--max-lora-rank 16"):
+        assert line.count(option.split()[0]) == line.count(option) == 1
 
 
 def test_every_task_is_listed_without_opening_the_load_routes(server: Server) -> None:
