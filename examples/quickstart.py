@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"serve: VLLM_VLORA_CHECKPOINT={options.output} vllm serve BASE_MODEL --enable-lora")
+    print(f"serve: vllm-vlora serve {options.output}")
     return 1 if problems else 0
 
 

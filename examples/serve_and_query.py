@@ -1,4 +1,4 @@
-"""Serve every task of a checkpoint with ``vllm serve``, and ask some of them at once.
+"""Serve every task of a checkpoint with ``vllm-vlora serve``, and ask some of them at once.
 
     python examples/serve_and_query.py BASE_MODEL my-checkpoint "What is the capital of Italy?"
     python examples/serve_and_query.py BASE_MODEL my-checkpoint "Hello" --task sql --task french
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,7 +30,6 @@ from pathlib import Path
 import openai
 
 from vllm_vlora import Checkpoint, VLoRAError
-from vllm_vlora.checkpoint.card import serving_rank
 
 START_SECONDS = 600
 
@@ -76,31 +75,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def serving(
     model: str, checkpoint: Checkpoint, log: Path, more: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The URL of a running server; it is gone afterwards.
-
-    ``--max-loras`` is the number of distinct tasks in one batch. Tasks that run direct take no slot,
-    so it may be as large as the checkpoint; ``--max-lora-rank`` is for those that are materialized.
-    """
-    vllm = shutil.which("vllm")
-    if vllm is None:
-        raise SystemExit("error: no vllm command; pip install 'vllm-vlora[serve]'")
+    """The URL of a running server; it is gone afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    rank = serving_rank(checkpoint.max_rank) or checkpoint.max_rank
-    command = [vllm, "serve", model, "--enable-lora", "--max-loras", str(len(checkpoint.tasks)),
-               "--max-lora-rank", str(rank), "--host", "127.0.0.1", "--port", str(port),
-               *more]  # fmt: skip
+    command = ["serve", "--base", model, str(checkpoint.path), "--host", "127.0.0.1",
+               "--port", str(port), *more]  # fmt: skip
     with log.open("wb") as stream:
         server = subprocess.Popen(
-            command,
-            env={**os.environ, "VLLM_VLORA_CHECKPOINT": str(checkpoint.path)},
+            [sys.executable, "-P", "-m", "vllm_vlora.tools", *command],
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        print(f"$ VLLM_VLORA_CHECKPOINT={checkpoint.path} {' '.join(command)}", flush=True)
+        print(f"$ vllm-vlora {shlex.join(command)}", flush=True)
         _wait(server, f"http://127.0.0.1:{port}", log)
         yield f"http://127.0.0.1:{port}"
     finally:

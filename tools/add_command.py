@@ -11,6 +11,7 @@ import typer
 from vllm_vlora.errors import OptionError
 from vllm_vlora.tools.common_options import (
     AdapterRefs,
+    AllowLargeError,
     MaxBytes,
     Names,
     Originals,
@@ -105,6 +106,7 @@ def add(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace tasks that CKPT has already.")
     ] = False,
+    allow_large_error: AllowLargeError = False,
     output: Output = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -136,6 +138,7 @@ def add(
             max_error=max_error,
             quantize=quantize.value,
             calibration=None if calibration is None else str(calibration),
+            allow_large_error=allow_large_error,
         )
         if task_id is not None:
             adapters, name = None, [f"{task_id}={_only(adapters, name)}"]
@@ -278,6 +281,7 @@ def _added_json(report: AddReport, target: str) -> dict[str, Any]:
         "ratio": report.ratio,
         "grown_modules": report.grown,
         "grown_bytes": report.grown_nbytes,
+        "losses": report.losses.to_dict(),
         "warnings": report.warnings,
         "seconds": report.seconds,
         "tasks": [
@@ -291,7 +295,7 @@ def _print_added(console: Console, report: AddReport, target: str) -> None:
     from rich.text import Text
 
     from vllm_vlora.checkpoint.card import format_bytes, format_ratio
-    from vllm_vlora.tools.summary import line, make_table, print_warnings
+    from vllm_vlora.tools.summary import error_cell, line, make_table, print_losses, print_warnings
 
     numbers = ["Before", "Bytes", "Ratio", "On bases", "Error", "If private"]
     table = make_table(["New task", "Stored"], numbers)
@@ -305,12 +309,13 @@ def _print_added(console: Console, report: AddReport, target: str) -> None:
             format_bytes(nbytes),
             format_ratio(task.original_nbytes, nbytes),
             f"{task.carried:.1%}",
-            f"{task.error:.4f}",
+            error_cell(task.error, no_update=task.task_id in report.losses.no_update),
             private,
         )
     console.print(table)
     for task in report.tasks:
         line(console, f"{task.task_id}: {task.kind}; {task.why}.")
+    print_losses(console, report.losses.to_dict())
     print_warnings(console, report.warnings)
     if report.grown:
         line(
@@ -338,6 +343,7 @@ def _rebuilt_json(
         "ratio": report.ratio,
         "mean_error": report.mean_error,
         "worst_error": report.worst_error,
+        "losses": report.losses.to_dict(),
         "warnings": report.warnings,
         "seconds": report.seconds,
     }
@@ -345,9 +351,10 @@ def _rebuilt_json(
 
 def _print_rebuilt(console: Console, report: CompressReport, before: int, target: str) -> None:
     from vllm_vlora.checkpoint.card import format_bytes
-    from vllm_vlora.tools.summary import line, print_warnings
+    from vllm_vlora.tools.summary import line, print_losses, print_warnings
 
     print_warnings(console, report.warnings)
+    print_losses(console, report.losses.to_dict())
     line(
         console,
         f"Rebuilt {target} with {len(report.tasks)} tasks ({report.representation}): "

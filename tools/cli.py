@@ -21,6 +21,7 @@ from vllm_vlora.tools.exporting import show_folders, write_folders
 from vllm_vlora.tools.hub_command import pull, push
 from vllm_vlora.tools.merge_command import merge
 from vllm_vlora.tools.reconstruct_command import reconstruct
+from vllm_vlora.tools.serve_command import SERVE_SETTINGS, serve
 from vllm_vlora.tools.terminal import (
     EXIT_CHECK_FAILED,
     AsJson,
@@ -75,7 +76,7 @@ def vllm_vlora(
 
     vllm-vlora info ckpt
 
-    VLLM_VLORA_CHECKPOINT=ckpt vllm serve BASE_MODEL --enable-lora
+    vllm-vlora serve ckpt
 
     Exit codes: 0 done; 1 the check failed, or the budget cannot be met; 2
     the call or its input is wrong.
@@ -83,7 +84,7 @@ def vllm_vlora(
 
 
 _MAKE, _LOOK = "Make and change checkpoints", "Look and judge"
-_TAKE, _ADAPTERS = "Take out and pass on", "Adapters"
+_SERVE, _TAKE, _ADAPTERS = "Serve", "Take out and pass on", "Adapters"
 
 app.command(rich_help_panel=_MAKE)(compress)
 
@@ -135,6 +136,7 @@ def _print_info(console: Console, data: dict[str, Any]) -> None:
     show.print_overview(console, data)
     show.print_modules(console, data)
     show.print_tasks(console, data)
+    show.print_losses(console, data["losses"])
     advice.print_advice(console, data["rebuild"])
     show.print_serving(console, data)
 
@@ -240,7 +242,7 @@ def export(
         show_folders(folders, as_json)
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(rich_help_panel=_SERVE)
 def plan(
     checkpoint: CheckpointRef,
     max_loras: Annotated[
@@ -339,6 +341,8 @@ def plan(
         data = show.describe(found, checkpoint, gpu_nbytes)
         print_result(data, show.print_plan, as_json)
 
+
+app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
 
 for panel, commands in (
     (_MAKE, (add, remove, calibrate, convert)),

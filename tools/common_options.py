@@ -103,6 +103,13 @@ MaxBytes = Annotated[
         metavar="SIZE", help="Take at most this: 500MB, 1.5GiB, or bytes.", show_default=False
     ),
 ]
+AllowLargeError = Annotated[
+    bool,
+    typer.Option(
+        "--allow-large-error",
+        help="Store tasks with a relative error above 1 too: leaving them out would lose less.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(metavar="N", help="Rows of text in a pass of the model.")]
 Device = Annotated[
     str | None,

@@ -11,6 +11,7 @@ import typer
 
 from vllm_vlora.tools.common_options import (
     AdapterRefs,
+    AllowLargeError,
     MaxBytes,
     Names,
     Quantize,
@@ -163,6 +164,7 @@ class CompressFlags:
         bool,
         typer.Option("--plan", help="Predict the error at every size, and write nothing."),
     ] = False
+    allow_large_error: AllowLargeError = False
     force: Annotated[bool, force_option("an existing checkpoint")] = False
     as_json: AsJson = False
     verbose: Verbose = False
@@ -240,6 +242,7 @@ def _options(flags: CompressFlags) -> CompressOptions:
         dtype=flags.dtype.value if flags.dtype else None,
         executor=flags.executor.value,
         jobs=flags.jobs,
+        allow_large_error=flags.allow_large_error,
     )
 
 
@@ -335,6 +338,7 @@ def _print(
     show.print_tasks(console, data)
     show.print_candidates(console, data, (report.representation, report.format), by_error=by_size)
     show.print_quality(console, data)
+    show.print_losses(console, data["losses"])
     show.line(console, f"Wrote {data['checkpoint']} in {report.seconds:.1f} s.")
     show.print_serving(console, data)
 

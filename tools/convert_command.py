@@ -85,6 +85,7 @@ def _as_data(source: str, report: ConvertReport) -> dict[str, Any]:
         "source_bytes": report.source_nbytes,
         "bytes": report.nbytes,
         "original_bytes": report.original_nbytes,
+        "losses": report.losses.to_dict(),
         "warnings": report.warnings,
     }
 
@@ -94,6 +95,7 @@ def _print(console: Console, source: str, report: ConvertReport) -> None:
     from vllm_vlora.tools import summary as show
 
     show.print_warnings(open_console(stderr=True), report.warnings)
+    show.print_losses(console, report.losses.to_dict())
     show.line(
         console,
         f"{source}: {report.kind}, {count_of(len(report.task_ids), 'task')}, {report.modules} "

@@ -227,7 +227,7 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     from vllm_vlora.tools.html_report import MEASURED, measured_cells
-    from vllm_vlora.tools.summary import line, make_table
+    from vllm_vlora.tools.summary import line, make_table, print_losses
 
     table = make_table(["Task"], [*MEASURED, "Tokens"])
     for task in found["tasks"]:
@@ -247,6 +247,7 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
             line(
                 console, f"{task['task']}: not judged: {task['undefined_because']}", style="yellow"
             )
+    print_losses(console, found["losses"])
     if found["not_evaluated"]:
         line(console, f"no data, left out: {some_of(found['not_evaluated'])}", style="yellow")
     line(

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from vllm_vlora.checkpoint.card import format_bytes
+from vllm_vlora.checkpoint.losses import describe_losses
 from vllm_vlora.evaluation.fidelity import module_layer
 from vllm_vlora.merging.spectra import SPECTRUM_QUANTILES, module_kind
 from vllm_vlora.tools import plots
@@ -36,6 +37,7 @@ table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; white-space: nowrap; font-variant-numeric: tabular-nums; }
 td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+p.loss { color: var(--hot); }
 svg { display: block; } svg .mark * { pointer-events: all; }
 """
 )
@@ -52,7 +54,7 @@ def render_report(found: Mapping[str, Any]) -> str:
     """
     parts = [
         *_head(found),
-        *_table_of_tasks(found["tasks"]),
+        *_table_of_tasks(found),
         *_recovered_figures(found["tasks"]),
         *_error_figure(found["tasks"]),
         *_spectra_figure(found["spectra"]),
@@ -109,7 +111,8 @@ def _tile(label: str, value: str, more: str) -> str:
     return f"<div>{escape(label)}<b>{escape(value)}</b><span>{escape(more)}</span></div>"
 
 
-def _table_of_tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _table_of_tasks(found: Mapping[str, Any]) -> Iterator[str]:
+    tasks = found["tasks"]
     yield "<h2>Tasks</h2>"
     headings = ("Task", *MEASURED, "Ratio", "Examples", "Tokens", "Stored as")
     rows = [
@@ -129,6 +132,8 @@ def _table_of_tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         "supervised positions with the same most likely token. Greedy: first generated tokens that "
         "agree with the adapter's, of those that could. Error: relative, Frobenius.</p>"
     )
+    for text in describe_losses(found["losses"]):
+        yield f'<p class="loss">{escape(text)}</p>'
     for task in tasks:
         if task["undefined_because"]:
             yield (

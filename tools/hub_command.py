@@ -49,7 +49,7 @@ def push(
 
     vllm-vlora push ckpt org/my-tasks --private
 
-    VLLM_VLORA_CHECKPOINT=org/my-tasks vllm serve BASE_MODEL --enable-lora
+    vllm-vlora serve org/my-tasks
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.hub import push_checkpoint

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_vlora.errors import OptionError
-from vllm_vlora.tools.common_options import adapters_argument, force_option, output_option
+from vllm_vlora.tools.common_options import (
+    AllowLargeError,
+    adapters_argument,
+    force_option,
+    output_option,
+)
 from vllm_vlora.tools.terminal import (
     AsJson,
     Verbose,
@@ -90,6 +95,7 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    allow_large_error: AllowLargeError = False,
     force: Annotated[bool, force_option("an adapter at DIR, or TASK in CKPT")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -117,10 +123,21 @@ def merge(
             _check_blend(checkpoint, output, method)
             assert checkpoint is not None
             blended = _blend(
-                checkpoint, adapters, chosen, new_task, rank, format or "float32", force
+                checkpoint,
+                adapters,
+                chosen,
+                new_task,
+                {
+                    "rank": rank,
+                    "format": format or "float32",
+                    "replace": force,
+                    "allow_large_error": allow_large_error,
+                },
             )
             print_result(_describe_blend(blended, checkpoint), _print_blend, as_json)
             return
+        if allow_large_error:
+            raise OptionError("--allow-large-error is for a task in a checkpoint; give --as too")
         if format is not None:
             raise OptionError("--format is for a task in a checkpoint; give --checkpoint and --as")
         if output is None:
@@ -215,9 +232,7 @@ def _blend(
     tasks: list[str],
     weights: list[float] | None,
     new_task: str,
-    rank: int | None,
-    format: str,
-    force: bool,
+    options: dict[str, Any],
 ) -> BlendedTask:
     from vllm_vlora.merging.blending import blend_tasks
 
@@ -227,7 +242,7 @@ def _blend(
     if len(set(tasks)) < len(tasks):
         raise OptionError("a task is named twice; name each once, with one weight")
     named = dict(zip(tasks, chosen))
-    return blend_tasks(checkpoint, named, new_task, rank=rank, format=format, replace=force)
+    return blend_tasks(checkpoint, named, new_task, **options)
 
 
 def _describe_blend(blended: BlendedTask, checkpoint: str) -> dict[str, Any]:
@@ -240,12 +255,13 @@ def _describe_blend(blended: BlendedTask, checkpoint: str) -> dict[str, Any]:
         "max_rank": high,
         "bytes": blended.nbytes,
         "error": blended.error,
+        "losses": blended.losses.to_dict(),
     }
 
 
 def _print_blend(console: Console, data: dict[str, Any]) -> None:
     from vllm_vlora.checkpoint.card import format_bytes
-    from vllm_vlora.tools.summary import format_range, line
+    from vllm_vlora.tools.summary import format_range, line, print_losses
 
     line(
         console,
@@ -253,6 +269,7 @@ def _print_blend(console: Console, data: dict[str, Any]) -> None:
         f"{format_range(data['min_rank'], data['max_rank'])}, {format_bytes(data['bytes'])}, "
         f"relative error {data['error']:.2g}.",
     )
+    print_losses(console, data["losses"])
 
 
 def _describe(

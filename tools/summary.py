@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_vlora.checkpoint.card import format_bytes, format_ratio, serve_command, serving_rank
+from vllm_vlora.checkpoint.card import format_bytes, format_ratio
+from vllm_vlora.checkpoint.losses import Losses, describe_losses, is_noted, is_worthless
+from vllm_vlora.checkpoint.report import extra_nbytes
+from vllm_vlora.checkpoint.serving import serve_command, serving_rank
+from vllm_vlora.plugin.memory import serving_obstacles
+from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from vllm_vlora.checkpoint.reader import Checkpoint
     from vllm_vlora.representations.spec import Segment
+
+# A collection may have a thousand such tasks.
+_NAMED_TASKS = 10
 
 
 def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
@@ -32,12 +41,17 @@ def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
         "original_bytes": checkpoint.original_nbytes,
         "bytes": checkpoint.nbytes,
         "basis_bytes": checkpoint.basis_nbytes,
+        "extra_bytes": extra_nbytes(checkpoint.tasks.values()),
         "ratio": checkpoint.original_nbytes / checkpoint.nbytes if checkpoint.nbytes else None,
         "mean_error": sum(errors) / len(errors) if errors else None,
         "worst_error": max(errors, default=None),
         "max_rank": checkpoint.max_rank,
         "max_lora_rank": serving_rank(checkpoint.max_rank),
-        "serve": serve_command(where, checkpoint.base_model, checkpoint.max_rank),
+        "losses": Losses.of(checkpoint.tasks, checkpoint.modules).to_dict(),
+        "not_served": serving_obstacles(checkpoint),
+        "serve": serve_command(
+            where, checkpoint.base_model, checkpoint.max_rank, len(checkpoint.tasks)
+        ),
         "tasks": tasks,
         "modules": [
             {
@@ -110,7 +124,7 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
             format_ratio(task["original_bytes"], task["bytes"]),
             format_range(task["min_rank"], task["max_rank"]),
             _stored_as(task["stored_as"]) + _mean_bits(task["nf4_rows_by_bits"]),
-            f"{task['error']:.4f}",
+            error_cell(task["error"], no_update=task["task"] in summary["losses"]["no_update"]),
         )
     table.add_section()
     if summary["basis_bytes"]:
@@ -125,11 +139,16 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
         "-" if summary["mean_error"] is None else f"{summary['mean_error']:.4f}",
         style="bold",
     )
+    if summary["extra_bytes"]:
+        table.add_section()
+        table.add_row(
+            "extra tensors", "", format_bytes(summary["extra_bytes"]), "", "", "as they were", ""
+        )
     console.print(table)
     line(
         console,
-        "Before: the adapters' LoRA weights at 16 bits each. Stored: safetensors files without "
-        "classifier heads. Error: relative, Frobenius; in total the mean.",
+        "Before: the adapters' LoRA weights at 16 bits each. Stored: safetensors files; heads and other "
+        "extra tensors stand by themselves. Error: relative, Frobenius; in total the mean.",
         style="dim",
     )
 
@@ -210,7 +229,7 @@ def print_curve(console: Console, predicted: dict[str, Any]) -> None:
             f"{point['ratio']:g}x",
             format_bytes(point["bytes"]),
             f"{point['mean_error']:.4f}",
-            f"{point['worst_error']:.4f}",
+            error_cell(point["worst_error"]),
             f"{point['representation']} {point['format']}",
         )
     console.print(table)
@@ -259,19 +278,56 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
         f"({format_ratio(summary['original_bytes'], summary['bytes'])}); shared bases "
         f"{format_bytes(summary['basis_bytes'])}",
     )
+    if summary["extra_bytes"]:
+        line(
+            console,
+            f"Beside them    {format_bytes(summary['extra_bytes'])} of heads and other extra tensors",
+        )
+
+
+def error_cell(error: float | None, *, no_update: bool = False) -> Text:
+    """A relative error: yellow from where it is named, red where the task is worse than none."""
+    if no_update:
+        return Text("no update", style="yellow")
+    if error is None:
+        return Text("-")
+    style = "red" if is_worthless(error) else "yellow" if is_noted(error) else ""
+    return Text(f"{error:.4f}", style=style)
+
+
+def print_losses(console: Console, losses: dict[str, Any]) -> None:
+    """What must be said of tasks that lost much, or that change nothing."""
+    for text in describe_losses(losses):
+        line(console, text, style="yellow")
+
+
+def print_not_served(console: Console, not_served: dict[str, str]) -> None:
+    """The tasks that vLLM cannot serve; with one of them an engine does not start."""
+    reasons: dict[str, list[str]] = {}
+    for task, reason in not_served.items():
+        reasons.setdefault(reason, []).append(task)
+    for reason, tasks in reasons.items():
+        line(
+            console,
+            f"vLLM cannot serve {some_of(tasks, _NAMED_TASKS)}: {reason}. Serve a copy without: "
+            "vllm-vlora remove CKPT TASK -o COPY",
+            style="red",
+        )
 
 
 def print_serving(console: Console, summary: dict[str, Any]) -> None:
     """The line that serves the checkpoint."""
     line(console, "Serve every task:", style="bold")
     line(console, f"  {summary['serve']}")
-    if summary["max_lora_rank"] is None:
+    line(console, f"or: vllm-vlora serve {shlex.quote(summary['checkpoint'])}", style="dim")
+    if summary["max_lora_rank"] is None and not summary["not_served"]:
         line(
             console,
-            f"  vLLM serves ranks up to 512; this checkpoint has rank {summary['max_rank']}: "
-            "compress it to a smaller one",
+            f"  vLLM's slots hold ranks up to 512; with rank {summary['max_rank']} this checkpoint is "
+            "served direct, and not with VLLM_VLORA_MODE=materialize",
             style="yellow",
         )
+    print_not_served(console, summary["not_served"])
 
 
 def make_table(names: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:

@@ -177,6 +177,12 @@ class PackedMatrix:
         parts = {name: part.to(device) for name, part in self.parts.items()}
         return PackedMatrix(self.format, self.rows, self.cols, parts)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether every value is zero: the numbers of a float format are, or the scales of another."""
+        sizes = next(n for n in ("values", "scales", "scale_range") if n in self.parts)
+        return not bool(self.parts[sizes].any())
+
     def row_slice(self, start: int, stop: int) -> PackedMatrix:
         """Rows ``start`` to ``stop`` (exclusive) as a view; ValueError when they do not exist."""
         if not 0 <= start <= stop <= self.rows:

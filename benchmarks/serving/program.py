@@ -334,7 +334,7 @@ def make_world(world: World, checkpoints: list[str]) -> dict[str, int]:
     import torch
 
     from vllm_vlora import open_adapter
-    from vllm_vlora.checkpoint.card import serving_rank
+    from vllm_vlora.checkpoint.serving import serving_rank
 
     # Compression's products are small: on a busy machine of two cores, two threads that waited for
     # each other took 130 s of processor time where one took 6 (8 adapters, k=32, hidden 1024).

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from places import BENCHMARKS
 
-from vllm_vlora.checkpoint.card import VLLM_LORA_RANKS
+from vllm_vlora.checkpoint.serving import VLLM_LORA_RANKS
 from vllm_vlora.quantize import FORMATS, row_nbytes
 from vllm_vlora.triton_kernels.direct import RECORD_FIELDS
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
-from vllm_vlora.checkpoint.card import VLLM_LORA_RANKS
 from vllm_vlora.checkpoint.export import ConfigChanges, export_all, export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.serving import VLLM_LORA_RANKS
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError, TaskNotFoundError
 from vllm_vlora.quantize import pack, unpack

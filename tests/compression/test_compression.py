@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import load_file, save_file
 from synthetic import SHAPES, check, family, run, save
 
 from vllm_vlora.adapters.peft_folder import Adapter
@@ -352,3 +353,31 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 def _digests(path: Path) -> Sequence[str]:
     checkpoint = Checkpoint.open(path)
     return [checkpoint.digest(task_id) for task_id in checkpoint.tasks]
+
+
+def test_flat_does_not_take_a_format_that_cannot_hold_it(tmp_path: Path) -> None:
+    # alpha / r is 64, and stands in flat factors.
+    generator = torch.Generator().manual_seed(4)
+    adapters = {
+        f"t{i}": save(
+            tmp_path / "in" / str(i),
+            SHAPES,
+            4,
+            generator,
+            dtype=torch.float16,
+            alpha=256,
+            scale_up=1e-4,
+        )
+        for i in range(4)
+    }
+    for adapter in adapters.values():
+        path = adapter.path / "adapter_model.safetensors"
+        tensors = {k: t * (2e5 if "lora_B" in k else 1) for k, t in load_file(path).items()}
+        save_file(tensors, path)
+    with pytest.raises(OptionError, match="too large for flat in float16; use dtype float32"):
+        run(adapters, tmp_path / "out", representation="flat", num_components=3)
+    wide = run(adapters, tmp_path / "out", representation="flat", num_components=3, dtype="float32")
+    assert wide.worst_error < 1e-3
+    report = run(adapters, tmp_path / "auto", ratio=1.5)
+    check(tmp_path / "auto", adapters, report)
+    assert report.worst_error < 0.3

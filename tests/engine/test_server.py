@@ -22,11 +22,9 @@ from vllm_vlora.plugin.identity import task_path
 
 pytestmark = pytest.mark.engine
 
-COMMAND = """
-import os, sys
-os.execv(sys.executable, [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", *sys.argv[1:]])
-"""
-# The same without the command's start: the process has imported vLLM.
+# ``vllm-vlora serve``, which becomes the ``vllm`` command.
+OURS = "from vllm_vlora.tools.cli import main; main()"
+# What it starts, in a process that has imported vLLM.
 FORKED = "from vllm.entrypoints.cli.main import main; main()"
 
 
@@ -41,15 +39,17 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        model = ["serve", str(world.model)]
+        if script == OURS:
+            model = ["serve", "--base", str(world.model), str(checkpoint)]
+        else:
+            environment["VLLM_VLORA_CHECKPOINT"] = str(checkpoint)
         arguments = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
                      "--max-model-len", "256", "--max-num-seqs", "32", "--enforce-eager",
                      "--enable-lora", "--max-loras", "3", "--max-lora-rank", "16",
                      "--served-model-name", "base",
                      "--lora-modules", f"ordinary={world.ordinary}"]  # fmt: skip
-        self.process = start(
-            script, "serve", str(world.model), *arguments, log=log,
-            VLLM_VLORA_CHECKPOINT=str(checkpoint), **environment,
-        )  # fmt: skip
+        self.process = start(script, *model, *arguments, log=log, **environment)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def wait(self, seconds: float = 240) -> bool:
@@ -82,7 +82,7 @@ def checkpoint(world: World) -> Path:
 
 @pytest.fixture(scope="module")
 def server(world: World, checkpoint: Path) -> Iterator[Server]:
-    server = Server(world, world.root / "server.log", checkpoint, COMMAND)
+    server = Server(world, world.root / "server.log", checkpoint, OURS)
     assert server.wait(), server.log.read_text()[-4000:]
     yield server
     server.stop()
@@ -94,6 +94,14 @@ def _words(tokens: list[int]) -> list[str]:
 
 def _ids(text: str) -> list[str]:
     return re.findall(r"w\d+", text)
+
+
+def test_the_line_that_serves_is_shown(server: Server, checkpoint: Path) -> None:
+    line = server.log.read_text().splitlines()[0]
+    assert re.match(rf"VLLM_VLORA_CHECKPOINT={re.escape(str(checkpoint))} \S*vllm serve ", line)
+    # What is given stands there once, as it was given.
+    for option in ("--enable-lora", "--max-loras 3", "--max-lora-rank 16"):
+        assert line.count(option.split()[0]) == line.count(option) == 1
 
 
 def test_every_task_is_listed_without_opening_the_load_routes(server: Server) -> None:

@@ -520,3 +520,13 @@ def test_bad_input_for_narrow_rows_is_refused() -> None:
         pack_narrow(ones.double() * 1e39, 3)
     with pytest.raises(ValueError, match="not those of rows with 2 bits"):
         narrow_codes(pack(torch.randn(2, 64), "nf4").parts["codes"], 2)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_matrix_knows_that_it_is_zero(format: str) -> None:
+    matrix = torch.zeros(3, 300)
+    assert pack(matrix, format).is_zero
+    matrix[2, 299] = -1e-4
+    packed = pack(matrix, format)
+    assert not packed.is_zero
+    assert unpack(packed).any()

@@ -55,7 +55,7 @@ def test_quickstart_writes_a_sound_checkpoint_and_takes_a_task_out(
     printed = capsys.readouterr().out
     assert "nothing wrong" in printed
     assert f"{checkpoint.ratio:.1f} times smaller" in printed
-    assert f"VLLM_VLORA_CHECKPOINT={output} vllm serve" in printed
+    assert f"vllm-vlora serve {output}" in printed
 
 
 def test_quickstart_reports_an_error_in_one_line(
@@ -105,8 +105,11 @@ def test_it_starts_a_server_asks_every_task_and_stops_it(
     assert example.main(arguments) == 0
     printed = capsys.readouterr().out
     command, *answers = printed.splitlines()
-    assert f"VLLM_VLORA_CHECKPOINT={checkpoint} " in command
-    assert "--max-loras 4 --max-lora-rank 8" in command
+    assert command.startswith(f"$ vllm-vlora serve --base BASE {checkpoint} ")
+    line = (
+        f"VLLM_VLORA_CHECKPOINT={checkpoint} vllm serve BASE --enable-lora --max-lora-rank 8 --max-"
+    )
+    assert line in log.read_text()
     assert answers == [f"task{i}  task{i} says hello" for i in range(4)]
     assert command.endswith("--enforce-eager")
     port = command.split("--port ")[1].split()[0]

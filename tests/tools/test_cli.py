@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from vllm_vlora import __version__
 from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
-from vllm_vlora.checkpoint.card import format_bytes, serving_rank
+from vllm_vlora.checkpoint.card import format_bytes
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.serving import serving_rank
 from vllm_vlora.compression.options import DEFAULT_RATIO
 from vllm_vlora.errors import OptionError
 from vllm_vlora.plugin.memory import plan_memory
@@ -48,6 +49,7 @@ COMMANDS = (
     "pull",
     "push",
     "reconstruct",
+    "serve",
 )
 FORMAT2 = DATA / "format2"
 runner = CliRunner()
@@ -328,7 +330,7 @@ def test_the_card_is_one_the_hub_reads(tmp_path: Path) -> None:
     assert card.data.tags == ["lora", "vllm", "peft"]
     # A path or the like in this field makes the Hub refuse the upload.
     assert card.data.base_model is None
-    rows = [line for line in card.text.splitlines() if r"a\|b \*c\* \~d\~" in line]
+    rows = [line for line in card.text.splitlines() if line.startswith(r"| a\|b \*c\* \~d\~ |")]
     assert len(rows) == 1
     invoke("compress", make_adapter(tmp_path / "b"), "-o", tmp_path / "hub")
     card = ModelCard.load(tmp_path / "hub" / "README.md")
@@ -389,8 +391,8 @@ def test_info_says_what_is_there_and_how_to_serve_it(shared: Path) -> None:
     for words in ("../../etc/x", "a/b", "a_b", "Ünïcode [red]", "q_proj", "96 x 96", "org/base"):
         assert words in text
     assert (
-        f"VLLM_VLORA_CHECKPOINT={shared} vllm serve org/base --enable-lora --max-lora-rank 8"
-        in text
+        f"VLLM_VLORA_CHECKPOINT={shared} vllm serve org/base --enable-lora --max-lora-rank 8 "
+        "--max-loras 4\n" in text
     )
 
 

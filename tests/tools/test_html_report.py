@@ -138,6 +138,12 @@ def make_report(**changes: Any) -> dict[str, Any]:
             "worst_task": HOSTILE[4],
         },
         "tasks": tasks,
+        "losses": {
+            "noted_above": 0.5,
+            "above": {"loud <u>": 0.75},
+            "lost_modules": {},
+            "no_update": ["idle <u>"],
+        },
         "not_evaluated": ["other"],
         "spectra": [
             {
@@ -193,6 +199,8 @@ def test_what_comes_from_outside_is_escaped() -> None:
         "org/base&co",
         "held<out>.jsonl",
         "no gain <here>",
+        "above 0.5: loud <u> 0.75;",
+        "No update, the LoRA weights are zero: idle <u>;",
         "evaluate '<x>'",
     ):
         assert wanted in shown

@@ -1,4 +1,4 @@
-"""The Hub model card of a checkpoint, and how sizes and the serving command are worded.
+"""The Hub model card of a checkpoint, and how sizes are worded.
 
 The card follows the Hub's conventions for adapters: YAML front matter with ``base_model`` and
 ``library_name``, so that the checkpoint is listed under its base model.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from vllm_vlora.checkpoint.report import CompressReport
+from vllm_vlora.checkpoint.losses import describe_losses
+from vllm_vlora.checkpoint.serving import serve_command
 
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM accepts for ``--max-lora-rank`` (``vllm.config.lora.MaxLoRARanks``)."""
+if TYPE_CHECKING:
+    from vllm_vlora.checkpoint.report import CompressReport, TaskReport
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&!])")
@@ -38,26 +37,6 @@ def format_ratio(original: int, stored: int) -> str:
     return f"{original / stored:.2f}x" if stored else "-"
 
 
-def serving_rank(rank: int) -> int | None:
-    """The smallest ``--max-lora-rank`` of vLLM's that holds ``rank``; None above 512."""
-    return next((allowed for allowed in VLLM_LORA_RANKS if allowed >= rank), None)
-
-
-def serve_command(checkpoint: str, base_model: str | None, max_rank: int) -> str:
-    """The shell line that serves every task of a checkpoint from vLLM, ready to paste.
-
-    Args:
-        checkpoint: folder or Hub id. base_model: None leaves a placeholder. max_rank: the largest
-        rank of any task; one beyond what vLLM accepts leaves a placeholder.
-    """
-    model = "BASE_MODEL" if base_model is None else shlex.quote(base_model)
-    rank = serving_rank(max_rank)
-    return (
-        f"VLLM_VLORA_CHECKPOINT={shlex.quote(checkpoint)} vllm serve {model} --enable-lora "
-        f"--max-lora-rank {rank if rank is not None else 'RANK'}"
-    )
-
-
 def model_card(base_model: str | None, report: CompressReport) -> str:
     """Return the text of the checkpoint's ``README.md``.
 
@@ -77,11 +56,13 @@ def model_card(base_model: str | None, report: CompressReport) -> str:
         f"{report.representation}, number format: {report.format}.",
         "",
         f"- Adapters before: {format_bytes(report.original_nbytes)} (LoRA weights at 16 bits each)",
-        f"- This checkpoint: {format_bytes(report.nbytes)} (all safetensors files, of which shared "
-        f"bases {format_bytes(report.basis_nbytes)}), {report.ratio:.2f} times smaller",
+        f"- This checkpoint: {format_bytes(report.nbytes)} of LoRA weights (of which shared bases "
+        f"{format_bytes(report.basis_nbytes)}), {report.ratio:.2f} times smaller",
+        *_extra_lines(report),
         f"- Relative error of the weights: mean {report.mean_error:.4f}, worst "
         f"{report.worst_error:.4f}",
         *_recovered_lines(report),
+        *(f"- **{_escape(line)}**" for line in describe_losses(report.losses.to_dict())),
         "",
         "## Tasks",
         "",
@@ -91,7 +72,7 @@ def model_card(base_model: str | None, report: CompressReport) -> str:
     lines += [
         f"| {_escape(task.task_id)} | {format_bytes(task.original_nbytes)} "
         f"| {format_bytes(task.nbytes)} | {format_ratio(task.original_nbytes, task.nbytes)} "
-        f"| {task.error:.4f} |"
+        f"| {_error(task, report)} |"
         for task in report.tasks
     ]
     lines += [
@@ -107,7 +88,7 @@ def model_card(base_model: str | None, report: CompressReport) -> str:
         "",
         "```bash",
         "pip install vllm vllm-vlora",
-        serve_command("CHECKPOINT", base_model, max(task.ranks[1] for task in report.tasks)),
+        serve_command("CHECKPOINT", base_model, max(task.ranks[1] for task in report.tasks), count),
         "```",
         "",
         "`CHECKPOINT` is this folder or this repository's Hub id. A request names its task in the "
@@ -123,6 +104,23 @@ def model_card(base_model: str | None, report: CompressReport) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _extra_lines(report: CompressReport) -> list[str]:
+    """What the files hold beside the LoRA weights, where they do."""
+    if not report.extra_nbytes:
+        return []
+    return [
+        f"- Heads and other tensors beside them, as they were: {format_bytes(report.extra_nbytes)}; "
+        f"all safetensors files: {format_bytes(report.nbytes + report.extra_nbytes)}"
+    ]
+
+
+def _error(task: TaskReport, report: CompressReport) -> str:
+    if task.task_id in report.losses.no_update:
+        return "no update"
+    shown = f"{task.error:.4f}"
+    return f"**{shown}**" if task.task_id in report.losses.above else shown
 
 
 def _recovered_lines(report: CompressReport) -> list[str]:

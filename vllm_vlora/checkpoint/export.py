@@ -226,7 +226,8 @@ def _kept_as_it_was(modules: Mapping[str, StoredModule], config: Mapping[str, An
             stored.is_private
             and stored.format in FLOAT_DTYPES
             and stored.rank == lora_rank(config, name)
-            and stored.scale == lora_scale(config, name, stored.rank)[1]
+            # Of an update of zero the scale is not kept.
+            and stored.scale in (0.0, lora_scale(config, name, stored.rank)[1])
             for name, stored in modules.items()
         )
     # A config without these numbers, or with patterns that are none, describes nothing.

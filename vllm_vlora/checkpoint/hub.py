@@ -198,7 +198,9 @@ def _files(checkpoint: Checkpoint) -> list[str]:
 
 
 def _card(checkpoint: Checkpoint) -> bytes:
-    contents = report_contents(checkpoint.path, checkpoint.tasks, checkpoint.basis_nbytes)
+    contents = report_contents(
+        checkpoint.path, checkpoint.tasks, checkpoint.modules, checkpoint.basis_nbytes
+    )
     return model_card(checkpoint.base_model, contents).encode()
 
 

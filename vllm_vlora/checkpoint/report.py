@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import TaskRecord
+from vllm_vlora.representations.spec import ModuleSpec
 
 
 class Candidate(NamedTuple):
@@ -61,6 +63,8 @@ class CompressReport:
     ``raised`` are the tasks that got more than their share of the bytes to pass the gate.
     ``recovered`` and ``kept`` are set by ``compress_to_quality``: the recovered fraction of every task
     (None where it is undefined), and the tasks that are stored as they were, since less would not do.
+    ``losses`` has what must be said of tasks that lost much. ``extra_nbytes`` are those of heads and
+    other tensors beside the LoRA weights, which ``nbytes`` leaves out.
 
     Examples:
         >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
@@ -85,6 +89,8 @@ class CompressReport:
     calibrated: bool = False
     recovered: dict[str, float | None] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
+    extra_nbytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -112,12 +118,16 @@ MIXED = "mixed"
 
 
 def report_contents(
-    path: Path, tasks: Mapping[str, TaskRecord], basis_nbytes: int
+    path: Path,
+    tasks: Mapping[str, TaskRecord],
+    modules: Sequence[ModuleSpec],
+    basis_nbytes: int,
 ) -> CompressReport:
     """Sizes and recorded errors of every task; nothing is measured anew.
 
     Args:
-        tasks: task id -> record, in the checkpoint's order. basis_nbytes: of its basis files.
+        tasks: task id -> record, in the checkpoint's order. modules: what their segments name.
+        basis_nbytes: of its basis files.
     """
     reports = [report_task(task_id, record) for task_id, record in tasks.items()]
     segments = [segment for record in tasks.values() for segment in record.segments]
@@ -130,7 +140,14 @@ def report_contents(
         nbytes=basis_nbytes + sum(task.nbytes for task in reports),
         basis_nbytes=basis_nbytes,
         candidates=[],
+        losses=Losses.of(tasks, modules),
+        extra_nbytes=extra_nbytes(tasks.values()),
     )
+
+
+def extra_nbytes(records: Iterable[TaskRecord]) -> int:
+    """Bytes of the tensors beside the LoRA weights: heads and the like, kept as they were."""
+    return sum(record.nbytes - record.lora_nbytes for record in records)
 
 
 def report_task(task_id: str, record: TaskRecord) -> TaskReport:

@@ -86,8 +86,8 @@ def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
 class Successor(CheckpointWriter):
     """Writes a checkpoint that goes on from another one, whose modules keep their places."""
 
-    def __init__(self, folder: Path, old: Checkpoint) -> None:
-        super().__init__(folder, old.base_model)
+    def __init__(self, folder: Path, old: Checkpoint, *, allow_large_error: bool = False) -> None:
+        super().__init__(folder, old.base_model, allow_large_error=allow_large_error)
         self._old = old
         self._kept: list[FileRef] | None = None
 
@@ -119,7 +119,7 @@ class Successor(CheckpointWriter):
     def finish_edited(self) -> CompressReport:
         """Write the rest, with a model card; returns what the card says."""
         bases = basis_nbytes(self.modules) if self._kept is None else self._old.basis_nbytes
-        report = report_contents(self.folder, self.tasks, bases)
+        report = report_contents(self.folder, self.tasks, self.modules, bases)
         self.finish(model_card(self.base_model, report))
         return report
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_vlora.adapters.peft_config import GATHER
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError
@@ -74,7 +75,17 @@ def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
         except CheckpointError as error:
             yield task_id, [str(error)]
         else:
-            yield task_id, []
+            yield task_id, list(_empty_tensors(checkpoint, task_id))
+
+
+def _empty_tensors(checkpoint: Checkpoint, task_id: str) -> Iterator[str]:
+    """Heads without elements, which sharded training leaves behind; nothing can be done with them."""
+    for name, (_, shape) in checkpoint.record(task_id).extra.items():
+        if 0 in shape:
+            yield (
+                f"{checkpoint.path}: task {task_id!r}: tensor {name!r} is empty, shape {list(shape)}; "
+                f"{GATHER}, and compress it anew"
+            )
 
 
 def _basis_problems(checkpoint: Checkpoint) -> list[str]:

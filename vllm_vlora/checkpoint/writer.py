@@ -22,6 +22,7 @@ from vllm_vlora.checkpoint.layout import (
     SAFETENSORS_DTYPES,
     tensor_name,
 )
+from vllm_vlora.checkpoint.losses import refuse_worthless
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
@@ -48,12 +49,14 @@ class CheckpointWriter:
 
     Call ``add_module`` for every module (with its basis, if it has one), ``add_task`` for every
     task and ``finish`` last: the manifest is the last file written. Tensors are written as they
-    come, so memory is one basis shard and one task.
+    come, so memory is one basis shard and one task. ``allow_large_error`` takes tasks that are worse than
+    none, which ``add_task`` refuses otherwise (``losses``).
     """
 
     folder: Path
     base_model: str | None
     shard_bytes: int = BASIS_SHARD_BYTES
+    allow_large_error: bool = False
     modules: list[ModuleSpec] = field(default_factory=list)
     tasks: dict[str, TaskRecord] = field(default_factory=dict)
     _index: dict[str, int] = field(default_factory=dict)
@@ -100,13 +103,23 @@ class CheckpointWriter:
         source: str = "",
         extra: Mapping[str, torch.Tensor] | None = None,
         renamed: Mapping[str, str] | None = None,
+        seen_error: float | None = None,
     ) -> TaskRecord:
         """Write one task's file and remember its record.
 
+        A module whose numbers give an update of zero is stored with the scale 0.
+
         Args:
             renamed: prefix of the modules' names -> what the adapter's own names have in its place.
+            seen_error: by which the task is judged in place of ``error``, where errors were minimised as
+                a calibrated model sees them.
+
+        Raises:
+            BudgetError: the task would be worse than none.
         """
         assert task_id not in self.tasks, f"task {task_id!r} added twice"
+        judged = error if seen_error is None else seen_error
+        refuse_worthless(task_id, judged, self.allow_large_error)
         segments: list[Segment] = []
         chunks: dict[str, list[torch.Tensor]] = {}
         for name, stored in modules.items():
@@ -115,7 +128,7 @@ class CheckpointWriter:
                 stored.representation,
                 stored.format,
                 stored.rank,
-                stored.scale,
+                0.0 if stored.changes_nothing else stored.scale,
                 stored.error,
                 stored.core,
                 stored.bits,

@@ -170,9 +170,21 @@ class Candidates:
             yield from joint_problems(survey, label, cores, shares, factored)
 
     def _flat_problems(self) -> Iterator[Problem]:
-        if self.survey.flat:
-            for label in self._formats.labels:
-                yield flat_problem(self.survey, label)
+        if not self.survey.flat:
+            return
+        held = [
+            label
+            for label in self._formats.labels
+            if all(label in group.curves for group in self.survey.flat.values())
+        ]
+        if not held and self._options.shares == "flat":
+            raise OptionError(
+                "the adapters' factors, times alpha / r, are too large for flat in "
+                f"{', '.join(self._formats.labels)}; use dtype float32 or bfloat16, or another "
+                "representation"
+            )
+        for label in held:
+            yield flat_problem(self.survey, label)
 
     def _mixed_plans(self, budget: Budget, best: Plan | None) -> list[Plan]:
         """Plans in which some tasks share a basis, with one for all, and with one a cluster."""

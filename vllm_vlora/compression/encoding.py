@@ -22,7 +22,7 @@ from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import Survey, Surveyor, SurveySettings
 from vllm_vlora.quantize import stack_rows, unpack
 from vllm_vlora.representations.decode import decode, relative_error
-from vllm_vlora.representations.factors import relative, squared_norm
+from vllm_vlora.representations.factors import changes_nothing, relative, squared_norm
 from vllm_vlora.representations.flat import pack_flat
 from vllm_vlora.representations.joint import dual_rows, encode_joint
 from vllm_vlora.representations.private import encode_narrow, encode_private
@@ -250,6 +250,9 @@ class CoreEncoder:
         for task, (a, b, scale) in zip(tasks, collection.read_module(module, tasks)):
             with collection.naming(task, module.name):
                 stored = project(a, b, scale)
+            if changes_nothing(a, b, scale):
+                # The nearest point that the components hold is not zero.
+                stored = replace(stored, scale=0.0)
             loss = measure_loss(a, b, scale, stored, basis, metric)
             yield task, replace(stored, error=loss.error), loss.seen_lost
 

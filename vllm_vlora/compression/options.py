@@ -46,6 +46,8 @@ class CompressOptions:
             resemble each other and keeps them if they pay.
         calibration: a calibration folder (``vllm-vlora calibrate``): errors are then measured and
             minimised as the model sees them, and not in the Frobenius norm.
+        allow_large_error: store tasks with a relative error above 1 (as seen, with a calibration), which
+            are refused otherwise: leaving them out would lose less.
         executor, jobs: where modules are worked on; see :class:`planning.executors.Executor`.
         seed: of the fit's random start.
 
@@ -73,6 +75,7 @@ class CompressOptions:
     calibration: str | None = None
     executor: str = "auto"
     jobs: int = 0
+    allow_large_error: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("representation", self.representation, REPRESENTATION_CHOICES)

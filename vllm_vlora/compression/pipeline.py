@@ -18,6 +18,7 @@ import torch
 
 from vllm_vlora.adapters.collection import Collection, Progress
 from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.checkpoint.losses import is_worthless, worthless_error
 from vllm_vlora.checkpoint.report import Candidate, CompressReport, CurvePoint
 from vllm_vlora.compression.budgets import budget_of, gate_of, out_of_reach
 from vllm_vlora.compression.candidates import Candidates
@@ -58,7 +59,8 @@ def compress(
 
     Raises:
         AdapterError: no adapters, two that contradict each other, or weights that are not finite.
-        BudgetError: no allowed plan meets the budget; says how near one can get.
+        BudgetError: no allowed plan meets the budget; says how near one can get. Or a task would be
+            stored with a relative error above 1, and ``allow_large_error`` is not set.
         DataError: the calibration cannot be read.
         OutputError: ``output`` exists and is not to be replaced, or cannot be written.
         TaskIdError: a task id that is not allowed.
@@ -108,7 +110,13 @@ def predict(
         points = []
         for ratio in ratios:
             nbytes = math.floor(collection.original_nbytes / ratio)
-            plans = compression.candidates.plans(Budget(nbytes, gate_of(options, collection)))[0]
+            plans = [
+                plan
+                for plan in compression.candidates.plans(
+                    Budget(nbytes, gate_of(options, collection))
+                )[0]
+                if not compression.is_refused(plan)
+            ]
             if plans:
                 best = min(plans, key=lambda plan: plan.likely_error)
                 points.append(CurvePoint(ratio, _candidate(best)))
@@ -169,6 +177,7 @@ class Compression:
         plans, misses = self.candidates.plans(budget)
         order = sorted(range(len(plans)), key=lambda i: budget.order(plans[i]))
         best, cores = None, None
+        worthless: Plan | None = None
         for place in order:
             plan = plans[place]
             if best is not None and budget.clearly_prefers(best, plan):
@@ -178,10 +187,12 @@ class Compression:
                 continue
             measured, spool = encoded
             plans[place] = measured
-            if best is None or budget.order(measured) < budget.order(best):
+            if self.is_refused(measured):
+                worthless = worthless or measured
+            elif best is None or budget.order(measured) < budget.order(best):
                 best, cores = measured, spool
         if best is None:
-            raise BudgetError(self._out_of_reach(budget, misses))
+            raise self._refusal(budget, misses, worthless)
         kept = sorted(plans, key=budget.order)
         return Chosen(best, [_candidate(plan) for plan in _distinct(kept, best)], cores)
 
@@ -194,19 +205,34 @@ class Compression:
         budget = self.budget()
         plans, misses = self.candidates.plans(budget)
         found: dict[str, tuple[Plan, CoreSpool | None]] = {}
+        worthless: Plan | None = None
         for plan in sorted(plans, key=budget.order):
             if plan.representation in found:
                 continue
             encoded = self._measured(plan, budget, misses)
-            if encoded is not None:
+            if encoded is None:
+                continue
+            if self.is_refused(encoded[0]):
+                worthless = worthless or encoded[0]
+            else:
                 found[plan.representation] = encoded
         if not found:
-            raise BudgetError(self._out_of_reach(budget, misses))
+            raise self._refusal(budget, misses, worthless)
         return [Chosen(plan, [_candidate(plan)], cores) for plan, cores in found.values()]
 
-    def _out_of_reach(self, budget: Budget, misses: Sequence[float]) -> str:
+    def is_refused(self, plan: Plan) -> bool:
+        """Whether a task would be worse than none, and that is not asked for."""
+        return not self._options.allow_large_error and is_worthless(plan.worst_error)
+
+    def _refusal(
+        self, budget: Budget, misses: Sequence[float], worthless: Plan | None
+    ) -> BudgetError:
+        """Why there is no plan; ``worthless`` is the best one that meets the budget, if one does."""
+        if worthless is not None:
+            task = int(worthless.losses.argmax())
+            return worthless_error(self.collection.task_ids[task], worthless.worst_error)
         nearest = min(misses, default=math.inf)
-        return out_of_reach(self._options, self.collection, budget, nearest)
+        return BudgetError(out_of_reach(self._options, self.collection, budget, nearest))
 
     def _measured(
         self, plan: Plan, budget: Budget, misses: list[float]
@@ -257,7 +283,15 @@ class Compression:
     ) -> CompressReport:
         """Write a chosen plan into an existing folder, as ``write_checkpoint`` does."""
         encoder = self._encoder(self._scratch)
-        return write_checkpoint(folder, chosen, encoder, base_model, recovered=recovered, kept=kept)
+        return write_checkpoint(
+            folder,
+            chosen,
+            encoder,
+            base_model,
+            recovered=recovered,
+            kept=kept,
+            allow_large_error=self._options.allow_large_error,
+        )
 
 
 def _executor(collection: Collection, options: CompressOptions) -> Executor:

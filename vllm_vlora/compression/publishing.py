@@ -12,8 +12,15 @@ from vllm_vlora.adapters.collection import Collection, common_base_model, readin
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
+from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import is_checkpoint
-from vllm_vlora.checkpoint.report import Candidate, CompressReport, TaskReport, report_task
+from vllm_vlora.checkpoint.report import (
+    Candidate,
+    CompressReport,
+    TaskReport,
+    extra_nbytes,
+    report_task,
+)
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.compression.encoding import EncodedTask, Encoder, stored_basis, stored_flat
 from vllm_vlora.planning.plan import Plan
@@ -56,16 +63,21 @@ def write_checkpoint(
     *,
     recovered: Mapping[str, float | None] | None = None,
     kept: Sequence[str] = (),
+    allow_large_error: bool = False,
 ) -> CompressReport:
     """Write a chosen plan as a checkpoint into an existing folder; the manifest comes last.
 
     Args:
         recovered, kept: of the report, where the model was run.
+        allow_large_error: store tasks that are worse than none.
+
+    Raises:
+        BudgetError: a task is worse than none, and that is not allowed.
     """
     collection = encoder.survey.collection
     adapters = dict(zip(collection.task_ids, collection.adapters))
     common, warning = common_base_model(adapters)
-    writer = CheckpointWriter(folder, base_model or common)
+    writer = CheckpointWriter(folder, base_model or common, allow_large_error=allow_large_error)
     for module in collection.modules.values():
         basis = stored_basis(chosen.plan, encoder.bases, module)
         flat = stored_flat(chosen.plan, encoder.bases, module)
@@ -89,6 +101,8 @@ def write_checkpoint(
         calibrated=encoder.settings.calibration is not None,
         recovered=dict(recovered or {}),
         kept=list(kept),
+        losses=Losses.of(writer.tasks, writer.modules),
+        extra_nbytes=extra_nbytes(writer.tasks.values()),
     )
     writer.finish(model_card(base_model or common, report))
     return report
@@ -107,5 +121,6 @@ def _write_task(
         source=adapter.name,
         extra=adapter.extra_tensors(),
         renamed=adapter.renamed,
+        seen_error=encoded.seen,
     )
     return replace(report_task(task_id, record), seen_error=encoded.seen)

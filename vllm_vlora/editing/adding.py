@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress, reading_warnings
 from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.successor import Successor, edited
 from vllm_vlora.compression.budgets import MARGIN
@@ -70,7 +71,7 @@ def add_adapters(
 
     Raises:
         AdapterError: no adapters, or some that do not fit the checkpoint's modules.
-        BudgetError: a task cannot meet the budget.
+        BudgetError: a task cannot meet the budget, or would be worse than none.
         CheckpointError, DataError: the checkpoint or the calibration cannot be read.
         OutputError: the checkpoint cannot be written, or was changed meanwhile.
         TaskIdError: a task id that is not allowed, or that the checkpoint has already.
@@ -167,6 +168,7 @@ class Addition:
             0 if growth is None else len(growth.rows),
             0 if growth is None else self._growing.nbytes(growth),
             self._warnings(list(added.values()), expand, growth),
+            losses=Losses.of({task: writer.tasks[task] for task in added}, writer.modules),
         )
 
     def _encode(
@@ -226,7 +228,11 @@ class Addition:
         return rows[0], basis.k_out, rows[2], basis.k_in
 
     def _write_bases(self, folder: Path, growth: Growth | None) -> Successor:
-        writer = Successor(folder, self._new.checkpoint)
+        writer = Successor(
+            folder,
+            self._new.checkpoint,
+            allow_large_error=self._options.allow_large_error,
+        )
         if growth is None:
             writer.keep_bases()
         else:
@@ -269,6 +275,7 @@ class Addition:
             source=adapter.name,
             extra=adapter.extra_tensors(),
             renamed=adapter.renamed,
+            seen_error=seen,
         )
         ranks = [segment.rank for segment in record.segments]
         return _Written(record.lora_nbytes, (min(ranks), max(ranks)), error, seen)

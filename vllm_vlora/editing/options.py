@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.compression.options import CompressOptions
 
 
@@ -21,7 +22,7 @@ class AddOptions:
             not or has a ratio of 3.5.
         max_bytes: all new tasks together, divided by the sizes of their originals.
         max_error: as of ``CompressOptions``, of the new tasks.
-        quantize, double_quantize, dtype, calibration: as of ``CompressOptions``.
+        quantize, double_quantize, dtype, calibration, allow_large_error: as of ``CompressOptions``.
 
     Raises:
         OptionError: unknown, out of range or contradictory values.
@@ -41,6 +42,7 @@ class AddOptions:
     double_quantize: bool = True
     dtype: str | None = None
     calibration: str | None = None
+    allow_large_error: bool = False
 
     def __post_init__(self) -> None:
         CompressOptions(
@@ -51,6 +53,7 @@ class AddOptions:
             double_quantize=self.double_quantize,
             dtype=self.dtype,
             calibration=self.calibration,
+            allow_large_error=self.allow_large_error,
         )
 
 
@@ -89,7 +92,7 @@ class AddReport:
     """What adding did: sizes of the whole checkpoint before and after, and each new task.
 
     ``grown`` counts the modules whose basis has grown, ``grown_nbytes`` the bytes of their new rows.
-    ``budget`` says what the new tasks were allowed, in words.
+    ``budget`` says what the new tasks were allowed, in words. ``losses`` are those of the new tasks.
 
     Examples:
         >>> new = {"new": open_adapter(adapter_dirs[0])}
@@ -108,6 +111,7 @@ class AddReport:
     grown_nbytes: int = 0
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    losses: Losses = field(default_factory=Losses)
 
     @property
     def ratio(self) -> float:

@@ -24,6 +24,7 @@ from vllm_vlora._version import __version__
 from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.adapters.peft_folder import Adapter, as_peft_folder, open_adapter
 from vllm_vlora.checkpoint.export import export_all
+from vllm_vlora.checkpoint.losses import has_no_update
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import AdapterError, DataError, ModelMismatchError, OptionError
 from vllm_vlora.evaluation.base_model import check_dtype, first_line, load_base_model, resolve
@@ -621,6 +622,7 @@ def _judge(
         stored_as=dict(
             Counter(f"{s.representation} {s.format}" for s in record.segments).most_common()
         ),
+        no_update=has_no_update(record),
     )
 
 

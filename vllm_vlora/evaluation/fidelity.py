@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors
+from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.merging.spectra import (
     SPECTRUM_QUANTILES,
@@ -310,6 +311,7 @@ class TaskFidelity:
             checkpoint recorded them.
         error: relative error over all modules, from the same source.
         nbytes, original_nbytes: the task's file, and the adapter's LoRA weights at 16 bits each.
+        no_update: its LoRA weights change nothing.
     """
 
     task_id: str
@@ -331,6 +333,7 @@ class TaskFidelity:
     nbytes: int
     original_nbytes: int
     stored_as: Mapping[str, int]
+    no_update: bool = False
 
 
 @dataclass(frozen=True)
@@ -400,6 +403,11 @@ class EvaluationReport:
                 "worst_task": summary.worst_task,
             },
             "tasks": [_task_data(task) for task in self.tasks],
+            "losses": Losses.measured(
+                {task.task_id: task.error for task in self.tasks},
+                {task.task_id: task.modules for task in self.tasks},
+                [task.task_id for task in self.tasks if task.no_update],
+            ).to_dict(),
             "not_evaluated": list(self.not_evaluated),
             "spectra": [
                 {

@@ -27,6 +27,7 @@ from vllm_vlora.adapters.peft_config import rank_options
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import format_bytes, model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
+from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import is_checkpoint
 from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter
@@ -51,7 +52,7 @@ class ConvertReport:
         representation: ``flat`` or ``joint``. format: of the numbers, ``mixed`` if there are several.
         source_nbytes, nbytes: the safetensors files before and after, classifier heads left out.
         original_nbytes: the adapters' LoRA weights at 16 bits each.
-        warnings: one line each.
+        warnings: one line each. losses: tasks that must be named; a conversion itself loses nothing.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class ConvertReport:
     nbytes: int
     original_nbytes: int
     warnings: list[str] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
 
 
 def detect_kind(folder: str | Path) -> str | None:
@@ -128,7 +130,9 @@ def convert(
             conversion = _FromLoraShare(LoraShareFiles.open(folder), base_model)
         writer = CheckpointWriter(target, conversion.base_model)
         conversion.write(writer, progress or (lambda *_: None))
-        contents = report_contents(target, writer.tasks, basis_nbytes(writer.modules))
+        contents = report_contents(
+            target, writer.tasks, writer.modules, basis_nbytes(writer.modules)
+        )
         writer.finish(model_card(writer.base_model, contents) + _card_note(kind))
     return ConvertReport(
         kind,
@@ -141,6 +145,7 @@ def convert(
         contents.nbytes,
         contents.original_nbytes,
         conversion.warnings(contents.nbytes),
+        contents.losses,
     )
 
 

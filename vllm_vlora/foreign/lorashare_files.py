@@ -24,7 +24,13 @@ from typing import Any
 import msgspec
 import torch
 
-from vllm_vlora.adapters.peft_config import check_config, check_extra_key, lora_rank, lora_scale
+from vllm_vlora.adapters.peft_config import (
+    check_config,
+    check_extra_key,
+    check_extra_shape,
+    lora_rank,
+    lora_scale,
+)
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.foreign.files import TensorFile, inside, read_json
 
@@ -177,7 +183,10 @@ class LoraShareFiles:
         file = TensorFile(path)
         for name in file.names:
             check_extra_key(name, config, str(path))
-        return {name: file.tensor(name) for name in sorted(file.names)}
+        heads = {name: file.tensor(name) for name in sorted(file.names)}
+        for name, head in heads.items():
+            check_extra_shape(name, head.shape, str(path))
+        return heads
 
     def _folder(self, name: str) -> Path:
         return inside(self.path, "adapters", name)

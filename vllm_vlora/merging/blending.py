@@ -22,6 +22,7 @@ import torch
 
 from vllm_vlora.adapters.module_names import renamed
 from vllm_vlora.adapters.peft_folder import Factors
+from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.report import common
@@ -59,6 +60,7 @@ class BlendedTask:
         nbytes: of its file, extra tensors left out.
         error: ||delta_W' - delta_W||_F / ||delta_W||_F of what was stored beside the exact blend of the
             tasks as the checkpoint holds them: rounding, and what a smaller rank lost.
+        losses: what must be said of it.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class BlendedTask:
     ranks: tuple[int, int]
     nbytes: int
     error: float
+    losses: Losses
 
 
 @overload
@@ -86,6 +89,7 @@ def blend_tasks(
     replace: bool = False,
     output: str | Path | None = None,
     force: bool = False,
+    allow_large_error: bool = False,
 ) -> BlendedTask: ...
 
 
@@ -99,6 +103,7 @@ def blend_tasks(
     replace: bool = False,
     output: str | Path | None = None,
     force: bool = False,
+    allow_large_error: bool = False,
 ) -> TaskProjection | BlendedTask:
     """A new task, the weighted sum of others: delta_W = sum_i w_i delta_W_i.
 
@@ -114,12 +119,14 @@ def blend_tasks(
         format: for a checkpoint: number format of what is stored; float32 loses nothing.
         replace: for a checkpoint: replace a task of that id.
         output, force: for a checkpoint: write another folder; replace a checkpoint there.
+        allow_large_error: for a checkpoint: store a sum with a relative error above 1 too.
 
     Raises:
         TaskNotFoundError: no such task. TaskIdError: the new id is not allowed, or taken.
         OptionError: no weights, a weight that is no number, a flat subspace, or an option that does not
             go with the source.
         AdapterError: two tasks have different heads.
+        BudgetError: cut to the rank, or in the format, the sum would be worse than none.
         CheckpointError, OutputError: the checkpoint cannot be read or written.
 
     Examples:
@@ -133,17 +140,24 @@ def blend_tasks(
     chosen = _checked_weights(weights)
     name = validate_task_id(_formula(chosen) if task_id is None else task_id)
     if isinstance(source, SharedSubspace):
-        if rank is not None or format != "float32" or replace or output is not None or force:
+        if (
+            (rank, format, output) != (None, "float32", None)
+            or replace
+            or force
+            or allow_large_error
+        ):
             raise OptionError(
-                "rank, format, replace, output and force are for checkpoints; a blend of a subspace "
-                "is exact and only returned, add it with add_task"
+                "rank, format, replace, output, force and allow_large_error are for checkpoints; a "
+                "blend of a subspace is exact and only returned, add it with add_task"
             )
         return _blend_cores(source, chosen, name)
     if rank is not None and rank < 1:
         raise OptionError(f"rank {rank} is impossible; give a whole number above 0")
     if format not in FORMATS:
         raise OptionError(f"format {format!r} is unknown; give one of {', '.join(FORMATS)}")
-    return _write_blend(source, chosen, name, rank, format, replace, output, force)
+    return _write_blend(
+        source, chosen, name, rank, format, replace, output, force, allow_large_error
+    )
 
 
 @overload
@@ -362,6 +376,7 @@ def _write_blend(
     replacing: bool,
     output: str | Path | None,
     force: bool,
+    allow_large_error: bool,
 ) -> BlendedTask:
     where = source.path if isinstance(source, Checkpoint) else source
     with edited(where, output, force=force) as (checkpoint, folder):
@@ -370,7 +385,7 @@ def _write_blend(
                 f"{checkpoint.path} has a task {task_id!r} already; give another id, or replace=True"
             )
         blend = _Blend(checkpoint, weights, rank, format)
-        writer = Successor(folder, checkpoint)
+        writer = Successor(folder, checkpoint, allow_large_error=allow_large_error)
         writer.keep_bases()
         # A replaced task keeps its place in the list.
         for known in dict.fromkeys([*checkpoint.tasks, task_id]):
@@ -388,6 +403,7 @@ def _write_blend(
         (min(ranks), max(ranks)),
         record.lora_nbytes,
         record.error,
+        Losses.of({task_id: record}, writer.modules),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from vllm_vlora.fitting.flat_basis import FlatFit
 from vllm_vlora.fitting.whitening import Metric
-from vllm_vlora.quantize import FLOAT_DTYPES, row_nbytes, unpack
+from vllm_vlora.quantize import FLOAT_DTYPES, is_finite, row_nbytes, unpack
 from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.representations.flat import encode_flat, pack_flat
 from vllm_vlora.representations.spec import FlatSpec
@@ -124,16 +124,28 @@ def measure_flat(
     specs: Sequence[FlatSpec],
     loadings_format: str,
     metric: Metric,
-) -> FlatCurve:
+) -> FlatCurve | None:
     """What every width loses of every task; widths do not fall from one spec to the next.
+
+    None where the numbers, with the scale alpha / r in them, are too large for a 16-bit format.
 
     Rows are packed independently, so that one packing at the last width serves all of them.
     """
+    if not (is_held(u, specs[-1].format) and is_held(v, specs[-1].format)):
+        return None
     meter = _FlatMeter(pack_flat(u, v, specs[-1]), specs, FLOAT_DTYPES[loadings_format], metric)
     losses: list[torch.Tensor] = []
     while batch := list(itertools.islice(factors, _BATCH)):
         losses.append(meter.losses(batch))
-    return FlatCurve(list(specs), torch.cat(losses), loadings_format)
+    found = torch.cat(losses)
+    # Loadings that overflow.
+    return FlatCurve(list(specs), found, loadings_format) if is_finite(found) else None
+
+
+def is_held(matrix: torch.Tensor, format: str) -> bool:
+    """Whether no value is too large for a number format; quantised ones scale by the row."""
+    dtype = FLOAT_DTYPES.get(format)
+    return dtype is None or float(matrix.abs().max()) <= torch.finfo(dtype).max
 
 
 class _FlatMeter:

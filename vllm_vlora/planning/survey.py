@@ -218,7 +218,7 @@ class Surveyor:
         return affinities(torch.stack([sketch_task(*f, seed=module.index) for f in factors]))
 
     def _flat(self, module: Module, metric: Metric) -> tuple[FlatGroup, torch.Tensor, torch.Tensor]:
-        """Fit a flat basis to all tasks of a module and measure its widths."""
+        """Fit a flat basis to all tasks of a module; measure its widths, in formats that hold it."""
         rank, formats = max(module.ranks), self.settings.formats
         most = min(max(len(module.tasks) - 1, 1), _MOST_FLAT)
         if self.settings.num_components is not None:
@@ -239,7 +239,9 @@ class Surveyor:
             specs = [FlatSpec(rank, k, k, format) for k in widths]
             own = formats.cores(format)[0]
             factors = self.collection.read_module(module)
-            curves[label] = measure_flat(factors, u, v, specs, own, metric)
+            curve = measure_flat(factors, u, v, specs, own, metric)
+            if curve is not None:
+                curves[label] = curve
         return FlatGroup(module.tasks, curves), u, v
 
     def _private(

@@ -6,10 +6,10 @@ import os
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
+from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE
 from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError
 from vllm_vlora.plugin.settings import MODE_VARIABLE, Settings, read_settings
 
-CHECKPOINT_VARIABLE = "VLLM_VLORA_CHECKPOINT"
 UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
 # First version that works and first that was not tried; CONTRIBUTING says how to move the end.
 SUPPORTED_VLLM = ((0, 28), (0, 33))

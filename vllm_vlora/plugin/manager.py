@@ -26,6 +26,7 @@ from vllm.lora.utils import is_base_embedding_weights
 from vllm.platforms import current_platform
 
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.serving import extra_obstacle
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
@@ -517,6 +518,12 @@ def _full_heads(task: ResidentTask) -> dict[str, Any]:
 
 def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager) -> None:
     """Refuse tensors beside the LoRA weights that this model or this vLLM cannot apply."""
+    reason = extra_obstacle(checkpoint.record(task_id))
+    if reason is not None:
+        raise ModelMismatchError(
+            f"{checkpoint.path}: task {task_id!r} cannot be served: {reason}; leave it out of the served "
+            "checkpoint"
+        )
     for name in checkpoint.record(task_id).extra:
         if is_base_embedding_weights(name):
             continue  # An unchanged copy of base weights; stock vLLM leaves it out as well.

@@ -34,8 +34,13 @@ from typing import TYPE_CHECKING
 
 from vllm_vlora.adapters.module_names import layer_shapes, renamed, shared_prefixes
 from vllm_vlora.adapters.peft_config import lora_rank
-from vllm_vlora.checkpoint.card import VLLM_LORA_RANKS, serving_rank
 from vllm_vlora.checkpoint.manifest import TaskRecord
+from vllm_vlora.checkpoint.serving import (
+    VLLM_LORA_RANKS,
+    carried_tensors,
+    extra_obstacle,
+    serving_rank,
+)
 from vllm_vlora.errors import ModelMismatchError, OptionError
 from vllm_vlora.plugin.held_bases import HeldBases
 from vllm_vlora.plugin.model_layers import (
@@ -63,8 +68,6 @@ MODES = SERVING_MODES[::-1]
 DEFAULT_BATCHED_TOKENS = 8192
 # vLLM fuses the experts of every model that has them, numbered so in adapters.
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-# vLLM leaves the base model's own weights in an adapter file alone (``is_base_embedding_weights``).
-_IGNORED_EXTRA = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _SIDE_ITEMSIZE = FLOAT_DTYPES["float32"].itemsize
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -188,6 +191,36 @@ def direct_obstacle(segments: Iterable[Segment], modules: Sequence[ModuleSpec]) 
     return None
 
 
+def serving_obstacles(checkpoint: Checkpoint) -> dict[str, str]:
+    """Task id -> why vLLM cannot serve it in any mode, with whatever model; an engine would not start."""
+    found = {
+        task_id: serving_obstacle(record, checkpoint.modules)
+        for task_id, record in checkpoint.tasks.items()
+    }
+    return {task_id: reason for task_id, reason in found.items() if reason is not None}
+
+
+def serving_obstacle(record: TaskRecord, modules: Sequence[ModuleSpec]) -> str | None:
+    """Why vLLM cannot serve a task in any mode, with whatever model; None where it may."""
+    reason = extra_obstacle(record)
+    if reason is not None or record.max_rank <= VLLM_LORA_RANKS[-1]:
+        return reason
+    reason = _task_obstacle(record, modules)
+    return reason and (
+        f"it has rank {record.max_rank}, above vLLM's largest ({VLLM_LORA_RANKS[-1]}), and cannot run "
+        f"direct: {reason}"
+    )
+
+
+def refuse_unserved(checkpoint: Checkpoint) -> None:
+    """Raise ModelMismatchError where an engine would not start with the checkpoint."""
+    for task_id, reason in serving_obstacles(checkpoint).items():
+        raise ModelMismatchError(
+            f"{checkpoint.path}: vLLM cannot serve task {task_id!r}: {reason}; serve a copy without it: "
+            "vllm-vlora remove CKPT TASK -o COPY"
+        )
+
+
 def plan_memory(
     checkpoint: Checkpoint,
     *,
@@ -222,7 +255,8 @@ def plan_memory(
     Raises:
         OptionError: an option is out of range, the rank is too small for every mode, or the
             tensor-parallel size does not divide a layer.
-        ModelMismatchError: the model, or its target modules, lack a module of the checkpoint.
+        ModelMismatchError: vLLM cannot serve one of the tasks, or the model, or its target modules, lack
+            a module of the checkpoint.
 
     Examples:
         >>> found = plan_memory(Checkpoint.open(checkpoint), max_loras=64)
@@ -236,6 +270,7 @@ def plan_memory(
         "max_num_batched_tokens": max_num_batched_tokens,
     }
     _check_counts(counts, memory)
+    refuse_unserved(checkpoint)
     dtype = _dtype_name(dtype)
     itemsize = FLOAT_DTYPES[dtype].itemsize
     if model is not None:
@@ -498,15 +533,10 @@ def _count_task(
 
 
 def _task_obstacle(record: TaskRecord, modules: Sequence[ModuleSpec]) -> str | None:
-    heads = _heads(record)
+    heads = carried_tensors(record)
     if heads:
         return f"it carries {heads[0]}, which stands in a slot"
     return direct_obstacle(record.segments, modules)
-
-
-def _heads(record: TaskRecord) -> list[str]:
-    """Its tensors beside the LoRA weights that vLLM serves: classification heads."""
-    return [name for name in record.extra if not name.endswith(_IGNORED_EXTRA)]
 
 
 def _core_elements(segment: Segment, basis: BasisSpec) -> int:
@@ -636,7 +666,7 @@ def _assumptions(
     checkpoint: Checkpoint, slices: Sequence[LayerSlice], tp: int, model: ModelShape | None
 ) -> list[str]:
     found = []
-    headed = sum(bool(_heads(record)) for record in checkpoint.tasks.values())
+    headed = sum(bool(carried_tensors(record)) for record in checkpoint.tasks.values())
     if headed:
         found.append(f"{headed} of the tasks carry heads of their own, which are not counted.")
     if model is None:

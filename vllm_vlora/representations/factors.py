@@ -52,6 +52,11 @@ def squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
     return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) * scale**2
 
 
+def changes_nothing(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
+    """Whether delta_W = scale * B A is zero since a part of it is: of an adapter before its training."""
+    return scale == 0 or not bool(b.any()) or not bool(a.any())
+
+
 def relative(lost: float, norm: float) -> float:
     """sqrt(lost / norm), of squared norms."""
     # A delta_W of zero is stored as zero, so there is nothing to divide.

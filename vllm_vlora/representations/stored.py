@@ -29,6 +29,11 @@ class StoredModule(HasRepresentation):
     bits: tuple[int, int, int] | None = None
     rows: tuple[int, int, int, int] | None = None
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether its own numbers make delta_W zero, whatever its tasks share; loadings never do."""
+        return not self.is_flat and any(m.is_zero for m in self.matrices.values())
+
 
 @dataclass(frozen=True)
 class Basis:

@@ -501,16 +501,20 @@ class SharedSubspace(FittedState):
 
     # --- files -----------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
+    def save(
+        self, path: str | Path, *, force: bool = False, allow_large_error: bool = False
+    ) -> Path:
         """Write a checkpoint, atomically, that ``vllm serve`` and the command line take too.
 
         Args:
             force: replace a checkpoint at ``path``.
+            allow_large_error: write tasks with a relative error above 1 too.
 
         Returns:
             The folder's absolute path.
 
         Raises:
+            BudgetError: a task has a relative error above 1: leaving it out would lose less.
             OptionError: there are no tasks, or a dtype that cannot be stored (float64).
             OutputError: the folder exists and may not be replaced, or cannot be written.
 
@@ -521,7 +525,9 @@ class SharedSubspace(FittedState):
         for task_id, task in self.tasks.items():
             validate_task_id(task_id)
             self._placed(task)
-        return write_subspace(path, self._stored(), force=force)
+        return write_subspace(
+            path, self._stored(), force=force, allow_large_error=allow_large_error
+        )
 
     def save_quantized(
         self,
@@ -530,6 +536,7 @@ class SharedSubspace(FittedState):
         *,
         double_quant: bool = False,
         force: bool = False,
+        allow_large_error: bool = False,
     ) -> Path:
         """Write a checkpoint in NF4, as ``quantize(method="nf4")`` and :meth:`save` would.
 
@@ -547,9 +554,9 @@ class SharedSubspace(FittedState):
         """
         format = check_quantization(8, "nf4", block_size, double_quant)
         if self.quantization == format:
-            return self.save(path, force=force)
+            return self.save(path, force=force, allow_large_error=allow_large_error)
         smaller = self._copy().quantize(method="nf4", double_quant=double_quant)
-        return smaller.save(path, force=force)
+        return smaller.save(path, force=force, allow_large_error=allow_large_error)
 
     @classmethod
     def load(cls, path: str | Path) -> SharedSubspace:

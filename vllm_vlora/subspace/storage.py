@@ -52,10 +52,13 @@ class StoredSubspace:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def write_subspace(path: str | Path, stored: StoredSubspace, *, force: bool) -> Path:
+def write_subspace(
+    path: str | Path, stored: StoredSubspace, *, force: bool, allow_large_error: bool
+) -> Path:
     """Publish a checkpoint atomically; returns its absolute path.
 
     Raises:
+        BudgetError: a task is worse than none, and that is not allowed.
         OptionError: there is no task, or a dtype that cannot be stored.
         OutputError: the folder may not be replaced or cannot be written.
     """
@@ -63,7 +66,7 @@ def write_subspace(path: str | Path, stored: StoredSubspace, *, force: bool) -> 
         raise OptionError("the subspace has no tasks; add one before it is saved")
     base_model = _base_model(stored.tasks)
     with publish_folder(path, force=force, owned=is_checkpoint) as folder:
-        writer = CheckpointWriter(folder, base_model)
+        writer = CheckpointWriter(folder, base_model, allow_large_error=allow_large_error)
         for name, layer in stored.layers.items():
             _add_module(writer, name, layer)
         for task in stored.tasks.values():
@@ -77,7 +80,9 @@ def write_subspace(path: str | Path, stored: StoredSubspace, *, force: bool) -> 
                 extra=task.origin.extra,
                 renamed=task.origin.renamed,
             )
-        contents = report_contents(folder, writer.tasks, basis_nbytes(writer.modules))
+        contents = report_contents(
+            folder, writer.tasks, writer.modules, basis_nbytes(writer.modules)
+        )
         writer.finish(model_card(base_model, contents))
     return Path(path).absolute()
 
