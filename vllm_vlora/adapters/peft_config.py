@@ -204,14 +204,14 @@ def check_extra_key(key: str, config: Mapping[str, Any], where: str) -> None:
             "convert the adapter to PEFT's names (lora_A, lora_B)"
         )
     bias = config.get("bias") or "none"
-    if bias != "none" and key.endswith(".bias") and not _is_saved_module(key, config):
+    if bias != "none" and key.endswith(".bias") and not is_saved_module(key, config):
         raise AdapterError(
             f"{where}: bias={bias!r} and tensor {key!r}: trained biases of the base model are not "
             "supported; train with bias='none'"
         )
 
 
-def _is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
+def is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor lies in one of ``modules_to_save`` (PEFT matches the end of a name)."""
     saved = config.get("modules_to_save") or []
     heads = [saved] if isinstance(saved, str) else [*saved]
