@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from saved_modules import cases, load_model, peft_logits, write_model, write_saved_adapter
 from tiny_adapters import TinyModel, tiny_adapters
 
-from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import ModelMismatchError, OptionError
+from vllm_vlora.model.heads import HeadSwitch
+from vllm_vlora.model.operation_times import time_operations
 from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
 
@@ -181,6 +184,10 @@ def with_heads(labels: int = 3) -> SharedSubspace:
     return SharedSubspace.from_adapters(adapters, num_components=6, representation="joint")
 
 
+def in_a_subspace(folder: Path) -> SharedSubspace:
+    return SharedSubspace.from_adapters([folder], num_components=2, representation="joint")
+
+
 @torch.no_grad()
 def test_compiled_code_sees_the_heads_that_are_shown() -> None:
     torch._dynamo.reset()
@@ -194,3 +201,99 @@ def test_compiled_code_sees_the_heads_that_are_shown() -> None:
         with eager.task(task), compiled.task(task):
             assert torch.allclose(compiled(x), eager(x), atol=1e-5), task
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("task", ["saved_both", "lora_both", "more_tokens", "plain"])
+def test_switching_to_saved_modules_is_timed(world: World, task: str) -> None:
+    found = time_operations(world.checkpoint, task, 3, lambda stage, done, total: None)
+    assert {"switch", "switch, cold"} <= {result["operation"] for result in found["results"]}
+
+
+@torch.no_grad()
+def test_a_head_of_other_labels_is_what_peft_computes(tmp_path: Path) -> None:
+    """A classifier of three labels on a model that was loaded with two, and with its loss."""
+    import transformers
+
+    write_model(tmp_path / "model", "llama", tied=True)
+    kind = transformers.AutoModelForSequenceClassification
+    trained = kind.from_pretrained(tmp_path / "model", num_labels=3)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(trained, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter += torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    labels = torch.tensor([2, 0])
+    wanted = adapted(IDS, labels=labels)
+    base = kind.from_pretrained(tmp_path / "model", num_labels=2).eval()
+    base.config.id2label = {0: "no", 1: "yes"}
+    before = base(IDS).logits
+    model = VLoRAModel(base, in_a_subspace(tmp_path / "adapter"))
+    with model.task("task_0"):
+        got = model(IDS, labels=labels)
+        assert base.config.num_labels == 3
+    assert torch.allclose(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert float(got.loss) == pytest.approx(float(wanted.loss), rel=1e-4)
+    assert torch.equal(base(IDS).logits, before)
+    assert base.config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_weights_of_another_base_are_put_into_it_as_peft_does(tmp_path: Path, tied: bool) -> None:
+    """LoRA on an embedding whose vocabulary was resized: PEFT saves the grown base weight beside it."""
+    root = write_model(tmp_path / "model", "llama", tied=tied)
+    options = {"target_modules": ["q_proj", "embed_tokens"], "more_tokens": 3}
+    folder = write_saved_adapter(root, "llama", tmp_path / "adapter", options)
+    checkpoint = tmp_path / "ckpt"
+    compress(
+        {"a": open_adapter(folder)},
+        checkpoint,
+        CompressOptions(representation="private", max_error=0.0),
+    )
+    base = load_model(root, 3)
+    # The rows that a user's own resizing drew.
+    base.get_input_embeddings().weight[-3:] += 1.0
+    wanted = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()(IDS).logits
+    before = base(IDS).logits
+    model = VLoRAModel(base, checkpoint)
+    with model.task("a"):
+        assert torch.allclose(model(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(base(IDS).logits, before)
+    with pytest.raises(ModelMismatchError, match=r"resize_token_embeddings\(43\)"):
+        VLoRAModel(load_model(root), checkpoint)
+
+
+@torch.no_grad()
+def test_a_part_of_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    """An adapter of more tokens whose output layer is not in the file, which no one can know."""
+    root = write_model(tmp_path / "model", "llama", tied=False)
+    folder = write_saved_adapter(root, "llama", tmp_path / "adapter", {"more_tokens": 3})
+    adapter = open_adapter(folder)
+    extra = {key: tensor for key, tensor in adapter.extra_tensors().items() if "embed" in key}
+    write_adapter(tmp_path / "part", adapter.config, adapter.iter_factors(), extra=extra)
+    source = in_a_subspace(tmp_path / "part")
+    model = VLoRAModel(load_model(root), source)
+    with pytest.raises(
+        ModelMismatchError, match=r"of 43 rows, and nothing for lm_head\.weight of 40"
+    ):
+        model.set_task("task_0")
+    assert model.active_task is None
+
+
+def test_a_tie_that_the_task_was_not_trained_with_is_refused(tmp_path: Path) -> None:
+    untied = write_model(tmp_path / "untied", "llama", tied=False)
+    options = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+    folder = write_saved_adapter(untied, "llama", tmp_path / "a", options)
+    source = in_a_subspace(folder)
+    VLoRAModel(load_model(untied), source).set_task("task_0")
+    tied = write_model(tmp_path / "tied", "llama", tied=True)
+    with pytest.raises(ModelMismatchError, match="one weight in the model"):
+        VLoRAModel(load_model(tied), source).set_task("task_0")
+
+
+def test_a_name_that_fits_two_tensors_is_refused() -> None:
+    two = torch.nn.ModuleDict({"left": Classifier(), "right": Classifier()})
+    tensors = {"base_model.model.score.weight": torch.zeros(3, 14)}
+    with pytest.raises(ModelMismatchError, match=r"has left\.score\.weight and right\.score"):
+        HeadSwitch(two).find(tensors, {"modules_to_save": ["score"]})

@@ -64,14 +64,14 @@ class HeadSwitch:
             self._check_shape(saved, tensor, path, own[path])
             if saved.whole:
                 whole[path] = tensor
-            elif not _is_copy(tensor, own[path]):
-                for shared in _sharing(path, own):
-                    if not torch.equal(base.setdefault(shared, tensor), tensor):
-                        raise ModelMismatchError(
-                            f"the task brings {saved.key} and other values for {shared}, which are one "
-                            "weight in the model; load the base model untied, as it was trained"
-                        )
-        found = base | whole
+                continue
+            for shared in _sharing(path, own):
+                if not torch.equal(base.setdefault(shared, tensor), tensor):
+                    raise ModelMismatchError(
+                        f"the task brings {saved.key} and other values for {shared}, which are one "
+                        "weight in the model; load the base model untied, as it was trained"
+                    )
+        found = {path: t for path, t in base.items() if not _is_copy(t, own[path])} | whole
         self._check_rows(found, own)
         return found
 
