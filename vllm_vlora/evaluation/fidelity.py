@@ -310,6 +310,8 @@ class TaskFidelity:
             checkpoint recorded them.
         error: relative error over all modules, from the same source.
         nbytes, original_nbytes: the task's file, and the adapter's LoRA weights at 16 bits each.
+        tokenizer: the folder of its adapter, if that has a tokenizer that reads the data otherwise than
+            the base model's; the data is in its tokens then.
     """
 
     task_id: str
@@ -331,6 +333,7 @@ class TaskFidelity:
     nbytes: int
     original_nbytes: int
     stored_as: Mapping[str, int]
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -471,4 +474,5 @@ def _task_data(task: TaskFidelity) -> dict[str, Any]:
         "bytes": task.nbytes,
         "ratio": task.original_nbytes / task.nbytes if task.nbytes else None,
         "stored_as": dict(task.stored_as),
+        "tokenizer": task.tokenizer,
     }
