@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
-from vllm_vlora.errors import AdapterError
+from vllm_vlora.errors import AdapterError, ModelMismatchError
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
 from vllm_vlora.evaluation.kept import kept
 from vllm_vlora.tools.evaluate_command import evaluate
@@ -180,6 +180,16 @@ def test_an_adapted_embedding_of_more_tokens(world: World, tmp_path: Path) -> No
         got = evaluator.adapter("plain", folder).losses.nll
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert_state(evaluator, before)
+
+
+def test_a_head_that_the_model_lacks_is_not_left_out(world: World, tmp_path: Path) -> None:
+    adapter = open_adapter(world.adapters["plain"])
+    head = {"base_model.model.score.weight": torch.ones(2, 16)}
+    config = {**adapter.config, "task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    write_adapter(tmp_path / "classifier", config, adapter.iter_factors(), extra=head)
+    evaluator = make_evaluator(world, greedy_tokens=0)
+    with pytest.raises(ModelMismatchError, match=r"score\.weight, which the model .* lacks"):
+        evaluator.adapter("plain", tmp_path / "classifier")
 
 
 def test_two_adapters_on_one_base_must_agree_on_it(world: World) -> None:

@@ -17,7 +17,7 @@ from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
-from vllm_vlora.errors import ModelMismatchError, OptionError
+from vllm_vlora.errors import AdapterError, ModelMismatchError, OptionError
 from vllm_vlora.model.heads import HeadSwitch
 from vllm_vlora.model.operation_times import time_operations
 from vllm_vlora.model.vlora_model import VLoRAModel
@@ -297,3 +297,29 @@ def test_a_name_that_fits_two_tensors_is_refused() -> None:
     tensors = {"base_model.model.score.weight": torch.zeros(3, 14)}
     with pytest.raises(ModelMismatchError, match=r"has left\.score\.weight and right\.score"):
         HeadSwitch(two).find(tensors, {"modules_to_save": ["score"]})
+
+
+def test_two_models_on_one_base_do_not_take_heads_for_its_own() -> None:
+    base, x = Classifier(), torch.randn(2, 12)
+    before = base(x)
+    one, other = VLoRAModel(base, with_heads()), VLoRAModel(base, with_heads())
+    for show in (lambda: one.set_task("task_0"), lambda: one.set_tasks(["task_0", "task_1"])):
+        show()
+        with pytest.raises(OptionError, match="clear_task"):
+            other.set_task("task_1")
+        with pytest.raises(OptionError, match="clear_task"):
+            other.set_tasks(["task_1", None])
+        one.clear_task()
+        assert torch.equal(base(x), before)
+    other.set_task("task_1")
+    other.clear_task()
+    assert torch.equal(base(x), before)
+
+
+@pytest.mark.parametrize("indices", [[1, 2], {"embed_tokens": [1, 2]}])
+def test_trained_tokens_are_refused_by_name(tmp_path: Path, indices: Any) -> None:
+    root = write_model(tmp_path / "model", "llama", tied=True)
+    options = {"trainable_token_indices": indices, "ensure_weight_tying": isinstance(indices, dict)}
+    folder = write_saved_adapter(root, "llama", tmp_path / "adapter", options)
+    with pytest.raises(AdapterError, match="trainable_token_indices is set"):
+        open_adapter(folder)

@@ -422,11 +422,20 @@ class Evaluator:
                 raise AdapterError(
                     f"{adapter.path}: PEFT cannot load it onto {self.model_name}: {first_line(error)}"
                 ) from error
-        return adapted.set_adapter  # type: ignore[no-any-return]
+        use: Callable[[str], None] = adapted.set_adapter
+        return use
 
     def _check_adapter(self, adapter: Adapter) -> None:
         shapes = {m.name: (m.d_out, m.d_in) for m in adapter.modules.values()}
         self.check_modules(shapes, str(adapter.path))
+        own = self._model.state_dict()
+        for saved in saved_tensors(adapter.extra, adapter.config):
+            # PEFT leaves out what it finds no place for, and says nothing.
+            if saved.name not in own:
+                raise ModelMismatchError(
+                    f"{adapter.path}: brings {saved.key}, which the model {self.model_name} lacks: it is "
+                    "run as a causal language model, without heads of other kinds"
+                )
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
         for batch in make_batches(rows, self.options.batch_size, self._pad_id):

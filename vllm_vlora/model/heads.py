@@ -19,6 +19,10 @@ _NOTHING: Heads = {}
 _ABSENT = object()
 
 
+class Head(nn.Parameter):
+    """A task's tensor in the place of a parameter of the model."""
+
+
 class HeadSwitch:
     """Puts tasks' own tensors into a model and its original ones back.
 
@@ -95,6 +99,7 @@ class HeadSwitch:
             changes = list(self._mixed(rows, own))
         else:
             changes = list(self._exchanged(rows[0], own, private)) if rows else []
+        self._check_free(changes)
         self._put_back()
         for owner, name, value in changes:
             self._originals.append((owner, name, _current(owner, name)))
@@ -112,9 +117,20 @@ class HeadSwitch:
 
     def _own(self) -> dict[str, torch.Tensor]:
         """The model's own tensors, whatever is shown; a shared one under each of its names."""
-        found = dict(self._model.named_parameters(remove_duplicate=False))
-        found |= dict(self._model.named_buffers(remove_duplicate=False))
-        return found | self._hidden
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        buffers = self._model.named_buffers(remove_duplicate=False)
+        return {**dict(parameters), **dict(buffers), **self._hidden}
+
+    def _check_free(self, changes: Sequence[tuple[Any, str, Any]]) -> None:
+        """Another's heads would be taken for the model's own, and put back when they are gone."""
+        ours = {(id(owner), name) for owner, name, _ in self._originals}
+        layers = [owner for owner, _, _ in changes if isinstance(owner, nn.Module)]
+        for layer, (name, shown) in ((one, item) for one in layers for item in _shown_in(one)):
+            if (id(layer), name) not in ours and isinstance(shown, Head | RowLayer):
+                raise OptionError(
+                    "another VLoRAModel, or a training, has a task's head in this model; call its "
+                    "clear_task() or detach() first"
+                )
 
     def _put_back(self) -> None:
         for owner, name, original in reversed(self._originals):
@@ -262,7 +278,7 @@ def _placed(tensor: torch.Tensor, original: torch.Tensor, private: bool = False)
     """A task's tensor where the original lies and in its dtype, a parameter where that is one."""
     placed = tensor.to(original.device, original.dtype, copy=private)
     if isinstance(original, nn.Parameter):
-        return nn.Parameter(placed, requires_grad=False)
+        return Head(placed, requires_grad=False)
     return placed
 
 
@@ -274,6 +290,10 @@ def _of_layer(layer: str, head: Heads, own: Mapping[str, torch.Tensor]) -> dict[
             placed = _placed(head[path], original) if path in head else original
             found[path.rpartition(".")[2]] = placed
     return found
+
+
+def _shown_in(layer: nn.Module) -> list[tuple[str, Any]]:
+    return [("forward", vars(layer).get("forward")), *layer._parameters.items()]
 
 
 def _current(owner: Any, name: str) -> Any:

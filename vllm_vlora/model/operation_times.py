@@ -192,7 +192,7 @@ def _layer(shape: Sequence[int], embeds: bool) -> nn.Module:
     if len(shape) != 2:
         return nn.Module()
     if embeds:
-        return nn.Embedding(*shape, device="meta")
+        return nn.Embedding(shape[0], shape[1], device="meta")
     return nn.Linear(shape[1], shape[0], bias=False, device="meta")
 
 

@@ -33,6 +33,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from vllm_vlora.adapters.peft_config import lora_rank
+from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.card import VLLM_LORA_RANKS, serving_rank
 from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.errors import ModelMismatchError, OptionError
@@ -61,8 +62,6 @@ MODES = SERVING_MODES[::-1]
 DEFAULT_BATCHED_TOKENS = 8192
 # vLLM fuses the experts of every model that has them, numbered so in adapters.
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-# vLLM leaves the base model's own weights in an adapter file alone (``is_base_embedding_weights``).
-_IGNORED_EXTRA = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _SIDE_ITEMSIZE = FLOAT_DTYPES["float32"].itemsize
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -501,7 +500,7 @@ def _task_obstacle(record: TaskRecord, modules: Sequence[ModuleSpec]) -> str | N
 
 def _heads(record: TaskRecord) -> list[str]:
     """Its tensors beside the LoRA weights that vLLM serves: classification heads."""
-    return [name for name in record.extra if not name.endswith(_IGNORED_EXTRA)]
+    return [name for name in record.extra if not is_base_copy(name)]
 
 
 def _core_elements(segment: Segment, basis: BasisSpec) -> int:
