@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +323,19 @@ def test_trained_tokens_are_refused_by_name(tmp_path: Path, indices: Any) -> Non
     folder = write_saved_adapter(root, "llama", tmp_path / "adapter", options)
     with pytest.raises(AdapterError, match="trainable_token_indices is set"):
         open_adapter(folder)
+
+
+@torch.no_grad()
+def test_a_head_that_was_replaced_in_the_subspace_is_seen() -> None:
+    base, x = Classifier(), torch.randn(2, 12)
+    source = with_heads()
+    model = VLoRAModel(base, source)
+    model.set_task("task_0")
+    before = model(x)
+    task = source.tasks["task_0"]
+    shifted = {key: tensor + 1.0 for key, tensor in task.origin.extra.items()}
+    source.tasks["task_0"] = replace(task, origin=replace(task.origin, extra=shifted))
+    model.set_task("task_0")
+    # Weight and bias have grown by one: by the sum of the layer's input, and one.
+    hidden = TinyModel.forward(base, x).sum(-1, keepdim=True)
+    torch.testing.assert_close(model(x), before + hidden + 1.0, rtol=1e-4, atol=1e-4)

@@ -70,7 +70,7 @@ class HeadSwitch:
                 whole[path] = tensor
                 continue
             for shared in _sharing(path, own):
-                if not torch.equal(base.setdefault(shared, tensor), tensor):
+                if not _is_copy(tensor, base.setdefault(shared, tensor)):
                     raise ModelMismatchError(
                         f"the task brings {saved.key} and other values for {shared}, which are one "
                         "weight in the model; load the base model untied, as it was trained"

@@ -374,11 +374,12 @@ class SubspaceSource:
         }
 
     def state(self, task_id: str) -> tuple[Any, ...]:
-        """The task's loadings and all bases: each is replaced when it changes."""
+        """The task's loadings, what it came from, and all bases: each is replaced when it changes."""
         projection = self._subspace.tasks[task_id]
         return (
             *projection.loadings_a.values(),
             *projection.loadings_b.values(),
+            projection.origin,
             *self._subspace.layers.values(),
         )
 
