@@ -247,6 +247,13 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
             line(
                 console, f"{task['task']}: not judged: {task['undefined_because']}", style="yellow"
             )
+        if task["tokenizer"]:
+            line(
+                console,
+                f"{task['task']}: its data is in tokens of the adapter's own tokenizer, which differ from "
+                f"the base model's: {task['tokenizer']}",
+                style="yellow",
+            )
     print_losses(console, found["losses"])
     if found["not_evaluated"]:
         line(console, f"no data, left out: {some_of(found['not_evaluated'])}", style="yellow")

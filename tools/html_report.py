@@ -279,10 +279,16 @@ def _provenance(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"<p>{found['seconds']:.1f} seconds.</p>"
     yield "<h2>Data</h2>"
     rows = [
-        (task["task"], ", ".join(task["data"]), task["data_sha256"], str(task["left_out"]))
+        (
+            task["task"],
+            ", ".join(task["data"]),
+            task["data_sha256"],
+            task["tokenizer"] or "the base model's",
+            str(task["left_out"]),
+        )
         for task in found["tasks"]
     ]
-    yield _table(("Task", "Files", "SHA-256", "Left out"), rows, text=(0, 1, 2))
+    yield _table(("Task", "Files", "SHA-256", "Tokenizer", "Left out"), rows, text=(0, 1, 2, 3))
     yield "<p>Left out: examples without a supervised token within the length that was read.</p>"
 
 

@@ -477,7 +477,7 @@ def test_max_examples_and_max_length_cut(world: World) -> None:
     assert short.base("sql").tokens.tolist() == [1] * 8
     assert short.left_out("sql") == 15
     with pytest.raises(DataError, match="greater --max-length"):
-        make_evaluator(world, max_length=3)
+        make_evaluator(world, max_length=3).base("sql")
 
 
 def test_the_dtype_is_the_base_models(world: World, evaluator: Evaluator) -> None:

@@ -183,6 +183,41 @@ def test_gradients_are_those_of_the_dense_update(either: SharedSubspace) -> None
         torch.testing.assert_close(parameter.grad.double(), own[name].grad, rtol=1e-4, atol=1e-5)
 
 
+def test_a_task_trains_below_the_head_that_it_has() -> None:
+    """Also through the callback, whose model runs the task until it is detached."""
+    from vllm_vlora.integrations.huggingface import VLoRACallback
+
+    class Classifier(TinyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = torch.nn.Linear(14, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.score(super().forward(x))  # type: ignore[no-any-return]
+
+    adapters = tiny_adapters(2)
+    weight, bias = torch.randn(5, 14), torch.randn(5)
+    named = {"base_model.model.score.weight": weight, "base_model.model.score.bias": bias}
+    adapters[0].extra, adapters[0].metadata["modules_to_save"] = named, ["score"]
+    joint = SharedSubspace.from_adapters(adapters, num_components=4, representation="joint")
+    base = Classifier()
+    before = base(X)
+    with VLoRAModel(base, joint).task("task_0"):
+        wanted = base(X)
+    assert wanted.shape == (len(X), 5)
+    trainer = SubspaceTrainer(joint, "task_0")
+    with trainer.attach(base):
+        torch.testing.assert_close(base(X), wanted, rtol=1e-4, atol=1e-5)
+        assert trainer.step(base(X).square().mean()) > 0
+    assert torch.equal(base(X), before)
+    callback = VLoRACallback(joint, "task_0")
+    callback.on_init_end(None, None, None, model=base)
+    torch.testing.assert_close(base(X), wanted, rtol=1e-4, atol=1e-5)
+    callback.detach()
+    assert torch.equal(base(X), before)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
 def test_training_lowers_a_loss_and_leaves_all_else(either: SharedSubspace) -> None:
     base = TinyModel()
     frozen_before = base.layers[0].q_proj.bias.requires_grad_(False)  # type: ignore[union-attr,operator]

@@ -14,7 +14,8 @@ from vllm_vlora.representations.decode import decode
 
 
 def test_a_task_is_held_in_one_form(tmp_path: Path) -> None:
-    checkpoint = build(tmp_path / "ck", STORED, basis="nf4")
+    copies = {"base_model.model.lm_head.base_layer.weight": torch.ones(2, 3)}
+    checkpoint = build(tmp_path / "ck", STORED, basis="nf4", extra={"head": copies})
     made = Store()
     store = made.store
     store.preload(checkpoint.path, make_path)
@@ -29,6 +30,8 @@ def test_a_task_is_held_in_one_form(tmp_path: Path) -> None:
             assert task.direct is None
             assert set(task.sources) == set(STORED[task.task_id])
             assert task.obstacle == "module lm_head is the output head"
+            # Copies of the base model's weights are in the base model.
+            assert task.extra == {}
     # q alone: the direct tasks read the layers' own copies of theirs.
     bases = dict(checkpoint.bases())
     q = bases["q"]

@@ -115,6 +115,7 @@ def make_task(name: str, recovered: float | None, **changes: Any) -> dict[str, A
         "bytes": 250,
         "ratio": 4.0,
         "stored_as": {"private nf4": 6},
+        "tokenizer": "/loras/own<tokenizer>",
         **changes,
     }
 
@@ -198,6 +199,7 @@ def test_what_comes_from_outside_is_escaped() -> None:
         "/ckpt/<b>",
         "org/base&co",
         "held<out>.jsonl",
+        "/loras/own<tokenizer>",
         "no gain <here>",
         "above 0.5: loud <u> 0.75;",
         "No update, the LoRA weights are zero: idle <u>;",

@@ -10,6 +10,8 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vllm_vlora.adapters.saved_tensors import is_base_copy
+
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint.manifest import TaskRecord
 
@@ -23,8 +25,6 @@ MATERIALIZED_LORAS = 8
 _DIRECT_LORAS = 256
 # ``modules_to_save`` that vLLM's classification models take (``supported_modules_to_save``, 0.32).
 _SERVED_HEADS = ("score", "classifier")
-# vLLM leaves the base model's own weights in an adapter file alone (``is_base_embedding_weights``).
-_BASE_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
 
 def serving_rank(rank: int) -> int | None:
@@ -85,7 +85,7 @@ def is_model_name(base_model: str) -> bool:
 
 def carried_tensors(record: TaskRecord) -> list[str]:
     """A task's tensors beside its LoRA weights that change the model: heads and other whole modules."""
-    return [name for name in record.extra if not name.endswith(_BASE_COPIES)]
+    return [name for name in record.extra if not is_base_copy(name)]
 
 
 def extra_obstacle(record: TaskRecord) -> str | None:

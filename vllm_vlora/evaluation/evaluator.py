@@ -23,10 +23,11 @@ import torch
 from vllm_vlora._version import __version__
 from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.adapters.peft_folder import Adapter, as_peft_folder, open_adapter
+from vllm_vlora.adapters.saved_tensors import saved_tensors
 from vllm_vlora.checkpoint.export import export_all
 from vllm_vlora.checkpoint.losses import has_no_update
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import AdapterError, DataError, ModelMismatchError, OptionError
+from vllm_vlora.errors import AdapterError, ModelMismatchError, OptionError
 from vllm_vlora.evaluation.base_model import check_dtype, first_line, load_base_model, resolve
 from vllm_vlora.evaluation.fidelity import (
     NO_ORIGINAL,
@@ -41,7 +42,9 @@ from vllm_vlora.evaluation.fidelity import (
     recovered_fraction,
     total_error,
 )
+from vllm_vlora.evaluation.kept import kept
 from vllm_vlora.evaluation.model_names import under_model_names
+from vllm_vlora.evaluation.task_text import TaskText
 from vllm_vlora.evaluation.texts import (
     IGNORED,
     Batch,
@@ -50,10 +53,11 @@ from vllm_vlora.evaluation.texts import (
     make_batches,
     padding_id,
     read_examples,
-    tokenize,
 )
+from vllm_vlora.evaluation.vocabulary import fit_vocabulary, resize_vocabulary, tokens_of
 from vllm_vlora.merging.analysis import cosines, inner_products
 from vllm_vlora.merging.spectra import SpectrumCollector
+from vllm_vlora.model.heads import vocabulary_layers
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 
 Progress = Callable[[str, int, int], None]
@@ -125,14 +129,6 @@ class Comparison:
     greedy: GreedyAgreement | None = None
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A data file in tokens; ``left_out`` examples have no supervised token."""
-
-    rows: tuple[Row, ...]
-    left_out: int
-
-
 class Evaluator:
     """One base model and the held-out data of its tasks.
 
@@ -164,28 +160,64 @@ class Evaluator:
         # Mistakes in small files show before a large model is loaded.
         examples = {path: read_examples(path) for files in self.data.values() for path in files}
         self.device, self.dtype = self.options.resolve()
-        self._tokenizer, self._model = _load_model(self.model_name, self.device, self.dtype)
+        tokenizer, self._model = _load_model(self.model_name, self.device, self.dtype)
         self._takes_logits_to_keep = (
             "logits_to_keep" in inspect.signature(self._model.forward).parameters
         )
-        self._pad_id = padding_id(self._tokenizer)
+        self._pad_id = padding_id(tokenizer)
         # Beyond its positions a model fails, or answers nonsense.
         self._positions: int = getattr(self._model.config, "max_position_embeddings", 1 << 62)
-        self._max_length = min(self.options.max_length, self._positions)
-        self._prepared = {path: self._prepare(path, found) for path, found in examples.items()}
-        self._base: dict[Path, ExampleLosses] = {}
+        chosen = {path: found[: self.options.max_examples] for path, found in examples.items()}
+        length = min(self.options.max_length, self._positions)
+        self._text = TaskText(tokenizer, chosen, length)
+        self._owns: dict[Path, TaskText | None] = {}
+        self._texts: dict[str, TaskText] = {}
+        self._base: dict[tuple[Path, Path | None], ExampleLosses] = {}
         self._scores: dict[tuple[str, Path], TaskScores] = {}
+
+    def choose_tokenizer(self, task: str, *folders: str | Path) -> Path | None:
+        """Read a task's data as its adapter does, and the base model's losses on it too.
+
+        Args:
+            folders: PEFT folders of the task. The first that holds a tokenizer counts, if it reads the
+                task's data otherwise than the base model's does.
+
+        Returns:
+            The folder whose tokenizer is used; None for the base model's.
+
+        Raises:
+            OptionError: no data was given for the task.
+            AdapterError: a folder's tokenizer cannot be loaded.
+            DataError: the data has no token to be scored.
+        """
+        files = self._files(task)
+        for folder in map(Path, folders):
+            if folder not in self._owns:
+                self._owns[folder] = self._text.own_of(folder)
+        found = next((own for folder in folders if (own := self._owns[Path(folder)])), None)
+        alike = found is None or found.reads_as(self._text, files)
+        text = self._text if found is None or alike else found
+        for path in files:
+            text.prepared(path)
+        self._texts[task] = text
+        return text.folder
 
     def base(self, task: str) -> ExampleLosses:
         """Losses of the base model on a task's data.
 
+        Tokens that it lacks get rows around the mean of the others, as a vocabulary that is resized does.
+
         Raises:
-            OptionError: no data was given for the task.
+            OptionError, DataError: no data was given for the task, or none that can be scored.
         """
+        text, found = self._text_of(task), []
         for path in self._files(task):
-            if path not in self._base:
-                self._base[path] = self._losses(self._prepared[path].rows, "base model")
-        found = [self._base[path] for path in self._files(task)]
+            key = path, text.folder
+            if key not in self._base:
+                rows = text.prepared(path).rows
+                with self._wide_enough(rows, text):
+                    self._base[key] = self._losses(rows, "base model")
+            found.append(self._base[key])
         return ExampleLosses(
             torch.cat([part.nll for part in found]), torch.cat([part.tokens for part in found])
         )
@@ -202,10 +234,11 @@ class Evaluator:
         """
         rows = self._rows(task)
         with self._loaded({"only": Path(folder)}):
+            self._check_tokens(rows, str(folder))
             losses = self._losses(rows, str(folder))
             answers = None
             if self.options.greedy_tokens and not losses_only:
-                answers = self._answers(rows)
+                answers = self._answers(rows, task)
         return TaskScores(losses, answers)
 
     def compare(
@@ -225,6 +258,7 @@ class Evaluator:
         Raises:
             As :meth:`adapter`.
         """
+        self.choose_tokenizer(task, *([compressed] if original is None else [original, compressed]))
         base = self.base(task)
         if original is None:
             losses = self.adapter(task, compressed, losses_only=True).losses
@@ -239,9 +273,15 @@ class Evaluator:
         """A task's data files."""
         return self._files(task)
 
+    def tokenizer(self, task: str) -> str | None:
+        """The adapter's folder whose tokenizer reads a task's data; None for the base model's."""
+        folder = self._text_of(task).folder
+        return None if folder is None else str(folder)
+
     def left_out(self, task: str) -> int:
         """Examples of a task that have no supervised token within ``max_length``."""
-        return sum(self._prepared[path].left_out for path in self._files(task))
+        text = self._text_of(task)
+        return sum(text.prepared(path).left_out for path in self._files(task))
 
     def check_modules(self, modules: Mapping[str, tuple[int, int]], where: str) -> None:
         """Refuse modules, name -> (d_out, d_in), that the base model lacks or has otherwise.
@@ -250,6 +290,7 @@ class Evaluator:
             ModelMismatchError: naming ``where``, the module and the model.
         """
         present = dict(self._model.named_modules())
+        vocabulary = vocabulary_layers(self._model)
         for name, shape in modules.items():
             weight = getattr(find_name(name, present.get), "weight", None)
             if weight is None:
@@ -257,8 +298,10 @@ class Evaluator:
                     f"{where}: adapts module {name}, which the model {self.model_name} lacks; "
                     "give the adapters' own base model"
                 )
+            # An adapter may bring other tokens along.
+            fits = name in vocabulary and weight.shape[1] in shape
             # Embeddings and GPT-2's layers hold their weight transposed.
-            if sorted(weight.shape) != sorted(shape):
+            if not fits and sorted(weight.shape) != sorted(shape):
                 raise ModelMismatchError(
                     f"{where}: module {name} is {shape[0]} x {shape[1]}, in the model "
                     f"{self.model_name} it is {' x '.join(map(str, weight.shape))}; give the "
@@ -271,21 +314,33 @@ class Evaluator:
         return self.data[task]
 
     def _rows(self, task: str) -> list[Row]:
-        return [row for path in self._files(task) for row in self._prepared[path].rows]
+        text = self._text_of(task)
+        return [row for path in self._files(task) for row in text.prepared(path).rows]
 
-    def _prepare(self, path: Path, examples: Sequence[Any]) -> _Prepared:
-        chosen = examples[: self.options.max_examples]
-        rows = [tokenize(found, self._tokenizer, self._max_length) for found in chosen]
-        scored = tuple(row for row in rows if row.supervised)
-        if not scored:
-            raise DataError(
-                f"{path}: no token to be scored within the first {self._max_length} of any "
-                "example; give a greater --max-length"
+    def _text_of(self, task: str) -> TaskText:
+        return self._texts.get(task, self._text)
+
+    @contextmanager
+    def _wide_enough(self, rows: Sequence[Row], text: TaskText) -> Iterator[None]:
+        """The base model with rows for all tokens of the text."""
+        highest = max(max(row.input_ids) for row in rows)
+        if highest < tokens_of(self._model):
+            yield
+            return
+        with kept(self._model):
+            resize_vocabulary(self._model, max(highest + 1, len(text.tokenizer)), mean=True)
+            yield
+
+    def _check_tokens(self, rows: Sequence[Row], where: str) -> None:
+        highest, tokens = max(max(row.input_ids) for row in rows), tokens_of(self._model)
+        if highest >= tokens:
+            raise AdapterError(
+                f"{where}: the text has the token {highest}, the model with this adapter has {tokens} "
+                "tokens; give the adapter its embeddings, or take its tokenizer away"
             )
-        return _Prepared(scored, len(rows) - len(scored))
 
     def _original(self, task: str, folder: Path) -> TaskScores:
-        key = (task, folder.absolute())
+        key = task, folder.absolute()
         if key not in self._scores:
             self._scores[key] = self.adapter(task, folder, losses_only=True)
         return self._scores[key]
@@ -298,6 +353,7 @@ class Evaluator:
         sums = [_Sums(rows), _Sums(rows)]
         agreed, divergence = 0, 0.0
         with self._loaded({"original": original, "compressed": compressed}) as use:
+            self._check_tokens(rows, str(original))
             for batch in self._batches(rows):
                 use("original")
                 theirs, targets, owners = self._scored_logits(batch)
@@ -308,7 +364,7 @@ class Evaluator:
                 for first, second in zip(_in_chunks(theirs), _in_chunks(ours)):
                     agreed += int((first.argmax(-1) == second.argmax(-1)).sum())
                     divergence += divergence_sum(first, second)
-            greedy = self._compare_answers(use, rows) if self.options.greedy_tokens else None
+            greedy = self._compare_answers(use, rows, task) if self.options.greedy_tokens else None
         theirs_losses = sums[0].finish(str(original))
         ours_losses = sums[1].finish(str(compressed))
         self._scores[task, original.absolute()] = TaskScores(theirs_losses)
@@ -323,11 +379,13 @@ class Evaluator:
             greedy,
         )
 
-    def _compare_answers(self, use: Callable[[str], None], rows: Sequence[Row]) -> GreedyAgreement:
+    def _compare_answers(
+        self, use: Callable[[str], None], rows: Sequence[Row], task: str
+    ) -> GreedyAgreement:
         use("original")
-        theirs = self._answers(rows)
+        theirs = self._answers(rows, task)
         use("compressed")
-        return greedy_agreement(theirs, self._answers(rows), self.options.greedy_tokens)
+        return greedy_agreement(theirs, self._answers(rows, task), self.options.greedy_tokens)
 
     @contextmanager
     def _loaded(self, folders: Mapping[str, Path]) -> Iterator[Callable[[str], None]]:
@@ -343,51 +401,56 @@ class Evaluator:
 
     @contextmanager
     def _on_model(self, folders: Mapping[str, Path]) -> Iterator[Callable[[str], None]]:
+        adapters = {name: open_adapter(folder) for name, folder in folders.items()}
+        _check_base_weights(list(adapters.values()))
+        saved = [
+            tensor.name
+            for adapter in adapters.values()
+            for tensor in saved_tensors(adapter.extra, adapter.config)
+            if not tensor.whole
+        ]
+        # PEFT leaves its layers behind where loading fails, and base weights that a file brings always.
+        with kept(self._model, saved):
+            for adapter in adapters.values():
+                self._check_adapter(adapter)
+            fit_vocabulary(self._model, list(adapters.values()))
+            use = self._add(adapters)
+            use(next(iter(adapters)))
+            self._model.eval()
+            yield use
+
+    def _add(self, adapters: Mapping[str, Adapter]) -> Callable[[str], None]:
+        """Put PEFT's layers into the model; returns the function that makes an adapter active."""
         import peft
 
-        saved: dict[str, torch.Tensor] = {}
-        for folder in folders.values():
-            adapter = open_adapter(folder)
-            self._check_adapter(adapter)
-            saved.update(self._overwritten(adapter))
-        adapted = None
-        try:
-            for name, folder in folders.items():
-                try:
-                    with as_peft_folder(open_adapter(folder)) as readable:
-                        if adapted is None:
-                            adapted = peft.PeftModel.from_pretrained(
-                                self._model, str(readable), adapter_name=name
-                            )
-                        else:
-                            adapted.load_adapter(str(readable), name)
-                except (ValueError, RuntimeError) as error:
-                    raise AdapterError(
-                        f"{folder}: PEFT cannot load it onto {self.model_name}: {first_line(error)}"
-                    ) from error
-            assert adapted is not None
-            adapted.set_adapter(next(iter(folders)))
-            self._model.eval()
-            yield adapted.set_adapter
-        finally:
-            if adapted is not None:
-                # With an adapter left, unload would put its copy of a saved module into the base.
-                for name in list(adapted.peft_config):
-                    adapted.delete_adapter(name)
-                adapted.unload()
-            own = self._model.state_dict()
-            for name, value in saved.items():
-                own[name].copy_(value)
-
-    def _overwritten(self, adapter: Adapter) -> dict[str, torch.Tensor]:
-        """Copies of base weights that PEFT may replace: layers that an adapter was saved whole with."""
-        own = self._model.state_dict()
-        names = [key.removeprefix("base_model.model.") for key in adapter.extra]
-        return {name: own[name].clone() for name in names if name in own}
+        adapted: Any = None
+        for name, adapter in adapters.items():
+            try:
+                with as_peft_folder(adapter) as folder:
+                    if adapted is None:
+                        adapted = peft.PeftModel.from_pretrained(
+                            self._model, str(folder), adapter_name=name
+                        )
+                    else:
+                        adapted.load_adapter(str(folder), name)
+            except (ValueError, RuntimeError, KeyError) as error:
+                raise AdapterError(
+                    f"{adapter.path}: PEFT cannot load it onto {self.model_name}: {first_line(error)}"
+                ) from error
+        use: Callable[[str], None] = adapted.set_adapter
+        return use
 
     def _check_adapter(self, adapter: Adapter) -> None:
         shapes = {m.name: (m.d_out, m.d_in) for m in adapter.modules.values()}
         self.check_modules(shapes, str(adapter.path))
+        own = self._model.state_dict()
+        for saved in saved_tensors(adapter.extra, adapter.config):
+            # PEFT leaves out what it finds no place for, and says nothing.
+            if saved.name not in own:
+                raise ModelMismatchError(
+                    f"{adapter.path}: brings {saved.key}, which the model {self.model_name} lacks: it is "
+                    "run as a causal language model, without heads of other kinds"
+                )
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
         for batch in make_batches(rows, self.options.batch_size, self._pad_id):
@@ -414,19 +477,22 @@ class Evaluator:
         return logits[kept], targets[:, columns][kept], kept.nonzero()[:, 0]
 
     @torch.no_grad()
-    def _answers(self, rows: Sequence[Row]) -> tuple[tuple[int, ...], ...]:
+    def _answers(self, rows: Sequence[Row], task: str) -> tuple[tuple[int, ...], ...]:
         """Greedy answers to the prompts of ``rows``, each up to its end-of-sequence token."""
         answers: dict[int, tuple[int, ...]] = {}
         room = max(1, self._positions - self.options.greedy_tokens)
         prompts = [prompt_of(row)[-room:] for row in rows]
+        ends = set(self._model.generation_config.eos_token_id or ())
+        own_end = self._text_of(task).tokenizer.eos_token_id
+        ends |= set() if own_end is None else {own_end}
         order = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
         for start in range(0, len(order), self.options.batch_size):
             chosen = order[start : start + self.options.batch_size]
-            generated = self._generate([prompts[index] for index in chosen])
+            generated = self._generate([prompts[index] for index in chosen], ends)
             answers.update(zip(chosen, generated, strict=True))
         return tuple(answers[index] for index in range(len(rows)))
 
-    def _generate(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    def _generate(self, prompts: Sequence[Sequence[int]], ends: set[int]) -> list[tuple[int, ...]]:
         longest = max(map(len, prompts))
         padded = [[self._pad_id] * (longest - len(p)) + list(p) for p in prompts]
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
@@ -434,9 +500,25 @@ class Evaluator:
             input_ids=torch.tensor(padded, device=self.device),
             attention_mask=torch.tensor(mask, device=self.device),
             max_new_tokens=self.options.greedy_tokens,
+            eos_token_id=sorted(ends) or None,
         )
-        ends = set(self._model.generation_config.eos_token_id or ())
         return [_until(row[longest:].tolist(), ends) for row in out]
+
+
+def _check_base_weights(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that need different base weights: one model is under them."""
+    first = adapters[0]
+    wanted = {saved.key: saved for saved in saved_tensors(first.extra, first.config)}
+    for other in adapters[1:]:
+        keys = [saved.key for saved in saved_tensors(other.extra, other.config) if not saved.whole]
+        keys += [key for key, saved in wanted.items() if not saved.whole and key not in keys]
+        ours, theirs = first.extra_tensors() if keys else {}, other.extra_tensors() if keys else {}
+        for key in keys:
+            if key not in ours or key not in theirs or not torch.equal(ours[key], theirs[key]):
+                raise AdapterError(
+                    f"{other.path}: its {key}, a weight of the base model, is not that of {first.path}; "
+                    "give the original that the task was made from"
+                )
 
 
 class _Sums:
@@ -542,6 +624,8 @@ def evaluate_checkpoint(
     )
     opened = {task: open_adapter(originals[task]) for task in evaluator.data if task in originals}
     wanted = [task for task in checkpoint.tasks if task in evaluator.data]
+    for task in wanted:
+        evaluator.choose_tokenizer(task, *([opened[task].path] if task in opened else []))
     spectra = SpectrumCollector()
     tasks: list[TaskFidelity] = []
     for task, folder in _exported(checkpoint, wanted):
@@ -617,6 +701,7 @@ def _judge(
         modules=errors,
         error=error,
         original=None if original is None else str(original.path),
+        tokenizer=evaluator.tokenizer(task),
         nbytes=checkpoint.lora_nbytes(task),
         original_nbytes=record.original_nbytes,
         stored_as=dict(

@@ -312,6 +312,8 @@ class TaskFidelity:
         error: relative error over all modules, from the same source.
         nbytes, original_nbytes: the task's file, and the adapter's LoRA weights at 16 bits each.
         no_update: its LoRA weights change nothing.
+        tokenizer: the folder of its adapter, if that has a tokenizer that reads the data otherwise than
+            the base model's; the data is in its tokens then.
     """
 
     task_id: str
@@ -334,6 +336,7 @@ class TaskFidelity:
     original_nbytes: int
     stored_as: Mapping[str, int]
     no_update: bool = False
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -479,4 +482,5 @@ def _task_data(task: TaskFidelity) -> dict[str, Any]:
         "bytes": task.nbytes,
         "ratio": task.original_nbytes / task.nbytes if task.nbytes else None,
         "stored_as": dict(task.stored_as),
+        "tokenizer": task.tokenizer,
     }

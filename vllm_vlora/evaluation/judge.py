@@ -53,6 +53,8 @@ def make_judge(
         raise OptionError("the adapters name no base model; give it with --base MODEL")
     progress("load the base model", 0, 1)
     evaluator = Evaluator(base, files, EvaluationOptions(greedy_tokens=0))
+    for task, adapter in adapters.items():
+        evaluator.choose_tokenizer(task, adapter.path)
 
     def judge(folder: Path) -> dict[str, float | None]:
         checkpoint, found = Checkpoint.open(folder), dict[str, float | None]()

@@ -15,6 +15,7 @@ except ImportError as error:
 
 from vllm_vlora.errors import OptionError
 from vllm_vlora.model.attaching import AdaptedLayer, find_layers
+from vllm_vlora.model.heads import HeadSwitch
 from vllm_vlora.model.training import SubspaceTrainer
 from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
@@ -25,11 +26,12 @@ _PREFIX = "vlora_"
 class VLoRACallback(TrainerCallback):
     """Trains the cores or loadings of one task through transformers' ``Trainer``.
 
-    When the Trainer is made, the task's parameters are registered in the layers that they change, and
-    every other parameter of the model is frozen. The Trainer's own optimiser then trains them like
-    any parameter: gradient accumulation, clipping, the learning rate's schedule, mixed precision, saving
-    and ``resume_from_checkpoint`` are the Trainer's. (vlora's callback has an optimiser of its own beside
-    the Trainer's, which neither clips nor follows the schedule, while the Trainer trains the base model.)
+    When the Trainer is made, the task's parameters are registered in the layers that they change, heads
+    that the task has are put into the model, and every other parameter of the model is frozen. The
+    Trainer's own optimiser then trains them like any parameter: gradient accumulation, clipping, the
+    learning rate's schedule, mixed precision, saving and ``resume_from_checkpoint`` are the Trainer's.
+    (vlora's callback has an optimiser of its own beside the Trainer's, which neither clips nor follows
+    the schedule, while the Trainer trains the base model.)
 
     transformers refuses to train a quantised model that has no PEFT adapter; train on one with
     ``SubspaceTrainer.attach``.
@@ -86,6 +88,7 @@ class VLoRACallback(TrainerCallback):
         )
         self._layers: list[AdaptedLayer] = []
         self._hooks: list[Any] = []
+        self._heads: HeadSwitch | None = None
         self._frozen: list[nn.Parameter] = []
 
     # --- events of the Trainer --------------------------------------------------------------------
@@ -158,12 +161,15 @@ class VLoRACallback(TrainerCallback):
                 delattr(layer.module, _PREFIX + name)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._hooks, self._layers, self._frozen = [], [], []
+        if self._heads is not None:
+            self._heads.show(())
+        self._hooks, self._layers, self._frozen, self._heads = [], [], [], None
 
     def _attach(self, model: nn.Module) -> None:
         if isinstance(model, VLoRAModel) and model.is_running:
             raise OptionError("the model runs a task already; call clear_task() or unmerge() first")
         layers = find_layers(model, self.trainer.layer_shapes())
+        heads = self.trainer.show_heads(model)
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -173,6 +179,7 @@ class VLoRACallback(TrainerCallback):
                 layer.module.register_parameter(_PREFIX + name, parameter)
             layer.update = self.trainer.update_of(layer)
         self._layers = layers
+        self._heads = heads
         self._hooks = [layer.install() for layer in layers]
 
     def _norm(self) -> float:

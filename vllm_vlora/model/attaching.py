@@ -121,6 +121,7 @@ def find_layers(model: nn.Module, shapes: Mapping[str, AdaptedShape]) -> list[Ad
             raise ModelMismatchError(
                 f"layer {name} maps {found[0]} to {found[1]} in the model, {shape.d_in} to "
                 f"{shape.d_out} in the subspace; give the base model that its adapters were trained on"
+                + _resizing(shape, found)
             )
         if _is_updated(module):
             raise OptionError(
@@ -128,6 +129,13 @@ def find_layers(model: nn.Module, shapes: Mapping[str, AdaptedShape]) -> list[Ad
             )
         layers.append(AdaptedLayer(name, module, shape.kind))
     return layers
+
+
+def _resizing(shape: AdaptedShape, found: tuple[int, int]) -> str:
+    """What to call where an embedding was adapted with more tokens than the model has."""
+    if shape.kind != "embedding" or shape.d_out != found[1]:
+        return ""
+    return f", which has {shape.d_in} tokens: model.resize_token_embeddings({shape.d_in})"
 
 
 def _match_names(names: list[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:

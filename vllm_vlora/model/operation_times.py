@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from vllm_vlora._version import __version__
 from vllm_vlora.adapters.collection import Progress
+from vllm_vlora.adapters.saved_tensors import saved_tensors
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import TaskNotFoundError
@@ -21,7 +22,6 @@ from vllm_vlora.planning.flat_curves import FlatProjection
 from vllm_vlora.quantize import unpack
 from vllm_vlora.representations.decode import decode
 from vllm_vlora.representations.joint import encode_joint
-from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
 from vllm_vlora.timing import seconds_of, spread, take_turns
 
@@ -104,11 +104,12 @@ def _operations(
 def _switches(checkpoint: Checkpoint, task: str) -> Iterator[tuple[str, str, _Operation]]:
     """Switching a PyTorch model between this task and another, or the base where there is one only."""
     other = next((task_id for task_id in checkpoint.tasks if task_id != task), None)
+    switched = [task_id for task_id in (task, other) if task_id is not None]
     for name, meaning, cached in (
         ("switch", "VLoRAModel.set_task, tasks kept ready", 2),
         ("switch, cold", "VLoRAModel.set_task, read from the checkpoint", 1),
     ):
-        model = VLoRAModel(_skeleton(checkpoint.modules), checkpoint, cached_tasks=cached)
+        model = VLoRAModel(_skeleton(checkpoint, switched), checkpoint, cached_tasks=cached)
         yield name, meaning, _Switch(model, task, other)
 
 
@@ -153,26 +154,50 @@ def _projection(
         yield "project", meaning, lambda: [step() for step in steps]
 
 
-def _skeleton(modules: list[ModuleSpec]) -> nn.Module:
-    """A model with layers of these names and shapes, whose weights take no memory."""
+def _skeleton(checkpoint: Checkpoint, tasks: Sequence[str]) -> nn.Module:
+    """A model that these tasks fit: layers of the right names and shapes, whose weights take no memory.
+
+    Copies of the base model's weights are the model's own, as they are in the model itself.
+    """
     root = nn.Module()
-    for spec in modules:
-        *path, last = spec.name.split(".")
-        parent = root
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        layer: nn.Module
-        if spec.kind == "embedding":
-            layer = nn.Embedding(spec.d_in, spec.d_out, device="meta")
-            shape = spec.d_in, spec.d_out
-        else:
-            layer = nn.Linear(spec.d_in, spec.d_out, bias=False, device="meta")
-            shape = spec.d_out, spec.d_in
-        layer.weight = nn.Parameter(torch.zeros(1, 1).expand(shape), requires_grad=False)
-        parent.add_module(last, layer)
+    for spec in checkpoint.modules:
+        embeds = spec.kind == "embedding"
+        shape = (spec.d_in, spec.d_out) if embeds else (spec.d_out, spec.d_in)
+        _put(root, f"{spec.name}.weight", _zeros(shape), embeds=embeds)
+    for task in tasks:
+        extra = checkpoint.load_task(task).extra
+        saved = saved_tensors(extra, checkpoint.record(task).adapter_config or {})
+        # A layer is known by its weight, so that comes before its bias.
+        for one in sorted(saved, key=lambda one: -extra[one.key].ndim):
+            tensor = extra[one.key]
+            own = _zeros(tensor.shape, tensor.dtype) if one.whole else tensor.float()
+            _put(root, one.name, own)
     return root
+
+
+def _put(root: nn.Module, path: str, tensor: torch.Tensor, *, embeds: bool = False) -> None:
+    """Make the layer of a tensor where there is none, and the tensor its own."""
+    *parents, last, name = path.split(".")
+    parent = root
+    for part in parents:
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    if last not in parent._modules:
+        parent.add_module(last, _layer(tensor.shape, embeds))
+    setattr(parent.get_submodule(last), name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _layer(shape: Sequence[int], embeds: bool) -> nn.Module:
+    if len(shape) != 2:
+        return nn.Module()
+    if embeds:
+        return nn.Embedding(shape[0], shape[1], device="meta")
+    return nn.Linear(shape[1], shape[0], bias=False, device="meta")
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros((1,) * len(shape), dtype=dtype).expand(*shape)
 
 
 def _timed(operation: _Operation, runs: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from vllm_vlora.errors import OptionError, TaskNotFoundError
 from vllm_vlora.model.attaching import AdaptedLayer, Update, find_layers, frozen, place
+from vllm_vlora.model.heads import HeadSwitch
 from vllm_vlora.model.updates import AdaptedShape, LowRankUpdate
 from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.quantize import is_finite
@@ -136,6 +137,8 @@ class SubspaceTrainer:
     def attach(self, model: nn.Module, *, freeze: bool = True) -> Iterator[nn.Module]:
         """Run a model with the task as it is being trained, inside a ``with``.
 
+        Heads that the task has already are in the model meanwhile; they are not trained.
+
         Args:
             model: the base model, or a VLoRAModel with no task active. Layers are found as it finds them.
             freeze: let no parameter of the model get a gradient meanwhile.
@@ -152,6 +155,7 @@ class SubspaceTrainer:
         layers = find_layers(model, self.layer_shapes())
         for layer in layers:
             layer.update = self.update_of(layer)
+        heads = self.show_heads(model)
         hooks = [layer.install() for layer in layers]
         try:
             with frozen(model) if freeze else _as_it_is():
@@ -159,6 +163,7 @@ class SubspaceTrainer:
         finally:
             for hook in hooks:
                 hook.remove()
+            heads.show(())
 
     def step(self, loss: torch.Tensor) -> float:
         """One step on a scalar loss; returns its value.
@@ -189,6 +194,17 @@ class SubspaceTrainer:
             TaskNotFoundError: the task was removed meanwhile.
         """
         self.subspace.update_task(self.task_id, self.params)
+
+    def show_heads(self, model: nn.Module) -> HeadSwitch:
+        """Put what the task brings whole into a model, untrained; ``show(())`` takes it out again.
+
+        Raises:
+            ModelMismatchError: the model has no place for it.
+        """
+        origin = self.subspace.tasks[self.task_id].origin
+        heads = HeadSwitch(model)
+        heads.show([heads.find(origin.extra, origin.metadata)])
+        return heads
 
     def layer_shapes(self) -> dict[str, AdaptedShape]:
         """The layers that the task has."""

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale
 from vllm_vlora.checkpoint.manifest import is_checkpoint
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import ModelMismatchError, OptionError, TaskNotFoundError
+from vllm_vlora.errors import OptionError, TaskNotFoundError
+from vllm_vlora.model.row_layers import repeats_of
 from vllm_vlora.quantize import unpack
 from vllm_vlora.representations.decode import decode
 from vllm_vlora.representations.joint import dense_keeps_rank, split_core
@@ -137,13 +138,8 @@ class MixedUpdate:
         Raises:
             ModelMismatchError: the layer sees a batch that is no multiple of the weights' rows.
         """
-        rows = self._weights.shape[0]
-        if x.shape[0] % rows:
-            raise ModelMismatchError(
-                f"a layer sees {x.shape[0]} rows where {rows} tasks were set; give one task for each "
-                "row of the batch, and a model whose first dimension is the batch"
-            )
-        weights = self._weights.repeat_interleave(x.shape[0] // rows, dim=0)
+        repeats = repeats_of(x, self._weights.shape[0])
+        weights = self._weights.repeat_interleave(repeats, dim=0)
         total = self._groups[0](x, weights)
         for group in self._groups[1:]:
             total = total + group(x, weights)
@@ -251,6 +247,9 @@ class UpdateSource(Protocol):
 
     def extra(self, task_id: str) -> Mapping[str, torch.Tensor]:
         """A task's tensors that are not LoRA, under PEFT's names: classifier heads and the like."""
+
+    def config(self, task_id: str) -> Mapping[str, Any]:
+        """A task's original ``adapter_config.json``; empty where it has none."""
 
     def configs(self) -> list[Mapping[str, Any]]:
         """The tasks' original ``adapter_config.json``, as far as they are known."""
@@ -375,17 +374,22 @@ class SubspaceSource:
         }
 
     def state(self, task_id: str) -> tuple[Any, ...]:
-        """The task's loadings and all bases: each is replaced when it changes."""
+        """The task's loadings, what it came from, and all bases: each is replaced when it changes."""
         projection = self._subspace.tasks[task_id]
         return (
             *projection.loadings_a.values(),
             *projection.loadings_b.values(),
+            projection.origin,
             *self._subspace.layers.values(),
         )
 
     def extra(self, task_id: str) -> Mapping[str, torch.Tensor]:
         """A task's tensors that are not LoRA."""
         return self._subspace.tasks[task_id].origin.extra
+
+    def config(self, task_id: str) -> Mapping[str, Any]:
+        """A task's original ``adapter_config.json``; empty of one that was made here."""
+        return self._subspace.tasks[task_id].origin.metadata
 
     def configs(self) -> list[Mapping[str, Any]]:
         """The tasks' original ``adapter_config.json``; none of tasks that were made here."""
@@ -450,6 +454,10 @@ class CheckpointSource:
         if not self._checkpoint.record(task_id).extra:
             return {}
         return self._checkpoint.load_task(task_id).extra
+
+    def config(self, task_id: str) -> Mapping[str, Any]:
+        """A task's original ``adapter_config.json``; empty where it has none."""
+        return self._checkpoint.record(task_id).adapter_config or {}
 
     def configs(self) -> list[Mapping[str, Any]]:
         """The tasks' original ``adapter_config.json``."""

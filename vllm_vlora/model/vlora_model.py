@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import ModelMismatchError, ModelStateError, OptionError
+from vllm_vlora.errors import ModelMismatchError, ModelStateError, OptionError, VLoRAError
 from vllm_vlora.model.attaching import AdaptedLayer, Update, find_layers, place
-from vllm_vlora.model.heads import HeadSwitch
+from vllm_vlora.model.heads import Heads, HeadSwitch
 from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, check_scaling, open_source
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.shared import SharedSubspace
 
 _Active = str | tuple[str | None, ...] | None
+_NO_HEADS: Heads = {}
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class VLoRAModel(nn.Module):
     Layers are found by name, also where the model's names have one prefix more or less: ``nn.Linear``,
     ``nn.Embedding``, GPT-2's ``Conv1D``, the 4- and 8-bit layers of bitsandbytes, and other
     quantised layers with ``in_features`` and ``out_features``. Attributes that this class lacks, such as
-    ``generate`` and ``config``, are the base model's. A classifier head that a task brings along takes
-    the place of the model's while the task is active. Not thread-safe.
+    ``generate`` and ``config``, are the base model's. Modules that a task brings whole (classifier heads,
+    embeddings, an output layer of more tokens) take the places of the model's while the task is active,
+    as PEFT's do: layers that are tied to them keep the model's weight. Not thread-safe.
 
     Args:
         base_model: the model that the adapters were trained on; it keeps its weights.
@@ -135,7 +136,7 @@ class VLoRAModel(nn.Module):
         """
         self._refuse_merged("switch tasks")
         plan = self._plan(task_id)
-        self._activate(plan.updates, task_id, plan.heads)
+        self._activate(plan.updates, task_id, (plan.heads,))
 
     def set_tasks(self, task_ids: Sequence[str | None]) -> None:
         """Make one task active for each row of the batches to come; None is the base model.
@@ -144,8 +145,8 @@ class VLoRAModel(nn.Module):
         beam search makes it, has each row's task repeated.
 
         Raises:
-            TaskNotFoundError, OptionError, ModelStateError: an unknown task; no tasks, or one with a
-                head of its own; one is merged.
+            TaskNotFoundError, OptionError, ModelStateError: an unknown task; no tasks, or some with
+                heads of different sizes, whose outputs no batch can hold; one is merged.
 
         Examples:
             >>> model = VLoRAModel(base_model, joint)
@@ -160,13 +161,15 @@ class VLoRAModel(nn.Module):
             raise OptionError(
                 "set_tasks needs a task, or None, for each row of the batch; got none"
             )
+        self._refuse_merged("switch tasks")
         names = list(dict.fromkeys(task for task in task_ids if task is not None))
+        plans = {task: self._plan(task) for task in names}
         weights = torch.zeros(len(task_ids), len(names))
         for row, task in enumerate(task_ids):
             if task is not None:
                 weights[row, names.index(task)] = 1.0
-        self.set_blend(weights, names)
-        self._active = tuple(task_ids)
+        heads = [_NO_HEADS if task is None else plans[task].heads for task in task_ids]
+        self._activate(self._mixed(list(plans.values()), weights), tuple(task_ids), heads)
 
     def set_blend(self, weights: torch.Tensor, task_ids: Sequence[str] | None = None) -> None:
         """Make a weighted sum of tasks active, with other weights for each row of a batch.
@@ -201,14 +204,18 @@ class VLoRAModel(nn.Module):
         own_heads = [task for task, plan in zip(names, plans) if plan.heads]
         if own_heads:
             raise OptionError(
-                f"task {own_heads[0]!r} has a head of its own, which rows cannot share; use set_task"
+                f"task {own_heads[0]!r} has a head of its own, which cannot be blended; use set_task or "
+                "set_tasks"
             )
+        self._activate(self._mixed(plans, weights), None)
+
+    def _mixed(self, plans: Sequence[_Plan], weights: torch.Tensor) -> list[Update | None]:
         mixed: list[Update | None] = []
         for place_, layer in enumerate(self._layers):
             own = [plan.updates[place_] for plan in plans]
             used = any(update is not None for update in own)
             mixed.append(MixedUpdate(own, weights.to(layer.device)) if used else None)
-        self._activate(mixed, None)
+        return mixed
 
     def clear_task(self) -> None:
         """Make nothing active: the base model answers.
@@ -240,8 +247,7 @@ class VLoRAModel(nn.Module):
             >>> model.active_task is None
             True
         """
-        before, active = [layer.update for layer in self._layers], self._active
-        heads = self._heads.shown
+        before = self._state()
         if task_id is None:
             self.clear_task()
         elif isinstance(task_id, str):
@@ -251,7 +257,7 @@ class VLoRAModel(nn.Module):
         try:
             yield self
         finally:
-            self._activate(before, active, heads)
+            self._activate(*before)
 
     @property
     def active_task(self) -> str | None:
@@ -360,8 +366,10 @@ class VLoRAModel(nn.Module):
         heads = self._plan(task_id).heads
         updates = self._source.updates(task_id)
         changed = [layer for layer in self._layers if layer.name in updates]
-        self._check_mergeable(changed)
-        self._activate([None] * len(self._layers), None, heads)
+        with self._kept_if_refused():
+            # With its own head a layer may share its weight no longer, and without another's again.
+            self._activate([None] * len(self._layers), None, (heads,), private=True)
+            self._check_mergeable(changed)
         for layer in changed:
             weight = layer.module.weight
             assert isinstance(weight, nn.Parameter)
@@ -438,6 +446,7 @@ class VLoRAModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> VLoRAModel:
         # ``to``, ``half`` and the like come through here: what was prepared lies elsewhere now.
         super()._apply(fn, recurse)
+        self._heads.move(fn)
         if self.is_merged:
             self._forget()
         else:
@@ -448,12 +457,27 @@ class VLoRAModel(nn.Module):
         self,
         updates: Sequence[Update | None],
         active: _Active,
-        heads: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        heads: Sequence[Heads] = (),
+        *,
+        private: bool = False,
     ) -> None:
+        # Heads first: they may be refused, and then nothing has changed.
+        self._heads.show(heads, private=private)
         for layer, update in zip(self._layers, updates):
             layer.update = update
-        self._heads.show(heads)
         self._active = active
+
+    def _state(self) -> tuple[list[Update | None], _Active, tuple[Heads, ...]]:
+        return [layer.update for layer in self._layers], self._active, self._heads.shown
+
+    @contextmanager
+    def _kept_if_refused(self) -> Iterator[None]:
+        before = self._state()
+        try:
+            yield
+        except VLoRAError:
+            self._activate(*before)
+            raise
 
     def _plan(self, task_id: str) -> _Plan:
         """A task with its updates where the layers are; kept for the next time."""
@@ -470,7 +494,7 @@ class VLoRAModel(nn.Module):
         plan = _Plan(
             state,
             [self._placed(layer, updates.get(layer.name)) for layer in self._layers],
-            self._heads.find(self._source.extra(task_id)),
+            self._heads.find(self._source.extra(task_id), self._source.config(task_id)),
         )
         self._plans[task_id] = plan
         if len(self._plans) > self._cached_tasks:

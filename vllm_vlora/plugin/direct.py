@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 
+from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.plugin.held_bases import HeldBases
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
@@ -91,7 +92,6 @@ class DirectPath:
         max_tokens: the longest batch, padding included.
         device, dtype: of the layers' inputs.
         packed_basis: keep quantised bases packed where a rank's share can be cut from them.
-        ignored_extra: whether a tensor beside the LoRA weights is one that serving leaves out.
         elsewhere: modules of the other pipeline-parallel ranks -> whether they have a direct form there.
             How a task runs is decided from all of its modules, and so alike on every rank.
     """
@@ -107,13 +107,11 @@ class DirectPath:
         device: torch.device,
         dtype: torch.dtype,
         packed_basis: bool = False,
-        ignored_extra: Callable[[str], bool] = lambda name: False,
         elsewhere: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
         self.dtype, self.device = dtype, device
         self.basis_digest = checkpoint.basis_digest
         self._engine_name = engine_name
-        self._ignored_extra = ignored_extra
         self._elsewhere = elsewhere
         self._layouts = list(layouts)
         self._slices: dict[str, list[tuple[int, SliceLayout]]] = {}
@@ -190,7 +188,7 @@ class DirectPath:
         reason = direct_obstacle(segments, checkpoint.modules)
         if reason is not None:
             return reason
-        heads = [name for name in record.extra if not self._ignored_extra(name)]
+        heads = [name for name in record.extra if not is_base_copy(name)]
         if heads:
             return f"it carries {heads[0]}, which stands in a slot"
         for segment in segments:

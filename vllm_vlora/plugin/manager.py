@@ -22,9 +22,9 @@ from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import is_base_embedding_weights
 from vllm.platforms import current_platform
 
+from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.serving import extra_obstacle
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
@@ -383,7 +383,6 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             device=self.device,
             dtype=self._vllm_config.model_config.dtype,
             packed_basis=self.setup.settings.packed_basis,
-            ignored_extra=is_base_embedding_weights,
             elsewhere=self.elsewhere,
         )
 
@@ -503,7 +502,7 @@ def _full_heads(task: ResidentTask) -> dict[str, Any]:
     """A task's classification head as vLLM 0.32 wants it: module name -> whole weights."""
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in task.extra.items():
-        if not is_base_embedding_weights(name):
+        if not is_base_copy(name):
             *_, module, part = name.split(".")
             tensors.setdefault(module, {})[part] = tensor
     if not tensors:
@@ -525,8 +524,8 @@ def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager)
             "checkpoint"
         )
     for name in checkpoint.record(task_id).extra:
-        if is_base_embedding_weights(name):
-            continue  # An unchanged copy of base weights; stock vLLM leaves it out as well.
+        if is_base_copy(name):
+            continue  # Stock vLLM leaves it out as well.
         module = name.split(".")[-2] if "." in name else name
         if manager.elsewhere:
             raise ModelMismatchError(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.direct import DirectPath, task_memory
@@ -237,7 +238,8 @@ class ResidentStore:
             for name, module in stored.modules.items()
             if not module.is_private
         )
-        extra = dict(stored.extra)
+        # A copy of the base's embedding is larger than many tasks together, and nothing reads it.
+        extra = {name: t for name, t in stored.extra.items() if not is_base_copy(name)}
         self._keep(ResidentTask(task_id, path, rank, sources, extra, None, obstacle), used)
 
     def _keep(self, task: ResidentTask, bases: frozenset[BasisKey]) -> None:

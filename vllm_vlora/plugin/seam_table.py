@@ -349,12 +349,6 @@ def _called() -> Iterator[Seam]:
         "a module's name as the served model has it",
         ("name", "weights_mapper"),
     )
-    yield Seam(
-        "vllm.lora.utils",
-        "is_base_embedding_weights",
-        "copies of base weights are left out, as stock does",
-        ("name",),
-    )
     yield Seam(_RESOLVER, "LoRAResolverRegistry.get_supported_resolvers", "is ours there?", ())
     yield Seam(
         _RESOLVER,
