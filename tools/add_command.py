@@ -15,6 +15,7 @@ from vllm_vlora.tools.common_options import (
     Names,
     Originals,
     Quantize,
+    Tokenizers,
     force_option,
     output_option,
     parse_size,
@@ -102,6 +103,7 @@ def add(
             metavar="DIR", help="Minimise what the model sees (`calibrate`).", show_default=False
         ),
     ] = None,
+    tokenizers: Tokenizers = True,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace tasks that CKPT has already.")
     ] = False,
@@ -128,6 +130,7 @@ def add(
     with reported(verbose):
         from vllm_vlora.editing.options import AddOptions
         from vllm_vlora.tools.inputs import collect_shown
+        from vllm_vlora.tools.summary import print_left_behind
 
         _check_rebuild(rebuild, originals, expand)
         options = AddOptions(
@@ -136,6 +139,7 @@ def add(
             max_error=max_error,
             quantize=quantize.value,
             calibration=None if calibration is None else str(calibration),
+            tokenizers=tokenizers,
         )
         if task_id is not None:
             adapters, name = None, [f"{task_id}={_only(adapters, name)}"]
@@ -146,6 +150,7 @@ def add(
             if adapters or name or not rebuild
             else {}
         )
+        print_left_behind(messages, collected, tokenizers)
         target = _Target(checkpoint, output, force)
         if rebuild:
             assert originals is not None

@@ -14,6 +14,7 @@ from vllm_vlora.tools.common_options import (
     MaxBytes,
     Names,
     Quantize,
+    Tokenizers,
     base_option,
     force_option,
     output_option,
@@ -140,6 +141,7 @@ class CompressFlags:
             "(.jsonl, .txt) to gather one from, which is kept beside it.",
         ),
     ] = None
+    tokenizers: Tokenizers = True
     executor: Annotated[
         ExecutorKind,
         typer.Option(help="Where modules are worked on; ray takes RAY_ADDRESS's cluster."),
@@ -213,6 +215,7 @@ def compress(flags: CompressFlags) -> None:
         assert flags.output is not None
         report = _compress(collected, flags.output, options, flags, messages)
         show.print_warnings(messages, report.warnings)
+        show.print_left_behind(messages, collected, flags.tokenizers)
         print_result(
             _as_data(report, flags.output),
             lambda console, data: _print(
@@ -238,6 +241,7 @@ def _options(flags: CompressFlags) -> CompressOptions:
         dtype=flags.dtype.value if flags.dtype else None,
         executor=flags.executor.value,
         jobs=flags.jobs,
+        tokenizers=flags.tokenizers,
     )
 
 
@@ -332,6 +336,7 @@ def _print(
     show.print_tasks(console, data)
     show.print_candidates(console, data, (report.representation, report.format), by_error=by_size)
     show.print_quality(console, data)
+    show.print_attachments(console, data)
     show.line(console, f"Wrote {data['checkpoint']} in {report.seconds:.1f} s.")
     show.print_serving(console, data)
 

@@ -10,7 +10,14 @@ import typer
 
 from vllm_vlora.errors import OptionError
 from vllm_vlora.tools.common_options import adapters_argument, force_option, output_option
-from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
+from vllm_vlora.tools.terminal import (
+    AsJson,
+    Verbose,
+    open_console,
+    print_result,
+    progress_bar,
+    reported,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -182,8 +189,10 @@ def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRA
             return refs, read_tasks(Checkpoint.open(checkpoint), refs)
         from vllm_vlora.subspace.weights import LoRAWeights
         from vllm_vlora.tools.inputs import collect, expand
+        from vllm_vlora.tools.summary import print_left_behind
 
         opened = collect([found for ref in refs for found in expand(ref)], [])
+        print_left_behind(open_console(stderr=True), opened, False)
         read = []
         for done, adapter in enumerate(opened.values(), 1):
             read.append(LoRAWeights.from_adapter(adapter))
@@ -233,6 +242,7 @@ def _describe_blend(blended: BlendedTask, checkpoint: str) -> dict[str, Any]:
         "max_rank": high,
         "bytes": blended.nbytes,
         "error": blended.error,
+        "left_behind": list(blended.left_behind),
     }
 
 
@@ -246,6 +256,12 @@ def _print_blend(console: Console, data: dict[str, Any]) -> None:
         f"{format_range(data['min_rank'], data['max_rank'])}, {format_bytes(data['bytes'])}, "
         f"relative error {data['error']:.2g}.",
     )
+    if data["left_behind"]:
+        line(
+            console,
+            f"Not in it, since the tasks have others: {', '.join(data['left_behind'])}",
+            style="yellow",
+        )
 
 
 def _describe(

@@ -10,6 +10,8 @@ config. Any other task gets a config that describes the decoded factors:
   ``rank_pattern`` and ``alpha_pattern`` and take lora_alpha / r for every module are right too.
 - ``target_modules`` lists the full names of exactly the adapted modules.
 
+Tokenizer files and chat templates that were kept with the task are written beside them.
+
 Factors stored in a floating-point format are written in that format's dtype, quantised ones in
 bfloat16: its rounding (2**-9 relative) is far below what the quantisation lost, and vLLM casts an
 adapter to the model's 16-bit type anyway.
@@ -31,6 +33,7 @@ import torch
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import Factors, write_adapter
 from vllm_vlora.atomic import exists_error
+from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
@@ -204,6 +207,7 @@ def _export(
         _factors(task, bases, scale, dtype),
         {module.name: module.kind for module in checkpoint.modules},
         task.extra,
+        companions=read_attached(checkpoint.path, checkpoint.attachments.get(task_id, {})),
         force=force,
     )
 

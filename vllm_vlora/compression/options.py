@@ -46,6 +46,7 @@ class CompressOptions:
             resemble each other and keeps them if they pay.
         calibration: a calibration folder (``vllm-vlora calibrate``): errors are then measured and
             minimised as the model sees them, and not in the Frobenius norm.
+        tokenizers: keep tokenizer files and chat templates that lie beside the adapters' weights.
         executor, jobs: where modules are worked on; see :class:`planning.executors.Executor`.
         seed: of the fit's random start.
 
@@ -73,6 +74,7 @@ class CompressOptions:
     calibration: str | None = None
     executor: str = "auto"
     jobs: int = 0
+    tokenizers: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("representation", self.representation, REPRESENTATION_CHOICES)

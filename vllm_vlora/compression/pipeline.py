@@ -257,7 +257,15 @@ class Compression:
     ) -> CompressReport:
         """Write a chosen plan into an existing folder, as ``write_checkpoint`` does."""
         encoder = self._encoder(self._scratch)
-        return write_checkpoint(folder, chosen, encoder, base_model, recovered=recovered, kept=kept)
+        return write_checkpoint(
+            folder,
+            chosen,
+            encoder,
+            base_model,
+            recovered=recovered,
+            kept=kept,
+            tokenizers=self._options.tokenizers,
+        )
 
 
 def _executor(collection: Collection, options: CompressOptions) -> Executor:

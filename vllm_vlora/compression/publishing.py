@@ -56,11 +56,13 @@ def write_checkpoint(
     *,
     recovered: Mapping[str, float | None] | None = None,
     kept: Sequence[str] = (),
+    tokenizers: bool = True,
 ) -> CompressReport:
     """Write a chosen plan as a checkpoint into an existing folder; the manifest comes last.
 
     Args:
         recovered, kept: of the report, where the model was run.
+        tokenizers: keep what lies beside the adapters' weights.
     """
     collection = encoder.survey.collection
     common, warning = common_base_model(dict(zip(collection.task_ids, collection.adapters)))
@@ -71,7 +73,7 @@ def write_checkpoint(
         writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis, flat)
     tasks = []
     for task, encoded in enumerate(encoder.encode_tasks(chosen.plan, chosen.cores)):
-        tasks.append(_write_task(writer, collection, task, encoded))
+        tasks.append(_write_task(writer, collection, task, encoded, tokenizers))
         encoder.progress("write", len(tasks), len(collection.task_ids))
     bases = basis_nbytes(writer.modules)
     report = CompressReport(
@@ -94,7 +96,11 @@ def write_checkpoint(
 
 
 def _write_task(
-    writer: CheckpointWriter, collection: Collection, task: int, encoded: EncodedTask
+    writer: CheckpointWriter,
+    collection: Collection,
+    task: int,
+    encoded: EncodedTask,
+    tokenizers: bool,
 ) -> TaskReport:
     task_id, adapter = collection.task_ids[task], collection.adapters[task]
     record = writer.add_task(
@@ -105,5 +111,6 @@ def _write_task(
         adapter_config=adapter.config,
         source=adapter.name,
         extra=adapter.extra_tensors(),
+        companions=adapter.companions if tokenizers else None,
     )
     return replace(report_task(task_id, record), seen_error=encoded.seen)

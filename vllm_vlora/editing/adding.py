@@ -268,6 +268,7 @@ class Addition:
             adapter_config=adapter.config,
             source=adapter.name,
             extra=adapter.extra_tensors(),
+            companions=adapter.companions if self._options.tokenizers else None,
         )
         ranks = [segment.rank for segment in record.segments]
         return _Written(record.lora_nbytes, (min(ranks), max(ranks)), error, seen)

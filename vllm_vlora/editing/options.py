@@ -21,7 +21,7 @@ class AddOptions:
             not or has a ratio of 3.5.
         max_bytes: all new tasks together, divided by the sizes of their originals.
         max_error: as of ``CompressOptions``, of the new tasks.
-        quantize, double_quantize, dtype, calibration: as of ``CompressOptions``.
+        quantize, double_quantize, dtype, calibration, tokenizers: as of ``CompressOptions``.
 
     Raises:
         OptionError: unknown, out of range or contradictory values.
@@ -41,6 +41,7 @@ class AddOptions:
     double_quantize: bool = True
     dtype: str | None = None
     calibration: str | None = None
+    tokenizers: bool = True
 
     def __post_init__(self) -> None:
         CompressOptions(

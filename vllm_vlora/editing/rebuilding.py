@@ -69,4 +69,5 @@ def _options(checkpoint: Checkpoint, options: AddOptions) -> CompressOptions:
         double_quantize=options.double_quantize,
         dtype=options.dtype,
         calibration=options.calibration,
+        tokenizers=options.tokenizers,
     )

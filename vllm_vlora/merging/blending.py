@@ -57,6 +57,8 @@ class BlendedTask:
         nbytes: of its file, extra tensors left out.
         error: ||delta_W' - delta_W||_F / ||delta_W||_F of what was stored beside the exact blend of the
             tasks as the checkpoint holds them: rounding, and what a smaller rank lost.
+        left_behind: tokenizer files and chat templates that not all of the tasks have alike, and that
+            the blend therefore does not have.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class BlendedTask:
     ranks: tuple[int, int]
     nbytes: int
     error: float
+    left_behind: tuple[str, ...] = ()
 
 
 @overload
@@ -383,6 +386,7 @@ def _write_blend(
         (min(ranks), max(ranks)),
         record.lora_nbytes,
         record.error,
+        blend.left_behind,
     )
 
 
@@ -400,6 +404,14 @@ class _Blend:
         self._rank, self._format = rank, format
         self._tasks = [checkpoint.load_task(task_id) for task_id in weights]
         self._shared = checkpoint.shared_by(weights)
+        attached = [checkpoint.attachments.get(task_id, {}) for task_id in weights]
+        self._companions = {
+            name: checkpoint.path / ref.file
+            for name, ref in attached[0].items()
+            if all(files.get(name) == ref for files in attached)
+        }
+        names = {name for files in attached for name in files}
+        self.left_behind = tuple(sorted(names - self._companions.keys()))
 
     def write(self, writer: Successor, task_id: str) -> None:
         """Encode every module of any of the tasks, with the error of its numbers as stored."""
@@ -426,6 +438,7 @@ class _Blend:
             adapter_config=self._config(modules),
             source=_formula(self._weights),
             extra=common_extra([task.extra for task in self._tasks]),
+            companions=self._companions,
         )
 
     def _module(

@@ -523,6 +523,7 @@ class SHAREModel:
                 adapter_config=adapter.config,
                 source=adapter.name,
                 extra=adapter.extra_tensors(),
+                companions=adapter.companions,
             )
             writer.finish_edited()
         self._adopt(place)
