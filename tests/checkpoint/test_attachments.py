@@ -23,6 +23,7 @@ from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError
 from vllm_vlora.merging.blending import blend_tasks
+from vllm_vlora.plugin.chat_templates import TaskTemplates, task_template
 from vllm_vlora.tools.cli import app
 
 TOKENIZER = b'{"version": "1.0", "added_tokens": []}'
@@ -183,6 +184,43 @@ def test_a_folder_in_place_of_a_file_is_refused(folders: list[Path], tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({"chat_template.jinja": b"A", "tokenizer_config.json": b'{"chat_template": "B"}'}, "A"),
+        ({"tokenizer_config.json": b'{"chat_template": "B"}'}, "B"),
+        (
+            {
+                "tokenizer_config.json": b'{"chat_template": [{"name": "tool", "template": "T"},'
+                b' {"name": "default", "template": "D"}]}'
+            },
+            "D",
+        ),
+        ({"tokenizer_config.json": b'{"chat_template": null}'}, None),
+        ({"tokenizer_config.json": b"[]"}, None),
+        ({"tokenizer.json": b"{}"}, None),
+    ],
+)
+def test_the_template_of_a_task(
+    folders: list[Path], tmp_path: Path, files: dict[str, bytes], template: str | None
+) -> None:
+    for name, data in files.items():
+        (folders[2] / name).write_bytes(data)
+    compress({"t": open_adapter(folders[2])}, tmp_path / "out", CompressOptions(ratio=1))
+    assert task_template(Checkpoint.open(tmp_path / "out"), "t") == template
+    assert TaskTemplates().load(tmp_path / "out") == ["t"] * (template is not None)
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_tokenizer_config_that_is_none_ends_the_start(
+    folders: list[Path], tmp_path: Path, text: bytes
+) -> None:
+    (folders[2] / "tokenizer_config.json").write_bytes(text)
+    compress({"t": open_adapter(folders[2])}, tmp_path / "out", CompressOptions(ratio=1))
+    with pytest.raises(CheckpointError, match="task 't', its tokenizer_config"):
+        TaskTemplates().load(tmp_path / "out")
+
+
 def test_the_commands_say_what_is_kept(folders: list[Path], tmp_path: Path) -> None:
     run, refs = CliRunner().invoke, [str(p) for p in folders]
     said = run(app, ["compress", *refs, "-o", str(tmp_path / "a"), "--ratio", "1"])
@@ -192,7 +230,7 @@ def test_the_commands_say_what_is_kept(folders: list[Path], tmp_path: Path) -> N
     assert f"chat_template.jinja, tokenizer.json ({size} B, not counted above)" in said.stdout
     told = json.loads(run(app, ["info", str(tmp_path / "a"), "--json"]).stdout)
     assert told["attached_bytes"] == size
-    assert [task["attached"] for task in told["tasks"]][0] == ["tokenizer.json"]
+    assert told["tasks"][0]["attached"] == ["tokenizer.json"]
     said = run(
         app, ["compress", *refs, "-o", str(tmp_path / "b"), "--ratio", "1", "--no-tokenizers"]
     )

@@ -34,8 +34,8 @@ def validate(
 
     Checked are the manifest, every digest (of files kept with tasks too), every tensor's name, dtype,
     size and values, that the bases' rows are orthonormal (where every task of a basis uses some of its
-    rows: each of these ranges by itself) and that the shard index agrees with the shards. An empty list means that the
-    checkpoint is sound.
+    rows: each of these ranges by itself) and that the shard index agrees with the shards. An empty list
+    means that the checkpoint is sound.
 
     Args:
         ref: a folder or a Hub id.
