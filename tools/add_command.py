@@ -16,6 +16,7 @@ from vllm_vlora.tools.common_options import (
     Names,
     Originals,
     Quantize,
+    Tokenizers,
     force_option,
     output_option,
     parse_size,
@@ -103,6 +104,7 @@ def add(
             metavar="DIR", help="Minimise what the model sees (`calibrate`).", show_default=False
         ),
     ] = None,
+    tokenizers: Tokenizers = True,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace tasks that CKPT has already.")
     ] = False,
@@ -130,6 +132,7 @@ def add(
     with reported(verbose):
         from vllm_vlora.editing.options import AddOptions
         from vllm_vlora.tools.inputs import Inputs, collect_shown
+        from vllm_vlora.tools.summary import print_left_behind
 
         _check_rebuild(rebuild, originals, expand)
         options = AddOptions(
@@ -139,6 +142,7 @@ def add(
             quantize=quantize.value,
             calibration=None if calibration is None else str(calibration),
             allow_large_error=allow_large_error,
+            tokenizers=tokenizers,
         )
         if task_id is not None:
             adapters, name = None, [f"{task_id}={_only(adapters, name)}"]
@@ -150,6 +154,7 @@ def add(
             else Inputs({}, {}, {})
         )
         collected = inputs.adapters
+        print_left_behind(messages, collected, tokenizers)
         target = _Target(checkpoint, output, force)
         if rebuild:
             assert originals is not None

@@ -134,6 +134,7 @@ def _print_info(console: Console, data: dict[str, Any]) -> None:
     from vllm_vlora.tools import summary as show
 
     show.print_overview(console, data)
+    show.print_attachments(console, data)
     show.print_modules(console, data)
     show.print_tasks(console, data)
     show.print_losses(console, data["losses"])

@@ -97,6 +97,14 @@ Plot = Annotated[
         show_default=False,
     ),
 ]
+Tokenizers = Annotated[
+    bool,
+    typer.Option(
+        "--tokenizers/--no-tokenizers",
+        help="Keep tokenizer files and chat templates that lie beside the adapters; the same file "
+        "of many tasks is kept once.",
+    ),
+]
 MaxBytes = Annotated[
     str | None,
     typer.Option(

@@ -15,6 +15,7 @@ from vllm_vlora.tools.common_options import (
     MaxBytes,
     Names,
     Quantize,
+    Tokenizers,
     base_option,
     force_option,
     output_option,
@@ -141,6 +142,7 @@ class CompressFlags:
             "(.jsonl, .txt) to gather one from, which is kept beside it.",
         ),
     ] = None
+    tokenizers: Tokenizers = True
     executor: Annotated[
         ExecutorKind,
         typer.Option(help="Where modules are worked on; ray takes RAY_ADDRESS's cluster."),
@@ -217,6 +219,7 @@ def compress(flags: CompressFlags) -> None:
         assert flags.output is not None
         report = _compress(collected, flags.output, options, flags, messages)
         show.print_warnings(messages, report.warnings)
+        show.print_left_behind(messages, collected, flags.tokenizers)
         print_result(
             _as_data(report, flags.output) | {"left_out": inputs.left_out},
             lambda console, data: _print(
@@ -243,6 +246,7 @@ def _options(flags: CompressFlags) -> CompressOptions:
         executor=flags.executor.value,
         jobs=flags.jobs,
         allow_large_error=flags.allow_large_error,
+        tokenizers=flags.tokenizers,
     )
 
 
@@ -339,6 +343,7 @@ def _print(
     show.print_candidates(console, data, (report.representation, report.format), by_error=by_size)
     show.print_quality(console, data)
     show.print_losses(console, data["losses"])
+    show.print_attachments(console, data)
     show.line(console, f"Wrote {data['checkpoint']} in {report.seconds:.1f} s.")
     show.print_serving(console, data)
 

@@ -250,8 +250,8 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
         if task["tokenizer"]:
             line(
                 console,
-                f"{task['task']}: its data is in tokens of the adapter's own tokenizer, which differ from "
-                f"the base model's: {task['tokenizer']}",
+                f"{task['task']}: its data is in tokens of the adapter's own tokenizer, which "
+                f"differ from the base model's: {task['tokenizer']}",
                 style="yellow",
             )
     print_losses(console, found["losses"])

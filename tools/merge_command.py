@@ -206,8 +206,11 @@ def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRA
             return refs, read_tasks(Checkpoint.open(checkpoint), refs)
         from vllm_vlora.subspace.weights import LoRAWeights
         from vllm_vlora.tools.inputs import collect_shown
+        from vllm_vlora.tools.summary import print_left_behind
 
-        opened = collect_shown(refs, [], open_console(stderr=True)).adapters
+        messages = open_console(stderr=True)
+        opened = collect_shown(refs, [], messages).adapters
+        print_left_behind(messages, opened, False)
         read = []
         for done, adapter in enumerate(opened.values(), 1):
             read.append(LoRAWeights.from_adapter(adapter))
@@ -256,6 +259,7 @@ def _describe_blend(blended: BlendedTask, checkpoint: str) -> dict[str, Any]:
         "bytes": blended.nbytes,
         "error": blended.error,
         "losses": blended.losses.to_dict(),
+        "left_behind": list(blended.left_behind),
     }
 
 
@@ -270,6 +274,12 @@ def _print_blend(console: Console, data: dict[str, Any]) -> None:
         f"relative error {data['error']:.2g}.",
     )
     print_losses(console, data["losses"])
+    if data["left_behind"]:
+        line(
+            console,
+            f"Not in it, since the tasks have others: {', '.join(data['left_behind'])}",
+            style="yellow",
+        )
 
 
 def _describe(

@@ -11,16 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vllm_vlora.checkpoint.attachments import attached_nbytes
 from vllm_vlora.checkpoint.card import format_bytes, format_ratio
 from vllm_vlora.checkpoint.losses import Losses, describe_losses, is_noted, is_worthless
 from vllm_vlora.checkpoint.report import extra_nbytes
 from vllm_vlora.checkpoint.serving import serve_command, serving_rank
 from vllm_vlora.plugin.memory import serving_obstacles
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import count_of, some_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from vllm_vlora.adapters.peft_folder import Adapter
     from vllm_vlora.checkpoint.reader import Checkpoint
     from vllm_vlora.representations.spec import Segment
 
@@ -43,6 +45,7 @@ def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
         "basis_bytes": checkpoint.basis_nbytes,
         "extra_bytes": extra_nbytes(checkpoint.tasks.values()),
         "ratio": checkpoint.original_nbytes / checkpoint.nbytes if checkpoint.nbytes else None,
+        "attached_bytes": attached_nbytes(checkpoint.attachments),
         "mean_error": sum(errors) / len(errors) if errors else None,
         "worst_error": max(errors, default=None),
         "max_rank": checkpoint.max_rank,
@@ -98,6 +101,7 @@ def _summarize_task(checkpoint: Checkpoint, task_id: str) -> dict[str, Any]:
         "modules": len(ranks),
         "stored_as": dict(stored.most_common()),
         "nf4_rows_by_bits": _rows_by_bits(record.segments),
+        "attached": sorted(checkpoint.attachments.get(task_id, ())),
     }
 
 
@@ -261,6 +265,29 @@ def print_quality(console: Console, summary: dict[str, Any]) -> None:
         )
     if summary["kept"]:
         line(console, f"Kept as they were, since less would not do: {', '.join(summary['kept'])}")
+
+
+def print_attachments(console: Console, summary: dict[str, Any]) -> None:
+    """Tokenizer files that are kept with tasks, if there are any; no size above counts them."""
+    having = [task["task"] for task in summary["tasks"] if task["attached"]]
+    if having:
+        names = sorted({name for task in summary["tasks"] for name in task["attached"]})
+        line(
+            console,
+            f"Kept beside the weights of {count_of(len(having), 'task')}: {some_of(names)} "
+            f"({format_bytes(summary['attached_bytes'])}, not counted above)",
+        )
+
+
+def print_left_behind(console: Console, adapters: Mapping[str, Adapter], kept: bool) -> None:
+    """The tasks whose tokenizer files are not kept, as was asked for."""
+    if not kept:
+        having = [task for task, adapter in adapters.items() if adapter.companions]
+        print_warnings(
+            console,
+            [f"tokenizer files and chat templates stay behind, of {some_of(having)}"]
+            * bool(having),
+        )
 
 
 def print_overview(console: Console, summary: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import pytest
 from engine_forks import start, stop
 from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact
 
+from vllm_vlora.checkpoint.attachments import AttachmentWriter
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.plugin.identity import task_path
 
@@ -75,14 +76,27 @@ class Server:
         stop(self.process, signal.SIGTERM, signal.SIGKILL)
 
 
+TEMPLATED = sorted(ADAPTERS)[0]
+TEMPLATE = "w7 {% for m in messages %}w9 {{ m['content'] }} {% endfor %}w8"
+
+
 @pytest.fixture(scope="module")
 def checkpoint(world: World) -> Path:
-    return exact(world, "private")
+    """The tasks, one of which brought a chat template."""
+    folder = world.root / "served"
+    shutil.copytree(exact(world, "private"), folder)
+    (world.root / "template.jinja").write_text(TEMPLATE)
+    writer = AttachmentWriter(folder)
+    writer.attach(TEMPLATED, {"chat_template.jinja": world.root / "template.jinja"})
+    writer.finish()
+    return folder
 
 
 @pytest.fixture(scope="module")
 def server(world: World, checkpoint: Path) -> Iterator[Server]:
-    server = Server(world, world.root / "server.log", checkpoint, OURS)
+    server = Server(
+        world, world.root / "server.log", checkpoint, OURS, VLLM_VLORA_CHAT_TEMPLATES="on"
+    )
     assert server.wait(), server.log.read_text()[-4000:]
     yield server
     server.stop()
@@ -119,6 +133,24 @@ def test_all_kinds_of_requests_at_once(server: Server, world: World) -> None:
         texts = list(pool.map(lambda item: server.text(item[0], PROMPTS[item[1]]), items))
     for (name, number), text in zip(items, texts):
         assert _ids(text) == _words(world.reference[name][number]), (name, number)
+
+
+def test_a_chat_is_rendered_with_the_template_that_its_task_brought(server: Server) -> None:
+    messages = [{"role": "user", "content": "w20 w21"}, {"role": "user", "content": "w22"}]
+    root, own, other = server.url, [7, 9, 20, 21, 9, 22, 8], sorted(ADAPTERS)[1]
+    rendered = {TEMPLATED: own, other: [20, 21, 22], "base": [20, 21, 22], "ordinary": [20, 21, 22]}
+    for model, tokens in rendered.items():
+        asked = {"model": model, "messages": messages}
+        answer = httpx.post(f"{root}/tokenize", json=asked, timeout=60).json()
+        assert answer["tokens"] == tokens, model
+        chat = server.client.chat.completions.create(
+            model=model, messages=messages, max_tokens=MAX_TOKENS, temperature=0,
+            extra_body={"ignore_eos": True, "skip_special_tokens": False},
+        )  # fmt: skip
+        assert chat.choices[0].message.content == server.text(model, tokens), model
+    asked = {"model": TEMPLATED, "messages": messages, "chat_template": "w3"}
+    answer = httpx.post(f"{root}/v1/chat/completions", json=asked, timeout=60)
+    assert answer.status_code == 400, "a request's own template stays the operator's choice"
 
 
 @pytest.mark.parametrize("name", ["nobody", "../../etc/passwd", "x" * 300, "é"])

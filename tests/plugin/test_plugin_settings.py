@@ -19,6 +19,7 @@ from vllm_vlora.plugin.settings import Settings, read_settings
         ({"VLLM_VLORA_BASIS": "packed"}, Settings(packed_basis=True)),
         ({"VLLM_VLORA_LATE_MIB": "0"}, Settings(late_mib=0)),
         ({"VLLM_VLORA_LATE_MIB": "4096"}, Settings(late_mib=4096)),
+        ({"VLLM_VLORA_CHAT_TEMPLATES": "on"}, Settings(chat_templates=True)),
         ({"VLLM_VLORA_BASIS": "dense", "VLLM_VLORA_MODE": "auto"}, Settings()),
     ],
 )

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from vllm_vlora.adapters.companions import companion_files
 from vllm_vlora.adapters.peft_config import (
     check_config,
     lora_rank,
@@ -100,7 +101,15 @@ def split_experts(
             scales |= dict.fromkeys(split, (rank, alpha))
         extra = {key: weights.read(stored) for key, stored in whole.items()}
     kinds = {name: pair.kind for name, pair in pairs.items() if name in factors}
-    return write_adapter(out_dir, _plain_config(config, scales), factors, kinds, extra, force=force)
+    return write_adapter(
+        out_dir,
+        _plain_config(config, scales),
+        factors,
+        kinds,
+        extra,
+        companions={name: path.read_bytes() for name, path in companion_files(folder).items()},
+        force=force,
+    )
 
 
 def _fused_parameters(config: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -27,6 +27,12 @@ from typing import Any, TypeAlias
 import torch
 from safetensors.torch import save_file
 
+from vllm_vlora.adapters.companions import (
+    COMPANION_FILES,
+    COMPANION_PATTERNS,
+    TEMPLATES_FOLDER,
+    companion_files,
+)
 from vllm_vlora.adapters.lookalikes import describe_file
 from vllm_vlora.adapters.mlx_folder import MLX_WEIGHTS, as_peft, is_mlx
 from vllm_vlora.adapters.module_names import inverse, renamed
@@ -64,6 +70,7 @@ PEFT_PATTERNS = [
     INDEX_FILE,
     "adapter_model-*.safetensors",
     MLX_WEIGHTS,
+    *COMPANION_PATTERNS,
 ]
 """What is downloaded of an adapter on the Hub."""
 KINDS = ("linear", "embedding")
@@ -71,7 +78,7 @@ KINDS = ("linear", "embedding")
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 # What PEFT's save_pretrained writes; anything else in a folder is somebody's own file.
-_PEFT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, "README.md"})
+_PEFT_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, "README.md", TEMPLATES_FOLDER})
 
 _LORA_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXTRA_DTYPES = _LORA_DTYPES | {
@@ -160,6 +167,15 @@ class Adapter:
     def original_nbytes(self) -> int:
         """Bytes of the LoRA weights at 16 bits each, whatever type they are stored in."""
         return 2 * sum(module.numel for module in self.modules.values())
+
+    @property
+    def companions(self) -> dict[str, Path]:
+        """Tokenizer files and chat templates in its folder (``adapters.companions``).
+
+        Raises:
+            AdapterError: one is no regular file.
+        """
+        return companion_files(self.path)
 
     def factors(self, name: str) -> Factors:
         """Return (A [r, d_in], B [d_out, r]) of a module: as stored, in their own dtype, unscaled.
@@ -336,6 +352,7 @@ def write_adapter(
     kinds: Mapping[str, str] | None = None,
     extra: Mapping[str, torch.Tensor] | None = None,
     *,
+    companions: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> Path:
     """Write a standard PEFT folder, atomically, that PEFT and vLLM load.
@@ -347,6 +364,7 @@ def write_adapter(
         factors: module name -> (A [r, d_in], B [d_out, r]), unscaled; any strides and device.
         kinds: module name -> "linear" or "embedding"; linear where it is not named.
         extra: tensors that are not LoRA, under PEFT's names ("base_model.model.score.weight").
+        companions: files beside the weights (``adapters.companions``), by name.
         force: replace a folder that holds a PEFT adapter and nothing else.
 
     Returns:
@@ -378,6 +396,9 @@ def write_adapter(
     with publish_folder(out_dir, force=force, owned=_is_peft_folder) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name, data in (companions or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
     return out_dir
 
 
@@ -540,4 +561,4 @@ def _add_tensor(
 
 def _is_peft_folder(folder: Path) -> bool:
     names = {entry.name for entry in folder.iterdir()}
-    return CONFIG_FILE in names and names <= _PEFT_FILES
+    return CONFIG_FILE in names and names <= _PEFT_FILES | COMPANION_FILES

@@ -12,6 +12,7 @@ targets written anew. Any other task gets a config that describes the decoded fa
 - ``target_modules`` lists the full names of exactly the adapted modules.
 
 Modules have the names that the task's own adapter had, also where the checkpoint has others.
+Tokenizer files and chat templates that were kept with the task are written beside them.
 
 Factors stored in a floating-point format are written in that format's dtype, quantised ones in
 bfloat16: its rounding (2**-9 relative) is far below what the quantisation lost, and vLLM casts an
@@ -35,6 +36,7 @@ from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import Factors, write_adapter
 from vllm_vlora.adapters.peft_targets import selects
 from vllm_vlora.atomic import exists_error
+from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
@@ -213,6 +215,7 @@ def _export(
         ((record.own_name(name), pair) for name, pair in factors),
         kinds,
         task.extra,
+        companions=read_attached(checkpoint.path, checkpoint.attachments.get(task_id, {})),
         force=force,
     )
 

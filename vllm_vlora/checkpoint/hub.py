@@ -20,6 +20,7 @@ from huggingface_hub.utils import (
 )
 
 from vllm_vlora.atomic import publish_folder
+from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
@@ -43,11 +44,19 @@ _UPLOADED = [
     _TASK_FILES,
     _BASIS_FILES,
     BASIS_INDEX_FILE,
+    ATTACHMENTS_FILE,
+    f"{ATTACHMENTS_FOLDER}/*",
     _CARD_FILE,
     "LICENSE*",
 ]
 # Files of an earlier checkpoint that the new one does not have.
-_REPLACED = [_TASK_FILES, _BASIS_FILES, BASIS_INDEX_FILE]
+_REPLACED = [
+    _TASK_FILES,
+    _BASIS_FILES,
+    BASIS_INDEX_FILE,
+    ATTACHMENTS_FILE,
+    f"{ATTACHMENTS_FOLDER}/*",
+]
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,8 @@ def _files(checkpoint: Checkpoint) -> list[str]:
     refs = [*checkpoint.config.basis, checkpoint.config.tasks]
     names = [CONFIG_FILE, *(ref.file for ref in refs)]
     names += [record.file for record in checkpoint.tasks.values()]
-    beside = [BASIS_INDEX_FILE, _CARD_FILE]
+    names += sorted({f.file for files in checkpoint.attachments.values() for f in files.values()})
+    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, _CARD_FILE]
     beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
     return names + [name for name in beside if (checkpoint.path / name).is_file()]
 

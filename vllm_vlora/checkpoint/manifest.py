@@ -4,6 +4,7 @@
     CKPT/basis*.safetensors      shared bases (Hub sharding convention with an index when large)
     CKPT/tasks.json              task id -> file, digest, segments, measured error, adapter_config
     CKPT/tasks/*.safetensors     one file a task, named by ``task_ids.encode_task_id``
+    CKPT/attachments*            tokenizers that travel with tasks; see ``attachments``
     CKPT/README.md               a Hub model card
 
 A *segment* is one module of one task. Its matrices are packed row by row (``quantize``) and lie one
@@ -227,6 +228,16 @@ def read_checked(path: Path, ref: FileRef) -> bytes:
             f"{path}: SHA-256 differs from the manifest's; copy the checkpoint again"
         )
     return data
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """SHA-256 and size of a file of any length."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size
 
 
 def _check_version(file: Path, data: bytes) -> int:

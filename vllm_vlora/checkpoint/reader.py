@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from vllm_vlora.checkpoint.attachments import Attached, read_attachments
 from vllm_vlora.checkpoint.layout import (
     CODE_PARTS,
     EXTRA_PREFIX,
@@ -124,6 +126,15 @@ class Checkpoint:
     def ratio(self) -> float:
         """``original_nbytes / nbytes``."""
         return self.original_nbytes / self.nbytes if self.nbytes else math.inf
+
+    @cached_property
+    def attachments(self) -> Mapping[str, Attached]:
+        """Task id -> tokenizer files and the like that are kept with it, read when first asked for.
+
+        Raises:
+            CheckpointError: their index is damaged.
+        """
+        return read_attachments(self.path, self.tasks)
 
     def record(self, task_id: str) -> TaskRecord:
         """The record of a task; TaskNotFoundError names the tasks there are."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_vlora.atomic import publish_folder
+from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.manifest import (
@@ -73,6 +74,7 @@ def _manifest(path: Path) -> bytes:
 
 def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
     ours = {CONFIG_FILE, TASKS_FILE, TASKS_FOLDER, BASIS_INDEX_FILE, _CARD_FILE}
+    ours |= {ATTACHMENTS_FILE, ATTACHMENTS_FOLDER}
     ours.update(ref.file for ref in checkpoint.config.basis)
     for entry in checkpoint.path.iterdir():
         if entry.name in ours:

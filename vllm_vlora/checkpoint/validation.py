@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vllm_vlora.adapters.peft_config import GATHER
+from vllm_vlora.checkpoint.attachments import Attached, read_attached
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError
@@ -32,10 +33,10 @@ def validate(
 ) -> list[str]:
     """Read every file of a checkpoint and return the problems found, one line each.
 
-    Checked are the manifest, every digest, every tensor's name, dtype, size and values, that the
-    bases' rows are orthonormal (where every task of a basis uses some of its rows: each of these
-    ranges by itself) and that the shard index agrees with the shards. An empty list means that the
-    checkpoint is sound.
+    Checked are the manifest, every digest (of files kept with tasks too), every tensor's name, dtype,
+    size and values, that the bases' rows are orthonormal (where every task of a basis uses some of its
+    rows: each of these ranges by itself) and that the shard index agrees with the shards. An empty list
+    means that the checkpoint is sound.
 
     Args:
         ref: a folder or a Hub id.
@@ -68,10 +69,17 @@ def validate(
 
 
 def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
-    yield "bases", [*_basis_problems(checkpoint), *_index_problems(checkpoint)]
+    problems = [*_basis_problems(checkpoint), *_index_problems(checkpoint)]
+    attachments: Mapping[str, Attached] = {}
+    try:
+        attachments = checkpoint.attachments
+    except CheckpointError as error:
+        problems.append(str(error))
+    yield "bases", problems
     for task_id in checkpoint.tasks:
         try:
             checkpoint.load_task(task_id)
+            read_attached(checkpoint.path, attachments.get(task_id, {}))
         except CheckpointError as error:
             yield task_id, [str(error)]
         else:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from vllm_vlora._version import __version__
+from vllm_vlora.checkpoint.attachments import AttachmentWriter
 from vllm_vlora.checkpoint.layout import (
     BASIS_SHARD_BYTES,
     CODE_PARTS,
@@ -34,6 +35,7 @@ from vllm_vlora.checkpoint.manifest import (
     encode_config,
     encode_tasks,
     format_version,
+    hash_file,
     read_checked,
 )
 from vllm_vlora.checkpoint.reader import Checkpoint
@@ -63,6 +65,9 @@ class CheckpointWriter:
     _pending: dict[str, torch.Tensor] = field(default_factory=dict)
     _shards: list[tuple[Path, list[str]]] = field(default_factory=list)
     _basis_data_nbytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.attachments = AttachmentWriter(self.folder)
 
     def add_module(
         self,
@@ -104,6 +109,7 @@ class CheckpointWriter:
         extra: Mapping[str, torch.Tensor] | None = None,
         renamed: Mapping[str, str] | None = None,
         seen_error: float | None = None,
+        companions: Mapping[str, Path] | None = None,
     ) -> TaskRecord:
         """Write one task's file and remember its record.
 
@@ -113,6 +119,7 @@ class CheckpointWriter:
             renamed: prefix of the modules' names -> what the adapter's own names have in its place.
             seen_error: by which the task is judged in place of ``error``, where errors were minimised as
                 a calibrated model sees them.
+            companions: files of its adapter's folder that are kept beside it (``attachments``).
 
         Raises:
             BudgetError: the task would be worse than none.
@@ -145,6 +152,7 @@ class CheckpointWriter:
         ref = self._write(
             f"{TASKS_FOLDER}/{encode_task_id(task_id)}.safetensors", safetensors.torch.save(tensors)
         )
+        self.attachments.attach(task_id, companions or {})
         self.tasks[task_id] = TaskRecord(
             file=ref.file,
             sha256=ref.sha256,
@@ -178,12 +186,15 @@ class CheckpointWriter:
             segments.append(msgspec.structs.replace(segment, module=place, rows=rows))
         ref = FileRef(record.file, record.sha256, record.nbytes)
         self._write(record.file, read_checked(checkpoint.path / record.file, ref))
+        kept = checkpoint.attachments.get(task_id, {})
+        self.attachments.attach(task_id, {n: checkpoint.path / f.file for n, f in kept.items()})
         self.tasks[task_id] = msgspec.structs.replace(record, segments=segments)
         return self.tasks[task_id]
 
     def finish(self, card: str) -> None:
         """Write the basis index, ``tasks.json``, the model card and, last, the manifest."""
         basis = self._finish_basis()
+        self.attachments.finish()
         (self.folder / "README.md").write_text(card, encoding="utf-8")
         tasks = self._write(TASKS_FILE, encode_tasks(self.tasks))
         config = Config(
@@ -212,7 +223,7 @@ class CheckpointWriter:
             if count > 1:
                 final = f"basis-{number:05d}-of-{count:05d}.safetensors"
             path.rename(self.folder / final)
-            digest, size = _hash_file(self.folder / final)
+            digest, size = hash_file(self.folder / final)
             refs.append(FileRef(final, digest, size))
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
@@ -258,12 +269,3 @@ def _narrowed(
         if len(codes):
             parts[name] = codes if width == 4 else narrow_codes(codes, width)
     return parts
-
-
-def _hash_file(path: Path) -> tuple[str, int]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size

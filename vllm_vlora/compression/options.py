@@ -48,6 +48,7 @@ class CompressOptions:
             minimised as the model sees them, and not in the Frobenius norm.
         allow_large_error: store tasks with a relative error above 1 (as seen, with a calibration), which
             are refused otherwise: leaving them out would lose less.
+        tokenizers: keep tokenizer files and chat templates that lie beside the adapters' weights.
         executor, jobs: where modules are worked on; see :class:`planning.executors.Executor`.
         seed: of the fit's random start.
 
@@ -76,6 +77,7 @@ class CompressOptions:
     executor: str = "auto"
     jobs: int = 0
     allow_large_error: bool = False
+    tokenizers: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("representation", self.representation, REPRESENTATION_CHOICES)

@@ -291,6 +291,7 @@ class Compression:
             recovered=recovered,
             kept=kept,
             allow_large_error=self._options.allow_large_error,
+            tokenizers=self._options.tokenizers,
         )
 
 

@@ -64,12 +64,14 @@ def write_checkpoint(
     recovered: Mapping[str, float | None] | None = None,
     kept: Sequence[str] = (),
     allow_large_error: bool = False,
+    tokenizers: bool = True,
 ) -> CompressReport:
     """Write a chosen plan as a checkpoint into an existing folder; the manifest comes last.
 
     Args:
         recovered, kept: of the report, where the model was run.
         allow_large_error: store tasks that are worse than none.
+        tokenizers: keep what lies beside the adapters' weights.
 
     Raises:
         BudgetError: a task is worse than none, and that is not allowed.
@@ -84,7 +86,7 @@ def write_checkpoint(
         writer.add_module(module.name, module.d_in, module.d_out, module.kind, basis, flat)
     tasks = []
     for task, encoded in enumerate(encoder.encode_tasks(chosen.plan, chosen.cores)):
-        tasks.append(_write_task(writer, collection, task, encoded))
+        tasks.append(_write_task(writer, collection, task, encoded, tokenizers))
         encoder.progress("write", len(tasks), len(collection.task_ids))
     bases = basis_nbytes(writer.modules)
     report = CompressReport(
@@ -109,7 +111,11 @@ def write_checkpoint(
 
 
 def _write_task(
-    writer: CheckpointWriter, collection: Collection, task: int, encoded: EncodedTask
+    writer: CheckpointWriter,
+    collection: Collection,
+    task: int,
+    encoded: EncodedTask,
+    tokenizers: bool,
 ) -> TaskReport:
     task_id, adapter = collection.task_ids[task], collection.adapters[task]
     record = writer.add_task(
@@ -122,5 +128,6 @@ def _write_task(
         extra=adapter.extra_tensors(),
         renamed=adapter.renamed,
         seen_error=encoded.seen,
+        companions=adapter.companions if tokenizers else None,
     )
     return replace(report_task(task_id, record), seen_error=encoded.seen)

@@ -276,6 +276,7 @@ class Addition:
             extra=adapter.extra_tensors(),
             renamed=adapter.renamed,
             seen_error=seen,
+            companions=adapter.companions if self._options.tokenizers else None,
         )
         ranks = [segment.rank for segment in record.segments]
         return _Written(record.lora_nbytes, (min(ranks), max(ranks)), error, seen)

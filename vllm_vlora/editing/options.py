@@ -22,7 +22,8 @@ class AddOptions:
             not or has a ratio of 3.5.
         max_bytes: all new tasks together, divided by the sizes of their originals.
         max_error: as of ``CompressOptions``, of the new tasks.
-        quantize, double_quantize, dtype, calibration, allow_large_error: as of ``CompressOptions``.
+        quantize, double_quantize, dtype, calibration, allow_large_error, tokenizers: as of
+            ``CompressOptions``.
 
     Raises:
         OptionError: unknown, out of range or contradictory values.
@@ -43,6 +44,7 @@ class AddOptions:
     dtype: str | None = None
     calibration: str | None = None
     allow_large_error: bool = False
+    tokenizers: bool = True
 
     def __post_init__(self) -> None:
         CompressOptions(

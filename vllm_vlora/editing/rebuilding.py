@@ -70,4 +70,5 @@ def _options(checkpoint: Checkpoint, options: AddOptions) -> CompressOptions:
         dtype=options.dtype,
         calibration=options.calibration,
         allow_large_error=options.allow_large_error,
+        tokenizers=options.tokenizers,
     )

@@ -61,6 +61,8 @@ class BlendedTask:
         error: ||delta_W' - delta_W||_F / ||delta_W||_F of what was stored beside the exact blend of the
             tasks as the checkpoint holds them: rounding, and what a smaller rank lost.
         losses: what must be said of it.
+        left_behind: tokenizer files and chat templates that not all of the tasks have alike, and that
+            the blend therefore does not have.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class BlendedTask:
     nbytes: int
     error: float
     losses: Losses
+    left_behind: tuple[str, ...] = ()
 
 
 @overload
@@ -404,6 +407,7 @@ def _write_blend(
         record.lora_nbytes,
         record.error,
         Losses.of({task_id: record}, writer.modules),
+        blend.left_behind,
     )
 
 
@@ -423,6 +427,14 @@ class _Blend:
         self._shared = checkpoint.shared_by(weights)
         # The first task's config and names: those of the model that the result is for.
         self._renamed = checkpoint.record(next(iter(weights))).renamed
+        attached = [checkpoint.attachments.get(task_id, {}) for task_id in weights]
+        self._companions = {
+            name: checkpoint.path / ref.file
+            for name, ref in attached[0].items()
+            if all(files.get(name) == ref for files in attached)
+        }
+        names = {name for files in attached for name in files}
+        self.left_behind = tuple(sorted(names - self._companions.keys()))
 
     def write(self, writer: Successor, task_id: str) -> None:
         """Encode every module of any of the tasks, with the error of its numbers as stored."""
@@ -450,6 +462,7 @@ class _Blend:
             source=_formula(self._weights),
             extra=common_extra([task.extra for task in self._tasks]),
             renamed=self._renamed,
+            companions=self._companions,
         )
 
     def _module(

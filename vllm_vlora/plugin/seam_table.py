@@ -20,6 +20,13 @@ from typing import Any
 
 from vllm_vlora.errors import IncompatibleVLLMError
 
+CHAT_REQUESTS = (
+    ("openai.chat_completion", "ChatCompletionRequest"),
+    ("openai.responses", "ResponsesRequest"),
+    ("serve.tokenize", "TokenizeChatRequest"),
+)
+"""Where requests that hold a chat are defined, and their classes."""
+
 
 class MissingSeamError(IncompatibleVLLMError):
     """A seam, or the module or class that had it, is not there."""
@@ -264,6 +271,13 @@ def _replaced() -> Iterator[Seam]:
         "lists every task in /v1/models",
         ("self",),
     )
+    for module, owner in CHAT_REQUESTS:
+        yield Seam(
+            f"vllm.entrypoints.{module}.protocol",
+            f"{owner}.build_chat_params",
+            "renders a chat with its task's template, where that is asked for",
+            ("self", "default_template", "default_template_content_format"),
+        )
     # Inside the step a bad checkpoint would be the end of the engine.
     outside = "a new task is loaded outside the step, where a bad checkpoint is its caller's error"
     for module, owner in (("llm_engine", "LLMEngine"), ("async_llm", "AsyncLLM")):

@@ -20,6 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_vlora._version import __version__
 from vllm_vlora.errors import CheckpointError, ModelStateError, TaskLoadError, VLoRAError
+from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
@@ -30,7 +31,7 @@ from vllm_vlora.plugin.residency import (
     leave_memory,
 )
 from vllm_vlora.plugin.scheduling import schedule_by_kind
-from vllm_vlora.plugin.seam_table import find_seams
+from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import Settings, read_settings
 
 _PATCHED = "_vlora_patched"
@@ -142,11 +143,14 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _init_static_loras(
-    original: Callable[..., Any], requests: Callable[[], list[LoRARequest]]
+    original: Callable[..., Any],
+    requests: Callable[[], list[LoRARequest]],
+    load_templates: Callable[[], object],
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
+        load_templates()
         if self.engine_client.vllm_config.lora_config is None:
             raise CheckpointError(
                 "VLLM_VLORA_CHECKPOINT is set, but vLLM runs without LoRA; start it with --enable-lora"
@@ -311,9 +315,17 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         checkpoint = setup.checkpoint
         wrappers[f"{lru}.create_lora_manager"] = lambda f: _create_lora_manager(f, checkpoint)
         wrappers["EngineCore.sleep"] = _sleep
+        templates = TaskTemplates()
         wrappers["OpenAIServingModels.init_static_loras"] = lambda f: _init_static_loras(
-            f, requests
+            f,
+            requests,
+            (lambda: templates.load(checkpoint))
+            if setup.settings.chat_templates
+            else (lambda: None),
         )
+        if setup.settings.chat_templates:
+            for _, owner in CHAT_REQUESTS:
+                wrappers[f"{owner}.build_chat_params"] = templates.wrap
     patches = [
         (seams[name].owner, seams[name].attribute, wrap(seams[name].value))
         for name, wrap in wrappers.items()

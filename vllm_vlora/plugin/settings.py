@@ -24,6 +24,7 @@ LATE_VARIABLE = "VLLM_VLORA_LATE_MIB"
 DEFAULT_LATE_MIB = 512
 BASES = ("dense", "packed")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
+TEMPLATES_VARIABLE = "VLLM_VLORA_CHAT_TEMPLATES"
 SWITCH = ("off", "on")
 
 
@@ -37,6 +38,7 @@ class Settings:
         slots: slots for adapters that need one, when tasks run direct; ``--max-loras`` caps it.
         packed_basis: keep quantised bases packed on the device instead of in the compute dtype.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
+        chat_templates: render chats with the template that their task brought along.
         late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
     """
 
@@ -45,6 +47,7 @@ class Settings:
     packed_basis: bool = False
     late_mib: int = DEFAULT_LATE_MIB
     overlap: bool = False
+    chat_templates: bool = False
 
     @property
     def direct(self) -> bool:
@@ -60,6 +63,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         packed_basis=_choice(environment, BASIS_VARIABLE, BASES) == "packed",
         late_mib=_whole(environment, LATE_VARIABLE, DEFAULT_LATE_MIB, least=0),
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
+        chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
     )
 
 

@@ -528,6 +528,7 @@ class SHAREModel:
                 source=adapter.name,
                 extra=adapter.extra_tensors(),
                 renamed=adapter.renamed,
+                companions=adapter.companions,
             )
             writer.finish_edited()
         self._adopt(place)

@@ -1,0 +1,116 @@
+"""Tokenizers and chat templates that travel with tasks, kept beside the weights.
+
+    CKPT/attachments.json          {"version": 1, "tasks": {task id: {name: file}}}
+    CKPT/attachments/SHA256        each different file once, under its digest
+
+A *file* is as in the manifest: path, SHA-256, bytes. ``name`` is what the file was called in the
+adapter's folder (``adapters.companions``). Nothing of it is needed to decode a task, so the manifest
+does not know of it, and a checkpoint with attachments reads as one without to whatever does not look
+for them. Most adapters of a collection bring the same tokenizer, which is then stored once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from vllm_vlora.adapters.companions import is_companion
+from vllm_vlora.checkpoint.manifest import FileRef, hash_file, read_checked
+from vllm_vlora.errors import CheckpointError, OutputError
+
+ATTACHMENTS_FILE = "attachments.json"
+ATTACHMENTS_FOLDER = "attachments"
+_VERSION = 1
+
+Attached: TypeAlias = Mapping[str, FileRef]
+"""Name in the adapter's folder -> where the file is kept."""
+
+
+class _Index(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+    tasks: dict[str, dict[str, FileRef]]
+
+
+def read_attachments(checkpoint: Path, tasks: Iterable[str]) -> dict[str, dict[str, FileRef]]:
+    """The attachments of those of ``tasks`` that have any, from the checkpoint's folder.
+
+    Raises:
+        CheckpointError: the index is damaged, newer, or names files that are not its own.
+    """
+    file = checkpoint / ATTACHMENTS_FILE
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from error
+    try:
+        index = msgspec.json.decode(data, type=_Index)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from error
+    if index.version != _VERSION:
+        raise CheckpointError(f"{file}: version {index.version!r} is unknown; upgrade vllm-vlora")
+    known = set(tasks)
+    found = {task: files for task, files in index.tasks.items() if task in known}
+    for task, files in found.items():
+        for name, ref in files.items():
+            if not is_companion(name) or ref.file != f"{ATTACHMENTS_FOLDER}/{ref.sha256}":
+                raise CheckpointError(f"{file}: task {task!r} names a foreign file {name!r}")
+            if len(ref.sha256) != 64 or set(ref.sha256) - set("0123456789abcdef"):
+                raise CheckpointError(f"{file}: task {task!r}, {name!r}: no SHA-256")
+    return found
+
+
+def read_attached(checkpoint: Path, files: Attached) -> dict[str, bytes]:
+    """The files of one task by name, checked.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    return {name: read_checked(checkpoint / ref.file, ref) for name, ref in files.items()}
+
+
+def attached_nbytes(attachments: Mapping[str, Attached]) -> int:
+    """Bytes of all of them, each different file counted once."""
+    files = {ref.sha256: ref.nbytes for refs in attachments.values() for ref in refs.values()}
+    return sum(files.values())
+
+
+class AttachmentWriter:
+    """Collects attachments into a checkpoint's folder; ``finish`` writes their index."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.tasks: dict[str, dict[str, FileRef]] = {}
+
+    def attach(self, task: str, files: Mapping[str, Path]) -> None:
+        """Keep these files (name -> where it lies) with a task.
+
+        Raises:
+            OutputError: a file cannot be read or written.
+        """
+        for name, path in files.items():
+            try:
+                ref = self._store(path)
+            except OSError as error:
+                raise OutputError(f"cannot keep {path}: {error.strerror}") from error
+            self.tasks.setdefault(task, {})[name] = ref
+
+    def finish(self) -> None:
+        """Write the index, where there is anything to say."""
+        if self.tasks:
+            index = msgspec.json.encode(_Index(_VERSION, self.tasks))
+            (self._folder / ATTACHMENTS_FILE).write_bytes(msgspec.json.format(index))
+
+    def _store(self, path: Path) -> FileRef:
+        copy = self._folder / ATTACHMENTS_FOLDER / "copy"
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        digest, nbytes = hash_file(copy)
+        name = f"{ATTACHMENTS_FOLDER}/{digest}"
+        copy.replace(self._folder / name)
+        return FileRef(name, digest, nbytes)
