@@ -480,8 +480,19 @@ def _layers() -> Iterator[Seam]:
         "stock adapters, then direct tasks",
         accepts=("y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
     )
-    for name in ("add_lora_logits", "add_lora_embedding"):
-        yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", "left out on CPU without stock adapters")
+    yield Seam(
+        _PUNICA,
+        "PunicaWrapperBase.add_lora_embedding",
+        "left out on CPU without stock adapters",
+    )
+    yield Seam(
+        _PUNICA,
+        "PunicaWrapperBase.add_lora_logits",
+        "an own one on CPU, and wherever prompts are scored",
+        accepts=("y", "x", "lora_a_stacked", "lora_b_stacked", "scale"),
+    )
+    for name in ("token_lora_indices", "sampler_indices"):
+        yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", "whose row of logits it is")
 
 
 def _held() -> Iterator[Seam]:
@@ -595,9 +606,32 @@ def _runner_v2() -> Iterator[Seam]:
     )
 
 
+def _prompts() -> Iterator[Seam]:
+    why = "rows of prompts' logits are mapped to adapters as their tokens are"
+    yield Seam(
+        _RUNNER_V1,
+        "GPUModelRunner._get_prompt_logprobs_dict",
+        why,
+        ("self", "hidden_states", "num_scheduled_tokens"),
+        optional=True,
+    )
+    for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
+        yield Seam(
+            "vllm.v1.worker.gpu.sample.prompt_logprob",
+            f"PromptLogprobsWorker.{name}",
+            why,
+            accepts=("logits_fn", "hidden_states"),
+            optional=True,
+        )
+
+
 RUNNER_SEAMS: dict[str, tuple[Seam, ...]] = {"v1": tuple(_runner_v1()), "v2": tuple(_runner_v2())}
 """What a model runner must have for a third graph. It is looked up in the worker that has one, which has
 imported these modules; without, batches of direct tasks alone use the graphs of all."""
+
+PROMPT_SEAMS: tuple[Seam, ...] = tuple(_prompts())
+"""What scores prompts, in the first model runner and in the second: like ``RUNNER_SEAMS``, it is looked
+up in the worker. The last is there from 0.32 on."""
 
 GROUPS: dict[str, tuple[Seam, ...]] = {
     "replaced": tuple(_replaced()),
@@ -605,6 +639,7 @@ GROUPS: dict[str, tuple[Seam, ...]] = {
     "called": tuple(_called()),
     "layers": tuple(_layers()),
     "read": tuple(_held()),
+    "prompts": PROMPT_SEAMS,
     "graphs": RUNNER_SEAMS["v1"] + RUNNER_SEAMS["v2"],
 }
 """The seams by what is done with them, in the order in which they are checked."""
