@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_forks import ENGINE_ENVIRONMENT
-from engine_world import ADAPTERS, ENGINE_ARGUMENTS, World, mixed
+from engine_forks import ENGINE_ENVIRONMENT, run_script
+from engine_world import ADAPTERS, ENGINE_ARGUMENTS, PROMPTS, World, exact, mixed
 from peft_oracle import Allow, Oracle, values
 
 pytestmark = pytest.mark.engine
@@ -80,6 +81,9 @@ FEATURES = {
     "several": Feature(
         {"n": 3, "temperature": 0.9, "seed": 5, "logprobs": 0, "prompt_logprobs": 0}, None
     ),
+    "several, long": Feature(
+        {"n": 2, "temperature": 0.9, "seed": 6, "logprobs": 0}, None, prompt=tuple(LONG)
+    ),
     "bias": Feature({"logit_bias": dict.fromkeys(SOME, 8.0), "logprobs": 0}, _biased),
     "allowed": Feature({"allowed_token_ids": SOME, "logprobs": 0}, _some),
     "bad words": Feature({"bad_words": [f"w{t}" for t in SOME], "logprobs": 0}, _without_some),
@@ -96,6 +100,7 @@ class Engine:
         from vllm import LLM
 
         self.oracle = Oracle(world)
+        self.drawn: dict[tuple[str, Any], list[tuple[int, ...]]] = {}
         self.world = world
         self.checkpoint = mixed(world)
         self.llm = LLM(
@@ -127,6 +132,11 @@ class Engine:
 
     def check(self, name: str, feature: Feature, output: Any) -> None:
         name, prompt = name.removeprefix("peft "), list(feature.prompt)
+        if "seed" in feature.sampling:
+            # The same whatever shared the batch, and however the prompt was cut.
+            drawn = [tuple(sequence.token_ids) for sequence in output.outputs]
+            key = (name, feature.prompt)
+            assert self.drawn.setdefault(key, drawn) == drawn
         if "prompt_logprobs" in feature.sampling:
             self.oracle.check_prompt(name, prompt, values(output.prompt_logprobs))
         assert len(output.outputs) == feature.sampling.get("n", 1)
@@ -149,6 +159,53 @@ def engine(world: World) -> Iterator[Engine]:
         engine.llm.llm_engine.engine_core.shutdown()
 
 
+def test_beams_of_every_kind_of_adapter(engine: Engine) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    prompt, oracle = PROMPTS[0], engine.oracle
+    found = engine.llm.beam_search(
+        [{"prompt_token_ids": prompt}] * len(NAMES),
+        BeamSearchParams(beam_width=3, max_tokens=4, ignore_eos=True),
+        lora_request=[engine.request(name) for name in NAMES],
+    )
+    for name, output in zip(NAMES, found):
+        name = name.removeprefix("peft ")
+        beams = {tuple(beam.tokens[len(prompt) :]): beam.cum_logprob for beam in output.sequences}
+        assert len(beams) == 3
+        for tokens, cumulated in beams.items():
+            assert abs(cumulated - oracle.logprob(name, prompt, list(tokens))) < 1e-3, name
+        greedy = oracle.greedy(name, prompt, 4)
+        assert max(beams.values()) > oracle.logprob(name, prompt, greedy) - 1e-3, name
+
+
+def test_requests_that_are_given_up_leave_the_others_right(engine: Engine) -> None:
+    """At every stage: waiting, for a slot too, in the middle of a prompt, while generating."""
+    core, chance = engine.llm.llm_engine, random.Random(3)
+    feature = Feature({"logprobs": 1, "prompt_logprobs": 1}, prompt=tuple(LONG))
+    names = {f"{name} {number}": name for number in range(4) for name in NAMES}
+    finished: dict[str, Any] = {}
+    ids: dict[str, str] = {}
+    given_up: set[str] = set()
+    for key, name in names.items():
+        request = engine.request(name)
+        new = core.add_request(
+            key, {"prompt_token_ids": LONG}, feature.parameters(), lora_request=request
+        )
+        ids[key] = new or key
+    while core.has_unfinished_requests():
+        for output in core.step():
+            if output.finished:
+                finished[output.request_id] = output
+        left = [key for key in names if key not in finished and key not in given_up]
+        if left and len(given_up) < len(names) // 2:
+            given_up.add(chance.choice(left))
+            core.abort_request([ids[key] for key in given_up])
+    assert len(given_up) == len(names) // 2
+    for key, name in names.items():
+        if key not in given_up:
+            engine.check(name, feature, finished[key])
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_every_feature_of_every_kind_of_adapter_in_one_batch(engine: Engine, seed: int) -> None:
     items = [(name, feature) for name in NAMES for feature in FEATURES]
@@ -167,3 +224,78 @@ def test_every_feature_of_every_kind_of_adapter_in_one_batch(engine: Engine, see
         except AssertionError as error:
             wrong.append((name, feature, str(error)[:200]))
     assert not wrong, f"{len(wrong)} of {len(items)}: {wrong[:20]}"
+
+
+SPECULATIVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm_vlora import lora_request
+from vllm.lora.request import LoRARequest
+
+def main():
+    job = json.loads(sys.argv[1])
+    llm = LLM(job["model"], enable_lora=True, max_loras=16, max_lora_rank=16, **job["arguments"])
+    requests, done = [], []
+    for name, path in job["names"].items():
+        if path:
+            requests.append(LoRARequest(name, len(requests) + 1, path))
+        else:
+            requests.append(None if name == "base" else lora_request(job["checkpoint"], name))
+    sampling = SamplingParams(**job["sampling"])
+    outputs = llm.generate([{"prompt_token_ids": job["prompt"]}] * len(requests), sampling,
+                           lora_request=requests, use_tqdm=False)
+    plain = lambda rows: [row and {t: e.logprob for t, e in row.items()} for row in rows]
+    for output in outputs:
+        (only,) = output.outputs
+        done.append([list(only.token_ids), plain(only.logprobs), plain(output.prompt_logprobs)])
+    drafted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens")
+    print("RESULT " + json.dumps([done, drafted]), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("mode", ["auto", "materialize"])
+def test_speculative_decoding(world: World, mode: str) -> None:
+    """Several rows of logits a request, in one batch of every kind."""
+    prompt = [3, 9, 27, 81, 3, 9, 27, 81, 3, 9, 27, 81]
+    checkpoint = mixed(world) if mode == "auto" else exact(world, "private")
+    adapters = {"ordinary": world.ordinary, **world.adapters}
+    paths = {name: str(adapters[name.removeprefix("peft ")]) for name in NAMES if name != "base"}
+    job = {
+        "model": str(world.model),
+        "checkpoint": str(checkpoint),
+        "arguments": {
+            **ENGINE_ARGUMENTS,
+            "speculative_config": {
+                "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
+                "prompt_lookup_min": 1,
+            },
+        },
+        "names": {name: None if name in ADAPTERS or name == "base" else paths[name] for name in NAMES},
+        "prompt": prompt,
+        "sampling": {
+            "temperature": 0, "max_tokens": 24, "ignore_eos": True, "logprobs": 1,
+            "prompt_logprobs": 0,
+        },
+    }  # fmt: skip
+    done, drafted = run_script(
+        SPECULATIVE,
+        json.dumps(job),
+        VLLM_VLORA_CHECKPOINT=str(checkpoint),
+        VLLM_VLORA_MODE=mode,
+        VLLM_VLORA_SLOTS="2",
+    )
+    assert drafted > 0
+    oracle = Oracle(world)
+    for name, (tokens, logprobs, of_prompt) in zip(NAMES, done):
+        name = name.removeprefix("peft ")
+        assert len(tokens) == 24
+        oracle.check_prompt(name, prompt, [row and _by_number(row) for row in of_prompt])
+        rows = [_by_number(row) for row in logprobs]
+        oracle.check_output(name, prompt, tokens, rows, _anything)
+
+
+def _by_number(row: dict[str, float]) -> dict[int, float]:
+    return {int(token): value for token, value in row.items()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,57 +118,3 @@ def test_a_call_that_fails_leaves_nothing_behind(head_calls: Any) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - it has no text
         head_calls.by_token(fail, hidden)(hidden[:2])
     assert head_calls._TOKENS.get() is None
-
-
-class RunnerV1:
-    """As vLLM's first model runner: the model's own method, once a request."""
-
-    def __init__(self, compute_logits: Any, lora: bool = True) -> None:
-        self.model = SimpleNamespace(compute_logits=compute_logits)
-        self.lora_config = object() if lora else None
-        self.num_prompt_logprobs: dict[str, int] = {"request": 1}
-
-    def _get_prompt_logprobs_dict(
-        self, hidden_states: torch.Tensor, num_scheduled_tokens: Any
-    ) -> Any:
-        return self.model.compute_logits(hidden_states[2:5])
-
-
-class WorkerV2:
-    """As vLLM's second one's worker: a function that it is given, once a piece of the batch."""
-
-    def compute_prompt_logprobs(
-        self, logits_fn: Any, hidden_states: torch.Tensor, more: int
-    ) -> Any:
-        return logits_fn(hidden_states[2:5])
-
-
-def test_both_model_runners_are_told(head_calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the classes, once, whichever of the two the worker has imported."""
-    v1, v2 = (
-        SimpleNamespace(GPUModelRunner=RunnerV1),
-        SimpleNamespace(PromptLogprobsWorker=WorkerV2),
-    )
-    modules = {seam.module for seam in head_calls.PROMPT_SEAMS}
-    assert len(modules) == 2
-    for name in modules:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        monkeypatch.setitem(sys.modules, name, v1 if "model_runner" in name else v2)
-    seen: list[slice | None] = []
-
-    def compute_logits(rows: torch.Tensor) -> None:
-        seen.append(head_calls._TOKENS.get())
-
-    hidden = torch.randn(8, HIDDEN)
-    for _ in range(2):
-        monkeypatch.setattr(
-            RunnerV1, "_get_prompt_logprobs_dict", RunnerV1._get_prompt_logprobs_dict
-        )
-        monkeypatch.setattr(WorkerV2, "compute_prompt_logprobs", WorkerV2.compute_prompt_logprobs)
-        head_calls.score_prompts_by_token()
-    runner = RunnerV1(compute_logits)
-    runner._get_prompt_logprobs_dict(hidden, {})
-    assert runner.model.compute_logits is compute_logits
-    WorkerV2().compute_prompt_logprobs(compute_logits, hidden, 1)
-    RunnerV1(compute_logits, lora=False)._get_prompt_logprobs_dict(hidden, {})
-    assert seen == [slice(2, 5), slice(2, 5), None]

@@ -56,6 +56,18 @@ class Oracle:
                 self._known[key] = self._model(ids).logits[0]
         return self._known[key]
 
+    def logprob(self, name: str, prompt: list[int], tokens: list[int]) -> float:
+        """Of a whole continuation."""
+        rows = self.logits(name, [*prompt, *tokens])[len(prompt) - 1 : -1].log_softmax(-1)
+        return float(sum(row[token] for row, token in zip(rows, tokens)))
+
+    def greedy(self, name: str, prompt: list[int], count: int) -> list[int]:
+        """The continuation of the most likely tokens."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.logits(name, tokens)[-1].argmax()))
+        return tokens[len(prompt) :]
+
     def check_output(
         self,
         name: str,

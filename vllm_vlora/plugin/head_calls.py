@@ -10,7 +10,6 @@ prompts are scored a row is mapped as the token is that it was computed from.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,14 +19,10 @@ import torch
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from vllm_vlora.plugin.seam_table import PROMPT_SEAMS, MissingSeamError
-
 Logits = Callable[..., Any]
 
 # The tokens of the batch whose logits are computed; None where they are the sampled ones.
 _TOKENS: ContextVar[slice | None] = ContextVar("vllm_vlora_tokens", default=None)
-# Not there before 0.32.
-_NEWER = "PromptLogprobsWorker.compute_prompt_token_id_logprobs"
 
 
 class HeadPunica:
@@ -78,28 +73,9 @@ def add_logits(
                 y[:, :width].index_add_(0, rows, update.to(y.dtype))
 
 
-def score_prompts_by_token() -> None:
-    """Have the model runner of this worker map the rows of prompts' logits as their tokens.
+def score_in_runner(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner._get_prompt_logprobs_dict`` of vLLM's first model runner."""
 
-    Raises:
-        IncompatibleVLLMError: it scores prompts in another way.
-    """
-    # Of vLLM's two model runners the worker has imported its own.
-    for seam in PROMPT_SEAMS:
-        if seam.module not in sys.modules:
-            continue
-        try:
-            place = seam.find()
-        except MissingSeamError:
-            if seam.name == _NEWER:
-                continue
-            raise
-        if not hasattr(place.value, "_vlora_patched"):
-            wrap = _in_runner if seam.name.startswith("GPUModelRunner.") else _in_worker
-            setattr(place.owner, place.attribute, wrap(place.value))
-
-
-def _in_runner(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def score(self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: Any) -> Any:
         if not self.lora_config or not self.num_prompt_logprobs:
@@ -107,16 +83,16 @@ def _in_runner(original: Callable[..., Any]) -> Callable[..., Any]:
         with _logits_by_token(self.model, hidden_states):
             return original(self, hidden_states, num_scheduled_tokens)
 
-    score._vlora_patched = True  # type: ignore[attr-defined]
     return score
 
 
-def _in_worker(original: Callable[..., Any]) -> Callable[..., Any]:
+def score_in_worker(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What scores prompts in its second one, which is given the function of logits."""
+
     @functools.wraps(original)
     def score(self: Any, logits_fn: Logits, hidden_states: torch.Tensor, *rest: Any) -> Any:
         return original(self, by_token(logits_fn, hidden_states), hidden_states, *rest)
 
-    score._vlora_patched = True  # type: ignore[attr-defined]
     return score
 
 

@@ -1,7 +1,7 @@
 """vLLM's LoRA manager beside direct tasks: what is resident, which slot holds what, the batch's mapping.
 
-With ``seams``, ``layers``, ``experts``, ``layer_calls``, ``head_calls``, ``scheduling`` and
-``graph_cases`` the only file that knows vLLM's internals.
+With ``seams``, ``layers``, ``experts``, ``layer_calls``, ``head_calls``, ``steps``,
+``scheduling`` and ``graph_cases`` the only file that knows vLLM's internals.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vllm_vlora.plugin.experts import (
     is_fused_moe,
     make_expert_writer,
 )
-from vllm_vlora.plugin.head_calls import HeadPunica, score_prompts_by_token
+from vllm_vlora.plugin.head_calls import HeadPunica
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_ahead
 from vllm_vlora.plugin.layers import (
@@ -50,6 +50,7 @@ from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
 from vllm_vlora.plugin.slots import SlotWriter
+from vllm_vlora.plugin.steps import adapt_steps
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 logger = init_logger("vllm.plugins.vlora")
@@ -127,11 +128,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             super()._create_lora_modules()
         finally:
             self._creating = False
-        heads = [m for m in self.modules.values() if is_logits(m)]
-        for module in heads:
-            module.set_mapping(HeadPunica(module.punica_wrapper))
-        if heads:
-            score_prompts_by_token()
+        for module in self.modules.values():
+            if is_logits(module):
+                module.set_mapping(HeadPunica(module.punica_wrapper))
+        adapt_steps()
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         if not isinstance(lora_model, TaskLoRAModel):

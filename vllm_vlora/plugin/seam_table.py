@@ -606,7 +606,18 @@ def _runner_v2() -> Iterator[Seam]:
     )
 
 
-def _prompts() -> Iterator[Seam]:
+def _steps() -> Iterator[Seam]:
+    yield Seam(
+        _RUNNER_V1,
+        "GPUModelRunner.sample_tokens",
+        "on CPU, a seed is kept over the pieces of a prompt",
+        ("self", "grammar_output"),
+        optional=True,
+    )
+    for name in ("discard_request_mask", "input_batch"):
+        yield Seam(
+            _RUNNER_V1, f"GPUModelRunner.{name}", "whose sample is thrown away", optional=True
+        )
     why = "rows of prompts' logits are mapped to adapters as their tokens are"
     yield Seam(
         _RUNNER_V1,
@@ -629,9 +640,9 @@ RUNNER_SEAMS: dict[str, tuple[Seam, ...]] = {"v1": tuple(_runner_v1()), "v2": tu
 """What a model runner must have for a third graph. It is looked up in the worker that has one, which has
 imported these modules; without, batches of direct tasks alone use the graphs of all."""
 
-PROMPT_SEAMS: tuple[Seam, ...] = tuple(_prompts())
-"""What scores prompts, in the first model runner and in the second: like ``RUNNER_SEAMS``, it is looked
-up in the worker. The last is there from 0.32 on."""
+STEP_SEAMS: tuple[Seam, ...] = tuple(_steps())
+"""Parts of a step, in the first model runner and in the second: like ``RUNNER_SEAMS``, they are looked up
+in the worker. The last is there from 0.32 on."""
 
 GROUPS: dict[str, tuple[Seam, ...]] = {
     "replaced": tuple(_replaced()),
@@ -639,7 +650,7 @@ GROUPS: dict[str, tuple[Seam, ...]] = {
     "called": tuple(_called()),
     "layers": tuple(_layers()),
     "read": tuple(_held()),
-    "prompts": PROMPT_SEAMS,
+    "steps": STEP_SEAMS,
     "graphs": RUNNER_SEAMS["v1"] + RUNNER_SEAMS["v2"],
 }
 """The seams by what is done with them, in the order in which they are checked."""
