@@ -58,6 +58,13 @@ class Feature:
     sampling: dict[str, Any]
     greedy: Allow | None = _anything
     prompt: tuple[int, ...] = tuple((7 * i) % 250 + 1 for i in range(9))
+    embedded: bool = False
+
+    def given(self, oracle: Oracle) -> Any:
+        """The prompt as ``LLM`` takes it."""
+        if self.embedded:
+            return {"prompt_embeds": oracle.embed(list(self.prompt))}
+        return {"prompt_token_ids": list(self.prompt)}
 
     def parameters(self) -> Any:
         from vllm import SamplingParams
@@ -84,6 +91,7 @@ FEATURES = {
     "several, long": Feature(
         {"n": 2, "temperature": 0.9, "seed": 6, "logprobs": 0}, None, prompt=tuple(LONG)
     ),
+    "embeddings": Feature({"logprobs": 1}, embedded=True),
     "bias": Feature({"logit_bias": dict.fromkeys(SOME, 8.0), "logprobs": 0}, _biased),
     "allowed": Feature({"allowed_token_ids": SOME, "logprobs": 0}, _some),
     "bad words": Feature({"bad_words": [f"w{t}" for t in SOME], "logprobs": 0}, _without_some),
@@ -112,6 +120,7 @@ class Engine:
             max_num_batched_tokens=64,
             enable_chunked_prefill=True,
             enable_prefix_caching=True,
+            enable_prompt_embeds=True,
             scheduling_policy="priority",
             **ENGINE_ARGUMENTS,
         )
@@ -143,7 +152,12 @@ class Engine:
         for sequence in output.outputs:
             assert sequence.token_ids
             self.oracle.check_output(
-                name, prompt, list(sequence.token_ids), values(sequence.logprobs), feature.greedy
+                name,
+                prompt,
+                list(sequence.token_ids),
+                values(sequence.logprobs),
+                feature.greedy,
+                len(prompt) * feature.embedded,
             )
 
 
@@ -154,6 +168,7 @@ def engine(world: World) -> Iterator[Engine]:
             patch.setenv(name, value)
         patch.setenv("VLLM_VLORA_CHECKPOINT", str(mixed(world)))
         patch.setenv("VLLM_VLORA_SLOTS", "2")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         engine = Engine(world)
         yield engine
         engine.llm.llm_engine.engine_core.shutdown()
@@ -211,7 +226,7 @@ def test_every_feature_of_every_kind_of_adapter_in_one_batch(engine: Engine, see
     items = [(name, feature) for name in NAMES for feature in FEATURES]
     random.Random(seed).shuffle(items)
     outputs = engine.llm.generate(
-        [{"prompt_token_ids": list(FEATURES[feature].prompt)} for _, feature in items],
+        [FEATURES[feature].given(engine.oracle) for _, feature in items],
         [FEATURES[feature].parameters() for _, feature in items],
         lora_request=[engine.request(name) for name, _ in items],
         priority=[place % 3 for place in range(len(items))],

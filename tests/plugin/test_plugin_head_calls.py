@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,9 @@ class Punica:
     def add_lora_logits(self, y: torch.Tensor, *rest: Any) -> None:
         self.calls.append(len(y))
 
+    def add_lora_embedding(self, y: torch.Tensor, *rest: Any, **kwargs: Any) -> None:
+        self.calls.append(len(y))
+
     def anything_else(self) -> str:
         return "forwarded"
 
@@ -101,6 +105,36 @@ def test_sampled_rows_are_the_requests_and_prompts_rows_the_tokens(
     if on_cpu:
         expect(got, sampled, punica.sampler_indices.tolist())
     assert punica.calls == ([] if on_cpu else [3])
+
+
+def test_embeddings_of_some_tokens_are_those_of_their_slots(head_calls: Any, weights: Any) -> None:
+    """As the layer does it: rows of A by the token and where its slot begins, then B."""
+    _, b = weights
+    tables = torch.randn(SLOTS, 100, RANK)
+    punica = Punica()
+    punica._embeddings_indices = 100 * punica.token_lora_indices.clamp(min=0)
+    head = head_calls.HeadPunica(punica)
+
+    def embed(input_ids: torch.Tensor) -> torch.Tensor:
+        starts = head._embeddings_indices[: len(input_ids)]
+        y = torch.zeros(len(input_ids), VOCABULARY)
+        head.add_lora_embedding(y, tables.view(-1, RANK)[input_ids + starts], b, add_input=True)
+        return y
+
+    is_token = np.array([False, True, True, False, False, False, False, True])
+    ids = torch.tensor([40, 50, 60])
+    slots = punica.token_lora_indices[[1, 2, 7]].tolist()
+    assert slots == [1, -1, 0]
+    want = torch.zeros(3, VOCABULARY, dtype=torch.float64)
+    for row, (token, slot) in enumerate(zip(ids.tolist(), slots)):
+        if slot >= 0:
+            want[row] = b[slot, 0].double() @ tables[slot, token].double()
+    got = head_calls.of_some(embed, is_token)(ids)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    assert not punica.calls
+    for rows, mask in ((ids, is_token[[1, 2, 7]]), (torch.arange(8), is_token)):
+        head_calls.of_some(embed, mask)(rows)
+    assert punica.calls == [3, 8]
 
 
 def test_rows_of_another_tensor_are_refused(head_calls: Any) -> None:

@@ -27,6 +27,9 @@ class Model:
         head_calls = importlib.import_module("vllm_vlora.plugin.head_calls")
         self.seen.append(head_calls._TOKENS.get())
 
+    def embed_input_ids(self, input_ids: torch.Tensor) -> None:
+        self.compute_logits(input_ids)
+
 
 def _runner_class() -> Any:
     class GPUModelRunner:
@@ -36,6 +39,8 @@ def _runner_class() -> Any:
             self.model = Model()
             self.lora_config = object() if lora else None
             self.num_prompt_logprobs = {"request": 1}
+            self.enable_prompt_embeds = True
+            self.is_token_ids = SimpleNamespace(np=np.ones(8, dtype=bool))
             self.discard_request_mask = SimpleNamespace(np=np.zeros(8, dtype=bool))
             self.input_batch = SimpleNamespace(num_reqs=3, generators={})
 
@@ -43,6 +48,11 @@ def _runner_class() -> Any:
             self, hidden_states: torch.Tensor, num_scheduled_tokens: Any
         ) -> Any:
             return self.model.compute_logits(hidden_states[2:5])
+
+        def _preprocess(self, scheduler_output: Any, num_input_tokens: int) -> Any:
+            count = scheduler_output.total_num_scheduled_tokens
+            (positions,) = np.nonzero(self.is_token_ids.np[:count])
+            return self.model.embed_input_ids(input_ids=torch.from_numpy(positions) + 100)
 
         def sample_tokens(self, grammar_output: Any) -> list[float]:
             """A draw a request; what is thrown away is taken back as vLLM does."""
@@ -94,6 +104,17 @@ def test_both_model_runners_tell_whose_rows_they_score(classes: tuple[Any, Any])
     assert [first.model.seen, second.seen, without.model.seen] == [
         [slice(2, 5)], [slice(2, 5)], [None]
     ]  # fmt: skip
+
+
+def test_embeddings_of_some_tokens_are_told_apart(classes: tuple[Any, Any]) -> None:
+    runner, output = classes[0](), SimpleNamespace(total_num_scheduled_tokens=5)
+    runner._preprocess(output, 8)
+    runner.is_token_ids.np[[0, 3, 6]] = False
+    runner._preprocess(output, 8)
+    every, some = runner.model.seen
+    assert every is None
+    assert some.tolist() == [1, 2, 4]
+    assert "embed_input_ids" not in vars(runner.model)
 
 
 def test_a_seed_draws_nothing_for_what_is_thrown_away(classes: tuple[Any, Any]) -> None:

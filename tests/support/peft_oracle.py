@@ -7,6 +7,7 @@ is that of PEFT's logits, and a greedy token is the most likely one that the req
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,18 +44,30 @@ class Oracle:
         return f"number{list(self._folders).index(name)}"
 
     @torch.no_grad()
-    def logits(self, name: str, tokens: list[int]) -> torch.Tensor:
-        """(n, vocabulary): row i is what PEFT says of the token after token i; "base" has no adapter."""
-        key = (name, tuple(tokens))
+    def logits(self, name: str, tokens: list[int], embedded: int = 0) -> torch.Tensor:
+        """(n, vocabulary): row i is what PEFT says of the token after token i; "base" has no adapter.
+
+        The first ``embedded`` tokens come as the base model's embeddings, whatever the adapter has.
+        """
+        key = (name, tuple(tokens), embedded)
         if key not in self._known:
-            ids = torch.tensor([tokens])
-            if name == "base":
-                with self._model.disable_adapter():
-                    self._known[key] = self._model(ids).logits[0]
-            else:
+            if name != "base":
                 self._model.set_adapter(self._key(name))
-                self._known[key] = self._model(ids).logits[0]
+            with self._model.disable_adapter() if name == "base" else nullcontext():
+                rows = torch.cat(
+                    [
+                        self.embed(tokens[:embedded]),
+                        self._model.get_input_embeddings()(torch.tensor(tokens[embedded:])),
+                    ]
+                )
+                self._known[key] = self._model(inputs_embeds=rows[None]).logits[0]
         return self._known[key]
+
+    @torch.no_grad()
+    def embed(self, tokens: list[int]) -> torch.Tensor:
+        """The base model's embeddings, (n, hidden size)."""
+        with self._model.disable_adapter():
+            return self._model.get_input_embeddings()(torch.tensor(tokens, dtype=torch.long))
 
     def logprob(self, name: str, prompt: list[int], tokens: list[int]) -> float:
         """Of a whole continuation."""
@@ -75,9 +88,10 @@ class Oracle:
         tokens: list[int],
         logprobs: list[dict[int, float]] | None,
         greedy: Allow | None,
+        embedded: int = 0,
     ) -> None:
         """Every token's log-probabilities, and with ``greedy`` that it is the best allowed one."""
-        rows = self.logits(name, [*prompt, *tokens])[len(prompt) - 1 :]
+        rows = self.logits(name, [*prompt, *tokens], embedded)[len(prompt) - 1 :]
         for place, token in enumerate(tokens):
             if logprobs is not None:
                 assert token in logprobs[place]

@@ -51,7 +51,7 @@ def read_layouts(manager: Any) -> list[SliceLayout]:
         parts = manager.packed_modules.get(module_name, [module_name])
         if is_logits(layer):
             layouts.append(_logits_layout(parts[0], layer))
-        elif type(layer).__name__ == "VocabParallelEmbeddingWithLoRA":
+        elif is_embedding(layer):
             layouts.append(_embedding_layout(parts[0], layer))
         else:
             layouts += _linear_layouts(parts, layer)
@@ -61,6 +61,11 @@ def read_layouts(manager: Any) -> list[SliceLayout]:
 def is_logits(layer: Any) -> bool:
     """Whether a LoRA layer is the one of lm_head."""
     return type(layer).__name__ == "LogitsProcessorWithLoRA"
+
+
+def is_embedding(layer: Any) -> bool:
+    """Whether a LoRA layer looks tokens up."""
+    return type(layer).__name__ == "VocabParallelEmbeddingWithLoRA"
 
 
 def read_direct_layouts(manager: Any) -> list[LayerLayout]:

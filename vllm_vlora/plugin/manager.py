@@ -40,6 +40,7 @@ from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_ahead
 from vllm_vlora.plugin.layers import (
     engine_name,
+    is_embedding,
     is_logits,
     read_direct_layouts,
     read_elsewhere,
@@ -128,8 +129,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             super()._create_lora_modules()
         finally:
             self._creating = False
+        # Only then are embeddings looked up outside of compiled graphs.
+        some = self._vllm_config.model_config.enable_prompt_embeds
         for module in self.modules.values():
-            if is_logits(module):
+            if is_logits(module) or (some and is_embedding(module)):
                 module.set_mapping(HeadPunica(module.punica_wrapper))
         adapt_steps()
 

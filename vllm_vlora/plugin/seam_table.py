@@ -491,8 +491,8 @@ def _layers() -> Iterator[Seam]:
         "an own one on CPU, and wherever prompts are scored",
         accepts=("y", "x", "lora_a_stacked", "lora_b_stacked", "scale"),
     )
-    for name in ("token_lora_indices", "sampler_indices"):
-        yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", "whose row of logits it is")
+    for name in ("token_lora_indices", "sampler_indices", "_embeddings_indices"):
+        yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", "whose row it is")
 
 
 def _held() -> Iterator[Seam]:
@@ -618,6 +618,15 @@ def _steps() -> Iterator[Seam]:
         yield Seam(
             _RUNNER_V1, f"GPUModelRunner.{name}", "whose sample is thrown away", optional=True
         )
+    yield Seam(
+        _RUNNER_V1,
+        "GPUModelRunner._preprocess",
+        "embeddings of some tokens of a batch are mapped to adapters as these tokens are",
+        accepts=("scheduler_output",),
+        optional=True,
+    )
+    for name in ("enable_prompt_embeds", "is_token_ids"):
+        yield Seam(_RUNNER_V1, f"GPUModelRunner.{name}", "which tokens are embedded", optional=True)
     why = "rows of prompts' logits are mapped to adapters as their tokens are"
     yield Seam(
         _RUNNER_V1,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from vllm.platforms import current_platform
 
-from vllm_vlora.plugin.head_calls import score_in_runner, score_in_worker
+from vllm_vlora.plugin.head_calls import embed_in_runner, score_in_runner, score_in_worker
 from vllm_vlora.plugin.seam_table import STEP_SEAMS, MissingSeamError
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -31,6 +31,7 @@ def adapt_steps() -> None:
         IncompatibleVLLMError: a part of it is not as it was when the plugin was checked.
     """
     wrappers: dict[str, Wrapper] = {
+        "GPUModelRunner._preprocess": embed_in_runner,
         "GPUModelRunner._get_prompt_logprobs_dict": score_in_runner,
         "PromptLogprobsWorker.compute_prompt_logprobs": score_in_worker,
         _NEWER: score_in_worker,
