@@ -393,6 +393,7 @@ def _called() -> Iterator[Seam]:
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
     yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
+    yield Seam("vllm.utils.gpu_sync_debug", "gpu_sync_allowed", "finds the rows of a slot")
     yield Seam("vllm.envs", "VLLM_BATCH_INVARIANT", "refused in direct mode", direct=True)
     yield Seam(
         "vllm.lora.lora_weights",
@@ -614,10 +615,12 @@ def _steps() -> Iterator[Seam]:
         ("self", "grammar_output"),
         optional=True,
     )
-    for name in ("discard_request_mask", "input_batch"):
-        yield Seam(
-            _RUNNER_V1, f"GPUModelRunner.{name}", "whose sample is thrown away", optional=True
-        )
+    yield Seam(
+        _RUNNER_V1,
+        "GPUModelRunner.discard_request_mask",
+        "whose sample is thrown away",
+        optional=True,
+    )
     yield Seam(
         _RUNNER_V1,
         "GPUModelRunner._preprocess",
