@@ -69,17 +69,17 @@ class Oracle:
         with self._model.disable_adapter():
             return self._model.get_input_embeddings()(torch.tensor(tokens, dtype=torch.long))
 
-    def logprob(self, name: str, prompt: list[int], tokens: list[int]) -> float:
-        """Of a whole continuation."""
-        rows = self.logits(name, [*prompt, *tokens])[len(prompt) - 1 : -1].log_softmax(-1)
-        return float(sum(row[token] for row, token in zip(rows, tokens)))
-
-    def greedy(self, name: str, prompt: list[int], count: int) -> list[int]:
-        """The continuation of the most likely tokens."""
-        tokens = list(prompt)
+    def beams(self, name: str, prompt: list[int], width: int, count: int) -> dict[Any, float]:
+        """The continuations of a beam search and their log-probabilities."""
+        beams: dict[tuple[int, ...], float] = {(): 0.0}
         for _ in range(count):
-            tokens.append(int(self.logits(name, tokens)[-1].argmax()))
-        return tokens[len(prompt) :]
+            longer = {}
+            for tokens, cumulated in beams.items():
+                row = self.logits(name, [*prompt, *tokens])[-1].log_softmax(-1)
+                for value, token in zip(*(found.tolist() for found in row.topk(2 * width))):
+                    longer[*tokens, token] = cumulated + value
+            beams = dict(sorted(longer.items(), key=lambda item: -item[1])[:width])
+        return beams
 
     def check_output(
         self,
