@@ -77,7 +77,7 @@ class Oracle:
             for tokens, cumulated in beams.items():
                 row = self.logits(name, [*prompt, *tokens])[-1].log_softmax(-1)
                 for value, token in zip(*(found.tolist() for found in row.topk(2 * width))):
-                    longer[*tokens, token] = cumulated + value
+                    longer[(*tokens, token)] = cumulated + value
             beams = dict(sorted(longer.items(), key=lambda item: -item[1])[:width])
         return beams
 
