@@ -105,6 +105,9 @@ def test_sampled_rows_are_the_requests_and_prompts_rows_the_tokens(
     if on_cpu:
         expect(got, sampled, punica.sampler_indices.tolist())
     assert punica.calls == ([] if on_cpu else [3])
+    if on_cpu:
+        punica.sampler_indices = torch.tensor([2])
+        expect(compute_logits(sampled), sampled, [2, 2, 2])
 
 
 def test_embeddings_of_some_tokens_are_those_of_their_slots(head_calls: Any, weights: Any) -> None:

@@ -49,7 +49,8 @@ class HeadPunica:
             add_logits(y, x, a, b, self._inner.token_lora_indices[tokens])
         elif self._on_cpu:
             # Stock gathers a slot's B (vocabulary x rank) for every row, also without an adapter.
-            add_logits(y, x, a, b, self._inner.sampler_indices)
+            # One slot is every row's, as stock takes it.
+            add_logits(y, x, a, b, self._inner.sampler_indices.expand(len(x)))
         else:
             self._inner.add_lora_logits(y, x, a, b, scale)
 
