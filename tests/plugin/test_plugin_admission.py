@@ -145,3 +145,23 @@ def test_a_request_that_makes_it_look_for_the_dead_stays_inside(
         assert not gate.enter(8, f"other {number}", "other")
         alive.clear()
         gate.withdraw(None)
+
+
+def test_the_pieces_of_a_session_that_waits_keep_their_order() -> None:
+    """The input of a streaming session comes as requests of one id."""
+    alive = {"first"}
+    gate: Admission[str] = Admission(1, alive.__contains__)
+    assert gate.enter(1, "first", "first")
+    for piece in ("one", "two"):
+        assert not gate.enter(2, "session", piece)
+    assert not gate.enter(3, "other", "other")
+    alive.clear()
+    assert not gate.enter(2, "session", "three"), "a piece must not overtake those before it"
+    assert gate.waiting() == ["one", "two", "three", "other"]
+    assert gate.release() == ["one", "two", "three"]
+    alive.add("session")
+    assert gate.release() == []
+    for piece in ("a", "b"):
+        assert not gate.enter(4, "late", piece)
+    assert gate.withdraw(["late", "nobody"]) == ["a", "b"]
+    assert gate.waiting() == ["other"]

@@ -34,10 +34,6 @@ class Punica:
         assert rest == ("a", "b", 1.0, "slices")
         y += 1
 
-    def add_lora_logits(self, *args: Any, **kwargs: Any) -> str:
-        self.calls.append("logits")
-        return "logits"
-
     def add_lora_embedding(self, *args: Any, **kwargs: Any) -> str:
         self.calls.append("embedding")
         return "embedding"
@@ -107,9 +103,8 @@ def test_a_layer_adds_stock_and_direct_updates(
     layer.manager.in_batch = layer_calls.Kinds(stock, direct)
     torch.testing.assert_close(layer.add(), float(stock) + layer.update * direct)
     assert layer.punica.calls == ["linear"] * stock
-    for name in ("logits", "embedding"):
-        got = getattr(layer.wrapper, f"add_lora_{name}")(1, two=2)
-        assert got == (name if stock or not on_cpu else None)
+    got = layer.wrapper.add_lora_embedding(1, two=2)
+    assert got == ("embedding" if stock or not on_cpu else None)
     assert layer.wrapper.anything_else() == "forwarded"
     with pytest.raises(AssertionError):
         layer.wrapper.add_lora_linear(torch.zeros(3, 80), layer.x, (), (), 2.0, (80,))

@@ -33,7 +33,8 @@ class Admission(Generic[RequestT]):
         self._slots = slots
         self._alive = alive
         self._inside: dict[int, set[str]] = {}
-        self._waiting: dict[str, tuple[int, RequestT]] = {}
+        # Under one id more than one: the input of a streaming session comes as a request a piece.
+        self._waiting: dict[str, tuple[int, list[RequestT]]] = {}
         self._entered, self._next_count = 0, _COUNT_AGAIN
 
     def __len__(self) -> int:
@@ -41,9 +42,13 @@ class Admission(Generic[RequestT]):
 
     def enter(self, adapter: int, request_id: str, request: RequestT) -> bool:
         """Let a request in, or keep it waiting; False when it waits."""
+        held = self._waiting.get(request_id)
+        if held is not None:
+            held[1].append(request)
+            return False
         if self._admit(adapter, request_id):
             return True
-        self._waiting[request_id] = (adapter, request)
+        self._waiting[request_id] = (adapter, [request])
         return False
 
     def release(self) -> list[RequestT]:
@@ -52,23 +57,21 @@ class Admission(Generic[RequestT]):
             return []
         self._forget_the_dead()
         entering = [
-            (request_id, request)
-            for request_id, (adapter, request) in self._waiting.items()
+            request_id
+            for request_id, (adapter, _) in self._waiting.items()
             if self._admit(adapter, request_id, forget=False)
         ]
-        for request_id, _ in entering:
-            del self._waiting[request_id]
-        return [request for _, request in entering]
+        return self.withdraw(entering)
 
     def waiting(self) -> list[RequestT]:
         """The requests that wait, in the order of their coming."""
-        return [request for _, request in self._waiting.values()]
+        return [request for _, requests in self._waiting.values() for request in requests]
 
     def withdraw(self, request_ids: Iterable[str] | None) -> list[RequestT]:
         """Take these requests, or all, out of the waiting ones."""
         chosen = list(self._waiting) if request_ids is None else request_ids
-        found = [self._waiting.pop(name, None) for name in chosen]
-        return [entry[1] for entry in found if entry is not None]
+        found = [self._waiting.pop(name, (0, [])) for name in chosen]
+        return [request for _, requests in found for request in requests]
 
     def _admit(self, adapter: int, request_id: str, forget: bool = True) -> bool:
         if adapter not in self._inside and len(self._inside) >= self._slots:

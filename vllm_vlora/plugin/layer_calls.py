@@ -124,17 +124,11 @@ class LayerPunica:
         assert path is not None
         add_direct(y, x, self._layer, path.table, path.routing)
 
-    def add_lora_logits(self, *args: Any, **kwargs: Any) -> Any:
+    def add_lora_embedding(self, *args: Any, **kwargs: Any) -> Any:
         """Stock, but not for a batch on CPU that holds no ordinary adapter."""
         if self._manager.in_batch.stock or not self._on_cpu:
-            return self._inner.add_lora_logits(*args, **kwargs)
-        # It gathers a slot's B (vocabulary x rank) once a token, also for tokens without an adapter.
-        return None
-
-    def add_lora_embedding(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``add_lora_logits``."""
-        if self._manager.in_batch.stock or not self._on_cpu:
             return self._inner.add_lora_embedding(*args, **kwargs)
+        # It gathers a slot's B once a token, also for tokens without an adapter.
         return None
 
 

@@ -81,17 +81,26 @@ def read_layouts(manager: Any) -> list[SliceLayout]:
     """Describe every slice of every LoRA layer of this rank but fused experts, see ``experts``."""
     layouts: list[SliceLayout] = []
     for module_name, layer in manager.modules.items():
-        kind = type(layer).__name__
         if is_fused_moe(layer):
             continue
         parts = manager.packed_modules.get(module_name, [module_name])
-        if kind == "LogitsProcessorWithLoRA":
+        if is_logits(layer):
             layouts.append(_logits_layout(parts[0], layer))
-        elif kind == "VocabParallelEmbeddingWithLoRA":
+        elif is_embedding(layer):
             layouts.append(_embedding_layout(parts[0], layer))
         else:
             layouts += _linear_layouts(parts, layer)
     return layouts
+
+
+def is_logits(layer: Any) -> bool:
+    """Whether a LoRA layer is the one of lm_head."""
+    return type(layer).__name__ == "LogitsProcessorWithLoRA"
+
+
+def is_embedding(layer: Any) -> bool:
+    """Whether a LoRA layer looks tokens up."""
+    return type(layer).__name__ == "VocabParallelEmbeddingWithLoRA"
 
 
 def read_direct_layouts(manager: Any) -> list[LayerLayout]:

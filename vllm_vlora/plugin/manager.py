@@ -1,7 +1,7 @@
 """vLLM's LoRA manager beside direct tasks: what is resident, which slot holds what, the batch's mapping.
 
-With ``seams``, ``layers``, ``experts``, ``layer_calls``, ``scheduling`` and ``graph_cases`` the only
-file that knows vLLM's internals.
+With ``seams``, ``layers``, ``experts``, ``layer_calls``, ``head_calls``, ``steps``,
+``scheduling`` and ``graph_cases`` the only file that knows vLLM's internals.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ from vllm_vlora.plugin.experts import (
     is_fused_moe,
     make_expert_writer,
 )
+from vllm_vlora.plugin.head_calls import HeadPunica
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_ahead
 from vllm_vlora.plugin.layers import (
     EngineNames,
+    is_embedding,
+    is_logits,
     read_direct_layouts,
     read_elsewhere,
     read_layouts,
@@ -49,6 +52,7 @@ from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
 from vllm_vlora.plugin.slots import SlotWriter
+from vllm_vlora.plugin.steps import adapt_steps
 from vllm_vlora.wording import some_of
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
@@ -127,6 +131,12 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             super()._create_lora_modules()
         finally:
             self._creating = False
+        # Only then are embeddings looked up outside of compiled graphs.
+        some = self._vllm_config.model_config.enable_prompt_embeds
+        for module in self.modules.values():
+            if is_logits(module) or (some and is_embedding(module)):
+                module.set_mapping(HeadPunica(module.punica_wrapper))
+        adapt_steps()
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         if not isinstance(lora_model, TaskLoRAModel):

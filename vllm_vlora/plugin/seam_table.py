@@ -401,6 +401,7 @@ def _called() -> Iterator[Seam]:
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
     yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
+    yield Seam("vllm.utils.gpu_sync_debug", "gpu_sync_allowed", "finds the rows of a slot")
     yield Seam("vllm.envs", "VLLM_BATCH_INVARIANT", "refused in direct mode", direct=True)
     yield Seam(
         "vllm.lora.lora_weights",
@@ -488,8 +489,19 @@ def _layers() -> Iterator[Seam]:
         "stock adapters, then direct tasks",
         accepts=("y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
     )
-    for name in ("add_lora_logits", "add_lora_embedding"):
-        yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", "left out on CPU without stock adapters")
+    yield Seam(
+        _PUNICA,
+        "PunicaWrapperBase.add_lora_embedding",
+        "left out on CPU without stock adapters",
+    )
+    yield Seam(
+        _PUNICA,
+        "PunicaWrapperBase.add_lora_logits",
+        "an own one on CPU, and wherever prompts are scored",
+        accepts=("y", "x", "lora_a_stacked", "lora_b_stacked", "scale"),
+    )
+    for name in ("token_lora_indices", "sampler_indices", "_embeddings_indices"):
+        yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", "whose row it is")
 
 
 def _held() -> Iterator[Seam]:
@@ -603,9 +615,54 @@ def _runner_v2() -> Iterator[Seam]:
     )
 
 
+def _steps() -> Iterator[Seam]:
+    yield Seam(
+        _RUNNER_V1,
+        "GPUModelRunner.sample_tokens",
+        "on CPU, a seed is kept over the pieces of a prompt",
+        ("self", "grammar_output"),
+        optional=True,
+    )
+    yield Seam(
+        _RUNNER_V1,
+        "GPUModelRunner.discard_request_mask",
+        "whose sample is thrown away",
+        optional=True,
+    )
+    yield Seam(
+        _RUNNER_V1,
+        "GPUModelRunner._preprocess",
+        "embeddings of some tokens of a batch are mapped to adapters as these tokens are",
+        accepts=("scheduler_output",),
+        optional=True,
+    )
+    for name in ("enable_prompt_embeds", "is_token_ids"):
+        yield Seam(_RUNNER_V1, f"GPUModelRunner.{name}", "which tokens are embedded", optional=True)
+    why = "rows of prompts' logits are mapped to adapters as their tokens are"
+    yield Seam(
+        _RUNNER_V1,
+        "GPUModelRunner._get_prompt_logprobs_dict",
+        why,
+        ("self", "hidden_states", "num_scheduled_tokens"),
+        optional=True,
+    )
+    for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
+        yield Seam(
+            "vllm.v1.worker.gpu.sample.prompt_logprob",
+            f"PromptLogprobsWorker.{name}",
+            why,
+            accepts=("logits_fn", "hidden_states"),
+            optional=True,
+        )
+
+
 RUNNER_SEAMS: dict[str, tuple[Seam, ...]] = {"v1": tuple(_runner_v1()), "v2": tuple(_runner_v2())}
 """What a model runner must have for a third graph. It is looked up in the worker that has one, which has
 imported these modules; without, batches of direct tasks alone use the graphs of all."""
+
+STEP_SEAMS: tuple[Seam, ...] = tuple(_steps())
+"""Parts of a step, in the first model runner and in the second: like ``RUNNER_SEAMS``, they are looked up
+in the worker. The last is there from 0.32 on."""
 
 GROUPS: dict[str, tuple[Seam, ...]] = {
     "replaced": tuple(_replaced()),
@@ -613,6 +670,7 @@ GROUPS: dict[str, tuple[Seam, ...]] = {
     "called": tuple(_called()),
     "layers": tuple(_layers()),
     "read": tuple(_held()),
+    "steps": STEP_SEAMS,
     "graphs": RUNNER_SEAMS["v1"] + RUNNER_SEAMS["v2"],
 }
 """The seams by what is done with them, in the order in which they are checked."""

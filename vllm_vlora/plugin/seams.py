@@ -1,7 +1,7 @@
 """What takes the place of vLLM's own functions, and how it is put there.
 
 What is patched, and why there, is in ``seam_table``, with everything else that the plugin relies on. What
-is put there is below and in ``manager``, ``scheduling`` and ``graph_cases``.
+is put there is below and in ``manager``, ``steps``, ``scheduling`` and ``graph_cases``.
 """
 
 from __future__ import annotations
