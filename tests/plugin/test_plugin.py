@@ -7,6 +7,7 @@ import importlib
 import logging
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.writer import CheckpointWriter
-from vllm_vlora.errors import CheckpointError, TaskLoadError
+from vllm_vlora.errors import CheckpointError, SettingError, TaskLoadError
 from vllm_vlora.plugin.identity import parse_task_path, task_ids_to_int, task_path
 from vllm_vlora.plugin.layouts import Run, SliceLayout, index_runs
 from vllm_vlora.plugin.resident import ResidentStore
@@ -270,7 +271,7 @@ def test_a_known_vllm_is_patched_once(
     ("change", "line"),
     [
         (_version("0.27.1"), "vLLM 0.27.1 is not between"),
-        (_version("0.33.0"), "VLLM_VLORA_ALLOW_UNTESTED"),
+        (_version("0.34.0"), "VLLM_VLORA_ALLOW_UNTESTED"),
         (_other_arguments, "_load_adapter takes"),
         (_gone("vllm.lora.model_manager:LoRAModelManager._create_lora_modules"), "does not exist"),
         (_gone("vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys"), "does not exist"),
@@ -331,6 +332,61 @@ def test_the_api_server_says_at_start_up_what_cannot_be_served(
     init = _init_static_loras(Models.init_static_loras, lambda: [LoRARequest(name, 1, "/x")])
     with pytest.raises(CheckpointError, match=message):
         asyncio.run(init(Models()))
+
+
+def _start_rust(tasks: list[str], *, templates: bool = False, **options: Any) -> Any:
+    """The options that vLLM's start of its Rust frontend gets with a checkpoint of these tasks."""
+    from vllm.lora.request import LoRARequest
+
+    from vllm_vlora.plugin.seams import _rust_frontend
+
+    def start(self: Any, binary_path: str, sock: Any, args: Any) -> None:
+        self.args = args
+
+    served = {
+        "model": "m",
+        "served_model_name": ["base"],
+        "enable_lora": True,
+        "lora_modules": None,
+    }
+    given = Namespace(**served | options)
+    before = dict(vars(given))
+    requests = [LoRARequest(name, 1, f"/c/tasks/{name}.safetensors@{'0' * 32}") for name in tasks]
+    manager = SimpleNamespace()
+    _rust_frontend(start, lambda: requests, templates)(manager, "vllm-rs", None, args=given)
+    assert vars(given) == before, "others read them too"
+    return manager.args
+
+
+def test_the_rust_frontend_is_given_every_task_beside_other_adapters() -> None:
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    other = LoRAModulePath("other", "/peft")
+    args = _start_rust(["a", "b ü"], lora_modules=[other], port=1)
+    assert args.port == 1
+    assert [(m.name, m.path) for m in args.lora_modules] == [
+        ("other", "/peft"),
+        ("a", "/c/tasks/a.safetensors@" + "0" * 32),
+        ("b ü", "/c/tasks/b ü.safetensors@" + "0" * 32),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        (["a"], {"enable_lora": False}, "--enable-lora"),
+        (["base"], {}, "'base' has the name of a served model"),
+        (["m"], {"served_model_name": None}, "'m' has the name of a served model"),
+        ([f"task-{i}" for i in range(2000)], {}, "2000 tasks and adapters are more than"),
+    ],
+)
+def test_the_rust_frontend_is_not_started_with_what_it_cannot_serve(
+    tasks: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        _start_rust(tasks, **options)
+    with pytest.raises(SettingError, match="renders chats itself"):
+        _start_rust(["a"], templates=True)
 
 
 class _Engine:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from plugin_world import STORED, TASKS, Store, build, make_path
 
 from vllm_vlora.checkpoint.reader import Checkpoint
@@ -152,6 +153,7 @@ def worker(managing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
     store.preload(checkpoint.path, lambda opened: make_path(opened, slots=2))
     assert store.direct is not None
     manager = object.__new__(managing.TaskLoRAManager)
+    manager._pooling_task = manager._classification_head = None
     manager.vlora_store = store
     manager.lora_config = SimpleNamespace(max_loras=2, max_cpu_loras=4)
     manager._direct_models, manager._direct_slots = {}, DirectSlots(store.direct)
@@ -411,3 +413,50 @@ def test_warm_up_adapters_beyond_the_slots_stand_for_direct_tasks(
     monkeypatch.setattr(manager.vlora_store, "direct", None)
     assert add(stock, LoRARequest("dummy 5", 5, "/not/a/real/path"), 8)
     assert stock.calls[-1] == (5, 8)
+
+
+# --- classification heads -------------------------------------------------------------------------
+
+# The checks of a head that vLLM's manager has, by release.
+HEAD_CHECKS = {
+    "0.30": (),
+    "0.32": ("_validate_modules_to_save", "_validate_token_classification_lora"),
+    "0.33": ("_validate_classification_head_lora",),
+}
+
+
+@pytest.mark.parametrize("release", list(HEAD_CHECKS))
+def test_heads_go_through_every_check_that_vllm_has(
+    managing: Any, monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    from vllm.lora.model_manager import LoRAModelManager
+
+    shown: list[tuple[str, list[str], list[str]]] = []
+    for name in managing._HEAD_CHECKS:
+        monkeypatch.delattr(LoRAModelManager, name, raising=False)
+    for name in HEAD_CHECKS[release]:
+
+        def check(self: Any, model: Any, name: str = name) -> None:
+            shown.append((name, list(model.loras), list(model.modules_to_save)))
+            if "refused" in model.modules_to_save:
+                raise ValueError("is refused")
+
+        monkeypatch.setattr(LoRAModelManager, name, check, raising=False)
+    manager = object.__new__(managing.TaskLoRAManager)
+
+    def make(head: str | None) -> Any:
+        extra = {f"base_model.model.{head}.weight": torch.ones(1, 2)} if head else {}
+        task = managing.ResidentTask("t", "ck", 4, {"score": ("a", "b")}, extra)
+        return manager._make_model(7, task)
+
+    assert make(None).id == 7
+    assert shown == [(name, ["score"], []) for name in HEAD_CHECKS[release]]
+    if not HEAD_CHECKS[release]:
+        with pytest.raises(ModelMismatchError, match=r"task 't': .* heads in a way"):
+            make("classifier")
+        return
+    shown.clear()
+    assert list(make("classifier").modules_to_save) == ["classifier"]
+    assert shown == [(name, ["score"], ["classifier"]) for name in HEAD_CHECKS[release]]
+    with pytest.raises(ModelMismatchError, match="ck: task 't': is refused"):
+        make("refused")

@@ -159,7 +159,7 @@ def test_what_a_wrapped_method_sets_is_found() -> None:
     assert seam.find().value is None
 
 
-@pytest.mark.parametrize("number", ["0.27.1", "0.33.0"])
+@pytest.mark.parametrize("number", ["0.27.1", "0.34.0"])
 def test_a_version_that_was_not_tried_is_said_and_looked_into(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: str
 ) -> None:
@@ -167,7 +167,7 @@ def test_a_version_that_was_not_tried_is_said_and_looked_into(
     for module in (plugin, command):
         monkeypatch.setattr(module, "_vllm_version", lambda: number)
     assert command.main([]) == 0
-    assert capsys.readouterr().out.startswith(f"vLLM {number} is not between 0.28 and 0.33")
+    assert capsys.readouterr().out.startswith(f"vLLM {number} is not between 0.28 and 0.34")
     assert command.main(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["version"], report["supported"]) == (number, False)

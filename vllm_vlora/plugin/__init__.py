@@ -12,7 +12,7 @@ from vllm_vlora.plugin.settings import MODE_VARIABLE, Settings, read_settings
 
 UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
 # First version that works and first that was not tried; CONTRIBUTING says how to move the end.
-SUPPORTED_VLLM = ((0, 28), (0, 33))
+SUPPORTED_VLLM = ((0, 28), (0, 34))
 
 
 def register() -> None:

@@ -104,13 +104,23 @@ def is_embedding(layer: Any) -> bool:
 
 
 def read_direct_layouts(manager: Any) -> list[LayerLayout]:
-    """The linear layers that may run direct: those of the language model, by vLLM's own classes."""
+    """The linear layers that may run direct: those of the language model, by vLLM's own classes.
+
+    A classification head is one of them by its class, and is none: its rows are requests, not tokens.
+    """
     wrapper = _language_wrapper(manager)
     return [
         LayerLayout(name, tuple(_linear_layouts(manager.packed_modules.get(name, [name]), layer)))
         for name, layer in manager.modules.items()
-        if isinstance(layer, BaseLinearLayerWithLoRA) and layer.punica_wrapper is wrapper
+        if isinstance(layer, BaseLinearLayerWithLoRA)
+        and layer.punica_wrapper is wrapper
+        and not is_full_head(layer)
     ]
+
+
+def is_full_head(layer: Any) -> bool:
+    """Whether the layer is a classification head, of which an adapter may have its own."""
+    return hasattr(type(layer), "set_module_to_save")
 
 
 def read_elsewhere(manager: Any) -> dict[str, bool]:

@@ -42,6 +42,7 @@ from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_
 from vllm_vlora.plugin.layers import (
     EngineNames,
     is_embedding,
+    is_full_head,
     is_logits,
     read_direct_layouts,
     read_elsewhere,
@@ -59,6 +60,14 @@ from vllm_vlora.wording import some_of
 logger = init_logger("vllm.plugins.vlora")
 # As bytes over a budget: whatever gives way may help.
 _ALL = sys.maxsize
+# vLLM's checks of a classification head: two in 0.31 and 0.32, one from 0.33 on, none before.
+_HEAD_CHECKS = (
+    "_validate_modules_to_save",
+    "_validate_token_classification_lora",
+    "_validate_classification_head_lora",
+)
+# Stands for factors where they are only asked whether they are there.
+_NAMED: Any = object()
 
 
 @dataclass(frozen=True)
@@ -197,11 +206,27 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         heads = _full_heads(task)
         if heads:
             model.modules_to_save = heads
-            try:
-                self._validate_modules_to_save(model)
-            except ValueError as error:
-                raise ModelMismatchError(f"{task.path}: task {task.task_id!r}: {error}") from error
+        try:
+            self._validate_head(task, heads)
+        except ValueError as error:
+            raise ModelMismatchError(f"{task.path}: task {task.task_id!r}: {error}") from error
         return model
+
+    def _validate_head(self, task: ResidentTask, heads: dict[str, Any]) -> None:
+        """vLLM's own checks of an adapter's classification head, under the names that each version has.
+
+        They ask for names alone where an adapter has factors, so the task is shown as one with its names.
+        """
+        checks = [getattr(self, name) for name in _HEAD_CHECKS if hasattr(self, name)]
+        if heads and not checks:
+            raise ValueError(
+                "this vLLM checks heads in a way that is not known; leave the task out"
+            )
+        if checks:
+            shown = LoRAModel(1, task.rank, dict.fromkeys(task.sources, _NAMED))
+            shown.modules_to_save = heads
+            for check in checks:
+                check(shown)
 
     # --- tasks that come after start-up ---
 
@@ -400,7 +425,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """Put ourselves between the layers and punica."""
         for name, module in self.modules.items():
             layer = path.layers.get(name)
-            if layer is not None or (current_platform.is_cpu() and not _is_full_head(module)):
+            if layer is not None or (current_platform.is_cpu() and not is_full_head(module)):
                 calls = LayerPunica(self, module, layer)
                 module.set_mapping(calls)
                 if layer is not None and self.setup.settings.overlap and self.device.type == "cuda":
@@ -500,16 +525,12 @@ def _layers_left_to_stock(modules: dict[str, Any], filled: list[Any]) -> dict[st
     return {
         name: layer
         for name, layer in modules.items()
-        if _is_full_head(layer) or (is_fused_moe(layer) and id(layer) not in ours)
+        if is_full_head(layer) or (is_fused_moe(layer) and id(layer) not in ours)
     }
 
 
-def _is_full_head(layer: Any) -> bool:
-    return hasattr(type(layer), "set_module_to_save")
-
-
 def _full_heads(task: ResidentTask) -> dict[str, Any]:
-    """A task's classification head as vLLM 0.32 wants it: module name -> whole weights."""
+    """A task's classification head as vLLM wants it: module name -> whole weights."""
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in task.extra.items():
         if not is_base_copy(name):
@@ -517,7 +538,7 @@ def _full_heads(task: ResidentTask) -> dict[str, Any]:
             tensors.setdefault(module, {})[part] = tensor
     if not tensors:
         return {}
-    from vllm.lora.lora_weights import LoRAFullModuleWeights  # not there before 0.32
+    from vllm.lora.lora_weights import LoRAFullModuleWeights  # not there before 0.31
 
     return {
         module: LoRAFullModuleWeights(module, parts["weight"], parts.get("bias"))

@@ -1,9 +1,9 @@
 """Every place of vLLM that the plugin replaces, overrides, calls or reads, in one table.
 
 ``seams.install`` checks it before it patches anything; ``python -m vllm_vlora.plugin`` prints it.
-Checked on vLLM 0.28, 0.30 and 0.32 (``make compat`` runs the engine tests on each); 0.29 and 0.31 lie
-between them. Nothing of vLLM is imported here before a seam is looked up, so that the table can be read
-whatever vLLM there is.
+Checked on vLLM 0.28, 0.30, 0.32 and 0.33 (``make compat`` runs the engine tests on each); 0.29 and 0.31
+lie between them. What each release changed at these places is in ``docs/versions.md``. Nothing of vLLM is
+imported here before a seam is looked up, so that the table can be read whatever vLLM there is.
 
 What is replaced are attributes of classes and of one module, so names that vLLM bound at import see
 the new ones too. A layer's ``punica_wrapper`` is replaced through its own ``set_mapping``.
@@ -278,6 +278,12 @@ def _replaced() -> Iterator[Seam]:
             "renders a chat with its task's template, where that is asked for",
             ("self", "default_template", "default_template_content_format"),
         )
+    yield Seam(
+        "vllm.v1.utils",
+        "RustFrontendProcessManager.__init__",
+        "the Rust frontend lists every task, which it is given as --lora-modules",
+        accepts=("args",),
+    )
     # Inside the step a bad checkpoint would be the end of the engine.
     outside = "a new task is loaded outside the step, where a bad checkpoint is its caller's error"
     for module, owner in (("llm_engine", "LLMEngine"), ("async_llm", "AsyncLLM")):
@@ -297,7 +303,7 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         "vllm.v1.core.kv_cache_utils",
         "_gen_lora_extra_hash_keys",
-        "our tasks' prefix-cache keys get the content's digest; before 0.32 a key was the name alone",
+        "our tasks' prefix-cache keys get the content's digest; before 0.31 a key was the name alone",
         ("request",),
     )
 
@@ -363,6 +369,12 @@ def _called() -> Iterator[Seam]:
         "a module's name as the served model has it",
         ("name", "weights_mapper"),
     )
+    yield Seam(
+        "vllm.entrypoints.openai.models.protocol",
+        "LoRAModulePath",
+        "a task for the Rust frontend",
+        accepts=("name", "path"),
+    )
     yield Seam(_RESOLVER, "LoRAResolverRegistry.get_supported_resolvers", "is ours there?", ())
     yield Seam(
         _RESOLVER,
@@ -406,7 +418,7 @@ def _called() -> Iterator[Seam]:
     yield Seam(
         "vllm.lora.lora_weights",
         "LoRAFullModuleWeights",
-        "classification heads; from 0.32 on",
+        "classification heads; from 0.31 on",
         ("module_name", "weight", "bias"),
         optional=True,
     )
@@ -418,13 +430,18 @@ def _called() -> Iterator[Seam]:
             ("self",),
             optional=True,
         )
-    yield Seam(
-        _MANAGER,
-        "LoRAModelManager._validate_modules_to_save",
-        "classification heads; from 0.32 on",
-        ("self", "lora_model"),
-        optional=True,
-    )
+    for name, since in (
+        ("_validate_modules_to_save", "in 0.31 and 0.32"),
+        ("_validate_token_classification_lora", "in 0.31 and 0.32"),
+        ("_validate_classification_head_lora", "from 0.33 on"),
+    ):
+        yield Seam(
+            _MANAGER,
+            f"LoRAModelManager.{name}",
+            f"checks of classification heads; {since}",
+            ("self", "lora_model"),
+            optional=True,
+        )
 
 
 def _layers() -> Iterator[Seam]:
@@ -511,10 +528,10 @@ def _held() -> Iterator[Seam]:
                  "punica_wrapper_mapping", "supports_mm"):  # fmt: skip
         yield Seam(_MANAGER, f"LoRAModelManager.{name}", "read by our manager")
     yield Seam(
-        _MANAGER, "LoRAModelManager.supported_modules_to_save", "heads; from 0.32 on", optional=True
+        _MANAGER, "LoRAModelManager.supported_modules_to_save", "heads; from 0.31 on", optional=True
     )
     yield Seam(
-        "vllm.lora.lora_model", "LoRAModel.modules_to_save", "heads; from 0.32 on", optional=True
+        "vllm.lora.lora_model", "LoRAModel.modules_to_save", "heads; from 0.31 on", optional=True
     )
     yield Seam(
         "vllm.model_executor.models.module_mapping",

@@ -6,11 +6,14 @@ is put there is below and in ``manager``, ``steps``, ``scheduling`` and ``graph_
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from vllm.lora.lora_model import LoRAModel
@@ -19,7 +22,13 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_vlora._version import __version__
-from vllm_vlora.errors import CheckpointError, ModelStateError, TaskLoadError, VLoRAError
+from vllm_vlora.errors import (
+    CheckpointError,
+    ModelStateError,
+    SettingError,
+    TaskLoadError,
+    VLoRAError,
+)
 from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import parse_task_path
@@ -32,10 +41,12 @@ from vllm_vlora.plugin.residency import (
 )
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
-from vllm_vlora.plugin.settings import Settings, read_settings
+from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
 
 _PATCHED = "_vlora_patched"
 _ABSENT = object()
+# Linux takes 128 KiB for one argument of a command; the other options of ``vllm serve`` travel in it too.
+_LONGEST_ARGUMENT = 120 * 1024
 
 
 # --- the worker -----------------------------------------------------------------------------------
@@ -145,26 +156,73 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
 def _init_static_loras(
     original: Callable[..., Any],
     requests: Callable[[], list[LoRARequest]],
-    load_templates: Callable[[], object],
+    load_templates: Callable[[], object] = tuple,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
         load_templates()
-        if self.engine_client.vllm_config.lora_config is None:
-            raise CheckpointError(
-                "VLLM_VLORA_CHECKPOINT is set, but vLLM runs without LoRA; start it with --enable-lora"
-            )
+        _refuse_without_lora(self.engine_client.vllm_config.lora_config)
         for request in requests():
-            if self.is_base_model(request.lora_name) or request.lora_name in self.lora_requests:
-                raise CheckpointError(
-                    f"task {request.lora_name!r} has the name of a served model or --lora-modules "
-                    "adapter; give one of them another name"
-                )
+            _refuse_name(request, self.is_base_model(request.lora_name), self.lora_requests)
             self.lora_requests[request.lora_name] = request
             _loaded_paths(self.engine_client).add(request.lora_path)
 
     return init
+
+
+def _rust_frontend(
+    original: Callable[..., Any],
+    requests: Callable[[], list[LoRARequest]],
+    chat_templates: bool = False,
+) -> Callable[..., Any]:
+    """The start of vLLM's Rust frontend, which asks no Python for adapters, with every task beside
+    ``--lora-modules``: it loads those before it listens."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+        bound = signature.bind(self, *args, **kwargs)
+        options = bound.arguments["args"]
+        _refuse_without_lora(options.enable_lora)
+        if chat_templates:
+            raise SettingError(
+                f"{TEMPLATES_VARIABLE}=on, but vLLM's Rust frontend renders chats itself; start it "
+                "without VLLM_USE_RUST_FRONTEND, or turn the setting off"
+            )
+        served = options.served_model_name or [options.model]
+        modules = {module.name: module for module in options.lora_modules or ()}
+        for request in requests():
+            _refuse_name(request, request.lora_name in served, modules)
+            modules[request.lora_name] = LoRAModulePath(request.lora_name, request.lora_path)
+        passed = json.dumps([dataclasses.asdict(module) for module in modules.values()])
+        if len(passed) > _LONGEST_ARGUMENT:
+            raise CheckpointError(
+                f"{len(modules)} tasks and adapters are more than vLLM can hand to its Rust frontend on "
+                "one command line; start it without VLLM_USE_RUST_FRONTEND"
+            )
+        listed = argparse.Namespace(**vars(options) | {"lora_modules": [*modules.values()]})
+        bound.arguments["args"] = listed
+        original(*bound.args, **bound.kwargs)
+
+    return init
+
+
+def _refuse_without_lora(enabled: object) -> None:
+    if not enabled:
+        raise CheckpointError(
+            "VLLM_VLORA_CHECKPOINT is set, but vLLM runs without LoRA; start it with --enable-lora"
+        )
+
+
+def _refuse_name(request: LoRARequest, is_model: bool, listed: Container[str]) -> None:
+    if is_model or request.lora_name in listed:
+        raise CheckpointError(
+            f"task {request.lora_name!r} has the name of a served model or --lora-modules "
+            "adapter; give one of them another name"
+        )
 
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -319,13 +377,16 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         wrappers["OpenAIServingModels.init_static_loras"] = lambda f: _init_static_loras(
             f,
             requests,
-            (lambda: templates.load(checkpoint))
+            functools.partial(templates.load, checkpoint)
             if setup.settings.chat_templates
-            else (lambda: None),
+            else tuple,
         )
         if setup.settings.chat_templates:
             for _, owner in CHAT_REQUESTS:
                 wrappers[f"{owner}.build_chat_params"] = templates.wrap
+        wrappers["RustFrontendProcessManager.__init__"] = lambda f: _rust_frontend(
+            f, requests, setup.settings.chat_templates
+        )
     patches = [
         (seams[name].owner, seams[name].attribute, wrap(seams[name].value))
         for name, wrap in wrappers.items()
