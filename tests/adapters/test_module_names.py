@@ -100,6 +100,19 @@ def test_another_shape_says_that_they_are_two_layers() -> None:
     assert shared_prefixes([{"layers.0.q": 1}, {"model.layers.0.q": 2}]) == [{}, {}]
 
 
+def test_only_whole_names_and_prefixes_with_a_dot_are_replaced() -> None:
+    prefixes = {"model.embed_tokens": "embed_tokens", "model.layers.": "layers.", "lm_head": "x"}
+    for name, want in (
+        ("model.embed_tokens", "embed_tokens"),
+        ("model.embed_tokens_per_layer", "model.embed_tokens_per_layer"),
+        ("model.layers.0.q", "layers.0.q"),
+        ("lm_head", "x"),
+        ("lm_head_2", "lm_head_2"),
+    ):
+        assert renamed(name, prefixes) == want
+    assert renamed("a.b.c", {"a.": "x.", "a.b.": "y."}) == "y.c"
+
+
 def test_the_names_of_a_checkpoint_stay() -> None:
     adapters = [{"model.layers.0.q": 1}, {"model.layers.1.q": 1, "lm_head": 2}]
     assert shared_prefixes(adapters, {"layers.5.v": 3}) == [{"layers.": "model.layers."}] * 2

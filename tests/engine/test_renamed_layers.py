@@ -26,7 +26,7 @@ from vllm_vlora import lora_request
 
 def main():
     job = json.loads(sys.argv[1])
-    options = {"runner": "pooling", "convert": "embed"} if job["pooling"] else {}
+    options = {"runner": "pooling", "convert": "embed"} if job["pooling"] else {"max_logprobs": 256}
     llm = LLM(job["model"], enable_lora=True, max_loras=8, max_lora_rank=16, dtype="float32",
               enforce_eager=True, max_model_len=128, max_num_seqs=8, **options)
     prompt = {"prompt_token_ids": job["prompt"]}
@@ -35,11 +35,11 @@ def main():
     if job["pooling"]:
         answers = [o.outputs.embedding for o in llm.embed(prompts, lora_request=requests)]
     else:
-        sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
-        answers = [
-            [found[token].logprob for token, found in zip(job["prompt"][1:], o.prompt_logprobs[1:])]
-            for o in llm.generate(prompts, sampling, lora_request=requests)
-        ]
+        sampling = SamplingParams(max_tokens=1, logprobs=256)
+        answers = []
+        for output in llm.generate(prompts, sampling, lora_request=requests):
+            (found,) = output.outputs[0].logprobs
+            answers.append([found[token].logprob for token in range(256)])
     print("RESULT " + json.dumps(answers), flush=True)
 
 if __name__ == "__main__":
@@ -71,7 +71,6 @@ def _serve(
     }
     _, output = run(SCRIPT, json.dumps(job), VLLM_VLORA_CHECKPOINT=str(start))
     lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    Path("/tmp/wtn/engine.out").open("a").write(output)
     assert lines, output[-20_000:]
     answers = json.loads(lines[-1].removeprefix("RESULT "))
     return {key: torch.tensor(answer) for key, answer in zip(requests, answers)}, output

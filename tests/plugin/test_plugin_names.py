@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from plugin_world import CPU, layouts
+from plugin_world import CPU, activate_all, layouts
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.writer import CheckpointWriter
@@ -20,9 +21,11 @@ from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.quantize import pack, unpack
+from vllm_vlora.representations.decode import decode
 from vllm_vlora.representations.joint import encode_joint
 from vllm_vlora.representations.private import encode_private
 from vllm_vlora.representations.stored import Basis
+from vllm_vlora.triton_kernels.direct import add_direct
 
 NEW, OLD = "model.language_model.layers.0.q", "language_model.model.layers.0.q"
 D_IN, D_OUT = 80, 256
@@ -88,6 +91,25 @@ def test_a_layer_holds_the_basis_of_the_first_task_and_the_others_are_materializ
     assert obstacles == dict.fromkeys(["first", "again", "own"])
     assert later is not None
     assert later.startswith(f"module {OLD} is the same layer of the served model as {NEW}, ")
+
+
+def test_the_tasks_that_run_direct_add_their_own_update(tmp_path: Path) -> None:
+    checkpoint = build(tmp_path / "ckpt")
+    path = make_path(checkpoint)
+    tasks = [task for task in checkpoint.tasks if path.obstacle(checkpoint, task) is None]
+    activate_all(path, checkpoint, tasks).route(np.array([1, 2, 3, 0]))
+    x = torch.randn(4, D_IN, generator=torch.Generator().manual_seed(3))
+    layer = path.layers["qkv"]
+    y = torch.zeros(4, layer.width)
+    add_direct(y, x, layer, path.table, path.routing)
+    bases = dict(checkpoint.bases())
+    for row, task in enumerate(tasks):
+        ((name, stored),) = checkpoint.load_task(task).modules.items()
+        a, b = decode(stored, None if stored.is_private else bases[name])
+        want = x[row].double() @ a.double().T @ b.double().T
+        assert want.abs().max() > 0.1
+        torch.testing.assert_close(y[row, :D_OUT].double(), want, rtol=1e-4, atol=1e-4)
+    assert y[3].count_nonzero() == 0
 
 
 def test_a_materialized_task_of_the_other_name_has_its_own_basis(tmp_path: Path) -> None:

@@ -55,15 +55,15 @@ class World:
 def generation_world(root: Path) -> World:
     """A Llama, with adapters of it and of a multimodal model whose text it could be.
 
-    Numbers are the log-probabilities of the prompt's tokens but the first.
+    Numbers are the log-probabilities of every token after the prompt.
     """
     from transformers import LlamaForCausalLM
 
     model = make_model(root / "model")
 
     def measure(adapted: Any) -> torch.Tensor:
-        logits = adapted(input_ids=torch.tensor([PROMPT])).logits[0, :-1]
-        return logits.log_softmax(-1).gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+        logits = adapted(input_ids=torch.tensor([PROMPT])).logits[0, -1]
+        return logits.log_softmax(-1)
 
     return _world(root, model, GENERATION, LlamaForCausalLM, measure)
 

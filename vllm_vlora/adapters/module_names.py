@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol, TypeVar
 
 Found = TypeVar("Found", bound=Hashable)
@@ -76,6 +77,7 @@ class _Place(NamedTuple):
     rest: str
 
 
+@lru_cache(maxsize=1 << 16)
 def _place(name: str) -> _Place | None:
     for number, part in enumerate(_PARTS):
         for prefix in part.prefixes:
@@ -159,10 +161,9 @@ def shared_prefixes(
     everyone = [{name: _place(name) for name in adapter} for adapter in adapters]
     fixed = {name: _place(name) for name in known or {}}
     changes: list[dict[str, str]] = [{} for _ in adapters]
-    for part in range(len(_PARTS)):
-        used = [_prefixes(places, part) for places in everyone]
-        theirs = _prefixes(fixed, part)
-        prefix = _chosen(used, theirs)
+    used, theirs = [_prefixes(places) for places in everyone], _prefixes(fixed)
+    for part in sorted(set().union(*used)):
+        prefix = _chosen([own[part] for own in used if part in own], theirs.get(part, set()))
         if prefix is None or not _shapes_agree(
             part, [*zip(adapters, everyone), (known or {}, fixed)]
         ):
@@ -175,13 +176,17 @@ def shared_prefixes(
 
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """A name with the longest of the ``prefixes`` that it begins with replaced.
+    """A name with what stands beside the longest of the ``prefixes`` that fits in that one's place.
+
+    One that ends with a dot fits what begins with it, any other one the name that it is.
 
     Examples:
         >>> renamed("model.layers.0.q_proj", {"model.layers.": "layers."})
         'layers.0.q_proj'
     """
-    fitting = [prefix for prefix in prefixes if name.startswith(prefix)]
+    if name in prefixes:
+        return prefixes[name]
+    fitting = [prefix for prefix in prefixes if prefix.endswith(".") and name.startswith(prefix)]
     if not fitting:
         return name
     longest = max(fitting, key=len)
@@ -196,8 +201,13 @@ def inverse(prefixes: Mapping[str, str]) -> dict[str, str]:
 _Places = Mapping[str, _Place | None]
 
 
-def _prefixes(places: _Places, part: int) -> set[str]:
-    return {place.prefix for place in places.values() if place is not None and place.part == part}
+def _prefixes(places: _Places) -> dict[int, set[str]]:
+    """The prefixes that an adapter has of each part of the model."""
+    found: dict[int, set[str]] = {}
+    for place in places.values():
+        if place is not None:
+            found.setdefault(place.part, set()).add(place.prefix)
+    return found
 
 
 def _chosen(used: Sequence[set[str]], fixed: set[str]) -> str | None:
