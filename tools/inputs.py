@@ -106,7 +106,8 @@ def _expand(ref: str, found: Inputs) -> list[tuple[str, str | None]]:
     if not inside.adapters and inside.passed_over and describe_folder(path) is None:
         reasons = (f"{place.name}: {why}" for place, why in inside.passed_over.items())
         raise AdapterError(f"{ref}: no adapter in it; {some_of(reasons, 3)}")
-    if not inside.adapters or list(inside.adapters.values()) == [path.absolute()]:
+    itself = any(os.path.samefile(place, path) for place in inside.adapters.values())
+    if itself or not inside.adapters:
         return [(ref, None)]
     found.folders[ref] = len(inside.adapters)
     return [(str(folder), task_id) for task_id, folder in inside.adapters.items()]

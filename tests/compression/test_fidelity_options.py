@@ -60,7 +60,12 @@ def same_start(folder: Path, count: int) -> dict[str, Adapter]:
             )
             for n, (a, b) in start.items()
         }
-        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        config = {
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj", "v_proj"],
+        }
         write_adapter(folder / f"t{number}", config, factors)
         found[f"t{number}"] = open_adapter(folder / f"t{number}")
     return found

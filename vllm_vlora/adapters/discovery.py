@@ -47,6 +47,11 @@ class FoundAdapters:
 
     Attributes:
         adapters: task id -> adapter's folder, by path. passed_over: folder or file -> why it was left.
+
+    Examples:
+        >>> found = find_adapters(adapter_dirs[0])
+        >>> list(found.adapters), found.passed_over
+        (['task_0'], {})
     """
 
     adapters: dict[str, Path]
@@ -74,10 +79,11 @@ def find_adapters(folder: str | Path) -> FoundAdapters:
     rest is enough.
 
     Examples:
-        >>> list(find_adapters(adapter_dirs[0].parent).adapters)[:2]
+        >>> list(find_adapters(f"{adapter_dirs[0]}/..").adapters)[:2]
         ['task_0', 'task_1']
     """
-    top = Path(os.path.expanduser(folder)).absolute()
+    given = Path(os.path.expanduser(folder))
+    top = given.resolve() if ".." in given.parts else given.absolute()
     search = _Search()
     _walk(top, search, 0)
     return FoundAdapters(
