@@ -93,7 +93,7 @@ class Oracle:
     ) -> None:
         """Every token's log-probabilities, and with ``greedy`` that it is the best allowed one.
 
-        ``masked`` says that log-probabilities are reported of what is allowed, as vLLM does with grammars.
+        ``masked``: log-probabilities are reported of what is allowed, as vLLM does with grammars.
         """
         rows = self.logits(name, [*prompt, *tokens], embedded)[len(prompt) - 1 :]
         for place, token in enumerate(tokens):
