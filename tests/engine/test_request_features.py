@@ -22,6 +22,8 @@ HEAD, EMBEDDING = "output head/ü", "embedding"
 # (of which one has an lm_head and one an embedding), and the base model.
 NAMES = ["base", "ordinary", *ADAPTERS, f"peft {HEAD}", f"peft {EMBEDDING}", "peft half-packed"]
 SOME = [5, 17, 200, 31]
+# Words that no other word begins with, which a grammar would take for the beginning of one of them.
+DIGITS = [5, 7, 9, 3]
 
 
 def _anything(scores: torch.Tensor, before: list[int]) -> torch.Tensor:
@@ -34,8 +36,9 @@ def _some(scores: torch.Tensor, before: list[int]) -> torch.Tensor:
     return masked
 
 
-def _some_or_end(scores: torch.Tensor, before: list[int]) -> torch.Tensor:
-    masked = _some(scores, before)
+def _digits_or_end(scores: torch.Tensor, before: list[int]) -> torch.Tensor:
+    masked = torch.full_like(scores, -torch.inf)
+    masked[DIGITS] = scores[DIGITS]
     if before:
         masked[0] = scores[0]
     return masked
@@ -59,6 +62,7 @@ class Feature:
     greedy: Allow | None = _anything
     prompt: tuple[int, ...] = tuple((7 * i) % 250 + 1 for i in range(9))
     embedded: bool = False
+    masked: bool = False
 
     def given(self, oracle: Oracle) -> Any:
         """The prompt as ``LLM`` takes it."""
@@ -96,7 +100,7 @@ FEATURES = {
     "allowed": Feature({"allowed_token_ids": SOME, "logprobs": 0}, _some),
     "bad words": Feature({"bad_words": [f"w{t}" for t in SOME], "logprobs": 0}, _without_some),
     "grammar": Feature(
-        {"regex": "(w5|w17|w200|w31)+", "logprobs": 0, "ignore_eos": False}, _some_or_end
+        {"regex": "(w5|w7|w9|w3)+", "logprobs": 0, "ignore_eos": False}, _digits_or_end, masked=True
     ),
 }
 
@@ -158,6 +162,7 @@ class Engine:
                 values(sequence.logprobs),
                 feature.greedy,
                 len(prompt) * feature.embedded,
+                feature.masked,
             )
 
 

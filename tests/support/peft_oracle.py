@@ -89,15 +89,20 @@ class Oracle:
         logprobs: list[dict[int, float]] | None,
         greedy: Allow | None,
         embedded: int = 0,
+        masked: bool = False,
     ) -> None:
-        """Every token's log-probabilities, and with ``greedy`` that it is the best allowed one."""
+        """Every token's log-probabilities, and with ``greedy`` that it is the best allowed one.
+
+        ``masked``: log-probabilities are reported of what is allowed, as vLLM does with grammars.
+        """
         rows = self.logits(name, [*prompt, *tokens], embedded)[len(prompt) - 1 :]
         for place, token in enumerate(tokens):
+            row = rows[place]
+            scores = row if greedy is None else greedy(row.clone(), tokens[:place])
             if logprobs is not None:
                 assert token in logprobs[place]
-                _compare(logprobs[place], rows[place])
+                _compare(logprobs[place], scores if masked else row)
             if greedy is not None:
-                scores = greedy(rows[place].clone(), tokens[:place])
                 assert scores[token] > scores.max() - TOLERANCE, (place, token)
 
     def check_prompt(self, name: str, prompt: list[int], found: list[Any]) -> None:
