@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from vllm_vlora.checkpoint.manifest import (
     read_tasks,
 )
 from vllm_vlora.errors import CheckpointError, TaskNotFoundError
-from vllm_vlora.quantize import PackedMatrix, is_finite, part_specs, widen_codes
+from vllm_vlora.narrow_rows import NARROW_FORMAT, Bits, NarrowCodes, NarrowMatrix, planes_of
+from vllm_vlora.quantize import PackedMatrix, is_finite, part_specs, stored_places, widen_codes
 from vllm_vlora.representations.registry import segment_sides, shared_of
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
@@ -164,11 +166,17 @@ class Checkpoint:
         later = [s.bits, s.rows]
         return fields + later if any(later) else fields
 
-    def load_task(self, task_id: str, device: torch.device | str = "cpu") -> StoredTask:
+    def load_task(
+        self, task_id: str, device: torch.device | str = "cpu", narrow: bool = False
+    ) -> StoredTask:
         """Read one task whole, checked, with its packed matrices on ``device``.
 
         The matrices of a task are views of a handful of flat tensors, so a device gets a handful of
         copies, whatever the number of modules.
+
+        Args:
+            narrow: private factors in nf4-dq become a ``NarrowMatrix``, whose rows have the bits that
+                they have in the file; otherwise every row has 4.
         """
         record = self.record(task_id)
         path = self.path / record.file
@@ -185,8 +193,12 @@ class Checkpoint:
             extra[name] = tensor
         if tensors:
             raise CheckpointError(f"{path}: unexpected tensor {next(iter(tensors))!r}")
-        modules = self._split(record, flat)  # type: ignore[arg-type]
+        modules = self._split(record, flat, narrow)  # type: ignore[arg-type]
         return StoredTask(task_id, self.digest(task_id), modules, extra)  # type: ignore[arg-type]
+
+    def has_narrow_rows(self, task_ids: Iterable[str]) -> bool:
+        """Whether one of these tasks has rows of 3 or 2 bits."""
+        return any(s.bits is not None for task in task_ids for s in self.record(task).segments)
 
     def bases(self) -> Iterator[tuple[str, Basis]]:
         """Yield (module name, basis) for every module that has one; holds one shard at a time."""
@@ -239,27 +251,25 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: unexpected basis tensor {next(iter(held))!r}")
 
     def _split(
-        self, record: TaskRecord, flat: Mapping[str, torch.Tensor]
+        self, record: TaskRecord, flat: Mapping[str, torch.Tensor], narrow: bool
     ) -> dict[str, StoredModule]:
-        flat = {name: _widened(name, tensor) for name, tensor in flat.items()}
+        flat = {name: _in_memory(name, tensor, narrow) for name, tensor in flat.items()}
         offsets = dict.fromkeys(flat, 0)
+        codes = NarrowCodes()
         modules = {}
         for segment in record.segments:
             spec = self.modules[segment.module]
-            matrices = {}
+            is_narrow = narrow and _may_be_narrow(segment)
+            matrices: dict[str, PackedMatrix] = {}
             for side, (rows, cols) in segment_sides(segment, spec).items():
-                shapes = {
-                    part: shape for part, (_, shape) in part_specs(segment.format, cols).items()
-                }
-                taken: dict[str, list[torch.Tensor]] = {part: [] for part in shapes}
-                for part, _, count, _ in stored_parts(segment, rows, cols):
-                    key = tensor_name(segment, side, part)
-                    part = "codes" if part in CODE_PARTS.values() else part
-                    start, size = offsets[key], count * math.prod(shapes[part])
-                    taken[part].append(flat[key][start : start + size].view(count, *shapes[part]))
-                    offsets[key] = start + size
+                taken = _take_parts(segment, side, (rows, cols), flat, offsets, is_narrow)
+                blocks = taken.pop("codes") if is_narrow else []
                 parts = {name: t[0] if len(t) == 1 else torch.cat(t) for name, t in taken.items()}
-                matrices[side] = PackedMatrix(segment.format, rows, cols, parts)
+                if is_narrow:
+                    bits = segment.bits or (rows, 0, 0)
+                    codes.add(blocks, partial(_put_narrow, matrices, side, (cols, bits), parts))
+                else:
+                    matrices[side] = PackedMatrix(segment.format, rows, cols, parts)
             modules[spec.name] = StoredModule(
                 segment.representation,
                 segment.format,
@@ -271,15 +281,62 @@ class Checkpoint:
                 segment.bits,
                 segment.rows,
             )
+        codes.place()
         return modules
 
 
-def _widened(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A flat tensor of a task's file; codes of 3 and 2 bits, which lie in whole blocks, as of 4."""
+def _may_be_narrow(segment: Segment) -> bool:
+    return segment.is_private and segment.format == "nf4-dq"
+
+
+def _put_narrow(
+    matrices: dict[str, PackedMatrix],
+    side: str,
+    shape: tuple[int, Bits],
+    parts: dict[str, torch.Tensor],
+    codes: torch.Tensor,
+) -> None:
+    cols, bits = shape
+    parts = {**parts, "codes": codes}
+    matrices[side] = NarrowMatrix(NARROW_FORMAT, sum(bits), cols, parts, bits)
+
+
+def _take_parts(
+    segment: Segment,
+    side: str,
+    shape: tuple[int, int],
+    flat: Mapping[str, torch.Tensor],
+    offsets: dict[str, int],
+    is_narrow: bool,
+) -> dict[str, list[torch.Tensor]]:
+    """The next rows of a segment's side from the flat tensors; part -> ``[rows, ...]``, or blocks."""
+    rows, cols = shape
+    specs = part_specs(segment.format, cols)
+    taken: dict[str, list[torch.Tensor]] = {part: [] for part in specs}
+    for part, _, count, row_shape in stored_parts(segment, rows, cols):
+        key = tensor_name(segment, side, part)
+        is_codes = part in CODE_PARTS.values()
+        part = "codes" if is_codes else part
+        view = (-1, flat[key].shape[1]) if is_codes and is_narrow else (count, *specs[part][1])
+        size = count * math.prod(row_shape if is_narrow else specs[part][1])
+        start = offsets[key]
+        taken[part].append(flat[key].view(-1)[start : start + size].view(view))
+        offsets[key] = start + size
+    return taken
+
+
+def _in_memory(name: str, tensor: torch.Tensor, narrow: bool) -> torch.Tensor:
+    """A flat tensor of a task's file; codes of 3 and 2 bits, which lie in whole blocks, as of 4.
+
+    ``narrow``: those of private factors in nf4-dq as ``narrow_rows.planes_of`` has them.
+    """
     part = name.rsplit(".", 1)[-1]
-    for bits, narrow in CODE_PARTS.items():
-        if part == narrow and bits < 4:
-            return widen_codes(tensor, bits)
+    for bits, stored in CODE_PARTS.items():
+        if part != stored:
+            continue
+        if narrow and name.startswith("private.") and ".nf4-dq." in name:
+            return planes_of(stored_places(tensor, bits), bits)
+        return tensor if bits == 4 else widen_codes(tensor, bits)
     return tensor
 
 

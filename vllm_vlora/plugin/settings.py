@@ -23,6 +23,8 @@ LATE_VARIABLE = "VLLM_VLORA_LATE_MIB"
 # checkpoint (80 MB at 64 components) and two hundred of its tasks; the least recently used give way.
 DEFAULT_LATE_MIB = 512
 BASES = ("dense", "packed")
+ROWS_VARIABLE = "VLLM_VLORA_ROWS"
+ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
 SWITCH = ("off", "on")
 
@@ -36,6 +38,7 @@ class Settings:
             refuses tasks that cannot run direct, ``materialize`` writes every task into a slot.
         slots: slots for adapters that need one, when tasks run direct; ``--max-loras`` caps it.
         packed_basis: keep quantised bases packed on the device instead of in the compute dtype.
+        narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
     """
@@ -45,6 +48,7 @@ class Settings:
     packed_basis: bool = False
     late_mib: int = DEFAULT_LATE_MIB
     overlap: bool = False
+    narrow_rows: bool = False
 
     @property
     def direct(self) -> bool:
@@ -60,6 +64,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         packed_basis=_choice(environment, BASIS_VARIABLE, BASES) == "packed",
         late_mib=_whole(environment, LATE_VARIABLE, DEFAULT_LATE_MIB, least=0),
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
+        narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
     )
 
 
