@@ -19,6 +19,7 @@ import torch
 from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_matrix
 from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow, stack_rows, unpack
 from vllm_vlora.triton_kernels.direct import (
+    FORMAT_CODES,
     DirectLayer,
     DirectSlice,
     DirectTask,
@@ -108,7 +109,8 @@ def make_layer(case: Case) -> DirectLayer:
             u = packed(torch.randn(k_out, width) / k_out**0.5, case.u[place % len(case.u)])
         slices.append(DirectSlice(width, case.start_in, case.start_out, u, k_in))
     stacked = packed(torch.cat(v), case.v) if v else None
-    return DirectLayer(1, case.d_in, tuple(slices), stacked, max(case.ranks, default=0))
+    formats = tuple(kind for kind in FORMAT_CODES if kind in case.private)
+    return DirectLayer(1, case.d_in, tuple(slices), stacked, max(case.ranks, default=0), formats)
 
 
 def make_slot(case: Case, layer: DirectLayer, slot: int, count: int) -> DirectTask:

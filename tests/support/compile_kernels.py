@@ -141,7 +141,7 @@ def source_hash() -> str:
     """SHA-256 over the kernels and what launches and compiles them."""
     sources = [
         *(ROOT / "triton_kernels").glob("*.py"),
-        ROOT / "vllm_vlora" / "quantize.py",
+        *(ROOT / "vllm_vlora" / name for name in ("quantize.py", "narrow_rows.py")),
         BENCHMARKS / "floors.py",
         *(TESTS / "kernels" / name for name in COMPILED),
         *(SUPPORT / name for name in LAUNCHING),
