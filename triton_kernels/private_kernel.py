@@ -711,8 +711,10 @@ def _make_sized(
 ) -> _Sized:
     """Both launches with all arguments that depend on the layer, the size of tiles and the dtype."""
     count = len(layer.slices)
-    shrink = shrink_config(size, layer.max_rank, x.dtype)
-    expand = expand_config(size, layer.max_rank, x.dtype)
+    # A tile of narrow rows takes more registers than others: of 32 rows some would be put aside.
+    max_rank = min(layer.max_rank, 16) if NARROW_FORMAT in layer.formats else layer.max_rank
+    shrink = shrink_config(size, max_rank, x.dtype)
+    expand = expand_config(size, max_rank, x.dtype)
     programs = count * _EXPECTED_TILES[size]
     parts, part_cols = cut_columns(layer.d_in, programs, _LEAST_PART[size], _WANTED[size])
     widths = plan.expand["widths"]

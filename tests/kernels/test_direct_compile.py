@@ -67,12 +67,15 @@ def launch_8b(recording: Any) -> None:
 
 
 def launch_qkv(recording: Any) -> None:
-    """The layer of three slices."""
+    """The layer of three slices; the kernel for four formats has the bodies of each."""
     from engine_launches import EAGER, Batch, Engine, run_direct
 
     for engine in (
         *(Engine("llama-8b", k=64, basis=basis) for basis in ("float", "nf4-dq")),
-        *(Engine("llama-8b", rank=16, formats=formats) for formats in (("nf4",), FORMATS[-1])),
+        *(
+            Engine("llama-8b", rank=16, formats=formats)
+            for formats in (("nf4-narrow",), FORMATS[-1])
+        ),
     ):
         batches = [Batch(*DECODE), Batch(*PREFILL)]
         run_direct(recording, engine, batches, modules=("qkv_proj",), ways=[EAGER])
