@@ -81,6 +81,20 @@ _WANTED = {16: 192, 64: 400}
 _EXPECTED_TILES = {16: 1, 64: 32}
 
 
+@triton.jit
+def _load_record(tile_ptr, records_ptr, slices, number, max_rank):  # type: ignore[no-untyped-def]
+    """(place of its first token, tokens, record of its task, private rank) of a tile.
+
+    The rank is 0 where there is nothing to do; no row from ``max_rank`` on is read.
+    """
+    slot = tl.load(tile_ptr)
+    first_token = tl.load(tile_ptr + 1)
+    count = tl.load(tile_ptr + 2)
+    record_ptr = records_ptr + (slot.to(tl.int64) * slices + number) * _FIELDS
+    rank = tl.load(record_ptr + _RANK, mask=count > 0, other=0).to(tl.int32)
+    return first_token, count, record_ptr, tl.minimum(rank, max_rank)
+
+
 # --- a packed factor -------------------------------------------------------------------------------
 
 
@@ -427,14 +441,11 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     is multiplied ``ONE_ROWS`` rows at a time; its first block of A is under way before x is there.
     """
     start_dependents(PDL)
-    tile_ptr = tiles_ptr + tl.program_id(0) * 3
     place = tl.program_id(1)
     part = tl.program_id(2)
-    slot = tl.load(tile_ptr)
-    first_token = tl.load(tile_ptr + 1)
-    count = tl.load(tile_ptr + 2)
-    record_ptr = records_ptr + (slot.to(tl.int64) * slices + first_number + place) * _FIELDS
-    rank = tl.minimum(tl.load(record_ptr + _RANK, mask=count > 0, other=0).to(tl.int32), max_rank)
+    first_token, count, record_ptr, rank = _load_record(
+        tiles_ptr + tl.program_id(0) * 3, records_ptr, slices, first_number + place, max_rank
+    )
     if rank == 0:
         wait_for_previous(PDL)
     else:
@@ -584,12 +595,9 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     """
     start_dependents(PDL)
     place, group = pick_block(tl.program_id(0), block_starts, COUNT)
-    tile_ptr = tiles_ptr + tl.program_id(1) * 3
-    slot = tl.load(tile_ptr)
-    first_token = tl.load(tile_ptr + 1)
-    count = tl.load(tile_ptr + 2)
-    record_ptr = records_ptr + (slot.to(tl.int64) * slices + first_number + place) * _FIELDS
-    rank = tl.minimum(tl.load(record_ptr + _RANK, mask=count > 0, other=0).to(tl.int32), max_rank)
+    first_token, count, record_ptr, rank = _load_record(
+        tiles_ptr + tl.program_id(1) * 3, records_ptr, slices, first_number + place, max_rank
+    )
     if rank == 0:
         wait_for_previous(PDL)
     else:
