@@ -42,6 +42,8 @@ BOOK_OF_3, BOOK_OF_2 = 16, 24
 
 Bits = tuple[int, int, int]
 """How many rows have 4, 3 and 2 bits; they follow each other in this order."""
+Planes = tuple[torch.Tensor, ...]
+"""As many planes of some blocks as their rows have."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,8 @@ def narrow_matrix(wide: PackedMatrix, bits: Bits) -> NarrowMatrix:
     if wide.format != "nf4-dq":
         raise ValueError(f"only rows of nf4-dq can be narrow, these are {wide.format}")
     split = zip((4, 3, 2), wide.parts["codes"].split(list(bits)))
-    blocks = [planes_of(narrow_places(part, width), width) for width, part in split]
-    parts = {**wide.parts, "codes": torch.cat(_in_planes(blocks))}
+    rows = [planes_of(narrow_places(part, width), width) for width, part in split]
+    parts = {**wide.parts, "codes": torch.cat(_in_order(rows))}
     return NarrowMatrix(NARROW_FORMAT, wide.rows, wide.cols, parts, bits)
 
 
@@ -204,12 +206,12 @@ class NarrowCodes:
         self._takers: list[tuple[int, int, Callable[[torch.Tensor], None]]] = []
         self._nbytes = 0
 
-    def add(self, blocks: Sequence[torch.Tensor], taker: Callable[[torch.Tensor], None]) -> None:
-        """Add a matrix: what ``planes_of`` gave for its rows of 4, 3 and 2 bits, as far as there are any.
+    def add(self, rows: Sequence[Planes], taker: Callable[[torch.Tensor], None]) -> None:
+        """Add a matrix: the planes of its rows of 4, 3 and 2 bits, as far as there are any.
 
         ``taker`` is called with its codes by ``place``.
         """
-        pieces = _in_planes(blocks)
+        pieces = _in_order(rows)
         size = sum(len(piece) for piece in pieces)
         self._takers.append((self._nbytes, size, taker))
         padding = -size % _ALIGNMENT
@@ -227,30 +229,24 @@ class NarrowCodes:
             taker(whole[start : start + size])
 
 
-def _in_planes(blocks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The pieces of ``codes``, 1-D, from blocks of rows with more bits to such with less."""
-    return [
-        rows[:, first:end].flatten()
-        for first, end in zip((0, 16, 24), (16, 24, 32))
-        for rows in blocks
-        if rows.shape[1] >= end
-    ]
+def _in_order(rows: Sequence[Planes]) -> list[torch.Tensor]:
+    """The pieces of ``codes``, 1-D, from the planes of rows with more bits to such with less."""
+    return [planes[place].flatten() for place in range(3) for planes in rows if place < len(planes)]
 
 
-def planes_of(places: torch.Tensor, bits: int) -> torch.Tensor:
-    """The planes of blocks of rows with so many bits, side by side.
+def planes_of(places: torch.Tensor, bits: int) -> Planes:
+    """The planes of blocks of rows with so many bits.
 
     Args:
         places: uint8 ``[blocks, 64]``.
 
     Returns:
-        uint8 ``[blocks, 8 * bits]``: 16 bytes of the low plane, then 8 of the middle and 8 of the top one
-        as far as such rows have them.
+        uint8 ``[blocks, 16]``, the low plane, and as far as such rows have them ``[blocks, 8]``, the
+        middle and the top one.
     """
     halves = (places & 3).view(-1, 4, 2, 8)
-    planes = [_join_nibbles(halves[:, :, 0] | (halves[:, :, 1] << 2))]
-    planes += [_bit_plane(places, bit) for bit in range(2, bits)]
-    return torch.cat(planes, dim=1)
+    low = _join_nibbles(halves[:, :, 0] | (halves[:, :, 1] << 2))
+    return low, *(_bit_plane(places, bit) for bit in range(2, bits))
 
 
 def _bit_plane(places: torch.Tensor, bit: int) -> torch.Tensor:

@@ -52,18 +52,19 @@ def test_the_bytes_of_a_block() -> None:
     unit = {4: ("50fa50fa", "aaaa", "cccc"), 3: ("50fa50fa", "aaaa", ""), 2: ("50fa50fa", "", "")}
     for bits, (low, middle, top) in unit.items():
         block = planes_of(places % (1 << bits), bits)
-        assert bytes(block[0].tolist()).hex() == 4 * low + 4 * middle + 4 * top
+        found = "".join(bytes(plane[0].tolist()).hex() for plane in block)
+        assert found == 4 * low + 4 * middle + 4 * top
 
 
 def test_planes_follow_each_other_from_rows_with_more_bits_on() -> None:
     wide, narrow = wide_and_narrow((1, 1, 1), 64)
-    found = [
-        planes_of(narrow_places(row, bits), bits)[0]
+    four, three, two = (
+        planes_of(narrow_places(row, bits), bits)
         for bits, row in zip((4, 3, 2), wide.parts["codes"])
-    ]
-    four, three, two = found
-    low, middle, top = [four[:16], three[:16], two[:16]], [four[16:24], three[16:24]], [four[24:]]
-    assert torch.equal(narrow.parts["codes"], torch.cat([*low, *middle, *top]))
+    )
+    assert [len(planes) for planes in (four, three, two)] == [3, 2, 1]
+    pieces = [four[0], three[0], two[0], four[1], three[1], four[2]]
+    assert torch.equal(narrow.parts["codes"], torch.cat([piece.flatten() for piece in pieces]))
     assert [tuple(plane.shape) for plane in narrow.planes()] == [(3, 16), (2, 8), (1, 8)]
 
 

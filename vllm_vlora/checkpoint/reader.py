@@ -38,8 +38,15 @@ from vllm_vlora.checkpoint.manifest import (
     read_tasks,
 )
 from vllm_vlora.errors import CheckpointError, TaskNotFoundError
-from vllm_vlora.narrow_rows import NARROW_FORMAT, Bits, NarrowCodes, NarrowMatrix, planes_of
-from vllm_vlora.quantize import PackedMatrix, is_finite, part_specs, stored_places, widen_codes
+from vllm_vlora.narrow_rows import NARROW_FORMAT, Bits, NarrowCodes, NarrowMatrix, Planes, planes_of
+from vllm_vlora.quantize import (
+    NF4_BLOCK,
+    PackedMatrix,
+    is_finite,
+    part_specs,
+    stored_places,
+    widen_codes,
+)
 from vllm_vlora.representations.registry import segment_sides, shared_of
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
@@ -253,23 +260,22 @@ class Checkpoint:
     def _split(
         self, record: TaskRecord, flat: Mapping[str, torch.Tensor], narrow: bool
     ) -> dict[str, StoredModule]:
-        flat = {name: _in_memory(name, tensor, narrow) for name, tensor in flat.items()}
-        offsets = dict.fromkeys(flat, 0)
+        planes = _planes(flat) if narrow else {}
+        flat = {name: _widened(name, tensor) for name, tensor in flat.items() if name not in planes}
+        offsets = dict.fromkeys([*flat, *planes], 0)
         codes = NarrowCodes()
         modules = {}
         for segment in record.segments:
             spec = self.modules[segment.module]
-            is_narrow = narrow and _may_be_narrow(segment)
             matrices: dict[str, PackedMatrix] = {}
             for side, (rows, cols) in segment_sides(segment, spec).items():
-                taken = _take_parts(segment, side, (rows, cols), flat, offsets, is_narrow)
-                blocks = taken.pop("codes") if is_narrow else []
-                parts = {name: t[0] if len(t) == 1 else torch.cat(t) for name, t in taken.items()}
-                if is_narrow:
-                    bits = segment.bits or (rows, 0, 0)
-                    codes.add(blocks, partial(_put_narrow, matrices, side, (cols, bits), parts))
-                else:
+                parts = _take_parts(segment, side, (rows, cols), flat, offsets)
+                if "codes" in parts or "values" in parts:
                     matrices[side] = PackedMatrix(segment.format, rows, cols, parts)
+                    continue
+                taken = _take_planes(segment, side, (rows, cols), planes, offsets)
+                bits = segment.bits or (rows, 0, 0)
+                codes.add(taken, partial(_put_narrow, matrices, side, (cols, bits), parts))
             modules[spec.name] = StoredModule(
                 segment.representation,
                 segment.format,
@@ -283,10 +289,6 @@ class Checkpoint:
             )
         codes.place()
         return modules
-
-
-def _may_be_narrow(segment: Segment) -> bool:
-    return segment.is_private and segment.format == "nf4-dq"
 
 
 def _put_narrow(
@@ -307,36 +309,58 @@ def _take_parts(
     shape: tuple[int, int],
     flat: Mapping[str, torch.Tensor],
     offsets: dict[str, int],
-    is_narrow: bool,
-) -> dict[str, list[torch.Tensor]]:
-    """The next rows of a segment's side from the flat tensors; part -> ``[rows, ...]``, or blocks."""
+) -> dict[str, torch.Tensor]:
+    """The next rows of a segment's side from the flat tensors that are there: part -> ``[rows, ...]``."""
     rows, cols = shape
-    specs = part_specs(segment.format, cols)
-    taken: dict[str, list[torch.Tensor]] = {part: [] for part in specs}
-    for part, _, count, row_shape in stored_parts(segment, rows, cols):
+    shapes = {part: row_shape for part, (_, row_shape) in part_specs(segment.format, cols).items()}
+    taken: dict[str, list[torch.Tensor]] = {}
+    for part, _, count, _ in stored_parts(segment, rows, cols):
         key = tensor_name(segment, side, part)
-        is_codes = part in CODE_PARTS.values()
-        part = "codes" if is_codes else part
-        view = (-1, flat[key].shape[1]) if is_codes and is_narrow else (count, *specs[part][1])
-        size = count * math.prod(row_shape if is_narrow else specs[part][1])
-        start = offsets[key]
-        taken[part].append(flat[key].view(-1)[start : start + size].view(view))
-        offsets[key] = start + size
+        part = "codes" if part in CODE_PARTS.values() else part
+        if key in flat:
+            start, size = offsets[key], count * math.prod(shapes[part])
+            taken.setdefault(part, []).append(
+                flat[key][start : start + size].view(count, *shapes[part])
+            )
+            offsets[key] = start + size
+    return {name: t[0] if len(t) == 1 else torch.cat(t) for name, t in taken.items()}
+
+
+def _take_planes(
+    segment: Segment,
+    side: str,
+    shape: tuple[int, int],
+    planes: Mapping[str, Planes],
+    offsets: dict[str, int],
+) -> list[Planes]:
+    """The planes of the next rows of a segment's side, of each width that it has."""
+    rows, cols = shape
+    taken = []
+    for part, _, count, _ in stored_parts(segment, rows, cols):
+        key = tensor_name(segment, side, part)
+        if key in planes:
+            start = offsets[key]
+            offsets[key] = end = start + count * -(-cols // NF4_BLOCK)
+            taken.append(tuple(plane[start:end] for plane in planes[key]))
     return taken
 
 
-def _in_memory(name: str, tensor: torch.Tensor, narrow: bool) -> torch.Tensor:
-    """A flat tensor of a task's file; codes of 3 and 2 bits, which lie in whole blocks, as of 4.
+def _planes(flat: Mapping[str, torch.Tensor]) -> dict[str, Planes]:
+    """The codes of private factors in nf4-dq among a task's flat tensors, as planes of blocks."""
+    return {
+        name: planes_of(stored_places(tensor, bits), bits)
+        for name, tensor in flat.items()
+        for bits, part in CODE_PARTS.items()
+        if name.startswith("private.") and name.endswith(f".nf4-dq.{part}")
+    }
 
-    ``narrow``: those of private factors in nf4-dq as ``narrow_rows.planes_of`` has them.
-    """
+
+def _widened(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A flat tensor of a task's file; codes of 3 and 2 bits, which lie in whole blocks, as of 4."""
     part = name.rsplit(".", 1)[-1]
-    for bits, stored in CODE_PARTS.items():
-        if part != stored:
-            continue
-        if narrow and name.startswith("private.") and ".nf4-dq." in name:
-            return planes_of(stored_places(tensor, bits), bits)
-        return tensor if bits == 4 else widen_codes(tensor, bits)
+    for bits, narrow in CODE_PARTS.items():
+        if part == narrow and bits < 4:
+            return widen_codes(tensor, bits)
     return tensor
 
 
