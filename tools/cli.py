@@ -289,6 +289,9 @@ def plan(
     packed_basis: Annotated[
         bool, typer.Option("--packed-basis", help="VLLM_VLORA_BASIS=packed.")
     ] = False,
+    narrow_rows: Annotated[
+        bool, typer.Option("--narrow-rows", help="VLLM_VLORA_ROWS=narrow.")
+    ] = False,
     memory: Annotated[
         float | None,
         typer.Option(
@@ -335,6 +338,7 @@ def plan(
             target_modules=lora_target_modules,
             max_num_batched_tokens=max_num_batched_tokens,
             packed_basis=packed_basis,
+            narrow_rows=narrow_rows,
             memory=None if memory is None else show.gib(memory),
             cpu=cpu,
         )

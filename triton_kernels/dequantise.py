@@ -8,11 +8,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_vlora.quantize import NF4_BLOCK, NF4_CODEBOOK, SCALE_BLOCK
+from vllm_vlora.narrow_rows import NARROW_FORMAT
+from vllm_vlora.quantize import NARROW_CODES, NF4_BLOCK, NF4_CODEBOOK, SCALE_BLOCK
 
 _BOOK = tl.constexpr(NF4_CODEBOOK)
 _NF4_BLOCK = tl.constexpr(NF4_BLOCK)
 _SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
+_NARROW = tl.constexpr(NARROW_FORMAT)
+
+
+def _code_word(bits: int) -> int:
+    """The NF4 codes of such rows as nibbles of one int32, the first the lowest."""
+    word = sum(code << (4 * place) for place, code in enumerate(NARROW_CODES[bits]))
+    return word - (word >> 31 << 32)
+
+
+_CODES_OF_3 = tl.constexpr(_code_word(3))
+_CODES_OF_2 = tl.constexpr(_code_word(2))
 
 
 @triton.jit
@@ -43,6 +55,43 @@ def nf4_value(code):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def narrow_planes(address, bits, held_rows, blocks):  # type: ignore[no-untyped-def]
+    """(low, middle, top, rows with a middle bit, rows with a top bit, blocks) of a narrow matrix.
+
+    Args:
+        address: of its ``codes``, int64. bits: ``NarrowMatrix.word``. held_rows: rows of the whole
+            matrix. blocks: of a row.
+
+    Returns:
+        The planes' addresses, int64, both numbers of rows, and ``blocks``.
+    """
+    with_top = (bits & 65535).to(tl.int32)
+    with_middle = ((bits >> 16) & 65535).to(tl.int32)
+    middle = address + held_rows.to(tl.int64) * blocks * 16
+    top = middle + with_middle.to(tl.int64) * blocks * 8
+    return address, middle, top, with_middle, with_top, blocks
+
+
+@triton.jit
+def _narrow_codes(planes, rows, cols, mask):  # type: ignore[no-untyped-def]
+    """The NF4 codes of elements ``[rows, cols]`` of a narrow matrix, one load an element and plane."""
+    low_ptr = planes[0].to(tl.pointer_type(tl.uint8))
+    middle_ptr = planes[1].to(tl.pointer_type(tl.uint8))
+    top_ptr = planes[2].to(tl.pointer_type(tl.uint8))
+    # int32: of int64 the compiler would keep twice the registers, and a plane is far below 2 GiB.
+    unit = rows.to(tl.int32) * (planes[5] * 4) + (cols >> 4)
+    low = tl.load(low_ptr + unit * 4 + ((cols & 7) >> 1), mask=mask, other=0).to(tl.int32)
+    place = (low >> (((cols & 1) << 2) | ((cols >> 2) & 2))) & 3
+    byte = unit * 2 + ((cols & 3) >> 1)
+    shift = ((cols & 1) << 2) | ((cols >> 2) & 3)
+    middle = tl.load(middle_ptr + byte, mask=mask & (rows < planes[3]), other=0).to(tl.int32)
+    top = tl.load(top_ptr + byte, mask=mask & (rows < planes[4]), other=0).to(tl.int32)
+    place |= (((middle >> shift) & 1) << 2) | (((top >> shift) & 1) << 3)
+    codes = tl.where(rows < planes[3], _CODES_OF_3, _CODES_OF_2)
+    return tl.where(rows < planes[4], place, (codes >> (4 * place)) & 15)
+
+
+@triton.jit
 def load_tile(  # type: ignore[no-untyped-def]
     codes_ptr,
     scales_ptr,
@@ -55,8 +104,14 @@ def load_tile(  # type: ignore[no-untyped-def]
     row_mask,
     col_mask,
     FORMAT: tl.constexpr,
+    planes=None,
+    first_block=0,
 ):
-    """Elements ``[rows, cols]`` of a packed matrix, dequantised; masked elements are zero."""
+    """Elements ``[rows, cols]`` of a packed matrix, dequantised; masked elements are zero.
+
+    ``planes`` (see ``narrow_planes``) and ``first_block`` are those of a narrow matrix; ``codes_ptr``
+    and its stride are for the others.
+    """
     mask = row_mask[:, None] & col_mask[None, :]
     rows = rows.to(tl.int64)[:, None]
     cols = cols[None, :]
@@ -70,15 +125,21 @@ def load_tile(  # type: ignore[no-untyped-def]
     else:
         # Neighbouring threads read the same byte: the same sector serves them, and any first
         # column, odd ones included, works.
-        byte = tl.load(codes_ptr + rows * codes_stride + (cols >> 1), mask=mask, other=0)
-        values = nf4_value((byte.to(tl.int32) >> ((1 - (cols & 1)) * 4)) & 15)
+        if FORMAT == _NARROW:
+            code = _narrow_codes(planes, rows, cols, mask)
+        else:
+            byte = tl.load(codes_ptr + rows * codes_stride + (cols >> 1), mask=mask, other=0)
+            code = (byte.to(tl.int32) >> ((1 - (cols & 1)) * 4)) & 15
+        values = nf4_value(code)
         block = cols // _NF4_BLOCK
         scales = tl.load(scales_ptr + rows * scales_stride + block, mask=mask, other=0)
-        if FORMAT == "nf4-dq":
+        if FORMAT == "nf4":
+            values = values * scales
+        else:
+            if FORMAT == _NARROW:
+                block += first_block
             ranges = ranges_ptr + rows * ranges_stride + (block // _SCALE_BLOCK) * 2
             low = tl.load(ranges, mask=mask, other=0.0)
             step = tl.load(ranges + 1, mask=mask, other=0.0)
             values = values * (low + scales.to(tl.float32) * step)
-        else:
-            values = values * scales
     return values

@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm_vlora.quantize import FLOAT_DTYPES, NF4_CODEBOOK, PackedMatrix, unpack
+from vllm_vlora.narrow_rows import CODEBOOKS, NARROW_FORMAT, NarrowMatrix
+from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, unpack
 
 # One int64 record a slot and slice; zeros mean "no update". Kernels read these fields by number.
 CORE = 0  # address of the core
@@ -36,8 +37,9 @@ SCALE = 3  # of the private factors: the bits of a float32
 FORMAT = 4  # of the private factors, a number of FORMAT_CODES
 A_CODES, A_SCALES, A_RANGES = 5, 6, 7  # addresses of the parts of A (r, d_in)
 B_CODES, B_SCALES, B_RANGES = 8, 9, 10  # and of B transposed (r, d_out)
+BITS = 11  # of narrow factors: ``NarrowMatrix.word`` of A, and in 8 bits more B's first block
 RECORD_FIELDS = 12
-FORMAT_CODES = {"float": 0, "int8": 1, "nf4": 2, "nf4-dq": 3}
+FORMAT_CODES = {"float": 0, "int8": 1, "nf4": 2, "nf4-dq": 3, NARROW_FORMAT: 4}
 RECORD_NBYTES = RECORD_FIELDS * 8
 TILE_SIZES = (16, 64)
 # Elements between the starts of two cores: their addresses are multiples of 16 bytes.
@@ -157,7 +159,15 @@ def _record(part: SliceTask) -> list[int]:
         record[FORMAT] = FORMAT_CODES[kind]
         record[A_CODES : A_RANGES + 1] = _addresses(part.a)
         record[B_CODES : B_RANGES + 1] = _addresses(part.b)
+        record[BITS] = _bits(part.a, part.b)
     return record
+
+
+def _bits(a: PackedMatrix, b: PackedMatrix) -> int:
+    if not (isinstance(a, NarrowMatrix) and isinstance(b, NarrowMatrix)):
+        return 0
+    assert a.bits == b.bits
+    return a.word | b.first_block << 40
 
 
 def _addresses(matrix: PackedMatrix) -> list[int]:
@@ -183,8 +193,8 @@ class SlotTable:
         records: ``[slots + 1, slices, RECORD_FIELDS]`` int64 on the device, at a fixed address, so that
             a captured graph sees what the slots hold now.
         tasks: the task in each slot, for the host; None where there is none.
-        codebook: the 16 values of NF4's codes, float32 on the device: a kernel without a tensor-core
-            product to hide them behind looks them up there instead of deciding by 15 selects.
+        codebook: ``narrow_rows.CODEBOOKS``, float32 on the device: a kernel without a tensor-core
+            product to hide them behind looks values up there instead of deciding by 15 selects.
     """
 
     def __init__(self, slots: int, slices: int, device: torch.device) -> None:
@@ -193,7 +203,7 @@ class SlotTable:
             (slots + 1, slices, RECORD_FIELDS), dtype=torch.int64, device=device
         )
         self.tasks: list[DirectTask | None] = [None] * (slots + 1)
-        self.codebook = torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device)
+        self.codebook = torch.tensor(CODEBOOKS, dtype=torch.float32, device=device)
 
     def set(self, slot: int, task: DirectTask) -> None:
         """Put a task into a slot: one copy of its records, on the current stream."""

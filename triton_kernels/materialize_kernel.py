@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_vlora.narrow_rows import NARROW_FORMAT, NarrowMatrix
 from vllm_vlora.quantize import FLOAT_DTYPES
-from vllm_vlora.triton_kernels.dequantise import load_tile
+from vllm_vlora.triton_kernels.dequantise import load_tile, narrow_planes
 from vllm_vlora.triton_kernels.device import aligned_pointer, low_precision, multiply
 from vllm_vlora.triton_kernels.materialize import (
     MaterializeJob,
@@ -34,7 +35,7 @@ from vllm_vlora.triton_kernels.materialize import (
 FIELDS = (
     "place", "first_tile", "n_rows", "n_cols", "rank", "k", "start", "width", "scale",
     "out_stride_row", "out_stride_col", "left", "left_stride", "codes", "codes_stride",
-    "scales", "scales_stride", "ranges", "ranges_stride",
+    "scales", "scales_stride", "ranges", "ranges_stride", "bits",
 )  # fmt: skip
 _COLUMNS = tl.constexpr(len(FIELDS))
 _PLACE = tl.constexpr(FIELDS.index("place"))
@@ -56,6 +57,8 @@ _SCALES = tl.constexpr(FIELDS.index("scales"))
 _SCALES_STRIDE = tl.constexpr(FIELDS.index("scales_stride"))
 _RANGES = tl.constexpr(FIELDS.index("ranges"))
 _RANGES_STRIDE = tl.constexpr(FIELDS.index("ranges_stride"))
+_BITS = tl.constexpr(FIELDS.index("bits"))
+_NARROW = tl.constexpr(NARROW_FORMAT)
 
 # Elements: 16 bytes of a 16-bit slot, the widest store. Ranks that vLLM offers are multiples of it.
 ALIGNMENT = 8
@@ -111,6 +114,12 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     scales_stride = tl.load(row + _SCALES_STRIDE)
     ranges_ptr = aligned_pointer(tl.load(row + _RANGES), tl.float32, False)
     ranges_stride = tl.load(row + _RANGES_STRIDE)
+    planes = (codes_ptr,)
+    first_block = 0
+    if FORMAT == _NARROW:
+        bits = tl.load(row + _BITS)
+        planes = narrow_planes(tl.load(row + _CODES), bits, k, (codes_stride // 16).to(tl.int32))
+        first_block = ((bits >> 32) & 255).to(tl.int32)
 
     tile -= tl.load(row + _FIRST_TILE).to(tl.int32)
     col_blocks = tl.cdiv(n_cols, BLOCK_N)
@@ -133,6 +142,8 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
             row_live,
             col_live,
             FORMAT,
+            planes,
+            first_block,
         ).to(tl.float32)
     else:
         left_ptr = aligned_pointer(tl.load(row + _LEFT), LEFT, False)
@@ -160,6 +171,8 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
                 k_live,
                 col_live,
                 FORMAT,
+                planes,
+                first_block,
             )
             value = multiply(left, right, value, LOW_PRECISION)
     inside = row_live[:, None] & col_live[None, :]
@@ -233,12 +246,13 @@ class KernelPlan:
 
 @dataclass(frozen=True)
 class _Read:
-    """What a job reads, as the kernel takes it."""
+    """What a job reads, as the kernel takes it; ``codes`` of a narrow matrix are its low plane."""
 
     left: torch.Tensor | None
     codes: torch.Tensor
     scales: torch.Tensor | None
     ranges: torch.Tensor | None
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -281,11 +295,15 @@ def _read(job: MaterializeJob) -> _Read:
     if left is not None and left.shape[1] > 1 and left.stride(1) != 1:
         left = left.contiguous()
     ranges = parts.get("scale_range")
+    codes, bits = parts["values"] if "values" in parts else parts["codes"], 0
+    if isinstance(job.matrix, NarrowMatrix):
+        codes, bits = job.matrix.planes()[0], job.matrix.word
     return _Read(
         left,
-        parts["values"] if "values" in parts else parts["codes"],
+        codes,
         parts["scale_codes"] if "scale_codes" in parts else parts.get("scales"),
         None if ranges is None else ranges.contiguous(),
+        bits,
     )
 
 
@@ -378,6 +396,7 @@ def _row(place: int, first_tile: int, job: MaterializeJob, read: _Read) -> list[
     row = [*sizes, scale, *job.out.stride()]
     for tensor in (read.left, read.codes, read.scales, read.ranges):
         row += (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+    row.append(read.bits)
     assert len(row) == len(FIELDS)
     return row
 

@@ -240,8 +240,9 @@ class _Nf4Factor:
         first, last = job.start // NF4_BLOCK, -(-(job.start + job.width) // NF4_BLOCK)
         self._offset, blocks = job.start - first * NF4_BLOCK, last - first
         half = NF4_BLOCK // 2
-        codes = job.matrix.parts["codes"][:, first * half : last * half]
-        scales = nf4_scales(job.matrix)[:, first:last]
+        matrix = job.matrix.widened()
+        codes = matrix.parts["codes"][:, first * half : last * half]
+        scales = nf4_scales(matrix)[:, first:last]
         if item.flip:
             codes = _flip_codes(codes)
             scales = scales.T.contiguous().unsqueeze(1)

@@ -32,9 +32,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_vlora.narrow_rows import BOOK_OF_2, BOOK_OF_3, NARROW_FORMAT
 from vllm_vlora.quantize import NF4_BLOCK, SCALE_BLOCK
 from vllm_vlora.triton_kernels import direct
-from vllm_vlora.triton_kernels.dequantise import load_tile
+from vllm_vlora.triton_kernels.dequantise import load_tile, narrow_planes
 from vllm_vlora.triton_kernels.device import (
     Chain,
     Rest,
@@ -59,9 +60,14 @@ _FIELDS = tl.constexpr(direct.RECORD_FIELDS)
 _RANK = tl.constexpr(direct.RANK)
 _SCALE = tl.constexpr(direct.SCALE)
 _FORMAT = tl.constexpr(direct.FORMAT)
+_BITS = tl.constexpr(direct.BITS)
+_NARROW = tl.constexpr(NARROW_FORMAT)
+_BOOK_OF_3 = tl.constexpr(BOOK_OF_3)
+_BOOK_OF_2 = tl.constexpr(BOOK_OF_2)
 _A = tl.constexpr(direct.A_CODES)
 _B = tl.constexpr(direct.B_CODES)
 _FORMATS = tl.constexpr(tuple(sorted(direct.FORMAT_CODES, key=direct.FORMAT_CODES.__getitem__)))
+_NARROW_BIT = tl.constexpr(1 << direct.FORMAT_CODES[NARROW_FORMAT])
 _FORMAT_COUNT = tl.constexpr(len(direct.FORMAT_CODES))
 _BLOCK = tl.constexpr(NF4_BLOCK)
 _BYTES = tl.constexpr(NF4_BLOCK // 2)
@@ -75,7 +81,43 @@ _WANTED = {16: 192, 64: 400}
 _EXPECTED_TILES = {16: 1, 64: 32}
 
 
+@triton.jit
+def _load_record(tile_ptr, records_ptr, slices, number, max_rank):  # type: ignore[no-untyped-def]
+    """(place of its first token, tokens, record of its task, private rank) of a tile.
+
+    The rank is 0 where there is nothing to do; no row from ``max_rank`` on is read.
+    """
+    slot = tl.load(tile_ptr)
+    first_token = tl.load(tile_ptr + 1)
+    count = tl.load(tile_ptr + 2)
+    record_ptr = records_ptr + (slot.to(tl.int64) * slices + number) * _FIELDS
+    rank = tl.load(record_ptr + _RANK, mask=count > 0, other=0).to(tl.int32)
+    return first_token, count, record_ptr, tl.minimum(rank, max_rank)
+
+
 # --- a packed factor -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_addresses(record_ptr, FIRST: tl.constexpr, FORMATS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a record says of A (FIRST is its first field) or of B.
+
+    Returns:
+        The addresses of the three parts, int64; for narrow factors also the word of their rows' bits,
+        their rows, and the place of the first block in its group of scales.
+    """
+    bits = tl.full((), 0, tl.int64)
+    # In this order: the interpreter has numbers for constexpr arguments.
+    if (_NARROW_BIT & FORMATS) != 0:
+        bits = tl.load(record_ptr + _BITS)
+    return (
+        tl.load(record_ptr + FIRST),
+        tl.load(record_ptr + FIRST + 1),
+        tl.load(record_ptr + FIRST + 2),
+        bits,
+        tl.load(record_ptr + _RANK),
+        ((bits >> (32 if FIRST == _A else 40)) & 255).to(tl.int32),
+    )
 
 
 @triton.jit
@@ -84,7 +126,7 @@ def _locate(  # type: ignore[no-untyped-def]
 ):
     """(codes, scales, ranges), pointers and row strides, of a packed matrix of ``cols`` columns.
 
-    addresses: those of the parts, int64. The order of the result is that of ``load_tile``.
+    addresses: what ``_load_addresses`` gives. The order of the result is that of ``load_tile``.
     """
     blocks = tl.cdiv(cols, _BLOCK)
     ranges_ptr = addresses[2].to(tl.pointer_type(tl.float32))
@@ -97,7 +139,7 @@ def _locate(  # type: ignore[no-untyped-def]
     else:
         codes_ptr = aligned_pointer(addresses[0], tl.uint8, ALIGNED)
         codes_stride = blocks * _BYTES
-    if FORMAT == "nf4-dq":
+    if FORMAT == "nf4-dq" or FORMAT == _NARROW:
         scales_ptr = addresses[1].to(tl.pointer_type(tl.uint8))
     else:
         scales_ptr = addresses[1].to(tl.pointer_type(tl.float32))
@@ -105,7 +147,10 @@ def _locate(  # type: ignore[no-untyped-def]
         scales_stride = 1
     else:
         scales_stride = blocks
-    ranges_stride = tl.cdiv(blocks, _SCALE_BLOCK) * 2
+    if FORMAT == _NARROW:
+        ranges_stride = tl.cdiv(blocks + addresses[5], _SCALE_BLOCK) * 2
+    else:
+        ranges_stride = tl.cdiv(blocks, _SCALE_BLOCK) * 2
     return codes_ptr, scales_ptr, ranges_ptr, codes_stride, scales_stride, ranges_stride
 
 
@@ -147,13 +192,94 @@ def _load_nf4(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_narrow(  # type: ignore[no-untyped-def]
+    where,
+    addresses,
+    book_ptr,
+    rows,
+    row_live,
+    first,
+    live_cols,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The same of a narrow matrix: eight places of four bits in one word, whatever the rows' bits."""
+    _, scales_ptr, ranges_ptr, _, held_blocks, ranges_stride = where
+    planes = narrow_planes(addresses[0], addresses[3], addresses[4], held_blocks)
+    low_ptr = tl.multiple_of(planes[0].to(tl.pointer_type(tl.int32)), 8)
+    middle_ptr = tl.multiple_of(planes[1].to(tl.pointer_type(tl.int16)), 4)
+    top_ptr = tl.multiple_of(planes[2].to(tl.pointer_type(tl.int16)), 4)
+    books = tl.where(rows < planes[3], tl.where(rows < planes[4], 0, _BOOK_OF_3), _BOOK_OF_2)
+    with_middle = (rows < planes[3])[:, None, None]
+    with_top = (rows < planes[4])[:, None, None]
+    rows = rows.to(tl.int64)[:, None]
+    blocks = tl.arange(0, COLS // _BLOCK)[None, :]
+    live = row_live[:, None] & (blocks * _BLOCK < live_cols)
+    blocks += first // _BLOCK
+    # Four words a block.
+    units = (rows * held_blocks + blocks)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    mask = live[:, :, None]
+    low = tl.load(low_ptr + units, mask=mask, other=0)
+    middle = tl.load(middle_ptr + units, mask=mask & with_middle, other=0).to(tl.int32) & 0xFFFF
+    top = tl.load(top_ptr + units, mask=mask & with_top, other=0).to(tl.int32) & 0xFFFF
+    scales = tl.load(scales_ptr + rows * held_blocks + blocks, mask=live, other=0)
+    range_ptrs = ranges_ptr + rows * ranges_stride
+    range_ptrs += (blocks + addresses[5]) // _SCALE_BLOCK * 2
+    least = tl.load(range_ptrs, mask=live, other=0.0)
+    step = tl.load(range_ptrs + 1, mask=live, other=0.0)
+    scales = least + scales.to(tl.float32) * step
+    # Bit 4 i of 16 goes to bit 4 i, bit 4 i + 1 to bit 16 + 4 i, and likewise from bit 2 on.
+    middle |= middle << 15
+    top |= top << 15
+    half = (low & 0x33333333) | ((middle & 0x11111111) << 2) | ((top & 0x11111111) << 3)
+    other = ((low >> 2) & 0x33333333) | (middle & 0x44444444) | ((top & 0x44444444) << 1)
+    book_ptrs = (book_ptr + books)[:, None, None]
+    scales = scales[:, :, None]
+    even = _join_places(half, other, 0, book_ptrs, scales, ROWS, COLS)
+    odd = _join_places(half, other, 4, book_ptrs, scales, ROWS, COLS)
+    return tl.join(even, odd).reshape(ROWS, COLS).to(DTYPE)
+
+
+@triton.jit
+def _join_places(  # type: ignore[no-untyped-def]
+    half, other, SHIFT: tl.constexpr, book_ptrs, scales, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """Every other element of a tile: from each word the values of the places at bits SHIFT, SHIFT + 8, ..
+
+    Values are looked up for each place in the layout in which the words were loaded, and then joined.
+    """
+    first = tl.join(
+        _look_up(half, other, SHIFT, book_ptrs, scales, ROWS, COLS),
+        _look_up(half, other, SHIFT + 16, book_ptrs, scales, ROWS, COLS),
+    ).reshape(ROWS, COLS // 4)
+    second = tl.join(
+        _look_up(half, other, SHIFT + 8, book_ptrs, scales, ROWS, COLS),
+        _look_up(half, other, SHIFT + 24, book_ptrs, scales, ROWS, COLS),
+    ).reshape(ROWS, COLS // 4)
+    return tl.join(first, second).reshape(ROWS, COLS // 2)
+
+
+@triton.jit
+def _look_up(  # type: ignore[no-untyped-def]
+    half, other, SHIFT: tl.constexpr, book_ptrs, scales, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    low = tl.load(book_ptrs + ((half >> SHIFT) & 15)) * scales
+    high = tl.load(book_ptrs + ((other >> SHIFT) & 15)) * scales
+    return tl.join(low, high).reshape(ROWS, COLS // 8)
+
+
+@triton.jit
 def _load_values(  # type: ignore[no-untyped-def]
-    where, rows, row_live, cols, col_live, FORMAT: tl.constexpr, DTYPE: tl.constexpr
+    where, addresses, rows, row_live, cols, col_live, FORMAT: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Elements ``[rows, cols]`` of a matrix that ``_locate`` found, rounded to DTYPE."""
+    planes = addresses
+    if FORMAT == _NARROW:
+        planes = narrow_planes(addresses[0], addresses[3], addresses[4], where[4])
     values = load_tile(
         where[0], where[1], where[2], where[3], where[4], where[5],
-        rows, cols, row_live, col_live, FORMAT,
+        rows, cols, row_live, col_live, FORMAT, planes, addresses[5],
     )  # fmt: skip
     return values.to(DTYPE)
 
@@ -187,9 +313,15 @@ def _load_format(  # type: ignore[no-untyped-def]
         values = _load_nf4(
             where, book_ptr, rows, row_live, first, live_cols, FORMAT, DTYPE, ROWS, COLS
         )
+    elif LOOK_UP and ALIGNED and COLS >= _BLOCK and FORMAT == _NARROW:
+        values = _load_narrow(
+            where, addresses, book_ptr, rows, row_live, first, live_cols, DTYPE, ROWS, COLS
+        )
     else:
         cols = tl.arange(0, COLS)
-        values = _load_values(where, rows, row_live, first + cols, cols < live_cols, FORMAT, DTYPE)
+        values = _load_values(
+            where, addresses, rows, row_live, first + cols, cols < live_cols, FORMAT, DTYPE
+        )
     return values
 
 
@@ -309,23 +441,16 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     is multiplied ``ONE_ROWS`` rows at a time; its first block of A is under way before x is there.
     """
     start_dependents(PDL)
-    tile_ptr = tiles_ptr + tl.program_id(0) * 3
     place = tl.program_id(1)
     part = tl.program_id(2)
-    slot = tl.load(tile_ptr)
-    first_token = tl.load(tile_ptr + 1)
-    count = tl.load(tile_ptr + 2)
-    record_ptr = records_ptr + (slot.to(tl.int64) * slices + first_number + place) * _FIELDS
-    rank = tl.minimum(tl.load(record_ptr + _RANK, mask=count > 0, other=0).to(tl.int32), max_rank)
+    first_token, count, record_ptr, rank = _load_record(
+        tiles_ptr + tl.program_id(0) * 3, records_ptr, slices, first_number + place, max_rank
+    )
     if rank == 0:
         wait_for_previous(PDL)
     else:
         format = tl.load(record_ptr + _FORMAT).to(tl.int32)
-        addresses = (
-            tl.load(record_ptr + _A),
-            tl.load(record_ptr + _A + 1),
-            tl.load(record_ptr + _A + 2),
-        )
+        addresses = _load_addresses(record_ptr, _A, FORMATS)
         start_in = aligned(pick(starts, place, COUNT), 64, ALIGNED)
         first = part * part_cols
         stop = tl.minimum(first + part_cols, d_in)
@@ -470,22 +595,15 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     """
     start_dependents(PDL)
     place, group = pick_block(tl.program_id(0), block_starts, COUNT)
-    tile_ptr = tiles_ptr + tl.program_id(1) * 3
-    slot = tl.load(tile_ptr)
-    first_token = tl.load(tile_ptr + 1)
-    count = tl.load(tile_ptr + 2)
-    record_ptr = records_ptr + (slot.to(tl.int64) * slices + first_number + place) * _FIELDS
-    rank = tl.minimum(tl.load(record_ptr + _RANK, mask=count > 0, other=0).to(tl.int32), max_rank)
+    first_token, count, record_ptr, rank = _load_record(
+        tiles_ptr + tl.program_id(1) * 3, records_ptr, slices, first_number + place, max_rank
+    )
     if rank == 0:
         wait_for_previous(PDL)
     else:
         scale = tl.load(record_ptr + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
         format = tl.load(record_ptr + _FORMAT).to(tl.int32)
-        addresses = (
-            tl.load(record_ptr + _B),
-            tl.load(record_ptr + _B + 1),
-            tl.load(record_ptr + _B + 2),
-        )
+        addresses = _load_addresses(record_ptr, _B, FORMATS)
         width = aligned(pick(widths, place, COUNT), 64, ALIGNED)
         start_out = aligned(pick(starts, place, COUNT), 64, ALIGNED)
         y_ptr += aligned(pick(y_starts, place, COUNT), 64, ALIGNED)
@@ -601,8 +719,10 @@ def _make_sized(
 ) -> _Sized:
     """Both launches with all arguments that depend on the layer, the size of tiles and the dtype."""
     count = len(layer.slices)
-    shrink = shrink_config(size, layer.max_rank, x.dtype)
-    expand = expand_config(size, layer.max_rank, x.dtype)
+    # A tile of narrow rows takes more registers than others: of 32 rows some would be put aside.
+    max_rank = min(layer.max_rank, 16) if NARROW_FORMAT in layer.formats else layer.max_rank
+    shrink = shrink_config(size, max_rank, x.dtype)
+    expand = expand_config(size, max_rank, x.dtype)
     programs = count * _EXPECTED_TILES[size]
     parts, part_cols = cut_columns(layer.d_in, programs, _LEAST_PART[size], _WANTED[size])
     widths = plan.expand["widths"]

@@ -28,7 +28,8 @@ it. The scale of nf4-dq has no rounding point inside its product: ``step`` keeps
 bits, so ``step * code`` is exact in float32, with or without a fused multiply-add.
 
 A row of nf4-dq may be *narrow*: it uses 8 or 4 of the 16 codes (:data:`NARROW_CODES`) and takes 3 or
-2 bits an element on disk (``narrow_codes``). In memory it is a row of nf4-dq like any other.
+2 bits an element on disk (``narrow_codes``). In memory it is a row of nf4-dq like any other, or one of a
+``narrow_rows.NarrowMatrix``.
 
 Sources: NF4 and double quantisation, Dettmers et al., *QLoRA*, NeurIPS 2023 (arXiv 2305.14314);
 the float32 code values and decision thresholds are those of bitsandbytes (``dQuantizeNF4``).
@@ -37,7 +38,7 @@ the float32 code values and decision thresholds are those of bitsandbytes (``dQu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
@@ -174,8 +175,11 @@ class PackedMatrix:
 
     def to(self, device: torch.device | str) -> PackedMatrix:
         """The same matrix on ``device``; shares memory when it is there already."""
-        parts = {name: part.to(device) for name, part in self.parts.items()}
-        return PackedMatrix(self.format, self.rows, self.cols, parts)
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
+
+    def widened(self) -> PackedMatrix:
+        """The same matrix in one of :data:`FORMATS`: itself, see ``narrow_rows.NarrowMatrix``."""
+        return self
 
     @property
     def is_zero(self) -> bool:
@@ -389,17 +393,46 @@ def narrow_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Raises:
         ValueError: a code that such rows do not have.
     """
-    places = torch.full((16,), 255, dtype=torch.uint8, device=codes.device)
-    kept = torch.tensor(NARROW_CODES[bits], device=codes.device)
-    places[kept] = torch.arange(len(kept), dtype=torch.uint8, device=codes.device)
-    index = places[torch.stack([codes >> 4, codes & 15], dim=-1).int()]
-    if bool((index == 255).any()):
-        raise ValueError(f"the codes are not those of rows with {bits} bits: pack with pack_narrow")
-    index = index.view(index.numel() // NF4_BLOCK, NF4_BLOCK)
+    index = narrow_places(codes, bits)
     planes = [_join_bits(index >> (bits - 2), 2)]
     if bits == 3:
         planes.append(_join_bits(index & 1, 1))
     return torch.cat(planes, dim=1).view(*codes.shape[:-1], codes.shape[-1] * bits // 4)
+
+
+def narrow_places(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The place of each NF4 code among those of rows with so many bits.
+
+    Args:
+        codes: uint8, bytes of two NF4 codes in whole blocks: ``[..., 32 * blocks]``.
+        bits: 4, 3 or 2; with 4 a place is the code.
+
+    Returns:
+        uint8 ``[blocks of all rows, 64]``.
+
+    Raises:
+        ValueError: a code that such rows do not have.
+    """
+    pairs = torch.stack([codes >> 4, codes & 15], dim=-1)
+    pairs = pairs.view(pairs.numel() // NF4_BLOCK, NF4_BLOCK)
+    if bits == 4:
+        return pairs
+    places = torch.full((16,), 255, dtype=torch.uint8, device=codes.device)
+    kept = torch.tensor(NARROW_CODES[bits], device=codes.device)
+    places[kept] = torch.arange(len(kept), dtype=torch.uint8, device=codes.device)
+    index = places[pairs.int()]
+    if bool((index == 255).any()):
+        raise ValueError(f"the codes are not those of rows with {bits} bits: pack with pack_narrow")
+    return index
+
+
+def stored_places(stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """``narrow_places`` from the codes of rows with so many bits as they lie on disk."""
+    if bits == 4:
+        return narrow_places(stored, 4)
+    planes = stored.reshape(stored.numel() // (8 * bits), 8 * bits)
+    places = _split_bits(planes[:, :16], 2)
+    return places if bits == 2 else (places << 1) | _split_bits(planes[:, 16:], 1)
 
 
 def widen_codes(narrow: torch.Tensor, bits: int) -> torch.Tensor:
@@ -444,6 +477,7 @@ def unpack(
     stop = packed.cols if stop is None else stop
     if not 0 <= start <= stop <= packed.cols:
         raise ValueError(f"columns {start}:{stop} are not within 0:{packed.cols}")
+    packed = packed.widened()
     parts = packed.parts
     if packed.format in FLOAT_DTYPES:
         return parts["values"][:, start:stop].to(dtype)

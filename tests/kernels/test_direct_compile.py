@@ -24,7 +24,14 @@ OTHERS = {name: target for name, target in TARGETS.items() if name not in H100}
 RANK_64 = {"sm_90 private_kernel._expand_kernel": 232, "sm_90 private_kernel._shrink_kernel": 255}
 BASES = ("float", "int8", "nf4", "nf4-dq")
 # What the private tasks of a checkpoint may be; a tensor-parallel rank may have to make nf4 of nf4-dq.
-FORMATS = (("float",), ("int8",), ("nf4",), ("nf4", "nf4-dq"), ("float", "int8", "nf4", "nf4-dq"))
+FORMATS = (
+    ("float",),
+    ("int8",),
+    ("nf4",),
+    ("nf4", "nf4-dq"),
+    ("nf4-narrow",),
+    ("float", "int8", "nf4", "nf4-dq"),
+)
 # As many tasks as tokens, and many tokens of few tasks.
 DECODE, PREFILL = (64, 64, 64), (4096, 8, 4096)
 # Lengths of a batch on either side of every size at which a launch may change.
@@ -60,12 +67,15 @@ def launch_8b(recording: Any) -> None:
 
 
 def launch_qkv(recording: Any) -> None:
-    """The layer of three slices."""
+    """The layer of three slices; the kernel for four formats has the bodies of each."""
     from engine_launches import EAGER, Batch, Engine, run_direct
 
     for engine in (
         *(Engine("llama-8b", k=64, basis=basis) for basis in ("float", "nf4-dq")),
-        *(Engine("llama-8b", rank=16, formats=formats) for formats in (("nf4",), FORMATS[-1])),
+        *(
+            Engine("llama-8b", rank=16, formats=formats)
+            for formats in (("nf4-narrow",), FORMATS[-1])
+        ),
     ):
         batches = [Batch(*DECODE), Batch(*PREFILL)]
         run_direct(recording, engine, batches, modules=("qkv_proj",), ways=[EAGER])

@@ -10,14 +10,16 @@ import importlib.util
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_vlora.quantize import PackedMatrix, pack, unpack
+from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_matrix
+from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow, stack_rows, unpack
 from vllm_vlora.triton_kernels.direct import (
+    FORMAT_CODES,
     DirectLayer,
     DirectSlice,
     DirectTask,
@@ -47,7 +49,10 @@ ROUNDINGS = 5
 
 @dataclass(frozen=True)
 class Case:
-    """One batch on one layer; ``slices`` are (width, k_in, k_out), ``d_in`` and widths without starts."""
+    """One batch on one layer; ``slices`` are (width, k_in, k_out), ``d_in`` and widths without starts.
+
+    ``first_block``: blocks of 64 columns that are cut off ahead of narrow factors.
+    """
 
     tokens: int
     dtype: torch.dtype = torch.float16
@@ -60,6 +65,7 @@ class Case:
     core_ranks: tuple[int, ...] = (0, 5, 0, 20)
     start_in: int = 0
     start_out: int = 0
+    first_block: int = 0
     slots: int = 7
     seed: int = 0
 
@@ -103,7 +109,8 @@ def make_layer(case: Case) -> DirectLayer:
             u = packed(torch.randn(k_out, width) / k_out**0.5, case.u[place % len(case.u)])
         slices.append(DirectSlice(width, case.start_in, case.start_out, u, k_in))
     stacked = packed(torch.cat(v), case.v) if v else None
-    return DirectLayer(1, case.d_in, tuple(slices), stacked, max(case.ranks, default=0))
+    formats = tuple(kind for kind in FORMAT_CODES if kind in case.private)
+    return DirectLayer(1, case.d_in, tuple(slices), stacked, max(case.ranks, default=0), formats)
 
 
 def make_slot(case: Case, layer: DirectLayer, slot: int, count: int) -> DirectTask:
@@ -136,19 +143,42 @@ def private_task(case: Case, part: DirectSlice, number: int) -> SliceTask:
     a = torch.randn(rank, case.start_in + case.d_in) / case.d_in**0.5
     b = torch.randn(rank, case.start_out + part.width)
     scale = (0.37, -1.5)[number % 2]
+    if format == NARROW_FORMAT:
+        return SliceTask(a=narrow(case, a, number), b=narrow(case, b, number), scale=scale)
     return SliceTask(a=packed(a, format), b=packed(b, format), scale=scale)
 
 
+def narrow(case: Case, matrix: torch.Tensor, number: int) -> PackedMatrix:
+    """The matrix in rows of 4, 3 and 2 bits, in turns most or none of one kind."""
+    rank, before = len(matrix), 64 * case.first_block
+    four = (rank // 3, 0, rank, 1)[number % 4]
+    three = ((rank - four + 1) // 2, rank - four, 0, 0)[number // 2 % 4]
+    counts = (four, three, rank - four - three)
+    whole = torch.cat([torch.randn(rank, before), matrix], dim=1)
+    parts = [
+        pack(rows, "nf4-dq") if bits == 4 else pack_narrow(rows, bits)
+        for bits, rows in zip((4, 3, 2), whole.split(list(counts)))
+    ]
+    held = narrow_matrix(stack_rows(parts), counts)
+    cut = held.column_blocks(before, held.cols) if before else held
+    return replace(cut, parts=guarded(cut.parts))
+
+
 def packed(matrix: torch.Tensor, format: str) -> PackedMatrix:
-    """The packed matrix, its parts followed by values that must not be read: NaN in floats."""
-    matrix_parts = pack(matrix, format)
-    parts = {}
-    for name, part in matrix_parts.parts.items():
-        guarded = torch.zeros(part.shape[0] + 1, *part.shape[1:], dtype=part.dtype)
-        guarded.fill_(float("nan") if part.is_floating_point() else 99)
-        guarded[:-1] = part
-        parts[name] = guarded.to(DEVICE)[:-1]
-    return PackedMatrix(format, matrix_parts.rows, matrix_parts.cols, parts)
+    """The packed matrix, guarded."""
+    whole = pack(matrix, format)
+    return replace(whole, parts=guarded(whole.parts))
+
+
+def guarded(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each part with values behind it that must not be read: NaN in floats."""
+    found = {}
+    for name, part in parts.items():
+        held = torch.zeros(part.shape[0] + 1, *part.shape[1:], dtype=part.dtype)
+        held.fill_(float("nan") if part.is_floating_point() else 99)
+        held[:-1] = part
+        found[name] = held.to(DEVICE)[:-1]
+    return found
 
 
 def exact(world: World) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,6 +285,25 @@ if BACKEND:
         "scale ranges, uneven": Case(
             6, d_in=80, slices=((50, 3, 4),), ranks=(2,), private=("nf4-dq",), slots=2,
             start_in=64 * 255 + 9, start_out=64 * 256 - 3,
+        ),
+        "every format": Case(20, private=("float", "int8", "nf4", "nf4-dq", NARROW_FORMAT)),
+        "narrow rows": Case(24, d_in=192, slices=EVEN, private=(NARROW_FORMAT,), slots=20),
+        "narrow rows, bfloat16": Case(
+            12, BF16, d_in=576, slices=EVEN, private=(NARROW_FORMAT,), ranks=(5, 18), slots=8
+        ),
+        "narrow rows, float32": Case(20, SINGLE, d_in=128, slices=EVEN, private=(NARROW_FORMAT,)),
+        "narrow rows, uneven": Case(
+            30, d_in=75, start_in=37, start_out=21, private=(NARROW_FORMAT,), slots=24
+        ),
+        "narrow rows, cut in a group": Case(
+            12, d_in=128, slices=((128, 3, 4),), private=(NARROW_FORMAT,), first_block=255
+        ),
+        "narrow rows, cut unevenly": Case(
+            12, d_in=80, slices=((150, 3, 4),), private=(NARROW_FORMAT,), first_block=254,
+            start_in=9, start_out=33,
+        ),
+        "narrow rows, prefill": Case(
+            1100, d_in=192, slices=EVEN, private=(NARROW_FORMAT,), slots=12
         ),
         "prefill": Case(1100, d_in=70),
         "prefill, bfloat16": Case(

@@ -19,7 +19,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.quantize import FORMATS, PackedMatrix, pack, unpack
+from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_matrix
+from vllm_vlora.quantize import FORMATS, PackedMatrix, pack, pack_narrow, stack_rows, unpack
 from vllm_vlora.triton_kernels.materialize import (
     MaterializeJob,
     MaterializePlan,
@@ -47,7 +48,9 @@ STORE_ERROR = {
 }
 SENTINEL = 42.0
 LAYOUTS = ["rows", "transposed", "stepped", "slot", "transposed slot"]
-FACTORS = [format for format in FORMATS if format not in ("float32", "float16")]
+# What a device may hold, some of it in no file.
+HELD = (*FORMATS, NARROW_FORMAT)
+FACTORS = [format for format in HELD if format not in ("float32", "float16")]
 
 
 def make_plan(jobs: Sequence[MaterializeJob]) -> MaterializePlan:
@@ -92,6 +95,8 @@ def make_out(rows: int, cols: int, dtype: torch.dtype, layout: str) -> tuple[tor
 
 def make_matrix(rows: int, cols: int, format: str, wide: bool) -> PackedMatrix:
     matrix = torch.randn(rows, cols, dtype=torch.float64)
+    if format == NARROW_FORMAT:
+        return make_narrow(matrix.float())
     packed = pack(matrix.float(), format).to(DEVICE)
     if not wide or "values" not in packed.parts:
         return packed
@@ -101,6 +106,15 @@ def make_matrix(rows: int, cols: int, format: str, wide: bool) -> PackedMatrix:
     )
     values[:, 2 : 2 + cols] = packed.parts["values"]
     return PackedMatrix(format, rows, cols, {"values": values[:, 2 : 2 + cols]})
+
+
+def make_narrow(matrix: torch.Tensor) -> PackedMatrix:
+    """A third of the rows with 4 bits, and about as many with 3."""
+    rows = len(matrix)
+    counts = (rows // 3, -(-rows // 3), rows - rows // 3 - -(-rows // 3))
+    four, three, two = matrix.split(counts)
+    whole = stack_rows([pack(four, "nf4-dq"), pack_narrow(three, 3), pack_narrow(two, 2)])
+    return narrow_matrix(whole, counts).to(DEVICE)
 
 
 def assert_job_result(job: MaterializeJob) -> None:
@@ -137,7 +151,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
     width = draw(st.integers(0, 300))
     start = draw(st.integers(0, 200))
     return {
-        "format": draw(st.sampled_from(FORMATS)),
+        "format": draw(st.sampled_from(HELD)),
         "out_dtype": draw(st.sampled_from(DTYPES)),
         "left_dtype": None if identity else draw(st.sampled_from(DTYPES)),
         "rank": rank,
@@ -184,6 +198,8 @@ def case(**changes: object) -> dict[str, object]:
 @example(case=case(format="nf4", start=37, width=200, d=301, k=33, layout="transposed"))
 @example(case=case(format="nf4-dq", start=37, width=100, d=64 * 257, left_dtype=None, k=16))
 @example(case=case(format="nf4-dq", start=64 * 255 + 9, width=100, d=64 * 258, k=5))
+@example(case=case(format=NARROW_FORMAT, start=64 * 255 + 9, width=100, d=64 * 258, k=5))
+@example(case=case(format=NARROW_FORMAT, left_dtype=None, k=16, layout="transposed slot"))
 @example(case=case(format="int8", rank=70, k=100, extra_rows=58, extra_cols=3))
 @example(case=case(format="nf4", left_dtype=None, rank=7, k=7, layout="transposed slot", scale=2.0))
 @example(case=case(format="nf4-dq", left_dtype=None, k=16, layout="slot", scale=2.0**-140))
@@ -223,7 +239,7 @@ def assert_case(
     assert (buffer[outside] == SENTINEL).all()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", HELD)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16])
 @each_way
 def test_identity_is_the_dequantised_matrix_bit_for_bit(
@@ -250,9 +266,10 @@ def test_an_unquantised_factor_reaches_a_slot_of_its_dtype_unchanged(
 
 
 @each_way
-def test_fewer_rows_of_a_packed_factor_are_a_smaller_rank(run_jobs: Runner) -> None:
+@pytest.mark.parametrize("format", ["nf4-dq", NARROW_FORMAT])
+def test_fewer_rows_of_a_packed_factor_are_a_smaller_rank(run_jobs: Runner, format: str) -> None:
     torch.manual_seed(3)
-    matrix = make_matrix(8, 100, "nf4-dq", wide=False)
+    matrix = make_matrix(8, 100, format, wide=False)
     out = torch.full((8, 100), float("nan"), device=DEVICE)
     run_jobs([MaterializeJob(out, matrix.row_slice(0, 3), None, 1.0, 0, 100)])
     assert torch.equal(out[:3], unpack(matrix)[:3])
@@ -295,7 +312,7 @@ def test_an_empty_slot_is_accepted(run_jobs: Runner, shape: tuple[int, int]) -> 
 def test_jobs_of_one_call_are_independent(run_jobs: Runner) -> None:
     torch.manual_seed(4)
     jobs = []
-    for index, format in enumerate(FORMATS):
+    for index, format in enumerate(HELD):
         rank, k, d = 1 + index, 3 + 5 * index, 40 + 30 * index
         matrix = make_matrix(k, d, format, wide=False)
         left = torch.randn(rank, k, device=DEVICE)

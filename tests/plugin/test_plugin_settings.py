@@ -20,6 +20,8 @@ from vllm_vlora.plugin.settings import Settings, read_settings
         ({"VLLM_VLORA_LATE_MIB": "0"}, Settings(late_mib=0)),
         ({"VLLM_VLORA_LATE_MIB": "4096"}, Settings(late_mib=4096)),
         ({"VLLM_VLORA_CHAT_TEMPLATES": "on"}, Settings(chat_templates=True)),
+        ({"VLLM_VLORA_ROWS": "narrow"}, Settings(narrow_rows=True)),
+        ({"VLLM_VLORA_ROWS": "wide"}, Settings()),
         ({"VLLM_VLORA_BASIS": "dense", "VLLM_VLORA_MODE": "auto"}, Settings()),
     ],
 )
@@ -44,6 +46,7 @@ def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> 
         ("MODE", "Direct", "'Direct': use one of"),
         ("MODE", " auto", "' auto': use one of"),
         ("BASIS", "nf4", "'nf4': use one of dense, packed"),
+        ("ROWS", "3", "'3': use one of wide, narrow"),
         *(("LATE_MIB", bad, f"{bad!r}: use a whole number from 0 on")
           for bad in ("-1", "1.5", "1G", " 8")),
         *(("SLOTS", bad, f"{bad!r}: use a whole number from 1 on")

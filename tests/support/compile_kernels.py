@@ -78,7 +78,8 @@ def compile_launches(
         test_file: path of a Python file.
         name: of a function in it, which takes a ``Recording`` and launches kernels.
         folder: for Triton's cache.
-        measured: find out what the kernels use; assembling them once more takes as long as compiling.
+        measured: find out what the kernels use where that is held; assembling them once more takes as
+            long as compiling.
 
     Returns:
         For each target and variant ``target``, ``kernel``, ``label`` (what launches it), and either
@@ -105,17 +106,21 @@ def complaints(
     """What is wrong with a report, one line a variant.
 
     Args:
-        held: whether registers and spills count; with another Triton than the environment's they do
-            on sm_90 alone.
+        held: whether registers and spills count (``is_held``).
         allowed: target and kernel -> registers where more are known to be needed.
     """
     found = []
     for row in rows:
         most = (allowed or {}).get(f"{row['target']} {row['kernel']}", MAX_REGISTERS)
-        counts = held and (not UNDER_TEST or row["target"] == "sm_90")
+        counts = held and is_held(row["target"])
         if "error" in row or (counts and _takes_much(row, most)):
             found.append(" ".join(f"{name} {value};" for name, value in row.items()))
     return found
+
+
+def is_held(target: str) -> bool:
+    """Whether registers and spills count: with another Triton than the environment's on sm_90 alone."""
+    return not UNDER_TEST or target == "sm_90"
 
 
 def _takes_much(row: Mapping[str, Any], registers: int) -> bool:
@@ -141,7 +146,7 @@ def source_hash() -> str:
     """SHA-256 over the kernels and what launches and compiles them."""
     sources = [
         *(ROOT / "triton_kernels").glob("*.py"),
-        ROOT / "vllm_vlora" / "quantize.py",
+        *(ROOT / "vllm_vlora" / name for name in ("quantize.py", "narrow_rows.py")),
         BENCHMARKS / "floors.py",
         *(TESTS / "kernels" / name for name in COMPILED),
         *(SUPPORT / name for name in LAUNCHING),
@@ -231,7 +236,7 @@ def _compile_target(
             "target": target_name,
             "kernel": variant.name,
             "label": variant.label,
-            **_compile_one(variant, found.target, measured),
+            **_compile_one(variant, found.target, measured and is_held(target_name)),
         }
         for variant in variants
     ]

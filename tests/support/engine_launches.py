@@ -17,6 +17,7 @@ import torch
 from places import ROOT
 from record_launches import Recording
 
+from vllm_vlora.narrow_rows import NARROW_FORMAT, NarrowMatrix, plane_nbytes
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, PackedMatrix, part_specs
 from vllm_vlora.triton_kernels import device, direct, direct_kernel
 from vllm_vlora.triton_kernels.direct import (
@@ -89,7 +90,13 @@ class Engine:
 
 
 def matrix(rows: int, cols: int, format: str) -> PackedMatrix:
-    """A packed matrix without memory."""
+    """A packed matrix without memory; a narrow one's rows are mostly of 3 and 2 bits."""
+    if format == NARROW_FORMAT:
+        bits = (rows // 4, rows // 4, rows - rows // 4 * 2)
+        parts = dict(matrix(rows, cols, "nf4-dq").parts)
+        size = sum(plane_nbytes(bits, parts["scale_codes"].shape[1]))
+        parts["codes"] = torch.empty(size, dtype=torch.uint8, device=META)
+        return NarrowMatrix(format, rows, cols, parts, bits)
     parts = {
         name: torch.empty(rows, *shape, dtype=dtype, device=META)
         for name, (dtype, shape) in part_specs(format, cols).items()

@@ -17,7 +17,7 @@ from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.quantize import pack, unpack
 from vllm_vlora.representations.joint import encode_joint
-from vllm_vlora.representations.private import encode_private
+from vllm_vlora.representations.private import encode_narrow, encode_private
 from vllm_vlora.representations.stored import Basis
 
 CPU = torch.device("cpu")
@@ -56,7 +56,10 @@ def build(
     seed: int = 0,
     extra: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> Checkpoint:
-    """A checkpoint of these tasks with random weights, of which x of order 1 makes y of order 1."""
+    """A checkpoint of these tasks with random weights, of which x of order 1 makes y of order 1.
+
+    ``private``: a number format, or "narrow" for rows of 4, 3 and 2 bits (``bits_of_rank``).
+    """
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir()
     writer = CheckpointWriter(folder, None)
@@ -78,6 +81,8 @@ def build(
             if kind == "joint":
                 u, v = unpack(bases[name].u), unpack(bases[name].v)
                 stored[name] = replace(encode_joint(8 * a, b, 2.0, u, v, "float32"), scale=-0.5)
+            elif private == "narrow":
+                stored[name] = encode_narrow(a, b, 1.5, bits_of_rank(rank))
             else:
                 stored[name] = encode_private(a, b, 1.5, private)
         writer.add_task(
@@ -86,6 +91,11 @@ def build(
         )  # fmt: skip
     writer.finish("card")
     return Checkpoint.open(folder)
+
+
+def bits_of_rank(rank: int) -> tuple[int, int, int]:
+    """Rows of 4, 3 and 2 bits in the tasks of ``build``; one of 4 alone in a task of rank 1."""
+    return (1, 0, 0) if rank == 1 else (rank // 3, rank - rank // 3 - rank // 2, rank // 2)
 
 
 def nothing(slot: int) -> torch.Tensor:
@@ -137,7 +147,7 @@ def activate_all(path: DirectPath, checkpoint: Checkpoint, tasks: list[str]) -> 
     """Slots with these tasks in them, whose ids count from 1."""
     slots = DirectSlots(path)
     for number, task in enumerate(tasks, 1):
-        slots.activate(number, path.make_task(checkpoint.load_task(task)))
+        slots.activate(number, path.make_task(checkpoint.load_task(task, narrow=path.narrow_rows)))
     return slots
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from places import DATA
+from plugin_world import build
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -533,6 +534,20 @@ def test_plan_shows_a_table_that_is_not_cut(shared: Path, tmp_path: Path) -> Non
         *("--lora-target-modules", "qkv_proj"),
     )
     assert "3 layer slices" in narrowed.stdout
+
+
+def test_plan_counts_narrow_rows_as_the_library_does(tmp_path: Path) -> None:
+    checkpoint = build(tmp_path / "ckpt", private="narrow")
+    assert checkpoint.has_narrow_rows(checkpoint.tasks)
+    totals = []
+    for options in ([], ["--narrow-rows"]):
+        data = json.loads(
+            invoke("plan", tmp_path / "ckpt", "--max-loras", "4", *options, "--json").stdout
+        )
+        found = plan_memory(checkpoint, max_loras=4, narrow_rows=bool(options)).mode("direct")
+        totals.append(data["modes"][2]["bytes"]["total"])
+        assert totals[-1] == found.total_nbytes
+    assert totals[1] < totals[0]
 
 
 def test_plan_says_which_tasks_cannot_run_direct(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,15 @@ from vllm_vlora.checkpoint.manifest import (
     read_tasks,
 )
 from vllm_vlora.errors import CheckpointError, TaskNotFoundError
-from vllm_vlora.quantize import PackedMatrix, is_finite, part_specs, widen_codes
+from vllm_vlora.narrow_rows import NARROW_FORMAT, Bits, NarrowCodes, NarrowMatrix, Planes, planes_of
+from vllm_vlora.quantize import (
+    NF4_BLOCK,
+    PackedMatrix,
+    is_finite,
+    part_specs,
+    stored_places,
+    widen_codes,
+)
 from vllm_vlora.representations.registry import segment_sides, shared_of
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
@@ -175,11 +183,17 @@ class Checkpoint:
         later = [s.bits, s.rows]
         return fields + later if any(later) else fields
 
-    def load_task(self, task_id: str, device: torch.device | str = "cpu") -> StoredTask:
+    def load_task(
+        self, task_id: str, device: torch.device | str = "cpu", narrow: bool = False
+    ) -> StoredTask:
         """Read one task whole, checked, with its packed matrices on ``device``.
 
         The matrices of a task are views of a handful of flat tensors, so a device gets a handful of
         copies, whatever the number of modules.
+
+        Args:
+            narrow: private factors in nf4-dq become a ``NarrowMatrix``, whose rows have the bits that
+                they have in the file; otherwise every row has 4.
         """
         record = self.record(task_id)
         path = self.path / record.file
@@ -196,8 +210,12 @@ class Checkpoint:
             extra[name] = tensor
         if tensors:
             raise CheckpointError(f"{path}: unexpected tensor {next(iter(tensors))!r}")
-        modules = self._split(record, flat)  # type: ignore[arg-type]
+        modules = self._split(record, flat, narrow)  # type: ignore[arg-type]
         return StoredTask(task_id, self.digest(task_id), modules, extra)  # type: ignore[arg-type]
+
+    def has_narrow_rows(self, task_ids: Iterable[str]) -> bool:
+        """Whether one of these tasks has rows of 3 or 2 bits."""
+        return any(s.bits is not None for task in task_ids for s in self.record(task).segments)
 
     def bases(self) -> Iterator[tuple[str, Basis]]:
         """Yield (module name, basis) for every module that has one; holds one shard at a time."""
@@ -250,27 +268,24 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: unexpected basis tensor {next(iter(held))!r}")
 
     def _split(
-        self, record: TaskRecord, flat: Mapping[str, torch.Tensor]
+        self, record: TaskRecord, flat: Mapping[str, torch.Tensor], narrow: bool
     ) -> dict[str, StoredModule]:
-        flat = {name: _widened(name, tensor) for name, tensor in flat.items()}
-        offsets = dict.fromkeys(flat, 0)
+        planes = _planes(flat) if narrow else {}
+        flat = {name: _widened(name, tensor) for name, tensor in flat.items() if name not in planes}
+        offsets = dict.fromkeys([*flat, *planes], 0)
+        codes = NarrowCodes()
         modules = {}
         for segment in record.segments:
             spec = self.modules[segment.module]
-            matrices = {}
+            matrices: dict[str, PackedMatrix] = {}
             for side, (rows, cols) in segment_sides(segment, spec).items():
-                shapes = {
-                    part: shape for part, (_, shape) in part_specs(segment.format, cols).items()
-                }
-                taken: dict[str, list[torch.Tensor]] = {part: [] for part in shapes}
-                for part, _, count, _ in stored_parts(segment, rows, cols):
-                    key = tensor_name(segment, side, part)
-                    part = "codes" if part in CODE_PARTS.values() else part
-                    start, size = offsets[key], count * math.prod(shapes[part])
-                    taken[part].append(flat[key][start : start + size].view(count, *shapes[part]))
-                    offsets[key] = start + size
-                parts = {name: t[0] if len(t) == 1 else torch.cat(t) for name, t in taken.items()}
-                matrices[side] = PackedMatrix(segment.format, rows, cols, parts)
+                parts = _take_parts(segment, side, (rows, cols), flat, offsets)
+                if "codes" in parts or "values" in parts:
+                    matrices[side] = PackedMatrix(segment.format, rows, cols, parts)
+                    continue
+                taken = _take_planes(segment, side, (rows, cols), planes, offsets)
+                bits = segment.bits or (rows, 0, 0)
+                codes.add(taken, partial(_put_narrow, matrices, side, (cols, bits), parts))
             modules[spec.name] = StoredModule(
                 segment.representation,
                 segment.format,
@@ -282,7 +297,72 @@ class Checkpoint:
                 segment.bits,
                 segment.rows,
             )
+        codes.place()
         return modules
+
+
+def _put_narrow(
+    matrices: dict[str, PackedMatrix],
+    side: str,
+    shape: tuple[int, Bits],
+    parts: dict[str, torch.Tensor],
+    codes: torch.Tensor,
+) -> None:
+    cols, bits = shape
+    parts = {**parts, "codes": codes}
+    matrices[side] = NarrowMatrix(NARROW_FORMAT, sum(bits), cols, parts, bits)
+
+
+def _take_parts(
+    segment: Segment,
+    side: str,
+    shape: tuple[int, int],
+    flat: Mapping[str, torch.Tensor],
+    offsets: dict[str, int],
+) -> dict[str, torch.Tensor]:
+    """The next rows of a segment's side from the flat tensors that are there: part -> ``[rows, ...]``."""
+    rows, cols = shape
+    shapes = {part: row_shape for part, (_, row_shape) in part_specs(segment.format, cols).items()}
+    taken: dict[str, list[torch.Tensor]] = {}
+    for part, _, count, _ in stored_parts(segment, rows, cols):
+        key = tensor_name(segment, side, part)
+        part = "codes" if part in CODE_PARTS.values() else part
+        if key in flat:
+            start, size = offsets[key], count * math.prod(shapes[part])
+            taken.setdefault(part, []).append(
+                flat[key][start : start + size].view(count, *shapes[part])
+            )
+            offsets[key] = start + size
+    return {name: t[0] if len(t) == 1 else torch.cat(t) for name, t in taken.items()}
+
+
+def _take_planes(
+    segment: Segment,
+    side: str,
+    shape: tuple[int, int],
+    planes: Mapping[str, Planes],
+    offsets: dict[str, int],
+) -> list[Planes]:
+    """The planes of the next rows of a segment's side, of each width that it has."""
+    rows, cols = shape
+    taken = []
+    for part, _, count, _ in stored_parts(segment, rows, cols):
+        key = tensor_name(segment, side, part)
+        if key in planes:
+            start = offsets[key]
+            offsets[key] = end = start + count * -(-cols // NF4_BLOCK)
+            taken.append(tuple(plane[start:end] for plane in planes[key]))
+    return taken
+
+
+def _planes(flat: Mapping[str, torch.Tensor]) -> dict[str, Planes]:
+    """The codes of private factors in nf4-dq among a task's flat tensors, as planes of blocks."""
+    return {
+        name: planes_of(stored_places(tensor, bits), bits)
+        for name, tensor in flat.items()
+        for bits, part in CODE_PARTS.items()
+        if name.startswith("private.") and name.endswith(f".nf4-dq.{part}")
+    }
 
 
 def _widened(name: str, tensor: torch.Tensor) -> torch.Tensor:

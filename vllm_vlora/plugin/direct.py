@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
+from vllm_vlora.narrow_rows import NARROW_FORMAT
 from vllm_vlora.plugin.held_bases import HeldBases
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.memory import direct_obstacle
@@ -92,6 +93,7 @@ class DirectPath:
         max_tokens: the longest batch, padding included.
         device, dtype: of the layers' inputs.
         packed_basis: keep quantised bases packed where a rank's share can be cut from them.
+        narrow_rows: hold private rows of 3 and 2 bits with no more; done where a task has such rows.
         elsewhere: modules of the other pipeline-parallel ranks -> whether they have a direct form there.
             How a task runs is decided from all of its modules, and so alike on every rank.
     """
@@ -107,6 +109,7 @@ class DirectPath:
         device: torch.device,
         dtype: torch.dtype,
         packed_basis: bool = False,
+        narrow_rows: bool = False,
         elsewhere: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
         self.dtype, self.device = dtype, device
@@ -125,7 +128,9 @@ class DirectPath:
         users = _users(checkpoint, self._task_obstacle, self._held)
         # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
         self._max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
-        self._formats = _formats(users)
+        # Known now: captured graphs have one kernel for all tasks, with one body where it can be.
+        self.narrow_rows = narrow_rows and any(segment.bits is not None for segment, _ in users)
+        self._formats = _formats(users, self.narrow_rows)
         bases = _load_bases(self, checkpoint, packed_basis)
         limits = _Limits(self._max_rank, self._formats, dtype)
         self.layers = _make_layers(self._layouts, bases, limits)
@@ -212,7 +217,7 @@ class DirectPath:
                 f"{module} has rank {segment.rank}, more than the private tasks that the engine "
                 "started with"
             )
-        if not _served_as(segment.format) <= set(self._formats):
+        if not _served_as(segment.format, self.narrow_rows) <= set(self._formats):
             return (
                 f"{module} is {segment.format}, a format that no task had when the engine started"
             )
@@ -252,18 +257,23 @@ def _users(
     ]
 
 
-def _formats(users: Iterable[tuple[Segment, ModuleSpec]]) -> tuple[str, ...]:
+def _formats(users: Iterable[tuple[Segment, ModuleSpec]], narrow: bool) -> tuple[str, ...]:
     """What the kernels must know of: each body that they need not have makes them smaller and faster."""
     found = {
-        kind for segment, _ in users if segment.is_private for kind in _served_as(segment.format)
+        kind
+        for segment, _ in users
+        if segment.is_private
+        for kind in _served_as(segment.format, narrow)
     }
     return tuple(kind for kind in FORMAT_CODES if kind in found)
 
 
-def _served_as(format: str) -> set[str]:
+def _served_as(format: str, narrow: bool) -> set[str]:
     """The kinds of packed factors that a stored format becomes: a rank's cut makes nf4 of nf4-dq."""
     if format in FLOAT_DTYPES:
         return {"float"}
+    if narrow and format == "nf4-dq":
+        return {NARROW_FORMAT}
     return {format, "nf4"} if format == "nf4-dq" else {format}
 
 
@@ -357,7 +367,7 @@ def _aligned(matrix: PackedMatrix) -> PackedMatrix:
     A task's parts are views of a few flat tensors; only those of very small ones stand elsewhere.
     """
     parts = {n: p if p.data_ptr() % _ALIGNMENT == 0 else p.clone() for n, p in matrix.parts.items()}
-    return PackedMatrix(matrix.format, matrix.rows, matrix.cols, parts)
+    return replace(matrix, parts=parts)
 
 
 def _dense(values: torch.Tensor) -> PackedMatrix:

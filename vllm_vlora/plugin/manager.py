@@ -115,6 +115,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             self._check,
             only_direct=self.setup.settings.mode == "direct",
             elsewhere=self.elsewhere,
+            narrow_rows=self.setup.settings.narrow_rows,
         )
         self._direct_models: dict[int, TaskLoRAModel] = {}
         self._direct_slots: DirectSlots | None = None
@@ -418,6 +419,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             device=self.device,
             dtype=self._vllm_config.model_config.dtype,
             packed_basis=self.setup.settings.packed_basis,
+            narrow_rows=self.setup.settings.narrow_rows,
             elsewhere=self.elsewhere,
         )
 

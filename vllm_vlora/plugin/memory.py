@@ -16,7 +16,8 @@ columns:
 * flat tasks are materialized: their components as stored and whole, and a task's loadings spread over
   float32 factors, ``4 rank^2 (k_in + k_out + 2)``.
 * private factors, packed: to materialize ``rank * (row(d_in) + row(d_out))``, whole; to run direct
-  ``rank * (row(w_in) + row(w_out))``, floats in the engine's dtype.
+  ``rank * (row(w_in) + row(w_out))``, floats in the engine's dtype. Rows of 3 and 2 bits count with 4,
+  or with ``narrow_rows`` as in the file, where a task that runs so has any.
 * direct also: a record of 12 words for each slice, one for each of ``max_loras + 1`` slots and one for
   each task (and none), and the routing of a batch.
 
@@ -42,6 +43,7 @@ from vllm_vlora.checkpoint.serving import (
     serving_rank,
 )
 from vllm_vlora.errors import ModelMismatchError, OptionError
+from vllm_vlora.narrow_rows import CODEBOOKS, narrow_nbytes
 from vllm_vlora.plugin.held_bases import HeldBases
 from vllm_vlora.plugin.model_layers import (
     LM_HEAD,
@@ -53,7 +55,7 @@ from vllm_vlora.plugin.model_layers import (
 )
 from vllm_vlora.plugin.settings import DEFAULT_PEFT_SLOTS
 from vllm_vlora.plugin.settings import MODES as SERVING_MODES
-from vllm_vlora.quantize import FLOAT_DTYPES, NF4_CODEBOOK, row_nbytes
+from vllm_vlora.quantize import FLOAT_DTYPES, row_nbytes
 from vllm_vlora.representations.joint import dense_keeps_rank
 from vllm_vlora.representations.registry import shared_rows, shared_sides
 from vllm_vlora.representations.spec import BasisSpec, ModuleSpec, Segment, core_widths
@@ -93,7 +95,7 @@ class ModeMemory:
         slots, slot_rank: number of vLLM's slots, and their rank.
         slots_nbytes, bases_nbytes, cores_nbytes, factors_nbytes: see the module.
         table_nbytes: records of the slots of direct tasks. records_nbytes: those of the tasks.
-        buffers_nbytes: routing of a batch to direct tasks, and the codebook of NF4.
+        buffers_nbytes: routing of a batch to direct tasks, and the codebooks of NF4.
         host_nbytes: pinned host memory for adapters that wait to be copied (all of them).
         direct_tasks, materialized_tasks: tasks by how they run; stock vLLM's count as materialized.
         distinct_tasks: different tasks that one batch may have.
@@ -233,6 +235,7 @@ def plan_memory(
     target_modules: Sequence[str] | None = None,
     max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS,
     packed_basis: bool = False,
+    narrow_rows: bool = False,
     memory: int | None = None,
     cpu: bool = False,
 ) -> MemoryPlan:
@@ -249,6 +252,7 @@ def plan_memory(
         target_modules: vLLM's ``--lora-target-modules``.
         max_num_batched_tokens: vLLM's option of that name.
         packed_basis: ``VLLM_VLORA_BASIS=packed``: quantised bases stay packed to run direct too.
+        narrow_rows: ``VLLM_VLORA_ROWS=narrow``: rows of 3 and 2 bits take no more on the device.
         memory: bytes for adapters on one device, to say what they hold.
         cpu: vLLM's CPU build, where the plugin takes one slot more.
 
@@ -281,7 +285,7 @@ def plan_memory(
     counter = _Counter(
         slot_row=itemsize * sum(sum(item.widths(tp)) for item in slices),
         direct_slices=sum(item.side != "whole" for item in slices),
-        tasks=_count_tasks(checkpoint, fillers, tp, itemsize),
+        tasks=_count_tasks(checkpoint, fillers, tp, itemsize, narrow_rows),
         bases=_count_bases(checkpoint.modules, fillers, tp, itemsize, packed_basis),
         rank=_slot_rank(checkpoint, max_lora_rank),
         stock_rank=_stock_rank(checkpoint, max_lora_rank),
@@ -321,6 +325,14 @@ class _FormBytes:
 
     def __add__(self, other: _FormBytes) -> _FormBytes:
         return _FormBytes(self.cores + other.cores, self.factors + other.factors)
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """Whether a task's rows of 3 and 2 bits take no more in either form."""
+
+    direct: bool
+    sources: bool
 
 
 @dataclass(frozen=True)
@@ -463,7 +475,7 @@ class _Counter:
         )
 
     def _buffers_nbytes(self, max_loras: int) -> int:
-        return routing_nbytes(self.batched_tokens, max_loras) + 4 * len(NF4_CODEBOOK)
+        return routing_nbytes(self.batched_tokens, max_loras) + 4 * len(CODEBOOKS)
 
     def _bases_nbytes(self, direct: list[_Task], others: list[_Task]) -> int:
         sliced = frozenset[tuple[int, str]]().union(*(task.shared for task in direct))
@@ -474,13 +486,28 @@ class _Counter:
 
 
 def _count_tasks(
-    checkpoint: Checkpoint, fillers: Sequence[LayerSlice], tp: int, itemsize: int
+    checkpoint: Checkpoint,
+    fillers: Sequence[LayerSlice],
+    tp: int,
+    itemsize: int,
+    narrow_rows: bool,
 ) -> list[_Task]:
     widths = [item.widths(tp) for item in fillers]
-    layers = {module.name: item.name for module, item in zip(checkpoint.modules, fillers)}
-    held = HeldBases(layers.__getitem__)
+    tasks, modules = checkpoint.tasks, checkpoint.modules
+    held = HeldBases({m.name: item.name for m, item in zip(modules, fillers)}.__getitem__)
+    obstacles = {
+        task: _task_obstacle(record, modules) or held.take(record.segments, modules)
+        for task, record in tasks.items()
+    }
+    direct = [task for task, obstacle in obstacles.items() if obstacle is None]
+    # To run direct, all are held in one way, whatever each has; to be materialized, each for itself.
+    all_direct = narrow_rows and checkpoint.has_narrow_rows(direct)
+    narrow = {
+        task: _Narrow(all_direct, narrow_rows and checkpoint.has_narrow_rows([task]))
+        for task in tasks
+    }
     return [
-        _count_task(task_id, record, checkpoint.modules, widths, itemsize, held)
+        _count_task(task_id, record, modules, widths, itemsize, narrow[task_id], obstacles[task_id])
         for task_id, record in checkpoint.tasks.items()
     ]
 
@@ -491,7 +518,8 @@ def _count_task(
     modules: Sequence[ModuleSpec],
     widths: Sequence[tuple[int, int]],
     itemsize: int,
-    held: HeldBases,
+    narrow: _Narrow,
+    obstacle: str | None,
 ) -> _Task:
     direct = sources = _FormBytes()
     read = adapter = 0
@@ -510,18 +538,17 @@ def _count_task(
                 direct += _FormBytes(cores=_core_elements(segment, module.basis) * itemsize)
             read += pair + rows_in * _row(format, width_in) + rows_out * _row(format, width_out)
         else:
-            rank, format = segment.rank, segment.format
-            stored = sum(_row(format, cols) for cols in whole)
-            if format == "nf4-dq" and cut != whole:
-                format = "nf4"  # Where one side is cut, both get plain scales.
-            kept = sum(_cut_row(format, cols, w, itemsize) for cols, w in zip(whole, cut))
-            sources += _FormBytes(factors=rank * stored)
-            direct += _FormBytes(factors=rank * kept)
-            read += rank * sum(_row(format, width) for width in cut)
+            sources += _FormBytes(
+                factors=_factors_nbytes(segment, whole, whole, None, narrow.sources)
+            )
+            direct += _FormBytes(
+                factors=_factors_nbytes(segment, whole, cut, itemsize, narrow.direct)
+            )
+            read += _factors_nbytes(segment, whole, cut, None, narrow.sources)
     return _Task(
         task_id=task_id,
         rank=record.max_rank,
-        obstacle=_task_obstacle(record, modules) or held.take(record.segments, modules),
+        obstacle=obstacle,
         direct=direct,
         sources=sources,
         shared=frozenset(shared),
@@ -530,6 +557,28 @@ def _count_task(
         # original_nbytes counts 16 bits a weight.
         host=record.original_nbytes * itemsize // 2,
     )
+
+
+def _factors_nbytes(
+    segment: Segment,
+    whole: tuple[int, int],
+    cut: tuple[int, int],
+    itemsize: int | None,
+    narrow: bool,
+) -> int:
+    """Bytes of a private segment's factors of ``whole`` columns, of which a rank has the ``cut``.
+
+    ``itemsize``: of floats; None for as they are stored.
+    """
+    format = segment.format
+    if narrow and format == "nf4-dq":
+        bits = segment.bits or (segment.rank, 0, 0)
+        return sum(narrow_nbytes(bits, width) for width in cut)
+    if format == "nf4-dq" and cut != whole:
+        format = "nf4"  # Where one side is cut, both get plain scales.
+    if itemsize is None:
+        return segment.rank * sum(_row(format, width) for width in cut)
+    return segment.rank * sum(_cut_row(format, n, w, itemsize) for n, w in zip(whole, cut))
 
 
 def _task_obstacle(record: TaskRecord, modules: Sequence[ModuleSpec]) -> str | None:

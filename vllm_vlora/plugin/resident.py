@@ -72,6 +72,7 @@ class ResidentStore:
         only_direct: refuse tasks that cannot run direct.
         elsewhere: the engine's names of modules that other pipeline-parallel ranks have; what is stored
             for them is left out.
+        narrow_rows: hold rows of 3 and 2 bits with no more, in tasks that are materialized.
     """
 
     def __init__(
@@ -81,12 +82,14 @@ class ResidentStore:
         check: Check,
         only_direct: bool = False,
         elsewhere: Collection[str] = (),
+        narrow_rows: bool = False,
     ) -> None:
         self._device = device
         self._engine_name = engine_name
         self._check = check
         self._only_direct = only_direct
         self._elsewhere = elsewhere
+        self._narrow_rows = narrow_rows
         self.direct: DirectPath | None = None
         self._tasks: dict[str, ResidentTask] = {}
         # By the digest of all bases, then by module and the representation of the tasks that share it.
@@ -220,7 +223,12 @@ class ResidentStore:
         rank = checkpoint.record(task_id).max_rank
         # A core is some ten small operations a module: on the host they are faster than their launches.
         joint = all(segment.is_joint for segment in checkpoint.record(task_id).segments)
-        stored = self._read(checkpoint, task_id, on_host=obstacle is None and joint)
+        if obstacle is None:
+            assert self.direct is not None
+            narrow = self.direct.narrow_rows
+        else:
+            narrow = self._narrow_rows and checkpoint.has_narrow_rows([task_id])
+        stored = self._read(checkpoint, task_id, obstacle is None and joint, narrow)
         if obstacle is None:
             assert self.direct is not None
             task = self.direct.make_task(stored)
@@ -275,12 +283,14 @@ class ResidentStore:
     def _is_here(self, module: str) -> bool:
         return not self._elsewhere or self._engine_name(module) not in self._elsewhere
 
-    def _read(self, checkpoint: Checkpoint, task_id: str, on_host: bool = False) -> StoredTask:
+    def _read(
+        self, checkpoint: Checkpoint, task_id: str, on_host: bool, narrow: bool
+    ) -> StoredTask:
         """A task on the device, or on the host, without what other pipeline ranks have."""
         if not self._elsewhere:
-            return checkpoint.load_task(task_id, "cpu" if on_host else self._device)
+            return checkpoint.load_task(task_id, "cpu" if on_host else self._device, narrow)
         # Copies of what stays: views would keep the whole file's tensors.
-        whole = checkpoint.load_task(task_id)
+        whole = checkpoint.load_task(task_id, narrow=narrow)
         modules = {
             name: replace(
                 module,
@@ -324,4 +334,4 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 def _copy(matrix: PackedMatrix, device: torch.device) -> PackedMatrix:
     parts = {name: part.to(device, copy=True) for name, part in matrix.parts.items()}
-    return PackedMatrix(matrix.format, matrix.rows, matrix.cols, parts)
+    return replace(matrix, parts=parts)

@@ -23,6 +23,8 @@ LATE_VARIABLE = "VLLM_VLORA_LATE_MIB"
 # checkpoint (80 MB at 64 components) and two hundred of its tasks; the least recently used give way.
 DEFAULT_LATE_MIB = 512
 BASES = ("dense", "packed")
+ROWS_VARIABLE = "VLLM_VLORA_ROWS"
+ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
 TEMPLATES_VARIABLE = "VLLM_VLORA_CHAT_TEMPLATES"
 SWITCH = ("off", "on")
@@ -37,6 +39,7 @@ class Settings:
             refuses tasks that cannot run direct, ``materialize`` writes every task into a slot.
         slots: slots for adapters that need one, when tasks run direct; ``--max-loras`` caps it.
         packed_basis: keep quantised bases packed on the device instead of in the compute dtype.
+        narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
         late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
@@ -48,6 +51,7 @@ class Settings:
     late_mib: int = DEFAULT_LATE_MIB
     overlap: bool = False
     chat_templates: bool = False
+    narrow_rows: bool = False
 
     @property
     def direct(self) -> bool:
@@ -64,6 +68,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         late_mib=_whole(environment, LATE_VARIABLE, DEFAULT_LATE_MIB, least=0),
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
+        narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
     )
 
 
