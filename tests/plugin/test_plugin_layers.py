@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from plugin_world import build
 
+from vllm_vlora.errors import ModelMismatchError
 from vllm_vlora.plugin.layouts import LayerLayout, Run
 from vllm_vlora.plugin.resident import ResidentTask
 from vllm_vlora.plugin.slots import SlotWriter
@@ -102,3 +104,39 @@ def test_a_module_of_several_slices_may_run_direct_where_it_is_in_one_piece(
     layer = make_layer("MergedColumnParallelLinearWithLoRA", GATED, 0, 1)
     parts = _joined(_linear_layouts(["in_proj_qkv", "in_proj_z"], layer))
     assert [part.runs_b for part in parts] == [(Run(0, 0, 20),), (Run(0, 0, 6),)]
+
+
+class Latent(torch.nn.Module):
+    """What tells multi-head latent attention from a plain layer with a kv_b_proj."""
+
+    def __init__(self, kv_b_proj: torch.nn.Module, absorbs: bool) -> None:
+        super().__init__()
+        self.kv_b_proj = kv_b_proj
+        if absorbs:
+            self.impl = object()
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+
+@pytest.mark.parametrize("alias", ["the wrapper", "the layer itself"])
+def test_what_latent_attention_reads_once_is_refused(tmp_path: Any, alias: str) -> None:
+    """vLLM makes its layer's other names the wrapper; both are known, lest one becomes the other."""
+    from vllm_vlora.plugin.layers import read_absorbed
+    from vllm_vlora.plugin.manager import _check_absorbed
+
+    wrapped, other = Wrapped(torch.nn.Linear(2, 2)), Wrapped(torch.nn.Linear(2, 2))
+    seen = wrapped if alias == "the wrapper" else wrapped.base_layer
+    model = torch.nn.ModuleList([Latent(seen, True), Latent(other, False), wrapped])
+    manager = SimpleNamespace(model=model, modules={"kv_b_proj": wrapped, "o_proj": other})
+    absorbed = read_absorbed(manager)
+    assert absorbed == {"kv_b_proj"}
+    assert read_absorbed(SimpleNamespace(model=model[1], modules=manager.modules)) == set()
+
+    checkpoint = build(tmp_path / "checkpoint", {"task": {"o": ("private", 1)}})
+    _check_absorbed(checkpoint, "task", absorbed, str)
+    with pytest.raises(ModelMismatchError, match=r"'task' adapts o, .*start vLLM with VLLM_MLA_"):
+        _check_absorbed(checkpoint, "task", absorbed, lambda name: "kv_b_proj")

@@ -46,7 +46,7 @@ class Architecture:
         tower: what vLLM adapts of the image tower and connector; likewise.
         auto: the transformers class that makes the model.
         ask: what the engine is asked: to generate, or a pooling task.
-        engine: further arguments of ``vllm.LLM``.
+        engine, environment: further arguments of ``vllm.LLM``, and variables.
         quantised: what ``quantise`` makes of the linear layers.
         noise: how far log-probabilities may lie from the reference.
     """
@@ -59,6 +59,7 @@ class Architecture:
     auto: str = "AutoModelForCausalLM"
     ask: str = "generate"
     engine: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     quantised: str = ""
     noise: float = 5e-4
 
@@ -150,6 +151,13 @@ ARCHITECTURES = [
                  config=_config("Lfm2Config", layer_types=["conv", "full_attention"], conv_dim=64,
                                 conv_dim_out=64, conv_L_cache=3, block_multiple_of=16,
                                 block_auto_adjust_ff_dim=False)),
+    # With latent attention kv_b_proj cannot be adapted, and on CPU vLLM has it in bfloat16 alone.
+    Architecture("DeepseekV2ForCausalLM", environment={"VLLM_MLA_DISABLE": "1"},
+                 targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+                 config=_config("DeepseekV2Config", num_key_value_heads=2, q_lora_rank=32,
+                                kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=32,
+                                v_head_dim=32, first_k_dense_replace=2, n_routed_experts=4,
+                                n_group=1, topk_group=1, **_EXPERTS)),
     # vLLM has no kernel for LoRA on experts on CPU, so it is kept off them here.
     Architecture("Qwen3MoeForCausalLM", targets=_ATTENTION, vocabularies=_BOTH,
                  config=_config("Qwen3MoeConfig", head_dim=32, num_experts=4, **_EXPERTS),
@@ -336,13 +344,14 @@ def write_adapters(architecture: Architecture, model: Path, root: Path) -> dict[
         if architecture.tower:
             where = "(?!.*language_model)" if name == TOWER else ".*language_model"
             chosen = rf"{where}.*\.({'|'.join(chosen)})"
-        _write_adapter(architecture, model, root / name, number, target_modules=chosen, **config)
+        write_adapter(architecture, model, root / name, number, target_modules=chosen, **config)
     return {name: root / name for name in kinds}
 
 
-def _write_adapter(
+def write_adapter(
     architecture: Architecture, model: Path, folder: Path, seed: int, **config: Any
-) -> None:
+) -> Path:
+    """A PEFT folder with random factors."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -351,6 +360,7 @@ def _write_adapter(
         if "lora_" in name:
             parameter.data.normal_(0, 0.2)
     adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
 
 
 def _load(architecture: Architecture, model: Path) -> Any:
@@ -543,7 +553,7 @@ def _ask(
         _ENGINE,
         json.dumps(job),
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # To send a function to the worker.
-        **{"VLLM_VLORA_CHECKPOINT": "", **environment},
+        **{"VLLM_VLORA_CHECKPOINT": "", **architecture.environment, **environment},
     )
     return answers, found
 

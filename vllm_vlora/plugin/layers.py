@@ -92,6 +92,23 @@ def read_elsewhere(manager: Any) -> dict[str, bool]:
     return {name: form for name, form in merged.items() if name not in mine}
 
 
+def read_absorbed(manager: Any) -> set[str]:
+    """Modules of which no adapter would tell: attention reads their weights at the start, not later.
+
+    Multi-head latent attention multiplies kv_b_proj into its queries and outputs.
+    """
+    held = [
+        module.kv_b_proj
+        for module in manager.model.modules()
+        if hasattr(module, "impl") and hasattr(module, "kv_b_proj")
+    ]
+    return {
+        name
+        for name, layer in manager.modules.items()
+        if any(layer is other or getattr(layer, "base_layer", None) is other for other in held)
+    }
+
+
 def _language_wrapper(manager: Any) -> Any:
     """The punica wrapper of the language model; towers of multimodal models have their own."""
     key = DEFAULT_LANGUAGE_WRAPPER_KEY

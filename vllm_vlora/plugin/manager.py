@@ -10,7 +10,7 @@ import copy
 import functools
 import sys
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -39,6 +39,7 @@ from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_ahead
 from vllm_vlora.plugin.layers import (
     engine_name,
+    read_absorbed,
     read_direct_layouts,
     read_elsewhere,
     read_layouts,
@@ -411,8 +412,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
         writer.check(checkpoint, task_ids, self._engine_name)
+        absorbed = read_absorbed(self)
         for task_id in task_ids:
             _check_extra(checkpoint, task_id, self)
+            _check_absorbed(checkpoint, task_id, absorbed, self._engine_name)
 
 
 def _config_of_slots(config: Any, setup: Setup) -> Any:
@@ -535,6 +538,20 @@ def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager)
             raise ModelMismatchError(
                 f"{checkpoint.path}: task {task_id!r} carries {name}, which this vLLM "
                 "cannot serve with this model; leave the task out of the served checkpoint"
+            )
+
+
+def _check_absorbed(
+    checkpoint: Checkpoint, task_id: str, absorbed: set[str], engine_name: Callable[[str], str]
+) -> None:
+    """Refuse an update of weights that are read once: stock vLLM leaves it out without a word."""
+    for segment in checkpoint.record(task_id).segments:
+        module = checkpoint.modules[segment.module].name
+        if absorbed and engine_name(module) in absorbed:
+            raise ModelMismatchError(
+                f"{checkpoint.path}: task {task_id!r} adapts {module}, which vLLM multiplies into "
+                "latent attention (MLA) once, so that no adapter of it has an effect; start vLLM with "
+                "VLLM_MLA_DISABLE=1, or leave the task out of the served checkpoint"
             )
 
 
