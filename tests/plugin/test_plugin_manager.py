@@ -277,16 +277,18 @@ def test_batches_without_stock_adapters_trouble_punica_once_a_shape(worker: Work
     assert calls(12, 11, 12, is_prefill=True) == 0
 
 
-def test_other_towers_mappings_are_stock(worker: Worker) -> None:
+def test_towers_see_direct_tokens_as_the_base_models(worker: Worker) -> None:
     from vllm.lora.layers import LoRAMapping, LoRAMappingType
 
     manager = worker.manager
     manager.add_direct(worker.request("joint", 11))
     manager.set_adapter_mapping(LoRAMapping((11, 0), (11, 0)))
     runs = list(manager.vlora_store.direct.routing.runs)
-    tower = LoRAMapping((11, 11, 11), (11,), type=LoRAMappingType.TOWER)
+    tower = LoRAMapping((11, 11, 7), (11, 7), is_prefill=True, type=LoRAMappingType.TOWER)
     manager.set_adapter_mapping(tower)
-    assert worker.stock[-1] is tower
+    # Punica would not find a direct task, and none adapts a tower.
+    expected = LoRAMapping((0, 0, 7), (0, 7), is_prefill=True, type=LoRAMappingType.TOWER)
+    assert worker.stock[-1] == expected
     assert manager.vlora_store.direct.routing.runs == runs
 
 

@@ -6,6 +6,8 @@ What it knows of vLLM's internals stands in ``seam_table``, and is checked on th
 from __future__ import annotations
 
 import functools
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,10 +109,11 @@ def read_direct_layouts(manager: Any) -> list[LayerLayout]:
     """The linear layers that may run direct: those of the language model, by vLLM's own classes.
 
     A classification head is one of them by its class, and is none: its rows are requests, not tokens.
+    A module that vLLM cuts into several slices is one here: its columns of y lie side by side.
     """
     wrapper = _language_wrapper(manager)
     return [
-        LayerLayout(name, tuple(_linear_layouts(manager.packed_modules.get(name, [name]), layer)))
+        LayerLayout(name, _joined(_linear_layouts(manager.packed_modules.get(name, [name]), layer)))
         for name, layer in manager.modules.items()
         if isinstance(layer, BaseLinearLayerWithLoRA)
         and layer.punica_wrapper is wrapper
@@ -141,6 +144,23 @@ def read_elsewhere(manager: Any) -> dict[str, bool]:
     return {name: form for name, form in merged.items() if name not in mine}
 
 
+def read_absorbed(manager: Any) -> set[str]:
+    """Modules of which no adapter would tell: attention reads their weights at the start, not later.
+
+    Multi-head latent attention multiplies kv_b_proj into its queries and outputs.
+    """
+    held = [
+        module.kv_b_proj
+        for module in manager.model.modules()
+        if hasattr(module, "impl") and hasattr(module, "kv_b_proj")
+    ]
+    return {
+        name
+        for name, layer in manager.modules.items()
+        if any(layer is other or getattr(layer, "base_layer", None) is other for other in held)
+    }
+
+
 def _language_wrapper(manager: Any) -> Any:
     """The punica wrapper of the language model; towers of multimodal models have their own."""
     key = DEFAULT_LANGUAGE_WRAPPER_KEY
@@ -163,14 +183,11 @@ def slot_nbytes(manager: Any) -> int:
 
 
 def _linear_layouts(names: list[str], layer: Any) -> list[SliceLayout]:
-    if len(names) != layer.n_slices:
-        # A group such as in_proj_qkv + in_proj_z over four slices; no checkpoint module is matched to
-        # it, so a checkpoint that adapts one is refused by name.
-        names = [f"{names[0]}.slice_{i}" for i in range(layer.n_slices)]
     stacks = list(zip(layer.lora_a_stacked, layer.lora_b_stacked))
     full = [_full_shape(layer, i, a.shape[3], b.shape[2]) for i, (a, b) in enumerate(stacks)]
     kept_a, kept_b = _kept_columns(layer, full)
     first_rows = _first_rows(layer, full)
+    owners = _owners(names, [d_out for _, d_out in full])
     return [
         SliceLayout(
             name,
@@ -179,11 +196,43 @@ def _linear_layouts(names: list[str], layer: Any) -> list[SliceLayout]:
             d_in,
             d_out,
             index_runs(kept_a[i]),
-            index_runs(kept_b[i]),
+            index_runs(kept_b[i] + start),
             first_row=first_rows[i],
         )
-        for i, (name, (a, b), (d_in, d_out)) in enumerate(zip(names, stacks, full))
+        for i, ((name, start, d_out), (a, b), (d_in, _)) in enumerate(zip(owners, stacks, full))
     ]
+
+
+def _owners(names: list[str], widths: list[int]) -> list[tuple[str, int, int]]:
+    """For each slice its module, the slice's first column in it, and the module's d_out.
+
+    vLLM cuts some modules into several slices (Mamba's in_proj into five), each with the module's whole
+    A and its own rows of B. Of two modules over more slices (in_proj_qkv and in_proj_z over four) the
+    first has all but one, as in vLLM's ``expand_packed_lora``.
+    """
+    if len(names) > len(widths):
+        # Nothing is known to do this; a checkpoint that adapts one of them is refused by name.
+        names = [f"{names[0]}.slice_{i}" for i in range(len(widths))]
+    spare = len(widths) - len(names)
+    counts = [1 + spare, *[1] * (len(names) - 1)]
+    owners, rest = [], iter(widths)
+    for name, count in zip(names, counts):
+        own = list(itertools.islice(rest, count))
+        starts = itertools.accumulate(own, initial=0)
+        owners += [(name, start, sum(own)) for start, _ in zip(starts, own)]
+    return owners
+
+
+def _joined(slices: list[SliceLayout]) -> tuple[SliceLayout, ...]:
+    """Neighbouring slices of one module as one, whose views of slots are the first one's."""
+    joined = []
+    for _, group in itertools.groupby(slices, key=lambda part: part.name):
+        parts = list(group)
+        columns = [
+            torch.arange(run.source, run.source + run.width) for p in parts for run in p.runs_b
+        ]
+        joined.append(replace(parts[0], runs_b=index_runs(torch.cat(columns))))
+    return tuple(joined)
 
 
 def _slot_rows(stack: torch.Tensor, slot: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import copy
 import functools
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -44,6 +44,7 @@ from vllm_vlora.plugin.layers import (
     is_embedding,
     is_full_head,
     is_logits,
+    read_absorbed,
     read_direct_layouts,
     read_elsewhere,
     read_layouts,
@@ -349,7 +350,14 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         slots = self._direct_slots
-        if slots is None or mapping.type != LoRAMappingType.LANGUAGE:
+        if slots is None:
+            super()._set_adapter_mapping(mapping)
+            return
+        if mapping.type != LoRAMappingType.LANGUAGE:
+            # A tower's or connector's: no direct task adapts those, and punica knows of none.
+            tokens = np.asarray(mapping.index_mapping, dtype=np.int64)
+            direct = np.isin(tokens, list(self._direct_models))
+            mapping = _without_direct(mapping, tokens, direct, self._direct_models)
             super()._set_adapter_mapping(mapping)
             return
         if self._warm_up is not None and not self._warm_up.stock:
@@ -442,8 +450,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
         writer.check(checkpoint, task_ids, self._engine_name)
+        absorbed = read_absorbed(self)
         for task_id in task_ids:
             _check_extra(checkpoint, task_id, self)
+            _check_absorbed(checkpoint, task_id, absorbed, self._engine_name)
 
 
 def _config_of_slots(config: Any, setup: Setup) -> Any:
@@ -462,10 +472,10 @@ def _longest_batch(max_num_batched_tokens: int, vllm_config: Any) -> int:
 
 
 def _without_direct(
-    mapping: LoRAMapping, tokens: np.ndarray, direct: np.ndarray, slots: DirectSlots
+    mapping: LoRAMapping, tokens: np.ndarray, direct: np.ndarray, ids: Container[int]
 ) -> LoRAMapping:
-    """The mapping as punica should see it: tokens of direct tasks use no adapter."""
-    prompts = tuple(0 if adapter in slots else adapter for adapter in mapping.prompt_mapping)
+    """The mapping as punica should see it: tokens of direct tasks, which have ``ids``, use no adapter."""
+    prompts = tuple(0 if adapter in ids else adapter for adapter in mapping.prompt_mapping)
     return LoRAMapping(
         tuple(np.where(direct, 0, tokens).tolist()),
         prompts,
@@ -570,6 +580,20 @@ def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager)
             raise ModelMismatchError(
                 f"{checkpoint.path}: task {task_id!r} carries {name}, which this vLLM "
                 "cannot serve with this model; leave the task out of the served checkpoint"
+            )
+
+
+def _check_absorbed(
+    checkpoint: Checkpoint, task_id: str, absorbed: set[str], engine_name: Callable[[str], str]
+) -> None:
+    """Refuse an update of weights that are read once: stock vLLM leaves it out without a word."""
+    for segment in checkpoint.record(task_id).segments:
+        module = checkpoint.modules[segment.module].name
+        if absorbed and engine_name(module) in absorbed:
+            raise ModelMismatchError(
+                f"{checkpoint.path}: task {task_id!r} adapts {module}, which vLLM multiplies into "
+                "latent attention (MLA) once, so that no adapter of it has an effect; start vLLM with "
+                "VLLM_MLA_DISABLE=1, or leave the task out of the served checkpoint"
             )
 
 

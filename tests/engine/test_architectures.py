@@ -1,0 +1,150 @@
+"""Everything in one batch on many architectures: joint, private and ordinary adapters, and the base.
+
+Log-probabilities of the whole vocabulary at every step are those of PEFT on transformers, or of stock
+vLLM one by one. ``make test-slow`` runs them all and prints the table of ``docs/models.md``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from architectures import (
+    ARCHITECTURES,
+    BY_NAME,
+    ORDINARY,
+    TOWER,
+    VOCABULARIES,
+    Answers,
+    Architecture,
+    ask_ours,
+    ask_peft,
+    ask_stock,
+    distances,
+    quantise,
+    write_adapter,
+    write_adapters,
+    write_checkpoint,
+    write_model,
+)
+from engine_world import older_vllm
+
+from vllm_vlora import CompressOptions, compress, open_adapter
+
+# Modules that vLLM cuts into slices of its own, images through an adapted tower, and fused names.
+RISKIEST = ("GraniteMoeHybridForCausalLM", "LlavaForConditionalGeneration", "Phi3ForCausalLM")
+# Layers of every kind, for the mode in which slots alone count.
+MATERIALIZED = (
+    *RISKIEST,
+    "LlamaForCausalLM",
+    "FalconH1ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "BertModel",
+)
+
+
+class Made(NamedTuple):
+    model: Path
+    adapters: dict[str, Path]
+    checkpoint: Path
+    right: Answers
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Architecture], Made]:
+    """Made once for all modes."""
+    held: dict[str, Made] = {}
+
+    def make_one(architecture: Architecture) -> Made:
+        if architecture.name not in held:
+            root = tmp_path_factory.mktemp("architecture")
+            model = write_model(architecture, root / "model")
+            adapters = write_adapters(architecture, model, root)
+            checkpoint = write_checkpoint(adapters, root)
+            if architecture.quantised:
+                quantise(model, architecture.quantised)
+            ask = ask_peft if architecture.by_peft else ask_stock
+            right = ask(architecture, model, adapters)
+            held[architecture.name] = Made(model, adapters, checkpoint, right)
+        return held[architecture.name]
+
+    return make_one
+
+
+def _cases() -> list[Any]:
+    """All of them are slow; the riskiest run with the other engine tests too."""
+    return [
+        pytest.param(
+            architecture.name,
+            mode,
+            marks=[
+                pytest.mark.slow,
+                *([pytest.mark.engine] if architecture.name in RISKIEST and mode == "auto" else []),
+            ],
+        )
+        for architecture in ARCHITECTURES
+        for mode in ("auto", "materialize")
+        if mode == "auto" or architecture.name in MATERIALIZED
+    ]
+
+
+@pytest.mark.skipif(older_vllm(0, 32), reason="not every class is there, or as it is in 0.32")
+@pytest.mark.parametrize(("name", "mode"), _cases())
+def test_everything_in_one_batch_is_right(
+    make: Callable[[Architecture], Made],
+    name: str,
+    mode: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    architecture = BY_NAME[name]
+    model, adapters, checkpoint, right = make(architecture)
+    answers, found = ask_ours(architecture, model, adapters, checkpoint, mode)
+
+    assert answers.keys() == right.keys()
+    far = distances(answers, right)
+    assert max(far.values()) <= architecture.noise, far
+    assert {key: tokens for key, (tokens, _) in answers.items()} == {
+        key: tokens for key, (tokens, _) in right.items()
+    }
+    # Each adapter tells, by far more than what is called noise.
+    base = {f"{task} {n}": right[f"base {n}"] for task in adapters for n in range(3)}
+    apart = distances(base, right)
+    assert min(apart.values()) > 10 * architecture.noise, apart
+
+    obstacles = found["obstacles"]
+    assert obstacles.keys() == adapters.keys() - {ORDINARY}
+    direct = {task for task, why in obstacles.items() if not why}
+    in_slots = {TOWER, VOCABULARIES} if mode == "auto" else obstacles.keys()
+    assert direct == obstacles.keys() - in_slots, obstacles
+    layers = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(found["layers"]).items()))
+    record_property(
+        "shown",
+        f"{name}, {mode}: {len(direct)} direct, {len(obstacles) - len(direct)} materialized; off by "
+        f"{max(far.values()):.1e}, apart by {min(apart.values()):.2f}; {layers}",
+    )
+
+
+@pytest.mark.slow
+def test_what_latent_attention_reads_once_is_refused(tmp_path: Path) -> None:
+    """Stock vLLM answers as the base model does, without a word."""
+    plain = BY_NAME["DeepseekV2ForCausalLM"]
+    latent = replace(plain, environment={}, engine={"dtype": "bfloat16"})
+    model = write_model(latent, tmp_path / "model")
+    config: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": ["kv_b_proj"]}
+    adapters = {"task": write_adapter(latent, model, tmp_path / "task", 0, **config)}
+    base_key = {f"task {number}": f"base {number}" for number in range(3)}
+
+    right = ask_peft(latent, model, adapters)
+    assert min(distances({k: right[b] for k, b in base_key.items()}, right).values()) > 0.5
+    stock = ask_stock(latent, model, adapters)
+    assert all(stock[key] == stock[base] for key, base in base_key.items())
+
+    checkpoint = tmp_path / "checkpoint"
+    options = CompressOptions(representation="private", ratio=0.1, quantize="none")
+    compress({"task": open_adapter(adapters["task"])}, checkpoint, options)
+    with pytest.raises(AssertionError, match=r"adapts .*kv_b_proj, .*VLLM_MLA_DISABLE=1"):
+        ask_ours(latent, model, {**adapters, ORDINARY: adapters["task"]}, checkpoint, "auto")

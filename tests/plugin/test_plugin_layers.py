@@ -1,0 +1,142 @@
+"""vLLM's LoRA layers as we describe them: what is written to their slots next to what stock writes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from plugin_world import build
+
+from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.plugin.layouts import LayerLayout, Run
+from vllm_vlora.plugin.resident import ResidentTask
+from vllm_vlora.plugin.slots import SlotWriter
+from vllm_vlora.quantize import pack
+from vllm_vlora.representations.stored import SideSource
+
+RANK, WIDTH = 4, 6
+# Mamba-2's in_proj: z, x, B, C, dt; and what a gated delta net makes of in_proj_qkv and in_proj_z.
+MAMBA, GATED = (8, 8, 4, 4, 2), (8, 8, 4, 6)
+
+
+def make_layer(kind: str, sizes: tuple[int, ...], tp_rank: int, tp_size: int) -> Any:
+    """A layer of vLLM's own class as it is after ``create_lora_weights``, with two slots."""
+    from vllm.lora import layers
+
+    cls = getattr(layers, kind)
+    layer = cls.__new__(cls)
+    torch.nn.Module.__init__(layer)
+    layer.base_layer = SimpleNamespace(output_sizes=list(sizes))
+    layer.tp_rank, layer.tp_size = tp_rank, tp_size
+    layer.output_sizes, layer.n_slices = sizes, len(sizes)
+    layer.output_slices = tuple(size // tp_size for size in sizes)
+    layer.output_ids = (tp_rank,) * len(sizes)
+    layer.lora_a_stacked = tuple(torch.zeros(2, 1, RANK, WIDTH) for _ in sizes)
+    layer.lora_b_stacked = tuple(torch.zeros(2, 1, n, RANK) for n in layer.output_slices)
+    return layer
+
+
+def make_factors(d_out: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(RANK, WIDTH), torch.randn(d_out, RANK)
+
+
+def write_ours(layer: Any, names: list[str], factors: dict[str, Any]) -> None:
+    from vllm_vlora.plugin.layers import _linear_layouts
+
+    layouts = _linear_layouts(names, layer)
+    for layout in layouts:
+        if layout.name in factors:
+            a, b = factors[layout.name]
+            assert (layout.d_out, layout.d_in) == (len(b), a.shape[1])
+    sources = {
+        name: tuple(SideSource(pack(m, "float32"), None, 1.0) for m in (a, b.T.contiguous()))
+        for name, (a, b) in factors.items()
+    }
+    SlotWriter(layouts, RANK).write(1, ResidentTask("task", "path", RANK, sources, {}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("tp_rank", "tp_size"), [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "names"),
+    [
+        ("MergedColumnParallelLinearVariableSliceWithLoRA", MAMBA, ["in_proj"]),
+        ("MergedColumnParallelLinearWithLoRA", GATED, ["in_proj_qkv", "in_proj_z"]),
+    ],
+)
+def test_modules_that_vllm_cuts_into_slices_fill_them_as_stock_does(
+    kind: str, sizes: tuple[int, ...], names: list[str], tp_rank: int, tp_size: int
+) -> None:
+    torch.manual_seed(0)
+    layer = make_layer(kind, sizes, tp_rank, tp_size)
+    widths = [sum(sizes)] if len(names) == 1 else [sum(sizes[:-1]), sizes[-1]]
+    factors = {name: make_factors(width) for name, width in zip(names, widths)}
+    a, b = ([pair[side] for pair in factors.values()] for side in (0, 1))
+    layer.set_lora(0, *((a[0], b[0]) if len(names) == 1 else (a, b)))
+    write_ours(layer, names, factors)
+    for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+        assert stack[0].count_nonzero()
+        assert stack[1].equal(stack[0])
+
+
+def test_one_of_two_modules_over_more_slices_leaves_the_others_alone() -> None:
+    torch.manual_seed(0)
+    for name, width in (("in_proj_qkv", sum(GATED[:-1])), ("in_proj_z", GATED[-1])):
+        layer = make_layer("MergedColumnParallelLinearWithLoRA", GATED, 0, 1)
+        write_ours(layer, ["in_proj_qkv", "in_proj_z"], {name: make_factors(width)})
+        filled = [bool(stack[1].count_nonzero()) for stack in layer.lora_b_stacked]
+        assert filled == [name != "in_proj_z"] * 3 + [name == "in_proj_z"]
+
+
+@pytest.mark.parametrize(("tp_size", "whole"), [(1, True), (2, False)])
+def test_a_module_of_several_slices_may_run_direct_where_it_is_in_one_piece(
+    tp_size: int, whole: bool
+) -> None:
+    from vllm_vlora.plugin.layers import _joined, _linear_layouts
+
+    layer = make_layer("MergedColumnParallelLinearVariableSliceWithLoRA", MAMBA, 0, tp_size)
+    (part,) = LayerLayout("layer", _joined(_linear_layouts(["in_proj"], layer))).slices
+    assert (part.name, part.d_out, part.is_whole_run) == ("in_proj", 26, whole)
+    if whole:
+        assert part.runs_b == (Run(0, 0, 26),)
+    assert sum(run.width for run in part.runs_b) == 26 // tp_size
+    layer = make_layer("MergedColumnParallelLinearWithLoRA", GATED, 0, 1)
+    parts = _joined(_linear_layouts(["in_proj_qkv", "in_proj_z"], layer))
+    assert [part.runs_b for part in parts] == [(Run(0, 0, 20),), (Run(0, 0, 6),)]
+
+
+class Latent(torch.nn.Module):
+    """What tells multi-head latent attention from a plain layer with a kv_b_proj."""
+
+    def __init__(self, kv_b_proj: torch.nn.Module, absorbs: bool) -> None:
+        super().__init__()
+        self.kv_b_proj = kv_b_proj
+        if absorbs:
+            self.impl = object()
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+
+@pytest.mark.parametrize("alias", ["the wrapper", "the layer itself"])
+def test_what_latent_attention_reads_once_is_refused(tmp_path: Any, alias: str) -> None:
+    """vLLM makes its layer's other names the wrapper; both are known, lest one becomes the other."""
+    from vllm_vlora.plugin.layers import read_absorbed
+    from vllm_vlora.plugin.manager import _check_absorbed
+
+    wrapped, other = Wrapped(torch.nn.Linear(2, 2)), Wrapped(torch.nn.Linear(2, 2))
+    seen = wrapped if alias == "the wrapper" else wrapped.base_layer
+    model = torch.nn.ModuleList([Latent(seen, True), Latent(other, False), wrapped])
+    manager = SimpleNamespace(model=model, modules={"kv_b_proj": wrapped, "o_proj": other})
+    absorbed = read_absorbed(manager)
+    assert absorbed == {"kv_b_proj"}
+    assert read_absorbed(SimpleNamespace(model=model[1], modules=manager.modules)) == set()
+
+    checkpoint = build(tmp_path / "checkpoint", {"task": {"o": ("private", 1)}})
+    _check_absorbed(checkpoint, "task", absorbed, str)
+    with pytest.raises(ModelMismatchError, match=r"'task' adapts o, .*start vLLM with VLLM_MLA_"):
+        _check_absorbed(checkpoint, "task", absorbed, lambda name: "kv_b_proj")

@@ -1,0 +1,576 @@
+"""Tiny models of many architectures, PEFT adapters of what vLLM adapts in each, and what engines answer.
+
+Every model is made from a transformers config, with random weights in float32. What is right comes from
+PEFT on transformers, or from stock vLLM with PEFT's folders, one request at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_forks import run_script
+
+VOCABULARY = 128
+IMAGE_TOKEN = VOCABULARY - 1
+PROMPTS = [[(7 * i + 3 * j) % 120 + 2 for j in range(3 + 5 * i)] for i in range(3)]
+MAX_TOKENS = 5
+ENGINE_ARGUMENTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "max_num_seqs": 32,
+}
+ORDINARY = "ordinary"
+TOWER, VOCABULARIES = "tower", "vocabulary"
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_LINEAR = _ATTENTION + _MLP
+_BOTH = ("embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model class as vLLM names it.
+
+    Attributes:
+        config: the name of the transformers config, and what it is made with.
+        targets: what PEFT adapts of the language model, all of which runs direct.
+        vocabularies: of embedding and output head what vLLM adapts; such tasks stand in slots.
+        tower: what vLLM adapts of the image tower and connector; likewise.
+        auto: the transformers class that makes the model.
+        ask: what the engine is asked: to generate, or a pooling task.
+        engine, environment: further arguments of ``vllm.LLM``, and variables.
+        quantised: what ``quantise`` makes of the linear layers.
+        noise: how far log-probabilities may lie from the reference.
+    """
+
+    name: str
+    config: tuple[str, dict[str, Any]]
+    targets: tuple[str, ...] = _LINEAR
+    vocabularies: tuple[str, ...] = ()
+    tower: tuple[str, ...] = ()
+    auto: str = "AutoModelForCausalLM"
+    ask: str = "generate"
+    engine: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    quantised: str = ""
+    noise: float = 5e-4
+
+    @property
+    def by_peft(self) -> bool:
+        """Whether PEFT on transformers says what is right; otherwise stock vLLM does."""
+        return self.ask == "generate" and not self.quantised
+
+
+def _config(name: str, *left_out: str, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """A config of two layers; heads of 32 are the smallest of vLLM's attention on CPU."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    } | changes
+    return name, {key: value for key, value in sizes.items() if key not in left_out}
+
+
+_WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
+          "mamba_expand": 2, "mamba_chunk_size": 16}  # fmt: skip
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128,
+        "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+_OPT = {"vocab_size": VOCABULARY, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128,
+        "bos_token_id": None, "eos_token_id": 0}  # fmt: skip
+_CLIP = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 96,
+         "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14,
+         "projection_dim": 64}  # fmt: skip
+_LLAVA = {
+    "text_config": {"model_type": "llama", **_config("")[1]},
+    "vision_config": _CLIP,
+    "image_token_index": IMAGE_TOKEN,
+    "image_token_id": IMAGE_TOKEN,
+    "vision_feature_layer": -1,
+}
+_BERT = ("query", "key", "value", "dense")
+
+ARCHITECTURES = [
+    Architecture("LlamaForCausalLM", _config("LlamaConfig", attention_bias=True, mlp_bias=True),
+                 vocabularies=_BOTH),
+    Architecture("MistralForCausalLM", _config("MistralConfig", sliding_window=8)),
+    Architecture("Qwen2ForCausalLM", _config("Qwen2Config")),
+    Architecture("Qwen3ForCausalLM", _config("Qwen3Config", head_dim=32), vocabularies=_BOTH),
+    Architecture("Gemma2ForCausalLM", noise=1e-2, config=_config(
+        "Gemma2Config", head_dim=32, query_pre_attn_scalar=32, **_SLIDING)),
+    Architecture("Gemma3ForCausalLM", _config(
+        "Gemma3TextConfig", head_dim=32, query_pre_attn_scalar=32, **_SLIDING)),
+    Architecture("Phi3ForCausalLM", _config("Phi3Config"), vocabularies=_BOTH,
+                 targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    Architecture("OPTForCausalLM", ("OPTConfig", _OPT),
+                 ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
+    # Stock vLLM leaves an adapter's c_attn out without a word; here it is refused.
+    Architecture("GPTBigCodeForCausalLM", ("GPTBigCodeConfig", _GPT), ("c_proj", "c_fc")),
+    Architecture("CohereForCausalLM", _config("CohereConfig"), vocabularies=("embed_tokens",)),
+    Architecture("GraniteForCausalLM", _config("GraniteConfig"), vocabularies=_BOTH),
+    # vLLM wants gate_proj and up_proj here, and transformers has gate_up_proj.
+    Architecture("Glm4ForCausalLM", _config("Glm4Config", head_dim=32),
+                 (*_ATTENTION, "down_proj")),
+    Architecture("Olmo2ForCausalLM", _config("Olmo2Config")),
+    Architecture("NemotronForCausalLM", _config("NemotronConfig"),
+                 (*_ATTENTION, "up_proj", "down_proj"), vocabularies=_BOTH),
+    Architecture("Exaone4ForCausalLM", _config("Exaone4Config"), vocabularies=_BOTH),
+    Architecture("GraniteMoeHybridForCausalLM", vocabularies=_BOTH,
+                 targets=(*_ATTENTION, "in_proj", "out_proj", "input_linear", "output_linear"),
+                 config=_config("GraniteMoeHybridConfig", layer_types=["mamba", "attention"],
+                                num_local_experts=0, num_experts_per_tok=0,
+                                shared_intermediate_size=96, position_embedding_type="rope",
+                                **_MAMBA)),
+    Architecture("FalconH1ForCausalLM", targets=(*_LINEAR, "in_proj"), vocabularies=_BOTH,
+                 config=_config("FalconH1Config", head_dim=32, mamba_d_ssm=128, **_MAMBA)),
+    Architecture("NemotronHForCausalLM", vocabularies=_BOTH, noise=2e-3,
+                 targets=(*_ATTENTION, "in_proj", "up_proj", "down_proj"),
+                 config=_config("NemotronHConfig", num_hidden_layers=3, head_dim=32,
+                                layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=4,
+                                mamba_head_dim=32, ssm_state_size=16, n_groups=1, chunk_size=16)),
+    Architecture("Lfm2ForCausalLM", vocabularies=_BOTH,
+                 targets=("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"),
+                 config=_config("Lfm2Config", layer_types=["conv", "full_attention"], conv_dim=64,
+                                conv_dim_out=64, conv_L_cache=3, block_multiple_of=16,
+                                block_auto_adjust_ff_dim=False)),
+    # With latent attention kv_b_proj cannot be adapted, and on CPU vLLM has it in bfloat16 alone.
+    Architecture("DeepseekV2ForCausalLM", environment={"VLLM_MLA_DISABLE": "1"},
+                 targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+                 config=_config("DeepseekV2Config", num_key_value_heads=2, q_lora_rank=32,
+                                kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=32,
+                                v_head_dim=32, first_k_dense_replace=2, n_routed_experts=4,
+                                n_group=1, topk_group=1, **_EXPERTS)),
+    # vLLM has no kernel for LoRA on experts on CPU, so it is kept off them here.
+    Architecture("Qwen3MoeForCausalLM", targets=_ATTENTION, vocabularies=_BOTH,
+                 config=_config("Qwen3MoeConfig", head_dim=32, num_experts=4, **_EXPERTS),
+                 engine={"lora_target_modules": [*_ATTENTION, *_BOTH]}),
+    Architecture("Qwen3NextForCausalLM",
+                 targets=(*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"),
+                 config=_config("Qwen3NextConfig", head_dim=32, num_experts=4, mlp_only_layers=[0],
+                                layer_types=["linear_attention", "full_attention"],
+                                linear_num_value_heads=2, linear_num_key_heads=1,
+                                linear_key_head_dim=32, linear_value_head_dim=32, **_EXPERTS),
+                 engine={"lora_target_modules": [*_ATTENTION, "in_proj_qkvz", "in_proj_ba",
+                                                 "out_proj"]}),
+    Architecture("MixtralForCausalLM", targets=_ATTENTION, vocabularies=_BOTH,
+                 config=_config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+                 engine={"lora_target_modules": [*_ATTENTION, *_BOTH]}),
+    Architecture("GptOssForCausalLM", targets=_ATTENTION,
+                 config=_config("GptOssConfig", head_dim=32, num_local_experts=4,
+                                num_experts_per_tok=2, **_SLIDING),
+                 engine={"lora_target_modules": [*_ATTENTION]}),
+    Architecture("LlavaForConditionalGeneration", ("LlavaConfig", _LLAVA),
+                 tower=("q_proj", "out_proj", "fc1", "linear_1"),
+                 auto="AutoModelForImageTextToText",
+                 engine={"enable_tower_connector_lora": True}),
+    Architecture("Qwen3ForCausalLM, embedding", _config("Qwen3Config", head_dim=32),
+                 auto="AutoModel", ask="embed", engine={"runner": "pooling"}),
+    Architecture("BertModel", _config("BertConfig", "num_key_value_heads"), _BERT,
+                 auto="AutoModel", ask="embed"),
+    Architecture("ModernBertModel", targets=("Wqkv", "Wi", "Wo"), auto="AutoModel", ask="embed",
+                 config=_config("ModernBertConfig", "num_key_value_heads", local_attention=16,
+                                cls_token_id=2, sep_token_id=3)),
+    Architecture("LlamaForSequenceClassification", _config("LlamaConfig", num_labels=3),
+                 auto="AutoModelForSequenceClassification", ask="classify",
+                 engine={"runner": "pooling"}),
+    Architecture("RobertaForSequenceClassification", auto="AutoModelForSequenceClassification",
+                 ask="classify", targets=("query", "key", "value", "attention.output.dense"),
+                 config=_config("RobertaConfig", "num_key_value_heads", num_labels=3,
+                                max_position_embeddings=140)),
+    Architecture("LlamaForCausalLM, int8 (compressed-tensors W8A8)",
+                 _config("LlamaConfig", **_WIDE), quantised="w8a8", noise=0.1),
+    Architecture("LlamaForCausalLM, GPTQ", _config("LlamaConfig", **_WIDE), quantised="gptq",
+                 noise=0.1, engine={"dtype": "bfloat16"}),
+    Architecture("LlamaForCausalLM, AWQ", _config("LlamaConfig", **_WIDE), quantised="awq",
+                 noise=0.1, engine={"dtype": "bfloat16"}),
+]  # fmt: skip
+BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+
+
+# --- models ----------------------------------------------------------------------------------------
+
+
+def write_model(architecture: Architecture, folder: Path) -> Path:
+    """The model with random weights of such a size that its layers tell."""
+    import transformers
+
+    name, options = architecture.config
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture.auto).from_config(
+        getattr(transformers, name)(**options), dtype=torch.float32
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 4
+        else:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    if architecture.tower:
+        _write_processor(folder)
+        _write_images(folder)
+    else:
+        _make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {**{f"w{i}": i for i in range(IMAGE_TOKEN)}, "<image>": IMAGE_TOKEN}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "w0", "unk_token": "w1", "pad_token": "w1"}
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    made.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return made
+
+
+def _write_processor(folder: Path) -> None:
+    """What LLaVA makes of an image of 28 by 28: four tokens."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        _make_tokenizer(),
+        patch_size=14,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    ).save_pretrained(folder)
+
+
+def _write_images(folder: Path) -> None:
+    """One for each prompt."""
+    from PIL import Image
+
+    for number in range(len(PROMPTS)):
+        pixels = torch.randint(256, (28, 28, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"image-{number}.png")
+
+
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+_QUANTISATION: dict[str, dict[str, Any]] = {
+    "w8a8": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**_INT8, "strategy": "channel", "dynamic": False},
+                "input_activations": {**_INT8, "strategy": "token", "dynamic": True},
+            }
+        },
+    },
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+    "awq": {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "version": "gemm",
+        "zero_point": True,
+    },
+}
+
+
+def quantise(folder: Path, method: str) -> None:
+    """Give a model's linear layers weights of a quantised one: rounded, or in 4 bits random ones."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    torch.manual_seed(1)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(file).items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight
+        elif method == "w8a8":
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            tensors[name] = (weight / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale
+        else:
+            parts = _four_bits(*weight.shape, method)
+            tensors |= {f"{name.removesuffix('weight')}{part}": t for part, t in parts.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = _QUANTISATION[method]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _four_bits(d_out: int, d_in: int, method: str) -> dict[str, torch.Tensor]:
+    """Random codes around 8, which stands for 0; GPTQ stores one less, and packs along d_in."""
+    shape, zero = ((d_in // 8, d_out), 7) if method == "gptq" else ((d_in, d_out // 8), 8)
+    packed_zero = sum(zero << 4 * place for place in range(8))
+    parts = {
+        "qweight": torch.randint(-(2**31), 2**31, shape).to(torch.int32),
+        "qzeros": torch.full((d_in // 32, d_out // 8), packed_zero).to(torch.int32),
+        "scales": torch.full((d_in // 32, d_out), 0.02, dtype=torch.float16),
+    }
+    if method == "gptq":
+        parts["g_idx"] = torch.arange(d_in, dtype=torch.int32) // 32
+    return parts
+
+
+# --- adapters --------------------------------------------------------------------------------------
+
+
+def write_adapters(architecture: Architecture, model: Path, root: Path) -> dict[str, Path]:
+    """Tasks of every kind by their names; ``ORDINARY`` is not for the checkpoint."""
+    targets = architecture.targets
+    kinds: dict[str, tuple[Iterable[str], dict[str, Any]]] = {
+        "joint-1": (targets, {"r": 4, "lora_alpha": 6}),
+        "joint-2": (targets, {"r": 2, "lora_alpha": 3, "use_rslora": True}),
+        "joint-3": (targets[::2], {"r": 3, "lora_alpha": 3}),
+        "private-1": (targets, {"r": 8, "lora_alpha": 6}),
+        "private-2": (targets[1::2], {"r": 5, "lora_alpha": 8}),
+        ORDINARY: (targets, {"r": 4, "lora_alpha": 4}),
+    }
+    if architecture.tower:
+        kinds[TOWER] = (architecture.tower, {"r": 4, "lora_alpha": 6})
+    if architecture.vocabularies:
+        modules = (targets[0], *architecture.vocabularies)
+        kinds[VOCABULARIES] = (modules, {"r": 4, "lora_alpha": 6})
+    for number, (name, (modules, config)) in enumerate(kinds.items()):
+        chosen: Any = [*modules]
+        if architecture.tower:
+            where = "(?!.*language_model)" if name == TOWER else ".*language_model"
+            chosen = rf"{where}.*\.({'|'.join(chosen)})"
+        write_adapter(architecture, model, root / name, number, target_modules=chosen, **config)
+    return {name: root / name for name in kinds}
+
+
+def write_adapter(
+    architecture: Architecture, model: Path, folder: Path, seed: int, **config: Any
+) -> Path:
+    """A PEFT folder with random factors."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    adapted = get_peft_model(_load(architecture, model), LoraConfig(**config))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.2)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def _load(architecture: Architecture, model: Path) -> Any:
+    import transformers
+
+    auto = getattr(transformers, architecture.auto)
+    return auto.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def write_checkpoint(adapters: dict[str, Path], root: Path) -> Path:
+    """Joint tasks and private ones in one checkpoint, which loses nothing but float32's rounding."""
+    from vllm_vlora.adapters.peft_folder import open_adapter
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.checkpoint.writer import CheckpointWriter
+    from vllm_vlora.compression.options import CompressOptions
+    from vllm_vlora.compression.pipeline import compress
+
+    joint = {name: path for name, path in adapters.items() if name.startswith("joint")}
+    private = {name: path for name, path in adapters.items() if name not in (*joint, ORDINARY)}
+    parts = []
+    for tasks, options in (
+        (joint, CompressOptions(num_components=9, quantize="none")),
+        (private, CompressOptions(representation="private", ratio=0.1, quantize="none")),
+    ):
+        folder = root / f"part-{len(parts)}"
+        compress({name: open_adapter(path) for name, path in tasks.items()}, folder, options)
+        parts.append(Checkpoint.open(folder))
+    folder = root / "checkpoint"
+    folder.mkdir()
+    writer = CheckpointWriter(folder, parts[0].base_model)
+    bases = dict(parts[0].bases())
+    for spec in {spec.name: spec for part in reversed(parts) for spec in part.modules}.values():
+        writer.add_module(spec.name, spec.d_in, spec.d_out, spec.kind, bases.get(spec.name))
+    for part in parts:
+        for task in part.tasks:
+            modules = dict(part.load_task(task).modules)
+            writer.add_task(task, modules, original_nbytes=1, error=0.0, adapter_config={})
+    writer.finish("card")
+    return folder
+
+
+# --- what is right ---------------------------------------------------------------------------------
+
+Answers = dict[str, tuple[list[int], list[list[float]]]]
+"""Name and number of a prompt -> tokens, and each step's log-probabilities (or what is pooled)."""
+
+
+def ask_peft(architecture: Architecture, model: Path, adapters: dict[str, Path]) -> Answers:
+    """What PEFT on transformers answers in float32, one prompt at a time and without a cache."""
+    from peft import PeftModel
+
+    answers: Answers = {}
+    for name in ("base", *adapters):
+        loaded = _load(architecture, model)
+        if name in adapters:
+            loaded = PeftModel.from_pretrained(loaded, adapters[name]).eval()
+        for number, prompt in enumerate(PROMPTS):
+            answers[f"{name} {number}"] = _greedy(architecture, model, loaded, prompt, number)
+    return answers
+
+
+def _greedy(
+    architecture: Architecture, model: Path, loaded: Any, prompt: list[int], number: int
+) -> tuple[list[int], list[list[float]]]:
+    inputs: dict[str, Any] = {"use_cache": False}
+    if architecture.tower and number:
+        from PIL import Image
+        from transformers import AutoProcessor
+
+        prompt = [*prompt[:2], *[IMAGE_TOKEN] * 4, *prompt[2:]]
+        processor = AutoProcessor.from_pretrained(model).image_processor
+        image = Image.open(model / f"image-{number}.png")
+        inputs["pixel_values"] = processor([image], return_tensors="pt").pixel_values
+    tokens, steps = [*prompt], []
+    with torch.no_grad():
+        for _ in range(MAX_TOKENS):
+            logits = loaded(input_ids=torch.tensor([tokens]), **inputs).logits[0, -1]
+            steps.append(logits.log_softmax(-1).tolist())
+            tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :], steps
+
+
+_ENGINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+def look(worker):
+    manager = worker.model_runner.lora_manager._adapter_manager
+    layers = [type(layer).__name__ for layer in manager.modules.values()]
+    store = getattr(manager, "vlora_store", None)
+    tasks = [] if store is None else store.tasks()
+    return {"obstacles": {task.task_id: task.obstacle for task in tasks}, "layers": layers}
+
+def main():
+    job = json.loads(sys.argv[1])
+    llm = LLM(job["model"], enable_lora=True, max_lora_rank=8, **job["engine"])
+    requests = {"base": None}
+    for number, (name, path) in enumerate(job["adapters"].items(), 1):
+        requests[name] = LoRARequest(name, number, path)
+    if job["checkpoint"]:
+        from vllm_vlora import lora_request
+        requests |= {name: lora_request(job["checkpoint"], name) for name in job["tasks"]}
+    assert job["checkpoint"] or "vllm_vlora" not in sys.modules
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True,
+                              detokenize=False, logprobs=-1)
+
+    def prompt(number):
+        tokens = job["prompts"][number]
+        if not job["image"] or not number:
+            return {"prompt_token_ids": tokens}
+        from PIL import Image
+        return {"prompt_token_ids": [*tokens[:2], job["image"], *tokens[2:]],
+                "multi_modal_data": {"image": Image.open(f"{job['model']}/image-{number}.png")}}
+
+    def ask(items):
+        options = {"lora_request": [requests[name] for name, _ in items], "use_tqdm": False}
+        prompts = [prompt(number) for _, number in items]
+        if job["ask"] != "generate":
+            for done in llm.encode(prompts, pooling_task=job["ask"], **options):
+                yield [], [done.outputs.data.flatten().tolist()]
+            return
+        for done in llm.generate(prompts, sampling, **options):
+            output = done.outputs[0]
+            steps = [[step[i].logprob for i in range(len(step))] for step in output.logprobs]
+            yield list(output.token_ids), steps
+
+    batches = [job["items"]] if job["checkpoint"] else [[item] for item in job["items"]]
+    answers = {f"{name} {number}": answer for batch in batches
+               for (name, number), answer in zip(batch, ask(batch))}
+    found, = llm.collective_rpc(look)
+    print("RESULT " + json.dumps([answers, found]), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def ask_stock(architecture: Architecture, model: Path, adapters: dict[str, Path]) -> Answers:
+    """What stock vLLM answers, one by one.
+
+    The base model comes first: on CPU its requests get what lies in the last slot.
+    """
+    items = [(name, number) for name in ("base", *adapters) for number in range(len(PROMPTS))]
+    job = {"adapters": _texts(adapters), "items": items, "checkpoint": "", "tasks": []}
+    answers, _ = _ask(architecture, model, job, slots=1, VLLM_PLUGINS="")
+    return answers
+
+
+def ask_ours(
+    architecture: Architecture, model: Path, adapters: dict[str, Path], checkpoint: Path, mode: str
+) -> tuple[Answers, dict[str, Any]]:
+    """What an engine with the plugin answers to everything in one batch, and what it is made of.
+
+    The latter: "obstacles", task -> why it is materialized, and "layers", the classes of LoRA layers.
+    """
+    tasks = [name for name in adapters if name != ORDINARY]
+    items = [(name, number) for name in ("base", *adapters) for number in range(len(PROMPTS))]
+    random.Random(0).shuffle(items)
+    ordinary = {ORDINARY: adapters[ORDINARY]}
+    job = {"adapters": _texts(ordinary), "items": items, "tasks": tasks}
+    return _ask(
+        architecture,
+        model,
+        {**job, "checkpoint": str(checkpoint)},
+        slots=8,
+        VLLM_VLORA_CHECKPOINT=str(checkpoint),
+        VLLM_VLORA_MODE=mode,
+    )
+
+
+def _texts(paths: dict[str, Path]) -> dict[str, str]:
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _ask(
+    architecture: Architecture, model: Path, job: dict[str, Any], slots: int, **environment: str
+) -> tuple[Answers, dict[str, Any]]:
+    generates = {"max_logprobs": -1} if architecture.ask == "generate" else {}
+    arguments = {**ENGINE_ARGUMENTS, "max_loras": slots, **generates, **architecture.engine}
+    job |= {
+        "model": str(model),
+        "engine": arguments,
+        "ask": architecture.ask,
+        "image": IMAGE_TOKEN if architecture.tower else 0,
+        "prompts": PROMPTS,
+        "max_tokens": MAX_TOKENS,
+    }
+    answers, found = run_script(
+        _ENGINE,
+        json.dumps(job),
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # To send a function to the worker.
+        **{"VLLM_VLORA_CHECKPOINT": "", **architecture.environment, **environment},
+    )
+    return answers, found
+
+
+def distances(answers: Answers, right: Answers) -> dict[str, float]:
+    """For each name how far it lies from what is right, at most, over its prompts and steps."""
+    found: dict[str, float] = {}
+    for key, (_, steps) in answers.items():
+        name = key.rsplit(" ", 1)[0]
+        far = float((torch.tensor(steps) - torch.tensor(right[key][1])).abs().max())
+        found[name] = max(found.get(name, 0), far)
+    return found
