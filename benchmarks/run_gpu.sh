@@ -125,7 +125,7 @@ plan() {
         ;;
     profile) check beside idle profile ;;
     cliffs)
-        kernels kernels-cliffs.json --shapes llama-7b --modules qkv_proj down_proj --k 64 --formats nf4 \
+        kernels kernels-cliffs.json --shapes llama-7b --modules qkv_proj down_proj --k 64 --formats nf4 nf4-narrow \
             --slots 1024 --tasks 256 257 512 1024 --prefill-tokens 2048 --prefill-tasks 8 --rounds 5
         ;;
     memory)

@@ -82,7 +82,9 @@ _EXPECTED_TILES = {16: 1, 64: 32}
 
 
 @triton.jit
-def _load_record(tile_ptr, records_ptr, slices, number, max_rank):  # type: ignore[no-untyped-def]
+def _load_record(  # type: ignore[no-untyped-def]
+    tile_ptr, records_ptr, slices, first_number, place, max_rank
+):
     """(place of its first token, tokens, record of its task, private rank) of a tile.
 
     The rank is 0 where there is nothing to do; no row from ``max_rank`` on is read.
@@ -90,7 +92,7 @@ def _load_record(tile_ptr, records_ptr, slices, number, max_rank):  # type: igno
     slot = tl.load(tile_ptr)
     first_token = tl.load(tile_ptr + 1)
     count = tl.load(tile_ptr + 2)
-    record_ptr = records_ptr + (slot.to(tl.int64) * slices + number) * _FIELDS
+    record_ptr = records_ptr + (slot.to(tl.int64) * slices + first_number + place) * _FIELDS
     rank = tl.load(record_ptr + _RANK, mask=count > 0, other=0).to(tl.int32)
     return first_token, count, record_ptr, tl.minimum(rank, max_rank)
 
@@ -444,7 +446,7 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
     place = tl.program_id(1)
     part = tl.program_id(2)
     first_token, count, record_ptr, rank = _load_record(
-        tiles_ptr + tl.program_id(0) * 3, records_ptr, slices, first_number + place, max_rank
+        tiles_ptr + tl.program_id(0) * 3, records_ptr, slices, first_number, place, max_rank
     )
     if rank == 0:
         wait_for_previous(PDL)
@@ -596,7 +598,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     start_dependents(PDL)
     place, group = pick_block(tl.program_id(0), block_starts, COUNT)
     first_token, count, record_ptr, rank = _load_record(
-        tiles_ptr + tl.program_id(1) * 3, records_ptr, slices, first_number + place, max_rank
+        tiles_ptr + tl.program_id(1) * 3, records_ptr, slices, first_number, place, max_rank
     )
     if rank == 0:
         wait_for_previous(PDL)

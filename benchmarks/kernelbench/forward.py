@@ -15,7 +15,8 @@ import torch
 
 from kernelbench.batches import SCALE, Batch
 from kernelbench.punica import Punica
-from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, pack, unpack
+from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_matrix
+from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, pack, pack_narrow, stack_rows, unpack
 from vllm_vlora.triton_kernels.direct import (
     DirectLayer,
     DirectSlice,
@@ -150,16 +151,14 @@ def punica_operation(
 def private_operation(batch: Batch, work: floors.Work, factors: Factors, cache: int) -> Operation:
     """y += B A x by the direct path, from packed factors."""
     copies = count_copies("direct-private", batch.layer, work, cache)
-    # Every factor's rows, as rows of one large packed matrix a slice.
     packed = [
-        [pack(side[:copies].flatten(0, 2), work.format) for side in sides]
+        [_pack_factors(side[:copies].flatten(0, 1), work.format) for side in sides]
         for sides in (factors.a, factors.b)
     ]
-    tasks, rank = batch.cell.tasks, work.rank
+    tasks = batch.cell.tasks
 
     def part(copy: int, task: int, place: int) -> SliceTask:
-        start = (copy * tasks + task) * rank
-        a, b = (sides[place].row_slice(start, start + rank) for sides in packed)
+        a, b = (sides[place][copy * tasks + task] for sides in packed)
         return SliceTask(a=a, b=b, scale=SCALE)
 
     def expected(copy: int) -> torch.Tensor:
@@ -176,11 +175,29 @@ def private_operation(batch: Batch, work: floors.Work, factors: Factors, cache: 
     # As in an engine whose checkpoint has one format: no kernel has bodies that it does not need.
     formats = ("float" if work.format in FLOAT_DTYPES else work.format,)
     layers = [
-        DirectLayer(copy * count, batch.layer.d_in, slices, None, rank, formats)
+        DirectLayer(copy * count, batch.layer.d_in, slices, None, work.rank, formats)
         for copy in range(copies)
     ]
     run = _direct_run(batch, layers, part)
     return Operation("direct-private", work, copies, run, expected)
+
+
+def _pack_factors(factors: torch.Tensor, format: str) -> list[PackedMatrix]:
+    """Each of the factors ``[n, rank, cols]``, its rows views of one large packed matrix; narrow ones,
+    of which a quarter of the rows has 4 bits, a quarter 3 and half 2, lie by themselves."""
+    count, rank, _ = factors.shape
+    if format != NARROW_FORMAT:
+        whole = pack(factors.flatten(0, 1), format)
+        return [whole.row_slice(n * rank, (n + 1) * rank) for n in range(count)]
+    bits = (rank // 4, rank // 4, rank - rank // 4 * 2)
+    four, three, two = (rows.flatten(0, 1) for rows in factors.split(list(bits), dim=1))
+    groups = (pack(four, "nf4-dq"), pack_narrow(three, 3), pack_narrow(two, 2))
+    return [
+        narrow_matrix(
+            stack_rows([g.row_slice(n * b, (n + 1) * b) for g, b in zip(groups, bits)]), bits
+        )
+        for n in range(count)
+    ]
 
 
 def _low_rank(

@@ -76,7 +76,7 @@ def test_all_of_it_on_tiny_shapes(tmp_path: Path) -> None:
     data = json.loads(file.read_text())
     rows = data["rows"]
     assert {row["op"] for row in rows} == set(floors.PATHS) | {"copy-pinned"}
-    assert {row["format"] for row in rows} == {None, "float16", "nf4"}
+    assert {row["format"] for row in rows} == {None, "float16", "nf4", "nf4-narrow"}
     for row in rows:
         assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
         assert row["ratio_to_floor"] == pytest.approx(row["us_p50"] / row["floor_us"])
@@ -353,7 +353,7 @@ def test_weights_are_what_does_not_grow_with_the_tokens(op: str, nbytes: int) ->
 
 def test_operations_hold_as_many_copies_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernelbench.cells.l2_nbytes", lambda device: 20000)
-    settings = _settings(ks=(8, 16), formats=("float16", "int8", "nf4"))
+    settings = _settings(ks=(8, 16), formats=("float16", "int8", "nf4", "nf4-narrow"))
     batch = make_batch(CELL, torch.float16, CPU, 0)
     operations = make_operations(batch, settings, None)
     assert [operation.label for operation in operations] == [
@@ -363,6 +363,7 @@ def test_operations_hold_as_many_copies_as_they_say(monkeypatch: pytest.MonkeyPa
         "direct-private float16",
         "direct-private int8",
         "direct-private nf4",
+        "direct-private nf4-narrow",
     ]
     for operation in operations:
         assert operation.copies * weight_nbytes(operation.op, LAYER, operation.work) >= 2 * 20000
@@ -371,9 +372,9 @@ def test_operations_hold_as_many_copies_as_they_say(monkeypatch: pytest.MonkeyPa
         with pytest.raises((IndexError, ValueError)):
             operation.expected(operation.copies * 100)
     private = [operation.expected(0) for operation in operations[3:]]
-    for quantised in private[1:]:
-        # The same tasks in other formats.
-        assert (quantised - private[0]).norm() < 0.3 * private[0].norm()
+    # The same tasks in other formats.
+    for quantised, lost in zip(private[1:], (0.3, 0.3, 0.5), strict=True):
+        assert (quantised - private[0]).norm() < lost * private[0].norm()
 
 
 def _settings(**values: Any) -> Settings:
