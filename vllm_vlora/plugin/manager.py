@@ -10,7 +10,7 @@ import copy
 import functools
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -357,7 +357,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             # A tower's or connector's: no direct task adapts those, and punica knows of none.
             tokens = np.asarray(mapping.index_mapping, dtype=np.int64)
             direct = np.isin(tokens, list(self._direct_models))
-            mapping = _without_direct(mapping, tokens, direct, self._direct_models)
+            mapping = _without_direct(mapping, tokens, direct, slots)
             super()._set_adapter_mapping(mapping)
             return
         if self._warm_up is not None and not self._warm_up.stock:
@@ -472,10 +472,10 @@ def _longest_batch(max_num_batched_tokens: int, vllm_config: Any) -> int:
 
 
 def _without_direct(
-    mapping: LoRAMapping, tokens: np.ndarray, direct: np.ndarray, ids: Container[int]
+    mapping: LoRAMapping, tokens: np.ndarray, direct: np.ndarray, slots: DirectSlots
 ) -> LoRAMapping:
-    """The mapping as punica should see it: tokens of direct tasks, which have ``ids``, use no adapter."""
-    prompts = tuple(0 if adapter in ids else adapter for adapter in mapping.prompt_mapping)
+    """The mapping as punica should see it: tokens of direct tasks use no adapter."""
+    prompts = tuple(0 if adapter in slots else adapter for adapter in mapping.prompt_mapping)
     return LoRAMapping(
         tuple(np.where(direct, 0, tokens).tolist()),
         prompts,
