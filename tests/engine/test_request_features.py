@@ -247,7 +247,8 @@ from vllm.lora.request import LoRARequest
 
 def main():
     job = json.loads(sys.argv[1])
-    llm = LLM(job["model"], enable_lora=True, max_loras=16, max_lora_rank=16, **job["arguments"])
+    llm = LLM(job["model"], enable_lora=True, max_loras=16, max_lora_rank=16, disable_log_stats=False,
+              **job["arguments"])
     requests, done = [], []
     for name, path in job["names"].items():
         if path:
