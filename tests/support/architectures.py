@@ -17,7 +17,6 @@ import torch
 from engine_forks import run_script
 
 VOCABULARY = 128
-IMAGE_TOKEN = VOCABULARY - 1
 PROMPTS = [[(7 * i + 3 * j) % 120 + 2 for j in range(3 + 5 * i)] for i in range(3)]
 MAX_TOKENS = 5
 ENGINE_ARGUMENTS = {
@@ -27,7 +26,7 @@ ENGINE_ARGUMENTS = {
     "max_num_seqs": 32,
 }
 ORDINARY = "ordinary"
-TOWER, VOCABULARIES = "tower", "vocabulary"
+VOCABULARIES = "vocabulary"
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -43,10 +42,9 @@ class Architecture:
         config: the name of the transformers config, and what it is made with.
         targets: what PEFT adapts of the language model, all of which runs direct.
         vocabularies: of embedding and output head what vLLM adapts; such tasks stand in slots.
-        tower: what vLLM adapts of the image tower and connector; likewise.
         auto: the transformers class that makes the model.
         ask: what the engine is asked: to generate, or a pooling task.
-        engine, environment: further arguments of ``vllm.LLM``, and variables.
+        engine: further arguments of ``vllm.LLM``.
         quantised: what ``quantise`` makes of the linear layers.
         noise: how far log-probabilities may lie from the reference.
     """
@@ -55,11 +53,9 @@ class Architecture:
     config: tuple[str, dict[str, Any]]
     targets: tuple[str, ...] = _LINEAR
     vocabularies: tuple[str, ...] = ()
-    tower: tuple[str, ...] = ()
     auto: str = "AutoModelForCausalLM"
     ask: str = "generate"
     engine: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
     quantised: str = ""
     noise: float = 5e-4
 
@@ -96,17 +92,7 @@ _GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_po
 _OPT = {"vocab_size": VOCABULARY, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96,
         "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128,
         "bos_token_id": None, "eos_token_id": 0}  # fmt: skip
-_CLIP = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 96,
-         "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14,
-         "projection_dim": 64}  # fmt: skip
-_LLAVA = {
-    "text_config": {"model_type": "llama", **_config("")[1]},
-    "vision_config": _CLIP,
-    "image_token_index": IMAGE_TOKEN,
-    "image_token_id": IMAGE_TOKEN,
-    "vision_feature_layer": -1,
-}
-_BERT = ("query", "key", "value", "dense")
+_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense")
 
 ARCHITECTURES = [
     Architecture("LlamaForCausalLM", _config("LlamaConfig", attention_bias=True, mlp_bias=True),
@@ -151,13 +137,6 @@ ARCHITECTURES = [
                  config=_config("Lfm2Config", layer_types=["conv", "full_attention"], conv_dim=64,
                                 conv_dim_out=64, conv_L_cache=3, block_multiple_of=16,
                                 block_auto_adjust_ff_dim=False)),
-    # With latent attention kv_b_proj cannot be adapted, and on CPU vLLM has it in bfloat16 alone.
-    Architecture("DeepseekV2ForCausalLM", environment={"VLLM_MLA_DISABLE": "1"},
-                 targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
-                 config=_config("DeepseekV2Config", num_key_value_heads=2, q_lora_rank=32,
-                                kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=32,
-                                v_head_dim=32, first_k_dense_replace=2, n_routed_experts=4,
-                                n_group=1, topk_group=1, **_EXPERTS)),
     # vLLM has no kernel for LoRA on experts on CPU, so it is kept off them here.
     Architecture("Qwen3MoeForCausalLM", targets=_ATTENTION, vocabularies=_BOTH,
                  config=_config("Qwen3MoeConfig", head_dim=32, num_experts=4, **_EXPERTS),
@@ -177,10 +156,6 @@ ARCHITECTURES = [
                  config=_config("GptOssConfig", head_dim=32, num_local_experts=4,
                                 num_experts_per_tok=2, **_SLIDING),
                  engine={"lora_target_modules": [*_ATTENTION]}),
-    Architecture("LlavaForConditionalGeneration", ("LlavaConfig", _LLAVA),
-                 tower=("q_proj", "out_proj", "fc1", "linear_1"),
-                 auto="AutoModelForImageTextToText",
-                 engine={"enable_tower_connector_lora": True}),
     Architecture("Qwen3ForCausalLM, embedding", _config("Qwen3Config", head_dim=32),
                  auto="AutoModel", ask="embed", engine={"runner": "pooling"}),
     Architecture("BertModel", _config("BertConfig", "num_key_value_heads"), _BERT,
@@ -223,11 +198,7 @@ def write_model(architecture: Architecture, folder: Path) -> Path:
         else:
             parameter.data += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(folder)
-    if architecture.tower:
-        _write_processor(folder)
-        _write_images(folder)
-    else:
-        _make_tokenizer().save_pretrained(folder)
+    _make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -235,35 +206,11 @@ def _make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {**{f"w{i}": i for i in range(IMAGE_TOKEN)}, "<image>": IMAGE_TOKEN}
+    words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"eos_token": "w0", "unk_token": "w1", "pad_token": "w1"}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    made.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return made
-
-
-def _write_processor(folder: Path) -> None:
-    """What LLaVA makes of an image of 28 by 28: four tokens."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
-
-    LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        _make_tokenizer(),
-        patch_size=14,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-    ).save_pretrained(folder)
-
-
-def _write_images(folder: Path) -> None:
-    """One for each prompt."""
-    from PIL import Image
-
-    for number in range(len(PROMPTS)):
-        pixels = torch.randint(256, (28, 28, 3), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"image-{number}.png")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -342,17 +289,12 @@ def write_adapters(architecture: Architecture, model: Path, root: Path) -> dict[
         "private-2": (targets[1::2], {"r": 5, "lora_alpha": 8}),
         ORDINARY: (targets, {"r": 4, "lora_alpha": 4}),
     }
-    if architecture.tower:
-        kinds[TOWER] = (architecture.tower, {"r": 4, "lora_alpha": 6})
     if architecture.vocabularies:
         modules = (targets[0], *architecture.vocabularies)
         kinds[VOCABULARIES] = (modules, {"r": 4, "lora_alpha": 6})
     for number, (name, (modules, config)) in enumerate(kinds.items()):
-        chosen: Any = [*modules]
-        if architecture.tower:
-            where = "(?!.*language_model)" if name == TOWER else ".*language_model"
-            chosen = rf"{where}.*\.({'|'.join(chosen)})"
-        write_adapter(architecture, model, root / name, number, target_modules=chosen, **config)
+        config |= {"target_modules": [*modules]}
+        write_adapter(architecture, model, root / name, number, **config)
     return {name: root / name for name in kinds}
 
 
@@ -426,26 +368,15 @@ def ask_peft(architecture: Architecture, model: Path, adapters: dict[str, Path])
         if name in adapters:
             loaded = PeftModel.from_pretrained(loaded, adapters[name]).eval()
         for number, prompt in enumerate(PROMPTS):
-            answers[f"{name} {number}"] = _greedy(architecture, model, loaded, prompt, number)
+            answers[f"{name} {number}"] = _greedy(loaded, prompt)
     return answers
 
 
-def _greedy(
-    architecture: Architecture, model: Path, loaded: Any, prompt: list[int], number: int
-) -> tuple[list[int], list[list[float]]]:
-    inputs: dict[str, Any] = {"use_cache": False}
-    if architecture.tower and number:
-        from PIL import Image
-        from transformers import AutoProcessor
-
-        prompt = [*prompt[:2], *[IMAGE_TOKEN] * 4, *prompt[2:]]
-        processor = AutoProcessor.from_pretrained(model).image_processor
-        image = Image.open(model / f"image-{number}.png")
-        inputs["pixel_values"] = processor([image], return_tensors="pt").pixel_values
+def _greedy(loaded: Any, prompt: list[int]) -> tuple[list[int], list[list[float]]]:
     tokens, steps = [*prompt], []
     with torch.no_grad():
         for _ in range(MAX_TOKENS):
-            logits = loaded(input_ids=torch.tensor([tokens]), **inputs).logits[0, -1]
+            logits = loaded(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
             steps.append(logits.log_softmax(-1).tolist())
             tokens.append(int(logits.argmax()))
     return tokens[len(prompt) :], steps
@@ -476,17 +407,9 @@ def main():
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True,
                               detokenize=False, logprobs=-1)
 
-    def prompt(number):
-        tokens = job["prompts"][number]
-        if not job["image"] or not number:
-            return {"prompt_token_ids": tokens}
-        from PIL import Image
-        return {"prompt_token_ids": [*tokens[:2], job["image"], *tokens[2:]],
-                "multi_modal_data": {"image": Image.open(f"{job['model']}/image-{number}.png")}}
-
     def ask(items):
         options = {"lora_request": [requests[name] for name, _ in items], "use_tqdm": False}
-        prompts = [prompt(number) for _, number in items]
+        prompts = [{"prompt_token_ids": job["prompts"][number]} for _, number in items]
         if job["ask"] != "generate":
             for done in llm.encode(prompts, pooling_task=job["ask"], **options):
                 yield [], [done.outputs.data.flatten().tolist()]
@@ -553,7 +476,6 @@ def _ask(
         "model": str(model),
         "engine": arguments,
         "ask": architecture.ask,
-        "image": IMAGE_TOKEN if architecture.tower else 0,
         "prompts": PROMPTS,
         "max_tokens": MAX_TOKENS,
     }
@@ -561,7 +483,7 @@ def _ask(
         _ENGINE,
         json.dumps(job),
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # To send a function to the worker.
-        **{"VLLM_VLORA_CHECKPOINT": "", **architecture.environment, **environment},
+        **{"VLLM_VLORA_CHECKPOINT": "", **environment},
     )
     return answers, found
 
