@@ -30,8 +30,12 @@ from architectures import (
 )
 from engine_world import older_vllm
 
-# Modules that vLLM cuts into slices of its own, or has under other names; and fused ones.
-RISKIEST = ("GraniteMoeHybridForCausalLM", "FalconH1ForCausalLM", "Phi3ForCausalLM")
+# Modules that vLLM cuts into slices of its own, or has under other names; and a head of a row a request.
+RISKIEST = (
+    "GraniteMoeHybridForCausalLM",
+    "FalconH1ForCausalLM",
+    "LlamaForSequenceClassification",
+)
 # Layers of every kind, for the mode in which slots alone count.
 MATERIALIZED = (
     *RISKIEST,

@@ -86,7 +86,6 @@ _WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
           "mamba_expand": 2, "mamba_chunk_size": 16}  # fmt: skip
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128,
         "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
 _OPT = {"vocab_size": VOCABULARY, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96,
@@ -137,25 +136,6 @@ ARCHITECTURES = [
                  config=_config("Lfm2Config", layer_types=["conv", "full_attention"], conv_dim=64,
                                 conv_dim_out=64, conv_L_cache=3, block_multiple_of=16,
                                 block_auto_adjust_ff_dim=False)),
-    # vLLM has no kernel for LoRA on experts on CPU, so it is kept off them here.
-    Architecture("Qwen3MoeForCausalLM", targets=_ATTENTION, vocabularies=_BOTH,
-                 config=_config("Qwen3MoeConfig", head_dim=32, num_experts=4, **_EXPERTS),
-                 engine={"lora_target_modules": [*_ATTENTION, *_BOTH]}),
-    Architecture("Qwen3NextForCausalLM",
-                 targets=(*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"),
-                 config=_config("Qwen3NextConfig", head_dim=32, num_experts=4, mlp_only_layers=[0],
-                                layer_types=["linear_attention", "full_attention"],
-                                linear_num_value_heads=2, linear_num_key_heads=1,
-                                linear_key_head_dim=32, linear_value_head_dim=32, **_EXPERTS),
-                 engine={"lora_target_modules": [*_ATTENTION, "in_proj_qkvz", "in_proj_ba",
-                                                 "out_proj"]}),
-    Architecture("MixtralForCausalLM", targets=_ATTENTION, vocabularies=_BOTH,
-                 config=_config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
-                 engine={"lora_target_modules": [*_ATTENTION, *_BOTH]}),
-    Architecture("GptOssForCausalLM", targets=_ATTENTION,
-                 config=_config("GptOssConfig", head_dim=32, num_local_experts=4,
-                                num_experts_per_tok=2, **_SLIDING),
-                 engine={"lora_target_modules": [*_ATTENTION]}),
     Architecture("Qwen3ForCausalLM, embedding", _config("Qwen3Config", head_dim=32),
                  auto="AutoModel", ask="embed", engine={"runner": "pooling"}),
     Architecture("BertModel", _config("BertConfig", "num_key_value_heads"), _BERT,

@@ -70,8 +70,19 @@ def read_direct_layouts(manager: Any) -> list[LayerLayout]:
     return [
         LayerLayout(name, _joined(_linear_layouts(manager.packed_modules.get(name, [name]), layer)))
         for name, layer in manager.modules.items()
-        if isinstance(layer, BaseLinearLayerWithLoRA) and layer.punica_wrapper is wrapper
+        if isinstance(layer, BaseLinearLayerWithLoRA)
+        and layer.punica_wrapper is wrapper
+        and not is_full_head(layer)
     ]
+
+
+def is_full_head(layer: Any) -> bool:
+    """Whether it is a classification head, which an adapter may replace whole.
+
+    It is never direct: it has a row for each request, and vLLM's manager tells it which adapter each is of
+    as long as its punica wrapper is the model's own.
+    """
+    return hasattr(type(layer), "set_module_to_save")
 
 
 def read_elsewhere(manager: Any) -> dict[str, bool]:

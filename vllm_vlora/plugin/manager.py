@@ -39,6 +39,7 @@ from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_ahead
 from vllm_vlora.plugin.layers import (
     engine_name,
+    is_full_head,
     read_absorbed,
     read_direct_layouts,
     read_elsewhere,
@@ -397,7 +398,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """Put ourselves between the layers and punica."""
         for name, module in self.modules.items():
             layer = path.layers.get(name)
-            if layer is not None or (current_platform.is_cpu() and not _is_full_head(module)):
+            if layer is not None or (current_platform.is_cpu() and not is_full_head(module)):
                 calls = LayerPunica(self, module, layer)
                 module.set_mapping(calls)
                 if layer is not None and self.setup.settings.overlap and self.device.type == "cuda":
@@ -497,12 +498,8 @@ def _layers_left_to_stock(modules: dict[str, Any], filled: list[Any]) -> dict[st
     return {
         name: layer
         for name, layer in modules.items()
-        if _is_full_head(layer) or (is_fused_moe(layer) and id(layer) not in ours)
+        if is_full_head(layer) or (is_fused_moe(layer) and id(layer) not in ours)
     }
-
-
-def _is_full_head(layer: Any) -> bool:
-    return hasattr(type(layer), "set_module_to_save")
 
 
 def _full_heads(task: ResidentTask) -> dict[str, Any]:
