@@ -40,8 +40,7 @@ RISKIEST = (
 MATERIALIZED = (
     *RISKIEST,
     "LlamaForCausalLM",
-    "FalconH1ForCausalLM",
-    "Qwen3MoeForCausalLM",
+    "Phi3ForCausalLM",
     "BertModel",
 )
 
