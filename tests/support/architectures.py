@@ -146,11 +146,8 @@ ARCHITECTURES = [
                  config=_config("RobertaConfig", "num_key_value_heads", num_labels=3,
                                 max_position_embeddings=140)),
     Architecture("LlamaForCausalLM, int8 (compressed-tensors W8A8)",
-                 _config("LlamaConfig", **_WIDE), quantised="w8a8", noise=0.1, engine={"dtype": "bfloat16"}),
-    Architecture("LlamaForCausalLM, GPTQ", _config("LlamaConfig", **_WIDE), quantised="gptq",
-                 noise=0.1, engine={"dtype": "bfloat16"}),
-    Architecture("LlamaForCausalLM, AWQ", _config("LlamaConfig", **_WIDE), quantised="awq",
-                 noise=0.1, engine={"dtype": "bfloat16"}),
+                 _config("LlamaConfig", **_WIDE), quantised="w8a8", noise=0.1,
+                 engine={"dtype": "bfloat16"}),
 ]  # fmt: skip
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 
@@ -202,52 +199,26 @@ _QUANTISATION: dict[str, dict[str, Any]] = {
             }
         },
     },
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
-    "awq": {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": 32,
-        "version": "gemm",
-        "zero_point": True,
-    },
 }
 
 
 def quantise(folder: Path, method: str) -> None:
-    """Give a model's linear layers weights of a quantised one: rounded, or in 4 bits random ones."""
+    """Give a model's linear layers weights of a quantised one."""
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
-    torch.manual_seed(1)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in load_file(file).items():
         if not name.endswith("_proj.weight"):
             tensors[name] = weight
-        elif method == "w8a8":
+        else:
             scale = weight.abs().amax(1, keepdim=True) / 127
             tensors[name] = (weight / scale).round().to(torch.int8)
             tensors[f"{name}_scale"] = scale
-        else:
-            parts = _four_bits(*weight.shape, method)
-            tensors |= {f"{name.removesuffix('weight')}{part}": t for part, t in parts.items()}
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = _QUANTISATION[method]
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def _four_bits(d_out: int, d_in: int, method: str) -> dict[str, torch.Tensor]:
-    """Random codes around 8, which stands for 0; GPTQ stores one less, and packs along d_in."""
-    shape, zero = ((d_in // 8, d_out), 7) if method == "gptq" else ((d_in, d_out // 8), 8)
-    packed_zero = sum(zero << 4 * place for place in range(8))
-    parts = {
-        "qweight": torch.randint(-(2**31), 2**31, shape).to(torch.int32),
-        "qzeros": torch.full((d_in // 32, d_out // 8), packed_zero).to(torch.int32),
-        "scales": torch.full((d_in // 32, d_out), 0.02, dtype=torch.float16),
-    }
-    if method == "gptq":
-        parts["g_idx"] = torch.arange(d_in, dtype=torch.int32) // 32
-    return parts
 
 
 # --- adapters --------------------------------------------------------------------------------------
