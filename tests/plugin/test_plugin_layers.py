@@ -140,3 +140,28 @@ def test_what_latent_attention_reads_once_is_refused(tmp_path: Any, alias: str) 
     _check_absorbed(checkpoint, "task", absorbed, str)
     with pytest.raises(ModelMismatchError, match=r"'task' adapts o, .*start vLLM with VLLM_MLA_"):
         _check_absorbed(checkpoint, "task", absorbed, lambda name: "kv_b_proj")
+
+
+def test_a_classification_head_is_never_direct() -> None:
+    """It has a row for each request; another punica wrapper would keep vLLM from telling it whose."""
+    from vllm.lora.layers import ClassificationHeadWithLoRA
+
+    from vllm_vlora.plugin.layers import read_direct_layouts
+
+    name = "MergedColumnParallelLinearWithLoRA"
+    layers = {"score": ClassificationHeadWithLoRA, "proj": None}
+    wrapper = object()
+    modules = {}
+    for module, cls in layers.items():
+        layer = make_layer(name, (4,), 0, 1)
+        layer.punica_wrapper = wrapper
+        if cls is not None:
+            layer.__class__ = cls
+        modules[module] = layer
+    manager = SimpleNamespace(
+        modules=modules,
+        packed_modules={},
+        supports_mm=False,
+        punica_wrapper_mapping={"language_model": wrapper},
+    )
+    assert [layout.name for layout in read_direct_layouts(manager)] == ["proj"]

@@ -17,7 +17,6 @@ import torch
 from engine_forks import run_script
 
 VOCABULARY = 128
-IMAGE_TOKEN = VOCABULARY - 1
 PROMPTS = [[(7 * i + 3 * j) % 120 + 2 for j in range(3 + 5 * i)] for i in range(3)]
 MAX_TOKENS = 5
 ENGINE_ARGUMENTS = {
@@ -27,7 +26,7 @@ ENGINE_ARGUMENTS = {
     "max_num_seqs": 32,
 }
 ORDINARY = "ordinary"
-TOWER, VOCABULARIES = "tower", "vocabulary"
+VOCABULARIES = "vocabulary"
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -43,10 +42,9 @@ class Architecture:
         config: the name of the transformers config, and what it is made with.
         targets: what PEFT adapts of the language model, all of which runs direct.
         vocabularies: of embedding and output head what vLLM adapts; such tasks stand in slots.
-        tower: what vLLM adapts of the image tower and connector; likewise.
         auto: the transformers class that makes the model.
         ask: what the engine is asked: to generate, or a pooling task.
-        engine, environment: further arguments of ``vllm.LLM``, and variables.
+        engine: further arguments of ``vllm.LLM``.
         quantised: what ``quantise`` makes of the linear layers.
         noise: how far log-probabilities may lie from the reference.
     """
@@ -55,11 +53,9 @@ class Architecture:
     config: tuple[str, dict[str, Any]]
     targets: tuple[str, ...] = _LINEAR
     vocabularies: tuple[str, ...] = ()
-    tower: tuple[str, ...] = ()
     auto: str = "AutoModelForCausalLM"
     ask: str = "generate"
     engine: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
     quantised: str = ""
     noise: float = 5e-4
 
@@ -90,23 +86,12 @@ _WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
           "mamba_expand": 2, "mamba_chunk_size": 16}  # fmt: skip
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128,
         "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
 _OPT = {"vocab_size": VOCABULARY, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96,
         "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128,
         "bos_token_id": None, "eos_token_id": 0}  # fmt: skip
-_CLIP = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 96,
-         "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14,
-         "projection_dim": 64}  # fmt: skip
-_LLAVA = {
-    "text_config": {"model_type": "llama", **_config("")[1]},
-    "vision_config": _CLIP,
-    "image_token_index": IMAGE_TOKEN,
-    "image_token_id": IMAGE_TOKEN,
-    "vision_feature_layer": -1,
-}
-_BERT = ("query", "key", "value", "dense")
+_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense")
 
 ARCHITECTURES = [
     Architecture("LlamaForCausalLM", _config("LlamaConfig", attention_bias=True, mlp_bias=True),
@@ -146,41 +131,6 @@ ARCHITECTURES = [
                  config=_config("NemotronHConfig", num_hidden_layers=3, head_dim=32,
                                 layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=4,
                                 mamba_head_dim=32, ssm_state_size=16, n_groups=1, chunk_size=16)),
-    Architecture("Lfm2ForCausalLM", vocabularies=_BOTH,
-                 targets=("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"),
-                 config=_config("Lfm2Config", layer_types=["conv", "full_attention"], conv_dim=64,
-                                conv_dim_out=64, conv_L_cache=3, block_multiple_of=16,
-                                block_auto_adjust_ff_dim=False)),
-    # With latent attention kv_b_proj cannot be adapted, and on CPU vLLM has it in bfloat16 alone.
-    Architecture("DeepseekV2ForCausalLM", environment={"VLLM_MLA_DISABLE": "1"},
-                 targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
-                 config=_config("DeepseekV2Config", num_key_value_heads=2, q_lora_rank=32,
-                                kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=32,
-                                v_head_dim=32, first_k_dense_replace=2, n_routed_experts=4,
-                                n_group=1, topk_group=1, **_EXPERTS)),
-    # vLLM has no kernel for LoRA on experts on CPU, so it is kept off them here.
-    Architecture("Qwen3MoeForCausalLM", targets=_ATTENTION, vocabularies=_BOTH,
-                 config=_config("Qwen3MoeConfig", head_dim=32, num_experts=4, **_EXPERTS),
-                 engine={"lora_target_modules": [*_ATTENTION, *_BOTH]}),
-    Architecture("Qwen3NextForCausalLM",
-                 targets=(*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"),
-                 config=_config("Qwen3NextConfig", head_dim=32, num_experts=4, mlp_only_layers=[0],
-                                layer_types=["linear_attention", "full_attention"],
-                                linear_num_value_heads=2, linear_num_key_heads=1,
-                                linear_key_head_dim=32, linear_value_head_dim=32, **_EXPERTS),
-                 engine={"lora_target_modules": [*_ATTENTION, "in_proj_qkvz", "in_proj_ba",
-                                                 "out_proj"]}),
-    Architecture("MixtralForCausalLM", targets=_ATTENTION, vocabularies=_BOTH,
-                 config=_config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
-                 engine={"lora_target_modules": [*_ATTENTION, *_BOTH]}),
-    Architecture("GptOssForCausalLM", targets=_ATTENTION,
-                 config=_config("GptOssConfig", head_dim=32, num_local_experts=4,
-                                num_experts_per_tok=2, **_SLIDING),
-                 engine={"lora_target_modules": [*_ATTENTION]}),
-    Architecture("LlavaForConditionalGeneration", ("LlavaConfig", _LLAVA),
-                 tower=("q_proj", "out_proj", "fc1", "linear_1"),
-                 auto="AutoModelForImageTextToText",
-                 engine={"enable_tower_connector_lora": True}),
     Architecture("Qwen3ForCausalLM, embedding", _config("Qwen3Config", head_dim=32),
                  auto="AutoModel", ask="embed", engine={"runner": "pooling"}),
     Architecture("BertModel", _config("BertConfig", "num_key_value_heads"), _BERT,
@@ -196,11 +146,8 @@ ARCHITECTURES = [
                  config=_config("RobertaConfig", "num_key_value_heads", num_labels=3,
                                 max_position_embeddings=140)),
     Architecture("LlamaForCausalLM, int8 (compressed-tensors W8A8)",
-                 _config("LlamaConfig", **_WIDE), quantised="w8a8", noise=0.1),
-    Architecture("LlamaForCausalLM, GPTQ", _config("LlamaConfig", **_WIDE), quantised="gptq",
-                 noise=0.1, engine={"dtype": "bfloat16"}),
-    Architecture("LlamaForCausalLM, AWQ", _config("LlamaConfig", **_WIDE), quantised="awq",
-                 noise=0.1, engine={"dtype": "bfloat16"}),
+                 _config("LlamaConfig", **_WIDE), quantised="w8a8", noise=0.1,
+                 engine={"dtype": "bfloat16"}),
 ]  # fmt: skip
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 
@@ -223,11 +170,7 @@ def write_model(architecture: Architecture, folder: Path) -> Path:
         else:
             parameter.data += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(folder)
-    if architecture.tower:
-        _write_processor(folder)
-        _write_images(folder)
-    else:
-        _make_tokenizer().save_pretrained(folder)
+    _make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -235,35 +178,11 @@ def _make_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {**{f"w{i}": i for i in range(IMAGE_TOKEN)}, "<image>": IMAGE_TOKEN}
+    words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"eos_token": "w0", "unk_token": "w1", "pad_token": "w1"}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    made.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return made
-
-
-def _write_processor(folder: Path) -> None:
-    """What LLaVA makes of an image of 28 by 28: four tokens."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
-
-    LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        _make_tokenizer(),
-        patch_size=14,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-    ).save_pretrained(folder)
-
-
-def _write_images(folder: Path) -> None:
-    """One for each prompt."""
-    from PIL import Image
-
-    for number in range(len(PROMPTS)):
-        pixels = torch.randint(256, (28, 28, 3), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"image-{number}.png")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -280,52 +199,26 @@ _QUANTISATION: dict[str, dict[str, Any]] = {
             }
         },
     },
-    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
-    "awq": {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": 32,
-        "version": "gemm",
-        "zero_point": True,
-    },
 }
 
 
 def quantise(folder: Path, method: str) -> None:
-    """Give a model's linear layers weights of a quantised one: rounded, or in 4 bits random ones."""
+    """Give a model's linear layers weights of a quantised one."""
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
-    torch.manual_seed(1)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in load_file(file).items():
         if not name.endswith("_proj.weight"):
             tensors[name] = weight
-        elif method == "w8a8":
+        else:
             scale = weight.abs().amax(1, keepdim=True) / 127
             tensors[name] = (weight / scale).round().to(torch.int8)
             tensors[f"{name}_scale"] = scale
-        else:
-            parts = _four_bits(*weight.shape, method)
-            tensors |= {f"{name.removesuffix('weight')}{part}": t for part, t in parts.items()}
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = _QUANTISATION[method]
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def _four_bits(d_out: int, d_in: int, method: str) -> dict[str, torch.Tensor]:
-    """Random codes around 8, which stands for 0; GPTQ stores one less, and packs along d_in."""
-    shape, zero = ((d_in // 8, d_out), 7) if method == "gptq" else ((d_in, d_out // 8), 8)
-    packed_zero = sum(zero << 4 * place for place in range(8))
-    parts = {
-        "qweight": torch.randint(-(2**31), 2**31, shape).to(torch.int32),
-        "qzeros": torch.full((d_in // 32, d_out // 8), packed_zero).to(torch.int32),
-        "scales": torch.full((d_in // 32, d_out), 0.02, dtype=torch.float16),
-    }
-    if method == "gptq":
-        parts["g_idx"] = torch.arange(d_in, dtype=torch.int32) // 32
-    return parts
 
 
 # --- adapters --------------------------------------------------------------------------------------
@@ -342,17 +235,12 @@ def write_adapters(architecture: Architecture, model: Path, root: Path) -> dict[
         "private-2": (targets[1::2], {"r": 5, "lora_alpha": 8}),
         ORDINARY: (targets, {"r": 4, "lora_alpha": 4}),
     }
-    if architecture.tower:
-        kinds[TOWER] = (architecture.tower, {"r": 4, "lora_alpha": 6})
     if architecture.vocabularies:
         modules = (targets[0], *architecture.vocabularies)
         kinds[VOCABULARIES] = (modules, {"r": 4, "lora_alpha": 6})
     for number, (name, (modules, config)) in enumerate(kinds.items()):
-        chosen: Any = [*modules]
-        if architecture.tower:
-            where = "(?!.*language_model)" if name == TOWER else ".*language_model"
-            chosen = rf"{where}.*\.({'|'.join(chosen)})"
-        write_adapter(architecture, model, root / name, number, target_modules=chosen, **config)
+        config |= {"target_modules": [*modules]}
+        write_adapter(architecture, model, root / name, number, **config)
     return {name: root / name for name in kinds}
 
 
@@ -426,26 +314,15 @@ def ask_peft(architecture: Architecture, model: Path, adapters: dict[str, Path])
         if name in adapters:
             loaded = PeftModel.from_pretrained(loaded, adapters[name]).eval()
         for number, prompt in enumerate(PROMPTS):
-            answers[f"{name} {number}"] = _greedy(architecture, model, loaded, prompt, number)
+            answers[f"{name} {number}"] = _greedy(loaded, prompt)
     return answers
 
 
-def _greedy(
-    architecture: Architecture, model: Path, loaded: Any, prompt: list[int], number: int
-) -> tuple[list[int], list[list[float]]]:
-    inputs: dict[str, Any] = {"use_cache": False}
-    if architecture.tower and number:
-        from PIL import Image
-        from transformers import AutoProcessor
-
-        prompt = [*prompt[:2], *[IMAGE_TOKEN] * 4, *prompt[2:]]
-        processor = AutoProcessor.from_pretrained(model).image_processor
-        image = Image.open(model / f"image-{number}.png")
-        inputs["pixel_values"] = processor([image], return_tensors="pt").pixel_values
+def _greedy(loaded: Any, prompt: list[int]) -> tuple[list[int], list[list[float]]]:
     tokens, steps = [*prompt], []
     with torch.no_grad():
         for _ in range(MAX_TOKENS):
-            logits = loaded(input_ids=torch.tensor([tokens]), **inputs).logits[0, -1]
+            logits = loaded(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
             steps.append(logits.log_softmax(-1).tolist())
             tokens.append(int(logits.argmax()))
     return tokens[len(prompt) :], steps
@@ -476,17 +353,9 @@ def main():
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True,
                               detokenize=False, logprobs=-1)
 
-    def prompt(number):
-        tokens = job["prompts"][number]
-        if not job["image"] or not number:
-            return {"prompt_token_ids": tokens}
-        from PIL import Image
-        return {"prompt_token_ids": [*tokens[:2], job["image"], *tokens[2:]],
-                "multi_modal_data": {"image": Image.open(f"{job['model']}/image-{number}.png")}}
-
     def ask(items):
         options = {"lora_request": [requests[name] for name, _ in items], "use_tqdm": False}
-        prompts = [prompt(number) for _, number in items]
+        prompts = [{"prompt_token_ids": job["prompts"][number]} for _, number in items]
         if job["ask"] != "generate":
             for done in llm.encode(prompts, pooling_task=job["ask"], **options):
                 yield [], [done.outputs.data.flatten().tolist()]
@@ -553,7 +422,6 @@ def _ask(
         "model": str(model),
         "engine": arguments,
         "ask": architecture.ask,
-        "image": IMAGE_TOKEN if architecture.tower else 0,
         "prompts": PROMPTS,
         "max_tokens": MAX_TOKENS,
     }
@@ -561,7 +429,7 @@ def _ask(
         _ENGINE,
         json.dumps(job),
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # To send a function to the worker.
-        **{"VLLM_VLORA_CHECKPOINT": "", **architecture.environment, **environment},
+        **{"VLLM_VLORA_CHECKPOINT": "", **environment},
     )
     return answers, found
 

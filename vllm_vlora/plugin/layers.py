@@ -122,7 +122,11 @@ def read_direct_layouts(manager: Any) -> list[LayerLayout]:
 
 
 def is_full_head(layer: Any) -> bool:
-    """Whether the layer is a classification head, of which an adapter may have its own."""
+    """Whether it is a classification head, which an adapter may replace whole.
+
+    It is never direct: it has a row for each request, and vLLM tells it which adapter each is of only as
+    long as its punica wrapper is the model's own.
+    """
     return hasattr(type(layer), "set_module_to_save")
 
 
