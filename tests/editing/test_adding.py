@@ -749,8 +749,9 @@ def test_a_folder_that_is_one_tasks_own_is_not_anothers_original(tmp_path: Path)
     assert {task: adapter.path.name for task, adapter in found.items()} == {"a": "a", "b": "c"}
     with pytest.raises(OptionError, match=r"--originals .*nowhere: no such folder"):
         open_originals(checkpoint, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(OptionError, match="name the folders as the tasks"):
-        open_originals(checkpoint, tmp_path / "then" / "b")
+        open_originals(checkpoint, tmp_path / "empty")
 
 
 # --- the command line -------------------------------------------------------------------------------

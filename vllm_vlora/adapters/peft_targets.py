@@ -16,6 +16,7 @@ from vllm_vlora.adapters.peft_config import saved_modules
 
 _ALL_LINEAR = "all-linear"
 _OUTPUT_LAYER = "lm_head"
+_NUMBERED = re.compile(r"\.\d+\.")
 
 
 def selects(config: Mapping[str, Any], name: str, kind: str = "linear") -> bool | None:
@@ -27,6 +28,14 @@ def selects(config: Mapping[str, Any], name: str, kind: str = "linear") -> bool 
     Raises:
         ValueError: an option of the config is no pattern or list; says which.
     """
+    selected = _selects(config, name, kind)
+    # Layers that are tied to an adapted embedding are adapted with it; no numbered layer's is.
+    if not selected and config.get("ensure_weight_tying") and not _NUMBERED.search(name):
+        return None
+    return selected
+
+
+def _selects(config: Mapping[str, Any], name: str, kind: str) -> bool | None:
     if _excluded(config, name):
         return False
     targets = config.get("target_modules")
