@@ -128,7 +128,11 @@ def test_signals_reach_vllm_itself(
     checkpoint: Path, environment: dict[str, str], number: signal.Signals
 ) -> None:
     process = subprocess.Popen(
-        command(checkpoint, "--wait"), env=environment, stderr=subprocess.DEVNULL
+        command(checkpoint, "--wait"),
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        # A shell that runs the tests in the background has them ignore ctrl-c, and so what they start.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     seen = Path(environment["SEEN"])
     deadline = time.monotonic() + 60
