@@ -393,3 +393,35 @@ def test_a_basis_is_refitted_once_for_the_same_sharers(tmp_path: Path) -> None:
     assert starts.count("fit again") == fits
     assert [plan.nbytes for plan in again] == [plan.nbytes for plan in first]
     assert all(torch.equal(x.losses, y.losses) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"num_components": 8}, {"ratio": 0.3}, {"max_error": 0.001}])
+@pytest.mark.parametrize("d_out", [1, 3, 20])
+def test_bases_of_clusters_are_together_no_wider_than_their_module(
+    tmp_path: Path, d_out: int, options: dict[str, Any]
+) -> None:
+    """Two families on a module with few outputs: their bases stand beside each other in its own."""
+    shapes = {"model.layers.0.v_proj": (96, d_out)}
+    adapters = {}
+    for seed in range(2):
+        made = family(tmp_path / str(seed), 4, related=True, seed=seed, shapes=shapes)
+        adapters.update({f"{seed}.{name}": adapter for name, adapter in made.items()})
+    kind = "auto" if "max_error" in options else "joint"
+    report = run(adapters, tmp_path / "out", clusters=2, representation=kind, **options)
+    check(tmp_path / "out", adapters, report)
+    basis = Checkpoint.open(tmp_path / "out").modules[0].basis
+    assert basis is None if kind == "auto" else basis is not None and basis.k_out <= d_out
+
+
+def test_a_basis_fitted_again_leaves_room_for_the_others(tmp_path: Path) -> None:
+    """Of three families one has a stranger, whose sharers are fitted again; the others are not."""
+    shapes = {"model.layers.0.v_proj": (48, 16)}
+    adapters = {}
+    for seed in range(3):
+        made = family(tmp_path / str(seed), 5, related=True, seed=seed, shapes=shapes)
+        adapters.update({f"{seed}.{name}": adapter for name, adapter in made.items()})
+    made = family(tmp_path / "strangers", 3, related=False, seed=9, shapes=shapes)
+    adapters.update({f"s.{name}": adapter for name, adapter in made.items()})
+    for ratio in (0.5, 0.8, 1.0, 1.5, 2.0, 3.0):
+        out = tmp_path / f"out{ratio}"
+        check(out, adapters, run(adapters, out, clusters=4, ratio=ratio))

@@ -26,7 +26,7 @@ from vllm_vlora.tools.evaluate_command import evaluate
 
 NAMES = (
     "more_tokens", "plain", "more_tokens_saved", "more_tokens_saved_embedding", "saved_embedding",
-    "lora_both",
+    "lora_both", "saved_embedding_tied",
 )  # fmt: skip
 
 

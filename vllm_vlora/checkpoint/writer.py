@@ -40,6 +40,7 @@ from vllm_vlora.checkpoint.manifest import (
 )
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.quantize import PackedMatrix, narrow_codes
+from vllm_vlora.representations.registry import shared_fault
 from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
@@ -88,6 +89,7 @@ class CheckpointWriter:
         if flat is not None:
             spec.flat = FlatSpec(flat.rank, flat.k_out, flat.k_in, flat.u.format)
             shared.update(flatU=flat.u, flatV=flat.v)
+        assert shared_fault(spec) is None, f"{shared_fault(spec)} of {name} that no reader takes"
         for side, matrix in shared.items():
             for part, tensor in matrix.parts.items():
                 self._pending[f"{name}.{side}.{part}"] = tensor.cpu().contiguous()

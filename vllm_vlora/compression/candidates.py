@@ -131,6 +131,8 @@ class Candidates:
             ]
             least = 1 if self._options.shares != "auto" else 2
             kept = tuple((number, tasks) for number, tasks in groups if len(tasks) >= least)
+            if len(kept) > min(module.d_in, module.d_out):  # a row for each is more than it has
+                kept = ((0, module.tasks),)
             jobs.append(SurveyJob(module.name, False, kept))
         return self._run(replace(survey, joint={}), jobs, "fit clusters")
 
@@ -229,17 +231,18 @@ class Candidates:
         Each is fitted once: later plans often end with the same sharers.
         """
         groups: dict[Group, FittedGroup] = {}
-        wanted: dict[str, list[tuple[int, ...]]] = {}
+        sharers: dict[str, list[tuple[int, ...]]] = {}
+        changed = set()
         for group, found in survey.joint.items():
-            if group not in sharing.sharers:
-                continue
-            tasks = sharing.sharers[group][2]
-            if len(tasks) == len(found.tasks):
+            if group in sharing.sharers:
                 groups[group] = found
-            else:
-                wanted.setdefault(group[0], []).append(tasks)
+                tasks = sharing.sharers[group][2]
+                sharers.setdefault(group[0], []).append(tasks)
+                if len(tasks) < len(found.tasks):
+                    changed.add(group[0])
+        groups = {group: found for group, found in groups.items() if group[0] not in changed}
         # How wide a basis may be depends on those beside it, so they are fitted together.
-        keys = [(name, tuple(sharers)) for name, sharers in wanted.items()]
+        keys = [(name, tuple(tasks)) for name, tasks in sharers.items() if name in changed]
         self._fit_again([key for key in keys if key not in self._refits])
         for key in keys:
             groups.update(((key[0], number), fit) for number, fit in self._refits[key].items())

@@ -432,6 +432,7 @@ class Evaluator:
                             self._model, str(folder), adapter_name=name
                         )
                     else:
+                        _keep_tied(adapted, str(folder), name)
                         adapted.load_adapter(str(folder), name)
             except (ValueError, RuntimeError, KeyError) as error:
                 raise AdapterError(
@@ -503,6 +504,22 @@ class Evaluator:
             eos_token_id=sorted(ends) or None,
         )
         return [_until(row[longest:].tolist(), ends) for row in out]
+
+
+def _keep_tied(adapted: Any, folder: str, name: str) -> None:
+    """Say of a further adapter which saved modules are tied: PEFT sees ties before the first alone.
+
+    The weights of ``ensure_weight_tying`` stand in the file under both names.
+    """
+    import peft
+
+    first = next(iter(adapted.peft_config.values()))
+    tied = getattr(first, "modules_to_tie", None)
+    if tied:
+        config = peft.PeftConfig.from_pretrained(folder)
+        config.ensure_weight_tying = False
+        config.modules_to_save = [*(config.modules_to_save or ()), *tied]
+        adapted.add_adapter(name, config)
 
 
 def _check_base_weights(adapters: Sequence[Adapter]) -> None:

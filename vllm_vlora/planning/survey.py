@@ -274,6 +274,8 @@ class Surveyor:
         white_u, white_v = fit_bases(read, module.d_in, module.d_out, most, seed=self.settings.seed)
         u_t = _orthonormal(metric.unwhiten_b_t(white_u), metric is FROBENIUS)
         v = _orthonormal(metric.unwhiten_a(white_v), metric is FROBENIUS)
+        # Together the blocks are no wider than the module, on either side.
+        u_t, v = u_t[: module.d_out // groups], v[: module.d_in // groups]
         widths = self._widths(module, tasks, u_t, v, metric)
         curves = self._curves(module, tasks, u_t, v, widths, metric)
         k_out, k_in = max(w[0] for w in widths), max(w[1] for w in widths)
