@@ -236,3 +236,16 @@ def test_the_commands_say_what_is_kept(folders: list[Path], tmp_path: Path) -> N
     )
     assert "stay behind, of task_0, task_1" in said.stderr
     assert "Kept beside" not in said.stdout
+
+
+def test_an_edit_does_not_make_a_damaged_file_sound(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "attachments" / hashlib.sha256(TEMPLATE).hexdigest()
+    path.write_bytes(TEMPLATE.replace(b"<", b"["))
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        remove_tasks(checkpoint, ["task_0"], output=tmp_path / "out")
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        blend_tasks(checkpoint, {"task_1": 0.5}, "half", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # Without the task there is no need of its file.
+    remove_tasks(checkpoint, ["task_1"], output=tmp_path / "out")
+    assert validate(tmp_path / "out") == []

@@ -429,7 +429,7 @@ class _Blend:
         self._renamed = checkpoint.record(next(iter(weights))).renamed
         attached = [checkpoint.attachments.get(task_id, {}) for task_id in weights]
         self._companions = {
-            name: checkpoint.path / ref.file
+            name: ref
             for name, ref in attached[0].items()
             if all(files.get(name) == ref for files in attached)
         }
@@ -462,8 +462,8 @@ class _Blend:
             source=_formula(self._weights),
             extra=common_extra([task.extra for task in self._tasks]),
             renamed=self._renamed,
-            companions=self._companions,
         )
+        writer.attachments.carry(task_id, self._checkpoint.path, self._companions)
 
     def _module(
         self, spec: ModuleSpec, parts: Sequence[tuple[float, StoredModule]]
