@@ -18,6 +18,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
+from vllm_vlora.compression.quality import compress_judged, compress_to_quality
 from vllm_vlora.editing.adding import add_adapters
 from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.removing import remove_tasks
@@ -129,6 +130,21 @@ def test_a_blend_keeps_what_its_tasks_have_alike(checkpoint: Path) -> None:
     assert attached(checkpoint)["both"] == ["tokenizer.json"]
     assert blended.left_behind == (NAMED, "chat_template.jinja")
     assert "other" not in attached(checkpoint)
+
+
+def test_what_is_judged_and_thrown_away_has_none(folders: list[Path], tmp_path: Path) -> None:
+    trials: list[bool] = []
+
+    def judge(folder: Path) -> dict[str, float | None]:
+        trials.append((folder / "attachments").exists())
+        return dict.fromkeys(Checkpoint.open(folder).tasks, 1.0)
+
+    tasks = {p.name: open_adapter(p) for p in folders}
+    compress_to_quality(tasks, tmp_path / "quality", 0.9, judge)
+    compress_judged(tasks, tmp_path / "judged", judge, CompressOptions(ratio=0.5))
+    assert set(trials) == {False}
+    assert list(attached(tmp_path / "quality")) == ["task_0", "task_1"]
+    assert list(attached(tmp_path / "judged")) == ["task_0", "task_1"]
 
 
 def test_a_copy_is_whole(checkpoint: Path, tmp_path: Path) -> None:
