@@ -453,6 +453,9 @@ class _Blend:
             original += 2 * stored.rank * (spec.d_in + spec.d_out)
             modules[spec.name] = replace(stored, error=relative(module_lost, module_norm))
             lost, norm = lost + module_lost, norm + module_norm
+        if len({renamed(name, self._renamed) for name in modules}) < len(modules):
+            # Another task has layers under both names.
+            self._renamed = {}
         writer.add_task(
             task_id,
             modules,
