@@ -15,6 +15,9 @@ from vllm_vlora.adapters.module_names import find_name, other_names, renamed, sh
 from vllm_vlora.adapters.peft_folder import write_adapter
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.editing.adding import add_adapters
+from vllm_vlora.editing.options import AddOptions
+from vllm_vlora.merging.blending import blend_tasks
 
 Q = "0.self_attn.q_proj"
 # What vLLM's and transformers' own classes call one layer.
@@ -193,6 +196,37 @@ def test_an_export_has_the_names_of_its_original(
             torch.equal(tensor, load_file(tmp_path / "out" / "bare" / file)[key])
             for key, tensor in load_file(adapters["bare"] / file).items()
         )
+
+
+def test_a_blend_keeps_apart_what_one_of_its_tasks_has_twice(
+    tmp_path: Path, adapters: dict[str, Path]
+) -> None:
+    """By the names of the first task the two layers of the second one would be called alike."""
+    path = tmp_path / "checkpoint"
+    options = CompressOptions(representation="private", quantize="none", ratio=0.1)
+    compress({task: open_adapter(folder) for task, folder in adapters.items()}, path, options)
+    generator = torch.Generator().manual_seed(9)
+    factors = {
+        f"{prefix}0.q_proj": (
+            torch.randn(3, 12, generator=generator),
+            torch.randn(8, 3, generator=generator),
+        )
+        for prefix in ("layers.", "model.layers.")
+    }
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_modules": ["q_proj"]}
+    both = write_adapter(tmp_path / "both", config, factors)
+    add_adapters(path, {"both": open_adapter(both)}, AddOptions(max_error=0.0, quantize="none"))
+    blend_tasks(path, {"bare": 0.5, "both": 0.5}, "blend")
+    found = _updates(export_task(Checkpoint.open(path), "blend", tmp_path / "out"))
+    bare, two = _updates(adapters["bare"]), _updates(both)
+    assert len(found) == 3
+    for name in ("layers.0.q_proj", "model.layers.0.q_proj", "model.layers.1.q_proj"):
+        want = torch.zeros(8, 12, dtype=torch.float64)
+        if name.startswith("model."):
+            want += bare[name.removeprefix("model.")] / 2
+        if name in two:
+            want += two[name] / 2
+        torch.testing.assert_close(found[name], want, atol=0.03, rtol=0)
 
 
 def test_one_name_is_written_as_ever(tmp_path: Path, adapters: dict[str, Path]) -> None:

@@ -18,6 +18,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
+from vllm_vlora.compression.quality import compress_judged, compress_to_quality
 from vllm_vlora.editing.adding import add_adapters
 from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.removing import remove_tasks
@@ -131,6 +132,21 @@ def test_a_blend_keeps_what_its_tasks_have_alike(checkpoint: Path) -> None:
     assert "other" not in attached(checkpoint)
 
 
+def test_what_is_judged_and_thrown_away_has_none(folders: list[Path], tmp_path: Path) -> None:
+    trials: list[bool] = []
+
+    def judge(folder: Path) -> dict[str, float | None]:
+        trials.append((folder / "attachments").exists())
+        return dict.fromkeys(Checkpoint.open(folder).tasks, 1.0)
+
+    tasks = {p.name: open_adapter(p) for p in folders}
+    compress_to_quality(tasks, tmp_path / "quality", 0.9, judge)
+    compress_judged(tasks, tmp_path / "judged", judge, CompressOptions(ratio=0.5))
+    assert set(trials) == {False}
+    assert list(attached(tmp_path / "quality")) == ["task_0", "task_1"]
+    assert list(attached(tmp_path / "judged")) == ["task_0", "task_1"]
+
+
 def test_a_copy_is_whole(checkpoint: Path, tmp_path: Path) -> None:
     pull_checkpoint(str(checkpoint), tmp_path / "copy")
     assert attached(tmp_path / "copy") == attached(checkpoint)
@@ -236,3 +252,16 @@ def test_the_commands_say_what_is_kept(folders: list[Path], tmp_path: Path) -> N
     )
     assert "stay behind, of task_0, task_1" in said.stderr
     assert "Kept beside" not in said.stdout
+
+
+def test_an_edit_does_not_make_a_damaged_file_sound(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "attachments" / hashlib.sha256(TEMPLATE).hexdigest()
+    path.write_bytes(TEMPLATE.replace(b"<", b"["))
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        remove_tasks(checkpoint, ["task_0"], output=tmp_path / "out")
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        blend_tasks(checkpoint, {"task_1": 0.5}, "half", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # Without the task there is no need of its file.
+    remove_tasks(checkpoint, ["task_1"], output=tmp_path / "out")
+    assert validate(tmp_path / "out") == []

@@ -20,6 +20,7 @@ from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import AdapterError, ModelMismatchError
+from vllm_vlora.evaluation import task_text
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
 from vllm_vlora.evaluation.kept import kept
 from vllm_vlora.tools.evaluate_command import evaluate
@@ -246,6 +247,31 @@ def test_the_tokenizer_of_an_adapter_reads_its_data(world: World, tmp_path: Path
         assert task["base_loss"] == pytest.approx(wanted, rel=1e-2)
     said = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
     assert "tokens of the adapter's own tokenizer" in " ".join(said.output.split())
+    # Without an original the checkpoint has the tokenizer.
+    alone = CliRunner().invoke(app, [*arguments[:3], "--json"])
+    assert alone.exit_code == 0, alone.output
+    (kept_,) = json.loads(alone.stdout)["tasks"]
+    assert kept_["tokenizer"] == str(tmp_path / "ckpt")
+    for name in ("tokens", "base_loss", "compressed_loss"):
+        assert kept_[name] == pytest.approx(task[name], rel=1e-5)
+
+
+def test_tokenizers_that_are_not_needed_are_not_held(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer takes as much memory as a small model, and a collection has a thousand folders."""
+    read: list[Path] = []
+    load = task_text._load
+    monkeypatch.setattr(task_text, "_load", lambda folder: read.append(folder) or load(folder))
+    original = write_saved_adapter(world.model, "llama", tmp_path / "original", {})
+    write_word_tokenizer(original)
+    other = write_saved_adapter(world.model, "llama", tmp_path / "other", {})
+    write_word_tokenizer(other)
+    evaluator = Evaluator(world.model, {"own": [world.data]}, EvaluationOptions(greedy_tokens=0))
+    for _ in range(2):
+        assert evaluator.choose_tokenizer("own", original, other) is None
+    assert read == [original]
+    assert evaluator._readers == {("own", original): evaluator._text}
 
 
 def test_a_tokenizer_without_its_tokens_is_refused(world: World, tmp_path: Path) -> None:

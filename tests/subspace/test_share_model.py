@@ -544,6 +544,18 @@ def test_a_fit_without_the_originals_starts_from_what_is_stored(
     assert list(Checkpoint.open(tmp_path / "ckpt").tasks) == list(related)[:4]
 
 
+def test_tokenizers_stay_with_their_adapters(related: dict[str, Adapter], tmp_path: Path) -> None:
+    refs = paths(related)
+    refs[0] = str(shutil.copytree(refs[0], tmp_path / "task0"))
+    (tmp_path / "task0" / "tokenizer.json").write_bytes(b"{}")
+    SHAREModel.from_adapters(refs[:3], num_components=3).save_pretrained(tmp_path / "ckpt")
+    share = SHAREModel.from_pretrained(tmp_path / "ckpt")
+    share.add_adapter(refs[3], force_recompute=True)
+    assert list(share.checkpoint.attachments) == ["task0"]
+    share.reconstruct("task0", output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}"
+
+
 def test_what_cannot_be_added(related: dict[str, Adapter], tmp_path: Path) -> None:
     refs = paths(related)
     share = SHAREModel.from_adapters(refs[:2], num_components=3)

@@ -100,6 +100,19 @@ class AttachmentWriter:
                 raise OutputError(f"cannot keep {path}: {error.strerror}") from error
             self.tasks.setdefault(task, {})[name] = ref
 
+    def carry(self, task: str, checkpoint: Path, files: Attached) -> None:
+        """Keep with a task files that another checkpoint keeps.
+
+        Raises:
+            CheckpointError: one is missing or damaged.
+        """
+        for name, ref in files.items():
+            copy = self._folder / ref.file
+            if not copy.exists():
+                copy.parent.mkdir(exist_ok=True)
+                copy.write_bytes(read_checked(checkpoint / ref.file, ref))
+            self.tasks.setdefault(task, {})[name] = ref
+
     def finish(self) -> None:
         """Write the index, where there is anything to say."""
         if self.tasks:
@@ -107,6 +120,11 @@ class AttachmentWriter:
             (self._folder / ATTACHMENTS_FILE).write_bytes(msgspec.json.format(index))
 
     def _store(self, path: Path) -> FileRef:
+        # Most tasks bring a file that is here already.
+        digest, nbytes = hash_file(path)
+        name = f"{ATTACHMENTS_FOLDER}/{digest}"
+        if (self._folder / name).exists():
+            return FileRef(name, digest, nbytes)
         copy = self._folder / ATTACHMENTS_FOLDER / "copy"
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)

@@ -76,10 +76,16 @@ def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
     except CheckpointError as error:
         problems.append(str(error))
     yield "bases", problems
+    sound: set[str] = set()
     for task_id in checkpoint.tasks:
         try:
             checkpoint.load_task(task_id)
-            read_attached(checkpoint.path, attachments.get(task_id, {}))
+            kept = attachments.get(task_id, {})
+            # A file of many tasks is read once.
+            read_attached(
+                checkpoint.path, {n: ref for n, ref in kept.items() if ref.sha256 not in sound}
+            )
+            sound.update(ref.sha256 for ref in kept.values())
         except CheckpointError as error:
             yield task_id, [str(error)]
         else:

@@ -189,7 +189,7 @@ class CheckpointWriter:
         ref = FileRef(record.file, record.sha256, record.nbytes)
         self._write(record.file, read_checked(checkpoint.path / record.file, ref))
         kept = checkpoint.attachments.get(task_id, {})
-        self.attachments.attach(task_id, {n: checkpoint.path / f.file for n, f in kept.items()})
+        self.attachments.carry(task_id, checkpoint.path, kept)
         self.tasks[task_id] = msgspec.structs.replace(record, segments=segments)
         return self.tasks[task_id]
 

@@ -280,8 +280,13 @@ class Compression:
         *,
         recovered: Mapping[str, float | None] | None = None,
         kept: Sequence[str] = (),
+        trial: bool = False,
     ) -> CompressReport:
-        """Write a chosen plan into an existing folder, as ``write_checkpoint`` does."""
+        """Write a chosen plan into an existing folder, as ``write_checkpoint`` does.
+
+        Args:
+            trial: it is judged and thrown away, so that tokenizers are left out.
+        """
         encoder = self._encoder(self._scratch)
         return write_checkpoint(
             folder,
@@ -291,7 +296,7 @@ class Compression:
             recovered=recovered,
             kept=kept,
             allow_large_error=self._options.allow_large_error,
-            tokenizers=self._options.tokenizers,
+            tokenizers=self._options.tokenizers and not trial,
         )
 
 

@@ -151,7 +151,7 @@ def compress_judged(
         for number, chosen in enumerate(compression.best_of_each()):
             trial = scratch / f"trial{number}"
             trial.mkdir()
-            compression.write(trial, chosen, base_model)
+            compression.write(trial, chosen, base_model, trial=True)
             judged.append((chosen, judge(trial)))
             shutil.rmtree(trial)
         best, recovered = max(judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error))
@@ -213,7 +213,8 @@ class _QualitySearch:
     def _try(self, limits: torch.Tensor, number: int) -> tuple[int, Mapping[str, float | None]]:
         folder = self._scratch / f"trial{number}"
         folder.mkdir()
-        report = self.compression.write(folder, self.compression.choose(Budget(limits=limits)))
+        chosen = self.compression.choose(Budget(limits=limits))
+        report = self.compression.write(folder, chosen, trial=True)
         recovered = self._judge(folder)
         shutil.rmtree(folder)
         return report.nbytes, recovered

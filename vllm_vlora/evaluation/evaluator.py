@@ -44,7 +44,7 @@ from vllm_vlora.evaluation.fidelity import (
 )
 from vllm_vlora.evaluation.kept import kept
 from vllm_vlora.evaluation.model_names import under_model_names
-from vllm_vlora.evaluation.task_text import TaskText
+from vllm_vlora.evaluation.task_text import TOKENIZER_CONFIG, TaskText
 from vllm_vlora.evaluation.texts import (
     IGNORED,
     Batch,
@@ -170,7 +170,7 @@ class Evaluator:
         chosen = {path: found[: self.options.max_examples] for path, found in examples.items()}
         length = min(self.options.max_length, self._positions)
         self._text = TaskText(tokenizer, chosen, length)
-        self._owns: dict[Path, TaskText | None] = {}
+        self._readers: dict[tuple[str, Path], TaskText | None] = {}
         self._texts: dict[str, TaskText] = {}
         self._base: dict[tuple[Path, Path | None], ExampleLosses] = {}
         self._scores: dict[tuple[str, Path], TaskScores] = {}
@@ -191,12 +191,8 @@ class Evaluator:
             DataError: the data has no token to be scored.
         """
         files = self._files(task)
-        for folder in map(Path, folders):
-            if folder not in self._owns:
-                self._owns[folder] = self._text.own_of(folder)
-        found = next((own for folder in folders if (own := self._owns[Path(folder)])), None)
-        alike = found is None or found.reads_as(self._text, files)
-        text = self._text if found is None or alike else found
+        found = (self._reader(task, Path(folder)) for folder in folders)
+        text = next((own for own in found if own is not None), self._text)
         for path in files:
             text.prepared(path)
         self._texts[task] = text
@@ -316,6 +312,16 @@ class Evaluator:
     def _rows(self, task: str) -> list[Row]:
         text = self._text_of(task)
         return [row for path in self._files(task) for row in text.prepared(path).rows]
+
+    def _reader(self, task: str, folder: Path) -> TaskText | None:
+        """What reads a task's data by the tokenizer in a folder; None where it has none."""
+        key = task, folder
+        if key not in self._readers:
+            own = self._text.own_of(folder)
+            # One that reads alike is not held: it takes as much memory as a small model.
+            alike = own is not None and own.reads_as(self._text, self._files(task))
+            self._readers[key] = self._text if alike else own
+        return self._readers[key]
 
     def _text_of(self, task: str) -> TaskText:
         return self._texts.get(task, self._text)
@@ -642,7 +648,9 @@ def evaluate_checkpoint(
     opened = {task: open_adapter(originals[task]) for task in evaluator.data if task in originals}
     wanted = [task for task in checkpoint.tasks if task in evaluator.data]
     for task in wanted:
-        evaluator.choose_tokenizer(task, *([opened[task].path] if task in opened else []))
+        # Data that cannot be read is said before anything is run; by a kept tokenizer it is read later.
+        if task in opened or TOKENIZER_CONFIG not in checkpoint.attachments.get(task, {}):
+            evaluator.choose_tokenizer(task, *([opened[task].path] if task in opened else []))
     spectra = SpectrumCollector()
     tasks: list[TaskFidelity] = []
     for task, folder in _exported(checkpoint, wanted):
@@ -700,7 +708,7 @@ def _judge(
     found = evaluator.compare(
         task, folder, None if original is None else original.path, losses_only=losses_only
     )
-    files = evaluator.files(task)
+    files, tokenizer = evaluator.files(task), evaluator.tokenizer(task)
     return TaskFidelity(
         task_id=task,
         data=tuple(map(str, files)),
@@ -718,7 +726,8 @@ def _judge(
         modules=errors,
         error=error,
         original=None if original is None else str(original.path),
-        tokenizer=evaluator.tokenizer(task),
+        # The export is gone when the report is read.
+        tokenizer=str(checkpoint.path) if tokenizer == str(folder) else tokenizer,
         nbytes=checkpoint.lora_nbytes(task),
         original_nbytes=record.original_nbytes,
         stored_as=dict(

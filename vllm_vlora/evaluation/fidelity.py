@@ -313,7 +313,8 @@ class TaskFidelity:
         nbytes, original_nbytes: the task's file, and the adapter's LoRA weights at 16 bits each.
         no_update: its LoRA weights change nothing.
         tokenizer: the folder of its adapter, if that has a tokenizer that reads the data otherwise than
-            the base model's; the data is in its tokens then.
+            the base model's, or the checkpoint, if that keeps one and no original was given; the data is
+            in its tokens then.
     """
 
     task_id: str

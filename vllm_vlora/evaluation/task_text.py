@@ -11,7 +11,7 @@ from vllm_vlora.errors import AdapterError, DataError
 from vllm_vlora.evaluation.base_model import first_line
 from vllm_vlora.evaluation.texts import Example, Row, tokenize
 
-_TOKENIZER = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TaskText:
         Raises:
             AdapterError: the folder has a tokenizer that cannot be loaded.
         """
-        if not (folder / _TOKENIZER).is_file():
+        if not (folder / TOKENIZER_CONFIG).is_file():
             return None
         return TaskText(_load(folder), self._examples, self._max_length, folder)
 
@@ -97,5 +97,5 @@ def _load(folder: Path) -> Any:
     except Exception as error:
         raise AdapterError(
             f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)}); "
-            f"repair it, or take {_TOKENIZER} away to use the base model's"
+            f"repair it, or take {TOKENIZER_CONFIG} away to use the base model's"
         ) from error

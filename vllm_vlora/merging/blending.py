@@ -429,7 +429,7 @@ class _Blend:
         self._renamed = checkpoint.record(next(iter(weights))).renamed
         attached = [checkpoint.attachments.get(task_id, {}) for task_id in weights]
         self._companions = {
-            name: checkpoint.path / ref.file
+            name: ref
             for name, ref in attached[0].items()
             if all(files.get(name) == ref for files in attached)
         }
@@ -453,6 +453,9 @@ class _Blend:
             original += 2 * stored.rank * (spec.d_in + spec.d_out)
             modules[spec.name] = replace(stored, error=relative(module_lost, module_norm))
             lost, norm = lost + module_lost, norm + module_norm
+        if len({renamed(name, self._renamed) for name in modules}) < len(modules):
+            # Another task has layers under both names.
+            self._renamed = {}
         writer.add_task(
             task_id,
             modules,
@@ -462,8 +465,8 @@ class _Blend:
             source=_formula(self._weights),
             extra=common_extra([task.extra for task in self._tasks]),
             renamed=self._renamed,
-            companions=self._companions,
         )
+        writer.attachments.carry(task_id, self._checkpoint.path, self._companions)
 
     def _module(
         self, spec: ModuleSpec, parts: Sequence[tuple[float, StoredModule]]

@@ -30,6 +30,7 @@ from vllm_vlora.adapters.peft_folder import (
     write_adapter,
 )
 from vllm_vlora.adapters.weights_files import WEIGHTS_FILE
+from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.card import format_bytes
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
@@ -419,7 +420,12 @@ class SHAREModel:
             stored = task.modules[name]
             factors[own] = _in_config(config, own, *decode(stored, self._basis(name, stored)))
         kinds = {own: kinds[name] for own, name in named.items()}
-        return write_adapter(folder, config, factors, kinds, task.extra, force=force)
+        kept = read_attached(
+            self.checkpoint.path, self.checkpoint.attachments.get(adapter_name, {})
+        )
+        return write_adapter(
+            folder, config, factors, kinds, task.extra, companions=kept, force=force
+        )
 
     def _basis(self, name: str, stored: StoredModule) -> Basis | None:
         """What a stored module stands on; the bases are read once and held as they are packed."""
