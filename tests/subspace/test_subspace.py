@@ -1000,3 +1000,25 @@ def test_adapters_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     )
     assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 4
     assert load_adapter(folder).layer_names == [Q]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+    ],
+)
+def test_a_layer_that_the_config_leaves_out_is_named_in_full(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """As of a merge, whose config is the first adapter's and whose layers are those of all."""
+    names = ["model.layers.0.q_proj", "lm_head"]
+    factors = {name: torch.ones(2, 2) for name in names}
+    weights = LoRAWeights(names, factors, factors, 2, {"r": 2, "lora_alpha": 2} | config)
+    path = save_adapter(weights, tmp_path / "out")
+    assert load_adapter(path).layer_names == sorted(names)
+    written = json.loads((path / "adapter_config.json").read_text())
+    assert written["target_modules"] == sorted(names)
+    assert not written["exclude_modules"]

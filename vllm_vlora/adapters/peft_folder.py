@@ -49,7 +49,7 @@ from vllm_vlora.adapters.peft_config import (
     rank_options,
     read_config,
 )
-from vllm_vlora.adapters.peft_targets import selects
+from vllm_vlora.adapters.peft_targets import full_targets, selects
 from vllm_vlora.adapters.tensor_names import PREFIX, parse_lora, parse_whole
 from vllm_vlora.adapters.weights_files import (
     INDEX_FILE,
@@ -315,15 +315,10 @@ def as_peft_folder(adapter: Adapter) -> Iterator[Path]:
         return
     modules = adapter.modules
     options = rank_options({n: (m.rank, m.scale * m.rank) for n, m in modules.items()})
-    selected = {
-        "target_modules": sorted(modules),
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
     with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
         yield write_adapter(
             Path(scratch) / "adapter",
-            {**adapter.config, **options, **selected, "exclude_modules": None},
+            {**adapter.config, **options, **full_targets(modules)},
             adapter.iter_factors(),
             {name: module.kind for name, module in modules.items()},
             adapter.extra_tensors(),

@@ -9,7 +9,7 @@ Source: ``peft.tuners.tuners_utils.check_target_module_exists``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm_vlora.adapters.peft_config import saved_modules
@@ -52,6 +52,26 @@ def _selects(config: Mapping[str, Any], name: str, kind: str) -> bool | None:
     if name in targets:
         return True
     return _ends_with(name, targets) and _in_layers(config, name)
+
+
+def selects_all(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
+    """Whether PEFT adapts all of these modules by this config, whatever the model."""
+    try:
+        return all(selects(config, name) for name in modules)
+    # A config whose targets are no list and no pattern selects nothing.
+    except ValueError:
+        return False
+
+
+def full_targets(modules: Iterable[str]) -> dict[str, Any]:
+    """Options that select exactly these modules."""
+    return {
+        "target_modules": sorted(modules),
+        # Full names select the modules; these would select among them a second time.
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+    }
 
 
 def _of_all_linear(name: str, kind: str) -> bool | None:

@@ -34,7 +34,7 @@ import torch
 
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import Factors, write_adapter
-from vllm_vlora.adapters.peft_targets import selects
+from vllm_vlora.adapters.peft_targets import full_targets, selects_all
 from vllm_vlora.atomic import exists_error
 from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
@@ -203,7 +203,8 @@ def _export(
     named = {record.own_name(name): stored for name, stored in task.modules.items()}
     kinds = {record.own_name(m.name): m.kind for m in checkpoint.modules if m.name in task.modules}
     if changes.alpha is None and _kept_as_it_was(named, original):
-        config, scale = _selecting(original, kinds), None
+        targets = {} if selects_all(original, named) else full_targets(named)
+        config, scale = {**original, **targets}, None
     else:
         rank = _common_rank(task)
         scale = _common_scale(task) if changes.alpha is None else changes.alpha / rank
@@ -236,27 +237,6 @@ def _kept_as_it_was(modules: Mapping[str, StoredModule], config: Mapping[str, An
     # A config without these numbers, or with patterns that are none, describes nothing.
     except (KeyError, TypeError, ValueError, AttributeError, re.error):
         return False
-
-
-def _selecting(config: dict[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
-    """The config, with targets that select these modules (name -> kind) where its own may not."""
-    try:
-        selected = all(selects(config, name, kind) for name, kind in modules.items())
-    # A config whose targets are no list and no pattern selects nothing.
-    except ValueError:
-        selected = False
-    return config if selected else {**config, **_full_targets(modules)}
-
-
-def _full_targets(modules: Iterable[str]) -> dict[str, Any]:
-    """Options that select exactly these modules."""
-    return {
-        "target_modules": sorted(modules),
-        # Full names select the modules; these would select among them a second time.
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
-    }
 
 
 def _common_scale(task: StoredTask) -> float:
@@ -312,7 +292,7 @@ def _new_config(
         init_lora_weights=True,
         eva_config=None,
         lora_ga_config=None,
-        **_full_targets(pairs),
+        **full_targets(pairs),
     )
     if not config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = base_model

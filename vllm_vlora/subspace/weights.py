@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from vllm_vlora.adapters.module_names import (
 )
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import KINDS, Adapter, Factors, open_adapter, write_adapter
+from vllm_vlora.adapters.peft_targets import full_targets, selects_all
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.quantize import is_finite
 
@@ -271,15 +271,7 @@ def described(
     config["peft_type"] = config.get("peft_type") or "LORA"
     if not _describes(config, pairs):
         config.update(rank_options(pairs))
-    if not _selects_layers(config, list(pairs)):
-        # Full names select the layers; the others would select among them a second time.
-        config.update(
-            target_modules=sorted(pairs),
-            layers_to_transform=None,
-            layers_pattern=None,
-            exclude_modules=None,
-        )
-    return config
+    return config if selects_all(config, pairs) else {**config, **full_targets(pairs)}
 
 
 def plain_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,22 +309,6 @@ def own_rank_options(weights: LoRAWeights) -> dict[str, Any]:
 def _rank_pairs(weights: LoRAWeights) -> dict[str, tuple[int, float]]:
     ranks = {name: weights.lora_a[name].shape[0] for name in weights.layer_names}
     return {name: (rank, weights.scale(name) * rank) for name, rank in ranks.items()}
-
-
-def _selects_layers(config: Mapping[str, Any], layers: list[str]) -> bool:
-    """Whether PEFT would adapt every layer by this config."""
-    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
-        return False
-    targets = config.get("target_modules")
-    if targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        try:
-            return all(re.fullmatch(targets, layer) for layer in layers)
-        except re.error:
-            return False
-    names = tuple(targets or ())
-    return all(any(n == layer or layer.endswith(f".{n}") for n in names) for layer in layers)
 
 
 def _check_names(weights: LoRAWeights) -> None:
