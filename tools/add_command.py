@@ -132,7 +132,7 @@ def add(
     with reported(verbose):
         from vllm_vlora.editing.options import AddOptions
         from vllm_vlora.tools.inputs import Inputs, collect_shown
-        from vllm_vlora.tools.summary import print_left_behind
+        from vllm_vlora.tools.summary import having_companions, print_left_behind
 
         _check_rebuild(rebuild, originals, expand)
         options = AddOptions(
@@ -154,15 +154,16 @@ def add(
             else Inputs({}, {}, {})
         )
         collected = inputs.adapters
-        print_left_behind(messages, collected, tokenizers)
+        if not tokenizers:
+            print_left_behind(messages, having_companions(collected))
         target = _Target(checkpoint, output, force)
         if rebuild:
             assert originals is not None
             rebuilt, before = _rebuild(target, collected, originals, options, replace)
+            data = _rebuilt_json(rebuilt, before, list(collected), target.name)
             print_result(
-                _rebuilt_json(rebuilt, before, list(collected), target.name)
-                | {"left_out": inputs.left_out},
-                lambda console, _: _print_rebuilt(console, rebuilt, before, target.name),
+                data | {"left_out": inputs.left_out} | _not_served(target),
+                lambda console, data: _print_rebuilt(console, rebuilt, before, data),
                 as_json,
             )
             return
@@ -180,8 +181,8 @@ def add(
                 progress=advance,
             )
         print_result(
-            _added_json(report, target.name) | {"left_out": inputs.left_out},
-            lambda console, _: _print_added(console, report, target.name),
+            _added_json(report, target.name) | {"left_out": inputs.left_out} | _not_served(target),
+            lambda console, data: _print_added(console, report, data),
             as_json,
         )
 
@@ -264,6 +265,14 @@ def _rebuild(
     return report, before
 
 
+def _not_served(target: _Target) -> dict[str, dict[str, str]]:
+    """Every task of the checkpoint with which vLLM would not start, and why."""
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.plugin.memory import serving_obstacles
+
+    return {"not_served": serving_obstacles(Checkpoint.open(target.name))}
+
+
 # --- showing -------------------------------------------------------------------------------------
 
 
@@ -296,14 +305,16 @@ def _added_json(report: AddReport, target: str) -> dict[str, Any]:
     }
 
 
-def _print_added(console: Console, report: AddReport, target: str) -> None:
+def _print_added(console: Console, report: AddReport, data: dict[str, Any]) -> None:
     from rich.text import Text
 
     from vllm_vlora.checkpoint.card import format_bytes, format_ratio
-    from vllm_vlora.tools.summary import error_cell, line, make_table, print_losses, print_warnings
+    from vllm_vlora.tools import summary as show
+    from vllm_vlora.tools.summary import error_cell, line
 
+    target = data["checkpoint"]
     numbers = ["Before", "Bytes", "Ratio", "On bases", "Error", "If private"]
-    table = make_table(["New task", "Stored"], numbers)
+    table = show.make_table(["New task", "Stored"], numbers)
     for task in report.tasks:
         nbytes = task.nbytes + task.grown_nbytes
         private = "-" if task.private_error is None else f"{task.private_error:.4f}"
@@ -320,8 +331,8 @@ def _print_added(console: Console, report: AddReport, target: str) -> None:
     console.print(table)
     for task in report.tasks:
         line(console, f"{task.task_id}: {task.kind}; {task.why}.")
-    print_losses(console, report.losses.to_dict())
-    print_warnings(console, report.warnings)
+    show.print_losses(console, report.losses.to_dict())
+    show.print_warnings(console, report.warnings)
     if report.grown:
         line(
             console,
@@ -333,6 +344,7 @@ def _print_added(console: Console, report: AddReport, target: str) -> None:
         f"Allowed: {report.budget}. {target}: {format_bytes(report.nbytes_before)} before, "
         f"{format_bytes(report.nbytes)} now ({report.ratio:.2f}x), in {report.seconds:.1f} s.",
     )
+    show.print_not_served(console, data["not_served"], target)
 
 
 def _rebuilt_json(
@@ -354,10 +366,13 @@ def _rebuilt_json(
     }
 
 
-def _print_rebuilt(console: Console, report: CompressReport, before: int, target: str) -> None:
+def _print_rebuilt(
+    console: Console, report: CompressReport, before: int, data: dict[str, Any]
+) -> None:
     from vllm_vlora.checkpoint.card import format_bytes
-    from vllm_vlora.tools.summary import line, print_losses, print_warnings
+    from vllm_vlora.tools.summary import line, print_losses, print_not_served, print_warnings
 
+    target = data["checkpoint"]
     print_warnings(console, report.warnings)
     print_losses(console, report.losses.to_dict())
     line(
@@ -367,3 +382,4 @@ def _print_rebuilt(console: Console, report: CompressReport, before: int, target
         f"error {report.mean_error:.4f} in the mean and {report.worst_error:.4f} at worst, in "
         f"{report.seconds:.1f} s.",
     )
+    print_not_served(console, data["not_served"], target)

@@ -219,7 +219,8 @@ def compress(flags: CompressFlags) -> None:
         assert flags.output is not None
         report = _compress(collected, flags.output, options, flags, messages)
         show.print_warnings(messages, report.warnings)
-        show.print_left_behind(messages, collected, flags.tokenizers)
+        if not flags.tokenizers:
+            show.print_left_behind(messages, show.having_companions(collected))
         print_result(
             _as_data(report, flags.output) | {"left_out": inputs.left_out},
             lambda console, data: _print(

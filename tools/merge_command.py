@@ -197,25 +197,29 @@ def _check_absent(output: Path, force: bool) -> None:
 
 
 def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRAWeights]]:
-    with progress_bar() as advance:
+    from vllm_vlora.tools.summary import having_companions, print_left_behind
+
+    messages = open_console(stderr=True)
+    with progress_bar(messages) as advance:
         if checkpoint is not None:
             from vllm_vlora.checkpoint.reader import Checkpoint
             from vllm_vlora.merging.blending import read_tasks
 
             advance("read", 0, 1)
-            return refs, read_tasks(Checkpoint.open(checkpoint), refs)
+            opened = Checkpoint.open(checkpoint)
+            weights = read_tasks(opened, refs)
+            print_left_behind(messages, [task for task in refs if task in opened.attachments])
+            return refs, weights
         from vllm_vlora.subspace.weights import LoRAWeights
         from vllm_vlora.tools.inputs import collect_shown
-        from vllm_vlora.tools.summary import print_left_behind
 
-        messages = open_console(stderr=True)
-        opened = collect_shown(refs, [], messages).adapters
-        print_left_behind(messages, opened, False)
+        adapters = collect_shown(refs, [], messages).adapters
+        print_left_behind(messages, having_companions(adapters))
         read = []
-        for done, adapter in enumerate(opened.values(), 1):
+        for done, adapter in enumerate(adapters.values(), 1):
             read.append(LoRAWeights.from_adapter(adapter))
-            advance("read", done, len(opened))
-        return list(opened), read
+            advance("read", done, len(adapters))
+        return list(adapters), read
 
 
 def _check_blend(checkpoint: str | None, output: Path | None, method: Method) -> None:

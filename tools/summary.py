@@ -279,15 +279,15 @@ def print_attachments(console: Console, summary: dict[str, Any]) -> None:
         )
 
 
-def print_left_behind(console: Console, adapters: Mapping[str, Adapter], kept: bool) -> None:
-    """The tasks whose tokenizer files are not kept, as was asked for."""
-    if not kept:
-        having = [task for task, adapter in adapters.items() if adapter.companions]
-        print_warnings(
-            console,
-            [f"tokenizer files and chat templates stay behind, of {some_of(having)}"]
-            * bool(having),
-        )
+def having_companions(adapters: Mapping[str, Adapter]) -> list[str]:
+    """The tasks with tokenizer files or a chat template beside their adapter."""
+    return [task for task, adapter in adapters.items() if adapter.companions]
+
+
+def print_left_behind(console: Console, tasks: Sequence[str]) -> None:
+    """The tasks whose tokenizer files go no further."""
+    warning = f"tokenizer files and chat templates stay behind, of {some_of(tasks)}"
+    print_warnings(console, [warning] * bool(tasks))
 
 
 def print_overview(console: Console, summary: dict[str, Any]) -> None:
@@ -328,33 +328,38 @@ def print_losses(console: Console, losses: dict[str, Any]) -> None:
         line(console, text, style="yellow")
 
 
-def print_not_served(console: Console, not_served: dict[str, str]) -> None:
+def print_not_served(console: Console, not_served: dict[str, str], where: str) -> None:
     """The tasks that vLLM cannot serve; with one of them an engine does not start."""
     reasons: dict[str, list[str]] = {}
     for task, reason in not_served.items():
         reasons.setdefault(reason, []).append(task)
     for reason, tasks in reasons.items():
+        line(console, f"vLLM cannot serve {some_of(tasks, _NAMED_TASKS)}: {reason}.", style="red")
+    if not_served:
+        named = shlex.join(not_served) if len(not_served) <= _NAMED_TASKS else "TASK..."
         line(
             console,
-            f"vLLM cannot serve {some_of(tasks, _NAMED_TASKS)}: {reason}. Serve a copy without: "
-            "vllm-vlora remove CKPT TASK -o COPY",
+            "vLLM would not start with this checkpoint. Serve a copy without: "
+            f"vllm-vlora remove {shlex.quote(where)} {named} -o COPY",
             style="red",
         )
 
 
 def print_serving(console: Console, summary: dict[str, Any]) -> None:
-    """The line that serves the checkpoint."""
+    """The line that serves the checkpoint, or what stands in its way."""
+    if summary["not_served"]:
+        print_not_served(console, summary["not_served"], summary["checkpoint"])
+        return
     line(console, "Serve every task:", style="bold")
     line(console, f"  {summary['serve']}")
     line(console, f"or: vllm-vlora serve {shlex.quote(summary['checkpoint'])}", style="dim")
-    if summary["max_lora_rank"] is None and not summary["not_served"]:
+    if summary["max_lora_rank"] is None:
         line(
             console,
             f"  vLLM's slots hold ranks up to 512; with rank {summary['max_rank']} this checkpoint is "
             "served direct, and not with VLLM_VLORA_MODE=materialize",
             style="yellow",
         )
-    print_not_served(console, summary["not_served"])
 
 
 def make_table(names: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:

@@ -252,6 +252,10 @@ def test_the_commands_say_what_is_kept(folders: list[Path], tmp_path: Path) -> N
     )
     assert "stay behind, of task_0, task_1" in said.stderr
     assert "Kept beside" not in said.stdout
+    arguments = ["merge", "--checkpoint", str(tmp_path / "a"), "task_0", "task_2"]
+    said = run(app, [*arguments, "-o", str(tmp_path / "merged")])
+    assert said.exit_code == 0, said.output
+    assert "stay behind, of task_0" in said.stderr
 
 
 def test_an_edit_does_not_make_a_damaged_file_sound(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from places import ROOT
 from typer.testing import CliRunner
 
+from vllm_vlora.adapters.peft_folder import write_adapter
 from vllm_vlora.checkpoint.serving import max_loras, serve_command
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.representations.private import encode_private
@@ -248,7 +249,29 @@ def test_info_says_what_cannot_be_served_and_shows_extra_bytes(tmp_path: Path) -
     assert data["extra_bytes"] == 16_000
     text = CliRunner().invoke(app, ["info", str(folder)]).stdout
     assert "vLLM cannot serve t2" in text
+    # No line that does not start is given beside it.
+    assert "vllm serve" not in text
+    assert "vllm-vlora serve" not in text
+    assert "t2 -o COPY" in text
     assert "16.0 kB of heads and other extra tensors" in text
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_add_says_that_vllm_will_not_start_any_more(tmp_path: Path, json_too: bool) -> None:
+    folder, adapter = write(tmp_path / "ckpt"), tmp_path / "headed"
+    name = "model.layers.0.q_proj"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    config |= {"base_model_name_or_path": "org/base", "modules_to_save": ["lm_head"]}
+    factors = {name: (torch.ones(2, 8), torch.ones(6, 2))}
+    write_adapter(adapter, config, factors, extra={HEAD: torch.ones(5, 8)})
+    result = CliRunner().invoke(
+        app, ["add", str(folder), str(adapter), "--ratio", "0.1", *["--json"] * json_too]
+    )
+    assert result.exit_code == 0, result.output
+    if json_too:
+        assert list(json.loads(result.stdout)["not_served"]) == ["headed"]
+    else:
+        assert f"vLLM cannot serve headed: it carries {HEAD}" in result.stdout.replace("\n", " ")
 
 
 @pytest.mark.parametrize("name", ["score", "classifier"])
