@@ -276,7 +276,7 @@ def _replaced() -> Iterator[Seam]:
             f"vllm.entrypoints.{module}.protocol",
             f"{owner}.build_chat_params",
             "renders a chat with its task's template, where that is asked for",
-            ("self", "default_template", "default_template_content_format"),
+            accepts=("default_template",),
         )
     yield Seam(
         "vllm.v1.utils",
