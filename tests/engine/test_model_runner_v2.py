@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 from engine_forks import ENGINE_ENVIRONMENT
 from engine_world import ADAPTERS, ENGINE_ARGUMENTS, MAX_TOKENS, PROMPTS, World, mixed, older_vllm
+from peft_oracle import Oracle
 
-pytestmark = pytest.mark.engine
-
+KERNELS = [
+    pytest.param(True, marks=pytest.mark.engine, id="for GPUs"),
+    pytest.param(False, marks=pytest.mark.slow, id="for CPUs"),
+]
 SLOTS = 2
 MAX_LORAS = 8
 # Tokens of an answer where kernels are interpreted: a prefill and a decode.
@@ -38,6 +41,7 @@ driver = types.SimpleNamespace(is_active=lambda: True)
 triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
 
 job = json.loads(sys.argv[1])
+DRAFTED = []
 
 def as_on_gpu():
     # punica's kernels and ours instead of what both have for CPU.
@@ -58,6 +62,19 @@ def fewer_programs(original, block_k):
     sizes = {"block_m": 64, "block_n": 64, "block_k": block_k, "split_k": 1}
     return lambda *args, **kwargs: original(*args, **kwargs) | sizes
 
+def draft(self, input_batch, *args, **kwargs):
+    # In place of a search, which the interpreter does not take: the answer, but for some tokens.
+    drafts = self.drafts[:input_batch.num_reqs].zero_()
+    for row, (request, state) in enumerate(zip(input_batch.req_ids, input_batch.idx_mapping_np)):
+        number = int(request.split("-")[0])
+        answer = job["answers"][number]
+        done = int(self.req_states.total_len.gpu[state] - self.req_states.prompt_len.np[state])
+        for column, place in enumerate(range(done, min(done + drafts.shape[1], len(answer)))):
+            drafts[row, column] = answer[place] if (place + number) % 3 else 1
+        if number == 1 and done < len(answer):
+            DRAFTED.append(done)
+    return drafts
+
 def main():
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -66,8 +83,11 @@ def main():
 
     if job["as_on_gpu"]:
         as_on_gpu()
+    if job["speculative"]:
+        from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
+        NgramGPUSpeculator.propose = draft
     llm = LLM(job["model"], enable_lora=True, max_loras=job["max_loras"], max_lora_rank=16,
-              **job["arguments"])
+              speculative_config=job["speculative"], **job["arguments"])
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     runner = worker.model_runner
     if not isinstance(runner, model_runner.GPUModelRunner):
@@ -86,7 +106,8 @@ def main():
         requests["peft " + name] = LoRARequest(name, number, path)
     for name in job["tasks"]:
         requests[name] = lora_request(job["checkpoint"], name)
-    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True,
+                              prompt_logprobs=0 if job["speculative"] else None)
     found = []
     for names in job["batches"]:
         counted.clear()
@@ -94,9 +115,12 @@ def main():
         done = llm.generate(prompts, sampling, lora_request=[requests[name] for name, _ in names],
                             use_tqdm=False)
         tokens = [list(output.outputs[0].token_ids) for output in done]
-        found.append([tokens, sorted(set(counted))])
+        scored = [[row and {t: e.logprob for t, e in row.items()} for row in output.prompt_logprobs or []]
+                  for output in done]
+        found.append([tokens, sorted(set(counted)), scored])
     (punica,) = runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
-    result = {"punica": type(punica).__name__, "graphs": runner.lora_capture_cases, "answers": found}
+    result = {"punica": type(punica).__name__, "graphs": runner.lora_capture_cases, "answers": found,
+              "drafted": DRAFTED}
     print("RESULT " + json.dumps(result), flush=True)
 
 if __name__ == "__main__":
@@ -104,7 +128,13 @@ if __name__ == "__main__":
 """
 
 
-def _run(world: World, batches: list[list[tuple[str, int]]], gpu: bool, mode: str) -> Any:
+def _run(
+    world: World,
+    batches: list[list[tuple[str, int]]],
+    gpu: bool = False,
+    mode: str = "auto",
+    speculative: dict[str, Any] | None = None,
+) -> Any:
     """What an engine answers in a process that knew Triton before it knew vLLM."""
     job = {
         "model": str(world.model),
@@ -117,6 +147,8 @@ def _run(world: World, batches: list[list[tuple[str, int]]], gpu: bool, mode: st
         "arguments": ENGINE_ARGUMENTS,
         "batches": batches,
         "as_on_gpu": gpu,
+        "speculative": speculative,
+        "answers": [world.reference[n.removeprefix("peft ")][i] for b in batches for n, i in b],
     }
     environment = {
         **os.environ,
@@ -149,28 +181,45 @@ def _batches(per_name: int) -> list[list[tuple[str, int]]]:
     return [[(name, n) for name in names for n in range(per_name)] for names in groups]
 
 
-@pytest.mark.parametrize(
-    ("gpu", "mode", "per_name"),
-    [(False, "materialize", 3), (False, "auto", 3), (True, "auto", 1)],
-    ids=["materialize", "direct", "direct by the kernels for GPUs"],
-)
-def test_every_batch_answers_as_stock_and_finds_its_graph(
-    world: World, gpu: bool, mode: str, per_name: int
-) -> None:
+def _check_tokens(world: World, batches: list[list[tuple[str, int]]], result: Any) -> None:
+    for batch, (answers, *_) in zip(batches, result["answers"], strict=True):
+        for (name, number), tokens in zip(batch, answers, strict=True):
+            want = world.reference[name.removeprefix("peft ")][number]
+            assert len(tokens) in (KERNEL_TOKENS, MAX_TOKENS)
+            assert tokens == want[: len(tokens)], (name, number)
+
+
+@pytest.mark.parametrize("gpu", KERNELS)
+def test_every_batch_answers_as_stock_and_finds_its_graph(world: World, gpu: bool) -> None:
+    """With the LoRA kernels of both kinds."""
     if older_vllm(0, 32):
         pytest.skip("run on CPU since vLLM 0.32")
-    batches = _batches(per_name)
-    result = _run(world, batches, gpu, mode)
+    batches = _batches(1)
+    result = _run(world, batches, gpu)
     assert result["punica"] == ("PunicaWrapperGPU" if gpu else "PunicaWrapperCPU")
-    for batch, (answers, _) in zip(batches, result["answers"]):
-        for (name, number), tokens in zip(batch, answers):
-            want = world.reference[name.removeprefix("peft ")][number]
-            assert tokens == want[: len(tokens)], (name, number)
-            assert len(tokens) == (KERNEL_TOKENS if gpu else MAX_TOKENS)
-    if mode == "auto":
-        # The number of active adapters under which a batch finds its graph; see ``graph_cases``.
-        assert result["graphs"] == [0, 1, MAX_LORAS + 1]
-        base, direct, everything = (set(counts) for _, counts in result["answers"])
-        assert (base, direct) == ({0}, {1})
-        assert everything <= {0, 1, MAX_LORAS + 1}
-        assert MAX_LORAS + 1 in everything
+    _check_tokens(world, batches, result)
+    # The number of active adapters under which a batch finds its graph; see ``graph_cases``.
+    assert result["graphs"] == [0, 1, MAX_LORAS + 1]
+    base, direct, everything = (set(counts) for _, counts, _ in result["answers"])
+    assert (base, direct) == ({0}, {1})
+    assert everything <= {0, 1, MAX_LORAS + 1}
+    assert MAX_LORAS + 1 in everything
+
+
+@pytest.mark.engine
+def test_drafts_and_prompts_are_scored_by_the_adapter_of_their_request(world: World) -> None:
+    """Several rows of logits a request, with tasks that have an lm_head among others."""
+    if older_vllm(0, 32):
+        pytest.skip("run on CPU since vLLM 0.32")
+    everything = _batches(2)[2:]
+    ngram = {"method": "ngram", "num_speculative_tokens": 2} | dict.fromkeys(
+        ("prompt_lookup_min", "prompt_lookup_max"), 1
+    )
+    result = _run(world, everything, mode="materialize", speculative=ngram)
+    # Some drafts are accepted, some are not: after how many tokens the second request was drafted for.
+    assert result["drafted"] == [1, 3, 6, 9]
+    _check_tokens(world, everything, result)
+    oracle = Oracle(world)
+    for (name, number), rows in zip(everything[0], result["answers"][0][2], strict=True):
+        scores = [row and {int(token): value for token, value in row.items()} for row in rows]
+        oracle.check_prompt(name.removeprefix("peft "), PROMPTS[number], scores)

@@ -250,3 +250,16 @@ def test_the_scheduler_is_patched_where_the_table_says(monkeypatch: pytest.Monke
     for owner, attribute, _ in patches:
         place = places[f"{owner.__name__}.{attribute}"]
         assert (place.owner, place.attribute) == (owner, attribute)
+
+
+@pytest.mark.parametrize("more", [(), ("reasoning_effort_map",)], ids=["0.28 to 0.32", "0.33"])
+def test_a_chat_is_rendered_by_requests_of_every_version(
+    more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is passed on as it comes may grow."""
+    taken = ", ".join(f"{name}=None" for name in ("default_template_content_format", *more))
+    build = eval(f"lambda self, default_template, {taken}: None")
+    for seam in (seam for seam in SEAMS if seam.name.endswith(".build_chat_params")):
+        owner = seam.find().owner
+        monkeypatch.setattr(owner, "build_chat_params", build)
+        assert seam.find().value is build

@@ -82,16 +82,44 @@ def _worker_class() -> Any:
     return PromptLogprobsWorker
 
 
+def _second_runner_classes() -> dict[str, Any]:
+    class LoraState:
+        def make_lora_inputs(
+            self, req_ids: list[str], idx_mapping: np.ndarray, num_scheduled_tokens: np.ndarray
+        ) -> Any:
+            ids = np.array([7, 0, 9])[idx_mapping]
+            return tuple(ids), tuple(ids.repeat(num_scheduled_tokens)), {"requests"}
+
+    class GPUModelRunner:
+        def __init__(self) -> None:
+            self.lora_state = LoraState()
+
+        def prepare_inputs(self, scheduler_output: Any, more: int) -> Any:
+            return SimpleNamespace(cu_num_logits_np=np.cumsum([0, *scheduler_output]))
+
+    return {"GPUModelRunner": GPUModelRunner, "LoraState": LoraState}
+
+
 @pytest.fixture
 def classes(steps: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """Both, patched; the function of later versions is in neither."""
     v1, v2 = _runner_class(), _worker_class()
+    others = {"PromptLogprobsWorker": v2, **_second_runner_classes()}
     for name in {seam.module for seam in steps.STEP_SEAMS}:
-        holder = {"GPUModelRunner": v1} if "model_runner" in name else {"PromptLogprobsWorker": v2}
+        holder = {"GPUModelRunner": v1} if name.endswith("gpu_model_runner") else others
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**holder))
     for _ in range(2):
         steps.adapt_steps()
     return v1, v2
+
+
+def test_drafts_have_the_adapter_of_their_request(classes: tuple[Any, Any]) -> None:
+    runner = sys.modules["vllm.v1.worker.gpu.model_runner"].GPUModelRunner()
+    tokens = np.array([4, 6])
+    for logits, want in (([1, 1], (9, 7)), ([4, 2], (9, 9, 9, 9, 7, 7)), ([1, 0], (9,))):
+        runner.prepare_inputs(logits, 1)
+        found = runner.lora_state.make_lora_inputs(["a", "b"], np.array([2, 0]), tokens)
+        assert found == (want, (9,) * 4 + (7,) * 6, {"requests"})
 
 
 def test_both_model_runners_tell_whose_rows_they_score(classes: tuple[Any, Any]) -> None:

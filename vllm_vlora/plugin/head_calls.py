@@ -6,6 +6,9 @@ the prompt, under the same map. Then the rows get the adapters of other requests
 differ and the step fails, which ends the engine (on CUDA the kernel leaves its arrays). So while
 prompts are scored a row is mapped as the token is that it was computed from.
 
+vLLM's second model runner has a row a request in that map under speculative decoding too, where logits
+have one for each draft as well. There the map is made as long as they are.
+
 Embeddings have a row a token of the batch. With ``--enable-prompt-embeds`` vLLM's first model runner
 looks up only those tokens that did not come as embeddings, with the same two ends.
 """
@@ -128,6 +131,29 @@ def score_in_worker(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, by_token(logits_fn, hidden_states), hidden_states, *rest)
 
     return score
+
+
+def count_logits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner.prepare_inputs`` of the second one, which knows how many rows each request has."""
+
+    @functools.wraps(original)
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = original(self, *args, **kwargs)
+        self.lora_state.vlora_num_logits = np.diff(batch.cu_num_logits_np)
+        return batch
+
+    return prepare_inputs
+
+
+def map_logits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``LoraState.make_lora_inputs``, called next, whose first result is the adapter of each row."""
+
+    @functools.wraps(original)
+    def make_lora_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        adapters, *rest = original(self, *args, **kwargs)
+        return tuple(np.repeat(adapters, self.vlora_num_logits)), *rest
+
+    return make_lora_inputs
 
 
 @contextmanager

@@ -276,7 +276,7 @@ def _replaced() -> Iterator[Seam]:
             f"vllm.entrypoints.{module}.protocol",
             f"{owner}.build_chat_params",
             "renders a chat with its task's template, where that is asked for",
-            ("self", "default_template", "default_template_content_format"),
+            accepts=("default_template",),
         )
     yield Seam(
         "vllm.v1.utils",
@@ -655,6 +655,13 @@ def _steps() -> Iterator[Seam]:
     )
     for name in ("enable_prompt_embeds", "is_token_ids"):
         yield Seam(_RUNNER_V1, f"GPUModelRunner.{name}", "which tokens are embedded", optional=True)
+    why = "rows of drafts' logits are mapped to adapters as their requests are"
+    for module, name, accepts in (
+        (_RUNNER_V2, "GPUModelRunner.prepare_inputs", ("scheduler_output",)),
+        ("vllm.v1.worker.gpu.lora_utils", "LoraState.make_lora_inputs", ("idx_mapping",)),
+    ):
+        yield Seam(module, name, why, accepts=accepts, optional=True)
+    yield Seam("vllm.v1.worker.gpu.input_batch", "InputBatch.cu_num_logits_np", why, optional=True)
     why = "rows of prompts' logits are mapped to adapters as their tokens are"
     yield Seam(
         _RUNNER_V1,

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 from vllm.platforms import current_platform
 
-from vllm_vlora.plugin.head_calls import embed_in_runner, score_in_runner, score_in_worker
+from vllm_vlora.plugin.head_calls import (
+    count_logits,
+    embed_in_runner,
+    map_logits,
+    score_in_runner,
+    score_in_worker,
+)
 from vllm_vlora.plugin.seam_table import STEP_SEAMS, MissingSeamError
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -35,6 +41,8 @@ def adapt_steps() -> None:
         "GPUModelRunner._get_prompt_logprobs_dict": score_in_runner,
         "PromptLogprobsWorker.compute_prompt_logprobs": score_in_worker,
         _NEWER: score_in_worker,
+        "GPUModelRunner.prepare_inputs": count_logits,
+        "LoraState.make_lora_inputs": map_logits,
     }
     if current_platform.is_cpu():
         wrappers["GPUModelRunner.sample_tokens"] = keep_seeds
