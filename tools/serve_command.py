@@ -138,11 +138,18 @@ def _model(checkpoint: Checkpoint, base: str | None) -> str:
 
 
 def _missing_options(checkpoint: Checkpoint, given: Sequence[str]) -> list[str]:
-    """What vLLM needs to serve every task, but for the options that are given."""
+    """What vLLM needs to serve every task, but for the options that are given.
+
+    Raises:
+        OptionError: an option switches LoRA off.
+    """
     from vllm_vlora.checkpoint.serving import serve_options
+    from vllm_vlora.errors import OptionError
     from vllm_vlora.plugin.settings import read_settings
 
     # vLLM reads --max_loras as --max-loras.
+    if "--no-enable-lora" in given:
+        raise OptionError("--no-enable-lora takes away what tasks need; leave it out")
     names = {word.partition("=")[0].replace("_", "-") for word in given if word.startswith("--")}
     materialize = not read_settings().direct
     wanted = serve_options(checkpoint.max_rank, len(checkpoint.tasks), materialize=materialize)

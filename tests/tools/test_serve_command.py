@@ -225,6 +225,10 @@ def test_a_plugin_list_without_ours_is_refused(
     assert shown(checkpoint)
 
 
+def test_lora_is_not_switched_off(checkpoint: Path) -> None:
+    assert "--no-enable-lora" in refused(checkpoint, "--no-enable-lora", "--dry-run")
+
+
 # --- tasks that vLLM cannot serve -----------------------------------------------------------------
 
 HEAD = "base_model.model.lm_head.weight"
@@ -239,7 +243,7 @@ def test_a_checkpoint_with_which_vllm_would_not_start_is_refused(
     assert (result.exit_code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert f"vLLM cannot serve task 't2': it carries {HEAD}" in line
-    assert "vllm-vlora remove CKPT TASK -o COPY" in line
+    assert "vllm-vlora remove CKPT t2 -o COPY" in line
 
 
 def test_info_says_what_cannot_be_served_and_shows_extra_bytes(tmp_path: Path) -> None:

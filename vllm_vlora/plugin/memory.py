@@ -27,6 +27,7 @@ What every mode and stock vLLM need alike (punica's index buffers, activations) 
 from __future__ import annotations
 
 import re
+import shlex
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,7 @@ from vllm_vlora.representations.joint import dense_keeps_rank
 from vllm_vlora.representations.registry import shared_rows, shared_sides
 from vllm_vlora.representations.spec import BasisSpec, ModuleSpec, Segment, core_widths
 from vllm_vlora.triton_kernels.direct import CORE_ALIGNMENT, RECORD_NBYTES, routing_nbytes
+from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint.reader import Checkpoint
@@ -216,10 +218,14 @@ def serving_obstacle(record: TaskRecord, modules: Sequence[ModuleSpec]) -> str |
 
 def refuse_unserved(checkpoint: Checkpoint) -> None:
     """Raise ModelMismatchError where an engine would not start with the checkpoint."""
-    for task_id, reason in serving_obstacles(checkpoint).items():
+    found = serving_obstacles(checkpoint)
+    if found:
+        task_id, reason = next(iter(found.items()))
+        others = list(map(repr, found))[1:]
+        more = f"; nor {some_of(others)}" if others else ""
         raise ModelMismatchError(
-            f"{checkpoint.path}: vLLM cannot serve task {task_id!r}: {reason}; serve a copy without it: "
-            "vllm-vlora remove CKPT TASK -o COPY"
+            f"{checkpoint.path}: vLLM cannot serve task {task_id!r}: {reason}{more}; serve a copy "
+            f"without: vllm-vlora remove CKPT {shlex.join(found)} -o COPY"
         )
 
 
