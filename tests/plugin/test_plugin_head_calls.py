@@ -110,16 +110,21 @@ def test_sampled_rows_are_the_requests_and_prompts_rows_the_tokens(
         expect(compute_logits(sampled), sampled, [2, 2, 2])
 
 
-def test_embeddings_of_some_tokens_are_those_of_their_slots(head_calls: Any, weights: Any) -> None:
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["0.32", "0.28"])
+def test_embeddings_of_some_tokens_are_those_of_their_slots(
+    head_calls: Any, weights: Any, lead: tuple[int, ...]
+) -> None:
     """As the layer does it: rows of A by the token and where its slot begins, then B."""
     _, b = weights
     tables = torch.randn(SLOTS, 100, RANK)
     punica = Punica()
-    punica._embeddings_indices = 100 * punica.token_lora_indices.clamp(min=0)
+    starts = 100 * punica.token_lora_indices.clamp(min=0)
+    punica._embeddings_indices = starts.expand(*lead, -1)
     head = head_calls.HeadPunica(punica)
 
     def embed(input_ids: torch.Tensor) -> torch.Tensor:
-        starts = head._embeddings_indices[: len(input_ids)]
+        starts = head._embeddings_indices[-1] if lead else head._embeddings_indices
+        starts = starts[: len(input_ids)]
         y = torch.zeros(len(input_ids), VOCABULARY)
         head.add_lora_embedding(y, tables.view(-1, RANK)[input_ids + starts], b, add_input=True)
         return y

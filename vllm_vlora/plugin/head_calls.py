@@ -59,9 +59,12 @@ class HeadPunica:
 
     @property
     def _embeddings_indices(self) -> torch.Tensor:
-        """Where each token's slot begins in the layer's A, as the layer itself asks for it."""
+        """Where each token's slot begins in the layer's A, as the layer itself asks for it.
+
+        The tokens are its last dimension; in 0.28 another one stands before it.
+        """
         tokens, starts = _TOKENS.get(), self._inner._embeddings_indices
-        return starts if tokens is None else starts[tokens]
+        return starts if tokens is None else starts[..., tokens]
 
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, **kwargs: Any

@@ -83,7 +83,7 @@ def read_layouts(manager: Any) -> list[SliceLayout]:
     """Describe every slice of every LoRA layer of this rank but fused experts, see ``experts``."""
     layouts: list[SliceLayout] = []
     for module_name, layer in manager.modules.items():
-        if is_fused_moe(layer):
+        if is_fused_moe(layer) or _is_without_memory(layer):
             continue
         parts = manager.packed_modules.get(module_name, [module_name])
         if is_logits(layer):
@@ -93,6 +93,20 @@ def read_layouts(manager: Any) -> list[SliceLayout]:
         else:
             layouts += _linear_layouts(parts, layer)
     return layouts
+
+
+def _stacks(layer: Any) -> list[torch.Tensor]:
+    """The slots of a layer that is no fused experts."""
+    stacks: list[torch.Tensor] = []
+    for name in ("lora_a_stacked", "lora_b_stacked"):
+        held = getattr(layer, name, ())
+        stacks += [held] if isinstance(held, torch.Tensor) else list(held)
+    return stacks
+
+
+def _is_without_memory(layer: Any) -> bool:
+    """Whether a layer is there by name alone, as the lm_head of a pooling model is in vLLM 0.28."""
+    return any(stack.is_meta for stack in _stacks(layer))
 
 
 def is_logits(layer: Any) -> bool:
@@ -177,12 +191,7 @@ def slot_nbytes(manager: Any) -> int:
     """Bytes of all slots of all LoRA layers of this rank."""
     stacks: list[torch.Tensor] = []
     for layer in manager.modules.values():
-        if is_fused_moe(layer):
-            stacks += expert_stacks(layer)
-            continue
-        for name in ("lora_a_stacked", "lora_b_stacked"):
-            held = getattr(layer, name, ())
-            stacks += [held] if isinstance(held, torch.Tensor) else list(held)
+        stacks += expert_stacks(layer) if is_fused_moe(layer) else _stacks(layer)
     return sum(stack.nbytes for stack in stacks)
 
 
