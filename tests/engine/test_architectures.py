@@ -23,7 +23,6 @@ from architectures import (
     ask_peft,
     ask_stock,
     distances,
-    quantise,
     write_adapters,
     write_checkpoint,
     write_model,
@@ -63,8 +62,6 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Architecture], M
             model = write_model(architecture, root / "model")
             adapters = write_adapters(architecture, model, root)
             checkpoint = write_checkpoint(adapters, root)
-            if architecture.quantised:
-                quantise(model, architecture.quantised)
             ask = ask_peft if architecture.by_peft else ask_stock
             right = ask(architecture, model, adapters)
             held[architecture.name] = Made(model, adapters, checkpoint, right)

@@ -45,7 +45,6 @@ class Architecture:
         auto: the transformers class that makes the model.
         ask: what the engine is asked: to generate, or a pooling task.
         engine: further arguments of ``vllm.LLM``.
-        quantised: what ``quantise`` makes of the linear layers.
         noise: how far log-probabilities may lie from the reference.
     """
 
@@ -56,13 +55,12 @@ class Architecture:
     auto: str = "AutoModelForCausalLM"
     ask: str = "generate"
     engine: dict[str, Any] = field(default_factory=dict)
-    quantised: str = ""
     noise: float = 5e-4
 
     @property
     def by_peft(self) -> bool:
         """Whether PEFT on transformers says what is right; otherwise stock vLLM does."""
-        return self.ask == "generate" and not self.quantised
+        return self.ask == "generate"
 
 
 def _config(name: str, *left_out: str, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -82,7 +80,6 @@ def _config(name: str, *left_out: str, **changes: Any) -> tuple[str, dict[str, A
     return name, {key: value for key, value in sizes.items() if key not in left_out}
 
 
-_WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1,
           "mamba_expand": 2, "mamba_chunk_size": 16}  # fmt: skip
@@ -145,9 +142,6 @@ ARCHITECTURES = [
                  ask="classify", targets=("query", "key", "value", "attention.output.dense"),
                  config=_config("RobertaConfig", "num_key_value_heads", num_labels=3,
                                 max_position_embeddings=140)),
-    Architecture("LlamaForCausalLM, int8 (compressed-tensors W8A8)",
-                 _config("LlamaConfig", **_WIDE), quantised="w8a8", noise=0.1,
-                 engine={"dtype": "bfloat16"}),
 ]  # fmt: skip
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 
@@ -183,42 +177,6 @@ def _make_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"eos_token": "w0", "unk_token": "w1", "pad_token": "w1"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
-_QUANTISATION: dict[str, dict[str, Any]] = {
-    "w8a8": {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**_INT8, "strategy": "channel", "dynamic": False},
-                "input_activations": {**_INT8, "strategy": "token", "dynamic": True},
-            }
-        },
-    },
-}
-
-
-def quantise(folder: Path, method: str) -> None:
-    """Give a model's linear layers weights of a quantised one."""
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "model.safetensors"
-    tensors: dict[str, torch.Tensor] = {}
-    for name, weight in load_file(file).items():
-        if not name.endswith("_proj.weight"):
-            tensors[name] = weight
-        else:
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            tensors[name] = (weight / scale).round().to(torch.int8)
-            tensors[f"{name}_scale"] = scale
-    save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = _QUANTISATION[method]
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 # --- adapters --------------------------------------------------------------------------------------
