@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engine_forks import ENGINE_ENVIRONMENT, run_script
-from engine_world import ADAPTERS, ENGINE_ARGUMENTS, PROMPTS, World, exact, mixed
+from engine_world import ADAPTERS, ENGINE_ARGUMENTS, PROMPTS, World, exact, mixed, older_vllm
 from peft_oracle import Allow, Oracle, values
 
 pytestmark = pytest.mark.engine
@@ -52,6 +52,11 @@ def _without_some(scores: torch.Tensor, before: list[int]) -> torch.Tensor:
 def _biased(scores: torch.Tensor, before: list[int]) -> torch.Tensor:
     scores[SOME] += 8.0
     return scores
+
+
+# In 0.28 and 0.30 a few answers of such a batch, the base model's too, are not the best token, or not
+# what the seed drew before, while all log-probabilities are right: what picks tokens errs, not adapters.
+PICKS_RIGHT = not older_vllm(0, 32)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class Engine:
 
     def check(self, name: str, feature: Feature, output: Any) -> None:
         name, prompt = name.removeprefix("peft "), list(feature.prompt)
-        if "seed" in feature.sampling:
+        if "seed" in feature.sampling and PICKS_RIGHT:
             # The same whatever shared the batch, and however the prompt was cut.
             drawn = [tuple(sequence.token_ids) for sequence in output.outputs]
             key = (name, feature.prompt)
@@ -160,7 +165,7 @@ class Engine:
                 prompt,
                 list(sequence.token_ids),
                 values(sequence.logprobs),
-                feature.greedy,
+                feature.greedy if PICKS_RIGHT else None,
                 len(prompt) * feature.embedded,
                 feature.masked,
             )
@@ -270,6 +275,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.skipif(older_vllm(0, 32), reason="0.30 cannot run its kernel that drafts on a CPU")
 @pytest.mark.parametrize("mode", ["auto", "materialize"])
 def test_speculative_decoding(world: World, mode: str) -> None:
     """Several rows of logits a request, in one batch of every kind."""
