@@ -13,7 +13,7 @@ REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint test-fast test-slow test-engine compat compat-triton docs requirements bench collections bench-fidelity bench-fit clean
+.PHONY: help demo test lint test-fast test-slow test-engine architectures compat compat-triton docs requirements bench collections bench-fidelity bench-fit clean
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -32,7 +32,7 @@ lint: $(VENV)/.ready ## ruff and mypy
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.ready ## The tests that start no engine and take no minutes
-	$(PYTEST) -m "not engine and not slow"
+	$(PYTEST) -m "not engine and not slow and not architectures"
 
 # With RECORD= nothing is recorded.
 RECORD ?= yes
@@ -43,6 +43,9 @@ test-slow: $(VENV)/.ready ## The long tests; records the sources that they passe
 test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
 	# Two processes of one thread. A file, and so its engine, stays in one; the longest files come first.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=40 -m engine tests/engine
+
+architectures: $(VENV)/.ready ## An engine of every model class that is tried, beside PEFT or stock vLLM; prints the table
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m architectures tests/engine/test_architectures.py
 
 compat: $(VENV)/.ready ## The engine tests on other vLLM versions, then on this one
 	for version in $(COMPAT_VERSIONS); do requirements/compat.sh $(VENV) $$version || exit 1; done

@@ -1,7 +1,7 @@
 """Everything in one batch on many architectures: joint, private and ordinary adapters, and the base.
 
 Log-probabilities of the whole vocabulary at every step are those of PEFT on transformers, or of stock
-vLLM one by one. ``make test-slow`` runs them all and prints the table of ``docs/models.md``.
+vLLM one by one. ``make architectures`` runs them all and prints the table of ``docs/models.md``.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Architecture], M
 
 
 def _cases() -> list[Any]:
-    """All of them are slow; the riskiest run with the other engine tests too."""
+    """Of all of them the riskiest run with the other engine tests too."""
     return [
         pytest.param(
             architecture.name,
             mode,
             marks=[
-                pytest.mark.slow,
+                pytest.mark.architectures,
                 *([pytest.mark.engine] if architecture.name in RISKIEST and mode == "auto" else []),
             ],
         )
