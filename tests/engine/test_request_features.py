@@ -165,7 +165,7 @@ class Engine:
                 prompt,
                 list(sequence.token_ids),
                 values(sequence.logprobs),
-                feature.greedy if PICKS_RIGHT else None,
+                feature.greedy if PICKS_RIGHT or feature.masked else None,
                 len(prompt) * feature.embedded,
                 feature.masked,
             )
