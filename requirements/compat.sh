@@ -35,7 +35,7 @@ EOF
     # What it needs beside the main environment's packages (0.33: orjson).
     "$over/bin/pip" install --quiet --no-deps orjson
     # The command that its metadata would have installed.
-    printf '#!%s\nimport sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n' \
+    printf '#!%s\nimport sys\nfrom vllm.entrypoints.cli.main import main\nif __name__ == "__main__":\n    sys.exit(main())\n' \
         "$over/bin/python" > "$over/bin/vllm"
     chmod +x "$over/bin/vllm"
     echo "vLLM $version has no CPU build: its Python over the native libraries of the pinned one"
