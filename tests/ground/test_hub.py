@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -192,16 +193,20 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
         resolve_snapshot(file, what="adapter", error=AdapterError)
 
 
-def test_revision_and_patterns_reach_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the Hub was asked for: (repository, arguments); its answer is ``tmp_path``."""
+    found: list[Any] = []
 
     def download(repo: str, **kwargs: object) -> str:
-        asked.append((repo, kwargs))
+        found.append((repo, kwargs))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return found
+
+
+def test_revision_and_patterns_reach_the_hub(tmp_path: Path, asked: list[Any]) -> None:
     found = resolve_snapshot(
         "org/name.v1@refs/pr/3", what="adapter", error=AdapterError, allow_patterns=["*.json"]
     )
@@ -210,16 +215,7 @@ def test_revision_and_patterns_reach_the_hub(
     assert ref_name("org/name.v1@refs/pr/3") == "name.v1"
 
 
-def test_a_folder_in_a_repository_is_fetched_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def download(repo: str, **kwargs: object) -> str:
-        asked.append((repo, kwargs))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+def test_a_folder_in_a_repository_is_fetched_alone(tmp_path: Path, asked: list[Any]) -> None:
     (tmp_path / "runs" / "fr").mkdir(parents=True)
     found = resolve_snapshot(
         "org/name/runs/fr@v2", what="adapter", error=AdapterError, allow_patterns=["a.json", "*.x"]
