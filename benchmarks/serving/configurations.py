@@ -13,6 +13,7 @@ BASE, BASE_COMPILED, STOCK, PUNICA_RUNS = "base", "base-compiled", "stock-N", "p
 # Stock's adapters as they are: what the comparison with stock leaves different is the loading.
 MATERIALIZED_CHECKPOINT = "bf16"
 DIRECT = tuple(f"direct-{name}" for name in CHECKPOINTS)
+OVERLAP = "-overlap"
 DEFAULT_CPU = (
     *(BASE, "stock-1", "stock-8", STOCK, PUNICA_RUNS),
     *("materialize-8", "direct-k32", "direct-k64", "direct-nf4"),
@@ -35,6 +36,7 @@ class Configuration:
         slots: ``max_loras``; None for as many as there are tasks, 0 without LoRA.
         checkpoint: of ``CHECKPOINTS``, for the plugin; None for stock vLLM.
         mode: the plugin's ``VLLM_VLORA_MODE``.
+        overlap: the plugin's ``VLLM_VLORA_OVERLAP``.
         punica_runs: whether the comparator replaces stock punica.
         compiled: whether the base model may be compiled on CPU.
     """
@@ -44,6 +46,7 @@ class Configuration:
     slots: int | None
     checkpoint: str | None = None
     mode: str = ""
+    overlap: bool = False
     punica_runs: bool = False
     compiled: bool = False
 
@@ -83,6 +86,7 @@ class Configuration:
             "VLLM_PLUGINS": "vlora",
             "VLLM_VLORA_CHECKPOINT": checkpoints[self.checkpoint],
             "VLLM_VLORA_MODE": self.mode,
+            "VLLM_VLORA_OVERLAP": "on" if self.overlap else "off",
         }
 
 
@@ -92,14 +96,18 @@ def configuration(name: str) -> Configuration:
         return Configuration(name, name, slots=0, compiled=name == BASE_COMPILED)
     if name in (STOCK, PUNICA_RUNS):
         return Configuration(name, STOCK, slots=None, punica_runs=name == PUNICA_RUNS)
-    if name in DIRECT:
-        checkpoint = name.removeprefix("direct-")
-        return Configuration(name, name, slots=None, checkpoint=checkpoint, mode="direct")
+    direct = name.removesuffix(OVERLAP)
+    if direct in DIRECT:
+        checkpoint = direct.removeprefix("direct-")
+        return Configuration(
+            name, name, None, checkpoint, mode="direct", overlap=name.endswith(OVERLAP)
+        )
     found = re.fullmatch(r"(stock|materialize)-([1-9]\d*)", name)
     if found is None:
         known = ", ".join([BASE, BASE_COMPILED, STOCK, PUNICA_RUNS, *DIRECT])
         raise ValueError(
-            f"no configuration {name!r}; use {known}, stock-SLOTS or materialize-SLOTS"
+            f"no configuration {name!r}; use {known}, direct-...{OVERLAP}, stock-SLOTS or "
+            "materialize-SLOTS"
         )
     kind, slots = found[1], int(found[2])
     if kind == "stock":

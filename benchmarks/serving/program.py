@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import signal
@@ -72,6 +73,7 @@ one driver for 1, 8, 32, 128 (and with --full 1024) distinct tasks at a time.
   materialize-8   vllm-vlora writes each task into one of 8 slots when it is asked for (bfloat16)
   direct-k32      vllm-vlora, tasks on shared bases of 32 (64) components, without slots
   direct-nf4      vllm-vlora, private factors in nf4 (int8, bf16), read where they lie
+  ...-overlap     either with VLLM_VLORA_OVERLAP=on
   base-compiled   CPU only: the base model compiled; vLLM compiles nothing on CPU with LoRA on, so
                   everything else runs eagerly there
 
@@ -110,6 +112,7 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 WARM_UP_TOKENS = 4
+REFERENCE, REFERENCE_GIB = "reference", 0.5
 
 
 def run(args: argparse.Namespace) -> int:
@@ -161,8 +164,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         metavar="NAME",
-        help="tiny, small (hidden 1024, 8 layers), 7b (Llama-2-7B's shapes, dummy weights), 7b-16 (16 of "
-        "its layers), or the folder of a Llama-like model (default: small on CPU, 7b on a GPU)",
+        help="tiny, small (hidden 1024, 8 layers), 7b, 8b (Llama-2-7B's and Llama-3-8B's shapes, dummy "
+        "weights), 7b-16, 8b-16 (16 of their layers), or the folder of a Llama-like model (default: "
+        "small on CPU, 7b on a GPU)",
     )
     add("--full", action="store_true", help="all configurations, 1024 tasks, Zipf, long outputs")
     add("--configurations", type=comma_list, metavar="A,B", help="only these, in this order")
@@ -412,7 +416,7 @@ class Bench:
         sources |= {name: self.world.exports(name) for name in checkpoints}
         folders = [folder for group in sources.values() for folder in group]
         stock = configuration(f"stock-{CHECKED_TASKS}")
-        engine = Engine(self._spec(stock, "reference", folders, self.sizes["reference_rank"]))
+        engine = Engine(self._spec(stock, REFERENCE, folders, self.sizes["reference_rank"]))
         try:
             base = engine.run(reference_job(self.calls, None))
             for place, name in enumerate(sources):
@@ -498,7 +502,9 @@ class Bench:
                 sizes = {"cudagraph_capture_sizes": list(self.args.capture_sizes)}
                 arguments["compilation_config"] = sizes
             if self.args.together:
-                arguments["kv_cache_memory_bytes"] = int(self.args.together * 2**30)
+                # The reference's requests come one at a time, while the other engines start.
+                gib = min(self.args.together, REFERENCE_GIB if name == REFERENCE else math.inf)
+                arguments["kv_cache_memory_bytes"] = int(gib * 2**30)
         else:
             arguments["kv_cache_memory_bytes"] = kv_nbytes(settings, self.config)
             arguments["block_size"] = CPU_KV_BLOCK

@@ -368,6 +368,12 @@ def test_configurations_by_name() -> None:
         environment = configuration(name).environment({name.removeprefix("direct-"): "/ckpt"})
         assert environment["VLLM_VLORA_MODE"] == "direct"
         assert environment["VLLM_VLORA_CHECKPOINT"] == "/ckpt"
+        assert environment["VLLM_VLORA_OVERLAP"] == "off"
+    beside = configuration("direct-k64-overlap")
+    assert beside.engine != configuration("direct-k64").engine
+    assert (
+        beside.checkpoint == "k64" and beside.environment({"k64": ""})["VLLM_VLORA_OVERLAP"] == "on"
+    )
     assert configuration("stock-1").runs(ONE)
     assert not configuration("stock-1").runs(EIGHT)
     for name in ("stock-0", "stock", "direct-k16", "materialize-x"):
@@ -407,7 +413,7 @@ def _parse(*arguments: str) -> argparse.Namespace:
     ("arguments", "message"),
     [
         (["--quick", "--full"], "contradict each other"),
-        (["--model", "/nowhere"], "neither tiny, small, 7b, 7b-16 nor a folder"),
+        (["--model", "/nowhere"], "neither tiny, small, 7b, 8b, 7b-16, 8b-16 nor a folder"),
         (["--configurations", "base,stockN"], "no configuration 'stockN'; use base"),
         (["--tasks", "8,0"], "'0' is not a whole number from 1 on"),
         (["--tasks", "8,two"], "'two' is not a whole number"),
