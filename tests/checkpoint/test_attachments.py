@@ -25,6 +25,7 @@ from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError
 from vllm_vlora.merging.blending import blend_tasks
 from vllm_vlora.plugin.chat_templates import TaskTemplates, task_template
+from vllm_vlora.plugin.identity import task_paths
 from vllm_vlora.tools.cli import app
 
 TOKENIZER = b'{"version": "1.0", "added_tokens": []}'
@@ -224,7 +225,10 @@ def test_the_template_of_a_task(
         (folders[2] / name).write_bytes(data)
     compress({"t": open_adapter(folders[2])}, tmp_path / "out", CompressOptions(ratio=1))
     assert task_template(Checkpoint.open(tmp_path / "out"), "t") == template
-    assert TaskTemplates().load(tmp_path / "out") == ["t"] * (template is not None)
+    held = task_paths(Checkpoint.open(tmp_path / "out"))
+    assert TaskTemplates().load(tmp_path / "out", held) == ["t"] * (template is not None)
+    with pytest.raises(CheckpointError, match="published again while the server started"):
+        TaskTemplates().load(tmp_path / "out", {})
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[" * 100_000])
@@ -234,7 +238,7 @@ def test_a_tokenizer_config_that_is_none_ends_the_start(
     (folders[2] / "tokenizer_config.json").write_bytes(text)
     compress({"t": open_adapter(folders[2])}, tmp_path / "out", CompressOptions(ratio=1))
     with pytest.raises(CheckpointError, match="task 't', its tokenizer_config"):
-        TaskTemplates().load(tmp_path / "out")
+        TaskTemplates().load(tmp_path / "out", task_paths(Checkpoint.open(tmp_path / "out")))
 
 
 def test_the_commands_say_what_is_kept(folders: list[Path], tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
-import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from engine_forks import start, stop
+from engine_server import OURS, Server, ids, words
 from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact, mixed
 
 from vllm_vlora.checkpoint.attachments import AttachmentWriter
@@ -22,59 +19,6 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.plugin.identity import task_path
 
 pytestmark = pytest.mark.engine
-
-# ``vllm-vlora serve``, which becomes the ``vllm`` command.
-OURS = "from vllm_vlora.tools.cli import main; main()"
-# What it starts, in a process that has imported vLLM.
-FORKED = "from vllm.entrypoints.cli.main import main; main()"
-
-
-class Server:
-    """A ``vllm serve`` process on a free port of this machine."""
-
-    def __init__(
-        self, world: World, log: Path, checkpoint: Path, script: str = FORKED, **environment: str
-    ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        model = ["serve", str(world.model)]
-        if script == OURS:
-            model = ["serve", "--base", str(world.model), str(checkpoint)]
-        else:
-            environment["VLLM_VLORA_CHECKPOINT"] = str(checkpoint)
-        arguments = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-                     "--max-model-len", "256", "--max-num-seqs", "32", "--enforce-eager",
-                     "--enable-lora", "--max-loras", "3", "--max-lora-rank", "16",
-                     "--served-model-name", "base",
-                     "--lora-modules", f"ordinary={world.ordinary}"]  # fmt: skip
-        self.process = start(script, *model, *arguments, log=log, **environment)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def wait(self, seconds: float = 240) -> bool:
-        """Whether the server answered before it ended."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.is_alive():
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
-                    return True
-            except httpx.TransportError:
-                pass  # not listening yet
-            time.sleep(0.5)
-        return False
-
-    def text(self, model: str, prompt: list[int]) -> str:
-        done = self.client.completions.create(
-            model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0,
-            extra_body={"ignore_eos": True, "skip_special_tokens": False},
-        )  # fmt: skip
-        return done.choices[0].text
-
-    def stop(self) -> None:
-        stop(self.process, signal.SIGTERM, signal.SIGKILL)
-
 
 TEMPLATED = sorted(ADAPTERS)[0]
 TEMPLATE = "w7 {% for m in messages %}w9 {{ m['content'] }} {% endfor %}w8"
@@ -102,14 +46,6 @@ def server(world: World, checkpoint: Path) -> Iterator[Server]:
     server.stop()
 
 
-def _words(tokens: list[int]) -> list[str]:
-    return [f"w{token}" for token in tokens]
-
-
-def _ids(text: str) -> list[str]:
-    return re.findall(r"w\d+", text)
-
-
 def test_the_line_that_serves_is_shown(server: Server, checkpoint: Path) -> None:
     line = server.log.read_text().splitlines()[0]
     assert re.match(rf"VLLM_VLORA_CHECKPOINT={re.escape(str(checkpoint))} \S*vllm serve ", line)
@@ -132,7 +68,7 @@ def test_all_kinds_of_requests_at_once(server: Server, world: World) -> None:
     with ThreadPoolExecutor(len(items)) as pool:
         texts = list(pool.map(lambda item: server.text(item[0], PROMPTS[item[1]]), items))
     for (name, number), text in zip(items, texts):
-        assert _ids(text) == _words(world.reference[name][number]), (name, number)
+        assert ids(text) == words(world.reference[name][number]), (name, number)
 
 
 def test_a_chat_is_rendered_with_the_template_that_its_task_brought(server: Server) -> None:
@@ -169,7 +105,7 @@ def test_the_checkpoint_may_vanish_while_the_server_runs(
     try:
         for name in ADAPTERS:
             text = server.text(name, PROMPTS[2])
-            assert _ids(text) == _words(world.reference[name][2])
+            assert ids(text) == words(world.reference[name][2])
     finally:
         shutil.move(aside, checkpoint)
 
@@ -181,17 +117,17 @@ def test_runtime_updating_resolves_and_renews_tasks(world: World, tmp_path: Path
     server = Server(world, tmp_path / "log", path, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
     try:
         assert server.wait(), server.log.read_text()[-4000:]
-        assert _ids(server.text("task", PROMPTS[0])) == _words(world.reference[first][0])
+        assert ids(server.text("task", PROMPTS[0])) == words(world.reference[first][0])
         world.compress(
             "live",
             {"task": world.adapters[second], "new": world.adapters[first]},
             force=True,
             ratio=0.1,
         )
-        assert _ids(server.text("new", PROMPTS[0])) == _words(world.reference[first][0])
+        assert ids(server.text("new", PROMPTS[0])) == words(world.reference[first][0])
         answer = httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "task"})
         assert answer.status_code == 200
-        assert _ids(server.text("task", PROMPTS[0])) == _words(world.reference[second][0])
+        assert ids(server.text("task", PROMPTS[0])) == words(world.reference[second][0])
         with pytest.raises(openai.NotFoundError):
             server.text("nobody", PROMPTS[0])
     finally:
@@ -221,7 +157,7 @@ def test_a_task_beyond_the_budget_is_a_bad_request_and_the_server_lives(
         )
         assert answer.status_code == 500
         assert "may take VLLM_VLORA_LATE_MIB on each device" in answer.json()["error"]["message"]
-        assert _ids(server.text("task", PROMPTS[0])) == _words(world.reference[first][0])
+        assert ids(server.text("task", PROMPTS[0])) == words(world.reference[first][0])
     finally:
         server.stop()
 
@@ -241,14 +177,14 @@ def test_a_task_that_gave_way_and_is_gone_fails_its_request_alone(
         tasks = {"task": world.adapters[first], **dict.fromkeys(late, world.adapters[second])}
         world.compress("gone", tasks, force=True, ratio=0.1)
         for name in late:
-            assert _ids(server.text(name, PROMPTS[0])) == _words(world.reference[second][0])
+            assert ids(server.text(name, PROMPTS[0])) == words(world.reference[second][0])
         opened = Checkpoint.open(path)
         (path / opened.record("late-0").file).unlink()
         with pytest.raises(openai.InternalServerError):
             server.text("late-0", PROMPTS[0])
         assert "is refused" in server.log.read_text()
         for name, stock in (("late-1", second), ("task", first)):
-            assert _ids(server.text(name, PROMPTS[0])) == _words(world.reference[stock][0])
+            assert ids(server.text(name, PROMPTS[0])) == words(world.reference[stock][0])
     finally:
         server.stop()
 
@@ -299,7 +235,7 @@ def test_the_rust_frontend_lists_and_serves_every_task(world: World, tmp_path: P
         for name in listed:
             for number, prompt in enumerate(PROMPTS):
                 text = server.text(name, prompt)
-                assert _ids(text) == _words(world.reference[name][number]), (name, number)
+                assert ids(text) == words(world.reference[name][number]), (name, number)
         with pytest.raises(openai.NotFoundError):
             server.text("nobody", PROMPTS[0])
     finally:

@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ import torch
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, SettingError, TaskLoadError
-from vllm_vlora.plugin.identity import parse_task_path, task_ids_to_int, task_path
+from vllm_vlora.plugin.identity import parse_task_path, task_ids_to_int, task_path, task_paths
 from vllm_vlora.plugin.layouts import Run, SliceLayout, index_runs
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.slots import SlotWriter
@@ -68,9 +68,9 @@ def test_other_paths_are_left_to_vllm(path: str) -> None:
 
 
 def test_ids_are_distinct_stable_and_fit_int32(tmp_path: Path) -> None:
-    first = task_ids_to_int(_checkpoint(tmp_path / "a"))
-    again = task_ids_to_int(_checkpoint(tmp_path / "b"))
-    other = task_ids_to_int(_checkpoint(tmp_path / "c", seed=1))
+    first = task_ids_to_int(task_paths(_checkpoint(tmp_path / "a")))
+    again = task_ids_to_int(task_paths(_checkpoint(tmp_path / "b")))
+    other = task_ids_to_int(task_paths(_checkpoint(tmp_path / "c", seed=1)))
     assert first == again
     assert not set(first.values()) & set(other.values())
     assert len(set(first.values())) == 3
@@ -86,7 +86,7 @@ def test_ids_of_equal_weights_are_distinct(tmp_path: Path) -> None:
     for name in ("one", "two"):
         writer.add_task(name, {"m": stored}, original_nbytes=1, error=0.0, adapter_config={})
     writer.finish("card")
-    assert len(set(task_ids_to_int(Checkpoint.open(folder)).values())) == 2
+    assert len(set(task_ids_to_int(task_paths(Checkpoint.open(folder))).values())) == 2
 
 
 def test_index_runs_cover_what_a_rank_holds() -> None:
@@ -306,22 +306,31 @@ def test_a_checkpoint_that_does_not_exist_stops_the_start(
         register()
 
 
-@pytest.mark.parametrize(
-    ("lora_config", "name", "message"),
-    [(None, "sql", "--enable-lora"), (object(), "base", "has the name of a served model")],
-)
-def test_the_api_server_says_at_start_up_what_cannot_be_served(
-    lora_config: object, name: str, message: str
-) -> None:
-    from vllm.lora.request import LoRARequest
+class _Client:
+    """What an API server asks engine cores through, and what each of them answers."""
 
+    def __init__(self, *answers: list[tuple[str, str]]) -> None:
+        self.answers = answers
+        self.core_engines = range(len(answers))
+
+    async def _call_utility_async(self, method: str, *, engine: int) -> list[list[str]]:
+        from vllm_vlora.plugin import residency
+
+        assert method == residency.TASKS_METHOD
+        return [list(pair) for pair in self.answers[engine]]  # As it comes over the wire.
+
+
+def _init(client: _Client, lora_config: object = True, templates: Any = None) -> Any:
+    """The start of an API server that serves ``base``; what it lists then."""
     from vllm_vlora.plugin.seams import _init_static_loras
 
     class Models:
         """The part of OpenAIServingModels that the seam reads."""
 
-        engine_client = SimpleNamespace(vllm_config=SimpleNamespace(lora_config=lora_config))
-        lora_requests: ClassVar[dict] = {}
+        def __init__(self) -> None:
+            config = SimpleNamespace(lora_config=lora_config)
+            self.engine_client = SimpleNamespace(vllm_config=config, engine_core=client)
+            self.lora_requests: dict[str, Any] = {}
 
         def is_base_model(self, model: str) -> bool:
             return model == "base"
@@ -329,9 +338,38 @@ def test_the_api_server_says_at_start_up_what_cannot_be_served(
         async def init_static_loras(self) -> None:
             """No --lora-modules."""
 
-    init = _init_static_loras(Models.init_static_loras, lambda: [LoRARequest(name, 1, "/x")])
+    models = Models()
+    asyncio.run(_init_static_loras(Models.init_static_loras, templates)(models))
+    return models
+
+
+def _path(name: str, digit: str = "0") -> str:
+    return f"/c/tasks/{name}.safetensors@{digit * 32}"
+
+
+@pytest.mark.parametrize(
+    ("lora_config", "name", "message"),
+    [(None, "sql", "--enable-lora"), (object(), "base", "has the name of a served model")],
+)
+def test_the_api_server_says_at_start_up_what_cannot_be_served(
+    lora_config: object, name: str, message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
-        asyncio.run(init(Models()))
+        _init(_Client([(name, _path(name))]), lora_config)
+
+
+def test_the_api_server_lists_what_every_engine_core_holds() -> None:
+    from vllm_vlora.plugin.seams import _loaded_paths
+
+    tasks = [("b", _path("b")), ("a", _path("a", "1"))]
+    seen: list[Any] = []
+    models = _init(_Client(tasks, tasks), templates=seen.append)
+    listed = {name: request.lora_path for name, request in models.lora_requests.items()}
+    assert listed == dict(tasks)
+    assert _loaded_paths(models.engine_client) == {_path("b"), _path("a", "1")}
+    assert {task: str(path) for task, path in seen[0].items()} == dict(tasks)
+    with pytest.raises(CheckpointError, match="published again while the engine started"):
+        _init(_Client(tasks, [("b", _path("b")), ("a", _path("a", "2"))]))
 
 
 def _start_rust(tasks: list[str], *, templates: bool = False, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from vllm_vlora.plugin.residency import (
     ensure_before_add_lora,
     ensure_before_add_request,
     leave_memory,
+    tasks_at_start,
 )
 
 DIGEST = "0123456789abcdef" * 2
@@ -210,6 +211,23 @@ def test_requests_that_wait_for_a_slot_keep_their_tasks() -> None:
     with pytest.raises(MemoryBudgetError):
         add(core, lora("more"))
     assert core.forgotten == [path_of("idle"), path_of("more")]
+
+
+def test_an_engine_core_says_what_all_its_workers_loaded_at_the_start() -> None:
+    def worker(*tasks: str) -> Any:
+        held = [(task, path_of(task)) for task in tasks]
+        manager = SimpleNamespace(vlora_store=SimpleNamespace(preloaded=lambda: held))
+        runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+        return SimpleNamespace(model_runner=runner)
+
+    def core(*workers: Any) -> Any:
+        ask = SimpleNamespace(collective_rpc=lambda method: [method(one) for one in workers])
+        return SimpleNamespace(model_executor=ask)
+
+    same = [("b", path_of("b")), ("a", path_of("a"))]
+    assert tasks_at_start(core(worker("b", "a"), worker("b", "a"))) == same
+    with pytest.raises(CheckpointError, match="published again while the engine started"):
+        tasks_at_start(core(worker("b", "a"), worker("b")))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from plugin_world import STORED, TASKS, Store, build, make_path
 
+from vllm_vlora import snapshots
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.representations.decode import decode
@@ -158,3 +160,40 @@ def test_a_load_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
         made.store.task(path)
     made.store.forget(str(path))
     assert made.store.nbytes == before
+
+
+def test_a_path_that_a_client_made_up_is_refused_and_nothing_is_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = build(tmp_path / "ckpt")
+    own = task_path(checkpoint, "one")
+    store = Store().store
+
+    def ask(*args: object, **kwargs: object) -> str:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(snapshots.huggingface_hub, "snapshot_download", ask)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("org/name", "ckpt", "~/ckpt", ".", "org/name@main"):
+        with pytest.raises(CheckpointError, match="not a path from the root"):
+            store.task(replace(own, checkpoint=Path(folder)))
+    for made_up in (checkpoint.path / ".." / "ckpt", checkpoint.path / "x" / ".."):
+        (checkpoint.path / "x").mkdir(exist_ok=True)
+        with pytest.raises(CheckpointError, match="give the task's own path"):
+            store.task(replace(own, checkpoint=made_up))
+    for name in ("\0", "x" * 5000):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            store.task(replace(own, checkpoint=Path("/", name)))
+    assert len(store) == 0
+    assert store.task(own).task_id == "one"
+
+
+def test_what_was_there_at_the_start_is_told_from_what_came_later(tmp_path: Path) -> None:
+    checkpoint = build(tmp_path / "ckpt")
+    later = build(tmp_path / "later", seed=1)
+    store = Store().store
+    store.preload(checkpoint.path)
+    store.task(task_path(later, "one"))
+    assert store.preloaded() == [
+        (task, str(task_path(checkpoint, task))) for task in checkpoint.tasks
+    ]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.plugin.identity import TaskPath, task_paths
 
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -26,13 +27,21 @@ class TaskTemplates:
     def __init__(self) -> None:
         self._templates: dict[str, str] = {}
 
-    def load(self, ref: str | Path) -> list[str]:
+    def load(self, ref: str | Path, held: Mapping[str, TaskPath]) -> list[str]:
         """Read those of a checkpoint; returns the tasks that have one.
 
+        Args:
+            held: the paths of the tasks that are served.
+
         Raises:
-            CheckpointError: the checkpoint, or a file that is kept with a task, is damaged.
+            CheckpointError: the checkpoint, or a file that is kept with a task, is damaged, or these are
+                not its tasks.
         """
         checkpoint = Checkpoint.open(ref)
+        if task_paths(checkpoint) != held:
+            raise CheckpointError(
+                f"{checkpoint.path} was published again while the server started; start it again"
+            )
         found = {task: task_template(checkpoint, task) for task in checkpoint.attachments}
         self._templates = {task: text for task, text in found.items() if text is not None}
         return list(self._templates)

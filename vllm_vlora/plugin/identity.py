@@ -7,6 +7,7 @@ that an engine without the plugin answers "no such adapter" and never asks the H
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def task_path(checkpoint: Checkpoint, task_id: str) -> TaskPath:
     )
 
 
+def task_paths(checkpoint: Checkpoint) -> dict[str, TaskPath]:
+    """The path of every task of this state of this checkpoint, in its order."""
+    return {task_id: task_path(checkpoint, task_id) for task_id in checkpoint.tasks}
+
+
 def parse_task_path(path: str) -> TaskPath | None:
     """The parts of a ``lora_path`` of ours; None for any other adapter's path."""
     file, at, digest = path.rpartition("@")
@@ -50,16 +56,18 @@ def parse_task_path(path: str) -> TaskPath | None:
     return TaskPath(location.parent.parent, f"{TASKS_FOLDER}/{location.name}", digest)
 
 
-def task_ids_to_int(checkpoint: Checkpoint) -> dict[str, int]:
+def task_ids_to_int(paths: Mapping[str, TaskPath]) -> dict[str, int]:
     """Task id -> ``lora_int_id``: the same in every process, and another one for other weights.
+
+    ``paths`` are those of every task of one state of a checkpoint.
 
     The id is 2**20 plus the digest modulo 2**31 - 2**20 - 1. Where two tasks of a checkpoint meet
     (one chance in 4,000 for a thousand tasks) the later in sorted order takes the next free number.
     """
     taken: set[int] = set()
     numbers = {}
-    for task_id in sorted(checkpoint.tasks):
-        offset = int(checkpoint.digest(task_id), 16) % _ID_SPAN
+    for task_id in sorted(paths):
+        offset = int(paths[task_id].digest, 16) % _ID_SPAN
         while offset in taken:
             offset = (offset + 1) % _ID_SPAN
         taken.add(offset)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import VLoRAError
-from vllm_vlora.plugin.identity import task_ids_to_int, task_path
+from vllm_vlora.plugin.identity import TaskPath, task_ids_to_int, task_paths
+
+# Seconds until a manifest that could not be read is read again; what it names may come later.
+_TRY_AGAIN = 2.0
 
 
 def lora_request(checkpoint: str | Path | Checkpoint, task: str) -> LoRARequest:
@@ -35,39 +45,72 @@ def lora_request(checkpoint: str | Path | Checkpoint, task: str) -> LoRARequest:
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     opened.record(task)
-    return _request(opened, task, task_ids_to_int(opened)[task])
+    paths = task_paths(opened)
+    return LoRARequest(task, task_ids_to_int(paths)[task], str(paths[task]))
 
 
 def all_requests(checkpoint: str | Path) -> list[LoRARequest]:
     """A request for every task of a checkpoint, in the checkpoint's order."""
-    opened = Checkpoint.open(checkpoint)
-    numbers = task_ids_to_int(opened)
-    return [_request(opened, task_id, numbers[task_id]) for task_id in opened.tasks]
+    return requests_for(task_paths(Checkpoint.open(checkpoint)))
 
 
-def _request(checkpoint: Checkpoint, task_id: str, number: int) -> LoRARequest:
-    return LoRARequest(task_id, number, str(task_path(checkpoint, task_id)))
+def requests_for(paths: Mapping[str, TaskPath]) -> list[LoRARequest]:
+    """A request for every task of one state of a checkpoint, whose paths these are."""
+    numbers = task_ids_to_int(paths)
+    return [LoRARequest(task, numbers[task], str(path)) for task, path in paths.items()]
 
 
 class CheckpointResolver(LoRAResolver):
     """Finds tasks by name for servers that run with ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``.
 
-    The manifest is read at each question, which comes once per name, so a task published after the
-    server started is found, and one that was unloaded comes back in its newest state.
+    A task published after the server started is found, and one that was unloaded comes back in its
+    newest state: the manifest is looked at for each question. It is read only where it is another file
+    than it was, and beside the event loop, so that who asks for names that are not there delays nobody.
     """
 
     def __init__(self, checkpoint: str | Path) -> None:
         self._checkpoint = checkpoint
+        self._state = _State(None, {}, None)
+        # One thread, so that a burst of questions makes one read of them and takes no others' threads.
+        self._reader = ThreadPoolExecutor(1, "vlora-resolver")
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """The request for a task, or None when the checkpoint has no task of that name."""
-        from vllm_vlora.plugin.manager import logger
+        return await asyncio.get_running_loop().run_in_executor(self._reader, self._find, lora_name)
 
+    def _find(self, name: str) -> LoRARequest | None:
+        found = self._newest().requests.get(name)
+        # vLLM gives it a number of its own.
+        return found and LoRARequest(name, found.lora_int_id, found.lora_path)
+
+    def _newest(self) -> _State:
+        state, identity = self._state, _identity(self._checkpoint)
+        if state.identity == identity and time.monotonic() < (state.until or math.inf):
+            return state
         try:
-            opened = Checkpoint.open(self._checkpoint)
-            if lora_name not in opened.tasks:
-                return None
-            return lora_request(opened, lora_name)
+            state = _State(identity, {r.lora_name: r for r in all_requests(self._checkpoint)}, None)
         except VLoRAError as error:
-            logger.error("vllm-vlora: %s", error)
-            return None
+            from vllm_vlora.plugin.manager import logger
+
+            if state.until is None or state.identity != identity:
+                logger.error("vllm-vlora: no new task is found: %s", error)
+            state = _State(identity, {}, time.monotonic() + _TRY_AGAIN)
+        self._state = state
+        return state
+
+
+class _State(NamedTuple):
+    """What was read of a manifest: whose identity it had, the requests, and when to read it again."""
+
+    identity: tuple[int, ...] | None
+    requests: dict[str, LoRARequest]
+    until: float | None
+
+
+def _identity(checkpoint: str | Path) -> tuple[int, ...] | None:
+    """What differs between two publications of a manifest; None where there is none."""
+    try:
+        found = Path(checkpoint, CONFIG_FILE).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -16,9 +16,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vllm_vlora.errors import MemoryBudgetError, VLoRAError
-from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
+from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.settings import LATE_VARIABLE
+
+TASKS_METHOD = "vlora_tasks_at_start"
+"""The name under which an engine core answers ``ask_for_tasks``."""
+_CHANGED = (
+    "VLLM_VLORA_CHECKPOINT was published again while the engine started, and its workers do not hold the "
+    "same state of it; start it again"
+)
 
 
 class Held(NamedTuple):
@@ -141,6 +148,22 @@ def _paths_in_use(scheduler: Any) -> set[str]:
     return {request.lora_request.lora_path for request in requests if request.lora_request}
 
 
+def _tasks(worker: Any) -> list[tuple[str, str]]:
+    return worker.model_runner.lora_manager._adapter_manager.vlora_store.preloaded()
+
+
+def tasks_at_start(core: Any) -> list[tuple[str, str]]:
+    """(task id, path) of what an engine core's workers loaded at start-up; becomes a method of it.
+
+    Raises:
+        CheckpointError: one of them read another state of the checkpoint than the others.
+    """
+    first, *others = core.model_executor.collective_rpc(_tasks)
+    if any(other != first for other in others):
+        raise CheckpointError(_CHANGED)
+    return first
+
+
 def ensure_in_process(client: Any, lora_request: Any) -> None:
     """Hold a task of ours where the client's engine core is in this process; else nothing."""
     core = getattr(client, "engine_core", None)
@@ -179,6 +202,26 @@ def ensure_before_add_request(original: Callable[..., Any]) -> Callable[..., Any
         return original(self, request, request_wave)
 
     return add_request
+
+
+# --- the API server --------------------------------------------------------------------------------
+
+
+async def ask_for_tasks(engine_client: Any) -> dict[str, TaskPath]:
+    """What every engine core behind a client loaded at start-up: task id -> path, in that order.
+
+    Raises:
+        CheckpointError: they do not hold the same.
+    """
+    client = engine_client.engine_core
+    answers = [
+        await client._call_utility_async(TASKS_METHOD, engine=engine)
+        for engine in client.core_engines
+    ]
+    paths = [{task: parse_task_path(path) for task, path in answer} for answer in answers]
+    if any(other != paths[0] for other in paths):
+        raise CheckpointError(_CHANGED)
+    return paths[0]
 
 
 def leave_memory(original: Callable[..., Any], late_mib: int) -> Callable[..., Any]:

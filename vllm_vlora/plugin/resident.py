@@ -138,15 +138,26 @@ class ResidentStore:
         held = self._tasks.get(str(path))
         if held is not None:
             return held
+        if not path.checkpoint.is_absolute():
+            # A client may have made it up; what is no path could be the name of a repository.
+            raise CheckpointError(f"{path}: not a path from the root; give the task's whole path")
         checkpoint = Checkpoint.open(path.checkpoint)
         for task_id, record in checkpoint.tasks.items():
             if record.file == path.file and checkpoint.digest(task_id) == path.digest:
+                own = task_path(checkpoint, task_id)
+                if own != path:
+                    raise CheckpointError(f"{path}: give the task's own path, {own}")
                 self._load_all(checkpoint, [task_id])
                 return self._tasks[str(path)]
         raise CheckpointError(
             f"{path.checkpoint / path.file} was published again with other weights; make a new "
             "request with vllm_vlora.lora_request"
         )
+
+    def preloaded(self) -> list[tuple[str, str]]:
+        """(task id, path) of what was loaded at start-up, in that order."""
+        tasks = self._tasks.values()
+        return [(task.task_id, task.path) for task in tasks if task.path not in self._late]
 
     def is_late(self, path: str) -> bool:
         """Whether a task came after start-up and is held."""

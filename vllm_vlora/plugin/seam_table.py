@@ -165,6 +165,7 @@ _REQUEST = "vllm.lora.request"
 _RESOLVER = "vllm.lora.resolver"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _CORE = "vllm.v1.engine.core"
+_CLIENT = "vllm.v1.engine.core_client"
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _PUNICA = "vllm.lora.punica_wrapper.punica_base"
 _MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
@@ -268,7 +269,7 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _SERVING,
         "OpenAIServingModels.init_static_loras",
-        "lists every task in /v1/models",
+        "lists in /v1/models every task that the workers hold",
         ("self",),
     )
     for module, owner in CHAT_REQUESTS:
@@ -403,6 +404,12 @@ def _called() -> Iterator[Seam]:
     )
     yield Seam(
         "vllm.v1.engine.exceptions", "EngineDeadError", "is not taken for a load that failed"
+    )
+    yield Seam(
+        _CLIENT,
+        "AsyncMPClient._call_utility_async",
+        "asks each engine core which tasks its workers hold",
+        accepts=("method", "engine"),
     )
     yield Seam(
         _CORE,
@@ -547,9 +554,9 @@ def _held() -> Iterator[Seam]:
     yield Seam(
         "vllm.v1.engine.llm_engine", "LLMEngine.engine_core", "its client of the engine core"
     )
-    yield Seam(
-        "vllm.v1.engine.core_client", "InprocClient.engine_core", "an engine core in process"
-    )
+    yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.engine_core", "its client of the engine cores")
+    yield Seam(_CLIENT, "MPClient.core_engines", "the engine cores that are asked for their tasks")
+    yield Seam(_CLIENT, "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):
         yield Seam(_CORE, f"EngineCore.{name}", "asks the workers")
     for name in ("request_id", "lora_request", "client_index"):

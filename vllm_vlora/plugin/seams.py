@@ -13,7 +13,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 from vllm.lora.lora_model import LoRAModel
@@ -31,13 +31,17 @@ from vllm_vlora.errors import (
 )
 from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.graph_cases import capture_by_kind
-from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
+from vllm_vlora.plugin.requests import requests_for
 from vllm_vlora.plugin.residency import (
+    TASKS_METHOD,
+    ask_for_tasks,
     ensure_before_add_lora,
     ensure_before_add_request,
     ensure_in_process,
     leave_memory,
+    tasks_at_start,
 )
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
@@ -155,15 +159,17 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _init_static_loras(
     original: Callable[..., Any],
-    requests: Callable[[], list[LoRARequest]],
-    load_templates: Callable[[], object] = tuple,
+    load_templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
-        load_templates()
         _refuse_without_lora(self.engine_client.vllm_config.lora_config)
-        for request in requests():
+        # What the workers hold, and not what the folder holds: that may have changed since.
+        paths = await ask_for_tasks(self.engine_client)
+        if load_templates is not None:
+            load_templates(paths)
+        for request in requests_for(paths):
             _refuse_name(request, self.is_base_model(request.lora_name), self.lora_requests)
             self.lora_requests[request.lora_name] = request
             _loaded_paths(self.engine_client).add(request.lora_path)
@@ -325,7 +331,7 @@ def install(
 
     Args:
         checkpoint: folder of the checkpoint to preload, or None.
-        requests: makes the requests of the tasks to list in ``/v1/models``.
+        requests: makes the requests of the tasks that the Rust frontend is to load.
         settings: how to run them; by default as the environment says.
 
     Raises:
@@ -376,10 +382,9 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         templates = TaskTemplates()
         wrappers["OpenAIServingModels.init_static_loras"] = lambda f: _init_static_loras(
             f,
-            requests,
             functools.partial(templates.load, checkpoint)
             if setup.settings.chat_templates
-            else tuple,
+            else None,
         )
         if setup.settings.chat_templates:
             for _, owner in CHAT_REQUESTS:
@@ -397,4 +402,5 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     core = seams["EngineCore.add_request"]
     add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
     add_request = ensure_before_add_request(add or core.value)
-    return [*patches, *scheduling, *graphs, (core.owner, core.attribute, add_request)]
+    own = [(core.owner, core.attribute, add_request), (core.owner, TASKS_METHOD, tasks_at_start)]
+    return [*patches, *scheduling, *graphs, *own]
