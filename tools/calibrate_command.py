@@ -79,7 +79,7 @@ def calibrate(
         from vllm_vlora.evaluation.base_model import quieten
         from vllm_vlora.evaluation.calibrate import GatherOptions
         from vllm_vlora.evaluation.calibrate import calibrate as run
-        from vllm_vlora.fitting.calibration import is_calibration
+        from vllm_vlora.fitting.calibration import calibration_files
 
         quieten()
         options = GatherOptions(
@@ -94,7 +94,7 @@ def calibrate(
         )
         start = time.perf_counter()
         # The output is claimed first: a folder that is in the way shows before the long pass.
-        with publish_folder(output, force=force, owned=is_calibration) as folder:
+        with publish_folder(output, force=force, owned=calibration_files) as folder:
             with progress_bar() as advance:
                 calibration = run(model, data, options, advance)
             nbytes = calibration.write(folder)

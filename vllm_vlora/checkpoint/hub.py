@@ -27,8 +27,8 @@ from vllm_vlora.checkpoint.manifest import (
     CONFIG_FILE,
     TASKS_FILE,
     TASKS_FOLDER,
-    is_checkpoint,
 )
+from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.validation import validate
@@ -160,7 +160,7 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
     """
     snapshot = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
     opened = Checkpoint.open(snapshot)
-    with publish_folder(output, force=force, owned=is_checkpoint) as folder:
+    with publish_folder(output, force=force, owned=checkpoint_files) as folder:
         for name in _files(opened):
             target = folder / name
             target.parent.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.losses import Losses
-from vllm_vlora.checkpoint.manifest import is_checkpoint
+from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.report import (
     Candidate,
     CompressReport,
@@ -45,7 +45,7 @@ def publish_checkpoint(
         OutputError: ``output`` exists and is not to be replaced, or cannot be written.
     """
     started = time.monotonic()
-    with publish_folder(output, force=force, owned=is_checkpoint) as folder:
+    with publish_folder(output, force=force, owned=checkpoint_files) as folder:
         scratch = folder / ".scratch"
         scratch.mkdir()
         report = make(folder, scratch)
