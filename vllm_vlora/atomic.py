@@ -232,9 +232,7 @@ def _concerns(error: OSError, inside: Path) -> bool:
         for name in named
         if isinstance(name, str | bytes | os.PathLike)
     ]
-    return any(
-        path == inside or inside in path.parents or path in inside.parents for path in paths
-    )
+    return any(path == inside or inside in path.parents or path in inside.parents for path in paths)
 
 
 def _reason(error: OSError) -> str:

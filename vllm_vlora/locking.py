@@ -34,10 +34,13 @@ _patience: ContextVar[float | None] = ContextVar("vllm_vlora_patience", default=
 
 
 class _Held(threading.local):
-    """What this thread holds: a lock is taken once, however often it is asked for."""
+    """What this thread holds: a lock is taken once, however often it is asked for.
+
+    By process, since a forked child has what its parent had, and does not hold it.
+    """
 
     def __init__(self) -> None:
-        self.locks: dict[Path, bool] = {}
+        self.locks: dict[tuple[int, Path], bool] = {}
 
 
 _held = _Held()
@@ -69,8 +72,9 @@ def locked(target: Path) -> Iterator[bool]:
         OutputError: another run held it for longer than ``waiting_at_most`` allows, or nothing can
             be written beside the target.
     """
-    if target in _held.locks:
-        yield _held.locks[target]
+    key = os.getpid(), target
+    if key in _held.locks:
+        yield _held.locks[key]
         return
     path = beside(target, "lock")
     try:
@@ -80,15 +84,17 @@ def locked(target: Path) -> Iterator[bool]:
             raise OutputError(
                 f"cannot write {target}: {error.strerror}; nothing was changed"
             ) from error
+        with suppress(OSError):
+            path.unlink()
         logger.warning(
             "%s cannot be locked (%s): let no two runs write it at once", target, error.strerror
         )
         descriptor = None
-    _held.locks[target] = descriptor is not None
+    _held.locks[key] = descriptor is not None
     try:
         yield descriptor is not None
     finally:
-        del _held.locks[target]
+        del _held.locks[key]
         if descriptor is not None:
             # In this order: whoever gets the lock then finds that the file is another one.
             with suppress(OSError):

@@ -329,7 +329,8 @@ if moment == "before the move":
     atomic._move_into_place = die
 if moment == "after the move":
     atomic._remove_old = die
-with atomic.publish_folder(Path(sys.argv[1]), force=True, owned=lambda path: {"a.txt", "sub/b.txt"}) as folder:
+owned = lambda path: {"a.txt", "sub/b.txt"}
+with atomic.publish_folder(Path(sys.argv[1]), force=True, owned=owned) as folder:
     (folder / "a.txt").write_text("new")
     if moment == "writing":
         die()
@@ -366,7 +367,8 @@ def once(source, target):
     if str(target).endswith(".old"):
         os.kill(os.getpid(), signal.SIGKILL)
 os.rename = once
-with atomic.publish_folder(Path(sys.argv[1]), force=True, owned=lambda path: {"a.txt", "sub/b.txt"}) as f:
+owned = lambda path: {"a.txt", "sub/b.txt"}
+with atomic.publish_folder(Path(sys.argv[1]), force=True, owned=owned) as f:
     (f / "a.txt").write_text("new")
 """
 

@@ -19,7 +19,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from vllm_vlora.atomic import publish_folder
+from vllm_vlora.atomic import check_apart, publish_folder
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.manifest import (
@@ -159,6 +159,7 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
         dict_keys(['task_0', 'task_1', 'task_2', 'task_3'])
     """
     snapshot = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    check_apart(output, [snapshot])
     opened = Checkpoint.open(snapshot)
     with publish_folder(output, force=force, owned=checkpoint_files) as folder:
         for name in _files(opened):

@@ -24,7 +24,7 @@ import torch
 
 from vllm_vlora.adapters.collection import Progress
 from vllm_vlora.adapters.peft_config import rank_options
-from vllm_vlora.atomic import publish_folder
+from vllm_vlora.atomic import check_apart, publish_folder
 from vllm_vlora.checkpoint.card import format_bytes, model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.losses import Losses
@@ -123,6 +123,7 @@ def convert(
             if kind == "lorashare"
             else f"alpha must be a finite number other than zero, got {alpha}"
         )
+    check_apart(output, [folder])
     with publish_folder(output, force=force, owned=checkpoint_files) as target:
         conversion: _FromVLoRA | _FromLoraShare
         if kind == "vlora":
