@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from vllm_vlora.errors import OutputError
 from vllm_vlora.locking import beside, locked
-from vllm_vlora.places import check_movable, check_no_mount_point
+from vllm_vlora.places import check_movable, check_no_mount_point, mount_of
 
 logger = logging.getLogger(__name__)
 
@@ -269,12 +269,12 @@ def _check_place(target: Path, temporary: Path, owned: Owned) -> None:
         check_movable(target, temporary)
     finally:
         probe.rmdir()
-    device = target.stat().st_dev
+    mount = mount_of(target)
     for name in foreign_files(target, files):
-        if (target / name).lstat().st_dev != device:
+        if mount_of(target / name) != mount:
             raise OutputError(
-                f"{target / name} is on another file system than {target}, which can therefore not "
-                "be replaced; unmount it, or choose another output path"
+                f"{target / name} is mounted inside {target}, which can therefore not be replaced; "
+                "unmount it, or choose another output path"
             )
 
 

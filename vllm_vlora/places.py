@@ -14,7 +14,7 @@ _SURE = frozenset({"overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tm
 
 def check_no_mount_point(target: Path) -> None:
     """Raise OutputError if an existing folder is a mount point, as a container's volume is one."""
-    if _mount(target) != _mount(target.parent):
+    if mount_of(target) != mount_of(target.parent):
         raise OutputError(
             f"{target} is a mount point, and no other folder can take its place; write to another "
             f"folder, or mount the one that is to hold {target.name}"
@@ -45,27 +45,24 @@ def check_movable(target: Path, sibling: Path) -> None:
         ) from error
 
 
-def _mount(path: Path) -> str:
-    """The id of the mount that a folder is on; that of its device where the system has none."""
-    for line in _descriptor_info(path):
-        if line.startswith("mnt_id:"):
-            return line
-    return str(os.stat(path).st_dev)
-
-
-def _descriptor_info(path: Path) -> list[str]:
-    descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
+def mount_of(path: Path) -> str:
+    """What tells the mount that something lies on from others; links are not followed."""
+    if not hasattr(os, "O_PATH"):
+        return str(path.lstat().st_dev)
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW)
     try:
-        return Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+        lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
     except OSError:
-        return []
+        lines = []
     finally:
         os.close(descriptor)
+    ids = [line.partition(":")[2].strip() for line in lines if line.startswith("mnt_id:")]
+    return ids[0] if ids else str(path.lstat().st_dev)
 
 
 def _file_system(path: Path) -> str:
     """Its type, as "ext4"; empty where the system does not say."""
-    mount = _mount(path).partition(":")[2].strip()
+    mount = mount_of(path)
     try:
         lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from vllm_vlora.checkpoint.manifest import (
     TASKS_FILE,
     TASKS_FOLDER,
     is_checkpoint,
+    read_config,
+    read_tasks,
 )
+from vllm_vlora.errors import CheckpointError
 
 CARD_FILE = "README.md"
-# What this package calls its files, where the file that would name them cannot be read.
+# What this package calls its files; where what names them is damaged or newer, that must do.
 _NAMES = re.compile(
     rf"basis(-\d{{5}}-of-\d{{5}})?\.safetensors|{TASKS_FOLDER}/[^/]+\.safetensors"
     rf"|{ATTACHMENTS_FOLDER}/[0-9a-f]{{64}}"
@@ -34,11 +38,12 @@ def checkpoint_files(path: Path) -> set[str] | None:
         return None
     own = {CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, CARD_FILE}
     for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE):
-        try:
+        with suppress(OSError, ValueError, RecursionError):
             own.update(_named(json.loads((path / name).read_bytes())))
-        except (OSError, ValueError, RecursionError) as error:
-            if name != ATTACHMENTS_FILE or not isinstance(error, FileNotFoundError):
-                own.update(_known_names(path))
+    try:
+        read_tasks(path, read_config(path))
+    except CheckpointError:
+        own.update(_known_names(path))
     own_there = any((path / name).is_file() for name in own - {CONFIG_FILE, CARD_FILE})
     if not own_there and any(entry.name not in own for entry in path.iterdir()):
         return None
