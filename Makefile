@@ -13,7 +13,7 @@ REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint test-fast test-slow test-engine architectures compat compat-triton docs requirements bench collections bench-fidelity bench-fit clean
+.PHONY: help demo test lint test-fast test-slow test-engine architectures attack compat compat-triton docs requirements bench collections bench-fidelity bench-fit clean
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -46,6 +46,11 @@ test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
 
 architectures: $(VENV)/.ready ## An engine of every model class that is tried, beside PEFT or stock vLLM; prints the table
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m architectures tests/engine/test_architectures.py
+
+# Short forms of all attacks are in the other targets. SCALE multiplies how much the long ones try.
+SCALE ?= 10
+attack: $(VENV)/.ready ## The long attacks on readers, writers and servers; says how many inputs each tried
+	VLORA_ATTACK_SCALE=$(SCALE) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup --timeout 7200 -m attacks_long tests/attacks
 
 compat: $(VENV)/.ready ## The engine tests on other vLLM versions, then on this one
 	for version in $(COMPAT_VERSIONS); do requirements/compat.sh $(VENV) $$version || exit 1; done

@@ -16,6 +16,7 @@ from vllm_vlora.tools.common_options import (
     Names,
     Originals,
     Quantize,
+    Timeout,
     Tokenizers,
     force_option,
     output_option,
@@ -111,6 +112,7 @@ def add(
     allow_large_error: AllowLargeError = False,
     output: Output = None,
     force: Force = False,
+    timeout: Timeout = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -129,7 +131,8 @@ def add(
 
     vllm-vlora add ckpt new-lora/ --rebuild --originals adapters/
     """
-    with reported(verbose):
+    with reported(verbose, timeout):
+        from vllm_vlora.atomic import exclusive
         from vllm_vlora.editing.options import AddOptions
         from vllm_vlora.tools.inputs import Inputs, collect_shown
         from vllm_vlora.tools.summary import having_companions, print_left_behind
@@ -159,7 +162,9 @@ def add(
         target = _Target(checkpoint, output, force)
         if rebuild:
             assert originals is not None
-            rebuilt, before = _rebuild(target, collected, originals, options, replace)
+            # Whatever others do to the checkpoint comes before it is looked at, or after all is done.
+            with exclusive(target.name):
+                rebuilt, before = _rebuild(target, collected, originals, options, replace)
             data = _rebuilt_json(rebuilt, before, list(collected), target.name)
             print_result(
                 data | {"left_out": inputs.left_out} | _not_served(target),
@@ -192,6 +197,7 @@ def remove(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks to remove.")],
     output: Output = None,
     force: Force = False,
+    timeout: Timeout = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -204,7 +210,7 @@ def remove(
 
     vllm-vlora remove ckpt summarize translate
     """
-    with reported(verbose):
+    with reported(verbose, timeout):
         from vllm_vlora.editing.removing import remove_tasks
 
         freed = remove_tasks(checkpoint, tasks, output=output, force=force)

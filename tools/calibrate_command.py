@@ -12,6 +12,7 @@ from vllm_vlora.tools.common_options import (
     BatchSize,
     Device,
     ModelDtype,
+    Timeout,
     force_option,
     output_option,
 )
@@ -58,6 +59,7 @@ def calibrate(
     device: Device = None,
     dtype: ModelDtype = None,
     force: Annotated[bool, force_option("an existing calibration")] = False,
+    timeout: Timeout = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -74,12 +76,12 @@ def calibrate(
 
     vllm-vlora calibrate models/llama a.jsonl b.txt -o calibration --no-gradients
     """
-    with reported(verbose):
-        from vllm_vlora.atomic import publish_folder
+    with reported(verbose, timeout):
+        from vllm_vlora.atomic import check_apart, publish_folder
         from vllm_vlora.evaluation.base_model import quieten
         from vllm_vlora.evaluation.calibrate import GatherOptions
         from vllm_vlora.evaluation.calibrate import calibrate as run
-        from vllm_vlora.fitting.calibration import is_calibration
+        from vllm_vlora.fitting.calibration import calibration_files
 
         quieten()
         options = GatherOptions(
@@ -93,8 +95,9 @@ def calibrate(
             dtype=dtype,
         )
         start = time.perf_counter()
+        check_apart(output, data)
         # The output is claimed first: a folder that is in the way shows before the long pass.
-        with publish_folder(output, force=force, owned=is_calibration) as folder:
+        with publish_folder(output, force=force, owned=calibration_files) as folder:
             with progress_bar() as advance:
                 calibration = run(model, data, options, advance)
             nbytes = calibration.write(folder)

@@ -12,7 +12,13 @@ from vllm_vlora.tools.add_command import add, remove
 from vllm_vlora.tools.analyze_command import analyze
 from vllm_vlora.tools.benchmark_command import benchmark
 from vllm_vlora.tools.calibrate_command import calibrate
-from vllm_vlora.tools.common_options import Originals, all_option, force_option, output_option
+from vllm_vlora.tools.common_options import (
+    Originals,
+    Timeout,
+    all_option,
+    force_option,
+    output_option,
+)
 from vllm_vlora.tools.compress_command import compress
 from vllm_vlora.tools.convert_command import convert
 from vllm_vlora.tools.diff_command import diff
@@ -209,6 +215,7 @@ def export(
         ),
     ] = None,
     force: Annotated[bool, force_option("existing adapter folders")] = False,
+    timeout: Timeout = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -226,7 +233,7 @@ def export(
     """
     if everything == bool(tasks):
         raise typer.BadParameter("name the tasks to export, or give --all", param_hint="TASK")
-    with reported(verbose):
+    with reported(verbose, timeout):
         from vllm_vlora.checkpoint.export import ConfigChanges, export_task
         from vllm_vlora.checkpoint.reader import Checkpoint
 

@@ -118,6 +118,16 @@ AllowLargeError = Annotated[
         help="Store tasks with a relative error above 1 too: leaving them out would lose less.",
     ),
 ]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        min=0,
+        help="Wait at most this long for another run that writes the same folder. Default: as long "
+        "as it takes.",
+        show_default=False,
+    ),
+]
 BatchSize = Annotated[int, typer.Option(metavar="N", help="Rows of text in a pass of the model.")]
 Device = Annotated[
     str | None,

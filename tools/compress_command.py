@@ -15,6 +15,7 @@ from vllm_vlora.tools.common_options import (
     MaxBytes,
     Names,
     Quantize,
+    Timeout,
     Tokenizers,
     base_option,
     force_option,
@@ -168,6 +169,7 @@ class CompressFlags:
     ] = False
     allow_large_error: AllowLargeError = False
     force: Annotated[bool, force_option("an existing checkpoint")] = False
+    timeout: Timeout = None
     as_json: AsJson = False
     verbose: Verbose = False
 
@@ -200,7 +202,7 @@ def compress(flags: CompressFlags) -> None:
     """
     if flags.output is None and not flags.plan:
         raise typer.BadParameter("give -o CKPT, or --plan to write nothing", param_hint="--output")
-    with reported(flags.verbose):
+    with reported(flags.verbose, flags.timeout):
         from vllm_vlora.tools import summary as show
         from vllm_vlora.tools.inputs import collect_shown
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vlora.tools.common_options import force_option, output_option
+from vllm_vlora.tools.common_options import Timeout, force_option, output_option
 from vllm_vlora.tools.terminal import (
     AsJson,
     Verbose,
@@ -47,6 +47,7 @@ def convert(
         ),
     ] = None,
     force: Annotated[bool, force_option("a checkpoint at DIR")] = False,
+    timeout: Timeout = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -61,7 +62,7 @@ def convert(
 
     vllm-vlora convert org/share-checkpoint -o ckpt
     """
-    with reported(verbose):
+    with reported(verbose, timeout):
         from vllm_vlora.foreign.convert import convert as run
 
         with progress_bar() as advance:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllm_vlora.tools.common_options import force_option, output_option
+from vllm_vlora.tools.common_options import Timeout, force_option, output_option
 from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, reported
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def pull(
     ],
     output: Annotated[Path, output_option()],
     force: Annotated[bool, force_option("a checkpoint at DIR")] = False,
+    timeout: Timeout = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -81,7 +82,7 @@ def pull(
 
     vllm-vlora pull org/my-tasks@v1 -o ckpt
     """
-    with reported(verbose):
+    with reported(verbose, timeout):
         from vllm_vlora.checkpoint.hub import pull_checkpoint
 
         opened = pull_checkpoint(repo, output, force=force)

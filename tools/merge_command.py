@@ -11,6 +11,7 @@ import typer
 from vllm_vlora.errors import OptionError
 from vllm_vlora.tools.common_options import (
     AllowLargeError,
+    Timeout,
     adapters_argument,
     force_option,
     output_option,
@@ -97,6 +98,7 @@ def merge(
     ] = None,
     allow_large_error: AllowLargeError = False,
     force: Annotated[bool, force_option("an adapter at DIR, or TASK in CKPT")] = False,
+    timeout: Timeout = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -116,7 +118,7 @@ def merge(
 
     vllm-vlora merge --checkpoint ckpt sql fr --as both --format nf4-dq
     """
-    with reported(verbose):
+    with reported(verbose, timeout):
         chosen = _parse_weights(weights)
         options = _method_options(method, density, drop_rate, seed, rank)
         if new_task is not None:
@@ -143,7 +145,7 @@ def merge(
         if output is None:
             raise OptionError("nowhere to write; give -o DIR, or --checkpoint CKPT --as TASK")
         _check_absent(output, force)
-        names, opened = _read(adapters, checkpoint)
+        names, opened = _read(adapters, checkpoint, output)
         if len(opened) < 2:
             raise OptionError(f"{len(opened)} adapter given; name at least two to merge")
         from vllm_vlora.merging.merging import MERGE_METHODS
@@ -196,7 +198,10 @@ def _check_absent(output: Path, force: bool) -> None:
         raise exists_error(output)
 
 
-def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRAWeights]]:
+def _read(
+    refs: list[str], checkpoint: str | None, output: Path
+) -> tuple[list[str], list[LoRAWeights]]:
+    from vllm_vlora.atomic import check_apart
     from vllm_vlora.tools.summary import having_companions, print_left_behind
 
     messages = open_console(stderr=True)
@@ -207,6 +212,7 @@ def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRA
 
             advance("read", 0, 1)
             opened = Checkpoint.open(checkpoint)
+            check_apart(output, [opened.path])
             weights = read_tasks(opened, refs)
             print_left_behind(messages, [task for task in refs if task in opened.attachments])
             return refs, weights
@@ -214,6 +220,7 @@ def _read(refs: list[str], checkpoint: str | None) -> tuple[list[str], list[LoRA
         from vllm_vlora.tools.inputs import collect_shown
 
         adapters = collect_shown(refs, [], messages).adapters
+        check_apart(output, [adapter.path for adapter in adapters.values()])
         print_left_behind(messages, having_companions(adapters))
         read = []
         for done, adapter in enumerate(adapters.values(), 1):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_vlora.tools.common_options import all_option, force_option, output_option
+from vllm_vlora.tools.common_options import Timeout, all_option, force_option, output_option
 from vllm_vlora.tools.exporting import show_folders, write_folders
 from vllm_vlora.tools.terminal import AsJson, Verbose, open_console, reported
 
@@ -32,6 +32,7 @@ def reconstruct(
     ] = None,
     everything: Annotated[bool, all_option("adapter")] = False,
     force: Annotated[bool, force_option("existing adapter folders")] = False,
+    timeout: Timeout = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -52,7 +53,7 @@ def reconstruct(
         raise typer.BadParameter(
             "give --adapter NAME or --all, one of them", param_hint="--adapter"
         )
-    with reported(verbose):
+    with reported(verbose, timeout):
         from vllm_vlora.checkpoint.export import export_task
 
         with _opened(checkpoint) as opened:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_vlora.errors import BudgetError, VLoRAError
+from vllm_vlora.locking import waiting_at_most
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -65,10 +66,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def reported(verbose: bool) -> Iterator[None]:
-    """Turn an error that the user can mend into one red line and an exit code."""
+def reported(verbose: bool, timeout: float | None = None) -> Iterator[None]:
+    """Turn an error that the user can mend into one red line and an exit code.
+
+    ``timeout`` is of a command that writes: how long it waits for another one (``locking``).
+    """
     try:
-        yield
+        with waiting_at_most(timeout):
+            yield
     except KeyboardInterrupt as error:
         _exit_stopped(error, verbose)
     except Exception as error:

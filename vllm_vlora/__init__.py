@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vllm_vlora.editing.removing import remove_tasks
     from vllm_vlora.errors import VLoRAError
     from vllm_vlora.foreign.convert import convert
+    from vllm_vlora.locking import waiting_at_most
     from vllm_vlora.merging.analysis import (
         adapter_diff,
         compute_similarity_matrix,
@@ -90,6 +91,7 @@ _NAMES = {
     "editing.removing": ("remove_tasks",),
     "errors": ("VLoRAError",),
     "foreign.convert": ("convert",),
+    "locking": ("waiting_at_most",),
     "merging.analysis": (
         "adapter_diff",
         "compute_similarity_matrix",
@@ -191,6 +193,7 @@ __all__ = [
     "ties_merge",
     "updates_of",
     "validate",
+    "waiting_at_most",
 ]
 
 

@@ -1,7 +1,8 @@
 """Publish a folder or a file so that a reader sees the old state or the new one, never a mixture.
 
 Everything is written beside the target (a rename is atomic only within one file system), flushed
-to the disk, and renamed into place as the last act.
+to the disk, and renamed into place as the last act. Who publishes holds the target's lock
+(``locking``), so whatever else lies beside it under our names is of a run that was killed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import filecmp
 import logging
 import os
 import re
@@ -16,13 +18,15 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from vllm_vlora.errors import OutputError
+from vllm_vlora.locking import beside, locked
+from vllm_vlora.places import check_movable, check_no_mount_point, mount_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,49 +37,85 @@ _EXCHANGE_UNSUPPORTED = frozenset(
     {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}
 )
 _WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
-# A folder is created a moment before it is locked; younger ones are therefore never stale.
+# Where nothing can be locked, what is younger may belong to a run that is alive.
 _STALE_AFTER_SECONDS = 60.0
+
+Owned = Callable[[Path], "Collection[str] | None"]
+"""The files, relative to a folder, that this package wrote there; None if it is no folder of ours."""
 
 
 @contextmanager
 def publish_folder(
-    target: str | Path, *, force: bool, owned: Callable[[Path], bool]
+    target: str | Path, *, force: bool, owned: Owned, unchanged: Callable[[], None] | None = None
 ) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes ``target`` when the block ends cleanly.
 
     On any exception, KeyboardInterrupt included, the temporary folder is removed and ``target`` is
     as it was. A symbolic link is followed: the folder it points to is replaced, the link stays.
-    Temporary folders that earlier killed runs left beside ``target`` are removed.
+    Files in a replaced folder that are not ``owned`` stay in it; where the new one has another file
+    of that name, as ``NAME.old``. One run at a time writes a target; others wait (``locking``).
 
     Args:
         target: the folder to publish; missing parents are created.
         force: whether a non-empty folder may be replaced.
-        owned: says whether an existing non-empty folder is one that this package wrote. One that
-            is not is never replaced, whatever ``force`` says.
+        owned: one that is not ours is never replaced, whatever ``force`` says.
+        unchanged: called last before the new folder takes the old one's place; raises if it must not.
 
     Raises:
-        OutputError: the target exists and may not be replaced, or writing failed (full disk, no
-            permission); names the path and the reason.
+        OutputError: the target exists and may not be replaced or is where none can be, or writing
+            failed (full disk, no permission); names the path and the reason.
     """
     target = Path(os.path.realpath(target))
     _check_replaceable(target, force, owned)
     with _write_errors(target, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
-        temporary, lock = _make_temporary(target)
-    try:
-        with _write_errors(target, temporary):
-            yield temporary
-            _finish_tree(temporary)
+    with exclusive(target):
         _check_replaceable(target, force, owned)
         with _write_errors(target, target.parent):
-            _move_into_place(temporary, target)
-            _fsync(target.parent)
-    finally:
-        # After a clean move nothing is left here; after a failure the first error is the one to
-        # report, not that of the clean-up.
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
+            temporary, lock = _make_temporary(target)
+        try:
+            with _write_errors(target, target):
+                _check_place(target, temporary, owned)
+            with _write_errors(target, temporary):
+                yield temporary
+                _finish_tree(temporary)
+            with _write_errors(target, target):
+                carried = _carry(target, temporary, owned)
+            _check_replaceable(target, force, owned)
+            if unchanged is not None:
+                unchanged()
+            with _write_errors(target, target.parent):
+                old = _move_into_place(temporary, target)
+                _fsync(target.parent)
+        except BaseException:
+            # The first error is the one to report, not that of the clean-up.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+        if old is not None:
+            _remove_old(old, target, owned, carried)
+
+
+@contextmanager
+def exclusive(target: str | Path) -> Iterator[None]:
+    """Within the block no other run writes ``target``: a change holds it from reading to publishing.
+
+    What killed runs have left is put right first: a folder that they had moved aside is put back, and
+    what they had begun is removed. A thread may hold it again inside, as ``publish_folder`` does.
+
+    Raises:
+        OutputError: another run writes it and does not end in time (``locking.waiting_at_most``).
+    """
+    target = Path(os.path.realpath(target))
+    if not target.parent.is_dir():
+        # There is nothing to change, nor to wait for.
+        yield
+        return
+    with locked(target) as held:
+        with _write_errors(target, target.parent):
+            _recover(target, held)
+        yield
 
 
 def write_file_atomic(path: str | Path, data: bytes) -> None:
@@ -86,7 +126,7 @@ def write_file_atomic(path: str | Path, data: bytes) -> None:
     """
     path = Path(os.path.realpath(path))
     temporary = _temporary_name(path)
-    with _write_errors(path, path.parent):
+    with exclusive(path), _write_errors(path, path.parent):
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
@@ -108,7 +148,35 @@ def exists_error(path: Path) -> OutputError:
     )
 
 
-def _check_replaceable(target: Path, force: bool, owned: Callable[[Path], bool]) -> None:
+def check_apart(output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise OutputError if a folder to write is, holds or lies in something that is read.
+
+    Replacing it would take away what it is made from. Inputs that are not there are left to others.
+    """
+    target = Path(os.path.realpath(os.path.expanduser(output)))
+    for given in inputs:
+        path = Path(os.path.realpath(os.path.expanduser(given)))
+        if path.exists() and (target in (path, *path.parents) or path in target.parents):
+            relation = "is" if path == target else "lies in" if path in target.parents else "holds"
+            raise OutputError(
+                f"the output {target} {relation} {path}, which is read; choose an output beside it"
+            )
+
+
+def foreign_files(folder: Path, owned: Collection[str]) -> list[str]:
+    """What lies in a folder and is not in ``owned``, relative to it: files, links, empty folders."""
+    found = []
+    for where, folders, files in os.walk(folder, onerror=_raise):
+        here = Path(where)
+        links = [name for name in folders if (here / name).is_symlink()]
+        names = [(here / name).relative_to(folder).as_posix() for name in [*files, *links]]
+        found += [name for name in names if name not in owned]
+        if not folders and not files and here != folder:
+            found.append(here.relative_to(folder).as_posix())
+    return sorted(found)
+
+
+def _check_replaceable(target: Path, force: bool, owned: Owned) -> None:
     if not target.name:
         raise OutputError(f"{target} cannot be an output folder; name a folder inside it")
     try:
@@ -121,7 +189,7 @@ def _check_replaceable(target: Path, force: bool, owned: Callable[[Path], bool])
                 return
         if not force:
             raise exists_error(target)
-        if not owned(target):
+        if owned(target) is None:
             raise OutputError(
                 f"{target} holds files that this tool did not write, so it is not replaced even "
                 "with force; choose another path or remove it yourself"
@@ -153,14 +221,18 @@ def _write_errors(target: Path, inside: Path) -> Iterator[None]:
 
 
 def _concerns(error: OSError, inside: Path) -> bool:
-    if error.filename is None:
+    # A copy that finds the disk full names its source first.
+    named = [name for name in (error.filename, error.filename2) if name is not None]
+    if not named:
         # write() and fsync() name no file. Network libraries raise OSErrors without a name too,
         # but never with these numbers.
         return error.errno in _WRITE_ERRNOS
-    if not isinstance(error.filename, str | bytes | os.PathLike):
-        return False
-    named = Path(os.path.realpath(os.fsdecode(error.filename)))
-    return named == inside or inside in named.parents or named in inside.parents
+    paths = [
+        Path(os.path.realpath(os.fsdecode(name)))
+        for name in named
+        if isinstance(name, str | bytes | os.PathLike)
+    ]
+    return any(path == inside or inside in path.parents or path in inside.parents for path in paths)
 
 
 def _reason(error: OSError) -> str:
@@ -168,8 +240,7 @@ def _reason(error: OSError) -> str:
 
 
 def _temporary_name(target: Path) -> Path:
-    # Forty characters are at most 160 bytes, which leaves room under the 255 of a file name.
-    return target.parent / f".{target.name[:40]}.{secrets.token_hex(8)}.tmp"
+    return beside(target, f"{secrets.token_hex(8)}.tmp")
 
 
 def _make_temporary(target: Path) -> tuple[Path, int]:
@@ -177,34 +248,154 @@ def _make_temporary(target: Path) -> tuple[Path, int]:
     temporary = _temporary_name(target)
     temporary.mkdir()
     lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
-    # Where folders cannot be locked (some network file systems) no run can take the lock of
-    # another one's folder either, so nothing is ever mistaken for stale.
+    # Folders cannot be locked on some network file systems; there the target's lock must do.
     with suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return temporary, lock
 
 
-def _remove_stale(target: Path) -> None:
-    name = re.compile(rf"\.{re.escape(target.name[:40])}\.[0-9a-f]{{16}}\.tmp")
-    with os.scandir(target.parent) as entries:
-        found = [Path(entry.path) for entry in entries if name.fullmatch(entry.name)]
-    for path in found:
-        # Another run may be removing the same folder, or it may belong to another user; either
-        # way it does not hinder this run.
-        with suppress(OSError):
-            _remove_if_stale(path)
-
-
-def _remove_if_stale(path: Path) -> None:
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or time.time() - status.st_mtime < _STALE_AFTER_SECONDS:
+def _check_place(target: Path, temporary: Path, owned: Owned) -> None:
+    """Find what would end the run after all its work: a place or a content that cannot be moved."""
+    if not target.is_dir():
         return
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    check_no_mount_point(target)
+    files = owned(target)
+    if files is None:
+        # An empty folder, which any other may replace.
+        return
+    probe = temporary / ".probe"
+    probe.mkdir()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path)
+        check_movable(target, temporary)
     finally:
-        os.close(lock)
+        probe.rmdir()
+    mount = mount_of(target)
+    for name in foreign_files(target, files):
+        if mount_of(target / name) != mount:
+            raise OutputError(
+                f"{target / name} is mounted inside {target}, which can therefore not be replaced; "
+                "unmount it, or choose another output path"
+            )
+
+
+# --- what killed runs leave -----------------------------------------------------------------------
+
+
+def _recover(target: Path, held: bool) -> None:
+    """Put right what runs that were killed left beside ``target``."""
+    left = _left_behind(target)
+    for old in [path for path in left if path.suffix == ".old"]:
+        if not _is_abandoned(old, held):
+            continue
+        if not old.with_suffix(".tmp").exists():
+            # The new folder had taken its place; the run was killed while removing the old one.
+            shutil.rmtree(old, ignore_errors=True)
+        elif not os.path.lexists(target):
+            os.rename(old, target)
+            logger.warning("put %s back, which a run that was killed had moved aside", target)
+        else:
+            logger.warning(
+                "%s was %s before a run was killed; keep it or remove it", old, target.name
+            )
+            left.remove(old.with_suffix(".tmp"))
+    for temporary in [path for path in left if path.suffix == ".tmp"]:
+        # It may belong to another user; that does not hinder this run.
+        with suppress(OSError):
+            if _is_abandoned(temporary, held):
+                if stat.S_ISDIR(temporary.lstat().st_mode):
+                    shutil.rmtree(temporary)
+                else:
+                    temporary.unlink()
+
+
+def _left_behind(target: Path) -> list[Path]:
+    first, last = beside(target, "\n").name.split("\n")
+    name = re.compile(rf"{re.escape(first)}[0-9a-f]{{16}}\.(tmp|old){re.escape(last)}")
+    with os.scandir(target.parent) as entries:
+        return [Path(entry.path) for entry in entries if name.fullmatch(entry.name)]
+
+
+def _is_abandoned(path: Path, held: bool) -> bool:
+    """Whether no living run has it: none can while we hold the target's lock.
+
+    Where there are no locks, or an older version of this package is at work, the lock on the folder
+    itself counts, and its age.
+    """
+    status = path.lstat()
+    old = time.time() - max(status.st_mtime, status.st_ctime) > _STALE_AFTER_SECONDS
+    if not stat.S_ISDIR(status.st_mode):
+        return held and stat.S_ISREG(status.st_mode)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return held
+    finally:
+        os.close(descriptor)
+    return held or old
+
+
+# --- what is not ours -----------------------------------------------------------------------------
+
+
+def _carry(target: Path, temporary: Path, owned: Owned) -> set[str]:
+    """Take what is not ours from the folder that is to be replaced; returns the names."""
+    files = owned(target) if target.is_dir() else None
+    if files is None:
+        return set()
+    carried = carry_over(target, temporary, foreign_files(target, files), _link)
+    for folder, _, _ in os.walk(temporary) if carried else ():
+        _fsync(Path(folder))
+    return carried
+
+
+def carry_over(
+    source: Path, folder: Path, names: Iterable[str], copy: Callable[[Path, Path], None]
+) -> set[str]:
+    """Take files, links and empty folders of ``source`` over into ``folder``; returns their names.
+
+    Where ``folder`` has another file of that name the one that comes is called ``NAME.old`` there.
+    """
+    names = set(names)
+    for name in sorted(names):
+        origin, place = source / name, folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(place):
+            if _same(origin, place):
+                continue
+            place = _free(place)
+            logger.warning("%s is kept as %s", source / name, place.name)
+        if origin.is_symlink():
+            os.symlink(os.readlink(origin), place)
+        elif origin.is_dir():
+            place.mkdir()
+        else:
+            copy(origin, place)
+    return names
+
+
+def _same(left: Path, right: Path) -> bool:
+    if left.is_symlink() or right.is_symlink() or left.is_dir() or right.is_dir():
+        return left.is_dir() and right.is_dir() and not left.is_symlink()
+    return left.is_file() and right.is_file() and filecmp.cmp(left, right, shallow=False)
+
+
+def _free(place: Path) -> Path:
+    number, found = 1, place.with_name(f"{place.name}.old")
+    while os.path.lexists(found):
+        number += 1
+        found = place.with_name(f"{place.name}.old{number}")
+    return found
+
+
+def _link(source: Path, target: Path) -> None:
+    """The file itself under another name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _finish_tree(root: Path) -> None:
@@ -235,18 +426,18 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _move_into_place(temporary: Path, target: Path) -> None:
+def _move_into_place(temporary: Path, target: Path) -> Path | None:
+    """Returns where the folder that was replaced is now, if there was one."""
     try:
         # Also replaces an empty folder, and nothing else: a folder that another process filled
         # in the meantime stays.
         os.rename(temporary, target)
-        return
+        return None
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     if _exchange(temporary, target):
-        _remove_old(temporary)
-        return
+        return temporary
     old = temporary.with_suffix(".old")
     os.rename(target, old)
     try:
@@ -254,7 +445,7 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     except BaseException:
         os.rename(old, target)
         raise
-    _remove_old(old)
+    return old
 
 
 def _exchange(left: Path, right: Path) -> bool:
@@ -277,8 +468,11 @@ def _exchange(left: Path, right: Path) -> bool:
     raise OSError(number, os.strerror(number), str(right))
 
 
-def _remove_old(old: Path) -> None:
+def _remove_old(old: Path, target: Path, owned: Owned, carried: Collection[str]) -> None:
     try:
+        # What somebody has put there since the rest was carried over.
+        late = set(foreign_files(old, owned(old) or ())) - set(carried)
+        carry_over(old, target, late, _link)
         shutil.rmtree(old)
     except OSError as error:
         # The new folder is in place, so the run has succeeded; only disk space is lost.

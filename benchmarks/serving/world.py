@@ -296,12 +296,12 @@ def _repeat_tasks(source: Path, target: Path, task_ids: list[str]) -> None:
     """A checkpoint of ``task_ids`` whose tasks are those of ``source``, again and again."""
     from vllm_vlora import Checkpoint
     from vllm_vlora.atomic import publish_folder
-    from vllm_vlora.checkpoint.manifest import is_checkpoint
+    from vllm_vlora.checkpoint.own_files import checkpoint_files
     from vllm_vlora.checkpoint.writer import CheckpointWriter
 
     checkpoint = Checkpoint.open(source)
     bases = dict(checkpoint.bases())
-    with publish_folder(target, force=True, owned=is_checkpoint) as folder:
+    with publish_folder(target, force=True, owned=checkpoint_files) as folder:
         writer = CheckpointWriter(folder, checkpoint.base_model)
         for module in checkpoint.modules:
             writer.add_module(

@@ -21,12 +21,12 @@ from vllm_vlora.atomic import publish_folder, write_file_atomic
 from vllm_vlora.errors import OutputError
 
 
-def ours(path: Path) -> bool:
-    return (path / "a.txt").exists()
+def ours(path: Path) -> set[str] | None:
+    return {"a.txt", "sub/b.txt", "big"} if (path / "a.txt").exists() else None
 
 
-def never(path: Path) -> bool:
-    return False
+def never(path: Path) -> None:
+    return None
 
 
 def publish(target: Path, text: str, *, force: bool = False) -> None:
@@ -72,9 +72,73 @@ def test_an_empty_folder_is_filled_without_force(tmp_path: Path) -> None:
 def test_force_replaces_a_folder_of_ours(tmp_path: Path) -> None:
     target = tmp_path / "ckpt"
     publish(target, "old")
-    (target / "stale.txt").write_text("gone afterwards")
     publish(target, "new", force=True)
     assert content(target) == whole("new")
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+@pytest.mark.usefixtures("either_rename")
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_not_ours_stays_as_it_is(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", refuse_links)
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    (target / "LICENSE").write_text("mine")
+    (target / "LICENSE").chmod(0o600)
+    (target / "notes" / "deep").mkdir(parents=True)
+    (target / "notes" / "a.txt").write_text("note")
+    (target / "sub" / "c.txt").write_text("beside ours")
+    (target / "current").symlink_to("notes/a.txt")
+    (target / "runs").symlink_to("notes")
+    if links:
+        os.mkfifo(target / "pipe")
+    publish(target, "new", force=True)
+    kept = {"LICENSE": "mine", "notes/a.txt": "note", "sub/c.txt": "beside ours"}
+    for link in ("current", "runs"):
+        assert (target / link).is_symlink()
+        (target / link).unlink()
+    assert (target / "pipe").is_fifo() == links
+    assert content(target) == whole("new") | kept
+    assert (target / "notes" / "deep").is_dir()
+    assert (target / "LICENSE").stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def refuse_links(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_a_file_of_the_same_name_is_kept_beside_the_new_one(tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    for text, kept in (("one", {}), ("two", {"LICENSE.old": "mine"}), ("two", {})):
+        (target / "LICENSE").write_text("mine" if kept else text)
+        with publish_folder(target, force=True, owned=ours) as folder:
+            (folder / "a.txt").write_text("new")
+            (folder / "LICENSE").write_text(text)
+        assert content(target) == {"a.txt": "new", "LICENSE": text} | (
+            kept or ({} if text == "one" else {"LICENSE.old": "mine"})
+        )
+
+
+@pytest.mark.usefixtures("either_rename")
+def test_what_comes_at_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    finish = atomic._move_into_place
+
+    def write_late(temporary: Path, where: Path) -> Path | None:
+        (target / "late.txt").write_text("late")
+        return finish(temporary, where)
+
+    monkeypatch.setattr(atomic, "_move_into_place", write_late)
+    publish(target, "new", force=True)
+    assert content(target) == whole("new") | {"late.txt": "late"}
     assert os.listdir(tmp_path) == ["ckpt"]
 
 
@@ -265,7 +329,8 @@ if moment == "before the move":
     atomic._move_into_place = die
 if moment == "after the move":
     atomic._remove_old = die
-with atomic.publish_folder(Path(sys.argv[1]), force=True, owned=lambda path: True) as folder:
+owned = lambda path: {"a.txt", "sub/b.txt"}
+with atomic.publish_folder(Path(sys.argv[1]), force=True, owned=owned) as folder:
     (folder / "a.txt").write_text("new")
     if moment == "writing":
         die()
@@ -284,15 +349,68 @@ def test_a_kill_leaves_old_or_new_and_the_next_run_cleans_up(tmp_path: Path, mom
     assert done.returncode == -signal.SIGKILL
     assert content(target) == whole("new" if moment == "after the move" else "old")
 
-    (leftover,) = set(os.listdir(tmp_path)) - {"ckpt"}
+    assert set(os.listdir(tmp_path)) > {"ckpt", ".ckpt.lock"}
     publish(target, "next", force=True)
     assert content(target) == whole("next")
-    # A young folder may belong to a run that has not locked it yet.
-    assert leftover in os.listdir(tmp_path)
+    assert os.listdir(tmp_path) == ["ckpt"]
 
-    hour_ago = time.time() - 3600
-    os.utime(tmp_path / leftover, (hour_ago, hour_ago))
-    publish(target, "last", force=True)
+
+KILLED_BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from vllm_vlora import atomic
+
+atomic._exchange = lambda left, right: False
+rename = os.rename
+def once(source, target):
+    rename(source, target)
+    if str(target).endswith(".old"):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.rename = once
+owned = lambda path: {"a.txt", "sub/b.txt"}
+with atomic.publish_folder(Path(sys.argv[1]), force=True, owned=owned) as f:
+    (f / "a.txt").write_text("new")
+"""
+
+
+def kill_between_the_renames(target: Path) -> None:
+    publish(target, "old")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_BETWEEN, str(target)], check=False, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists()
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+    kill_between_the_renames(target)
+    with pytest.raises(OutputError, match="not empty"):
+        publish(target, "next")
+    assert content(target) == whole("old")
+    assert os.listdir(tmp_path) == ["ckpt"]
+    publish(target, "next", force=True)
+    assert content(target) == whole("next")
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_a_folder_moved_aside_is_kept_when_another_has_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "ckpt"
+    kill_between_the_renames(target)
+    target.mkdir()
+    (target / "a.txt").write_text("another")
+    publish(target, "next", force=True)
+    (old,) = tmp_path.glob(".ckpt.*.old")
+    assert content(old) == whole("old")
+    assert old.name in caplog.text
+    assert content(target) == whole("next")
+
+
+def test_an_old_folder_that_was_being_removed_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".ckpt.0123456789abcdef.old").mkdir()
+    publish(tmp_path / "ckpt", "new")
     assert os.listdir(tmp_path) == ["ckpt"]
 
 

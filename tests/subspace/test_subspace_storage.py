@@ -23,7 +23,7 @@ from tiny_adapters import (
 from vllm_vlora.adapters.peft_folder import open_adapter
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.export import export_all, export_task
-from vllm_vlora.checkpoint.manifest import is_checkpoint
+from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.checkpoint.writer import CheckpointWriter
@@ -217,7 +217,7 @@ def write_by_hand(
     folder: Path, bases: dict[str, Basis | FlatBasis], tasks: dict[str, dict[str, StoredModule]]
 ) -> Path:
     """A checkpoint of any make; modules are 12 x 8."""
-    with publish_folder(folder, force=False, owned=is_checkpoint) as temporary:
+    with publish_folder(folder, force=False, owned=checkpoint_files) as temporary:
         writer = CheckpointWriter(temporary, None)
         for name, basis in bases.items():
             if isinstance(basis, FlatBasis):

@@ -32,6 +32,7 @@ from vllm_vlora.adapters.companions import (
     COMPANION_PATTERNS,
     TEMPLATES_FOLDER,
     companion_files,
+    is_companion,
 )
 from vllm_vlora.adapters.lookalikes import describe_file
 from vllm_vlora.adapters.mlx_folder import MLX_WEIGHTS, as_peft, is_mlx
@@ -388,7 +389,7 @@ def write_adapter(
         _add_tensor(tensors, key, tensor, str(out_dir))
     # Only the top level is sorted: of two patterns that match a module PEFT takes the first.
     text = json.dumps(dict(sorted(config.items())), indent=2, ensure_ascii=False) + "\n"
-    with publish_folder(out_dir, force=force, owned=_is_peft_folder) as folder:
+    with publish_folder(out_dir, force=force, owned=_peft_files) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         for name, data in (companions or {}).items():
@@ -554,6 +555,10 @@ def _add_tensor(
     tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _is_peft_folder(folder: Path) -> bool:
+def _peft_files(folder: Path) -> set[str] | None:
+    """The files of an adapter's folder that ``force`` may replace; None where other files lie in it."""
     names = {entry.name for entry in folder.iterdir()}
-    return CONFIG_FILE in names and names <= _PEFT_FILES | COMPANION_FILES
+    if CONFIG_FILE not in names or not names <= _PEFT_FILES | COMPANION_FILES:
+        return None
+    templates = {f"{TEMPLATES_FOLDER}/{path.name}" for path in folder.glob(f"{TEMPLATES_FOLDER}/*")}
+    return names | {name for name in templates if is_companion(name)}

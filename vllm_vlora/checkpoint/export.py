@@ -35,7 +35,7 @@ import torch
 from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import Factors, write_adapter
 from vllm_vlora.adapters.peft_targets import full_targets, selects_all
-from vllm_vlora.atomic import exists_error
+from vllm_vlora.atomic import check_apart, exists_error
 from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
@@ -194,6 +194,7 @@ def _export(
     changes: ConfigChanges | None,
 ) -> Path:
     changes = changes or ConfigChanges()
+    check_apart(output, [checkpoint.path])
     task = checkpoint.load_task(task_id)
     if not task.modules:
         raise CheckpointError(f"{checkpoint.path}: task {task_id!r} adapts no module")

@@ -19,7 +19,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from vllm_vlora.atomic import publish_folder
+from vllm_vlora.atomic import check_apart, publish_folder
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.manifest import (
@@ -27,8 +27,8 @@ from vllm_vlora.checkpoint.manifest import (
     CONFIG_FILE,
     TASKS_FILE,
     TASKS_FOLDER,
-    is_checkpoint,
 )
+from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.validation import validate
@@ -159,8 +159,9 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
         dict_keys(['task_0', 'task_1', 'task_2', 'task_3'])
     """
     snapshot = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    check_apart(output, [snapshot])
     opened = Checkpoint.open(snapshot)
-    with publish_folder(output, force=force, owned=is_checkpoint) as folder:
+    with publish_folder(output, force=force, owned=checkpoint_files) as folder:
         for name in _files(opened):
             target = folder / name
             target.parent.mkdir(exist_ok=True)

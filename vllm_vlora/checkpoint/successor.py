@@ -11,18 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_vlora.atomic import publish_folder
-from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
+from vllm_vlora.atomic import (
+    carry_over,
+    check_apart,
+    exclusive,
+    foreign_files,
+    publish_folder,
+)
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
-    TASKS_FILE,
-    TASKS_FOLDER,
     FileRef,
-    is_checkpoint,
 )
+from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport, report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter
@@ -30,7 +33,6 @@ from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
 
-_CARD_FILE = "README.md"
 _CHUNK = 1 << 22
 
 
@@ -40,7 +42,8 @@ def edited(
 ) -> Iterator[tuple[Checkpoint, Path]]:
     """Yield a checkpoint and an empty folder that takes its place when the block ends cleanly.
 
-    Files that are no part of a checkpoint, as a licence, are carried over.
+    Files that are no part of a checkpoint, as a licence, are carried over. No other run changes the
+    checkpoint meanwhile: the lock is held from reading to publishing, and others wait.
 
     Args:
         ref: a folder or a Hub id. output: another folder to write; needed for a Hub id.
@@ -49,20 +52,41 @@ def edited(
     Raises:
         CheckpointError: there is no sound checkpoint.
         OptionError: a checkpoint of the Hub is not changed in place.
-        OutputError: the output may not be replaced or cannot be written, or somebody else has
-            changed the checkpoint meanwhile.
+        OutputError: the output may not be replaced or cannot be written, another run writes it and
+            does not end in time, or somebody has changed the checkpoint without asking for the lock.
     """
-    checkpoint = Checkpoint.open(ref)
-    if output is None and not Path(ref).expanduser().is_dir():
-        raise OptionError(f"{ref} is on the Hub and not changed in place; name a folder to write")
     target = Path(ref if output is None else output).expanduser()
-    in_place = target.resolve() == checkpoint.path.resolve()
-    before = _manifest(checkpoint.path)
-    with publish_folder(target, force=force or in_place, owned=is_checkpoint) as folder:
-        yield checkpoint, folder
-        _carry_over(checkpoint, folder)
-        if in_place and _manifest(checkpoint.path) != before:
-            raise OutputError(f"{target} was changed meanwhile by somebody else; run this again")
+    with exclusive(target):
+        checkpoint = Checkpoint.open(ref)
+        if output is None and not target.is_dir():
+            raise OptionError(
+                f"{ref} is on the Hub and not changed in place; name a folder to write"
+            )
+        in_place = target.resolve() == checkpoint.path.resolve()
+        if not in_place:
+            check_apart(target, [checkpoint.path])
+        before = _manifest(checkpoint.path)
+
+        def unchanged() -> None:
+            if in_place and _manifest(checkpoint.path) != before:
+                raise OutputError(
+                    f"{target} was changed meanwhile by somebody else; run this again"
+                )
+
+        with publish_folder(
+            target, force=force or in_place, owned=checkpoint_files, unchanged=unchanged
+        ) as folder:
+            yield checkpoint, folder
+            if not in_place:
+                own = checkpoint_files(checkpoint.path) or ()
+                foreign = foreign_files(checkpoint.path, own)
+                carry_over(checkpoint.path, folder, foreign, _copy_file)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    # A pipe or a device is nothing that a copy would have.
+    if source.is_file():
+        shutil.copy2(source, target)
 
 
 def _manifest(path: Path) -> bytes:
@@ -70,19 +94,6 @@ def _manifest(path: Path) -> bytes:
         return (path / CONFIG_FILE).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: {error.strerror}") from error
-
-
-def _carry_over(checkpoint: Checkpoint, folder: Path) -> None:
-    ours = {CONFIG_FILE, TASKS_FILE, TASKS_FOLDER, BASIS_INDEX_FILE, _CARD_FILE}
-    ours |= {ATTACHMENTS_FILE, ATTACHMENTS_FOLDER}
-    ours.update(ref.file for ref in checkpoint.config.basis)
-    for entry in checkpoint.path.iterdir():
-        if entry.name in ours:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, folder / entry.name, symlinks=True)
-        else:
-            shutil.copy2(entry, folder / entry.name, follow_symlinks=False)
 
 
 class Successor(CheckpointWriter):

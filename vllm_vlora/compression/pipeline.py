@@ -62,7 +62,8 @@ def compress(
         BudgetError: no allowed plan meets the budget; says how near one can get. Or a task would be
             stored with a relative error above 1, and ``allow_large_error`` is not set.
         DataError: the calibration cannot be read.
-        OutputError: ``output`` exists and is not to be replaced, or cannot be written.
+        OutputError: ``output`` exists and is not to be replaced, holds an adapter or lies in one, or
+            cannot be written.
         TaskIdError: a task id that is not allowed.
 
     Examples:
@@ -72,12 +73,13 @@ def compress(
         (True, [])
     """
 
+    chosen = options or CompressOptions()
+
     def make(folder: Path, scratch: Path) -> CompressReport:
-        collection = Collection(adapters)
-        compression = Compression(collection, options or CompressOptions(), scratch, progress)
+        compression = Compression(Collection(adapters), chosen, scratch, progress)
         return compression.write(folder, compression.choose(), base_model)
 
-    return publish_checkpoint(output, force, make)
+    return publish_checkpoint(output, force, make, adapters, chosen)
 
 
 def predict(

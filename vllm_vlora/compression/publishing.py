@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_vlora.adapters.collection import Collection, common_base_model, reading_warnings
-from vllm_vlora.atomic import publish_folder
+from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.atomic import check_apart, publish_folder
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.losses import Losses
-from vllm_vlora.checkpoint.manifest import is_checkpoint
+from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.report import (
     Candidate,
     CompressReport,
@@ -23,6 +24,7 @@ from vllm_vlora.checkpoint.report import (
 )
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.compression.encoding import EncodedTask, Encoder, stored_basis, stored_flat
+from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.planning.plan import Plan
 from vllm_vlora.planning.scratch import CoreSpool
 
@@ -37,15 +39,22 @@ class Chosen:
 
 
 def publish_checkpoint(
-    output: str | Path, force: bool, make: Callable[[Path, Path], CompressReport]
+    output: str | Path,
+    force: bool,
+    make: Callable[[Path, Path], CompressReport],
+    adapters: Mapping[str, Adapter],
+    options: CompressOptions,
 ) -> CompressReport:
     """What ``make`` writes into (folder, scratch folder), published as ``output``, with its time.
 
     Raises:
-        OutputError: ``output`` exists and is not to be replaced, or cannot be written.
+        OutputError: ``output`` exists and is not to be replaced, holds what is read or lies in it, or
+            cannot be written.
     """
     started = time.monotonic()
-    with publish_folder(output, force=force, owned=is_checkpoint) as folder:
+    read = [adapter.path for adapter in adapters.values()]
+    check_apart(output, [*read, *([options.calibration] if options.calibration else [])])
+    with publish_folder(output, force=force, owned=checkpoint_files) as folder:
         scratch = folder / ".scratch"
         scratch.mkdir()
         report = make(folder, scratch)

@@ -118,7 +118,7 @@ def compress_to_quality(
         chosen = compression.choose(Budget(limits=limits))
         return compression.write(folder, chosen, base_model, recovered=recovered, kept=kept)
 
-    return publish_checkpoint(output, force, make)
+    return publish_checkpoint(output, force, make, adapters, options)
 
 
 def compress_judged(
@@ -143,10 +143,11 @@ def compress_judged(
     Raises:
         As :func:`vllm_vlora.compress`.
     """
+    options = options or CompressOptions()
 
     def make(folder: Path, scratch: Path) -> CompressReport:
         collection = Collection(adapters)
-        compression = Compression(collection, options or CompressOptions(), scratch, progress)
+        compression = Compression(collection, options, scratch, progress)
         judged = []
         for number, chosen in enumerate(compression.best_of_each()):
             trial = scratch / f"trial{number}"
@@ -161,7 +162,7 @@ def compress_judged(
         best = replace(best, candidates=candidates)
         return compression.write(folder, best, base_model, recovered=recovered)
 
-    return publish_checkpoint(output, force, make)
+    return publish_checkpoint(output, force, make, adapters, options)
 
 
 def _mean(recovered: Mapping[str, float | None]) -> float:

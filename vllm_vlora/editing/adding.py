@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress, reading_warnings
 from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.atomic import check_apart
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.successor import Successor, edited
@@ -83,6 +84,11 @@ def add_adapters(
     """
     started = time.monotonic()
     options = options or AddOptions()
+    read = [adapter.path for adapter in adapters.values()]
+    check_apart(
+        checkpoint if output is None else output,
+        [*read, *([options.calibration] if options.calibration else [])],
+    )
     with edited(checkpoint, output, force=force) as (opened, folder):
         collection = Collection(adapters, opened.modules)
         if not replace_tasks:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vllm_vlora.adapters.collection import Progress
 from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.atomic import exclusive
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.options import CompressOptions
@@ -40,15 +41,31 @@ def rebuild(
         >>> report.worst_error <= 0.1
         True
     """
-    opened, options = Checkpoint.open(checkpoint), options or AddOptions()
+    target = Path(checkpoint if output is None else output).expanduser()
+    with exclusive(target):
+        return _rebuild(
+            checkpoint, adapters, options or AddOptions(), target, output, force, progress
+        )
+
+
+def _rebuild(
+    checkpoint: str | Path,
+    adapters: Mapping[str, Adapter],
+    options: AddOptions,
+    target: Path,
+    output: str | Path | None,
+    force: bool,
+    progress: Progress | None,
+) -> CompressReport:
+    opened = Checkpoint.open(checkpoint)
     missing = [task_id for task_id in opened.tasks if task_id not in adapters]
     if missing:
         raise AdapterError(f"no original of task {missing[0]!r}; a rebuild needs every task's")
-    if output is None and not Path(checkpoint).expanduser().is_dir():
+    if output is None and not target.is_dir():
         raise OptionError(f"{checkpoint} is on the Hub and not changed in place; name a folder")
     return compress(
         adapters,
-        Path(checkpoint if output is None else output).expanduser(),
+        target,
         _options(opened, options),
         force=force or output is None,
         base_model=opened.base_model,

@@ -40,7 +40,7 @@ from vllm_vlora.fitting.calibration import (
     ModuleRecord,
     Settings,
     Source,
-    is_calibration,
+    calibration_files,
 )
 from vllm_vlora.fitting.moments import FullSum, LowRankMoment, Moment, SketchSum, new_sum
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
@@ -390,7 +390,7 @@ def calibration_folder(
     if _serves(folder, given, base):
         return folder
 
-    with publish_folder(folder, force=True, owned=is_calibration) as target:
+    with publish_folder(folder, force=True, owned=calibration_files) as target:
         calibrate(base, [given], advance=progress).write(target)
     return folder
 

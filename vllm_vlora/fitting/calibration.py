@@ -185,7 +185,7 @@ class Calibration:
             OutputError: it exists and ``force`` is not set or it is no calibration, or it cannot be
                 written.
         """
-        with publish_folder(path, force=force, owned=is_calibration) as folder:
+        with publish_folder(path, force=force, owned=calibration_files) as folder:
             return self.write(folder)
 
     def write(self, folder: Path) -> int:
@@ -290,13 +290,19 @@ class Calibration:
         self._whitening = lru_cache(maxsize=self._cached)(self._whiten)
 
 
-def is_calibration(path: Path) -> bool:
-    """Whether a folder is one of ours, in whatever version, so that ``force`` may replace it."""
+def calibration_files(path: Path) -> set[str] | None:
+    """The calibration's files in a folder, in whatever version; None if it is none of ours.
+
+    With them, and no others, ``force`` may do away.
+    """
     try:
         data = json.loads((path / HEADER_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(data, dict) and "format_version" in data
+        return None
+    if not isinstance(data, dict) or "format_version" not in data:
+        return None
+    shards = {entry.name for entry in path.iterdir() if _SHARD_NAME.fullmatch(entry.name)}
+    return shards | {HEADER_FILE}
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -24,11 +24,12 @@ import torch
 
 from vllm_vlora.adapters.collection import Progress
 from vllm_vlora.adapters.peft_config import rank_options
-from vllm_vlora.atomic import publish_folder
+from vllm_vlora.atomic import check_apart, publish_folder
 from vllm_vlora.checkpoint.card import format_bytes, model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import is_checkpoint
+from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError
@@ -122,7 +123,8 @@ def convert(
             if kind == "lorashare"
             else f"alpha must be a finite number other than zero, got {alpha}"
         )
-    with publish_folder(output, force=force, owned=is_checkpoint) as target:
+    check_apart(output, [folder])
+    with publish_folder(output, force=force, owned=checkpoint_files) as target:
         conversion: _FromVLoRA | _FromLoraShare
         if kind == "vlora":
             conversion = _FromVLoRA(VLoRAFiles.open(folder), alpha, base_model)

@@ -23,6 +23,7 @@ from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
 from vllm_vlora.checkpoint.manifest import TaskRecord, is_checkpoint
+from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter
@@ -65,7 +66,7 @@ def write_subspace(
     if not stored.tasks:
         raise OptionError("the subspace has no tasks; add one before it is saved")
     base_model = _base_model(stored.tasks)
-    with publish_folder(path, force=force, owned=is_checkpoint) as folder:
+    with publish_folder(path, force=force, owned=checkpoint_files) as folder:
         writer = CheckpointWriter(folder, base_model, allow_large_error=allow_large_error)
         for name, layer in stored.layers.items():
             _add_module(writer, name, layer)

@@ -1,0 +1,272 @@
+"""``force`` replaces what this package wrote, and nothing else, wherever it lies."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from attack_children import DONE, at_once
+from edited_world import NEW, OLD, World
+
+from vllm_vlora import atomic, places
+from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.checkpoint.export import export_all, export_task
+from vllm_vlora.checkpoint.hub import pull_checkpoint
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE, TASKS_FILE
+from vllm_vlora.checkpoint.own_files import checkpoint_files
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
+from vllm_vlora.editing.adding import add_adapters
+from vllm_vlora.editing.removing import remove_tasks
+from vllm_vlora.errors import OutputError
+
+WRITERS: dict[str, Callable[[World], Callable[[], object]]] = {
+    "add": lambda world: world.add(NEW[0]),
+    "remove": lambda world: world.remove(OLD[0]),
+    "blend": lambda world: world.blend("blend"),
+    "compress": lambda world: world.compress(),
+    "rebuild": lambda world: world.rebuild(),
+    "pull": lambda world: world.pull(),
+}
+every_writer = pytest.mark.parametrize("writer", WRITERS)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World.at(tmp_path)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@every_writer
+def test_what_no_manifest_names_stays(world: World, writer: str) -> None:
+    ckpt = world.checkpoint
+    (ckpt / "notes").mkdir()
+    (ckpt / "notes" / "todo.txt").write_text("mine")
+    (ckpt / "tasks" / "mine.txt").write_text("mine too")
+    shutil.copytree(world.adapter("task5"), ckpt / "stray")
+    before = {name: data for name, data in everything(ckpt).items() if name not in own(ckpt)}
+    assert len(before) > 4
+    WRITERS[writer](world)()
+    after = everything(ckpt)
+    assert {name: after.get(name) for name in before} == before
+    assert set(after) - set(before) <= own(ckpt)
+    assert validate(ckpt) == []
+    assert os.listdir(world.place) == ["ckpt"]
+
+
+def own(ckpt: Path) -> set[str]:
+    found = checkpoint_files(ckpt)
+    assert found is not None
+    return found
+
+
+def test_a_stray_manifest_makes_no_checkpoint(world: World) -> None:
+    home = world.root / "home"
+    shutil.copytree(world.adapter("task0"), home / "precious")
+    shutil.copy(world.checkpoint / CONFIG_FILE, home)
+    before = everything(home)
+    with pytest.raises(OutputError, match="did not write"):
+        pull_checkpoint(str(world.checkpoint), home, force=True)
+    assert everything(home) == before
+
+
+@pytest.mark.parametrize("broken", [CONFIG_FILE, TASKS_FILE])
+def test_a_damaged_checkpoint_is_replaced_whole(world: World, broken: str) -> None:
+    data = {"format_version": 99} if broken == CONFIG_FILE else []
+    (world.checkpoint / broken).write_text(json.dumps(data))
+    world.pull()()
+    assert set(everything(world.checkpoint)) <= own(world.checkpoint) | {"LICENSE"}
+    (world.checkpoint / TASKS_FILE).unlink()
+    world.compress()()
+    assert set(everything(world.checkpoint)) <= own(world.checkpoint) | {"LICENSE"}
+    assert validate(world.checkpoint) == []
+
+
+def test_an_input_inside_the_output_is_refused(world: World) -> None:
+    inside = world.checkpoint / "adapters" / "new"
+    shutil.copytree(world.adapter("task4"), inside)
+    before = everything(world.root)
+    adapters = {"new": open_adapter(inside)}
+    attempts: list[Callable[[], object]] = [
+        lambda: compress(adapters, world.checkpoint, CompressOptions(), force=True),
+        lambda: add_adapters(world.checkpoint, adapters),
+        lambda: compress(adapters, inside / "ckpt", CompressOptions()),
+        lambda: pull_checkpoint(str(world.checkpoint), world.checkpoint / "copy", force=True),
+        lambda: pull_checkpoint(str(world.checkpoint), world.checkpoint, force=True),
+        lambda: pull_checkpoint(str(world.checkpoint), world.place, force=True),
+        lambda: remove_tasks(world.checkpoint, ["task0"], output=world.checkpoint / "less"),
+        lambda: export_task(Checkpoint.open(world.checkpoint), "task0", world.checkpoint / "x"),
+        lambda: export_all(Checkpoint.open(world.checkpoint), OLD, world.checkpoint / "x"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(
+            OutputError, match=r"the output .* (is|lies in|holds) .*, which is read"
+        ):
+            attempt()
+    assert everything(world.root) == before
+
+
+def test_a_link_to_the_input_does_not_hide_it(world: World) -> None:
+    (world.root / "link").symlink_to(world.adapter("task0"))
+    with pytest.raises(OutputError, match="lies in"):
+        compress({"a": open_adapter(world.adapter("task0"))}, world.root / "link" / "ckpt")
+
+
+# --- places where no folder can be replaced -------------------------------------------------------
+
+
+def unmovable(number: int) -> Callable[[object, object], None]:
+    """``os.rename`` on a file system that says this of a checkpoint's folder."""
+    rename = os.rename
+
+    def refuse(source: str | Path, target: str | Path) -> None:
+        if Path(source).name == "ckpt":
+            raise OSError(number, os.strerror(number), str(source), None, str(target))
+        rename(source, target)
+
+    return refuse
+
+
+@every_writer
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EXDEV, "container image's layer"), (errno.EBUSY, "busy"), (errno.EPERM, "permitted")],
+)
+def test_a_folder_that_cannot_be_moved_is_found_before_the_work(
+    world: World, monkeypatch: pytest.MonkeyPatch, writer: str, number: int, said: str
+) -> None:
+    before = everything(world.root)
+    run = WRITERS[writer](world)
+    monkeypatch.setattr(places, "_file_system", lambda path: "overlay")
+    monkeypatch.setattr(os, "rename", unmovable(number))
+    monkeypatch.setattr(atomic, "_finish_tree", pytest.fail)
+    with pytest.raises(OutputError, match=rf"{said}.*write to another folder"):
+        run()
+    assert everything(world.root) == before
+    assert os.listdir(world.place) == ["ckpt"]
+
+
+def test_a_rename_is_tried_only_where_it_surely_fails(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_file_system", lambda path: "fuse.s3fs")
+    monkeypatch.setattr(os, "rename", unmovable(errno.EXDEV))
+    world.remove("task0")()
+    assert list(Checkpoint.open(world.checkpoint).tasks) == list(OLD[1:])
+
+
+def test_the_trial_moves_nothing(world: World) -> None:
+    sibling = world.place / "sibling"
+    (sibling / "in").mkdir(parents=True)
+    before = everything(world.place)
+    places.check_movable(world.checkpoint, sibling)
+    assert everything(world.place) == before
+    assert (sibling / "in").is_dir()
+    assert places._file_system(world.checkpoint) != ""
+
+
+@pytest.fixture
+def may_mount(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """``mount(arguments)`` on this machine, undone at the end."""
+    mounted: list[str] = []
+
+    def mount(*arguments: str) -> None:
+        done = subprocess.run(["mount", *arguments], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"may not mount here: {done.stderr.decode().strip()}")
+        mounted.append(arguments[-1])
+
+    if shutil.which("mount") is None:
+        pytest.skip("no mount command")
+    yield mount
+    for path in reversed(mounted):
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.parametrize("filled", [True, False])
+@pytest.mark.parametrize("kind", ["bind", "tmpfs"])
+def test_a_mount_point_is_refused_before_the_work(
+    world: World,
+    may_mount: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    filled: bool,
+) -> None:
+    volume = world.root / "volume"
+    volume.mkdir()
+    if kind == "bind":
+        (world.root / "elsewhere").mkdir()
+        may_mount("--bind", str(world.root / "elsewhere"), str(volume))
+    else:
+        may_mount("-t", "tmpfs", "tmpfs", str(volume))
+    if filled:
+        shutil.copytree(world.checkpoint, volume, dirs_exist_ok=True)
+    before = everything(volume)
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic, "_finish_tree", pytest.fail)
+        with pytest.raises(OutputError, match="is a mount point"):
+            pull_checkpoint(str(world.root / "published"), volume, force=True)
+    assert everything(volume) == before
+    # In the volume all is well.
+    pull_checkpoint(str(world.root / "published"), volume / "ckpt", force=True)
+    remove_tasks(volume / "ckpt", [NEW[0]])
+    assert validate(volume / "ckpt") == []
+
+
+def test_a_layer_of_a_container_image(
+    world: World, may_mount: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {name: world.root / name for name in ("disk", "merged")}
+    for path in parts.values():
+        path.mkdir()
+    may_mount("-t", "tmpfs", "tmpfs", str(parts["disk"]))
+    upper, scratch = parts["disk"] / "upper", parts["disk"] / "work"
+    upper.mkdir()
+    scratch.mkdir()
+    options = f"lowerdir={world.place},upperdir={upper},workdir={scratch}"
+    may_mount("-t", "overlay", "overlay", "-o", options, str(parts["merged"]))
+    ckpt = parts["merged"] / "ckpt"
+    before = everything(ckpt)
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic, "_finish_tree", pytest.fail)
+        with pytest.raises(OutputError, match="container image's layer"):
+            remove_tasks(ckpt, ["task0"])
+    assert everything(ckpt) == before
+    # Another output is what the message says, and what is written there can be replaced.
+    remove_tasks(ckpt, ["task0"], output=parts["merged"] / "less")
+    remove_tasks(parts["merged"] / "less", ["task1"])
+    assert list(Checkpoint.open(parts["merged"] / "less").tasks) == list(OLD[2:])
+
+
+@every_writer
+def test_without_an_exchange_two_renames_do(
+    world: World, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    class NoExchange:
+        def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+        def renameat2(self, *args: object) -> int:
+            ctypes.set_errno(errno.EINVAL)
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", NoExchange)
+    run = WRITERS[writer](world)
+    assert at_once([run]) == [DONE]
+    assert validate(world.checkpoint) == []
+    assert os.listdir(world.place) == ["ckpt"]

@@ -1,0 +1,69 @@
+"""Which files of a checkpoint's folder are the checkpoint's, so that no other is ever deleted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
+from vllm_vlora.checkpoint.manifest import (
+    BASIS_INDEX_FILE,
+    CONFIG_FILE,
+    TASKS_FILE,
+    TASKS_FOLDER,
+    is_checkpoint,
+    read_config,
+    read_tasks,
+)
+from vllm_vlora.errors import CheckpointError
+
+CARD_FILE = "README.md"
+# What this package calls its files; where what names them is damaged or newer, that must do.
+_NAMES = re.compile(
+    rf"basis(-\d{{5}}-of-\d{{5}})?\.safetensors|{TASKS_FOLDER}/[^/]+\.safetensors"
+    rf"|{ATTACHMENTS_FOLDER}/[0-9a-f]{{64}}"
+)
+
+
+def checkpoint_files(path: Path) -> set[str] | None:
+    """The checkpoint's files, relative to its folder, in whatever version; None if there is none.
+
+    A manifest without any of the files that it names is none, if anything else lies there.
+    """
+    if not is_checkpoint(path):
+        return None
+    own = {CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, CARD_FILE}
+    for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE):
+        with suppress(OSError, ValueError, RecursionError):
+            own.update(_named(json.loads((path / name).read_bytes())))
+    try:
+        read_tasks(path, read_config(path))
+    except CheckpointError:
+        own.update(_known_names(path))
+    own_there = any((path / name).is_file() for name in own - {CONFIG_FILE, CARD_FILE})
+    if not own_there and any(entry.name not in own for entry in path.iterdir()):
+        return None
+    return own
+
+
+def _named(data: Any) -> Iterator[str]:
+    """The value of every key "file"."""
+    if isinstance(data, dict):
+        if isinstance(data.get("file"), str):
+            yield data["file"]
+        data = list(data.values())
+    if isinstance(data, list):
+        for value in data:
+            yield from _named(value)
+
+
+def _known_names(path: Path) -> Iterator[str]:
+    for pattern in ("*", f"{TASKS_FOLDER}/*", f"{ATTACHMENTS_FOLDER}/*"):
+        for entry in path.glob(pattern):
+            name = entry.relative_to(path).as_posix()
+            if _NAMES.fullmatch(name):
+                yield name
