@@ -37,6 +37,7 @@ from vllm_vlora.adapters.peft_folder import (
 )
 from vllm_vlora.adapters.weights_files import WEIGHTS_FILE, WeightsReader
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -107,7 +108,9 @@ def split_experts(
         factors,
         kinds,
         extra,
-        companions={name: path.read_bytes() for name, path in companion_files(folder).items()},
+        companions={
+            name: read_regular(path, JSON_BYTES) for name, path in companion_files(folder).items()
+        },
         force=force,
     )
 
