@@ -23,6 +23,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vllm_vlora.errors import OutputError
+from vllm_vlora.stopping import check_not_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def publish_folder(
             yield temporary
             _finish_tree(temporary)
         _check_replaceable(target, force, owned)
+        check_not_stopped()
         with _write_errors(target, target.parent):
             _move_into_place(temporary, target)
             _fsync(target.parent)
@@ -92,6 +94,7 @@ def write_file_atomic(path: str | Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            check_not_stopped()
             os.replace(temporary, path)
         except BaseException:
             with suppress(FileNotFoundError):
