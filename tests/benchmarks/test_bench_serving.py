@@ -371,9 +371,8 @@ def test_configurations_by_name() -> None:
         assert environment["VLLM_VLORA_OVERLAP"] == "off"
     beside = configuration("direct-k64-overlap")
     assert beside.engine != configuration("direct-k64").engine
-    assert (
-        beside.checkpoint == "k64" and beside.environment({"k64": ""})["VLLM_VLORA_OVERLAP"] == "on"
-    )
+    assert beside.checkpoint == "k64"
+    assert beside.environment({"k64": ""})["VLLM_VLORA_OVERLAP"] == "on"
     assert configuration("stock-1").runs(ONE)
     assert not configuration("stock-1").runs(EIGHT)
     for name in ("stock-0", "stock", "direct-k16", "materialize-x"):

@@ -16,6 +16,7 @@ from typing import Any
 from vllm_vlora.adapters.lookalikes import describe_content, describe_folder
 from vllm_vlora.adapters.patterns import PatternError, match_end
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.strict_json import JSONError, decode
 from vllm_vlora.wording import some_of
@@ -79,6 +80,7 @@ _TASK_HEADS = {
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of the adapter in ``folder``, as it stands there."""
     path = folder / CONFIG_FILE
+    refuse_link_out(path, folder, AdapterError)
     try:
         content = read_regular(path, JSON_BYTES)
         # Which number is infinite is said with its option's name.

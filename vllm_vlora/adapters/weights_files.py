@@ -11,6 +11,7 @@ import torch
 
 from vllm_vlora.adapters.lookalikes import describe_folder, describe_weights
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.strict_json import JSONError, decode
@@ -69,6 +70,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name."""
+    refuse_link_out(path, path.parent, AdapterError)
     try:
         names = decode(read_regular(path, JSON_BYTES), ShardIndex).weight_map
     except (OSError, JSONError) as error:
@@ -79,7 +81,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def open_weights(path: Path) -> TensorFile:
-    """The opened weights file; AdapterError when it is missing or damaged."""
+    """The opened weights file; AdapterError when it is missing, damaged or a link out of its folder."""
+    refuse_link_out(path, path.parent, AdapterError)
     try:
         return TensorFile(path)
     except FileNotFoundError as error:

@@ -21,6 +21,7 @@ import msgspec
 from vllm_vlora.adapters.companions import is_companion
 from vllm_vlora.checkpoint.manifest import FileRef, hash_file, read_checked
 from vllm_vlora.errors import CheckpointError, OutputError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, open_regular, read_regular
 from vllm_vlora.strict_json import JSONError, decode_typed
 
@@ -44,6 +45,7 @@ def read_attachments(checkpoint: Path, tasks: Iterable[str]) -> dict[str, dict[s
         CheckpointError: the index is damaged, newer, or names files that are not its own.
     """
     file = checkpoint / ATTACHMENTS_FILE
+    refuse_link_out(file, checkpoint, CheckpointError)
     try:
         data = read_regular(file, JSON_BYTES)
     except FileNotFoundError:

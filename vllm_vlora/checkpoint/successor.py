@@ -30,6 +30,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport, report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import open_regular
 from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
@@ -115,9 +116,11 @@ class Successor(CheckpointWriter):
             self._index[spec.name] = len(self.modules)
             self.modules.append(spec)
         for ref in self._old.config.basis:
+            refuse_link_out(self._old.path / ref.file, self._old.path, CheckpointError)
             _copy_checked(self._old.path / ref.file, self.folder / ref.file, ref)
         index = self._old.path / BASIS_INDEX_FILE
         if index.exists():
+            refuse_link_out(index, self._old.path, CheckpointError)
             shutil.copyfile(index, self.folder / BASIS_INDEX_FILE)
         self._kept = list(self._old.config.basis)
 

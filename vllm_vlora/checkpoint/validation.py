@@ -12,6 +12,7 @@ from vllm_vlora.checkpoint.attachments import Attached, read_attached
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import PackedMatrix, unpack
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.representations.stored import Basis, FlatBasis
@@ -161,7 +162,10 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
         return []
     path = checkpoint.path / BASIS_INDEX_FILE
     try:
+        refuse_link_out(path, checkpoint.path, CheckpointError)
         named = set(decode(read_regular(path, JSON_BYTES), ShardIndex).weight_map.values())
+    except CheckpointError as error:
+        return [str(error)]
     except OSError as error:
         return [f"{path}: {error.strerror}"]
     except JSONError:

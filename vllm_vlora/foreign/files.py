@@ -9,6 +9,7 @@ import torch
 
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.strict_json import JSONError, decode
@@ -24,6 +25,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     Raises:
         CheckpointError: no such file, no JSON, or a field of another type.
     """
+    refuse_link_out(path, path.parent, CheckpointError)
     try:
         # Their statistics may hold Infinity, which json.dump writes and strict JSON forbids.
         return decode(read_regular(path, JSON_BYTES), kind, infinite=True)
@@ -46,7 +48,9 @@ def inside(folder: Path, *parts: str) -> Path:
             raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
         if ".." in part.split("/"):
             raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
-    return folder.joinpath(*parts)
+    path = folder.joinpath(*parts)
+    refuse_link_out(path, folder, CheckpointError)
+    return path
 
 
 class TensorFile:
@@ -58,6 +62,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_link_out(path, path.parent, CheckpointError)
         try:
             self._file = OpenedFile(path)
         except FileNotFoundError:
