@@ -215,8 +215,9 @@ def _write_errors(target: Path, inside: Path) -> Iterator[None]:
             raise
         raise OutputError(f"cannot write {target}: {_reason(error)}") from error
     except SafetensorError as error:
-        # safetensors reports a full disk in its own class, with Rust's text for the errno.
-        found = re.search(r"serializ.*\(os error (\d+)\)", str(error), re.IGNORECASE)
+        # safetensors reports a full disk in its own class, with Rust's text for the errno; before
+        # 0.6 with Rust's other text.
+        found = re.search(r"serializ.*(?:\(os error |Os \{ code: )(\d+)", str(error), re.IGNORECASE)
         if not found:
             raise
         reason = os.strerror(int(found[1]))

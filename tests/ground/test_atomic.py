@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vllm_vlora import atomic
@@ -305,6 +306,24 @@ def test_a_really_full_disk(small_disk: Path, write: Callable[[Path], None]) -> 
     assert os.listdir(small_disk) == ["ckpt"]
     publish(target, "new", force=True)
     assert content(target) == whole("new")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space" })',
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+    ],
+    ids=["safetensors 0.4 and 0.5", "0.6 and later"],
+)
+def test_a_full_disk_in_the_words_of_every_safetensors(tmp_path: Path, text: str) -> None:
+    def fill() -> None:
+        with publish_folder(tmp_path / "ckpt", force=False, owned=ours):
+            raise SafetensorError(text)
+
+    with pytest.raises(OutputError, match=r"ckpt.*No space left"):
+        fill()
+    assert os.listdir(tmp_path) == []
 
 
 def test_safetensors_files_are_readable_for_those_who_may_read_the_folder(tmp_path: Path) -> None:
