@@ -164,7 +164,7 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
     with publish_folder(output, force=force, owned=checkpoint_files) as folder:
         for name in _files(opened):
             target = folder / name
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 # The Hub's cache holds links to its blobs; the copy is the file itself.
                 shutil.copyfile(snapshot / name, target)
