@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from vllm_vlora.errors import BudgetError, VLoRAError
 from vllm_vlora.locking import waiting_at_most
+from vllm_vlora.stopping import check_not_stopped, is_stopped, stop, stopped_by
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -48,21 +48,12 @@ CheckpointRef = Annotated[
 def prepare_process() -> None:
     """Signals become exceptions that clean up, and no task's name can end the output."""
     # Docker and schedulers end a program with SIGTERM; as an exception it removes half a folder.
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _stop)
+        signal.signal(signal.SIGINT, stop)
     for stream in (sys.stdout, sys.stderr):
         # A task may be called anything; a terminal that cannot show it must not end the program.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-
-
-# Numbers of the signals that asked the program to stop.
-_stopped_by: list[int] = []
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    _stopped_by.append(number)
-    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -74,12 +65,13 @@ def reported(verbose: bool, timeout: float | None = None) -> Iterator[None]:
     try:
         with waiting_at_most(timeout):
             yield
+            check_not_stopped()
     except KeyboardInterrupt as error:
         _exit_stopped(error, verbose)
     except Exception as error:
         # A library that was called back when the signal came may have turned the exception into an
         # error of its own: safetensors makes a ValueError of it.
-        if _stopped_by:
+        if is_stopped():
             _exit_stopped(error, verbose)
         if not isinstance(error, (VLoRAError, OSError)) or isinstance(error, BrokenPipeError):
             raise
@@ -94,7 +86,7 @@ def _exit_stopped(error: BaseException, verbose: bool) -> NoReturn:
     if verbose:
         traceback.print_exception(error)
     _fail("interrupted; nothing was left half written")
-    terminated = signal.SIGTERM in _stopped_by
+    terminated = stopped_by(signal.SIGTERM)
     raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from error
 
 

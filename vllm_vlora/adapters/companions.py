@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.links import refuse_link_out
 
 COMPANION_FILES = frozenset(
     {
@@ -48,6 +49,7 @@ def companion_files(folder: Path) -> dict[str, Path]:
     found = {entry.relative_to(folder).as_posix(): entry for entry in entries}
     files = {name: path for name, path in sorted(found.items()) if is_companion(name)}
     for path in files.values():
+        refuse_link_out(path, folder, AdapterError)
         if not path.is_file():
             raise AdapterError(
                 f"{path} is no regular file; put the tokenizer's file there or take the name away"

@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_vlora.adapters.lookalikes import describe_content, describe_folder
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.wording import some_of
 
 CONFIG_FILE = "adapter_config.json"
@@ -75,6 +76,7 @@ _TASK_HEADS = {
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of the adapter in ``folder``, as it stands there."""
     path = folder / CONFIG_FILE
+    refuse_link_out(path, folder, AdapterError)
     try:
         content = path.read_bytes()
         # From bytes, json tells UTF-8, 16 and 32 apart, with a byte order mark or without.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_vlora.adapters.lookalikes import describe_folder, describe_weights
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.wording import some_of
 
@@ -70,6 +71,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name."""
+    refuse_link_out(path, path.parent, AdapterError)
     try:
         names = json.loads(path.read_bytes())["weight_map"]
         plain = all(Path(name).name == name for name in names.values())
@@ -81,7 +83,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def open_weights(path: Path) -> Any:
-    """The opened weights file; AdapterError when it is missing or damaged."""
+    """The opened weights file; AdapterError when it is missing, damaged or a link out of its folder."""
+    refuse_link_out(path, path.parent, AdapterError)
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:

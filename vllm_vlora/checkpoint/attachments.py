@@ -21,6 +21,7 @@ import msgspec
 from vllm_vlora.adapters.companions import is_companion
 from vllm_vlora.checkpoint.manifest import FileRef, hash_file, read_checked
 from vllm_vlora.errors import CheckpointError, OutputError
+from vllm_vlora.links import refuse_link_out
 
 ATTACHMENTS_FILE = "attachments.json"
 ATTACHMENTS_FOLDER = "attachments"
@@ -42,6 +43,7 @@ def read_attachments(checkpoint: Path, tasks: Iterable[str]) -> dict[str, dict[s
         CheckpointError: the index is damaged, newer, or names files that are not its own.
     """
     file = checkpoint / ATTACHMENTS_FILE
+    refuse_link_out(file, checkpoint, CheckpointError)
     try:
         data = file.read_bytes()
     except FileNotFoundError:

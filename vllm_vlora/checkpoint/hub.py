@@ -6,6 +6,7 @@ is huggingface_hub's own business (``HF_TOKEN``, or ``hf auth login``).
 
 from __future__ import annotations
 
+import glob
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
-    TASKS_FILE,
     TASKS_FOLDER,
 )
 from vllm_vlora.checkpoint.own_files import checkpoint_files
@@ -33,22 +33,12 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.snapshots import resolve_snapshot
 
 _CARD_FILE = "README.md"
 _TASK_FILES = f"{TASKS_FOLDER}/*.safetensors"
 _BASIS_FILES = "basis*.safetensors"
-_UPLOADED = [
-    CONFIG_FILE,
-    TASKS_FILE,
-    _TASK_FILES,
-    _BASIS_FILES,
-    BASIS_INDEX_FILE,
-    ATTACHMENTS_FILE,
-    f"{ATTACHMENTS_FOLDER}/*",
-    _CARD_FILE,
-    "LICENSE*",
-]
 # Files of an earlier checkpoint that the new one does not have.
 _REPLACED = [
     _TASK_FILES,
@@ -108,6 +98,8 @@ def push_checkpoint(
         raise CheckpointError(f"checkpoint {str(path)!r}: no such folder")
     _check_sound(path)
     opened = Checkpoint.open(path)
+    # Names, and no patterns: what else lies in the folder is nobody's to publish.
+    names = [glob.escape(name) for name in _files(opened)]
     api = _api(token)
     count = len(opened.tasks)
     words = message or f"{count} LoRA {'task' if count == 1 else 'tasks'} (vllm-vlora)"
@@ -120,7 +112,7 @@ def push_checkpoint(
             folder_path=path,
             commit_message=words,
             revision=revision,
-            allow_patterns=_UPLOADED,
+            allow_patterns=names,
             delete_patterns=_REPLACED,
         )
         if not (path / _CARD_FILE).exists():
@@ -198,14 +190,21 @@ def _check_sound(path: Path) -> None:
 
 
 def _files(checkpoint: Checkpoint) -> list[str]:
-    """The checkpoint's files, and what describes it."""
+    """The checkpoint's files, and what describes it; none of them is a link to something outside.
+
+    Raises:
+        CheckpointError: one is.
+    """
     refs = [*checkpoint.config.basis, checkpoint.config.tasks]
     names = [CONFIG_FILE, *(ref.file for ref in refs)]
     names += [record.file for record in checkpoint.tasks.values()]
     names += sorted({f.file for files in checkpoint.attachments.values() for f in files.values()})
     beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, _CARD_FILE]
     beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
-    return names + [name for name in beside if (checkpoint.path / name).is_file()]
+    names += [name for name in beside if (checkpoint.path / name).is_file()]
+    for name in names:
+        refuse_link_out(checkpoint.path / name, checkpoint.path, CheckpointError)
+    return names
 
 
 def _card(checkpoint: Checkpoint) -> bytes:

@@ -34,6 +34,7 @@ import msgspec
 from vllm_vlora.adapters.module_names import renamed
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES, dtype_of
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskIdError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.representations.registry import segment_fault, shared_fault
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.task_ids import encode_task_id, validate_task_id
@@ -169,6 +170,7 @@ def is_checkpoint(path: Path) -> bool:
 def read_config(path: Path) -> Config:
     """Read and check ``vlora_config.json`` of the checkpoint folder ``path``."""
     file = path / CONFIG_FILE
+    refuse_link_out(file, path, CheckpointError)
     try:
         data = file.read_bytes()
     except FileNotFoundError:
@@ -212,7 +214,8 @@ def read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
 
 
 def read_checked(path: Path, ref: FileRef) -> bytes:
-    """Read a file whose size and SHA-256 must be those of ``ref``."""
+    """Read a file of a checkpoint, whose size and SHA-256 must be those of ``ref``."""
+    refuse_link_out(path, _folder_of(path, ref), CheckpointError)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -228,6 +231,11 @@ def read_checked(path: Path, ref: FileRef) -> bytes:
             f"{path}: SHA-256 differs from the manifest's; copy the checkpoint again"
         )
     return data
+
+
+def _folder_of(path: Path, ref: FileRef) -> Path:
+    """The checkpoint that a file lies in."""
+    return path.parents[len(Path(ref.file).parts) - 1]
 
 
 def hash_file(path: Path) -> tuple[str, int]:

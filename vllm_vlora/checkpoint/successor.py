@@ -34,6 +34,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport, report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter, basis_file
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
 
@@ -126,9 +127,11 @@ class Successor(CheckpointWriter):
         if len(set(names)) < len(names) or not all(_BASIS_NAME.fullmatch(name) for name in names):
             names = [basis_file(number, len(old)) for number in range(1, len(old) + 1)]
         for ref, name in zip(old, names):
+            refuse_link_out(self._old.path / ref.file, self._old.path, CheckpointError)
             _copy_checked(self._old.path / ref.file, self.folder / name, ref)
         index = self._old.path / BASIS_INDEX_FILE
         if index.exists():
+            refuse_link_out(index, self._old.path, CheckpointError)
             renamed = {ref.file: name for ref, name in zip(old, names)}
             (self.folder / BASIS_INDEX_FILE).write_bytes(_renamed_index(index, renamed))
         self._kept = [replace(ref, file=name) for ref, name in zip(old, names)]

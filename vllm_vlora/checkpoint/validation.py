@@ -13,6 +13,7 @@ from vllm_vlora.checkpoint.attachments import Attached, read_attached
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, CheckpointVersionError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import PackedMatrix, unpack
 from vllm_vlora.representations.stored import Basis, FlatBasis
 from vllm_vlora.snapshots import resolve_snapshot
@@ -167,7 +168,10 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
         return []
     path = checkpoint.path / BASIS_INDEX_FILE
     try:
+        refuse_link_out(path, checkpoint.path, CheckpointError)
         named = set(json.loads(path.read_bytes())["weight_map"].values())
+    except CheckpointError as error:
+        return [str(error)]
     except OSError as error:
         return [f"{path}: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError):

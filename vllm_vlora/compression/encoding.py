@@ -101,7 +101,7 @@ class Encoder:
         ]
         jobs += [CoreJob(name, (), flat) for name, flat in plan.flat.items()]
         worker = CoreEncoder(Surveyor(collection, self.settings), self.bases)
-        for done, (job, found) in enumerate(zip(jobs, self.executor.run(worker, jobs)), 1):
+        for done, (found, job) in enumerate(zip(self.executor.run(worker, jobs), jobs), 1):
             for task, stored, seen_lost in found:
                 cores.append(task, job.module, stored)
                 losses[task] += seen_lost * weights[task]
@@ -130,7 +130,7 @@ class Encoder:
             options.setdefault(name, []).append((task, option))
         worker = PrivateEncoder(surveyor)
         jobs = list(options.items())
-        for done, ((name, _), found) in enumerate(zip(jobs, self.executor.run(worker, jobs)), 1):
+        for done, (found, (name, _)) in enumerate(zip(self.executor.run(worker, jobs), jobs), 1):
             for task, stored in found:
                 kept.append(task, name, stored)
             self.progress("encode private", done, len(jobs))

@@ -32,8 +32,6 @@ from vllm_vlora.planning.plan import Budget, Plan
 from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import SurveySettings, check_calibration
 
-# Starting processes takes some seconds; below this many bytes they do not pay.
-_PARALLEL_NBYTES = 64 << 20
 _CURVE_RATIOS = (2, 3, 3.5, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -76,8 +74,8 @@ def compress(
     chosen = options or CompressOptions()
 
     def make(folder: Path, scratch: Path) -> CompressReport:
-        compression = Compression(Collection(adapters), chosen, scratch, progress)
-        return compression.write(folder, compression.choose(), base_model)
+        with Compression(Collection(adapters), chosen, scratch, progress) as compression:
+            return compression.write(folder, compression.choose(), base_model)
 
     return publish_checkpoint(output, force, make, adapters, chosen)
 
@@ -108,20 +106,19 @@ def predict(
     )
     with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
         collection = Collection(adapters)
-        compression = Compression(collection, options, Path(scratch), progress)
         points = []
-        for ratio in ratios:
-            nbytes = math.floor(collection.original_nbytes / ratio)
-            plans = [
-                plan
-                for plan in compression.candidates.plans(
-                    Budget(nbytes, gate_of(options, collection))
-                )[0]
-                if not compression.is_refused(plan)
-            ]
-            if plans:
-                best = min(plans, key=lambda plan: plan.likely_error)
-                points.append(CurvePoint(ratio, _candidate(best)))
+        with Compression(collection, options, Path(scratch), progress) as compression:
+            for ratio in ratios:
+                nbytes = math.floor(collection.original_nbytes / ratio)
+                budget = Budget(nbytes, gate_of(options, collection))
+                plans = [
+                    plan
+                    for plan in compression.candidates.plans(budget)[0]
+                    if not compression.is_refused(plan)
+                ]
+                if plans:
+                    best = min(plans, key=lambda plan: plan.likely_error)
+                    points.append(CurvePoint(ratio, _candidate(best)))
         return points
 
 
@@ -158,12 +155,20 @@ class Compression:
             formats, options.num_components, limit, options.seed, options.calibration
         )
         self._bases = FittedBases(scratch / "fit")
-        self._executor = _executor(collection, options)
+        self._executor = Executor(options.executor, options.jobs)
         self.candidates = Candidates(
             collection, options, self._settings, self._bases, self._executor, self._progress
         )
         check_calibration(options.calibration, collection)
         self._encodings = 0
+
+    def __enter__(self) -> Compression:
+        """All passes within the block have the same processes."""
+        self._executor.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._executor.__exit__(*error)
 
     def budget(self) -> Budget:
         """What the options ask for."""
@@ -300,13 +305,6 @@ class Compression:
             allow_large_error=self._options.allow_large_error,
             tokenizers=self._options.tokenizers and not trial,
         )
-
-
-def _executor(collection: Collection, options: CompressOptions) -> Executor:
-    if options.executor != "auto":
-        return Executor(options.executor, options.jobs)
-    pays = options.jobs > 1 or collection.original_nbytes >= _PARALLEL_NBYTES
-    return Executor("processes" if pays else "serial", options.jobs)
 
 
 def _candidate(plan: Plan) -> Candidate:

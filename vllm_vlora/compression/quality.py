@@ -112,11 +112,11 @@ def compress_to_quality(
 
     def make(folder: Path, scratch: Path) -> CompressReport:
         collection = Collection(adapters)
-        compression = Compression(collection, options, scratch, progress, bounded=False)
-        limits, recovered = _QualitySearch(compression, scratch, judge, least).run()
-        kept = [task for task, limit in zip(collection.task_ids, limits.tolist()) if limit == 0]
-        chosen = compression.choose(Budget(limits=limits))
-        return compression.write(folder, chosen, base_model, recovered=recovered, kept=kept)
+        with Compression(collection, options, scratch, progress, bounded=False) as compression:
+            limits, recovered = _QualitySearch(compression, scratch, judge, least).run()
+            kept = [task for task, limit in zip(collection.task_ids, limits.tolist()) if limit == 0]
+            chosen = compression.choose(Budget(limits=limits))
+            return compression.write(folder, chosen, base_model, recovered=recovered, kept=kept)
 
     return publish_checkpoint(output, force, make, adapters, options)
 
@@ -147,20 +147,22 @@ def compress_judged(
 
     def make(folder: Path, scratch: Path) -> CompressReport:
         collection = Collection(adapters)
-        compression = Compression(collection, options, scratch, progress)
-        judged = []
-        for number, chosen in enumerate(compression.best_of_each()):
-            trial = scratch / f"trial{number}"
-            trial.mkdir()
-            compression.write(trial, chosen, base_model, trial=True)
-            judged.append((chosen, judge(trial)))
-            shutil.rmtree(trial)
-        best, recovered = max(judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error))
-        candidates = [
-            chosen.candidates[0]._replace(recovered=_mean(found)) for chosen, found in judged
-        ]
-        best = replace(best, candidates=candidates)
-        return compression.write(folder, best, base_model, recovered=recovered)
+        with Compression(collection, options, scratch, progress) as compression:
+            judged = []
+            for number, chosen in enumerate(compression.best_of_each()):
+                trial = scratch / f"trial{number}"
+                trial.mkdir()
+                compression.write(trial, chosen, base_model, trial=True)
+                judged.append((chosen, judge(trial)))
+                shutil.rmtree(trial)
+            best, recovered = max(
+                judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error)
+            )
+            candidates = [
+                chosen.candidates[0]._replace(recovered=_mean(found)) for chosen, found in judged
+            ]
+            best = replace(best, candidates=candidates)
+            return compression.write(folder, best, base_model, recovered=recovered)
 
     return publish_checkpoint(output, force, make, adapters, options)
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     Raises:
         CheckpointError: no such file, no JSON, or a field of another type.
     """
+    refuse_link_out(path, path.parent, CheckpointError)
     try:
         # Their statistics may hold Infinity, which json.dump writes and strict JSON forbids.
         return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), kind)
@@ -45,7 +47,9 @@ def inside(folder: Path, *parts: str) -> Path:
             raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
         if ".." in part.split("/"):
             raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
-    return folder.joinpath(*parts)
+    path = folder.joinpath(*parts)
+    refuse_link_out(path, folder, CheckpointError)
+    return path
 
 
 class TensorFile:
@@ -57,6 +61,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_link_out(path, path.parent, CheckpointError)
         try:
             self._file = safe_open(path, framework="pt")
         except FileNotFoundError:

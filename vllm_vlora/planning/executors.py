@@ -12,33 +12,43 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from vllm_vlora.errors import OptionError, VLoRAError
+from vllm_vlora.stopping import check_not_stopped
 
 EXECUTORS = ("auto", "serial", "processes", "ray")
+# What work a process must find for its start, mostly the import of torch, to pay.
+_SECONDS_A_PROCESS = 10.0
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Executor:
     """Runs a worker on jobs and yields the results in the order of the jobs.
+
+    As a context manager it keeps its processes from one run to the next: each imports torch, which
+    takes seconds. Without, every run has its own.
 
     Attributes:
         kind: ``serial`` in this process; ``processes`` in ``jobs`` processes of this machine; ``ray``
             on the cluster that ``RAY_ADDRESS`` names, whose nodes have this package and see the same
-            folders, or on a local one that is started and stopped; ``auto`` is processes where there
-            are several cores and several jobs.
-        jobs: processes, or Ray tasks in flight; 0 for one a core, or all that the cluster has.
+            folders, or on a local one that is started and stopped; ``auto`` is processes where more
+            than one is asked for, and otherwise begins here and goes on in processes once what is left
+            is seen to take longer than starting them.
+        jobs: processes, or Ray tasks in flight, at most; 0 for one a core, or all that the cluster has.
 
     Raises:
         OptionError: an unknown kind, a negative number, or Ray is not installed.
@@ -46,12 +56,22 @@ class Executor:
 
     kind: str = "serial"
     jobs: int = 0
+    _pool: _Pool | None = field(default=None, init=False, repr=False, compare=False)
+    _keeps: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in EXECUTORS:
             raise OptionError(f"unknown executor {self.kind!r}; use one of {', '.join(EXECUTORS)}")
         if self.jobs < 0:
             raise OptionError(f"jobs must be zero (one a core) or more, got {self.jobs}")
+
+    def __enter__(self) -> Executor:
+        self._keeps = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._keeps = False
+        self._close_pool()
 
     def run(self, worker: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
         """The worker's result for each job, in order.
@@ -66,8 +86,51 @@ class Executor:
             yield from _run_ray(worker, jobs, self.jobs)
         elif self.kind == "serial" or count < 2:
             yield from _run_here(worker, jobs)
+        elif self.kind == "auto" and self.jobs < 2:
+            yield from self._run_as_pays(worker, jobs, count)
         else:
-            yield from _run_processes(worker, jobs, count)
+            yield from self._run_in_processes(worker, jobs, count)
+
+    def _run_as_pays(
+        self, worker: Callable[[Job], Result], jobs: Sequence[Job], most: int
+    ) -> Iterator[Result]:
+        spent = 0.0
+        for done, job in enumerate(jobs):
+            left = len(jobs) - done
+            seconds = spent / done * left if done else 0.0
+            count = min(most, left, int(seconds / _SECONDS_A_PROCESS))
+            if self._pool is not None:
+                count = min(self._pool.count, left)
+            if count > 1:
+                yield from self._run_in_processes(worker, jobs[done:], count)
+                return
+            started = time.monotonic()
+            result = _call_here(worker, job)
+            spent += time.monotonic() - started
+            yield result
+
+    def _run_in_processes(
+        self, worker: Callable[[Job], Result], jobs: Sequence[Job], count: int
+    ) -> Iterator[Result]:
+        if self._pool is not None and self._pool.count < count:
+            self._close_pool()
+        if self._pool is None:
+            self._pool = _Pool(count)
+        try:
+            yield from self._pool.run(worker, jobs)
+        except BrokenProcessPool as error:
+            raise VLoRAError(
+                "a worker process died, most often because memory ran out: use fewer jobs, or executor "
+                "serial (a script that calls this needs `if __name__ == '__main__':` around it)"
+            ) from error
+        finally:
+            if not self._keeps or self._pool.pending:
+                self._close_pool()
+
+    def _close_pool(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
 
 def _cores() -> int:
@@ -76,9 +139,13 @@ def _cores() -> int:
 
 def _run_here(worker: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
     for job in jobs:
-        with _one_thread():
-            result = worker(job)
-        yield result
+        yield _call_here(worker, job)
+
+
+def _call_here(worker: Callable[[Job], Result], job: Job) -> Result:
+    check_not_stopped()
+    with _one_thread():
+        return worker(job)
 
 
 @contextmanager
@@ -105,6 +172,7 @@ def _in_flight(
     What was submitted and not yet waited for is in ``pending``, for whoever has to clean up.
     """
     for job in jobs:
+        check_not_stopped()
         pending.append(submit(job))
         if len(pending) > 2 * count:
             yield result(pending.popleft())
@@ -113,8 +181,6 @@ def _in_flight(
 
 
 # --- processes -----------------------------------------------------------------------------------
-
-_worker: Callable[[Any], Any] | None = None
 
 
 class _Children(SpawnContext):
@@ -133,35 +199,52 @@ class _Children(SpawnContext):
         return process
 
 
-def _run_processes(
-    worker: Callable[[Job], Result], jobs: Sequence[Job], count: int
-) -> Iterator[Result]:
-    children = _Children()
-    pool = ProcessPoolExecutor(count, children, _start_worker, (worker,))
-    pending: deque[Future[bytes]] = deque()
-    try:
+class _Pool:
+    """Processes that run one worker after another; each reads a worker from a file when it first gets a
+    job for it, as only a new process could be handed one.
+
+    Attributes:
+        count: how many there may be; each starts when there is a job and no idle one.
+        pending: what was submitted and not waited for.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.pending: deque[Future[bytes]] = deque()
+        self._children = _Children()
+        self._processes = ProcessPoolExecutor(count, self._children, _start_process)
+        self._workers = TemporaryDirectory(prefix="vllm-vlora-", ignore_cleanup_errors=True)
+        self._runs = 0
+
+    def run(self, worker: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+        self._runs += 1
+        path = Path(self._workers.name) / str(self._runs)
+        with path.open("wb") as file:
+            pickle.dump(worker, file, protocol=pickle.HIGHEST_PROTOCOL)
+        count = min(self.count, len(jobs))
         yield from _in_flight(
-            jobs, lambda job: pool.submit(_call_worker, job), _load, count, pending
+            jobs,
+            lambda job: self._processes.submit(_call_worker, str(path), job),
+            _load,
+            count,
+            self.pending,
         )
-    except BrokenProcessPool as error:
-        raise VLoRAError(
-            "a worker process died, most often because memory ran out: use fewer jobs, or executor "
-            "serial (a script that calls this needs `if __name__ == '__main__':` around it)"
-        ) from error
-    finally:
+        path.unlink()
+
+    def close(self) -> None:
+        """End the processes, at once if they have jobs that nobody waits for."""
         # After an error or an interrupt nobody wants what is still running, which may take minutes.
-        if pending:
-            for process in children.started:
+        if self.pending:
+            for process in self._children.started:
                 if process.is_alive():
                     process.terminate()
-        pool.shutdown(cancel_futures=True)
+        self._processes.shutdown(cancel_futures=True)
+        self._workers.cleanup()
 
 
-def _start_worker(worker: Callable[[Any], Any]) -> None:
+def _start_process() -> None:
     import torch
 
-    global _worker
-    _worker = worker
     torch.set_num_threads(1)
     # Ctrl-C goes to all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -176,11 +259,20 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _call_worker(job: Any) -> bytes:
+# The worker that this process had last, and its file.
+_worker: tuple[str, Callable[[Any], Any]] | None = None
+
+
+def _call_worker(path: str, job: Any) -> bytes:
+    global _worker
+    if _worker is None or _worker[0] != path:
+        # Two at once may be more than there is memory for.
+        _worker = None
+        with open(path, "rb") as file:
+            _worker = path, pickle.load(file)
     # Pickled here: the pool's own pickler would share tensors by file descriptors, of which a large
     # collection needs more than a process may open.
-    assert _worker is not None
-    return pickle.dumps(_worker(job), protocol=pickle.HIGHEST_PROTOCOL)
+    return pickle.dumps(_worker[1](job), protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _load(future: Future[bytes]) -> Any:

@@ -142,7 +142,8 @@ def survey_modules(
     affinity, flat = survey.affinity, dict(survey.flat)
     worker = Surveyor(survey.collection, settings)
     progress(stage, 0, len(jobs))
-    for done, (job, found) in enumerate(zip(jobs, executor.run(worker, jobs)), 1):
+    # The results first: zip ends with them, and no generator is left to be closed some time later.
+    for done, (found, job) in enumerate(zip(executor.run(worker, jobs), jobs), 1):
         module = survey.collection.modules[job.module]
         norms.update({(task, job.module): norm for task, norm in found.norms.items()})
         private.update({(task, job.module): curves for task, curves in found.private.items()})

@@ -1,0 +1,34 @@
+"""A signal that asks the program to end, kept in mind until it has.
+
+The handler raises KeyboardInterrupt, but an exception can get lost: raised while the garbage collector
+closes a generator it is only printed, and a library that was called back may make another of it. What
+takes long or publishes something therefore asks here before it goes on.
+"""
+
+from __future__ import annotations
+
+from types import FrameType
+
+_received: list[int] = []
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """A handler for ``signal.signal``: notes the signal and raises KeyboardInterrupt."""
+    _received.append(number)
+    raise KeyboardInterrupt
+
+
+def stopped_by(number: int) -> bool:
+    """Whether this signal has come."""
+    return number in _received
+
+
+def is_stopped() -> bool:
+    """Whether any signal has come that :func:`stop` handles."""
+    return bool(_received)
+
+
+def check_not_stopped() -> None:
+    """Raise KeyboardInterrupt, once more, if the program was asked to end."""
+    if _received:
+        raise KeyboardInterrupt
