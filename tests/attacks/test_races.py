@@ -213,6 +213,24 @@ def test_waiting_says_so_and_ends_in_time(
     assert State(Checkpoint.open(world.checkpoint).tasks) == State(OLD)
 
 
+def test_the_command_line_waits_and_says_so(world: World) -> None:
+    def command() -> None:
+        from vllm_vlora.tools.cli import app
+
+        try:
+            app(["remove", str(world.checkpoint), "task0", "--timeout", "0.3"])
+        except SystemExit as error:
+            os._exit(int(str(error.code)))
+
+    log = world.root / "log"
+    with locked(world.checkpoint.resolve()):
+        assert at_once([command], log) == [2]
+    waited, refused = log.read_text().splitlines()
+    assert waited.startswith("waiting for another run")
+    assert refused.startswith("Error: ")
+    assert "is being written by another run" in refused
+
+
 def test_a_dead_process_holds_nobody_up(world: World) -> None:
     def die() -> Any:
         with locked(world.checkpoint.resolve()):
