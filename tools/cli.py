@@ -235,19 +235,19 @@ def export(
         raise typer.BadParameter("name the tasks to export, or give --all", param_hint="TASK")
     with reported(verbose, timeout):
         from vllm_vlora.checkpoint.export import ConfigChanges, export_task
-        from vllm_vlora.checkpoint.reader import Checkpoint
+        from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
 
         targets = None if target_modules is None else tuple(target_modules.split(","))
         changes = ConfigChanges(alpha, base_model, targets)
-        opened = Checkpoint.open(checkpoint)
-        wanted = list(dict.fromkeys(tasks or opened.tasks))
-        if len(wanted) == 1 and not everything:
-            folders = {
-                wanted[0]: export_task(opened, wanted[0], output, force=force, changes=changes)
-            }
-        else:
-            folders = write_folders(opened, wanted, output, "export", force=force, changes=changes)
-        show_folders(folders, as_json)
+
+        def write(opened: Checkpoint) -> dict[str, Path]:
+            wanted = list(dict.fromkeys(tasks or opened.tasks))
+            if len(wanted) == 1 and not everything:
+                folder = export_task(opened, wanted[0], output, force=force, changes=changes)
+                return {wanted[0]: folder}
+            return write_folders(opened, wanted, output, "export", force=force, changes=changes)
+
+        show_folders(read_one_state(checkpoint, write), as_json)
 
 
 @app.command(rich_help_panel=_SERVE)

@@ -65,7 +65,7 @@ def reported(verbose: bool, timeout: float | None = None) -> Iterator[None]:
     try:
         with waiting_at_most(timeout):
             yield
-        check_not_stopped()
+            check_not_stopped()
     except KeyboardInterrupt as error:
         _exit_stopped(error, verbose)
     except Exception as error:

@@ -72,7 +72,6 @@ def publish_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(target):
         _check_replaceable(target, force, owned)
-        check_not_stopped()
         with _write_errors(target, target.parent):
             temporary, lock = _make_temporary(target)
         try:
@@ -86,6 +85,7 @@ def publish_folder(
             _check_replaceable(target, force, owned)
             if unchanged is not None:
                 unchanged()
+            check_not_stopped()
             with _write_errors(target, target.parent):
                 old = _move_into_place(temporary, target)
                 _fsync(target.parent)

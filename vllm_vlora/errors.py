@@ -37,6 +37,10 @@ class CheckpointVersionError(CheckpointError):
     """The checkpoint was written by a newer format than this version reads."""
 
 
+class CheckpointReplacedError(CheckpointError):
+    """Another run has put a new checkpoint in the place of one while it was read; begin again."""
+
+
 class TaskNotFoundError(CheckpointError, KeyError):
     """The checkpoint or the subspace holds no task of that name."""
 

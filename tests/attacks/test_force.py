@@ -270,3 +270,33 @@ def test_without_an_exchange_two_renames_do(
     assert at_once([run]) == [DONE]
     assert validate(world.checkpoint) == []
     assert os.listdir(world.place) == ["ckpt"]
+
+
+# --- basis files of other makes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "bases/deep/one", "tasks/x.safetensors"])
+def test_a_basis_file_of_any_name_survives_every_writer(world: World, name: str) -> None:
+    for writer in ("remove", "pull"):
+        world.refresh()
+        rename_basis(world.checkpoint, name)
+        assert validate(world.checkpoint) == []
+        other = world.root / "pulled"
+        pull_checkpoint(str(world.checkpoint), other, force=True)
+        assert everything(other) == {
+            file: data
+            for file, data in everything(world.checkpoint).items()
+            if file in own(world.checkpoint) or file == "LICENSE"
+        }
+        WRITERS[writer](world)()
+        assert validate(world.checkpoint) == [], writer
+        assert set(everything(world.checkpoint)) <= own(world.checkpoint) | {"LICENSE"}, writer
+
+
+def rename_basis(ckpt: Path, name: str) -> None:
+    config = json.loads((ckpt / CONFIG_FILE).read_bytes())
+    (basis,) = config["basis"]
+    (ckpt / name).parent.mkdir(parents=True, exist_ok=True)
+    (ckpt / basis["file"]).rename(ckpt / name)
+    basis["file"] = name
+    (ckpt / CONFIG_FILE).write_text(json.dumps(config))

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attack_children import DONE, REFUSED, at_once
+from attack_children import DONE, REFUSED, Child, at_once
 from attacking import scaled
 from edited_world import NEW, OLD, World
 
 from vllm_vlora import atomic
-from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.export import export_task
+from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
 from vllm_vlora.checkpoint.validation import validate
-from vllm_vlora.errors import OutputError
+from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, OutputError
 from vllm_vlora.locking import locked, waiting_at_most
 
 State = frozenset[str]
@@ -128,6 +129,63 @@ def test_four_writers_at_once(world: World, tally: Callable[[str, int], None]) -
     tally("four writers at once", count * len(sets))
 
 
+# --- readers --------------------------------------------------------------------------------------
+
+
+def read_while_publishing(world: World, seconds: float) -> dict[str, int]:
+    """Readers beside a run that publishes without a pause; what they read, by kind."""
+    world.refresh()
+    end = time.monotonic() + seconds
+    counts = {"open": 0, "validate": 0, "export": 0}
+
+    def publish() -> None:
+        while time.monotonic() < end:
+            world.pull()()
+            world.compress()()
+
+    log = world.root / "log"
+    publisher = Child(publish, log)
+    while time.monotonic() < end:
+        assert State(Checkpoint.open(world.checkpoint).tasks) in (State(OLD), State(NEW))
+        assert validate(world.checkpoint) == []
+        read_one_state(world.checkpoint, lambda opened: export_first(opened, world))
+        for kind in counts:
+            counts[kind] += 1
+    assert publisher.wait() == DONE, log.read_text()
+    return counts
+
+
+def export_first(opened: Checkpoint, world: World) -> Path:
+    return export_task(opened, next(iter(opened.tasks)), world.root / "exported", force=True)
+
+
+def test_readers_begin_again_on_the_new_state(world: World) -> None:
+    assert read_while_publishing(world, 3.0)["validate"] > 0
+
+
+@pytest.mark.attacks_long
+def test_readers_beside_publications(world: World, tally: Callable[[str, int], None]) -> None:
+    tally("readers beside publications", sum(read_while_publishing(world, scaled(60)).values()))
+
+
+def test_a_reader_is_told_of_a_replacement(world: World) -> None:
+    opened = Checkpoint.open(world.checkpoint)
+    world.pull()()
+    with pytest.raises(CheckpointReplacedError, match=r"was replaced .* run this again"):
+        opened.load_task("task0")
+    with pytest.raises(CheckpointReplacedError, match="was replaced"):
+        dict(opened.bases())
+
+
+def test_damage_is_not_taken_for_a_replacement(world: World) -> None:
+    (world.checkpoint / "tasks" / "task0.safetensors").write_bytes(b"")
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="copy the checkpoint again"):
+        read_one_state(world.checkpoint, lambda opened: opened.load_task("task0"))
+    assert len(validate(world.checkpoint)) == 1
+    assert time.monotonic() - began < 5
+
+
 # --- waiting --------------------------------------------------------------------------------------
 
 
@@ -153,6 +211,24 @@ def test_waiting_says_so_and_ends_in_time(
         assert "--timeout" in said
     assert os.listdir(world.place) == ["ckpt"]
     assert State(Checkpoint.open(world.checkpoint).tasks) == State(OLD)
+
+
+def test_the_command_line_waits_and_says_so(world: World) -> None:
+    def command() -> None:
+        from vllm_vlora.tools.cli import app
+
+        try:
+            app(["remove", str(world.checkpoint), "task0", "--timeout", "0.3"])
+        except SystemExit as error:
+            os._exit(int(str(error.code)))
+
+    log = world.root / "log"
+    with locked(world.checkpoint.resolve()):
+        assert at_once([command], log) == [2]
+    waited, refused = log.read_text().splitlines()
+    assert waited.startswith("waiting for another run")
+    assert refused.startswith("Error: ")
+    assert "is being written by another run" in refused
 
 
 def test_a_dead_process_holds_nobody_up(world: World) -> None:

@@ -38,7 +38,7 @@ from vllm_vlora.adapters.peft_targets import full_targets, selects_all
 from vllm_vlora.atomic import check_apart, exists_error
 from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
-from vllm_vlora.errors import CheckpointError, OptionError, OutputError
+from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, OptionError, OutputError
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, StoredModule
@@ -169,7 +169,15 @@ def export_all(
             _check_absent(folder)
     bases = checkpoint.shared_by(folders)
     for done, (task_id, folder) in enumerate(folders.items(), 1):
-        _export(checkpoint, task_id, bases, folder, force, dtype, changes)
+        try:
+            _export(checkpoint, task_id, bases, folder, force, dtype, changes)
+        except CheckpointReplacedError as error:
+            if done == 1:
+                raise
+            # Adapters of two states do not belong together.
+            raise OutputError(
+                f"{error} with --force: {done - 1} of {len(folders)} tasks were written"
+            ) from error
         if progress is not None:
             progress(task_id, done, len(folders))
     return folders

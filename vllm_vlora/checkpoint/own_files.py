@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.manifest import (
@@ -15,9 +14,9 @@ from vllm_vlora.checkpoint.manifest import (
     CONFIG_FILE,
     TASKS_FILE,
     TASKS_FOLDER,
+    hash_file,
     is_checkpoint,
     read_config,
-    read_tasks,
 )
 from vllm_vlora.errors import CheckpointError
 
@@ -27,6 +26,7 @@ _NAMES = re.compile(
     rf"basis(-\d{{5}}-of-\d{{5}})?\.safetensors|{TASKS_FOLDER}/[^/]+\.safetensors"
     rf"|{ATTACHMENTS_FOLDER}/[0-9a-f]{{64}}"
 )
+_FILE = re.compile(rb'"file"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 def checkpoint_files(path: Path) -> set[str] | None:
@@ -38,11 +38,9 @@ def checkpoint_files(path: Path) -> set[str] | None:
         return None
     own = {CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, CARD_FILE}
     for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE):
-        with suppress(OSError, ValueError, RecursionError):
-            own.update(_named(json.loads((path / name).read_bytes())))
-    try:
-        read_tasks(path, read_config(path))
-    except CheckpointError:
+        with suppress(OSError):
+            own.update(_named((path / name).read_bytes()))
+    if not _is_sound(path):
         own.update(_known_names(path))
     own_there = any((path / name).is_file() for name in own - {CONFIG_FILE, CARD_FILE})
     if not own_there and any(entry.name not in own for entry in path.iterdir()):
@@ -50,15 +48,20 @@ def checkpoint_files(path: Path) -> set[str] | None:
     return own
 
 
-def _named(data: Any) -> Iterator[str]:
-    """The value of every key "file"."""
-    if isinstance(data, dict):
-        if isinstance(data.get("file"), str):
-            yield data["file"]
-        data = list(data.values())
-    if isinstance(data, list):
-        for value in data:
-            yield from _named(value)
+def _named(data: bytes) -> Iterator[str]:
+    """What "file" says, wherever it stands; a large manifest is not decoded for it."""
+    for text in _FILE.findall(data):
+        with suppress(ValueError):
+            yield json.loads(text)
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether what names the files is as it was written."""
+    try:
+        ref = read_config(path).tasks
+        return hash_file(path / ref.file) == (ref.sha256, ref.nbytes)
+    except (OSError, CheckpointError):
+        return False
 
 
 def _known_names(path: Path) -> Iterator[str]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -36,7 +36,7 @@ from vllm_vlora.checkpoint.manifest import (
     read_config,
     read_tasks,
 )
-from vllm_vlora.errors import CheckpointError, TaskNotFoundError
+from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, TaskNotFoundError
 from vllm_vlora.narrow_rows import NARROW_FORMAT, Bits, NarrowCodes, NarrowMatrix, Planes, planes_of
 from vllm_vlora.quantize import (
     NF4_BLOCK,
@@ -52,6 +52,10 @@ from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.tensor_files import DamagedFileError, read_tensors
 from vllm_vlora.wording import some_of
+
+_Read = TypeVar("_Read")
+# How often a reader begins again when publications follow each other without a pause.
+_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, config: Config, tasks: dict[str, TaskRecord]) -> None:
         self.path = path
+        self._state = _state_of(path)
         self.config = config
         self.tasks = tasks
         # Names the content of all bases; resident bases are kept under it.
@@ -95,9 +100,13 @@ class Checkpoint:
     def open(cls, ref: str | Path) -> Checkpoint:
         """Open a folder or a Hub id (``org/name`` or ``org/name@revision``)."""
         path = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
-        config = read_config(path)
-        tasks = read_tasks(path, config)
+        config, tasks = _read_manifest(path)
         return cls(path, config, tasks)
+
+    @property
+    def was_replaced(self) -> bool:
+        """Whether another folder has taken the place of the one that was opened."""
+        return _state_of(self.path) != self._state
 
     @property
     def base_model(self) -> str | None:
@@ -196,7 +205,7 @@ class Checkpoint:
         """
         record = self.record(task_id)
         path = self.path / record.file
-        tensors = _load_checked(path, FileRef(record.file, record.sha256, record.nbytes))
+        tensors = self._load(FileRef(record.file, record.sha256, record.nbytes))
         expected = task_tensor_sizes(record.segments, self.modules)
         flat = {name: tensors.pop(name, None) for name in expected}
         for name, (dtype, size) in expected.items():
@@ -248,7 +257,7 @@ class Checkpoint:
         wanted = {m.name: m for m in self.modules if m.basis is not None or m.flat is not None}
         held: dict[str, torch.Tensor] = {}
         for ref in self.config.basis:
-            held.update(_load_checked(self.path / ref.file, ref))
+            held.update(self._load(ref))
             for name in list(wanted):
                 tensors = list(basis_tensors(wanted[name]))
                 if all(tensor_name in held for tensor_name, _, _ in tensors):
@@ -265,6 +274,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: no basis for module {next(iter(wanted))}")
         if held:
             raise CheckpointError(f"{self.path}: unexpected basis tensor {next(iter(held))!r}")
+
+    def _load(self, ref: FileRef) -> dict[str, torch.Tensor]:
+        try:
+            return _load_checked(self.path / ref.file, ref)
+        except CheckpointError as error:
+            if not self.was_replaced:
+                raise
+            raise CheckpointReplacedError(
+                f"{self.path} was replaced by another run while it was read; run this again"
+            ) from error
 
     def _split(
         self, record: TaskRecord, flat: Mapping[str, torch.Tensor], narrow: bool
@@ -298,6 +317,45 @@ class Checkpoint:
             )
         codes.place()
         return modules
+
+
+def read_one_state(ref: str | Path, read: Callable[[Checkpoint], _Read]) -> _Read:
+    """What ``read`` makes of a checkpoint, begun anew on the new one where it is replaced meanwhile.
+
+    Raises:
+        What ``read`` raises; CheckpointError after many replacements too.
+    """
+    for _ in range(_TRIES - 1):
+        opened = Checkpoint.open(ref)
+        try:
+            return read(opened)
+        except CheckpointError:
+            if not opened.was_replaced:
+                raise
+    return read(Checkpoint.open(ref))
+
+
+def _read_manifest(path: Path) -> tuple[Config, dict[str, TaskRecord]]:
+    """Both files of one state: when they do not fit as the folder was replaced in between, again."""
+    for _ in range(_TRIES - 1):
+        before = _state_of(path)
+        try:
+            config = read_config(path)
+            return config, read_tasks(path, config)
+        except CheckpointError:
+            if _state_of(path) == before:
+                raise
+    config = read_config(path)
+    return config, read_tasks(path, config)
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """What changes when another folder is renamed to ``path``; the number alone may come again."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def _put_narrow(

@@ -6,10 +6,14 @@ Task files are copied with their digests checked. Basis files are too, unless ba
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from vllm_vlora.atomic import (
     carry_over,
@@ -28,7 +32,7 @@ from vllm_vlora.checkpoint.manifest import (
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport, report_contents
-from vllm_vlora.checkpoint.writer import CheckpointWriter
+from vllm_vlora.checkpoint.writer import CheckpointWriter, basis_file
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import open_regular
@@ -36,6 +40,7 @@ from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
 
 _CHUNK = 1 << 22
+_BASIS_NAME = re.compile(r"basis[\w.-]*\.safetensors", re.ASCII)
 
 
 @contextmanager
@@ -109,20 +114,28 @@ class Successor(CheckpointWriter):
     def keep_bases(self) -> None:
         """Take over the modules and the basis files of the old checkpoint as they are.
 
+        Their names too, unless they are such as would be in the way of other files (``README.md``, or in
+        a sub-folder), which no checkpoint of this package has.
+
         Raises:
             CheckpointError: a basis file is damaged.
         """
         for spec in self._old.modules:
             self._index[spec.name] = len(self.modules)
             self.modules.append(spec)
-        for ref in self._old.config.basis:
+        old = self._old.config.basis
+        names = [ref.file for ref in old]
+        if len(set(names)) < len(names) or not all(_BASIS_NAME.fullmatch(name) for name in names):
+            names = [basis_file(number, len(old)) for number in range(1, len(old) + 1)]
+        for ref, name in zip(old, names):
             refuse_link_out(self._old.path / ref.file, self._old.path, CheckpointError)
-            _copy_checked(self._old.path / ref.file, self.folder / ref.file, ref)
+            _copy_checked(self._old.path / ref.file, self.folder / name, ref)
         index = self._old.path / BASIS_INDEX_FILE
         if index.exists():
             refuse_link_out(index, self._old.path, CheckpointError)
-            shutil.copyfile(index, self.folder / BASIS_INDEX_FILE)
-        self._kept = list(self._old.config.basis)
+            renamed = {ref.file: name for ref, name in zip(old, names)}
+            (self.folder / BASIS_INDEX_FILE).write_bytes(_renamed_index(index, renamed))
+        self._kept = [replace(ref, file=name) for ref, name in zip(old, names)]
 
     def write_bases(self, grow: Callable[[str, Basis], Basis]) -> None:
         """Write the modules of the old checkpoint, each with what ``grow`` makes of its basis.
@@ -142,6 +155,19 @@ class Successor(CheckpointWriter):
 
     def _finish_basis(self) -> list[FileRef]:
         return super()._finish_basis() if self._kept is None else self._kept
+
+
+def _renamed_index(path: Path, renamed: Mapping[str, str]) -> bytes:
+    """A shard index with other names of its files; byte for byte where they are the same."""
+    data = path.read_bytes()
+    if all(old == new for old, new in renamed.items()):
+        return data
+    try:
+        index = json.loads(data)
+        weight_map = {name: renamed[file] for name, file in index["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a shard index; compress again") from error
+    return json.dumps({**index, "weight_map": weight_map}, indent=2).encode()
 
 
 def _shared_by_module(

@@ -10,8 +10,8 @@ import torch
 from vllm_vlora.adapters.peft_config import GATHER
 from vllm_vlora.checkpoint.attachments import Attached, read_attached
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
-from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import CheckpointError, CheckpointVersionError
+from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
+from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, CheckpointVersionError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import PackedMatrix, unpack
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
@@ -55,19 +55,27 @@ def validate(
     """
     path = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
     try:
-        checkpoint = Checkpoint.open(path)
+        return read_one_state(path, lambda opened: _problems_of(opened, progress))
     except CheckpointVersionError:
         raise
     except CheckpointError as error:
         if not (path / CONFIG_FILE).exists():
             raise
         return [str(error)]
+
+
+def _problems_of(
+    checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None
+) -> list[str]:
+    """Raises CheckpointReplacedError where the problems are those of two states read as one."""
     problems: list[str] = []
     total = len(checkpoint.tasks) + 1
     for done, (what, found) in enumerate(_inspect(checkpoint), 1):
         problems += found
         if progress is not None:
             progress(what, done, total)
+    if problems and checkpoint.was_replaced:
+        raise CheckpointReplacedError(f"{checkpoint.path} was replaced again and again; try later")
     return problems
 
 

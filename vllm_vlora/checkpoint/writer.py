@@ -221,9 +221,7 @@ class CheckpointWriter:
             self._flush_shard()
         count, refs, weight_map = len(self._shards), [], {}
         for number, (path, names) in enumerate(self._shards, 1):
-            final = "basis.safetensors"
-            if count > 1:
-                final = f"basis-{number:05d}-of-{count:05d}.safetensors"
+            final = basis_file(number, count)
             path.rename(self.folder / final)
             digest, size = hash_file(self.folder / final)
             refs.append(FileRef(final, digest, size))
@@ -241,6 +239,11 @@ class CheckpointWriter:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
         return FileRef(name, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def basis_file(number: int, count: int) -> str:
+    """The name of a basis file, counted from 1."""
+    return "basis.safetensors" if count == 1 else f"basis-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _grown_rows(
