@@ -510,7 +510,7 @@ def test_a_segment_that_contradicts_is_named(
     [
         ({"rank": 0}, ["module q", "flat basis"]),
         ({"k_in": 0}, ["module q", "flat basis"]),
-        ({"k_out": -1}, ["module q", "flat basis"]),
+        ({"k_out": -1}, ["flat.k_out"]),
         ({"format": "fp4"}, ["module q", "flat basis"]),
         ({"k_out": K_OUT + 1}, ["q.flatU.values", "expected"]),
         ({"rank": "3"}, ["rank"]),

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import safetensors
-import safetensors.torch
 import torch
 
 from vllm_vlora.checkpoint.attachments import Attached, read_attachments
@@ -52,6 +50,7 @@ from vllm_vlora.representations.registry import segment_sides, shared_of
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
+from vllm_vlora.tensor_files import DamagedFileError, read_tensors
 from vllm_vlora.wording import some_of
 
 
@@ -377,8 +376,8 @@ def _widened(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def _load_checked(path: Path, ref: FileRef) -> dict[str, torch.Tensor]:
     data = read_checked(path, ref)
     try:
-        return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        return read_tensors(data)
+    except DamagedFileError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -15,8 +14,11 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import PackedMatrix, unpack
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.representations.stored import Basis, FlatBasis
 from vllm_vlora.snapshots import resolve_snapshot
+from vllm_vlora.strict_json import JSONError, decode
+from vllm_vlora.tensor_files import ShardIndex
 
 # Ranges (start, stop) of rows, by module and side of its basis.
 _Ranges = Mapping[tuple[str, str], Collection[tuple[int, int]]]
@@ -161,11 +163,11 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
     path = checkpoint.path / BASIS_INDEX_FILE
     try:
         refuse_link_out(path, checkpoint.path, CheckpointError)
-        named = set(json.loads(path.read_bytes())["weight_map"].values())
+        named = set(decode(read_regular(path, JSON_BYTES), ShardIndex).weight_map.values())
     except CheckpointError as error:
         return [str(error)]
     except OSError as error:
         return [f"{path}: {error.strerror}"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except JSONError:
         return [f"{path}: not a shard index; compress again"]
     return [] if named == shards else [f"{path}: names other files than {CONFIG_FILE} lists"]
