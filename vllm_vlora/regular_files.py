@@ -50,8 +50,7 @@ def read_regular(path: str | Path, most: int) -> bytes:
     """
     with open_regular(path) as file:
         size = size_of(file)
-        # Of files that the kernel makes up, in /proc, the size says nothing.
-        data = file.read(most + 1) if size <= most else b""
-    if size > most or len(data) > most:
-        raise OSError(errno.EFBIG, f"larger than the {most} bytes that it may have", str(path))
-    return data
+        if size > most:
+            raise OSError(errno.EFBIG, f"larger than the {most} bytes that it may have", str(path))
+        # What is written to it meanwhile is left out, so that no more is held than was allowed.
+        return file.read(size)

@@ -118,6 +118,8 @@ def split_experts(
 def _fused_parameters(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The last parts of the adapted parameters, from the inner of PEFT's wrappers to the outer."""
     named = config.get("target_parameters") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise AdapterError(f"{where}: target_parameters is {named!r:.200}, no list of names")
     leaves = {name.rsplit(".", 1)[-1] for name in named}
     other = [n for n in named if n.split(".")[-2:-1] not in ([], ["experts"])]
     if not leaves or not leaves <= {GATE_UP, DOWN} or other:

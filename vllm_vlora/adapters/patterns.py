@@ -115,7 +115,8 @@ class _Walk:
             _, added, taken, tree = argument
             return self.ends(tree, starts, _known(flags | added) & ~taken)
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeated(*argument, starts, flags)
+            least, most, tree = argument
+            return self._repeated(int(least), int(most), tree, starts, flags)
         if op == "AT":
             return {place for place in starts if self._at(str(argument), place)}
         if op in ("ASSERT", "ASSERT_NOT"):
@@ -125,14 +126,14 @@ class _Walk:
         raise PatternError(f"it has {op.lower()}, which is not supported here")
 
     def _repeated(self, least: int, most: int, tree: Any, starts: set[int], flags: int) -> set[int]:
-        for _ in range(int(least)):
+        for _ in range(least):
             further = self.ends(tree, starts, flags)
             # Places only grow, so that after at most a text's length nothing changes any more.
             if further == starts:
                 break
             starts = further
         reached = new = starts
-        for _ in range(int(most) - int(least)):
+        for _ in range(most - least):
             new = self.ends(tree, new, flags) - reached
             if not new:
                 break
@@ -179,9 +180,9 @@ def _single(op: str, argument: Any, flags: int) -> Callable[[str], bool]:
     negated = op == "NOT_LITERAL" or items[0][0] == "NEGATE"
 
     def fits(character: str) -> bool:
-        forms = (character,)
+        forms = {character}
         if flags & re.IGNORECASE:
-            forms = (character, character.lower(), character.upper())
+            forms |= {character.lower(), character.upper()}
         return any(_among(items, form) for form in forms) != negated
 
     return fits

@@ -224,15 +224,14 @@ def read_checked(path: Path, ref: FileRef) -> bytes:
     try:
         with open_regular(path) as stream:
             size = size_of(stream)
-            data = stream.read(ref.nbytes + 1) if size == ref.nbytes else b""
+            data = stream.read(size) if size == ref.nbytes else b""
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if size != ref.nbytes or len(data) != size:
         raise CheckpointError(
-            f"{path}: {max(size, len(data))} bytes, the manifest says {ref.nbytes}; copy the "
-            "checkpoint again"
+            f"{path}: {size} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
         )
     if hashlib.sha256(data).hexdigest() != ref.sha256:
         raise CheckpointError(
@@ -308,7 +307,13 @@ def _check_segments(
 
 def _check_inside(file: Path, name: str) -> None:
     parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
+    if (
+        not parts
+        or Path(name).is_absolute()
+        or ".." in parts
+        or "\\" in name
+        or not name.isprintable()
+    ):
         raise CheckpointError(f"{file}: path {name!r} leaves the checkpoint")
 
 

@@ -44,7 +44,7 @@ def inside(folder: Path, *parts: str) -> Path:
         CheckpointError: it would leave the folder.
     """
     for part in parts:
-        if not part or part.startswith("/") or "\\" in part or "\0" in part:
+        if not part or part.startswith("/") or "\\" in part or not part.isprintable():
             raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
         if ".." in part.split("/"):
             raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
