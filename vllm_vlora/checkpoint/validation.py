@@ -11,6 +11,7 @@ import torch
 from vllm_vlora.adapters.peft_config import GATHER
 from vllm_vlora.checkpoint.attachments import Attached, read_attached
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
+from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError
 from vllm_vlora.quantize import PackedMatrix, unpack
@@ -39,7 +40,7 @@ def validate(
     means that the checkpoint is sound.
 
     Args:
-        ref: a folder or a Hub id.
+        ref: a folder or a Hub id; a content that it does not have (``@sha256:...``) is a problem.
         progress: called with (what was read, files done, all files).
 
     Raises:
@@ -50,9 +51,10 @@ def validate(
         >>> validate(checkpoint)
         []
     """
-    path = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    where, wanted = split_pin(ref)
+    path = resolve_snapshot(where, what="checkpoint", error=CheckpointError)
     try:
-        checkpoint = Checkpoint.open(path)
+        checkpoint = Checkpoint.open(pinned(path, wanted))
     except CheckpointVersionError:
         raise
     except CheckpointError as error:
