@@ -168,7 +168,15 @@ def validate(
 
         with progress_bar() as advance:
             problems = run(checkpoint, progress=lambda _, done, all_: advance("read", done, all_))
-        data = {"checkpoint": checkpoint, "sound": not problems, "problems": problems}
+        from vllm_vlora.checkpoint.reader import Checkpoint
+
+        content = None if problems else f"sha256:{Checkpoint.open(checkpoint).content_digest}"
+        data = {
+            "checkpoint": checkpoint,
+            "sound": not problems,
+            "content": content,
+            "problems": problems,
+        }
         print_result(data, _print_problems, as_json)
         if problems:
             raise typer.Exit(EXIT_CHECK_FAILED)
@@ -179,7 +187,9 @@ def _print_problems(console: Console, data: dict[str, Any]) -> None:
 
     for problem in data["problems"]:
         line(console, problem)
-    found = "sound" if data["sound"] else count_of(len(data["problems"]), "problem")
+    found = (
+        f"sound, {data['content']}" if data["sound"] else count_of(len(data["problems"]), "problem")
+    )
     line(console, f"{data['checkpoint']}: {found}", style="bold")
 
 

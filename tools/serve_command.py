@@ -71,6 +71,8 @@ def serve(
 
     vllm-vlora serve --base models/llama org/my-tasks --tensor-parallel-size 4
 
+    vllm-vlora serve org/my-tasks@main@sha256:DIGEST   (what `info` shows)
+
     vllm-vlora serve my-tasks --dry-run
 
     vllm-vlora serve my-tasks -- --help
@@ -80,6 +82,7 @@ def serve(
         typer.echo(context.get_help())
         return
     with reported(verbose):
+        from vllm_vlora.checkpoint.pinning import absolute_ref
         from vllm_vlora.checkpoint.reader import Checkpoint
         from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE, shell_line
         from vllm_vlora.plugin.memory import refuse_unserved
@@ -87,7 +90,7 @@ def serve(
         opened = Checkpoint.open(checkpoint)
         refuse_unserved(opened)
         _check_plugins(os.environ)
-        where = _absolute(checkpoint)
+        where = absolute_ref(checkpoint)
         arguments = ["serve", _model(opened, base), *_missing_options(opened, passed), *passed]
         if dry_run or any(word in _SHOW_ONLY for word in ours):
             typer.echo(shell_line(where, ["vllm", *arguments]))
@@ -108,11 +111,6 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     flags = {*_SHOW_ONLY, "--help", "-h"}
     ours = [word for word in words[:cut] if word in flags]
     return ours, [word for word in words[:cut] if word not in flags] + list(words[cut + 1 :])
-
-
-def _absolute(checkpoint: str) -> str:
-    folder = Path(checkpoint).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else checkpoint
 
 
 def _model(checkpoint: Checkpoint, base: str | None) -> str:

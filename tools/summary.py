@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -13,6 +12,7 @@ from rich.text import Text
 from vllm_vlora.checkpoint.attachments import attached_nbytes
 from vllm_vlora.checkpoint.card import format_bytes, format_ratio
 from vllm_vlora.checkpoint.losses import Losses, describe_losses, is_noted, is_worthless
+from vllm_vlora.checkpoint.pinning import absolute_ref
 from vllm_vlora.checkpoint.report import extra_nbytes
 from vllm_vlora.checkpoint.serving import remove_line, serve_command, serving_rank
 from vllm_vlora.plugin.memory import serving_obstacles
@@ -31,11 +31,12 @@ _NAMED_TASKS = 10
 
 def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
     """Everything ``info`` shows, as JSON data; sizes in bytes, errors relative (Frobenius)."""
-    where = str(Path(ref).expanduser().absolute()) if Path(ref).expanduser().is_dir() else ref
+    where = absolute_ref(ref)
     tasks = [_summarize_task(checkpoint, task_id) for task_id in checkpoint.tasks]
     errors = [task["error"] for task in tasks]
     return {
         "checkpoint": where,
+        "content": f"sha256:{checkpoint.content_digest}",
         "format_version": checkpoint.config.format_version,
         "created_by": checkpoint.config.created_by,
         "base_model": checkpoint.base_model,
@@ -292,6 +293,7 @@ def print_left_behind(console: Console, tasks: Sequence[str]) -> None:
 def print_overview(console: Console, summary: dict[str, Any]) -> None:
     """Where the checkpoint is, what it is for and how large it is."""
     line(console, f"Checkpoint     {summary['checkpoint']}")
+    line(console, f"Content        {summary['content']}")
     line(console, f"Base model     {summary['base_model'] or 'not recorded'}")
     line(
         console,

@@ -98,6 +98,29 @@ def cached_snapshot(folder: Path) -> Path | None:
     return snapshots[0] if len(snapshots) == 1 else None
 
 
+def fixed_ref(ref: str | Path, snapshot: Path) -> str:
+    """The reference that names what ``ref`` was resolved to, whatever its branch becomes.
+
+    Args:
+        snapshot: the folder that ``resolve_snapshot`` found. A Hub id gets its commit for a revision, a
+            repository's folder in the Hub's cache becomes its snapshot, other folders stay as they are.
+    """
+    path = _existing_folder(ref)
+    if path is not None:
+        return str(ref) if path == snapshot else str(snapshot)
+    match = _hub_id(ref)
+    commit = next((p.name for p in (snapshot, *snapshot.parents) if _is_commit(p)), None)
+    if match is None or commit is None:
+        return str(ref)
+    return f"{match['repo']}{match['inner']}@{commit}"
+
+
+def _is_commit(folder: Path) -> bool:
+    return (
+        folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) is not None
+    )
+
+
 def _hub_id(ref: str | Path) -> re.Match[str] | None:
     """The parts of a Hub id. A path below a folder that is there is a path, however it goes on."""
     match = _HUB_ID.fullmatch(str(ref))

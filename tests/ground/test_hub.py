@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 
 from vllm_vlora.errors import AdapterError, CheckpointError
-from vllm_vlora.snapshots import ref_name, resolve_snapshot
+from vllm_vlora.snapshots import fixed_ref, ref_name, resolve_snapshot
 
 COMMIT = "1" * 40
 FILES = {"adapter_config.json": b'{"r": 8}', "weights.bin": b"not wanted"}
@@ -247,3 +247,28 @@ def test_a_full_cache_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(AdapterError, match="HF_HOME"):
         resolve_snapshot("org/name", what="adapter", error=AdapterError)
+
+
+@pytest.mark.parametrize(
+    ("ref", "fixed"),
+    [
+        ("org/name", f"org/name@{COMMIT}"),
+        ("org/name@main", f"org/name@{COMMIT}"),
+        (f"org/name@{COMMIT}", f"org/name@{COMMIT}"),
+        ("org/name/inner/folder@v1", f"org/name/inner/folder@{COMMIT}"),
+        ("/nowhere", "/nowhere"),
+    ],
+)
+def test_a_branch_is_fixed_at_the_commit_that_it_was_resolved_to(ref: str, fixed: str) -> None:
+    inner = ref.partition("@")[0].removeprefix("org/name").lstrip("/")
+    snapshot = Path("/cache/models--org--name/snapshots", COMMIT, inner)
+    assert fixed_ref(ref, snapshot) == fixed
+
+
+def test_a_folder_is_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpt").mkdir()
+    assert fixed_ref("ckpt", tmp_path / "ckpt") == "ckpt"
+    snapshot = tmp_path / "models--org--name" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    assert fixed_ref("models--org--name", snapshot) == str(snapshot)

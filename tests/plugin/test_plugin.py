@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import os
 import shutil
 import sys
 from argparse import Namespace
@@ -33,7 +34,7 @@ from vllm_vlora.representations.stored import Basis
 def _checkpoint(folder: Path, seed: int = 0, tasks: int = 3) -> Checkpoint:
     """A joint module ``up`` (96 x 64) and a private module ``down`` (64 x 96)."""
     generator = torch.Generator().manual_seed(seed)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     writer = CheckpointWriter(folder, None)
     u = torch.linalg.qr(torch.randn(96, 12, generator=generator))[0].T.contiguous()
     v = torch.linalg.qr(torch.randn(64, 12, generator=generator))[0].T.contiguous()
@@ -304,6 +305,44 @@ def test_a_checkpoint_that_does_not_exist_stops_the_start(
     monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="nowhere"):
         register()
+
+
+def test_the_processes_that_are_started_read_the_commit_that_the_first_one_found(
+    patchable: tuple[Callable[[], dict], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from vllm_vlora.plugin import register
+
+    commit, moved = "1" * 40, "2" * 40
+    repository = tmp_path / "models--org--name"
+    folder = _checkpoint(repository / "snapshots" / commit / "inner").path
+    branch = {"main": commit, None: commit}
+
+    def download(repo: str, *, revision: str | None, **_: object) -> str:
+        assert repo == "org/name"
+        return str(repository / "snapshots" / branch.get(revision, str(revision)))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    digest = Checkpoint.open(folder).content_digest
+    for ref in ("org/name/inner", "org/name/inner@main"):
+        for pin in ("", f"@sha256:{digest}"):
+            monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", ref + pin)
+            register()
+            fixed = f"org/name/inner@{commit}{pin}"
+            assert os.environ["VLLM_VLORA_CHECKPOINT"] == fixed
+            branch |= {"main": moved, None: moved}
+            register()
+            assert os.environ["VLLM_VLORA_CHECKPOINT"] == fixed
+            branch |= {"main": commit, None: commit}
+    monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", f"{folder}@sha256:{'0' * 64}")
+    with pytest.raises(CheckpointError, match="its content is"):
+        register()
+    # The Hub's cache has a folder whose main branch moves as well.
+    _checkpoint(tmp_path / "models--org--other" / "snapshots" / commit)
+    monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", str(tmp_path / "models--org--other"))
+    register()
+    assert os.environ["VLLM_VLORA_CHECKPOINT"].endswith(f"/models--org--other/snapshots/{commit}")
 
 
 class _Client:

@@ -10,6 +10,8 @@ import torch
 from plugin_world import STORED, TASKS, Store, build, make_path
 
 from vllm_vlora import snapshots
+from vllm_vlora.checkpoint.pinning import pinned
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.representations.decode import decode
@@ -197,3 +199,16 @@ def test_what_was_there_at_the_start_is_told_from_what_came_later(tmp_path: Path
     assert store.preloaded() == [
         (task, str(task_path(checkpoint, task))) for task in checkpoint.tasks
     ]
+
+
+def test_no_other_content_is_loaded_than_the_one_asked_for(tmp_path: Path) -> None:
+    checkpoint, other = build(tmp_path / "ckpt"), build(tmp_path / "other", seed=1)
+    store = Store().store
+    with pytest.raises(CheckpointError, match="its content is"):
+        store.preload(pinned(checkpoint.path, other.content_digest))
+    store = Store().store
+    store.preload(pinned(checkpoint.path, checkpoint.content_digest))
+    with pytest.raises(CheckpointError, match="its content is"):
+        store.task(task_path(other, "one"))
+    checkpoint.path.rename(tmp_path / "copy")
+    assert store.task(task_path(Checkpoint.open(tmp_path / "copy"), "one")).task_id == "one"

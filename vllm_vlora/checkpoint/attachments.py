@@ -78,6 +78,12 @@ def read_attached(checkpoint: Path, files: Attached) -> dict[str, bytes]:
     return {name: read_checked(checkpoint / ref.file, ref) for name, ref in files.items()}
 
 
+def encode_attachments(tasks: Mapping[str, Attached]) -> bytes:
+    """``attachments.json``, indented for people."""
+    index = _Index(_VERSION, {task: dict(files) for task, files in tasks.items()})
+    return msgspec.json.format(msgspec.json.encode(index))
+
+
 def attached_nbytes(attachments: Mapping[str, Attached]) -> int:
     """Bytes of all of them, each different file counted once."""
     files = {ref.sha256: ref.nbytes for refs in attachments.values() for ref in refs.values()}
@@ -120,8 +126,7 @@ class AttachmentWriter:
     def finish(self) -> None:
         """Write the index, where there is anything to say."""
         if self.tasks:
-            index = msgspec.json.encode(_Index(_VERSION, self.tasks))
-            (self._folder / ATTACHMENTS_FILE).write_bytes(msgspec.json.format(index))
+            (self._folder / ATTACHMENTS_FILE).write_bytes(encode_attachments(self.tasks))
 
     def _store(self, path: Path) -> FileRef:
         # Most tasks bring a file that is here already.

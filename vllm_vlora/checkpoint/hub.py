@@ -29,12 +29,12 @@ from vllm_vlora.checkpoint.manifest import (
     TASKS_FOLDER,
 )
 from vllm_vlora.checkpoint.own_files import checkpoint_files
+from vllm_vlora.checkpoint.pinning import check_content
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
-from vllm_vlora.snapshots import resolve_snapshot
 
 _CARD_FILE = "README.md"
 _TASK_FILES = f"{TASKS_FOLDER}/*.safetensors"
@@ -136,7 +136,8 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
     """Download a checkpoint into a folder that appears whole and checked, or not at all.
 
     Args:
-        ref: ``org/name`` or ``org/name@revision``. output: the folder to publish.
+        ref: ``org/name`` or ``org/name@revision``, and ``@sha256:...`` for its content.
+        output: the folder to publish.
         force: replace a checkpoint at ``output``.
 
     Returns:
@@ -150,9 +151,9 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
         >>> pull_checkpoint(str(checkpoint), folder / "copy").tasks.keys()
         dict_keys(['task_0', 'task_1', 'task_2', 'task_3'])
     """
-    snapshot = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    opened = Checkpoint.open(ref)
+    snapshot = opened.path
     check_apart(output, [snapshot])
-    opened = Checkpoint.open(snapshot)
     with publish_folder(output, force=force, owned=checkpoint_files) as folder:
         for name in _files(opened):
             target = folder / name
@@ -165,6 +166,7 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
                     f"{ref}: {name} is missing; it was not pushed whole"
                 ) from error
         _check_sound(folder)
+        check_content(folder, Checkpoint.open(folder).content_digest, opened.content_digest)
     return Checkpoint.open(output)
 
 

@@ -36,6 +36,7 @@ from vllm_vlora.checkpoint.manifest import (
     read_config,
     read_tasks,
 )
+from vllm_vlora.checkpoint.pinning import check_content, content_digest, split_pin
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, TaskNotFoundError
 from vllm_vlora.narrow_rows import NARROW_FORMAT, Bits, NarrowCodes, NarrowMatrix, Planes, planes_of
 from vllm_vlora.quantize import (
@@ -98,10 +99,17 @@ class Checkpoint:
 
     @classmethod
     def open(cls, ref: str | Path) -> Checkpoint:
-        """Open a folder or a Hub id (``org/name`` or ``org/name@revision``)."""
-        path = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+        """Open a folder or a Hub id (``org/name`` or ``org/name@revision``).
+
+        Behind either, ``@sha256:`` and ``content_digest`` say which content it must have.
+        """
+        where, wanted = split_pin(ref)
+        path = resolve_snapshot(where, what="checkpoint", error=CheckpointError)
         config, tasks = _read_manifest(path)
-        return cls(path, config, tasks)
+        opened = cls(path, config, tasks)
+        if wanted is not None:
+            check_content(path, opened.content_digest, wanted)
+        return opened
 
     @property
     def was_replaced(self) -> bool:
@@ -151,6 +159,15 @@ class Checkpoint:
             CheckpointError: their index is damaged.
         """
         return read_attachments(self.path, self.tasks)
+
+    @cached_property
+    def content_digest(self) -> str:
+        """SHA-256, in hex, of all that is served of this checkpoint (see ``pinning``).
+
+        Raises:
+            CheckpointError: the index of what is kept with tasks is damaged.
+        """
+        return content_digest(self.config, self.attachments)
 
     def record(self, task_id: str) -> TaskRecord:
         """The record of a task; TaskNotFoundError names the tasks there are."""

@@ -10,6 +10,7 @@ import torch
 from vllm_vlora.adapters.peft_config import GATHER
 from vllm_vlora.checkpoint.attachments import Attached, read_attached
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
+from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, CheckpointVersionError
 from vllm_vlora.links import refuse_link_out
@@ -42,7 +43,7 @@ def validate(
     means that the checkpoint is sound.
 
     Args:
-        ref: a folder or a Hub id.
+        ref: a folder or a Hub id; a content that it does not have (``@sha256:...``) is a problem.
         progress: called with (what was read, files done, all files).
 
     Raises:
@@ -53,9 +54,11 @@ def validate(
         >>> validate(checkpoint)
         []
     """
-    path = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    where, wanted = split_pin(ref)
+    path = resolve_snapshot(where, what="checkpoint", error=CheckpointError)
     try:
-        return read_one_state(path, lambda opened: _problems_of(opened, progress))
+        ref = pinned(path, wanted)
+        return read_one_state(ref, lambda opened: _problems_of(opened, progress))
     except CheckpointVersionError:
         raise
     except CheckpointError as error:

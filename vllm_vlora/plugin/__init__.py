@@ -76,12 +76,23 @@ def _vllm_version() -> str:
 
 
 def _checkpoint_folder() -> str | None:
+    """The checkpoint's folder, with the content that it must have where one is asked for."""
     reference = os.environ.get(CHECKPOINT_VARIABLE)
     if not reference:
         return None
-    from vllm_vlora.snapshots import resolve_snapshot
+    from vllm_vlora.checkpoint.pinning import pinned, split_pin
+    from vllm_vlora.snapshots import fixed_ref, resolve_snapshot
 
-    return str(resolve_snapshot(reference, what="checkpoint", error=CheckpointError))
+    where, digest = split_pin(reference)
+    folder = resolve_snapshot(where, what="checkpoint", error=CheckpointError)
+    found = pinned(folder, digest)
+    if digest is not None:
+        from vllm_vlora.checkpoint.reader import Checkpoint
+
+        Checkpoint.open(found)
+    # For the processes that this one starts: a branch may move before they look.
+    os.environ[CHECKPOINT_VARIABLE] = pinned(fixed_ref(where, folder), digest)
+    return found
 
 
 def _install(folder: str | None, settings: Settings) -> None:

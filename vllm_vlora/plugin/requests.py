@@ -14,6 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE
+from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.plugin.identity import TaskPath, task_ids_to_int, task_paths
@@ -109,8 +110,9 @@ class _State(NamedTuple):
 
 def _identity(checkpoint: str | Path) -> tuple[int, ...] | None:
     """What differs between two publications of a manifest; None where there is none."""
+    folder, _ = split_pin(checkpoint)
     try:
-        found = Path(checkpoint, CONFIG_FILE).stat()
+        found = Path(folder, CONFIG_FILE).stat()
     except (OSError, ValueError):
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

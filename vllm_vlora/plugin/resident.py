@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
+from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.direct import DirectPath, task_memory
@@ -96,6 +97,7 @@ class ResidentStore:
         self._bases: dict[str, dict[tuple[str, str], Basis]] = {}
         self._late: dict[str, _Late] = {}
         self._preloading = False
+        self._pin: str | None = None
         self._preloaded_bases: set[BasisKey] = set()
         self.seconds = 0.0
 
@@ -113,11 +115,14 @@ class ResidentStore:
     def preload(self, folder: str | Path, make_path: MakePath | None = None) -> Checkpoint:
         """Load every task of a checkpoint, with ``make_path`` also what lets tasks run direct.
 
+        Where its reference says which content it must have, no other is loaded later either.
+
         Raises:
             CheckpointError: the checkpoint cannot be read.
             ModelMismatchError: the served model cannot take it.
         """
         started = time.perf_counter()
+        _, self._pin = split_pin(folder)
         checkpoint = Checkpoint.open(folder)
         if make_path is not None:
             self.direct = make_path(checkpoint)
@@ -141,7 +146,7 @@ class ResidentStore:
         if not path.checkpoint.is_absolute():
             # A client may have made it up; what is no path could be the name of a repository.
             raise CheckpointError(f"{path}: not a path from the root; give the task's whole path")
-        checkpoint = Checkpoint.open(path.checkpoint)
+        checkpoint = Checkpoint.open(pinned(path.checkpoint, self._pin))
         for task_id, record in checkpoint.tasks.items():
             if record.file == path.file and checkpoint.digest(task_id) == path.digest:
                 own = task_path(checkpoint, task_id)

@@ -1,0 +1,78 @@
+"""A checkpoint's content by one digest, and references that say which content they mean.
+
+    FOLDER@sha256:HEX    org/name@sha256:HEX    org/name@revision@sha256:HEX
+
+HEX is the SHA-256 of ``vlora_config.json`` and, where there is one, ``attachments.json`` behind it, as
+``encode_config`` and ``encode_attachments`` write them. The manifest names the digest of every file
+with tensors, by way of ``tasks.json``, and the other one that of every tokenizer and chat template, so
+that nothing that is served can differ while the digest is the same. The card and the index of the
+shards, which no reader uses, are not part of it. What is digested is what was decoded, not the file
+once more: between two reads a file may be another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from vllm_vlora.checkpoint.attachments import Attached, encode_attachments
+from vllm_vlora.checkpoint.manifest import Config, encode_config
+from vllm_vlora.errors import CheckpointError
+
+_MARK = "@sha256:"
+
+
+def content_digest(config: Config, attachments: Mapping[str, Attached]) -> str:
+    """SHA-256, in hex, of a manifest and of the index of what is kept with its tasks."""
+    digest = hashlib.sha256(encode_config(config))
+    if attachments:
+        digest.update(encode_attachments(attachments))
+    return digest.hexdigest()
+
+
+def split_pin(ref: str | Path) -> tuple[str | Path, str | None]:
+    """A reference without the digest that it may end with, and the digest.
+
+    Raises:
+        CheckpointError: what stands behind ``@sha256:`` is no SHA-256.
+
+    Examples:
+        >>> split_pin("org/name@main@sha256:" + "0123456789abcdef" * 4)[0]
+        'org/name@main'
+    """
+    where, mark, digest = str(ref).rpartition(_MARK)
+    if not mark:
+        return ref, None
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise CheckpointError(
+            f"checkpoint {str(ref)!r}: behind {_MARK} stand the 64 hex digits that `vllm-vlora info` "
+            "shows"
+        )
+    return where, digest
+
+
+def pinned(where: str | Path, digest: str | None) -> str:
+    """The reference to a checkpoint with this content; with any where ``digest`` is None."""
+    return f"{where}{_MARK}{digest}" if digest is not None else str(where)
+
+
+def absolute_ref(ref: str) -> str:
+    """A reference that means the same from any folder: a folder with its whole path, a Hub id as it is.
+
+    Raises:
+        CheckpointError: what stands behind ``@sha256:`` is no SHA-256.
+    """
+    where, digest = split_pin(ref)
+    folder = Path(where).expanduser()
+    return pinned(folder.absolute() if folder.is_dir() else where, digest)
+
+
+def check_content(path: Path, found: str, wanted: str) -> None:
+    """Raise CheckpointError where a checkpoint's content is not the one that was asked for."""
+    if found != wanted:
+        raise CheckpointError(
+            f"{path}: its content is sha256:{found}, not sha256:{wanted}, which was asked for; bring the "
+            "checkpoint that has it, or ask for this one"
+        )
