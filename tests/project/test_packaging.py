@@ -117,3 +117,46 @@ def test_what_the_wheel_says_of_itself(built: Path) -> None:
         *("[console_scripts]", "vllm-vlora", "=", "vllm_vlora.tools.cli:main"),
         *("[vllm.general_plugins]", "vlora", "=", "vllm_vlora.plugin:register"),
     ]
+
+
+WITHOUT_EXTRAS = """
+import importlib, pkgutil, sys
+
+OPTIONAL = {"vllm", "triton", "transformers", "peft", "matplotlib", "ray", "bitsandbytes"}
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import vllm_vlora
+
+for module in pkgutil.walk_packages(vllm_vlora.__path__, "vllm_vlora."):
+    if module.name.rpartition(".")[2] != "__main__":
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            print(module.name, str(error).replace("\\n", " "), sep="\\t")
+for name in vllm_vlora.__all__:
+    try:
+        getattr(vllm_vlora, name)
+    except ImportError as error:
+        print(name, error, sep="\\t")
+"""
+
+
+def test_every_module_and_name_is_there_without_extras() -> None:
+    """But for what runs inside vLLM, the kernels, and what says which extra it needs."""
+    done = subprocess.run(
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", WITHOUT_EXTRAS],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for line in done.stdout.splitlines():
+        name, error = line.split("\t")
+        inside = name == "lora_request" or name.startswith(
+            ("vllm_vlora.plugin.", "vllm_vlora.triton_kernels.")
+        )
+        assert (inside and re.search("'(vllm|triton)[.']", error)) or "pip install" in error, line

@@ -55,8 +55,11 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> tupl
             "pip install 'vllm-vlora[evaluate]'"
         ) from error
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        # Unless told, transformers asks on the terminal whether to run code that came with a model.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise OptionError(
             f"base model {name!r} cannot be loaded: {first_line(error)}; give the folder or Hub id "

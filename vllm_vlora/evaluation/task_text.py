@@ -92,7 +92,7 @@ def _load(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder))
+        return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     # Whatever is wrong with its files, also a bare Exception or KeyError of the parsers, is the folder's.
     except Exception as error:
         raise AdapterError(
