@@ -132,24 +132,37 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             "with PEFT's path_initial_model_for_weight_conversion, or set it to true if the base "
             "model already holds the changed weights"
         )
-    _check_types(config, where)
     _check_rank_value(config.get("r"), "r", where)
     _check_alpha_value(config.get("lora_alpha"), "lora_alpha", where)
-    for option, check in (
-        ("rank_pattern", _check_rank_value),
-        ("alpha_pattern", _check_alpha_value),
-    ):
-        pattern = config.get(option) or {}
-        if not isinstance(pattern, Mapping):
-            raise AdapterError(f"{where}: {option} is not an object; correct {CONFIG_FILE}")
-        for key, value in pattern.items():
-            check(value, f"{option}[{key!r}]", where)
+    check_values(config, where)
+    for option in _PATTERNS:
+        for key in config.get(option) or {}:
             try:
                 match_end(key, "")
             except PatternError as error:
                 raise AdapterError(
                     f"{where}: {option} has the key {key!r:.200}: {error}; correct {CONFIG_FILE}"
                 ) from error
+
+
+def check_values(config: Mapping[str, Any], where: str) -> None:
+    """Refuse values of what is read here that have another type than PEFT gives them; all may be absent.
+
+    For configs that a checkpoint keeps: not all came from an adapter.
+
+    Raises:
+        AdapterError: names the option.
+    """
+    _check_types(config, where)
+    for option, check in _NUMBERS.items():
+        if config.get(option) is not None:
+            check(config[option], option, where)
+    for option, check in _PATTERNS.items():
+        pattern = config.get(option) or {}
+        if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+            raise AdapterError(f"{where}: {option} is not an object; correct {CONFIG_FILE}")
+        for key, value in pattern.items():
+            check(value, f"{option}[{key!r:.100}]", where)
 
 
 def _check_types(config: Mapping[str, Any], where: str) -> None:
@@ -196,6 +209,10 @@ def _check_alpha_value(value: Any, option: str, where: str) -> None:
         raise AdapterError(
             f"{where}: {option} is {_shown(value)}, but alpha is a number; correct {CONFIG_FILE}"
         )
+
+
+_NUMBERS = {"r": _check_rank_value, "lora_alpha": _check_alpha_value}
+_PATTERNS = {"rank_pattern": _check_rank_value, "alpha_pattern": _check_alpha_value}
 
 
 def _finite(value: float) -> bool:

@@ -75,9 +75,13 @@ def _read_index(path: Path) -> dict[str, str]:
         names = decode(read_regular(path, JSON_BYTES), ShardIndex).weight_map
     except (OSError, JSONError) as error:
         raise AdapterError(f"{path}: no index of weights files ({error}); copy it again") from error
-    if any(Path(name).name != name or "\0" in name for name in names.values()):
+    if not all(_is_file_name(name) for name in names.values()):
         raise AdapterError(f"{path}: names files outside of its folder; save the adapter again")
     return names
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and len(name.encode()) <= 255
 
 
 def open_weights(path: Path) -> TensorFile:

@@ -31,8 +31,9 @@ from typing import Any
 import msgspec
 
 from vllm_vlora.adapters.module_names import renamed
+from vllm_vlora.adapters.peft_config import check_values
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES, dtype_of
-from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskIdError
+from vllm_vlora.errors import AdapterError, CheckpointError, CheckpointVersionError, TaskIdError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, open_regular, read_regular, size_of
 from vllm_vlora.representations.registry import segment_fault, shared_fault
@@ -205,8 +206,11 @@ def read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
             raise CheckpointError(f"{file}: {error}") from error
         try:
             check_plain(record.adapter_config)
+            check_values(record.adapter_config, f"{file}: task {task_id!r}, adapter_config")
         except JSONError as error:
             raise CheckpointError(f"{file}: task {task_id!r}, adapter_config: {error}") from error
+        except AdapterError as error:
+            raise CheckpointError(str(error)) from error
         for name, (dtype, _) in record.extra.items():
             if dtype not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(
