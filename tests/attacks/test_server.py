@@ -167,7 +167,7 @@ def test_bursts_of_unknown_names_delay_nobody(server: Server, world: World) -> N
         assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
         waited = time.monotonic() - began
         assert set(answers) == {404}
-    assert waited < 3
+    assert waited < 5
     _check(server, world)
 
 

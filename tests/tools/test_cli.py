@@ -422,6 +422,7 @@ def test_validate_reports_soundness_and_damage(adapters: Path, tmp_path: Path) -
     assert json.loads(invoke("validate", output, "--json").stdout) == {
         "checkpoint": str(output),
         "sound": True,
+        "content": f"sha256:{Checkpoint.open(output).content_digest}",
         "problems": [],
     }
     for task in ("sql", "chat"):
