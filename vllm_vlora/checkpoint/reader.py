@@ -92,9 +92,16 @@ class Checkpoint:
         ).hexdigest()
 
     @classmethod
-    def open(cls, ref: str | Path) -> Checkpoint:
-        """Open a folder or a Hub id (``org/name`` or ``org/name@revision``)."""
-        path = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    def open(cls, ref: str | Path, *, manifest_only: bool = False) -> Checkpoint:
+        """Open a folder or a Hub id (``org/name`` or ``org/name@revision``).
+
+        Args:
+            manifest_only: of a Hub id only its JSON is downloaded; no tensors can be read then.
+        """
+        wanted = ["*.json"] if manifest_only else None
+        path = resolve_snapshot(
+            ref, what="checkpoint", error=CheckpointError, allow_patterns=wanted
+        )
         config = read_config(path)
         tasks = read_tasks(path, config)
         return cls(path, config, tasks)
