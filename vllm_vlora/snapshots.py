@@ -92,9 +92,12 @@ def cached_snapshot(folder: Path) -> Path | None:
         except OSError:
             commit = ""
         snapshot = folder / "snapshots" / commit
-        if commit not in ("", ".", "..") and "/" not in commit and os.path.isdir(snapshot):
+        # The Hub's cache has links to files, and none to a commit's folder.
+        plain = commit not in ("", ".", "..") and "/" not in commit and not snapshot.is_symlink()
+        if plain and os.path.isdir(snapshot):
             return snapshot
-    snapshots = [child for child in (folder / "snapshots").iterdir() if child.is_dir()]
+    children = (folder / "snapshots").iterdir()
+    snapshots = [child for child in children if child.is_dir() and not child.is_symlink()]
     return snapshots[0] if len(snapshots) == 1 else None
 
 

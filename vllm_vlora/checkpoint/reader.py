@@ -98,13 +98,21 @@ class Checkpoint:
         ).hexdigest()
 
     @classmethod
-    def open(cls, ref: str | Path) -> Checkpoint:
+    def open(cls, ref: str | Path, *, manifest_only: bool = False) -> Checkpoint:
         """Open a folder or a Hub id (``org/name`` or ``org/name@revision``).
 
         Behind either, ``@sha256:`` and ``content_digest`` say which content it must have.
+
+        Args:
+            manifest_only: of a Hub id only its JSON is downloaded; no tensors can be read then.
         """
         where, wanted = split_pin(ref)
-        path = resolve_snapshot(where, what="checkpoint", error=CheckpointError)
+        path = resolve_snapshot(
+            where,
+            what="checkpoint",
+            error=CheckpointError,
+            allow_patterns=["*.json"] if manifest_only else None,
+        )
         config, tasks = _read_manifest(path)
         opened = cls(path, config, tasks)
         if wanted is not None:

@@ -38,8 +38,9 @@ def validate(
     """Read every file of a checkpoint and return the problems found, one line each.
 
     Checked are the manifest, every digest (of files kept with tasks too), every tensor's name, dtype,
-    size and values, that the bases' rows are orthonormal (where every task of a basis uses some of its
-    rows: each of these ranges by itself) and that the shard index agrees with the shards. An empty list
+    size and values, that the bases' rows are orthonormal (each range of rows that tasks use, by
+    itself: rows of several clusters are not orthonormal to each other, and those that no task uses are
+    held by their digest alone) and that the shard index agrees with the shards. An empty list
     means that the checkpoint is sound.
 
     Args:
@@ -149,7 +150,7 @@ def _orthonormality_problems(
 ) -> Iterator[str]:
     for side, matrix in (("U", basis.u), ("V", basis.v)):
         tolerance = _TOLERANCES.get(matrix.format, _QUANTIZED_TOLERANCE)
-        for start, stop in sorted(ranges.get((name, side), {(0, matrix.rows)})):
+        for start, stop in sorted(ranges.get((name, side), ())):
             distance = _distance_from_orthonormal(matrix.row_slice(start, stop))
             if not distance <= tolerance:
                 rows = "" if stop - start == matrix.rows else f", rows {start}:{stop},"
