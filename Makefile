@@ -66,7 +66,7 @@ compat-triton: $(VENV)/.ready ## Compile the kernels with other Triton versions;
 
 # PYTHON names any that pyproject.toml allows, if there is a torch for it: see requirements/lowest.sh.
 lowest: ## The wheel beside the lowest versions of what it requires, without vLLM: imports and fast tests
-	requirements/lowest.sh $(PYTHON) $(VENV)-lowest $(TESTS)
+	TORCH_INDEX=$(TORCH_INDEX) requirements/lowest.sh $(PYTHON) $(VENV)-lowest $(TESTS)
 
 docs: $(VENV)-docs/.ready ## The documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict

@@ -24,7 +24,7 @@ echo "${torch%%+*}" > "$tools/torch.txt"
 "$uv" pip compile --quiet "$root/pyproject.toml" --resolution "${LOWEST:-lowest-direct}" \
     --override "$tools/torch.txt" --python "$env/bin/python" --no-header --no-annotate |
     grep -vE '^(torch==|triton==|nvidia-|cuda-)' > "$tools/resolved.txt"
-"$env/bin/pip" install --quiet ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --retries 1 "$torch"
+"$env/bin/pip" install --quiet ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --retries 1 --timeout 30 "$torch"
 "$env/bin/pip" install --quiet --no-deps -r "$tools/resolved.txt" "$tools"/dist/*.whl
 "$env/bin/pip" check
 cat "$tools/resolved.txt"
