@@ -13,7 +13,7 @@ REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint test-fast test-slow test-engine architectures attack compat compat-triton docs requirements bench collections bench-fidelity bench-fit clean
+.PHONY: help demo test lint test-fast test-slow test-engine architectures attack compat compat-triton lowest docs requirements bench collections bench-fidelity bench-fit clean
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -68,6 +68,10 @@ compat-triton: $(VENV)/.ready ## Compile the kernels with other Triton versions;
 	    tests/kernels/test_direct_compile.py tests/kernels/test_kernel_compile.py || exit 1; \
 	done
 	$(if $(RECORD),$(BIN)/python tests/support/triton_record.py $(TRITON_VERSIONS))
+
+# PYTHON names any that pyproject.toml allows, if there is a torch for it: see requirements/lowest.sh.
+lowest: ## The wheel beside the lowest versions of what it requires, without vLLM: imports and fast tests
+	TORCH_INDEX=$(TORCH_INDEX) requirements/lowest.sh $(PYTHON) $(VENV)-lowest $(TESTS)
 
 docs: $(VENV)-docs/.ready ## The documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
