@@ -20,13 +20,13 @@ first="smoke tests kernels profile cliffs memory large"
 second="materialize serving"
 # name, seconds at most, what it says, the file with its rows
 stages="\
-smoke        80   results, then graphs replayed with other tasks (checks.jsonl)
-tests        80   the kernels' tests on the device
-kernels      120  llama-7b against punica, decode and prefill (kernels.json)
-profile      40   what direct work adds to a layer, each kernel's time (checks.jsonl)
+smoke        60   results, then graphs replayed with other tasks (checks.jsonl)
+tests        110  the kernels' tests on the device
+kernels      110  llama-7b against punica, decode and prefill (kernels.json)
+profile      50   what direct work adds to a layer, each kernel's time (checks.jsonl)
 cliffs       60   257 tasks and more, 1024 slots (kernels-cliffs.json)
-memory       45   results under compute-sanitizer (checks.jsonl)
-large        45   llama-70b (kernels-70b.json)
+memory       40   results under compute-sanitizer (checks.jsonl)
+large        40   llama-70b (kernels-70b.json)
 materialize  40   a task into a slot (activation.json)
 serving      190  real engines side by side (serving.json)"
 
@@ -111,10 +111,11 @@ plan() {
     case "$1" in
     smoke) check smoke replay ;;
     tests)
+        # One line a test, so that a run out of time has still said which failed.
         local backend=gpu only=""
         [ -z "$tiny" ] || backend=interpreter only="one_task_for_all or not_contiguous"
         command=(env VLORA_TEST_DIRECT=$backend VLORA_TEST_MATERIALIZE=$backend TRITON_INTERPRET=${tiny:-0}
-            "$python" -P -m pytest -q -p no:cacheprovider --tb=short)
+            "$python" -P -m pytest -v -p no:cacheprovider --tb=short)
         [ -z "$only" ] || command+=(-k "$only")
         if [ -z "$tiny" ] && has xdist; then command+=(-n 6); fi
         command+=("$root"/tests/kernels/test_{direct_kernels,materialize}.py)

@@ -34,7 +34,9 @@ def kernels(
 ) -> Iterator[dict[str, Any]]:
     """A row a kernel, for (tokens, tasks, slots) batches of joint, NF4 and float tasks.
 
-    Without a GPU these are torch's operations, of Triton's interpreter.
+    Launched for the batch at hand, and as a graph, which has launches for the worst batch of its size:
+    few tasks in many tokens and slots take another way there. Without a GPU there is no graph, and
+    these are torch's operations, of Triton's interpreter.
     """
     flush = torch.empty(max(2 * l2_nbytes(device) // 4, 1), device=device)
     for tokens, tasks, slots in batches:
@@ -43,13 +45,21 @@ def kernels(
                 shape, dtype, device,
                 slots=slots, tokens=tokens, tasks=tasks, joint=joint, private=private,
             )  # fmt: skip
-            world.routing.update(spread_slots(tokens, tasks, 0))
             x, y = world.batch(tokens)
-            for kernel, us in _profile(partial(world.run, y, x), flush, repeats).items():
-                yield {
-                    "check": "profile", "layer": shape.name, "tokens": tokens, "tasks": tasks,
-                    "slots": slots, "kind": name, "kernel": kernel, "us": us,
-                }  # fmt: skip
+            run = partial(world.run, y, x)
+            ways = {"eager": run}
+            if device.type == "cuda":
+                # The worst batch's kernels are compiled now, which a capture does not allow.
+                world.routing.update(spread_slots(tokens, slots, 0))
+                run()
+                ways["graph"] = capture(run)
+            world.routing.update(spread_slots(tokens, tasks, 0))
+            for mode, way in ways.items():
+                for kernel, us in _profile(way, flush, repeats).items():
+                    yield {
+                        "check": "profile", "layer": shape.name, "tokens": tokens, "tasks": tasks,
+                        "slots": slots, "kind": name, "mode": mode, "kernel": kernel, "us": us,
+                    }  # fmt: skip
 
 
 def _profile(run: Callable[[], None], flush: torch.Tensor, repeats: int) -> dict[str, float]:

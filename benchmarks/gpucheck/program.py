@@ -21,7 +21,7 @@ Check the direct kernels where only a device can: on real shapes, in graphs, ker
   replay   a graph captured with nothing routed, replayed with other tasks, slots and token counts
   beside   a layer in a graph: alone, and with its direct work after it or beside it, as in an engine
   idle     the same when the batch has no task
-  profile  microseconds of every kernel, the caches emptied before each call
+  profile  microseconds of every kernel, launched and in a graph, the caches emptied before each call
 
 Every row is written to --json as it comes (a line of JSON each); a failing check does not end the run,
 and the exit status is 1 when one failed.
@@ -35,6 +35,8 @@ TINY = floors.llama("tiny", 1, 128, 192, 64)
 MODELS = {**floors.MODELS, "tiny": TINY}
 STAGES = ("smoke", "replay", "beside", "idle", "profile")
 DECODE_PROFILE = ((1, 1, 1), (64, 64, 64), (256, 256, 256), (512, 512, 512), (64, 64, 1024))
+# vLLM's longest decode batches: of few tasks, of some, each token's own.
+CROWDED_PROFILE = ((1024, 1, 1024), (1024, 64, 1024), (1024, 1024, 1024))
 PREFILL_PROFILE = ((2048, 8, 8), (2048, 8, 1024))
 FEW_PROFILE = ((1, 1, 1), (7, 7, 16))
 
@@ -112,8 +114,8 @@ def _rows(
     if stage == "replay":
         return replay.check(layer, (64, 272) if gpu else (16,), dtype, device)
     if stage == "profile":
-        batches = FEW_PROFILE if few else DECODE_PROFILE + PREFILL_PROFILE
-        return profile.kernels(layer, batches, dtype, device, repeats=20 if gpu else 1)
+        batches = FEW_PROFILE if few else DECODE_PROFILE + CROWDED_PROFILE + PREFILL_PROFILE
+        return profile.kernels(layer, batches, dtype, device, repeats=10 if gpu else 1)
     if stage == "beside":
         decode = ((1, 1),) if few else ((64, 64), (1, 1), (256, 256))
         return profile.beside(layer, decode, dtype, device, rounds=15 if gpu else 1)

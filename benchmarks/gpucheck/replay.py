@@ -12,7 +12,7 @@ from clock import capture
 
 from gpucheck.smoke import TOLERANCE
 from gpucheck.world import World, make_world, spread_slots
-from vllm_vlora.triton_kernels.direct import add_direct_reference
+from vllm_vlora.triton_kernels.direct import TILE_SIZES, add_direct_reference
 
 SLOTS = 40
 
@@ -20,7 +20,10 @@ SLOTS = 40
 def check(
     shape: floors.Layer, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Iterator[dict[str, object]]:
-    """A row a captured size and batch: equal to the bit to a run that was not captured, and right.
+    """A row a captured size and batch: right, and equal to the bit to a run that was not captured.
+
+    Not to the bit where that run cuts its tokens into larger tiles than a graph of its size has: 272
+    tokens of one task sum in another order.
 
     Without a GPU nothing can be captured; the launches are made anew then, on the same buffers.
     """
@@ -58,6 +61,9 @@ def _batches(padded: int) -> list[tuple[str, np.ndarray]]:
 def _compare(
     world: World, x: torch.Tensor, y: torch.Tensor, slots: np.ndarray, replay: Callable | None
 ) -> dict[str, object]:
+    # Triton is imported when its interpreter has been chosen.
+    from vllm_vlora.triton_kernels.device import choose_tiles
+
     world.routing.update(slots.astype(np.int32))
     x.normal_()
     y.normal_()
@@ -66,6 +72,7 @@ def _compare(
     again = before.clone()
     world.run(again, x)
     same = torch.equal(y.view(torch.int16), again.view(torch.int16))
+    alike = choose_tiles(x, world.routing)[0] == TILE_SIZES[0]
     places = torch.arange(0, len(slots), max(len(slots) // 20, 1))
     few = before[places]
     world.routing.update(slots[places.numpy()].astype(np.int32))
@@ -77,7 +84,7 @@ def _compare(
     idle[: len(slots)] = torch.from_numpy(slots == world.table.slots)
     idle = idle.to(y.device)
     kept = torch.equal(y[idle].view(torch.int16), before[idle].view(torch.int16))
-    right = same and kept and worst <= TOLERANCE
+    right = (same or not alike) and kept and worst <= TOLERANCE
     return {"bits_equal": same, "idle_kept": kept, "error": worst, "right": right}
 
 

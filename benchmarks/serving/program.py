@@ -237,7 +237,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "on CPU; they start side by side (--gpu-memory-utilization: a part that is free at each start)",
     )
     add("--work", metavar="DIR", help="keep model, adapters, checkpoints and logs there")
-    add("--profile", metavar="FILE", help="also write where a decode step's time goes (cProfile)")
+    add(
+        "--profile",
+        metavar="FILE",
+        help="also write where a decode step's time goes: calls (cProfile), on a GPU kernels and graphs",
+    )
 
 
 def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -671,17 +675,15 @@ class Bench:
     # --- profile ---
 
     def _profile(self) -> None:
-        """One decode run a configuration at the largest load, every call of the worker recorded."""
-        load = max(self.settings.loads, key=lambda load: load.tasks)
+        """One decode run a configuration and load, every call of the worker recorded."""
         texts: list[str] = []
         for chosen in self.configurations:
-            if not chosen.runs(load):
-                continue
-            say(f"profiling {chosen.name}")
-            self._attempt(chosen, partial(self._profile_one, chosen, load, texts))
+            for load in filter(chosen.runs, self.settings.loads):
+                say(f"profiling {chosen.name}, {load}")
+                self._attempt(chosen, partial(self._profile_one, chosen, load, texts))
+                Path(self.args.profile).write_text("\n".join(texts))
             if self.settings.gpu:
                 self._stop([chosen.engine])
-        Path(self.args.profile).write_text("\n".join(texts))
 
     def _profile_one(self, chosen: Configuration, load: Load, texts: list[str]) -> None:
         engine = self._start(chosen)

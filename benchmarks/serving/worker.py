@@ -67,18 +67,45 @@ class BenchExtension:
         use_punica_runs(use)
 
     def bench_start_profile(self) -> None:
-        """Record every call of this thread from now on."""
+        """Record every call of this thread from now on; on a GPU kernels and each step's graph too."""
+        self._bench_steps = self._note_graphs()
+        self._bench_kernels = None
+        if self.device.type == "cuda":
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            self._bench_kernels = torch.profiler.profile(activities=activities)
+            self._bench_kernels.start()
         self._bench_profile = cProfile.Profile(time.perf_counter)
         self._bench_profile.enable()
 
     def bench_stop_profile(self) -> str:
-        """The calls since, by the time spent in each itself and by the time below each."""
+        """The steps since with their graphs, the kernels, and the calls by the time in and below each."""
         self._bench_profile.disable()
         text = io.StringIO()
+        text.write("\n".join(self._bench_steps) + "\n")
+        if self._bench_kernels is not None:
+            self._bench_kernels.stop()
+            averages = self._bench_kernels.key_averages()
+            text.write(averages.table("self_device_time_total", _PROFILE_LINES, 80))
         stats = pstats.Stats(self._bench_profile, stream=text).strip_dirs()
         stats.sort_stats("tottime").print_stats(_PROFILE_LINES)
         stats.sort_stats("cumtime").print_stats(_PROFILE_LINES)
         return text.getvalue()
+
+    def _note_graphs(self) -> list[str]:
+        """A line a step from now on: how it runs, and the time; of vLLM's second model runner alone."""
+        lines: list[str] = []
+        manager = getattr(self.model_runner, "cudagraph_manager", None)
+        if manager is None:
+            return lines
+        dispatch = type(manager).dispatch
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            found = dispatch(manager, *args, **kwargs)
+            lines.append(f"{1e3 * time.perf_counter():.1f} ms  {found}")
+            return found
+
+        manager.dispatch = noting
+        return lines
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
