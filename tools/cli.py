@@ -126,7 +126,7 @@ def info(
         from vllm_vlora.tools import rebuild_advice as advice
         from vllm_vlora.tools import summary as show
 
-        opened = Checkpoint.open(checkpoint)
+        opened = Checkpoint.open(checkpoint, manifest_only=not rebuild)
         data = show.summarize(opened, checkpoint)
         data["rebuild"] = advice.advise(opened)
         if rebuild:
@@ -335,7 +335,7 @@ def plan(
         from vllm_vlora.tools import memory_table as show
 
         found = plan_memory(
-            Checkpoint.open(checkpoint),
+            Checkpoint.open(checkpoint, manifest_only=True),
             max_loras=max_loras,
             tp=tp,
             dtype=dtype,

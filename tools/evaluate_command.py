@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import quoted, some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -187,7 +186,7 @@ def _check_target(target: Path | None) -> None:
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return quoted([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 # --- what is said ---------------------------------------------------------------------------------

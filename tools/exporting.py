@@ -38,12 +38,21 @@ def write_folders(
         )
 
 
+def _dtypes(folder: Path) -> str:
+    """Of the LoRA weights in an adapter's folder, as safetensors names them: "F32"."""
+    from vllm_vlora.adapters.weights_files import read_headers
+
+    return ", ".join(
+        sorted({t.dtype for name, t in read_headers(folder).items() if ".lora_" in name})
+    )
+
+
 def show_folders(folders: Mapping[str, Path], as_json: bool) -> None:
     """What was written: JSON, or a line each."""
     from vllm_vlora.tools.summary import line
 
     def draw(console: Console, data: Mapping[str, str]) -> None:
         for task_id, folder in data.items():
-            line(console, f"{task_id} -> {folder}")
+            line(console, f"{task_id} -> {folder} ({_dtypes(Path(folder))})")
 
     print_result({task_id: str(folder) for task_id, folder in folders.items()}, draw, as_json)

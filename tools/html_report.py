@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from vllm_vlora.checkpoint.card import format_bytes
@@ -12,6 +12,7 @@ from vllm_vlora.checkpoint.losses import describe_losses
 from vllm_vlora.evaluation.fidelity import module_layer
 from vllm_vlora.merging.spectra import SPECTRUM_QUANTILES, module_kind
 from vllm_vlora.tools import plots
+from vllm_vlora.wording import shown
 
 _BARS = 100
 # Modules without a number in their name (lm_head) stand in a column of their own.
@@ -44,6 +45,11 @@ svg { display: block; } svg .mark * { pointer-events: all; }
 # Whatever a task is called, a browser will neither run nor fetch anything; the one image, that of many
 # tasks' similarities, is in the page.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def escape(text: str) -> str:
+    """Foreign text in a page: no markup, and nothing that turns the text around it."""
+    return html.escape(shown(text))
 
 
 def render_report(found: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
 from vllm_vlora.errors import OptionError
+from vllm_vlora.wording import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,8 +71,6 @@ _LABEL_CHARACTERS = 40
 _KINDS = ("mark", "band", "curve", "limit")
 _NUMBER = re.compile(r"\d+\.\d{3,}")
 _COLOUR = re.compile("#[0-9a-f]{6}")
-# What XML cannot hold, not even escaped.
-_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Band(NamedTuple):
@@ -316,7 +315,7 @@ def render_svg(plot: Plot) -> str:
         _tidy(element, linked)
     _add_titles(root, titles)
     root.set("role", "img")
-    root.set("aria-label", _clean(plot.title))
+    root.set("aria-label", shown(plot.title))
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -327,7 +326,7 @@ def render_png(title: str, plots: Sequence[Plot]) -> bytes:
     heights = [plot.height + 0.4 for plot in plots]
     with _settings({}):
         canvas = Figure(figsize=(_WIDTH, sum(heights) + 0.4), layout="constrained")
-        canvas.suptitle(_clean(title))
+        canvas.suptitle(shown(title))
         parts = canvas.subfigures(len(plots), 1, squeeze=False, height_ratios=heights)
         for plot, [part] in zip(plots, parts):
             part.suptitle(plot.title)
@@ -384,13 +383,9 @@ def _draw_legend(
 
 def _short(text: str) -> str:
     """Cut in the middle: names of modules differ at both ends."""
-    text = _clean(text)
+    text = shown(text)
     kept = (_LABEL_CHARACTERS - 3) // 2
     return text if len(text) <= _LABEL_CHARACTERS else f"{text[:kept]}...{text[-kept:]}"
-
-
-def _clean(text: str) -> str:
-    return _NO_XML.sub("\ufffd", text)
 
 
 def _size(count: float) -> str:
@@ -439,4 +434,4 @@ def _add_titles(root: ElementTree.Element, titles: Iterable[str]) -> None:
         for shape in (*group.iterfind("path"), *group.iter("use"))
     ]
     for shape, title in zip(shapes, titles, strict=True):
-        ElementTree.SubElement(shape, "title").text = _clean(title)
+        ElementTree.SubElement(shape, "title").text = shown(title)

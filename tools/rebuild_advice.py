@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from vllm_vlora.checkpoint.card import format_bytes
-from vllm_vlora.tools.summary import line
+from vllm_vlora.tools.summary import SafeTable, line
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint.reader import Checkpoint
@@ -66,7 +65,7 @@ def print_advice(console: Console, data: dict[str, Any]) -> None:
             line(console, f"A rebuild may pay: {data['why']}.")
             line(console, "  `info CKPT --rebuild` plans one and says whether it does.")
         return
-    table = Table(title="Rebuilds, as planned", title_justify="left", header_style="bold")
+    table = SafeTable(title="Rebuilds, as planned", title_justify="left", header_style="bold")
     for column in ("", "Size", "Mean error"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("today", format_bytes(prediction["bytes"]), f"{prediction['mean_error']:.4f}")

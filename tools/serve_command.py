@@ -84,12 +84,13 @@ def serve(
         from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE, shell_line
         from vllm_vlora.plugin.memory import refuse_unserved
 
-        opened = Checkpoint.open(checkpoint)
+        show_only = dry_run or any(word in _SHOW_ONLY for word in ours)
+        opened = Checkpoint.open(checkpoint, manifest_only=show_only)
         refuse_unserved(opened)
         _check_plugins(os.environ)
         where = _absolute(checkpoint)
         arguments = ["serve", _model(opened, base), *_missing_options(opened, passed), *passed]
-        if dry_run or any(word in _SHOW_ONLY for word in ours):
+        if show_only:
             typer.echo(shell_line(where, ["vllm", *arguments]))
             return
         program = _vllm()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,9 +14,9 @@ from vllm_vlora.checkpoint.attachments import attached_nbytes
 from vllm_vlora.checkpoint.card import format_bytes, format_ratio
 from vllm_vlora.checkpoint.losses import Losses, describe_losses, is_noted, is_worthless
 from vllm_vlora.checkpoint.report import extra_nbytes
-from vllm_vlora.checkpoint.serving import serve_command, serving_rank
+from vllm_vlora.checkpoint.serving import remove_line, serve_command, serving_rank
 from vllm_vlora.plugin.memory import serving_obstacles
-from vllm_vlora.wording import count_of, some_of
+from vllm_vlora.wording import count_of, quoted, shown, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -165,7 +164,7 @@ def print_modules(console: Console, summary: dict[str, Any]) -> None:
         groups.setdefault((leaf, module["kind"], module["d_out"], module["d_in"]), []).append(
             module
         )
-    table = Table(header_style="bold")
+    table = SafeTable(header_style="bold")
     table.add_column("Module", overflow="fold")
     table.add_column("Count", justify="right")
     table.add_column("Kind")
@@ -336,11 +335,12 @@ def print_not_served(console: Console, not_served: dict[str, str], where: str) -
     for reason, tasks in reasons.items():
         line(console, f"vLLM cannot serve {some_of(tasks, _NAMED_TASKS)}: {reason}.", style="red")
     if not_served:
-        named = shlex.join(not_served) if len(not_served) <= _NAMED_TASKS else "TASK..."
+        command = remove_line(where, not_served)
+        if len(not_served) > _NAMED_TASKS:
+            command = f"vllm-vlora remove {quoted([where])} TASK... -o COPY"
         line(
             console,
-            "vLLM would not start with this checkpoint. Serve a copy without: "
-            f"vllm-vlora remove {shlex.quote(where)} {named} -o COPY",
+            f"vLLM would not start with this checkpoint. Serve a copy without: {command}",
             style="red",
         )
 
@@ -352,7 +352,7 @@ def print_serving(console: Console, summary: dict[str, Any]) -> None:
         return
     line(console, "Serve every task:", style="bold")
     line(console, f"  {summary['serve']}")
-    line(console, f"or: vllm-vlora serve {shlex.quote(summary['checkpoint'])}", style="dim")
+    line(console, f"or: vllm-vlora serve {quoted([summary['checkpoint']])}", style="dim")
     if summary["max_lora_rank"] is None:
         line(
             console,
@@ -364,7 +364,9 @@ def print_serving(console: Console, summary: dict[str, Any]) -> None:
 
 def make_table(names: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
     """An empty table: columns of text, which may be folded, then columns of numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = SafeTable(
+        title=title and shown(title), title_justify="left", title_style="bold", header_style="bold"
+    )
     for name in names:
         table.add_column(name, overflow="fold")
     for name in numbers:
@@ -380,7 +382,24 @@ def print_warnings(console: Console, warnings: Iterable[str]) -> None:
 
 def line(console: Console, text: str, style: str = "") -> None:
     """Print one line as it is: no markup, no highlighting, no wrapping that would break a paste."""
-    console.print(Text(text, style=style), soft_wrap=True)
+    console.print(Text(shown(text), style=style), soft_wrap=True)
+
+
+class SafeTable(Table):
+    """A table whose cells are as ``wording.shown`` shows them, so that its columns fit them."""
+
+    def add_column(self, header: RenderableType = "", *args: Any, **options: Any) -> None:
+        super().add_column(_shown_cell(header), *args, **options)
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        super().add_row(*map(_shown_cell, cells), **options)
+
+
+def _shown_cell(cell: RenderableType | None) -> Text:
+    if isinstance(cell, Text):
+        return Text(shown(cell.plain), style=cell.style)
+    assert cell is None or isinstance(cell, str)
+    return Text(shown(cell or ""))
 
 
 def _stored_as(counts: dict[str, int]) -> str:

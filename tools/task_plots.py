@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from vllm_vlora.errors import OptionError
-from vllm_vlora.tools.html_report import render_figure, render_page
+from vllm_vlora.tools.html_report import escape, render_figure, render_page
 from vllm_vlora.tools.plots import Plot, check_matplotlib, render_png
 
 

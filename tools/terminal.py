@@ -6,17 +6,19 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from vllm_vlora.errors import BudgetError, VLoRAError
 from vllm_vlora.locking import waiting_at_most
 from vllm_vlora.stopping import check_not_stopped, is_stopped, stop, stopped_by
+from vllm_vlora.wording import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -76,7 +78,7 @@ def reported(verbose: bool, timeout: float | None = None) -> Iterator[None]:
         if not isinstance(error, (VLoRAError, OSError)) or isinstance(error, BrokenPipeError):
             raise
         if verbose:
-            traceback.print_exc()
+            _print_traceback(error)
         _fail(str(error))
         code = EXIT_CHECK_FAILED if isinstance(error, BudgetError) else EXIT_WRONG_INPUT
         raise typer.Exit(code) from error
@@ -84,19 +86,41 @@ def reported(verbose: bool, timeout: float | None = None) -> Iterator[None]:
 
 def _exit_stopped(error: BaseException, verbose: bool) -> NoReturn:
     if verbose:
-        traceback.print_exception(error)
+        _print_traceback(error)
     _fail("interrupted; nothing was left half written")
     terminated = stopped_by(signal.SIGTERM)
     raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from error
 
 
+def _print_traceback(error: BaseException) -> None:
+    console = open_console(stderr=True)
+    for part in traceback.format_exception(error):
+        for text in part.splitlines():
+            console.print(shown(text), soft_wrap=True)
+
+
 def _fail(message: str) -> None:
-    text = Text("Error: " + " ".join(message.splitlines()), style="red")
+    text = Text("Error: " + shown(" ".join(message.splitlines())), style="red")
     open_console(stderr=True).print(text, soft_wrap=True)
 
 
+class _Console(Console):
+    """Whatever is printed, no text of it is obeyed by the terminal: see ``wording.shown``."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            if control or text.isprintable() or text == "\n":
+                yield segment
+            else:
+                # Where text was broken into lines, they stay lines.
+                yield Segment("\n".join(map(shown, text.split("\n"))), style, control)
+
+
 def open_console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console = _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = _UNLIMITED_WIDTH
     return console
@@ -112,6 +136,7 @@ class _Advance:
         self._task: Any = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        stage = shown(stage)
         if stage != self._stage:
             self._stage = stage
             if self._progress is None:
@@ -131,13 +156,15 @@ def progress_bar(console: Console | None = None) -> Iterator[_Advance]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         yield _Advance(console, progress)
 
 
 def print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    # Outside of strings stands nothing but ASCII, and in them the escape means the same.
+    typer.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def print_result(data: _Data, draw: Callable[[Console, _Data], None], as_json: bool) -> None:

@@ -1,8 +1,12 @@
 """Exceptions that a user may see. Each message is one line and says what to do next.
 
+A message may quote names that somebody else gave; its text is therefore as ``wording.shown`` shows it.
+
 Four are built-in errors as well: code written for vlora catches ``KeyError``, ``ValueError`` and
 ``RuntimeError``.
 """
+
+from vllm_vlora.wording import shown
 
 
 class VLoRAError(Exception):
@@ -18,7 +22,7 @@ class VLoRAError(Exception):
 
     def __str__(self) -> str:
         # KeyError, which one error below is too, would show its message in quotes.
-        return Exception.__str__(self)
+        return shown(" ".join(Exception.__str__(self).splitlines()))
 
 
 class AdapterError(VLoRAError, ValueError):

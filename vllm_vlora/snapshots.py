@@ -17,6 +17,7 @@ from huggingface_hub.utils import (
 )
 
 from vllm_vlora.errors import VLoRAError
+from vllm_vlora.regular_files import read_regular
 
 # The Hub's own rule for a name is checked by huggingface_hub; this only tells an id from a path.
 _HUB_ID = re.compile(
@@ -85,10 +86,18 @@ def cached_snapshot(folder: Path) -> Path | None:
         return None
     main = folder / "refs" / "main"
     if main.is_file():
-        snapshot = folder / "snapshots" / main.read_text().strip()
-        if snapshot.is_dir():
+        # A commit's name, and never a path that leads elsewhere.
+        try:
+            commit = read_regular(main, 1 << 10).decode("ascii", "replace").strip()
+        except OSError:
+            commit = ""
+        snapshot = folder / "snapshots" / commit
+        # The Hub's cache has links to files, and none to a commit's folder.
+        plain = commit not in ("", ".", "..") and "/" not in commit and not snapshot.is_symlink()
+        if plain and os.path.isdir(snapshot):
             return snapshot
-    snapshots = [child for child in (folder / "snapshots").iterdir() if child.is_dir()]
+    children = (folder / "snapshots").iterdir()
+    snapshots = [child for child in children if child.is_dir() and not child.is_symlink()]
     return snapshots[0] if len(snapshots) == 1 else None
 
 

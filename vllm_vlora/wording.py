@@ -1,8 +1,44 @@
-"""How messages and tables put what they say into words."""
+"""How messages, tables, pages and lines to paste show what they say.
+
+Names come from whoever made an adapter or a checkpoint, and may hold what a terminal obeys or what turns
+the text around it: :func:`shown` is how such text is shown anywhere, :func:`quoted` how it enters a line
+for the shell.
+"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
+
+
+def shown(text: str) -> str:
+    r"""Text with everything that is no visible character written as its escape, as ``repr`` does.
+
+    That is control, format, bidi and separator characters, lone surrogates and unassigned ones; the
+    blank stays. What was shown already stays as it is.
+
+    Examples:
+        >>> shown("red \x1b[31m, reversed \u202e")
+        'red \\x1b[31m, reversed \\u202e'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def quoted(words: Iterable[str]) -> str:
+    """Words as a line that a shell (bash, zsh) reads back, with nothing in it that is not visible."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
+        for byte in word.encode("utf-8", "surrogateescape")
+    )
+    return "$'" + "".join(escaped) + "'"
 
 
 def some_of(names: Iterable[object], most: int = 5) -> str:

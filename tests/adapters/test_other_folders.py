@@ -190,10 +190,10 @@ def test_a_config_in_latin_1(plain: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_read(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> bytes:
+    def refuse(path: Path, most: int) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("vllm_vlora.adapters.peft_config.read_regular", refuse)
     refused(plain, CONFIG, "Permission denied")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,6 +190,11 @@ def test_folders_of_the_hubs_cache_are_read_and_links_out_of_them_are_not(world:
         result = invoke(CHECKPOINT_COMMANDS[command](snapshot, out))
         assert result.exit_code == 0, result.output
         assert not any(p.is_symlink() for p in out.rglob("*") if p.name != "LICENSE")
+    # A commit's folder that is a link could be any folder of this machine.
+    forged = world / "models--org--forged"
+    (forged / "snapshots").mkdir(parents=True)
+    (forged / "snapshots" / "c0ffee").symlink_to(world / "ckpt")
+    assert invoke(["validate", str(forged)]).exit_code == 2
     # The repository's folder is the limit: a blob may not be a link to something else.
     blob = (snapshot / "README.md").resolve()
     shutil.move(blob, world / "outside")
@@ -195,3 +202,129 @@ def test_folders_of_the_hubs_cache_are_read_and_links_out_of_them_are_not(world:
     result = invoke(CHECKPOINT_COMMANDS["pull"](snapshot, world / "out"))
     assert result.exit_code == 2
     assert not (world / "out").exists()
+
+
+# --- no regular files --------------------------------------------------------------------------------
+
+
+def as_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def as_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def as_device(path: Path) -> None:
+    """By a link, as making one takes rights; it never ends."""
+    path.symlink_to("/dev/zero")
+
+
+def as_sparse_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(60 << 30)
+
+
+def as_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def as_unreadable(path: Path) -> None:
+    path.write_bytes(b"{}")
+    path.chmod(0)
+
+
+def as_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        before = Path.cwd()
+        os.chdir(path.parent)
+        try:
+            server.bind(path.name)
+        finally:
+            os.chdir(before)
+
+
+KINDS = (as_fifo, as_folder, as_device, as_sparse_file, as_loop, as_unreadable, as_socket)
+# Through every command, each name in each kind: some minutes.
+short_of_kinds = pytest.mark.parametrize("kind", [as_fifo, as_device, as_sparse_file])
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@short_of_kinds
+def test_no_command_waits_for_what_is_no_file(kind: Callable[[Path], None], world: Path) -> None:
+    attack_checkpoint(
+        kind, world, ["validate", "remove", "pull", "push"], ["tasks.json", "README.md"]
+    )
+    attack_adapter(kind, world, ["compress"], ["adapter_model.safetensors", "tokenizer.json"])
+
+
+@pytest.mark.attacks_long
+@all_kinds
+def test_no_command_waits_for_what_is_no_file_at_length(
+    kind: Callable[[Path], None], world: Path
+) -> None:
+    attack_checkpoint(kind, world, list(CHECKPOINT_COMMANDS), received_files(world / "ckpt"))
+    names = received_files(world / "adapters" / "task0")
+    attack_adapter(kind, world, list(ADAPTER_COMMANDS), names)
+
+
+def attack_checkpoint(
+    kind: Callable[[Path], None], world: Path, commands: list[str], names: list[str]
+) -> None:
+    """Exactly one of the checkpoint's files is no file; the old state stays where one is refused."""
+    for number, (command, name) in enumerate(itertools.product(commands, names)):
+        place = world.parent / f"{number}"
+        shutil.copytree(world, place)
+        (place / "ckpt" / name).unlink()
+        kind(place / "ckpt" / name)
+        before = sorted(os.listdir(place))
+        result = invoke(CHECKPOINT_COMMANDS[command](place / "ckpt", place / "out"))
+        if result.exit_code:
+            assert sorted(os.listdir(place)) == before, (command, name)
+        shutil.rmtree(place)
+
+
+def attack_adapter(
+    kind: Callable[[Path], None], world: Path, commands: list[str], names: list[str]
+) -> None:
+    for number, (command, name) in enumerate(itertools.product(commands, names)):
+        place = world.parent / f"a{number}"
+        shutil.copytree(world, place)
+        (place / "adapters" / "task0" / name).unlink()
+        kind(place / "adapters" / "task0" / name)
+        out = place / ("ckpt" if command == "add" else "out")
+        before = sorted(os.listdir(place))
+        result = invoke(ADAPTER_COMMANDS[command](place / "adapters" / "task0", out))
+        if result.exit_code:
+            assert sorted(os.listdir(place)) == before, (command, name)
+        shutil.rmtree(place)
+
+
+ODD_NAMES = (
+    "with blank", "-o", "--force", "a'b\"c", "new\nline", "\x1b[2Jx", "\u202egpj", "*", "a=b", "@x",
+    "x" * 200, "..x", "~", "$(touch owned)", "\udcff", "\u00e9", "e\u0301", "CON", "a\\b", "%s", "[red]",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_NAMES[:6])
+def test_a_folder_may_have_any_name(name: str, world: Path) -> None:
+    attack_name(name, world)
+
+
+@pytest.mark.attacks_long
+@pytest.mark.parametrize("name", ODD_NAMES[6:])
+def test_a_folder_may_have_any_name_at_length(name: str, world: Path) -> None:
+    attack_name(name, world)
+
+
+def attack_name(name: str, world: Path) -> None:
+    (world / "ckpt").rename(world / name)
+    for command in ("validate", "info", "plan", "serve", "pull", "remove"):
+        result = invoke(CHECKPOINT_COMMANDS[command](world / name, world / "out"))
+        assert result.exit_code == 0, (command, result.output)
+        assert all(c.isprintable() or c == "\n" for c in result.output), command
+        shutil.rmtree(world / "out", ignore_errors=True)
+    (world / "adapters" / "task0").rename(world / "adapters" / name)
+    result = invoke(["compress", str(world / "adapters"), "-o", str(world / "out"), "--ratio", "1"])
+    assert all(c.isprintable() or c == "\n" for c in result.output)
+    assert not (world / "owned").exists()

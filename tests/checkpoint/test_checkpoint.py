@@ -517,7 +517,7 @@ def test_a_manifest_that_contradicts_is_named(
         (lambda t: t["segments"][0].update(format="int2"), "int2"),
         (lambda t: t["segments"][0].update(rank=0), "rank"),
         (lambda t: t["segments"][0].update(rank=2), "private.A.float32.values"),
-        (lambda t: t["segments"][0].update(rank=10**15), "private.A.float32.values"),
+        (lambda t: t["segments"][0].update(rank=10**15), "rank"),
         (lambda t: t["segments"][0].update(scale="1"), "scale"),
         (lambda t: t["segments"][0].update(novel=1), "novel"),
         (lambda t: t["segments"][0].update(module=3), "module 3"),

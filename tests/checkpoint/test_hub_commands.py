@@ -28,6 +28,7 @@ from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.subspace.share_model import SHAREModel
+from vllm_vlora.tools.cli import app as whole_app
 from vllm_vlora.tools.hub_command import pull as pull_command
 from vllm_vlora.tools.hub_command import push as push_command
 
@@ -362,3 +363,23 @@ def test_the_commands_fail_with_one_line(fake: FakeHub, ckpt: Path, tmp_path: Pa
     assert "which is read" in failed.stderr
     assert failed.stdout == ""
     assert len(failed.stderr.splitlines()) == 1
+
+
+def test_looking_at_a_checkpoint_downloads_no_weights(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sequence[str] | None] = []
+
+    def download(repo: str, *, revision: str | None, allow_patterns: Sequence[str] | None) -> str:
+        asked.append(allow_patterns)
+        for name in FakeHub.files(ckpt):
+            if allow_patterns is None or matches(name, allow_patterns):
+                FakeHub.put(tmp_path / "cache" / name, (ckpt / name).read_bytes())
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(snapshots.huggingface_hub, "snapshot_download", download)
+    for words in (["info", REPO], ["plan", REPO, "--max-loras", "2"], ["serve", "--dry-run", REPO]):
+        result = CliRunner().invoke(whole_app, words)
+        assert result.exit_code in (0, 2), result.output
+    assert len(asked) == 3
+    assert all(name.endswith(".json") for name in FakeHub.files(tmp_path / "cache"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.links import refuse_link_out
+from vllm_vlora.regular_files import JSON_BYTES
 
 COMPANION_FILES = frozenset(
     {
@@ -30,6 +31,7 @@ COMPANION_FILES = frozenset(
         "vocab.txt",
     }
 )
+
 TEMPLATES_FOLDER = "additional_chat_templates"
 """Where transformers keeps the chat templates beside the default one, ``NAME.jinja``."""
 COMPANION_PATTERNS = [*sorted(COMPANION_FILES), f"{TEMPLATES_FOLDER}/*.jinja"]
@@ -54,6 +56,8 @@ def companion_files(folder: Path) -> dict[str, Path]:
             raise AdapterError(
                 f"{path} is no regular file; put the tokenizer's file there or take the name away"
             )
+        if path.stat().st_size > JSON_BYTES:
+            raise AdapterError(f"{path} has {path.stat().st_size} bytes, which no tokenizer has")
     return files
 
 

@@ -37,6 +37,7 @@ from vllm_vlora.adapters.peft_folder import (
 )
 from vllm_vlora.adapters.weights_files import WEIGHTS_FILE, WeightsReader
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -107,7 +108,9 @@ def split_experts(
         factors,
         kinds,
         extra,
-        companions={name: path.read_bytes() for name, path in companion_files(folder).items()},
+        companions={
+            name: read_regular(path, JSON_BYTES) for name, path in companion_files(folder).items()
+        },
         force=force,
     )
 
@@ -115,6 +118,8 @@ def split_experts(
 def _fused_parameters(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The last parts of the adapted parameters, from the inner of PEFT's wrappers to the outer."""
     named = config.get("target_parameters") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise AdapterError(f"{where}: target_parameters is {named!r:.200}, no list of names")
     leaves = {name.rsplit(".", 1)[-1] for name in named}
     other = [n for n in named if n.split(".")[-2:-1] not in ([], ["experts"])]
     if not leaves or not leaves <= {GATE_UP, DOWN} or other:

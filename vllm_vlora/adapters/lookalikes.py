@@ -5,10 +5,12 @@ Nothing here reads an adapter. Every function looks at names and at the first by
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from vllm_vlora.regular_files import open_regular
+from vllm_vlora.strict_json import JSONError, decode
 
 _PICKLE = (
     "pickle, which can run code when it is read, so it is refused; convert it: load the adapter "
@@ -167,14 +169,14 @@ def _tensor_names(path: Path) -> Iterator[str]:
     """The names in a safetensors file's header; none where it is damaged."""
     size = int.from_bytes(_start(path, 8), "little")
     try:
-        yield from json.loads(_start(path, 8 + min(size, 100 << 20))[8:])
-    except ValueError:
+        yield from decode(_start(path, 8 + min(size, 100 << 20))[8:], dict[str, object])
+    except JSONError:
         return
 
 
 def _start(path: Path, most: int = 512) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(most)
     except OSError:
         # The caller says that the file cannot be read, or has said so.

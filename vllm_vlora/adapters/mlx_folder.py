@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_vlora.adapters.peft_config import CONFIG_FILE, rank_options
+from vllm_vlora.adapters.peft_config import CONFIG_FILE, check_extra_shape, rank_options
 from vllm_vlora.adapters.tensor_names import PREFIX
 from vllm_vlora.adapters.weights_files import StoredTensor, read_header
 from vllm_vlora.errors import AdapterError
@@ -47,6 +47,8 @@ def as_peft(
             f"{folder}: fine_tune_type is {kind!r}; only mlx-lm's 'lora' is W + s B A"
         )
     header = read_header(folder / MLX_WEIGHTS)
+    if not header:
+        raise AdapterError(f"{folder}: {MLX_WEIGHTS} holds no tensors; nothing to read")
     tensors: dict[str, StoredTensor] = {}
     ranks: dict[str, int] = {}
     for key, stored in header.items():
@@ -82,6 +84,7 @@ def _check_tensor(module: str, leaf: str, stored: StoredTensor, where: str) -> N
             f"{where}: tensor {stored.key!r} has shape {list(stored.shape)}: LoRA of mlx-lm's fused "
             "experts is not supported; train without them"
         )
+    check_extra_shape(stored.key, stored.shape, where)
 
 
 def _scale(options: Any, where: str) -> Any:

@@ -6,18 +6,19 @@ refused by name. PEFT's rules: ``peft.tuners.lora.LoraConfig`` and ``get_pattern
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_vlora.adapters.lookalikes import describe_content, describe_folder
+from vllm_vlora.adapters.patterns import PatternError, match_end
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.links import refuse_link_out
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
+from vllm_vlora.strict_json import JSONError, decode
 from vllm_vlora.wording import some_of
 
 CONFIG_FILE = "adapter_config.json"
@@ -65,6 +66,9 @@ _VARIANT = re.compile(r"use_.*|.*_config")
 # These only choose the first values of A and B, so a saved adapter is plain LoRA. The others
 # (pissa, olora, corda, loftq) also change the base weights. The rule is vLLM's and PEFT's.
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+# Every tensor is compared with each of them.
+_MOST_NAMES = 4096
+_LAYERS = ("layers_to_transform", int)
 # PEFT trains these heads along with any adapter of the task type, listed or not.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -78,17 +82,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     refuse_link_out(path, folder, AdapterError)
     try:
-        content = path.read_bytes()
-        # From bytes, json tells UTF-8, 16 and 32 apart, with a byte order mark or without.
-        config = json.loads(content)
+        content = read_regular(path, JSON_BYTES)
+        # Which number is infinite is said with its option's name.
+        config = decode(content, object, infinite=True)
     except FileNotFoundError as error:
         found = describe_folder(folder) or "give a folder that PEFT's save_pretrained wrote"
         raise AdapterError(f"{folder}: no {CONFIG_FILE}; {found}") from error
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise AdapterError(f"{path}: not Unicode ({error}); save it as UTF-8") from error
-    except ValueError as error:
+    except JSONError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise AdapterError(f"{path}: not Unicode ({error}); save it as UTF-8") from error
         advice = describe_content(content) or "copy the adapter again"
         raise AdapterError(f"{path}: not valid JSON ({error}); {advice}") from error
     if not isinstance(config, dict):
@@ -128,6 +132,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             "with PEFT's path_initial_model_for_weight_conversion, or set it to true if the base "
             "model already holds the changed weights"
         )
+    _check_types(config, where)
     _check_rank_value(config.get("r"), "r", where)
     _check_alpha_value(config.get("lora_alpha"), "lora_alpha", where)
     for option, check in (
@@ -140,12 +145,26 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         for key, value in pattern.items():
             check(value, f"{option}[{key!r}]", where)
             try:
-                _pattern(key)
-            except re.error as error:
+                match_end(key, "")
+            except PatternError as error:
                 raise AdapterError(
-                    f"{where}: {option} has the key {key!r}, which is no regular expression: "
-                    f"{error}; correct {CONFIG_FILE}"
+                    f"{where}: {option} has the key {key!r:.200}: {error}; correct {CONFIG_FILE}"
                 ) from error
+
+
+def _check_types(config: Mapping[str, Any], where: str) -> None:
+    model = config.get("base_model_name_or_path")
+    if model is not None and not isinstance(model, str):
+        raise AdapterError(
+            f"{where}: base_model_name_or_path is {_shown(model)}, but a model is named by text; "
+            f"correct {CONFIG_FILE}"
+        )
+    for option, kind in (("modules_to_save", str), ("layers_pattern", str), _LAYERS):
+        value = config.get(option)
+        listed = list(value) if isinstance(value, list | tuple | set) else [value]
+        fits = len(listed) <= _MOST_NAMES and all(type(item) is kind for item in listed)
+        if value is not None and not fits:
+            raise AdapterError(f"{where}: {option} is {_shown(value)}; correct {CONFIG_FILE}")
 
 
 def config_warnings(config: Mapping[str, Any]) -> list[str]:
@@ -165,7 +184,7 @@ def config_warnings(config: Mapping[str, Any]) -> list[str]:
 
 
 def _check_rank_value(value: Any, option: str, where: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
         raise AdapterError(
             f"{where}: {option} is {_shown(value)}, but a rank is a whole number above 0; "
             f"correct {CONFIG_FILE}"
@@ -173,14 +192,24 @@ def _check_rank_value(value: Any, option: str, where: str) -> None:
 
 
 def _check_alpha_value(value: Any, option: str, where: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not _finite(value):
         raise AdapterError(
             f"{where}: {option} is {_shown(value)}, but alpha is a number; correct {CONFIG_FILE}"
         )
 
 
+def _finite(value: float) -> bool:
+    # A whole number that no double holds overflows.
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _shown(value: Any) -> str:
-    return "missing" if value is None else repr(value)
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    return "missing" if value is None else f"{value!r:.200}"
 
 
 def lora_scale(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, float]:
@@ -212,7 +241,7 @@ def rank_options(pairs: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """
     rank, alpha = Counter(pairs.values()).most_common(1)[0][0]
     special = {name for name, pair in pairs.items() if pair != (rank, alpha)}
-    shadowed = {name for name in pairs if any(name.endswith(f".{key}") for key in special)}
+    shadowed = {name for name in pairs if any(end in special for end in name_ends(name))}
     ordered = sorted(special | shadowed, key=lambda name: (-len(name), name))
     return {
         "r": rank,
@@ -223,23 +252,30 @@ def rank_options(pairs: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     }
 
 
+def name_ends(name: str) -> Iterator[str]:
+    """What follows each dot of a name."""
+    place = name.find(".")
+    while place >= 0:
+        yield name[place + 1 :]
+        place = name.find(".", place + 1)
+
+
 def _number(value: float) -> int | float:
     """PEFT declares alpha as a whole number, and usually it is one."""
-    return int(value) if value == int(value) else value
+    return int(value) if math.isfinite(value) and value == int(value) else value
 
 
 def _match_pattern(pattern: Mapping[str, Any] | None, name: str) -> Any:
     """PEFT's ``get_pattern_key``: a key is a regular expression for the end of a dotted name."""
     for key, value in (pattern or {}).items():
-        if _pattern(key).match(name):
-            return value
+        try:
+            if match_end(key, name):
+                return value
+        except PatternError as error:
+            raise AdapterError(
+                f"the pattern {key!r:.200}: {error}; correct {CONFIG_FILE}"
+            ) from error
     return None
-
-
-# EVA writes one key per module, more than re's own cache of 512 holds for a large model.
-@lru_cache(maxsize=8192)
-def _pattern(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
 
 
 def check_extra_key(key: str, config: Mapping[str, Any], where: str) -> None:

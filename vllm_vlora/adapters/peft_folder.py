@@ -50,7 +50,7 @@ from vllm_vlora.adapters.peft_config import (
     rank_options,
     read_config,
 )
-from vllm_vlora.adapters.peft_targets import full_targets, selects
+from vllm_vlora.adapters.peft_targets import full_targets, prepared, selects
 from vllm_vlora.adapters.tensor_names import PREFIX, parse_lora, parse_whole
 from vllm_vlora.adapters.weights_files import (
     INDEX_FILE,
@@ -62,6 +62,8 @@ from vllm_vlora.adapters.weights_files import (
 )
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
+from vllm_vlora.representations.spec import rank_fault
 from vllm_vlora.snapshots import ref_name, resolve_snapshot
 from vllm_vlora.wording import some_of
 
@@ -290,10 +292,11 @@ def check_targets(
         modules: name -> (kind, name in the model that was trained).
     """
     try:
+        ready = prepared(config)
         left_out = [
             name
             for name, (kind, trained) in modules.items()
-            if selects(config, name, kind) is False and selects(config, trained, kind) is False
+            if selects(ready, name, kind) is False and selects(ready, trained, kind) is False
         ]
     except ValueError as error:
         raise AdapterError(f"{where}: {error}; correct {CONFIG_FILE}") from error
@@ -329,10 +332,12 @@ def as_peft_folder(adapter: Adapter) -> Iterator[Path]:
 def _is_as_peft_writes(adapter: Adapter) -> bool:
     """Whether the files and the names in them are those that ``write_adapter`` would write."""
     try:
-        json.loads((adapter.path / CONFIG_FILE).read_text(encoding="utf-8"))
+        json.loads(read_regular(adapter.path / CONFIG_FILE, JSON_BYTES).decode())
     # In another encoding than PEFT reads.
     except ValueError:
         return False
+    except OSError as error:
+        raise AdapterError(f"{adapter.path}: {CONFIG_FILE}: {error.strerror}") from error
     stored = dict(adapter._whole)
     for name, module in adapter.modules.items():
         stored |= zip(_module_keys(name, module.kind), adapter._keys[name], strict=True)
@@ -470,6 +475,9 @@ def _describe_module(
     shape_a, shape_b = pair.sides["A"].shape, pair.sides["B"].shape
     _check_shapes(name, shape_a, shape_b, config, where)
     rank = shape_a[0]
+    wrong = rank_fault(rank, shape_a[1], shape_b[0])
+    if wrong:
+        raise AdapterError(f"{where}: module {name!r}: {wrong}; refactor it into its true rank")
     alpha, scale = lora_scale(config, name, rank)
     if lora_scale(config, pair.trained, rank) != (alpha, scale):
         raise AdapterError(

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vllm_vlora.adapters.peft_config import saved_modules
+from vllm_vlora.adapters.patterns import PLAIN, PatternError, fullmatch
+from vllm_vlora.adapters.peft_config import name_ends, saved_modules
 
 _ALL_LINEAR = "all-linear"
 _OUTPUT_LAYER = "lm_head"
@@ -54,10 +55,26 @@ def _selects(config: Mapping[str, Any], name: str, kind: str) -> bool | None:
     return _ends_with(name, targets) and _in_layers(config, name)
 
 
+def prepared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config for many calls of :func:`selects`: lists of names checked and hashed once.
+
+    Raises:
+        ValueError: as :func:`selects`.
+    """
+    ready = dict(config)
+    for option in ("target_modules", "exclude_modules"):
+        value = config.get(option)
+        if value is not None and not isinstance(value, str):
+            _check_list(option, value)
+            ready[option] = frozenset(value)
+    return ready
+
+
 def selects_all(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
     """Whether PEFT adapts all of these modules by this config, whatever the model."""
     try:
-        return all(selects(config, name) for name in modules)
+        ready = prepared(config)
+        return all(selects(ready, name) for name in modules)
     # A config whose targets are no list and no pattern selects nothing.
     except ValueError:
         return False
@@ -100,10 +117,9 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # With any pattern the first numbered part counts, below a part that holds the list.
         lead = r".*?\." if pattern == r"[^.]*" else r"(?:.*?\.)?"
-        try:
-            match = re.match(rf"{lead}{pattern}\.(?P<index>\d+)\.", name)
-        except re.error as error:
-            raise ValueError(f"layers_pattern {pattern!r} is no regular expression") from error
+        if pattern != r"[^.]*" and not PLAIN.fullmatch(pattern):
+            raise ValueError(f"layers_pattern {pattern!r:.100} is no name of a list of layers")
+        match = re.match(rf"{lead}{pattern}\.(?P<index>\d{{1,9}})\.", name)
         if match is not None:
             index = int(match["index"])
             return index == layers if isinstance(layers, int) else index in layers
@@ -111,16 +127,18 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
 
 
 def _ends_with(name: str, ends: Any) -> bool:
-    return any(name.endswith(f".{end}") for end in ends)
+    return any(end in ends for end in name_ends(name))
 
 
 def _matches(option: str, pattern: str, name: str) -> bool:
     try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"{option} {pattern!r} is no regular expression: {error}") from error
+        return fullmatch(pattern, name)
+    except PatternError as error:
+        raise ValueError(f"{option} {pattern!r:.200}: {error}") from error
 
 
 def _check_list(option: str, value: Any) -> None:
+    if isinstance(value, frozenset):
+        return
     if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
         raise ValueError(f"{option} is no list of names")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vllm_vlora.adapters.lookalikes import describe_folder, describe_weights
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import is_finite
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
+from vllm_vlora.strict_json import JSONError, decode
+from vllm_vlora.tensor_files import DamagedFileError, ShardIndex, TensorFile
 from vllm_vlora.wording import some_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -62,10 +62,9 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one file, by name."""
     with open_weights(path) as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         return {
-            key: StoredTensor(part.get_dtype(), tuple(part.get_shape()), path, key)
-            for key, part in slices.items()
+            key: StoredTensor(entry.dtype, entry.shape, path, key)
+            for key, entry in file.entries.items()
         }
 
 
@@ -73,23 +72,22 @@ def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     refuse_link_out(path, path.parent, AdapterError)
     try:
-        names = json.loads(path.read_bytes())["weight_map"]
-        plain = all(Path(name).name == name for name in names.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = decode(read_regular(path, JSON_BYTES), ShardIndex).weight_map
+    except (OSError, JSONError) as error:
         raise AdapterError(f"{path}: no index of weights files ({error}); copy it again") from error
-    if not plain:
+    if any(Path(name).name != name or "\0" in name for name in names.values()):
         raise AdapterError(f"{path}: names files outside of its folder; save the adapter again")
-    return dict(names)
+    return names
 
 
-def open_weights(path: Path) -> Any:
+def open_weights(path: Path) -> TensorFile:
     """The opened weights file; AdapterError when it is missing, damaged or a link out of its folder."""
     refuse_link_out(path, path.parent, AdapterError)
     try:
-        return safe_open(path, framework="pt")
+        return TensorFile(path)
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent}: {_missing(path)}") from error
-    except (SafetensorError, OSError) as error:
+    except (DamagedFileError, OSError) as error:
         advice = describe_weights(path) or "copy or download it again"
         raise AdapterError(f"{path}: not a whole safetensors file ({error}); {advice}") from error
 
@@ -114,7 +112,7 @@ class WeightsReader:
     def __init__(self, where: str) -> None:
         self._where = where
         self._stack = ExitStack()
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, TensorFile] = {}
 
     def __enter__(self) -> WeightsReader:
         return self
@@ -136,8 +134,8 @@ class WeightsReader:
         if stored.file not in self._files:
             self._files[stored.file] = self._stack.enter_context(open_weights(stored.file))
         try:
-            tensor: torch.Tensor = self._files[stored.file].get_tensor(stored.key)
-        except SafetensorError as error:
+            tensor = self._files[stored.file].read(stored.key)
+        except (DamagedFileError, OSError) as error:
             raise AdapterError(
                 f"{self._where}: cannot read tensor {stored.key!r}: {error}"
             ) from error
@@ -147,9 +145,7 @@ class WeightsReader:
                 f"{self._where}: tensor {stored.key!r} changed while it was read; run again"
             )
         check_finite(tensor, stored.key, self._where)
-        # safetensors maps the file anew for every opening; a tensor that kept its mapping would
-        # let a large collection reach the system's limit of maps (65530).
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor.contiguous()
 
 
 def check_finite(tensor: torch.Tensor, key: str, where: str) -> None:

@@ -22,6 +22,8 @@ from vllm_vlora.adapters.companions import is_companion
 from vllm_vlora.checkpoint.manifest import FileRef, hash_file, read_checked
 from vllm_vlora.errors import CheckpointError, OutputError
 from vllm_vlora.links import refuse_link_out
+from vllm_vlora.regular_files import JSON_BYTES, open_regular, read_regular
+from vllm_vlora.strict_json import JSONError, decode_typed
 
 ATTACHMENTS_FILE = "attachments.json"
 ATTACHMENTS_FOLDER = "attachments"
@@ -45,14 +47,14 @@ def read_attachments(checkpoint: Path, tasks: Iterable[str]) -> dict[str, dict[s
     file = checkpoint / ATTACHMENTS_FILE
     refuse_link_out(file, checkpoint, CheckpointError)
     try:
-        data = file.read_bytes()
+        data = read_regular(file, JSON_BYTES)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     try:
-        index = msgspec.json.decode(data, type=_Index)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        index = decode_typed(data, _Index)
+    except JSONError as error:
         raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from error
     if index.version != _VERSION:
         raise CheckpointError(f"{file}: version {index.version!r} is unknown; upgrade vllm-vlora")
@@ -129,7 +131,8 @@ class AttachmentWriter:
             return FileRef(name, digest, nbytes)
         copy = self._folder / ATTACHMENTS_FOLDER / "copy"
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        with open_regular(path) as source, copy.open("wb") as target:
+            shutil.copyfileobj(source, target)
         digest, nbytes = hash_file(copy)
         name = f"{ATTACHMENTS_FOLDER}/{digest}"
         copy.replace(self._folder / name)

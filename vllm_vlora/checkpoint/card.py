@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from vllm_vlora.checkpoint.losses import describe_losses
 from vllm_vlora.checkpoint.serving import serve_command
+from vllm_vlora.wording import shown
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint.report import CompressReport, TaskReport
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&!])")
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&!$])")
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -147,4 +148,4 @@ def _front_matter(base_model: str | None) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    return _MARKDOWN_SPECIAL.sub(r"\\\1", text)
+    return _MARKDOWN_SPECIAL.sub(r"\\\1", shown(text))

@@ -15,8 +15,8 @@ Modules have the names that the task's own adapter had, also where the checkpoin
 Tokenizer files and chat templates that were kept with the task are written beside them.
 
 Factors stored in a floating-point format are written in that format's dtype, quantised ones in
-bfloat16: its rounding (2**-9 relative) is far below what the quantisation lost, and vLLM casts an
-adapter to the model's 16-bit type anyway.
+float32, which holds what they decode to. 16 bits round it once more (2**-9 relative in bfloat16), which
+on a model in float32 changes answers that are near a tie; vLLM casts to the model's type either way.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
 
-_QUANTIZED_DTYPE = torch.bfloat16
+_QUANTIZED_DTYPE = torch.float32
 # What tasks share, by the module's name and the tasks' representation.
 _Shared = Mapping[tuple[str, str], Basis]
 

@@ -22,7 +22,6 @@ Everything read is checked: versions, names, extents, digests, and that paths st
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -35,8 +34,10 @@ from vllm_vlora.adapters.module_names import renamed
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES, dtype_of
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskIdError
 from vllm_vlora.links import refuse_link_out
+from vllm_vlora.regular_files import JSON_BYTES, open_regular, read_regular, size_of
 from vllm_vlora.representations.registry import segment_fault, shared_fault
-from vllm_vlora.representations.spec import ModuleSpec, Segment
+from vllm_vlora.representations.spec import ModuleSpec, Segment, Size
+from vllm_vlora.strict_json import JSONError, check_plain, decode, decode_typed
 from vllm_vlora.task_ids import encode_task_id, validate_task_id
 
 FORMAT_VERSION = 3
@@ -52,7 +53,7 @@ class FileRef(msgspec.Struct, forbid_unknown_fields=True):
 
     file: str
     sha256: str
-    nbytes: int
+    nbytes: Size
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True):
@@ -75,13 +76,13 @@ class TaskRecord(msgspec.Struct, forbid_unknown_fields=True):
 
     file: str
     sha256: str
-    nbytes: int
-    original_nbytes: int
+    nbytes: Size
+    original_nbytes: Size
     error: float
     segments: list[Segment]
     adapter_config: dict[str, Any]
     source: str = ""
-    extra: dict[str, tuple[str, list[int]]] = msgspec.field(default_factory=dict)
+    extra: dict[str, tuple[str, list[Size]]] = msgspec.field(default_factory=dict)
     renamed: dict[str, str] = msgspec.field(default_factory=dict)
 
     def own_name(self, module: str) -> str:
@@ -161,8 +162,8 @@ def encode_tasks(tasks: Mapping[str, TaskRecord]) -> bytes:
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is one of ours, in whatever version, so that ``--force`` may replace it."""
     try:
-        data = json.loads((path / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
+        data = decode(read_regular(path / CONFIG_FILE, JSON_BYTES), object)
+    except (OSError, JSONError):
         return False
     return isinstance(data, dict) and "format_version" in data
 
@@ -172,7 +173,7 @@ def read_config(path: Path) -> Config:
     file = path / CONFIG_FILE
     refuse_link_out(file, path, CheckpointError)
     try:
-        data = file.read_bytes()
+        data = read_regular(file, JSON_BYTES)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is not a vllm-vlora checkpoint: it has no {CONFIG_FILE}; make one with "
@@ -202,6 +203,10 @@ def read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
             validate_task_id(task_id)
         except TaskIdError as error:
             raise CheckpointError(f"{file}: {error}") from error
+        try:
+            check_plain(record.adapter_config)
+        except JSONError as error:
+            raise CheckpointError(f"{file}: task {task_id!r}, adapter_config: {error}") from error
         for name, (dtype, _) in record.extra.items():
             if dtype not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(
@@ -217,14 +222,16 @@ def read_checked(path: Path, ref: FileRef) -> bytes:
     """Read a file of a checkpoint, whose size and SHA-256 must be those of ``ref``."""
     refuse_link_out(path, _folder_of(path, ref), CheckpointError)
     try:
-        data = path.read_bytes()
+        with open_regular(path) as stream:
+            size = size_of(stream)
+            data = stream.read(size) if size == ref.nbytes else b""
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    if len(data) != ref.nbytes:
+    if size != ref.nbytes or len(data) != size:
         raise CheckpointError(
-            f"{path}: {len(data)} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
+            f"{path}: {size} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
         )
     if hashlib.sha256(data).hexdigest() != ref.sha256:
         raise CheckpointError(
@@ -241,7 +248,7 @@ def _folder_of(path: Path, ref: FileRef) -> Path:
 def hash_file(path: Path) -> tuple[str, int]:
     """SHA-256 and size of a file of any length."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
             size += len(chunk)
@@ -250,8 +257,8 @@ def hash_file(path: Path) -> tuple[str, int]:
 
 def _check_version(file: Path, data: bytes) -> int:
     try:
-        version = json.loads(data).get("format_version")
-    except (ValueError, AttributeError, RecursionError) as error:
+        version = decode(data, dict[str, Any]).get("format_version")
+    except JSONError as error:
         raise CheckpointError(f"{file}: not a JSON object ({error})") from error
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{file}: format_version must be a whole number, got {version!r}")
@@ -300,14 +307,20 @@ def _check_segments(
 
 def _check_inside(file: Path, name: str) -> None:
     parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
+    if (
+        not parts
+        or Path(name).is_absolute()
+        or ".." in parts
+        or "\\" in name
+        or not name.isprintable()
+    ):
         raise CheckpointError(f"{file}: path {name!r} leaves the checkpoint")
 
 
 def _decode(file: Path, data: bytes, kind: Any) -> Any:
     try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return decode_typed(data, kind)
+    except JSONError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 

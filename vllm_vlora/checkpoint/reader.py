@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import safetensors
-import safetensors.torch
 import torch
 
 from vllm_vlora.checkpoint.attachments import Attached, read_attachments
@@ -52,6 +50,7 @@ from vllm_vlora.representations.registry import segment_sides, shared_of
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
+from vllm_vlora.tensor_files import DamagedFileError, read_tensors
 from vllm_vlora.wording import some_of
 
 _Read = TypeVar("_Read")
@@ -98,9 +97,16 @@ class Checkpoint:
         ).hexdigest()
 
     @classmethod
-    def open(cls, ref: str | Path) -> Checkpoint:
-        """Open a folder or a Hub id (``org/name`` or ``org/name@revision``)."""
-        path = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    def open(cls, ref: str | Path, *, manifest_only: bool = False) -> Checkpoint:
+        """Open a folder or a Hub id (``org/name`` or ``org/name@revision``).
+
+        Args:
+            manifest_only: of a Hub id only its JSON is downloaded; no tensors can be read then.
+        """
+        wanted = ["*.json"] if manifest_only else None
+        path = resolve_snapshot(
+            ref, what="checkpoint", error=CheckpointError, allow_patterns=wanted
+        )
         config, tasks = _read_manifest(path)
         return cls(path, config, tasks)
 
@@ -435,8 +441,8 @@ def _widened(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def _load_checked(path: Path, ref: FileRef) -> dict[str, torch.Tensor]:
     data = read_checked(path, ref)
     try:
-        return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        return read_tensors(data)
+    except DamagedFileError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
 
 

@@ -6,11 +6,11 @@ engine starts is one rule, which stands here and in ``plugin.memory``; nothing h
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
+from vllm_vlora.wording import quoted
 
 if TYPE_CHECKING:
     from vllm_vlora.checkpoint.manifest import TaskRecord
@@ -72,7 +72,15 @@ def serve_command(checkpoint: str, base_model: str | None, max_rank: int, tasks:
 
 def shell_line(checkpoint: str, command: Sequence[str]) -> str:
     """A command with the plugin's variable before it, quoted for the shell."""
-    return f"{CHECKPOINT_VARIABLE}={shlex.quote(checkpoint)} {shlex.join(command)}"
+    return f"{CHECKPOINT_VARIABLE}={quoted([checkpoint])} {quoted(command)}"
+
+
+def remove_line(checkpoint: str, tasks: Iterable[str]) -> str:
+    """The shell line that writes a copy without some tasks; none of them becomes an option of it."""
+    names = list(tasks)
+    if any(name.startswith("-") for name in names):
+        return f"vllm-vlora remove {quoted([checkpoint])} -o COPY -- {quoted(names)}"
+    return f"vllm-vlora remove {quoted([checkpoint, *names])} -o COPY"
 
 
 def is_model_name(base_model: str) -> bool:

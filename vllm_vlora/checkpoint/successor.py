@@ -35,6 +35,7 @@ from vllm_vlora.checkpoint.report import CompressReport, report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter, basis_file
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
+from vllm_vlora.regular_files import open_regular
 from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
 
@@ -195,11 +196,12 @@ def _shared_by_module(
 def _copy_checked(source: Path, target: Path, ref: FileRef) -> None:
     digest, size = hashlib.sha256(), 0
     try:
-        stream = source.open("rb")
+        stream = open_regular(source)
     except OSError as error:
         raise CheckpointError(f"{source}: {error.strerror}; copy the checkpoint again") from error
     with stream, target.open("xb") as copy:
-        while chunk := stream.read(_CHUNK):
+        # A file that was grown is not copied first.
+        while size <= ref.nbytes and (chunk := stream.read(_CHUNK)):
             digest.update(chunk)
             copy.write(chunk)
             size += len(chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,13 +144,13 @@ def _match_tasks(
     checkpoint: KnownTasks, paths: Mapping[str, Path], *, by_source: bool = False
 ) -> dict[str, Path]:
     own = {task: (task, encode_task_id(task)) for task in checkpoint.tasks}
-    sources = [record.source for record in checkpoint.tasks.values()] if by_source else []
+    sources = Counter(record.source for record in checkpoint.tasks.values()) if by_source else {}
     # What is one task's own name says nothing about the task whose adapter was called so.
     taken = {name for names in own.values() for name in names}
     found = {}
     for task, record in checkpoint.tasks.items():
         names = list(own[task])
-        if by_source and sources.count(record.source) == 1 and record.source not in taken:
+        if by_source and sources[record.source] == 1 and record.source not in taken:
             names.append(record.source)
         path = next((paths[name] for name in names if name in paths), None)
         if path is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -15,8 +14,11 @@ from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, CheckpointVersionError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import PackedMatrix, unpack
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.representations.stored import Basis, FlatBasis
 from vllm_vlora.snapshots import resolve_snapshot
+from vllm_vlora.strict_json import JSONError, decode
+from vllm_vlora.tensor_files import ShardIndex
 
 # Ranges (start, stop) of rows, by module and side of its basis.
 _Ranges = Mapping[tuple[str, str], Collection[tuple[int, int]]]
@@ -35,8 +37,9 @@ def validate(
     """Read every file of a checkpoint and return the problems found, one line each.
 
     Checked are the manifest, every digest (of files kept with tasks too), every tensor's name, dtype,
-    size and values, that the bases' rows are orthonormal (where every task of a basis uses some of its
-    rows: each of these ranges by itself) and that the shard index agrees with the shards. An empty list
+    size and values, that the bases' rows are orthonormal (each range of rows that tasks use, by
+    itself: rows of several clusters are not orthonormal to each other, and those that no task uses are
+    held by their digest alone) and that the shard index agrees with the shards. An empty list
     means that the checkpoint is sound.
 
     Args:
@@ -144,7 +147,7 @@ def _orthonormality_problems(
 ) -> Iterator[str]:
     for side, matrix in (("U", basis.u), ("V", basis.v)):
         tolerance = _TOLERANCES.get(matrix.format, _QUANTIZED_TOLERANCE)
-        for start, stop in sorted(ranges.get((name, side), {(0, matrix.rows)})):
+        for start, stop in sorted(ranges.get((name, side), ())):
             distance = _distance_from_orthonormal(matrix.row_slice(start, stop))
             if not distance <= tolerance:
                 rows = "" if stop - start == matrix.rows else f", rows {start}:{stop},"
@@ -169,11 +172,11 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
     path = checkpoint.path / BASIS_INDEX_FILE
     try:
         refuse_link_out(path, checkpoint.path, CheckpointError)
-        named = set(json.loads(path.read_bytes())["weight_map"].values())
+        named = set(decode(read_regular(path, JSON_BYTES), ShardIndex).weight_map.values())
     except CheckpointError as error:
         return [str(error)]
     except OSError as error:
         return [f"{path}: {error.strerror}"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except JSONError:
         return [f"{path}: not a shard index; compress again"]
     return [] if named == shards else [f"{path}: names other files than {CONFIG_FILE} lists"]

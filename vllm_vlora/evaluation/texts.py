@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from vllm_vlora.errors import DataError
+from vllm_vlora.regular_files import TEXT_BYTES, read_regular
+from vllm_vlora.strict_json import JSONError, decode_typed
 
 IGNORED = -100
 """The label of a token that carries no loss, as torch and transformers have it."""
@@ -126,7 +127,7 @@ def data_digest(paths: Iterable[str | Path]) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, TEXT_BYTES)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a file that can be read") from error
 
@@ -159,8 +160,8 @@ def _read_jsonl(path: Path, text: str) -> list[Example]:
 
 def _parse_line(place: str, line: str) -> Example:
     try:
-        data = msgspec.json.decode(line)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        data = decode_typed(line.encode(), object)
+    except JSONError as error:
         raise DataError(f"{place}: not JSON ({error}); write one object a line") from error
     if not isinstance(data, dict):
         raise DataError(f"{place}: not a JSON object; give {_FORMS}")

@@ -13,7 +13,6 @@ of delta_W changes the loss by 1/2 tr(G E H E^T) a token (Martens and Grosse, 20
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import safetensors
 import safetensors.torch
 import torch
 
@@ -33,6 +31,9 @@ from vllm_vlora.errors import DataError
 from vllm_vlora.fitting.moments import FullMoment, LowRankMoment, Moment
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric, Whitening
 from vllm_vlora.quantize import is_finite
+from vllm_vlora.regular_files import JSON_BYTES, open_regular, read_regular
+from vllm_vlora.strict_json import JSONError, decode
+from vllm_vlora.tensor_files import DamagedFileError, TensorFile
 
 FORMAT_VERSION = 1
 HEADER_FILE = "calibration.json"
@@ -296,8 +297,8 @@ def calibration_files(path: Path) -> set[str] | None:
     With them, and no others, ``force`` may do away.
     """
     try:
-        data = json.loads((path / HEADER_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = decode(read_regular(path / HEADER_FILE, JSON_BYTES), object)
+    except (OSError, JSONError):
         return None
     if not isinstance(data, dict) or "format_version" not in data:
         return None
@@ -380,7 +381,7 @@ class _StoredMoments(Sequence[Moment]):
         path = self.folder / self.files[record.file].file
         width = record.width
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
+            with TensorFile(path) as file:
                 if not record.directions:
                     size = width * (width + 1) // 2
                     return _unpack(_tensor(file, path, f"{index}.triangle", (size,)), width)
@@ -390,18 +391,19 @@ class _StoredMoments(Sequence[Moment]):
                     part: _tensor(file, path, f"{index}.{part}", shape)
                     for part, shape in shapes.items()
                 }
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, DamagedFileError) as error:
             raise DataError(f"{path}: {error}; copy the calibration again") from error
         return LowRankMoment(**parts)
 
 
-def _tensor(file: Any, path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    tensor = file.get_tensor(name)
-    if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+def _tensor(file: TensorFile, path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    entry = file.entries.get(name)
+    if entry is None or entry.shape != shape or entry.dtype != "F32":
+        found = "missing" if entry is None else f"{entry.dtype} {entry.shape}"
         raise DataError(
-            f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the header says float32 "
-            f"{shape}; calibrate again"
+            f"{path}: {name} is {found}, the header says float32 {shape}; calibrate again"
         )
+    tensor = file.read(name)
     if not is_finite(tensor):
         raise DataError(f"{path}: {name} holds numbers that are not finite; calibrate again")
     return tensor
@@ -416,7 +418,7 @@ def _unpack(triangle: torch.Tensor, width: int) -> FullMoment:
 def _read_header(folder: Path) -> Header:
     file = folder / HEADER_FILE
     try:
-        data = file.read_bytes()
+        data = read_regular(file, JSON_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{folder} is not a calibration: it has no {HEADER_FILE}; make one with "
@@ -426,8 +428,8 @@ def _read_header(folder: Path) -> Header:
         raise DataError(f"{file}: {error.strerror}") from error
     _check_version(file, data)
     try:
-        header = msgspec.json.decode(data, type=Header)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        header = decode(data, Header)
+    except JSONError as error:
         raise DataError(f"{file}: {error}; calibrate again") from error
     _check_header(file, header)
     return header
@@ -435,8 +437,8 @@ def _read_header(folder: Path) -> Header:
 
 def _check_version(file: Path, data: bytes) -> None:
     try:
-        version = json.loads(data).get("format_version")
-    except (ValueError, AttributeError, RecursionError) as error:
+        version = decode(data, dict[str, Any]).get("format_version")
+    except JSONError as error:
         raise DataError(f"{file}: not a JSON object ({error}); calibrate again") from error
     if type(version) is not int or version < 1:
         raise DataError(f"{file}: format_version must be a whole number, got {version!r}")
@@ -492,7 +494,7 @@ def _check_file(folder: Path, record: ShardRecord, verify: bool) -> None:
 def _sha256(file: Path) -> str:
     # hashlib.file_digest would do, but only from Python 3.11 on.
     total = hashlib.sha256()
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         while chunk := stream.read(1 << 20):
             total.update(chunk)
     return total.hexdigest()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
+from vllm_vlora.strict_json import JSONError, decode
+from vllm_vlora.tensor_files import DamagedFileError
+from vllm_vlora.tensor_files import TensorFile as OpenedFile
 
 T = TypeVar("T")
 
@@ -27,12 +28,12 @@ def read_json(path: Path, kind: type[T]) -> T:
     refuse_link_out(path, path.parent, CheckpointError)
     try:
         # Their statistics may hold Infinity, which json.dump writes and strict JSON forbids.
-        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), kind)
+        return decode(read_regular(path, JSON_BYTES), kind, infinite=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+    except JSONError as error:
         raise CheckpointError(f"{path}: {error}; copy the checkpoint again") from error
 
 
@@ -43,7 +44,7 @@ def inside(folder: Path, *parts: str) -> Path:
         CheckpointError: it would leave the folder.
     """
     for part in parts:
-        if not part or part.startswith("/") or "\\" in part or "\0" in part:
+        if not part or part.startswith("/") or "\\" in part or not part.isprintable():
             raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
         if ".." in part.split("/"):
             raise CheckpointError(f"{folder}: path {part!r} leaves the checkpoint")
@@ -63,16 +64,16 @@ class TensorFile:
         self.path = path
         refuse_link_out(path, path.parent, CheckpointError)
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = OpenedFile(path)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path}: the file is missing; copy the checkpoint again"
             ) from None
-        except (SafetensorError, OSError) as error:
+        except (DamagedFileError, OSError) as error:
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({error}); copy the checkpoint again"
             ) from error
-        self.names = frozenset(self._file.keys())
+        self.names = frozenset(self._file.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header.
@@ -81,7 +82,7 @@ class TensorFile:
             CheckpointError: no such tensor.
         """
         self._check_name(name)
-        return tuple(self._file.get_slice(name).get_shape())
+        return self._file.entries[name].shape
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of any dtype that a checkpoint can hold, finite.
@@ -91,9 +92,8 @@ class TensorFile:
         """
         self._check_name(name)
         try:
-            # A copy: a tensor that kept its mapping would keep the file's.
-            tensor = self._file.get_tensor(name).clone()
-        except SafetensorError as error:
+            tensor = self._file.read(name)
+        except (DamagedFileError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {name!r}: {error}") from error
         if tensor.dtype not in SAFETENSORS_DTYPES:
             raise CheckpointError(

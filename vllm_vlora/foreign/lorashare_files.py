@@ -16,6 +16,7 @@ factor form on a shared basis. alpha / r is not folded in; it is the original co
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from vllm_vlora.adapters.peft_config import (
 )
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.foreign.files import TensorFile, inside, read_json
+from vllm_vlora.representations.spec import rank_fault
 
 CONFIG_FILE = "share_config.json"
 _COMPONENTS_FILE = "shared_components.safetensors"
@@ -90,7 +92,7 @@ class LoraShareFiles:
         self.path = path
         self.base_model = config.base_model_name_or_path or None
         self.adapter_names = config.adapter_names
-        twice = [name for name in self.adapter_names if self.adapter_names.count(name) > 1]
+        twice = [name for name, count in Counter(self.adapter_names).items() if count > 1]
         if twice or not self.adapter_names:
             problem = f"adapter {twice[0]!r} is listed twice" if twice else "it names no adapters"
             raise CheckpointError(f"{path / CONFIG_FILE}: {problem}; correct adapter_names")
@@ -150,9 +152,15 @@ class LoraShareFiles:
     def _side(self, layer: str, side: str) -> torch.Tensor:
         name = f"{layer}:{side}"
         rows = self._components.floats(name, (None, None)).T.contiguous()
+        # More rows than columns are never orthonormal, and their Gram matrix has no bound.
+        if len(rows) > rows.shape[1]:
+            raise CheckpointError(
+                f"{self._components.path}: {name!r} has {len(rows)} components of "
+                f"{rows.shape[1]} numbers; copy the checkpoint again"
+            )
         gram = rows.double() @ rows.double().T
         distance = float((gram - torch.eye(len(rows), dtype=gram.dtype)).abs().max())
-        if len(rows) > rows.shape[1] or distance > _ROUNDING[rows.dtype]:
+        if distance > _ROUNDING[rows.dtype]:
             raise CheckpointError(
                 f"{self._components.path}: the components of {name!r} are not orthonormal (off by "
                 f"{distance:.2g}); copy the checkpoint again"
@@ -162,13 +170,19 @@ class LoraShareFiles:
     def _loadings(
         self, file: TensorFile, layer: str, config: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer not in self.layer_names:
+        if f"{layer}:A" not in self._components.names:
             raise CheckpointError(
                 f"{file.path}: layer {layer!r} has no components in {_COMPONENTS_FILE}"
             )
         k_out, k_in = self.widths(layer)
+        d_in, d_out = (self._components.shape(f"{layer}:{side}")[0] for side in "AB")
         a = file.floats(f"{layer}:A", (k_in, None))
         b = file.floats(f"{layer}:B", (k_out, a.shape[1]))
+        wrong = rank_fault(a.shape[1], d_in, d_out)
+        if wrong:
+            raise CheckpointError(
+                f"{file.path}: layer {layer!r}: {wrong}; copy the checkpoint again"
+            )
         if a.shape[1] != lora_rank(config, layer):
             raise CheckpointError(
                 f"{file.path}: layer {layer!r} has rank {a.shape[1]}, but {_META_FILE} says "

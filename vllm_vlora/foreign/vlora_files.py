@@ -14,6 +14,7 @@ alpha: what it reconstructs is B A, and whoever runs it multiplies with alpha / 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.foreign.files import TensorFile, inside, read_json
+from vllm_vlora.representations.spec import rank_fault
 
 META_FILE = "subspace_meta.json"
 # vlora rounds the codebook of QLoRA to four digits; what its files mean is a product with these.
@@ -209,13 +211,16 @@ class VLoRAFiles:
         if not meta.layer_names:
             raise CheckpointError(f"{file}: it names no layers; there is nothing to read")
         for what, names in (("layer", meta.layer_names), ("task", meta.task_ids)):
-            twice = [name for name in names if not name or names.count(name) > 1]
+            twice = [n for n, count in Counter(names).items() if not n or count > 1]
             if twice:
                 raise CheckpointError(f"{file}: {what} {twice[0]!r} is listed twice or unnamed")
         if meta.rank < 1 or meta.nf4_block_size < 1:
             raise CheckpointError(f"{file}: rank and nf4_block_size must be positive")
         for name in meta.layer_names:
-            self._shapes(name)
+            (rank, d_in), (d_out, _) = self._shapes(name)
+            wrong = rank_fault(rank, d_in, d_out)
+            if wrong:
+                raise CheckpointError(f"{file}: layer {name}: {wrong}; copy the checkpoint again")
 
     def _shapes(self, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of A (rank, d_in) and of B (d_out, rank)."""

@@ -8,7 +8,6 @@ Only the text is the task's: vLLM has one tokenizer, so tokens that a task added
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.strict_json import decode
 
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -59,11 +59,10 @@ def task_template(checkpoint: Checkpoint, task: str) -> str | None:
     data = read_attached(checkpoint.path, kept)
     source = _FILE if _FILE in data else _CONFIG
     try:
-        text = data.get(source, b"{}").decode()
         if source == _FILE:
-            return text
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
+            return data[source].decode()
+        config = decode(data.get(source, b"{}"), object)
+    except ValueError as error:
         raise CheckpointError(
             f"{checkpoint.path}: task {task!r}, its {source}: {error}; mend it in the adapter and add "
             "the task again"

@@ -55,7 +55,7 @@ from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
 from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.plugin.steps import adapt_steps
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import shown, some_of
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 logger = init_logger("vllm.plugins.vlora")
@@ -244,7 +244,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         except VLoRAError as error:
             return Held(late=True, error=error)
         except Exception as error:
-            logger.exception("vllm-vlora: %s cannot be loaded", request.lora_path)
+            logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
             return Held(late=True, error=TaskLoadError(f"{request.lora_path}: {error}"))
         if not self.vlora_store.is_late(request.lora_path):
             return Held(late=False)
@@ -407,7 +407,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         _warn_of_base_model(checkpoint, self)
         logger.info(
             "vllm-vlora: %s: %d tasks resident on %s, %.1f MiB, loaded in %.2f s",
-            checkpoint.path,
+            shown(str(checkpoint.path)),
             len(store),
             self.device,
             store.nbytes / 2**20,
@@ -507,7 +507,7 @@ def _log_direct(manager: TaskLoRAManager, path: DirectPath) -> None:
         len(tasks),
         path.table.slots,
         len(others),
-        f" ({why})" if others else "",
+        f" ({shown(why)})" if others else "",
     )
     memory, mib = path.memory(), 2**20
     logger.info(
@@ -629,6 +629,6 @@ def _warn_of_base_model(checkpoint: Checkpoint, manager: TaskLoRAManager) -> Non
         logger.warning(
             "vllm-vlora: the adapters were trained on %s, the engine serves %s; their shapes agree, "
             "their weights are not compared",
-            trained_on,
-            served,
+            shown(trained_on),
+            shown(served),
         )

@@ -27,7 +27,6 @@ What every mode and stock vLLM need alike (punica's index buffers, activations) 
 from __future__ import annotations
 
 import re
-import shlex
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +40,7 @@ from vllm_vlora.checkpoint.serving import (
     VLLM_LORA_RANKS,
     carried_tensors,
     extra_obstacle,
+    remove_line,
     serving_rank,
 )
 from vllm_vlora.errors import ModelMismatchError, OptionError
@@ -225,7 +225,7 @@ def refuse_unserved(checkpoint: Checkpoint) -> None:
         more = f"; nor {some_of(others)}" if others else ""
         raise ModelMismatchError(
             f"{checkpoint.path}: vLLM cannot serve task {task_id!r}: {reason}{more}; serve a copy "
-            f"without: vllm-vlora remove CKPT {shlex.join(found)} -o COPY"
+            f"without: {remove_line('CKPT', found)}"
         )
 
 

@@ -8,7 +8,6 @@ every rank. Source: ``create_lora_weights`` of vLLM 0.32's ``vllm/lora/layers``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 
 from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.errors import ModelMismatchError, OptionError
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.representations.spec import ModuleSpec
+from vllm_vlora.strict_json import JSONError, decode
 
 LM_HEAD = "lm_head"
 # By the last component of a module's name.
@@ -157,12 +158,12 @@ def read_model_shape(path: str | Path) -> ModelShape:
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = decode(read_regular(file, JSON_BYTES), object)
     except OSError as error:
         raise OptionError(
             f"{file}: {error.strerror}; give a model's folder or its config.json"
         ) from error
-    except ValueError as error:
+    except JSONError as error:
         raise OptionError(f"{file}: not valid JSON ({error}); copy the model again") from error
     if not isinstance(config, dict):
         raise OptionError(f"{file}: holds no JSON object; copy the model again")

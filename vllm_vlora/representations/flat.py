@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS, PackedMatrix, pack, unpack
-from vllm_vlora.representations.spec import FlatSpec, ModuleSpec, Segment
+from vllm_vlora.representations.spec import FlatSpec, ModuleSpec, Segment, rank_fault
 from vllm_vlora.representations.stored import Basis, FlatBasis, SideSource, StoredModule
 
 
@@ -83,7 +83,9 @@ def shared_fault(module: ModuleSpec) -> str | None:
     """What is wrong with the module's flat basis; None where nothing is."""
     flat = module.flat
     if flat is not None and (
-        min(flat.rank, flat.k_in, flat.k_out) < 1 or flat.format not in FORMATS
+        min(flat.rank, flat.k_in, flat.k_out) < 1
+        or flat.format not in FORMATS
+        or rank_fault(flat.rank, module.d_in, module.d_out)
     ):
         return "flat basis"
     return None

@@ -14,7 +14,7 @@ import torch
 
 from vllm_vlora.quantize import FORMATS, PackedMatrix
 from vllm_vlora.representations import flat, joint, private
-from vllm_vlora.representations.spec import ModuleSpec, Segment
+from vllm_vlora.representations.spec import ModuleSpec, Segment, rank_fault
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 
 
@@ -65,11 +65,14 @@ def segment_fault(segment: Segment, module: ModuleSpec) -> str | None:
         return f"unknown number format {segment.format!r}; upgrade vllm-vlora"
     if segment.rank < 1:
         return f"rank must be positive, got {segment.rank}"
+    wrong = rank_fault(segment.rank, module.d_in, module.d_out)
+    if wrong:
+        return wrong
     if not math.isfinite(segment.scale):
         return f"scale is not finite ({segment.scale})"
-    for field, (owner, wrong) in _OWN_FIELDS.items():
+    for field, (owner, fault) in _OWN_FIELDS.items():
         if getattr(segment, field) is not None and segment.representation != owner:
-            return wrong
+            return fault
     return REPRESENTATIONS[segment.representation].fault(segment, module)
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Annotated, TypeAlias
+
 import msgspec
 
 from vllm_vlora.representations.kind import HasRepresentation
+
+Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+"""A count or a number of bytes, within what JSON's readers agree on."""
+_USUAL_RANK = 1024
+
+
+def rank_fault(rank: int, d_in: int, d_out: int) -> str | None:
+    """What is wrong with a rank; None where nothing is.
+
+    Of factors much is computed that is (rank, rank), which a few bytes may not make large: for a layer of
+    one input and one output a rank of 60,000 takes 480 kB, and its square 29 GB. A rank above both sides
+    of a layer adds nothing; it is allowed as far as it costs little.
+    """
+    most = max(d_in, d_out, _USUAL_RANK)
+    return (
+        f"rank {rank} is above {most}, which no update of {d_out} x {d_in} has"
+        if rank > most
+        else None
+    )
 
 
 class BasisSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shared basis of one module: U (d_out x k_out) and V (k_in x d_in), orthonormal."""
 
-    k_out: int
-    k_in: int
+    k_out: Size
+    k_in: Size
     format: str
 
 
@@ -23,9 +44,9 @@ class FlatSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the mean first. After vlora, whose representation it is.
     """
 
-    rank: int
-    k_out: int
-    k_in: int
+    rank: Size
+    k_out: Size
+    k_in: Size
     format: str
 
 
@@ -33,8 +54,8 @@ class ModuleSpec(msgspec.Struct, forbid_unknown_fields=True):
     """A module of the base model that some task adapts; delta_W is d_out x d_in."""
 
     name: str
-    d_in: int
-    d_out: int
+    d_in: Size
+    d_out: Size
     kind: str = "linear"
     basis: BasisSpec | None = None
     flat: FlatSpec | None = None

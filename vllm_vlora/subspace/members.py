@@ -23,6 +23,7 @@ from vllm_vlora.errors import AdapterError, OptionError, TaskIdError
 from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.subspace.weights import LayerShape, LoRAWeights, Update, shapes_of
 from vllm_vlora.task_ids import validate_task_id
+from vllm_vlora.wording import shown
 
 MISSING = ("error", "zero", "common")
 AnyAdapter: TypeAlias = Update | str | Path
@@ -144,8 +145,8 @@ def share_layers(
     if not common:
         raise AdapterError("the adapters have no layer in common; build apart what differs")
     warnings.warn(
-        f"{len(dropped)} layers that not every adapter has are left out, {sorted(dropped)[0]} among "
-        "them",
+        f"{len(dropped)} layers that not every adapter has are left out, "
+        f"{shown(sorted(dropped)[0])} among them",
         stacklevel=4,
     )
     return [replace(m, shapes={name: m.shapes[name] for name in common}) for m in members]

@@ -33,6 +33,7 @@ from vllm_vlora.subspace.members import (
 from vllm_vlora.subspace.state import SubspaceState
 from vllm_vlora.subspace.tasks import TaskProjection, with_loadings
 from vllm_vlora.subspace.weights import LayerShape
+from vllm_vlora.wording import shown
 
 if TYPE_CHECKING:
     from typing import Self
@@ -209,7 +210,8 @@ class FittedState(SubspaceState):
         if not unknown or unknown_allowed:
             return member
         warnings.warn(
-            f"{len(unknown)} layers of task {member.task_id!r} are left out, {unknown[0]} among them",
+            f"{len(unknown)} layers of task {member.task_id!r} are left out, "
+            f"{shown(unknown[0])} among them",
             stacklevel=4,
         )
         return replace(member, shapes={n: s for n, s in member.shapes.items() if n in self.layers})
@@ -220,8 +222,8 @@ class FittedState(SubspaceState):
         dropped = [name for name in self.layers if name not in member.shapes]
         if dropped:
             warnings.warn(
-                f"{len(dropped)} layers that the new adapter lacks are left out, {dropped[0]} among "
-                "them",
+                f"{len(dropped)} layers that the new adapter lacks are left out, "
+                f"{shown(dropped[0])} among them",
                 stacklevel=4,
             )
         copy.layers = {n: layer for n, layer in self.layers.items() if n in member.shapes}

@@ -53,6 +53,7 @@ from vllm_vlora.representations.registry import segment_sides
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.task_ids import validate_task_id
+from vllm_vlora.wording import shown
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -171,7 +172,7 @@ class SHAREModel:
         home = TemporaryDirectory(prefix="vllm-vlora-")
         report = convert(folder, Path(home.name) / "0")
         for line in report.warnings:
-            warnings.warn(line, stacklevel=2)
+            warnings.warn(shown(line), stacklevel=2)
         share = cls(Checkpoint.open(report.path))
         share._home = home
         share._note = f" of what the {report.kind} checkpoint holds; its own loss is not recorded"
@@ -295,7 +296,7 @@ class SHAREModel:
             f"  Explained variance:  mean {stats['mean_explained_variance']:.4f}, least "
             f"{stats['min_explained_variance']:.4f}{self._note}",
         ]
-        print("\n".join(lines))
+        print("\n".join(map(shown, lines)))
 
     # --- taking adapters out ---------------------------------------------------------------------
 
