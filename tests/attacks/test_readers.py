@@ -43,7 +43,7 @@ from vllm_vlora.fitting.calibration import (
     ModuleRecord,
     Settings,
     Source,
-    is_calibration,
+    calibration_files,
 )
 from vllm_vlora.fitting.moments import FullMoment, LowRankMoment
 from vllm_vlora.foreign.convert import convert
@@ -211,7 +211,7 @@ def read_foreign(folder: Path, out: Path) -> None:
 
 
 def read_calibration(folder: Path, out: Path) -> None:
-    is_calibration(folder)
+    calibration_files(folder)
     opened = Calibration.open(folder)
     for moment in opened.moments:
         moment.whiten(0.01)
