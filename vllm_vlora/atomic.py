@@ -152,15 +152,15 @@ def exists_error(path: Path) -> OutputError:
 
 
 def check_apart(output: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raise OutputError if a folder to write is, holds or lies in something that is read.
+    """Raise OutputError if a folder to write is or holds something that is read.
 
     Replacing it would take away what it is made from. Inputs that are not there are left to others.
     """
     target = Path(os.path.realpath(os.path.expanduser(output)))
     for given in inputs:
         path = Path(os.path.realpath(os.path.expanduser(given)))
-        if path.exists() and (target in (path, *path.parents) or path in target.parents):
-            relation = "is" if path == target else "lies in" if path in target.parents else "holds"
+        if path.exists() and target in (path, *path.parents):
+            relation = "is" if path == target else "holds"
             raise OutputError(
                 f"the output {target} {relation} {path}, which is read; choose an output beside it"
             )

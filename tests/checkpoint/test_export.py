@@ -423,19 +423,24 @@ def test_a_damaged_task_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"r": "4", "lora_alpha": 8}, {"r": 4, "lora_alpha": 8, "rank_pattern": ["q_proj"]}],
-)
-def test_a_config_that_describes_nothing_is_written_anew(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_a_config_that_describes_nothing_is_written_anew(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "original")
     adapter.config.clear()
-    adapter.config.update(config)
     checkpoint = store(tmp_path / "ckpt", {"t": (adapter, keep(adapter))})
     folder = export_task(checkpoint, "t", tmp_path / "out")
     assert torch.equal(logits(load(folder)), logits(load(tmp_path / "original")))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"r": "4", "lora_alpha": 8}, {"r": 4, "lora_alpha": 8, "rank_pattern": ["q_proj"]}],
+)
+def test_a_config_of_other_types_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    adapter = make_adapter(tmp_path / "original")
+    adapter.config.clear()
+    adapter.config.update(config)
+    with pytest.raises(CheckpointError, match="task 't', adapter_config: (r|rank_pattern) is"):
+        store(tmp_path / "ckpt", {"t": (adapter, keep(adapter))})
 
 
 # --- stock vLLM ----------------------------------------------------------------------------------

@@ -87,9 +87,16 @@ class Checkpoint:
         'joint'
     """
 
-    def __init__(self, path: Path, config: Config, tasks: dict[str, TaskRecord]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        tasks: dict[str, TaskRecord],
+        state: tuple[int, ...] | None = None,
+    ) -> None:
         self.path = path
-        self._state = _state_of(path)
+        # Of before the manifest was read; after it, the folder may be another one.
+        self._state = _state_of(path) if state is None else state
         self.config = config
         self.tasks = tasks
         # Names the content of all bases; resident bases are kept under it.
@@ -113,8 +120,7 @@ class Checkpoint:
             error=CheckpointError,
             allow_patterns=["*.json"] if manifest_only else None,
         )
-        config, tasks = _read_manifest(path)
-        opened = cls(path, config, tasks)
+        opened = cls(path, *_read_manifest(path))
         if wanted is not None:
             check_content(path, opened.content_digest, wanted)
         return opened
@@ -360,18 +366,19 @@ def read_one_state(ref: str | Path, read: Callable[[Checkpoint], _Read]) -> _Rea
     return read(Checkpoint.open(ref))
 
 
-def _read_manifest(path: Path) -> tuple[Config, dict[str, TaskRecord]]:
-    """Both files of one state: when they do not fit as the folder was replaced in between, again."""
+def _read_manifest(path: Path) -> tuple[Config, dict[str, TaskRecord], tuple[int, ...]]:
+    """Both files of one state, and that; when they do not fit as the folder was replaced, again."""
     for _ in range(_TRIES - 1):
         before = _state_of(path)
         try:
             config = read_config(path)
-            return config, read_tasks(path, config)
+            return config, read_tasks(path, config), before
         except CheckpointError:
             if _state_of(path) == before:
                 raise
+    before = _state_of(path)
     config = read_config(path)
-    return config, read_tasks(path, config)
+    return config, read_tasks(path, config), before
 
 
 def _state_of(path: Path) -> tuple[int, ...]:

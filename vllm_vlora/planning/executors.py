@@ -183,6 +183,20 @@ def _in_flight(
 # --- processes -----------------------------------------------------------------------------------
 
 
+class _Child(SpawnProcess):
+    """Does not see Ctrl-C, which goes to all processes of a terminal, from its first instruction on.
+
+    The first process ends the others.
+    """
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Children(SpawnContext):
     """Starts processes and remembers them.
 
@@ -194,7 +208,7 @@ class _Children(SpawnContext):
         self.started: list[SpawnProcess] = []
 
     def Process(self, *args: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]
-        process = SpawnProcess(*args, **options)
+        process = _Child(*args, **options)
         self.started.append(process)
         return process
 
@@ -246,8 +260,6 @@ def _start_process() -> None:
     import torch
 
     torch.set_num_threads(1)
-    # Ctrl-C goes to all processes of a terminal; the first one ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -218,10 +218,11 @@ async def ask_for_tasks(engine_client: Any) -> dict[str, TaskPath]:
         await client._call_utility_async(TASKS_METHOD, engine=engine)
         for engine in client.core_engines
     ]
-    paths = [{task: parse_task_path(path) for task, path in answer} for answer in answers]
-    if any(other != paths[0] for other in paths):
+    if any(other != answers[0] for other in answers):
         raise CheckpointError(_CHANGED)
-    return paths[0]
+    found = {task: parse_task_path(path) for task, path in answers[0]}
+    # The workers made these paths.
+    return {task: path for task, path in found.items() if path is not None}
 
 
 def leave_memory(original: Callable[..., Any], late_mib: int) -> Callable[..., Any]:
