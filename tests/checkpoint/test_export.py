@@ -439,7 +439,7 @@ def test_a_config_of_other_types_is_refused(tmp_path: Path, config: dict[str, An
     adapter = make_adapter(tmp_path / "original")
     adapter.config.clear()
     adapter.config.update(config)
-    with pytest.raises(CheckpointError, match="task 't', adapter_config: (r|rank_pattern) is"):
+    with pytest.raises(CheckpointError, match=r"task 't', adapter_config: (r|rank_pattern) is"):
         store(tmp_path / "ckpt", {"t": (adapter, keep(adapter))})
 
 
