@@ -221,11 +221,16 @@ def patchable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Callable[[], di
     from vllm.lora.request import LoRARequest
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
     from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     owners = [WorkerLoRAManager, LRUCacheWorkerLoRAManager, OpenAIServingModels, LLMEngine,
-              AsyncLLM, LoRARequest, kv_cache_utils]  # fmt: skip
+              AsyncLLM, LoRARequest, kv_cache_utils, EngineCore, Scheduler, Executor,
+              LoRAModelRunnerMixin]  # fmt: skip
 
     def state() -> dict:
         return {(o.__name__, name): value for o in owners for name, value in vars(o).items()}

@@ -35,6 +35,7 @@ from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
+from vllm_vlora.regular_files import JSON_BYTES
 
 _CARD_FILE = "README.md"
 _TASK_FILES = f"{TASKS_FOLDER}/*.safetensors"
@@ -195,7 +196,7 @@ def _files(checkpoint: Checkpoint) -> list[str]:
     """The checkpoint's files, and what describes it; none of them is a link to something outside.
 
     Raises:
-        CheckpointError: one is.
+        CheckpointError: one is, or what no manifest gives a size is larger than it can be.
     """
     refs = [*checkpoint.config.basis, checkpoint.config.tasks]
     names = [CONFIG_FILE, *(ref.file for ref in refs)]
@@ -206,6 +207,11 @@ def _files(checkpoint: Checkpoint) -> list[str]:
     names += [name for name in beside if (checkpoint.path / name).is_file()]
     for name in names:
         refuse_link_out(checkpoint.path / name, checkpoint.path, CheckpointError)
+    for name in beside:
+        path = checkpoint.path / name
+        # A file is grown to any size without a byte written, and copied with all of them.
+        if path.is_file() and path.stat().st_size > JSON_BYTES:
+            raise CheckpointError(f"{path} has more than {JSON_BYTES} bytes; remove it")
     return names
 
 
