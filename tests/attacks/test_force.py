@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from attack_children import DONE, at_once
-from edited_world import NEW, OLD, World
+from edited_world import NEW, OLD, WRITERS, World
 
 from vllm_vlora import atomic, places
 from vllm_vlora.adapters.peft_folder import open_adapter
@@ -29,14 +29,6 @@ from vllm_vlora.editing.adding import add_adapters
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import OutputError
 
-WRITERS: dict[str, Callable[[World], Callable[[], object]]] = {
-    "add": lambda world: world.add(NEW[0]),
-    "remove": lambda world: world.remove(OLD[0]),
-    "blend": lambda world: world.blend("blend"),
-    "compress": lambda world: world.compress(),
-    "rebuild": lambda world: world.rebuild(),
-    "pull": lambda world: world.pull(),
-}
 every_writer = pytest.mark.parametrize("writer", WRITERS)
 
 

@@ -10,18 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from edited_world import NEW, OLD, World
+from edited_world import WRITERS, World
 
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import OutputError
 
-WRITERS: dict[str, Callable[[World], Callable[[], object]]] = {
-    "add": lambda world: world.add(NEW[0]),
-    "remove": lambda world: world.remove(OLD[0]),
-    "blend": lambda world: world.blend("blend"),
-    "compress": lambda world: world.compress(),
-    "rebuild": lambda world: world.rebuild(),
-    "pull": lambda world: world.pull(),
+EVERY_WRITER: dict[str, Callable[[World], Callable[[], object]]] = WRITERS | {
     "export": lambda world: world.export(world.place / "adapter"),
 }
 
@@ -67,12 +61,12 @@ def run(work: Callable[[], object]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", EVERY_WRITER)
 def test_a_disk_full_at_every_page(
     world: World, writer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = content(world.checkpoint)
-    work = WRITERS[writer](world)
+    work = EVERY_WRITER[writer](world)
     for left in range(1024):
         fill(world.place, left)
         said = run(work)

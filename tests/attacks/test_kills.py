@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from attack_children import DONE, Child
 from attacking import scaled
-from edited_world import NEW, OLD, World
+from edited_world import OLD, WRITERS, World
 
 from vllm_vlora import atomic
 from vllm_vlora.checkpoint.own_files import checkpoint_files
@@ -25,14 +25,6 @@ from vllm_vlora.checkpoint.successor import Successor, edited
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.locking import waiting_at_most
 
-WRITERS: dict[str, Callable[[World], Callable[[], object]]] = {
-    "add": lambda world: world.add(NEW[0]),
-    "remove": lambda world: world.remove(OLD[0]),
-    "blend": lambda world: world.blend("blend"),
-    "compress": lambda world: world.compress(),
-    "rebuild": lambda world: world.rebuild(),
-    "pull": lambda world: world.pull(),
-}
 EVENTS = ("open", "os.", "shutil.", "fcntl.", "tempfile.")
 
 

@@ -97,3 +97,14 @@ class World:
             return export_task(opened, next(iter(opened.tasks)), output, force=True)
 
         return run
+
+
+# Every command that replaces a checkpoint: name -> what makes the run on a world.
+WRITERS: dict[str, Callable[[World], Callable[[], object]]] = {
+    "add": lambda world: world.add(NEW[0]),
+    "remove": lambda world: world.remove(OLD[0]),
+    "blend": lambda world: world.blend("blend"),
+    "compress": lambda world: world.compress(),
+    "rebuild": lambda world: world.rebuild(),
+    "pull": lambda world: world.pull(),
+}

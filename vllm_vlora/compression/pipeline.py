@@ -60,8 +60,8 @@ def compress(
         BudgetError: no allowed plan meets the budget; says how near one can get. Or a task would be
             stored with a relative error above 1, and ``allow_large_error`` is not set.
         DataError: the calibration cannot be read.
-        OutputError: ``output`` exists and is not to be replaced, holds an adapter or lies in one, or
-            cannot be written.
+        OutputError: ``output`` exists and is not to be replaced, is or holds an
+            adapter, or cannot be written.
         TaskIdError: a task id that is not allowed.
 
     Examples:

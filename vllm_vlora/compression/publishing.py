@@ -48,7 +48,7 @@ def publish_checkpoint(
     """What ``make`` writes into (folder, scratch folder), published as ``output``, with its time.
 
     Raises:
-        OutputError: ``output`` exists and is not to be replaced, holds what is read or lies in it, or
+        OutputError: ``output`` exists and is not to be replaced, is or holds what is read, or
             cannot be written.
     """
     started = time.monotonic()
