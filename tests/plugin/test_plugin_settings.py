@@ -21,6 +21,8 @@ from vllm_vlora.plugin.settings import Settings, read_settings
         ({"VLLM_VLORA_LATE_MIB": "4096"}, Settings(late_mib=4096)),
         ({"VLLM_VLORA_CHAT_TEMPLATES": "on"}, Settings(chat_templates=True)),
         ({"VLLM_VLORA_ROWS": "narrow"}, Settings(narrow_rows=True)),
+        ({"VLLM_VLORA_METRICS_TASKS": "5"}, Settings(metrics_tasks=5)),
+        ({"VLLM_VLORA_METRICS_LISTED": "0"}, Settings(metrics_listed=0)),
         ({"VLLM_VLORA_ROWS": "wide"}, Settings()),
         ({"VLLM_VLORA_BASIS": "dense", "VLLM_VLORA_MODE": "auto"}, Settings()),
     ],

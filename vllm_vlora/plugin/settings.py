@@ -27,6 +27,12 @@ ROWS_VARIABLE = "VLLM_VLORA_ROWS"
 ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
 TEMPLATES_VARIABLE = "VLLM_VLORA_CHAT_TEMPLATES"
+METRICS_TASKS_VARIABLE = "VLLM_VLORA_METRICS_TASKS"
+METRICS_LISTED_VARIABLE = "VLLM_VLORA_METRICS_LISTED"
+# A series each, which Prometheus keeps for weeks.
+DEFAULT_METRICS_TASKS = 100
+# A line each of a scrape, which a router that looks where a task is reads many times a second.
+DEFAULT_METRICS_LISTED = 1000
 SWITCH = ("off", "on")
 
 
@@ -43,6 +49,8 @@ class Settings:
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
         late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
+        metrics_tasks: tasks whose requests are counted under their own name in the metrics.
+        metrics_listed: tasks of each tier that the metrics name as being there.
     """
 
     mode: str = "auto"
@@ -52,6 +60,8 @@ class Settings:
     overlap: bool = False
     chat_templates: bool = False
     narrow_rows: bool = False
+    metrics_tasks: int = DEFAULT_METRICS_TASKS
+    metrics_listed: int = DEFAULT_METRICS_LISTED
 
     @property
     def direct(self) -> bool:
@@ -69,6 +79,10 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
+        metrics_tasks=_whole(environment, METRICS_TASKS_VARIABLE, DEFAULT_METRICS_TASKS, least=0),
+        metrics_listed=_whole(
+            environment, METRICS_LISTED_VARIABLE, DEFAULT_METRICS_LISTED, least=0
+        ),
     )
 
 
