@@ -25,8 +25,8 @@ FILES = sorted(
     {*PACKAGE.rglob("*.py"), *PACKAGE.glob("tools/*.py"), *PACKAGE.glob("triton_kernels/*.py")}
 )
 # What files import at once though the package installs without it: the plugin and the kernels run
-# inside vLLM, which brings Triton, and this file says in its own words what it needs.
-INSIDE_VLLM = {"vllm", "triton"}
+# inside vLLM, which brings these, and this file says in its own words what it needs.
+INSIDE_VLLM = {"vllm", "triton", "fastapi", "starlette"}
 SAYS_WHAT_IT_NEEDS = {PACKAGE / "integrations" / "huggingface.py": {"transformers"}}
 
 

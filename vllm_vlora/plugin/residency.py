@@ -12,11 +12,13 @@ The bytes are kept out of the KV cache: what vLLM finds available for it is less
 from __future__ import annotations
 
 import functools
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
+from vllm_vlora.plugin.counters import DEVICE, DISK, ServingCounters, counters_of
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.settings import LATE_VARIABLE
 
@@ -49,6 +51,7 @@ class Residency:
         hold: tells every worker to hold a request's task.
         forget: tells every worker to let go of a path.
         in_use: the paths that requests in the engine ask for.
+        counters: what is loaded, gives way and is refused is counted there.
     """
 
     def __init__(
@@ -56,11 +59,21 @@ class Residency:
         hold: Callable[[Any], list[Held]],
         forget: Callable[[str], object],
         in_use: Callable[[], set[str]],
+        counters: ServingCounters | None = None,
     ) -> None:
         self._hold, self._forget, self._in_use = hold, forget, in_use
+        self._counters = counters or ServingCounters(0, 0)
         self._preloaded: set[str] = set()
-        # By last use, the most recent one last.
-        self._late: OrderedDict[str, None] = OrderedDict()
+        # The name of each; by last use, the most recent one last.
+        self._late: OrderedDict[str, str] = OrderedDict()
+
+    def late_names(self) -> list[str]:
+        """The tasks that came after start-up and are held, last used first."""
+        return list(reversed(self._late.values()))
+
+    def holds(self, path: str) -> bool:
+        """Whether a task that was asked for before is still held."""
+        return path in self._preloaded or path in self._late
 
     def ensure(self, request: Any) -> None:
         """Have a request's task held by every worker.
@@ -75,13 +88,16 @@ class Residency:
         if path in self._late:
             self._late.move_to_end(path)
             return
+        started = time.perf_counter()
         try:
             late = self._make_room_for(request)
-        except BaseException:
+        except BaseException as error:
             self._forget(path)
+            self._counters.refused(error)
             raise
         if late:
-            self._late[path] = None
+            self._late[path] = request.lora_name
+            self._counters.loaded(DISK, time.perf_counter() - started)
         else:
             self._preloaded.add(path)
 
@@ -109,6 +125,7 @@ class Residency:
             victim = idle.pop()
             self._forget(victim)
             del self._late[victim]
+            self._counters.evicted()
 
 
 # --- the engine core -------------------------------------------------------------------------------
@@ -137,6 +154,7 @@ def _residency(core: Any) -> Residency:
             lambda request: ask(_hold, args=(request,)),
             lambda path: _forget_everywhere(core, path),
             lambda: _paths_in_use(core.scheduler),
+            counters_of(core),
         )
     return held
 
@@ -161,7 +179,17 @@ def tasks_at_start(core: Any) -> list[tuple[str, str]]:
     first, *others = core.model_executor.collective_rpc(_tasks)
     if any(other != first for other in others):
         raise CheckpointError(_CHANGED)
+    core.__dict__["_vlora_at_start"] = [task for task, _ in first]
     return first
+
+
+def metrics_snapshot(core: Any, seen: int = -1) -> dict[str, Any]:
+    """What an engine core counted of its tasks (``ServingCounters.snapshot``); becomes a method of it."""
+    started: list[str] = core.__dict__.get("_vlora_at_start", [])
+    late = _residency(core).late_names()
+    counters = counters_of(core)
+    counters.set_tier(DEVICE, len(started) + len(late), [*late, *started], pinned=set(started))
+    return counters.snapshot(seen)
 
 
 def ensure_in_process(client: Any, lora_request: Any) -> None:
@@ -190,6 +218,8 @@ def ensure_before_add_request(original: Callable[..., Any]) -> Callable[..., Any
     def add_request(self: Any, request: Any, request_wave: int = 0) -> Any:
         lora = request.lora_request
         if lora and parse_task_path(lora.lora_path) is not None:
+            tier = DEVICE if _residency(self).holds(lora.lora_path) else DISK
+            counters_of(self).requested(lora.lora_name, tier)
             try:
                 _residency(self).ensure(lora)
             except VLoRAError:

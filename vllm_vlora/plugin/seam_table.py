@@ -272,6 +272,12 @@ def _replaced() -> Iterator[Seam]:
         "lists in /v1/models every task that the workers hold",
         ("self",),
     )
+    yield Seam(
+        "vllm.entrypoints.serve.instrumentator.metrics",
+        "attach_router",
+        "/metrics shows what the engine cores count of our tasks",
+        ("app",),
+    )
     for module, owner in CHAT_REQUESTS:
         yield Seam(
             f"vllm.entrypoints.{module}.protocol",
@@ -416,6 +422,12 @@ def _called() -> Iterator[Seam]:
         "EngineCoreProc._send_error_outputs_to_client",
         "the end of a request whose task cannot be loaded again",
         ("self", "req_ids", "client_index"),
+    )
+    yield Seam(
+        "vllm.v1.metrics.prometheus",
+        "get_prometheus_registry",
+        "where vLLM's own metrics are",
+        (),
     )
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
@@ -579,6 +591,7 @@ def _held() -> Iterator[Seam]:
     for name in ("additional_config", "compilation_config", "lora_config", "model_config"):
         yield Seam("vllm.config", f"VllmConfig.{name}", "what the engine was started with")
     yield Seam("vllm.config", "ModelConfig.dtype", "dtype of the bases on the device")
+    yield Seam("vllm.config", "ModelConfig.served_model_name", "the model's name in the metrics")
     yield Seam(
         "vllm.config",
         "CompilationConfig.max_cudagraph_capture_size",

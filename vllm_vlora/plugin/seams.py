@@ -30,9 +30,11 @@ from vllm_vlora.errors import (
     VLoRAError,
 )
 from vllm_vlora.plugin.chat_templates import TaskTemplates
+from vllm_vlora.plugin.counters import METRICS_METHOD
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
+from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
 from vllm_vlora.plugin.requests import requests_for
 from vllm_vlora.plugin.residency import (
     TASKS_METHOD,
@@ -41,6 +43,7 @@ from vllm_vlora.plugin.residency import (
     ensure_before_add_request,
     ensure_in_process,
     leave_memory,
+    metrics_snapshot,
     tasks_at_start,
 )
 from vllm_vlora.plugin.scheduling import schedule_by_kind
@@ -379,12 +382,11 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         checkpoint = setup.checkpoint
         wrappers[f"{lru}.create_lora_manager"] = lambda f: _create_lora_manager(f, checkpoint)
         wrappers["EngineCore.sleep"] = _sleep
+        wrappers["attach_router"] = show_in_metrics
         templates = TaskTemplates()
-        wrappers["OpenAIServingModels.init_static_loras"] = lambda f: _init_static_loras(
-            f,
-            functools.partial(templates.load, checkpoint)
-            if setup.settings.chat_templates
-            else None,
+        load = functools.partial(templates.load, checkpoint)
+        wrappers["OpenAIServingModels.init_static_loras"] = lambda f: refresh_after(
+            _init_static_loras(f, load if setup.settings.chat_templates else None)
         )
         if setup.settings.chat_templates:
             for _, owner in CHAT_REQUESTS:
@@ -402,5 +404,9 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     core = seams["EngineCore.add_request"]
     add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
     add_request = ensure_before_add_request(add or core.value)
-    own = [(core.owner, core.attribute, add_request), (core.owner, TASKS_METHOD, tasks_at_start)]
+    own = [
+        (core.owner, core.attribute, add_request),
+        (core.owner, TASKS_METHOD, tasks_at_start),
+        (core.owner, METRICS_METHOD, metrics_snapshot),
+    ]
     return [*patches, *scheduling, *graphs, *own]
