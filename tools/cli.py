@@ -38,6 +38,7 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
+from vllm_vlora.tools.top_command import top
 from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
@@ -365,6 +366,7 @@ def plan(
 
 
 app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
+app.command(rich_help_panel=_SERVE)(top)
 
 for panel, commands in (
     (_MAKE, (add, remove, calibrate, convert)),

@@ -83,6 +83,10 @@ class IncompatibleVLLMError(VLoRAError):
     """The installed vLLM is not one this plugin was checked on."""
 
 
+class ServerError(VLoRAError):
+    """A running server does not answer, or not as one with this plugin does."""
+
+
 class SettingError(VLoRAError):
     """An environment variable of the plugin holds a value that it cannot have."""
 
