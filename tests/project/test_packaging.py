@@ -115,6 +115,12 @@ def test_what_the_wheel_says_of_itself(built: Path) -> None:
     (entry,) = [name for name in wheel if name.endswith("entry_points.txt")]
     assert wheel[entry].decode().split() == [
         *("[console_scripts]", "vllm-vlora", "=", "vllm_vlora.tools.cli:main"),
+        *(
+            "[vllm.endpoint_plugins]",
+            "vlora_tasks",
+            "=",
+            "vllm_vlora.plugin.task_routes:TaskRoutes",
+        ),
         *("[vllm.general_plugins]", "vlora", "=", "vllm_vlora.plugin:register"),
     ]
 

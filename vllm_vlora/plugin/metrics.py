@@ -105,8 +105,9 @@ class TaskMetrics:
         }
 
     def all_listed(self) -> bool:
-        """Whether every task that is on a device or in host memory is named."""
-        return all(not number for held in self._answers.values() for _, number in _unlisted(held))
+        """Whether every task that is on a device or in host memory is known by name."""
+        answers = self._answers.values()
+        return bool(answers) and not any(n for answer in answers for _, n in _unlisted(answer))
 
     def describe(self) -> list[Metric]:
         """Nothing: the registry then lets the same collector be registered again."""

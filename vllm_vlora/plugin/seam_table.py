@@ -350,6 +350,13 @@ def _overridden() -> Iterator[Seam]:
         ("self", "base_model_name", "lora_name"),
     )
 
+    interface = "vllm.plugins.endpoint_plugins.interface"
+    for name, takes in (
+        ("attach_router", ("self", "app")),
+        ("init_state", ("self", "engine_client", "state", "args")),
+    ):
+        yield Seam(interface, f"EndpointPlugin.{name}", "/v1/vlora/tasks", takes, optional=True)
+
 
 def _called() -> Iterator[Seam]:
     """Functions and classes that are called or asked for."""
