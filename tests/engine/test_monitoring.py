@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
+from dashboards import names_in, problems, queries
 from engine_server import FORKED, Server
 from engine_world import ADAPTERS, PROMPTS, World, exact
+from entry_points import declare_entry_points
+from places import ROOT
 from scrapes import Scrape
 
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.plugin.metrics import FAMILIES
 
 pytestmark = pytest.mark.engine
@@ -23,6 +30,10 @@ from prometheus_client import values
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ["FILES"]
 values.ValueClass = values.get_value_class()
 """
+# What an engine core does not know it does not show.
+UNKNOWN = {"vllm_vlora:bytes", "vllm_vlora:budget_bytes"}
+# And an environment that was installed earlier may not know of all entry points.
+DECLARED = "import os, sys; sys.path.append(os.environ['DECLARED'])\n"
 
 
 def _scrape(server: Server) -> Scrape:
@@ -49,10 +60,12 @@ def server(
         world,
         world.root / f"server-{request.param}.log",
         checkpoint,
-        FORKED if request.param == 1 else FILES + FORKED,
+        DECLARED + (FORKED if request.param == 1 else FILES + FORKED),
         options=("--api-server-count", str(request.param)),
         VLLM_VLORA_METRICS_TASKS="2",
+        VLLM_PLUGINS="vlora,vlora_tasks",
         FILES=str(tmp_path_factory.mktemp("files")),
+        DECLARED=str(declare_entry_points(tmp_path_factory.mktemp("declared"))),
     )
     assert server.wait(), server.log.read_text()[-4000:]
     yield server
@@ -91,3 +104,41 @@ def test_requests_are_counted_by_task_on_every_api_server(server: Server) -> Non
         assert shown.value("vllm_vlora:task_requests_total", task=FIRST) == 3
         assert shown.value("vllm_vlora:task_requests_total", task=SECOND) == 2
         assert shown.value("vllm_vlora:snapshot_age_seconds", engine="0") < 5
+
+
+def test_every_query_of_the_dashboard_names_what_the_server_has(server: Server) -> None:
+    assert server.text(FIRST, PROMPTS[0])
+    shown = _until(server, lambda s: "vllm:time_to_first_token_seconds_bucket" in s.names)
+    missing = {where: problems(query, shown) for where, query in queries()
+               if not names_in(query) <= UNKNOWN - shown.names}  # fmt: skip
+    assert not {where: found for where, found in missing.items() if found}
+
+
+def test_the_tasks_page_by_page(server: Server, world: World) -> None:
+    route, found = f"{server.url}/v1/vlora/tasks", []
+    after = ""
+    while True:
+        page = httpx.get(route, params={"limit": 2, "after": after}, timeout=30).json()
+        found += page["data"]
+        if not page["has_more"]:
+            break
+        after = page["last_id"]
+    checkpoint = Checkpoint.open(exact(world, "private"))
+    assert {task["id"]: task["digest"] for task in found} == {
+        name: checkpoint.digest(name) for name in ADAPTERS
+    }
+    assert [task["id"] for task in found] == sorted(ADAPTERS)
+    assert {task["tier"] for task in found} == {"device"}
+
+
+def test_top_reads_the_server(server: Server) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "vllm_vlora.tools", "top", server.url, "--json"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"] == "base"
+    (engine,) = found["engines"]
+    assert engine["tasks"] == {"device": 6}
+    assert engine["age_seconds"] < 5

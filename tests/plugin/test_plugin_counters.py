@@ -41,10 +41,12 @@ def test_a_snapshot_is_plain_data_that_msgpack_carries_whole() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(taken)) == taken
     assert taken["residents"] == {DEVICE: [["c", False], ["b", True]]}
     assert taken["tiers"] == {DEVICE: {"tasks": 3, "bytes": 30, "budget": 40}}
-    assert taken["requests"] == {DEVICE: 1}
+    assert taken["requests"] == {DEVICE: 1, HOST: 0, DISK: 0}
     assert taken["loaded_bytes"] == {DISK: 1000, HOST: 1000}
     assert taken["load_seconds"][DISK]["sum"] == 0.3
-    assert (taken["refusals"], taken["reload_refusals"]) == ({"memory": 1}, {"checkpoint": 1})
+    zeros = dict.fromkeys(["memory", "model", "checkpoint", "load", "other"], 0)
+    assert taken["refusals"] == {**zeros, "memory": 1}
+    assert taken["reload_refusals"] == {**zeros, "checkpoint": 1}
     assert (taken["generation"], taken["reloads"], taken["waiting"]) == (7, 1, 2)
 
 

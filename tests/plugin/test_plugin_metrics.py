@@ -78,13 +78,16 @@ def test_every_number_that_is_counted_is_shown() -> None:
     assert all(0 <= age < 60 for age in ages)
 
 
-def test_every_family_is_shown_by_a_fresh_engine_or_has_no_label_values_yet() -> None:
-    """A dashboard finds the names before anything happened."""
-    shown = _shown(ServingCounters(100, 100))
+def test_a_fresh_engine_shows_every_family_and_counts_from_nothing() -> None:
+    """A dashboard finds the names before anything happened, and Prometheus sees the first rise."""
+    counters = ServingCounters(100, 100)
+    counters.set_tier(DEVICE, 0, nbytes=0, budget=100)
+    shown = _shown(counters)
     names = {family.name + ("_total" if family.counts else "") for family in FAMILIES}
-    assert names <= shown.families | {f"{name}_total" for name in shown.families}
-    assert shown.value("vllm:num_gpu_loaded_lora_adapters") == 0
+    assert names - {"vllm:lora_adapter_loaded"} <= shown.names
     assert shown.value("vllm:max_gpu_lora_adapters") == 8
+    counted = [shown.samples(name) for name in shown.names if name.endswith("_total")]
+    assert all(value == 0 for series in counted for value in series.values())
 
 
 def test_each_engine_core_has_its_own_series() -> None:

@@ -8,18 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from places import ROOT
+from entry_points import declare_entry_points
 from scrapes import busy_counters
 
-tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
 pytest.importorskip("vllm")
 
-from fastapi import FastAPI  # noqa: E402
-from fastapi.testclient import TestClient  # noqa: E402
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
-from vllm_vlora.plugin import task_routes  # noqa: E402
-from vllm_vlora.plugin.counters import DEVICE, ServingCounters  # noqa: E402
-from vllm_vlora.plugin.metrics import TaskMetrics  # noqa: E402
+from vllm_vlora.plugin import task_routes
+from vllm_vlora.plugin.counters import DEVICE, ServingCounters
+from vllm_vlora.plugin.metrics import TaskMetrics
 
 DIGEST = "0123456789abcdef" * 2
 
@@ -102,15 +101,7 @@ def test_a_server_without_models_lists_none() -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pyproject.toml declares, as an installed package has it."""
-    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    folder = tmp_path / "declared-0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: declared\nVersion: 0\n")
-    declared = points["vllm.endpoint_plugins"]
-    lines = [f"{name} = {value}\n" for name, value in declared.items()]
-    (folder / "entry_points.txt").write_text("[vllm.endpoint_plugins]\n" + "".join(lines))
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(declare_entry_points(tmp_path)))
 
 
 @pytest.mark.usefixtures("installed")

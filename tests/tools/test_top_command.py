@@ -96,6 +96,7 @@ def test_json_has_every_number(server: Answering, suffix: str) -> None:
     assert found["tasks"][0] == {"task": "sql", "requests": 3}
     (engine,) = found["engines"]
     assert 0 <= engine.pop("age_seconds") < 60
+    zeros = dict.fromkeys(["memory", "model", "checkpoint", "load", "other"], 0)
     assert engine == {
         "engine": "0",
         "generation": 5,
@@ -104,11 +105,11 @@ def test_json_has_every_number(server: Answering, suffix: str) -> None:
         "tasks": {"device": 2, "host": 1, "catalogue": 100},
         "bytes": {"device": 40, "host": 20},
         "budget_bytes": {"device": 100},
-        "requests": {"device": 3, "disk": 1},
+        "requests": {"device": 3, "host": 0, "disk": 1},
         "evictions": {"device": 1, "host": 0},
-        "refusals": {"memory": 1},
+        "refusals": {**zeros, "memory": 1},
         "reloads": 1,
-        "checkpoint_refusals": {"checkpoint": 1},
+        "checkpoint_refusals": {**zeros, "checkpoint": 1},
         "loads": {
             "load": {"count": 2, "seconds": 0.35},
             "activate": {"count": 1, "seconds": 0.002},

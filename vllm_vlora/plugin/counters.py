@@ -142,14 +142,16 @@ class ServingCounters:
 
     def __init__(self, tasks: int, listed: int) -> None:
         self._listed = listed
-        self._requests: Counter[str] = Counter()
+        # What is counted from 0 on: Prometheus sees no rise where a series begins with 1.
+        self._requests: Counter[str] = Counter({DEVICE: 0, HOST: 0, DISK: 0})
         self._busiest = BusiestTasks(tasks)
         self._load_seconds = {HOST: Histogram(), DISK: Histogram()}
         self._loaded_bytes: Counter[str] = Counter({HOST: 0, DISK: 0})
         self._evictions: Counter[str] = Counter({DEVICE: 0, HOST: 0})
-        self._refusals: Counter[str] = Counter()
+        words = (*(word for _, word in _REASONS), OTHER)
+        self._refusals: Counter[str] = Counter(dict.fromkeys(words, 0))
         self._reloads = 0
-        self._reload_refusals: Counter[str] = Counter()
+        self._reload_refusals: Counter[str] = Counter(dict.fromkeys(words, 0))
         self._generation = 0
         self._waiting = 0
         self._tiers: dict[str, dict[str, int | None]] = {}

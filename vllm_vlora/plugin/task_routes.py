@@ -44,8 +44,8 @@ def list_tasks(
     """The tasks that requests may name, in the order of their names.
 
     A page's form is that of OpenAI's lists. Each task has its `digest`, which changes with its content,
-    and its `tier`: the best one that any engine core has it in (`device`, `host` or `disk`), or null where
-    that is not known. A task that comes or goes meanwhile moves no other from one page to the next.
+    and its `tier`: the best one that any engine core has it in (`device`, `host` or `disk`), or null
+    where that is not known. A task that comes or goes meanwhile moves no other from one page to the next.
     """
     models = getattr(request.app.state, "openai_serving_models", None)
     requests: Mapping[str, Any] = getattr(models, "lora_requests", {})
