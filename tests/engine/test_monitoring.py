@@ -16,6 +16,7 @@ from engine_world import ADAPTERS, PROMPTS, World, exact
 from entry_points import declare_entry_points
 from places import ROOT
 from scrapes import Scrape
+from spans import SpanCollector
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.plugin.metrics import FAMILIES
@@ -51,9 +52,19 @@ def _until(server: Server, seen: Callable[[Scrape], bool], seconds: float = 20) 
     return shown
 
 
+@pytest.fixture(scope="module")
+def spans() -> Iterator[SpanCollector]:
+    collector = SpanCollector()
+    yield collector
+    collector.stop()
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["one API server", "two API servers"])
 def server(
-    world: World, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    world: World,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    spans: SpanCollector,
 ) -> Iterator[Server]:
     checkpoint = exact(world, "private")
     server = Server(
@@ -61,7 +72,11 @@ def server(
         world.root / f"server-{request.param}.log",
         checkpoint,
         DECLARED + (FORKED if request.param == 1 else FILES + FORKED),
-        options=("--api-server-count", str(request.param)),
+        options=(
+            *("--api-server-count", str(request.param)),
+            *("--otlp-traces-endpoint", spans.endpoint),
+        ),
+        **spans.environment,
         VLLM_VLORA_METRICS_TASKS="2",
         VLLM_PLUGINS="vlora,vlora_tasks",
         FILES=str(tmp_path_factory.mktemp("files")),
@@ -142,3 +157,15 @@ def test_top_reads_the_server(server: Server) -> None:
     (engine,) = found["engines"]
     assert engine["tasks"] == {"device": 6}
     assert engine["age_seconds"] < 5
+
+
+def test_a_requests_span_names_its_task(server: Server, spans: SpanCollector, world: World) -> None:
+    spans.clear()
+    for name in (FIRST, "base", "ordinary"):
+        assert server.text(name, PROMPTS[0])
+    found = spans.wait_for("llm_request", 3)
+    digest = Checkpoint.open(exact(world, "private")).digest(FIRST)
+    ours = ("vllm_vlora.task", "vllm_vlora.task_digest")
+    said = [tuple(span[key] for key in ours if key in span) for span in found]
+    assert sorted(said) == [(), (), (FIRST, digest)]
+    assert all("gen_ai.usage.completion_tokens" in span for span in found)

@@ -278,6 +278,16 @@ def _replaced() -> Iterator[Seam]:
         "/metrics shows what the engine cores count of our tasks",
         ("app",),
     )
+    processor = "vllm.v1.engine.output_processor"
+    yield Seam(
+        processor,
+        "OutputProcessor.do_tracing",
+        "a request's span names its task",
+        ("self", "engine_core_output", "req_state", "iteration_stats"),
+    )
+    yield Seam(
+        processor, "instrument_manual", "a request's span names its task", accepts=("attributes",)
+    )
     for module, owner in CHAT_REQUESTS:
         yield Seam(
             f"vllm.entrypoints.{module}.protocol",
@@ -578,6 +588,7 @@ def _held() -> Iterator[Seam]:
     yield Seam(_CLIENT, "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):
         yield Seam(_CORE, f"EngineCore.{name}", "asks the workers")
+    yield Seam("vllm.v1.engine.output_processor", "RequestState.lora_request", "whose span it is")
     for name in ("request_id", "lora_request", "client_index"):
         yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is")
     yield Seam("vllm.config", "CacheConfig.kv_cache_memory_bytes", "is memory measured?")

@@ -49,6 +49,7 @@ from vllm_vlora.plugin.residency import (
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
+from vllm_vlora.plugin.tracing import add_task, say_task
 
 _PATCHED = "_vlora_patched"
 _ABSENT = object()
@@ -373,6 +374,8 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "LoRARequest.__eq__": _equal_requests,
         "_gen_lora_extra_hash_keys": _lora_hash_keys,
         "EngineCore.add_lora": ensure_before_add_lora,
+        "OutputProcessor.do_tracing": say_task,
+        "instrument_manual": add_task,
         "Executor.determine_available_memory": lambda f: leave_memory(f, setup.settings.late_mib),
     }
     if setup.direct:
