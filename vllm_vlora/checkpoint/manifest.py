@@ -24,9 +24,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import GenericAlias
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -224,24 +225,42 @@ def read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
 
 def read_checked(path: Path, ref: FileRef) -> bytes:
     """Read a file of a checkpoint, whose size and SHA-256 must be those of ``ref``."""
-    refuse_link_out(path, _folder_of(path, ref), CheckpointError)
-    try:
-        with open_regular(path) as stream:
-            size = size_of(stream)
-            data = stream.read(size) if size == ref.nbytes else b""
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    if size != ref.nbytes or len(data) != size:
-        raise CheckpointError(
-            f"{path}: {size} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
-        )
+    with _open_of_size(path, ref) as stream:
+        data = stream.read(ref.nbytes)
+    if len(data) != ref.nbytes:
+        raise _wrong_size(path, len(data), ref)
     if hashlib.sha256(data).hexdigest() != ref.sha256:
         raise CheckpointError(
             f"{path}: SHA-256 differs from the manifest's; copy the checkpoint again"
         )
     return data
+
+
+def check_size(path: Path, ref: FileRef) -> None:
+    """Raise CheckpointError where a file of a checkpoint is missing or has another size than ``ref``."""
+    with _open_of_size(path, ref):
+        pass
+
+
+@contextmanager
+def _open_of_size(path: Path, ref: FileRef) -> Iterator[BinaryIO]:
+    refuse_link_out(path, _folder_of(path, ref), CheckpointError)
+    try:
+        with open_regular(path) as stream:
+            size = size_of(stream)
+            if size != ref.nbytes:
+                raise _wrong_size(path, size, ref)
+            yield stream
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _wrong_size(path: Path, size: int, ref: FileRef) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {size} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
+    )
 
 
 def _folder_of(path: Path, ref: FileRef) -> Path:
