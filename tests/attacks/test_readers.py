@@ -412,6 +412,7 @@ def test_files_grown_without_a_byte_written(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"lora_alpha": mutations.Raw("1" + "0" * 400)}, "401 digits"),
+        ({"lora_alpha": 1e308}, "a number that float32 holds"),
         ({"rank_pattern": {"(" * 5000 + ")" * 5000: 2}}, "nested too deep"),
         ({"rank_pattern": {"a{99999999999}": 2}}, "no regular expression"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5"),
