@@ -100,6 +100,8 @@ def _scale(options: Any, where: str) -> Any:
     if "alpha" in names:
         scaled = values[0] * values[1]
         if not fits_float32(scaled):
-            raise AdapterError(f"{where}: scale times alpha of lora_parameters is {scaled}, no number")
+            raise AdapterError(
+                f"{where}: scale times alpha of lora_parameters is {scaled}, no number"
+            )
         return lambda rank: scaled / rank
     return lambda rank: float(values[0])
