@@ -486,12 +486,6 @@ def unpack(
     return _unpack_nf4(packed, start, stop).to(dtype)
 
 
-def fits_float32(value: float) -> bool:
-    """Whether a number, whole ones of any size too, is finite and stays so in float32."""
-    most = torch.finfo(torch.float32).max
-    return -most <= value <= most
-
-
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor of any shape and dtype holds neither NaN nor infinity."""
     if not tensor.is_floating_point() or not tensor.numel():

@@ -21,7 +21,7 @@ from vllm_vlora.adapters.peft_config import CONFIG_FILE, check_extra_shape, rank
 from vllm_vlora.adapters.tensor_names import PREFIX
 from vllm_vlora.adapters.weights_files import StoredTensor, read_header
 from vllm_vlora.errors import AdapterError
-from vllm_vlora.quantize import fits_float32
+from vllm_vlora.representations.spec import fits_float32
 
 MLX_WEIGHTS = "adapters.safetensors"
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings")

@@ -17,8 +17,8 @@ from vllm_vlora.adapters.lookalikes import describe_content, describe_folder
 from vllm_vlora.adapters.patterns import PatternError, match_end
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.links import refuse_link_out
-from vllm_vlora.quantize import fits_float32
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
+from vllm_vlora.representations.spec import fits_float32
 from vllm_vlora.strict_json import JSONError, decode
 from vllm_vlora.wording import some_of
 

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
-from vllm_vlora.quantize import FORMATS, PackedMatrix, fits_float32
+from vllm_vlora.quantize import FORMATS, PackedMatrix
 from vllm_vlora.representations import flat, joint, private
-from vllm_vlora.representations.spec import ModuleSpec, Segment, rank_fault
+from vllm_vlora.representations.spec import ModuleSpec, Segment, fits_float32, rank_fault
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 
 
