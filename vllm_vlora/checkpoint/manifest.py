@@ -184,9 +184,7 @@ def read_config(path: Path) -> Config:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     version = _check_version(file, data)
-    if version in _CONFIGS:
-        _decode(file, data, _CONFIGS[version])
-    config = _decode(file, data, Config)
+    config = _decode(file, data, Config, _CONFIGS.get(version))
     _check_modules(file, config)
     for ref in [*config.basis, config.tasks]:
         _check_inside(file, ref.file)
@@ -197,9 +195,7 @@ def read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
     """Read and check ``tasks.json``, against its digest and the modules of ``config``."""
     file = path / config.tasks.file
     data = read_checked(file, config.tasks)
-    if config.format_version in _TASKS:
-        _decode(file, data, _TASKS[config.format_version])
-    tasks = _decode(file, data, dict[str, TaskRecord])
+    tasks = _decode(file, data, dict[str, TaskRecord], _TASKS.get(config.format_version))
     for task_id, record in tasks.items():
         try:
             validate_task_id(task_id)
@@ -340,9 +336,9 @@ def _check_inside(file: Path, name: str) -> None:
         raise CheckpointError(f"{file}: path {name!r} leaves the checkpoint")
 
 
-def _decode(file: Path, data: bytes, kind: Any) -> Any:
+def _decode(file: Path, data: bytes, kind: Any, older: Any) -> Any:
     try:
-        return decode_typed(data, kind)
+        return decode_typed(data, kind, *([] if older is None else [older]))
     except JSONError as error:
         raise CheckpointError(f"{file}: {error}") from error
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -35,9 +36,10 @@ from vllm_vlora.checkpoint.report import CompressReport, report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter, basis_file
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
-from vllm_vlora.regular_files import open_regular
+from vllm_vlora.regular_files import JSON_BYTES, copy_regular, open_regular, read_regular
 from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
+from vllm_vlora.strict_json import JSONError, decode
 
 _CHUNK = 1 << 22
 _BASIS_NAME = re.compile(r"basis[\w.-]*\.safetensors", re.ASCII)
@@ -93,12 +95,13 @@ def edited(
 def _copy_file(source: Path, target: Path) -> None:
     # A pipe or a device is nothing that a copy would have.
     if source.is_file():
-        shutil.copy2(source, target)
+        copy_regular(source, target)
+        shutil.copystat(source, target)
 
 
 def _manifest(path: Path) -> bytes:
     try:
-        return (path / CONFIG_FILE).read_bytes()
+        return read_regular(path / CONFIG_FILE, JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: {error.strerror}") from error
 
@@ -159,13 +162,15 @@ class Successor(CheckpointWriter):
 
 def _renamed_index(path: Path, renamed: Mapping[str, str]) -> bytes:
     """A shard index with other names of its files; byte for byte where they are the same."""
-    data = path.read_bytes()
-    if all(old == new for old, new in renamed.items()):
-        return data
     try:
-        index = json.loads(data)
+        data = read_regular(path, JSON_BYTES)
+        if all(old == new for old, new in renamed.items()):
+            return data
+        index = decode(data, dict[str, Any])
         weight_map = {name: renamed[file] for name, file in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (JSONError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a shard index; compress again") from error
     return json.dumps({**index, "weight_map": weight_map}, indent=2).encode()
 
