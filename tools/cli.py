@@ -11,6 +11,7 @@ from vllm_vlora._version import __version__
 from vllm_vlora.tools.add_command import add, remove
 from vllm_vlora.tools.analyze_command import analyze
 from vllm_vlora.tools.benchmark_command import benchmark
+from vllm_vlora.tools.cache_command import cache
 from vllm_vlora.tools.calibrate_command import calibrate
 from vllm_vlora.tools.common_options import (
     Originals,
@@ -369,7 +370,7 @@ app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
 for panel, commands in (
     (_MAKE, (add, remove, calibrate, convert)),
     (_LOOK, (evaluate, benchmark)),
-    (_TAKE, (reconstruct, push, pull)),
+    (_TAKE, (reconstruct, push, pull, cache)),
     (_ADAPTERS, (analyze, diff, merge)),
 ):
     for command in commands:
