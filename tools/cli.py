@@ -27,6 +27,7 @@ from vllm_vlora.tools.evaluate_command import evaluate
 from vllm_vlora.tools.exporting import show_folders, write_folders
 from vllm_vlora.tools.hub_command import pull, push
 from vllm_vlora.tools.merge_command import merge
+from vllm_vlora.tools.ready_command import ready
 from vllm_vlora.tools.reconstruct_command import reconstruct
 from vllm_vlora.tools.serve_command import SERVE_SETTINGS, serve
 from vllm_vlora.tools.terminal import (
@@ -366,6 +367,7 @@ def plan(
 
 
 app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
+app.command(rich_help_panel=_SERVE)(ready)
 
 for panel, commands in (
     (_MAKE, (add, remove, calibrate, convert)),

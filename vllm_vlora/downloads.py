@@ -47,6 +47,7 @@ _STATES, _MANIFESTS, _FILES = "states", "manifests", "files"
 Progress = Callable[[int, int], None]
 """Called with the bytes that are here and all that are to come."""
 _progress: ContextVar[Progress | None] = ContextVar("vllm_vlora_downloads", default=None)
+_cache_alone: ContextVar[bool] = ContextVar("vllm_vlora_cache_alone", default=False)
 
 
 class ChangedError(RemoteError):
@@ -72,9 +73,19 @@ def cache_folder() -> Path:
     return Path(home).expanduser().absolute() / "vllm-vlora"
 
 
+@contextmanager
+def from_cache_alone() -> Iterator[None]:
+    """Within the block nothing is asked of URLs: what the cache has is meant."""
+    token = _cache_alone.set(True)
+    try:
+        yield
+    finally:
+        _cache_alone.reset(token)
+
+
 def is_offline() -> bool:
-    """Whether nothing may be asked of URLs (``VLLM_VLORA_OFFLINE=1``)."""
-    return os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0")
+    """Whether nothing may be asked of URLs (``VLLM_VLORA_OFFLINE=1``, ``from_cache_alone``)."""
+    return _cache_alone.get() or os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0")
 
 
 class Cached:
