@@ -40,6 +40,7 @@ from vllm_vlora.regular_files import JSON_BYTES, copy_regular, open_regular, rea
 from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
 from vllm_vlora.strict_json import JSONError, decode
+from vllm_vlora.urls import is_remote, local_folder
 
 _CHUNK = 1 << 22
 _BASIS_NAME = re.compile(r"basis[\w.-]*\.safetensors", re.ASCII)
@@ -55,16 +56,21 @@ def edited(
     checkpoint meanwhile: the lock is held from reading to publishing, and others wait.
 
     Args:
-        ref: a folder or a Hub id. output: another folder to write; needed for a Hub id.
+        ref: a folder, a Hub id or a URL. output: another folder to write; needed but for a folder.
         force: replace a checkpoint at ``output``.
 
     Raises:
         CheckpointError: there is no sound checkpoint.
-        OptionError: a checkpoint of the Hub is not changed in place.
+        OptionError: a checkpoint of the Hub or at a URL is not changed in place.
         OutputError: the output may not be replaced or cannot be written, another run writes it and
             does not end in time, or somebody has changed the checkpoint without asking for the lock.
     """
-    target = Path(ref if output is None else output).expanduser()
+    if output is None and is_remote(ref):
+        raise OptionError(
+            f"{ref} is a URL and not changed in place; name a folder to write, or `vllm-vlora pull` it "
+            "first"
+        )
+    target = Path((local_folder(ref) or ref) if output is None else output).expanduser()
     with exclusive(target):
         checkpoint = Checkpoint.open(ref)
         if output is None and not target.is_dir():
