@@ -11,6 +11,7 @@ from vllm_vlora._version import __version__
 from vllm_vlora.tools.add_command import add, remove
 from vllm_vlora.tools.analyze_command import analyze
 from vllm_vlora.tools.benchmark_command import benchmark
+from vllm_vlora.tools.cache_command import cache
 from vllm_vlora.tools.calibrate_command import calibrate
 from vllm_vlora.tools.common_options import (
     Originals,
@@ -26,6 +27,7 @@ from vllm_vlora.tools.evaluate_command import evaluate
 from vllm_vlora.tools.exporting import show_folders, write_folders
 from vllm_vlora.tools.hub_command import pull, push
 from vllm_vlora.tools.merge_command import merge
+from vllm_vlora.tools.ready_command import ready
 from vllm_vlora.tools.reconstruct_command import reconstruct
 from vllm_vlora.tools.serve_command import SERVE_SETTINGS, serve
 from vllm_vlora.tools.terminal import (
@@ -366,12 +368,13 @@ def plan(
 
 
 app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
+app.command(rich_help_panel=_SERVE)(ready)
 app.command(rich_help_panel=_SERVE)(top)
 
 for panel, commands in (
     (_MAKE, (add, remove, calibrate, convert)),
     (_LOOK, (evaluate, benchmark)),
-    (_TAKE, (reconstruct, push, pull)),
+    (_TAKE, (reconstruct, push, pull, cache)),
     (_ADAPTERS, (analyze, diff, merge)),
 ):
     for command in commands:

@@ -158,7 +158,7 @@ def _engine(samples: _Samples, engine: str) -> dict[str, Any]:
     return {
         "engine": engine,
         "age_seconds": samples.single(f"{_OURS}snapshot_age_seconds", engine),
-        "generation": whole(f"{_OURS}checkpoint_generation"),
+        "state": next(iter(by("digest", "checkpoint_info")), None),
         "capacity": whole("vllm:max_gpu_lora_adapters"),
         "waiting": whole(f"{_OURS}requests_waiting_for_load"),
         "tasks": by("tier", "tasks"),

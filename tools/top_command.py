@@ -146,7 +146,7 @@ def _engine_rows(
         earlier = None if before is None else sum(before[key].values())
         return _with_rate(total, earlier, span)
 
-    capacity, state = engine["capacity"], engine["generation"]
+    capacity = engine["capacity"]
     asked, on_device = sum(engine["requests"].values()), engine["requests"].get("device", 0)
     return {
         "tasks on the device": f"{engine['tasks'].get('device', 0)} of {_or_dash(capacity)}",
@@ -161,7 +161,7 @@ def _engine_rows(
         "loads from host memory": _mean(engine["loads"].get("activate")),
         "gave way": rate("evictions"),
         "refused": rate("refusals"),
-        "state of the checkpoint": _or_dash(state),
+        "state of the checkpoint": engine["state"] or "-",
         "states taken, refused": f"{_or_dash(engine['reloads'])}, "
         f"{sum(engine['checkpoint_refusals'].values())}",
         "heard of": f"{engine['age_seconds']:.1f} s ago",

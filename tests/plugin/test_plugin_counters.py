@@ -33,7 +33,7 @@ def test_a_snapshot_is_plain_data_that_msgpack_carries_whole() -> None:
     counters.loaded(HOST, 0.0004, 1000)
     counters.evicted()
     counters.refused(MemoryBudgetError("full"))
-    counters.adopted(7)
+    counters.adopted("new")
     counters.state_refused(CheckpointError("torn"))
     counters.set_tier(DEVICE, 3, ["c", "b", "a"], pinned={"b"}, nbytes=30, budget=40)
     counters.set_waiting(2)
@@ -47,7 +47,7 @@ def test_a_snapshot_is_plain_data_that_msgpack_carries_whole() -> None:
     zeros = dict.fromkeys(["memory", "model", "checkpoint", "load", "other"], 0)
     assert taken["refusals"] == {**zeros, "memory": 1}
     assert taken["reload_refusals"] == {**zeros, "checkpoint": 1}
-    assert (taken["generation"], taken["reloads"], taken["waiting"]) == (7, 1, 2)
+    assert (taken["state"], taken["reloads"], taken["waiting"]) == ("new", 1, 2)
 
 
 def test_who_is_there_is_sent_again_only_when_it_changed() -> None:

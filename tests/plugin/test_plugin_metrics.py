@@ -59,7 +59,7 @@ def test_every_number_that_is_counted_is_shown() -> None:
         ("budget_bytes", 100, {"tier": "device"}),
         ("unlisted_tasks", 0, {"tier": "host"}),
         ("requests_waiting_for_load", 3, {}),
-        ("checkpoint_generation", 5, {}),
+        ("checkpoint_info", 1, {"digest": "0123456789ab"}),
         ("requests_total", 3, {"tier": "device"}),
         ("requests_total", 1, {"tier": "disk"}),
         ("task_requests_total", 3, {"task": "sql"}),
@@ -82,6 +82,7 @@ def test_a_fresh_engine_shows_every_family_and_counts_from_nothing() -> None:
     """A dashboard finds the names before anything happened, and Prometheus sees the first rise."""
     counters = ServingCounters(100, 100)
     counters.set_tier(DEVICE, 0, nbytes=0, budget=100)
+    counters.set_state("5" * 64)
     shown = _shown(counters)
     names = {family.name + ("_total" if family.counts else "") for family in FAMILIES}
     assert names - {"vllm:lora_adapter_loaded"} <= shown.names

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -28,7 +29,7 @@ class Server:
         log: Path,
         checkpoint: Path,
         script: str = FORKED,
-        options: tuple[str, ...] = (),
+        options: Sequence[str] = (),
         **environment: str,
     ) -> None:
         with socket.socket() as probe:
@@ -67,6 +68,11 @@ class Server:
             extra_body={"ignore_eos": True, "skip_special_tokens": False},
         )  # fmt: skip
         return done.choices[0].text
+
+    def listed(self) -> set[str]:
+        """The names in /v1/models, asked on a connection of its own: of any of its API servers."""
+        models = httpx.get(f"{self.url}/v1/models", timeout=60).json()["data"]
+        return {model["id"] for model in models}
 
     def stop(self) -> None:
         stop(self.process, signal.SIGTERM, signal.SIGKILL)

@@ -91,9 +91,11 @@ def write(files: Files, folder: Path, random: Random) -> None:
             path.symlink_to("/dev/zero" if kind == "device" else "not there")
 
 
-def refit(files: Files) -> None:
-    """Put the digests and sizes of a checkpoint or a calibration right."""
+def refit(files: Files, keep: str | None = None) -> None:
+    """Put the digests and sizes of a checkpoint or a calibration right, but not within ``keep``."""
     for holder in ("tasks.json", "attachments.json", "vlora_config.json", "calibration.json"):
+        if holder == keep:
+            continue
         try:
             data = json.loads(files[holder])
             changed = _refit(data, files)

@@ -8,6 +8,8 @@ from typing import Any
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError
 from vllm_vlora.plugin.counters import CATALOGUE, DEVICE, DISK, HOST, ServingCounters
 
+STATE = "0123456789abcdef" * 4
+
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -75,7 +77,7 @@ def busy_counters() -> ServingCounters:
     counters.loaded(HOST, 0.002, 20)
     counters.evicted()
     counters.refused(MemoryBudgetError("no room"))
-    counters.adopted(5)
+    counters.adopted(STATE)
     counters.state_refused(CheckpointError("torn"))
     counters.set_tier(DEVICE, 2, ["sql", 'odd "name"\\é'], pinned={"sql"}, nbytes=40, budget=100)
     counters.set_tier(HOST, 1, ["french"], nbytes=20)

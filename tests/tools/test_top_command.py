@@ -99,7 +99,7 @@ def test_json_has_every_number(server: Answering, suffix: str) -> None:
     zeros = dict.fromkeys(["memory", "model", "checkpoint", "load", "other"], 0)
     assert engine == {
         "engine": "0",
-        "generation": 5,
+        "state": "0123456789ab",
         "capacity": 5,
         "waiting": 3,
         "tasks": {"device": 2, "host": 1, "catalogue": 100},

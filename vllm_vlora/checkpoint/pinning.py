@@ -1,6 +1,6 @@
 """A checkpoint's content by one digest, and references that say which content they mean.
 
-    FOLDER@sha256:HEX    org/name@sha256:HEX    org/name@revision@sha256:HEX
+    FOLDER@sha256:HEX    org/name@sha256:HEX    org/name@revision@sha256:HEX    s3://...@sha256:HEX
 
 HEX is the SHA-256 of ``vlora_config.json`` and, where there is one, ``attachments.json`` behind it, as
 ``encode_config`` and ``encode_attachments`` write them. The manifest names the digest of every file
@@ -69,7 +69,7 @@ def absolute_ref(ref: str) -> str:
     return pinned(folder.absolute() if folder.is_dir() else where, digest)
 
 
-def check_content(path: Path, found: str, wanted: str) -> None:
+def check_content(path: str | Path, found: str, wanted: str) -> None:
     """Raise CheckpointError where a checkpoint's content is not the one that was asked for."""
     if found != wanted:
         raise CheckpointError(

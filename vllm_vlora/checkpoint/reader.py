@@ -37,6 +37,7 @@ from vllm_vlora.checkpoint.manifest import (
     read_tasks,
 )
 from vllm_vlora.checkpoint.pinning import check_content, content_digest, split_pin
+from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, TaskNotFoundError
 from vllm_vlora.narrow_rows import NARROW_FORMAT, Bits, NarrowCodes, NarrowMatrix, Planes, planes_of
 from vllm_vlora.quantize import (
@@ -50,7 +51,6 @@ from vllm_vlora.quantize import (
 from vllm_vlora.representations.registry import segment_sides, shared_of
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
-from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.tensor_files import DamagedFileError, read_tensors
 from vllm_vlora.wording import some_of
 
@@ -106,20 +106,15 @@ class Checkpoint:
 
     @classmethod
     def open(cls, ref: str | Path, *, manifest_only: bool = False) -> Checkpoint:
-        """Open a folder or a Hub id (``org/name`` or ``org/name@revision``).
+        """Open a folder, a Hub id (``org/name`` or ``org/name@revision``) or a URL (``s3://...``).
 
-        Behind either, ``@sha256:`` and ``content_digest`` say which content it must have.
+        Behind each, ``@sha256:`` and ``content_digest`` say which content it must have.
 
         Args:
-            manifest_only: of a Hub id only its JSON is downloaded; no tensors can be read then.
+            manifest_only: of a Hub id or a URL only its JSON is fetched; no tensors can be read then.
         """
         where, wanted = split_pin(ref)
-        path = resolve_snapshot(
-            where,
-            what="checkpoint",
-            error=CheckpointError,
-            allow_patterns=["*.json"] if manifest_only else None,
-        )
+        path = checkpoint_folder(where, wanted, manifest_only=manifest_only)
         opened = cls(path, *_read_manifest(path))
         if wanted is not None:
             check_content(path, opened.content_digest, wanted)

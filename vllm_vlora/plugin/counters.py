@@ -141,7 +141,7 @@ class ServingCounters:
     """
 
     def __init__(self, tasks: int, listed: int) -> None:
-        self._listed = listed
+        self.listed = listed
         # What is counted from 0 on: Prometheus sees no rise where a series begins with 1.
         self._requests: Counter[str] = Counter({DEVICE: 0, HOST: 0, DISK: 0})
         self._busiest = BusiestTasks(tasks)
@@ -152,7 +152,7 @@ class ServingCounters:
         self._refusals: Counter[str] = Counter(dict.fromkeys(words, 0))
         self._reloads = 0
         self._reload_refusals: Counter[str] = Counter(dict.fromkeys(words, 0))
-        self._generation = 0
+        self._state = ""
         self._waiting = 0
         self._tiers: dict[str, dict[str, int | None]] = {}
         self._residents: dict[str, list[tuple[str, bool]]] = {}
@@ -182,10 +182,10 @@ class ServingCounters:
         """A request's task was not loaded: the error, or a word of the code's own that says why."""
         _count_reason(self._refusals, reason)
 
-    def adopted(self, generation: int) -> None:
-        """The engine serves another published state of the checkpoint; states are numbered from 1."""
+    def adopted(self, state: str) -> None:
+        """The engine serves another published state of the checkpoint, whose digest this is."""
         self._reloads += 1
-        self._generation = generation
+        self._state = state
 
     def state_refused(self, reason: BaseException | str) -> None:
         """A published state was not taken, and the one before serves on."""
@@ -214,14 +214,14 @@ class ServingCounters:
             budget: bytes that they may take; None where nothing limits them.
         """
         self._tiers[tier] = {"tasks": tasks, "bytes": nbytes, "budget": budget}
-        found = [(name, name in pinned) for name in islice(names, self._listed)]
+        found = [(name, name in pinned) for name in islice(names, self.listed)]
         if self._residents.get(tier, []) != found:
             self._residents[tier] = found
             self._version += 1
 
-    def set_generation(self, generation: int) -> None:
-        """Which state is served from the start; ``adopted`` sets it later."""
-        self._generation = generation
+    def set_state(self, state: str) -> None:
+        """The digest of the state that is served from the start on."""
+        self._state = state
 
     def set_waiting(self, requests: int) -> None:
         """Requests that wait for their task to be loaded."""
@@ -249,7 +249,7 @@ class ServingCounters:
             "loaded_bytes": dict(self._loaded_bytes),
             "evictions": dict(self._evictions),
             "refusals": dict(self._refusals),
-            "generation": self._generation,
+            "state": self._state,
             "reloads": self._reloads,
             "reload_refusals": dict(self._reload_refusals),
             "waiting": self._waiting,
@@ -257,13 +257,14 @@ class ServingCounters:
 
 
 def _count_reason(counts: Counter[str], reason: BaseException | str) -> None:
-    word = reason if isinstance(reason, str) else _word(reason)
+    word = reason if isinstance(reason, str) else reason_of(reason)
     if word not in counts and len(counts) >= _MOST_REASONS:
         word = OTHER
     counts[word] += 1
 
 
-def _word(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The word under which an error is counted."""
     return next((word for kind, word in _REASONS if isinstance(error, kind)), OTHER)
 
 

@@ -36,6 +36,8 @@ Rows = Iterable[tuple[tuple[str, ...], float]]
 
 INTERVAL = 1.0
 """Seconds between two questions to the engine cores."""
+# Of a state's digest: enough to tell states apart.
+_DIGITS = 12
 # Until one that is not answered is no longer waited for.
 _PATIENCE = 2.0
 # What vLLM's proposal calls the tiers, and the ways between them.
@@ -266,9 +268,12 @@ FAMILIES: tuple[Family, ...] = (
         _single("waiting"),
     ),
     Family(
-        "vllm_vlora:checkpoint_generation",
-        "Number of the published state of the checkpoint that is served.",
-        _single("generation"),
+        "vllm_vlora:checkpoint_info",
+        "1 for the published state of the checkpoint that is served, by the digest of its content.",
+        lambda answer: (
+            [((answer.snapshot["state"][:_DIGITS],), 1)] * bool(answer.snapshot["state"])
+        ),
+        ("digest",),
     ),
     Family(
         "vllm_vlora:snapshot_age_seconds",

@@ -230,20 +230,26 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.add_request",
-        "its task is loaded before it; asks the workers which of our tasks need a slot",
+        "waits for its task; asks the workers which of our tasks need a slot",
         ("self", "request", "request_wave"),
     )
     yield Seam(
         _CORE,
         "EngineCore.add_lora",
-        "tasks that come after start-up stay within their budget",
+        "its task is brought to the device before it",
         ("self", "lora_request"),
     )
     yield Seam(
-        "vllm.v1.executor.abstract",
-        "Executor.determine_available_memory",
-        "the KV cache leaves the budget free",
-        ("self",),
+        _CORE,
+        "EngineCore.abort_requests",
+        "knows of requests whose task is on its way, and lets them in when it has come",
+        ("self", "request_ids"),
+    )
+    yield Seam(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor._get_mm_identifier",
+        "what a task's tower made of an image is kept under its content's digest too",
+        ("self", "mm_hash", "lora_request"),
     )
     yield Seam(
         _CORE,
@@ -431,8 +437,18 @@ def _called() -> Iterator[Seam]:
     yield Seam(
         _CLIENT,
         "AsyncMPClient._call_utility_async",
-        "asks each engine core which tasks its workers hold",
+        "asks each engine core which tasks its workers serve, and whether others were published",
         accepts=("method", "engine"),
+    )
+    yield Seam(
+        "vllm.v1.engine",
+        "EngineCoreRequestType.ABORT",
+        "wakes an engine core's loop",
+    )
+    yield Seam(
+        _CORE,
+        "EngineCoreProc.input_queue",
+        "where it is woken; an engine core without one is its caller's",
     )
     yield Seam(
         _CORE,

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import SettingError
+
+if TYPE_CHECKING:
+    import torch
 
 MODES = ("auto", "direct", "materialize")
 
@@ -18,10 +22,17 @@ MODE_VARIABLE = "VLLM_VLORA_MODE"
 SLOTS_VARIABLE = "VLLM_VLORA_SLOTS"
 BASIS_VARIABLE = "VLLM_VLORA_BASIS"
 LATE_VARIABLE = "VLLM_VLORA_LATE_MIB"
-# For tasks that come after start-up. Taken from the KV cache, so it is kept small: on an 80 GB GPU 0.7 %
+# Beside the checkpoint's tasks, for those that come later. It is kept small: on an 80 GB GPU 0.7 %
 # of the memory. A hundred tasks of a 7B model at rank 16 in NF4 fit, or the packed bases of another
 # checkpoint (80 MB at 64 components) and two hundred of its tasks; the least recently used give way.
 DEFAULT_LATE_MIB = 512
+DEVICE_VARIABLE = "VLLM_VLORA_DEVICE_BYTES"
+# Of the device's memory, at most, for the tasks of the checkpoint; the rest is the model's and the KV
+# cache's. Tasks beyond it come and go.
+DEVICE_SHARE = 4
+HOST_VARIABLE = "VLLM_VLORA_HOST_BYTES"
+DEFAULT_HOST_BYTES = 4 << 30
+FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
 BASES = ("dense", "packed")
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
 ROWS = ("wide", "narrow")
@@ -48,7 +59,11 @@ class Settings:
         narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
-        late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
+        late_mib: MiB on each device for tasks that are loaded after start-up, beside those that were
+            loaded then.
+        device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
+        host_bytes: of host memory of each worker for tasks that gave way.
+        follow: serve what is published into the checkpoint's folder.
         metrics_tasks: tasks whose requests are counted under their own name in the metrics.
         metrics_listed: tasks of each tier that the metrics name as being there.
     """
@@ -60,6 +75,9 @@ class Settings:
     overlap: bool = False
     chat_templates: bool = False
     narrow_rows: bool = False
+    device_bytes: int | None = None
+    host_bytes: int = DEFAULT_HOST_BYTES
+    follow: bool = True
     metrics_tasks: int = DEFAULT_METRICS_TASKS
     metrics_listed: int = DEFAULT_METRICS_LISTED
 
@@ -67,6 +85,37 @@ class Settings:
     def direct(self) -> bool:
         """Whether tasks may run direct."""
         return self.mode != "materialize"
+
+    def budget(self, device: torch.device) -> Budget:
+        """What tasks may take on a worker's device."""
+        most = self.device_bytes
+        if most is None:
+            most = device_memory(device) // DEVICE_SHARE
+        return Budget(most, self.late_mib << 20, self.host_bytes)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a worker's tasks may take, and with them the bases that are held to materialize some.
+
+    Attributes:
+        device: at most so much at start-up; what does not fit comes when it is asked for.
+        late: as much beside it, for what comes later.
+        host: of images of tasks that are not, or no longer, on the device.
+    """
+
+    device: int
+    late: int
+    host: int
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has in all."""
+    import torch
+
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(torch.cuda.mem_get_info(device)[1])
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -79,6 +128,9 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
+        device_bytes=_size(environment, DEVICE_VARIABLE),
+        host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
+        follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
         metrics_tasks=_whole(environment, METRICS_TASKS_VARIABLE, DEFAULT_METRICS_TASKS, least=0),
         metrics_listed=_whole(
             environment, METRICS_LISTED_VARIABLE, DEFAULT_METRICS_LISTED, least=0
@@ -98,3 +150,7 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int) 
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise SettingError(f"{name}={text!r}: use a whole number from {least} on")
     return int(text)
+
+
+def _size(environment: Mapping[str, str], name: str) -> int | None:
+    return _whole(environment, name, 0, least=0) if environment.get(name) else None
