@@ -43,7 +43,7 @@ def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
         "original_bytes": checkpoint.original_nbytes,
         "bytes": checkpoint.nbytes,
         "basis_bytes": checkpoint.basis_nbytes,
-        "extra_bytes": extra_nbytes(checkpoint.tasks.values()),
+        "extra_bytes": extra_nbytes(checkpoint.tasks),
         "ratio": checkpoint.original_nbytes / checkpoint.nbytes if checkpoint.nbytes else None,
         "attached_bytes": attached_nbytes(checkpoint.attachments),
         "mean_error": sum(errors) / len(errors) if errors else None,
