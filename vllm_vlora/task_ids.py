@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
+from collections.abc import Sequence
 
 from vllm_vlora.errors import TaskIdError
 
@@ -20,8 +20,8 @@ MAX_ENCODED_LENGTH = 120
 _LITERAL = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.-")
 # Windows reserves these with any extension after the first dot, so "con.safetensors" too.
 _RESERVED_STEM = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)")
-# Cc control characters, Cs lone surrogates (not encodable), Zl and Zp line breaks in all but name.
-_FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+# Cc control characters, Zl and Zp line breaks in all but name, Cs lone surrogates (not encodable).
+_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _DIGEST_SEPARATOR = "~~"
 
 
@@ -43,13 +43,26 @@ def validate_task_id(task_id: str) -> str:
             f"task id {_shown(task_id)} has {len(task_id)} characters; "
             f"at most {MAX_TASK_ID_LENGTH} are allowed"
         )
-    for character in task_id:
-        if unicodedata.category(character) in _FORBIDDEN_CATEGORIES:
-            raise TaskIdError(
-                f"task id {_shown(task_id)} holds the control character or lone surrogate "
-                f"U+{ord(character):04X}; remove it"
-            )
+    forbidden = _FORBIDDEN.search(task_id)
+    if forbidden:
+        raise TaskIdError(
+            f"task id {_shown(task_id)} holds the control character or lone surrogate "
+            f"U+{ord(forbidden[0]):04X}; remove it"
+        )
     return task_id
+
+
+def validate_task_ids(task_ids: Sequence[str]) -> None:
+    """The same for very many at once.
+
+    Raises:
+        TaskIdError: naming the first id that breaks a rule.
+    """
+    if _FORBIDDEN.search("".join(task_ids)) or not all(
+        1 <= len(task_id) <= MAX_TASK_ID_LENGTH for task_id in task_ids
+    ):
+        for task_id in task_ids:
+            validate_task_id(task_id)
 
 
 def encode_task_id(task_id: str) -> str:

@@ -26,7 +26,11 @@ from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
+    INDEX_FILE,
+    RECORDS_FILE,
+    TASKS_FILE,
     TASKS_FOLDER,
+    task_file,
 )
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.pinning import check_content
@@ -45,6 +49,9 @@ _REPLACED = [
     _TASK_FILES,
     _BASIS_FILES,
     BASIS_INDEX_FILE,
+    TASKS_FILE,
+    INDEX_FILE,
+    RECORDS_FILE,
     ATTACHMENTS_FILE,
     f"{ATTACHMENTS_FOLDER}/*",
 ]
@@ -198,9 +205,8 @@ def _files(checkpoint: Checkpoint) -> list[str]:
     Raises:
         CheckpointError: one is, or what no manifest gives a size is larger than it can be.
     """
-    refs = [*checkpoint.config.basis, checkpoint.config.tasks]
-    names = [CONFIG_FILE, *(ref.file for ref in refs)]
-    names += [record.file for record in checkpoint.tasks.values()]
+    names = [CONFIG_FILE, *(ref.file for ref in checkpoint.files)]
+    names += map(task_file, checkpoint.tasks)
     names += sorted({f.file for files in checkpoint.attachments.values() for f in files.values()})
     beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, _CARD_FILE]
     beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
