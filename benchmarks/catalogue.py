@@ -1,4 +1,4 @@
-"""Opening checkpoints of very many tasks: seconds and memory, as JSON and as an index."""
+"""Opening checkpoints of very many tasks: CPU seconds and memory, as JSON and as an index."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.plugin.identity import task_ids_to_int, task_paths
 from vllm_vlora.representations.spec import Segment
-from vllm_vlora.timing import best_seconds
 
 DESCRIPTION = """\
 Write what names the tasks of a checkpoint, with records of a Llama's layers and without any weights, in
 both ways: tasks.json (formats 1 to 3) and tasks.index with tasks.records (format 4). Then, in a process
 for each, open it, list its tasks, sum their sizes, read the record of one, and find the path and the
-number by which vLLM would know every task. Memory is what the process's peak has grown by in all of it.
-The folder is removed again.
+number by which vLLM would know every task. Times are of the CPU, with the files in the page cache. Memory
+is what the process's peak has grown by in all of it. The folder is removed again.
 """
 EXAMPLES = """\
   python benchmarks/run.py catalogue --quick             a check that it runs
@@ -113,11 +112,11 @@ def measure(layers: int, distinct: int, tasks: int, way: str) -> dict[str, Any]:
 
 
 def write(folder: Path, layers: int, distinct: int, tasks: int, way: str) -> float:
-    """Write what names so many tasks; returns the seconds."""
+    """Write what names so many tasks; returns the CPU seconds."""
     from vllm_vlora.checkpoint import task_spool
 
     assert task_spool.manifest is manifest
-    started = time.perf_counter()
+    started = time.process_time()
     with mock.patch.object(manifest, "INDEXED_TASKS", 1 if way == "index" else sys.maxsize):
         writer = CheckpointWriter(folder, "meta-llama/Llama-3.2-1B")
         names = [
@@ -131,7 +130,7 @@ def write(folder: Path, layers: int, distinct: int, tasks: int, way: str) -> flo
             task_id = f"tenant-{number % 997}/adapter-{number}"
             writer.tasks.add(task_id, make_record(task_id, number, distinct, len(names)))
         writer.finish("")
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def make_record(task_id: str, number: int, distinct: int, modules: int) -> TaskRecord:
@@ -162,13 +161,13 @@ def make_record(task_id: str, number: int, distinct: int, modules: int) -> TaskR
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Seconds of what a server does at its start, and of reading one task's record."""
+    """CPU seconds of what a server does at its start, and of reading one task's record."""
     seconds: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
+        began = time.process_time()
         found = call()
-        seconds[name] = time.perf_counter() - began
+        seconds[name] = time.process_time() - began
         return found
 
     names = ("tasks.json", "tasks.index", "tasks.records")
@@ -178,7 +177,6 @@ def read(folder: Path) -> dict[str, Any]:
     timed("sums", lambda: (opened.max_rank, opened.nbytes, opened.ratio, opened.usage()))
     timed("record", lambda: opened.record(ids[len(ids) // 2]))
     timed("paths", lambda: task_ids_to_int(task_paths(opened)))
-    seconds["open again"] = best_seconds(lambda: Checkpoint.open(folder), 3)
     return {"nbytes": nbytes, "seconds": seconds}
 
 

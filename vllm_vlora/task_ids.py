@@ -17,7 +17,7 @@ from vllm_vlora.errors import TaskIdError
 MAX_TASK_ID_LENGTH = 256
 MAX_ENCODED_LENGTH = 120
 
-_LITERAL = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.-")
+_SPECIAL = re.compile("[^a-z0-9_.-]")
 # Windows reserves these with any extension after the first dot, so "con.safetensors" too.
 _RESERVED_STEM = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)")
 # Cc control characters, Zl and Zp line breaks in all but name, Cs lone surrogates (not encodable).
@@ -79,7 +79,11 @@ def encode_task_id(task_id: str) -> str:
     Raises:
         TaskIdError: the id is not valid (see :func:`validate_task_id`).
     """
-    pieces = [_escape(character) for character in validate_task_id(task_id)]
+    encoded = _SPECIAL.sub(lambda found: _escape_bytes(found[0]), validate_task_id(task_id))
+    usual = task_id[0] not in ".-" and task_id[-1] != "." and not _RESERVED_STEM.match(encoded)
+    if usual and len(encoded) <= MAX_ENCODED_LENGTH:
+        return encoded
+    pieces = [_escape(character) for character in task_id]
     if task_id[0] in ".-" or _RESERVED_STEM.match("".join(pieces)):
         pieces[0] = _escape_bytes(task_id[0])
     if task_id[-1] == ".":
@@ -93,7 +97,7 @@ def encode_task_id(task_id: str) -> str:
 
 
 def _escape(character: str) -> str:
-    return character if character in _LITERAL else _escape_bytes(character)
+    return _escape_bytes(character) if _SPECIAL.match(character) else character
 
 
 def _escape_bytes(character: str) -> str:
