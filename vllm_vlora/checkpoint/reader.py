@@ -109,6 +109,8 @@ class Checkpoint:
         self._state = _state_of(path) if state is None else state
         self.config = config
         self.tasks = tasks
+        # Whether an edited one is to take its place, which then has the files that stay (``edited``).
+        self.gives_way = False
         # Names the content of all bases; resident bases are kept under it.
         self.basis_digest = basis_digest(config.basis)
 

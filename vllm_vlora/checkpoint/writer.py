@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from vllm_vlora._version import __version__
+from vllm_vlora.atomic import link_own
 from vllm_vlora.checkpoint.attachments import AttachmentWriter
 from vllm_vlora.checkpoint.layout import (
     BASIS_SHARD_BYTES,
@@ -176,12 +177,11 @@ class CheckpointWriter:
         """
         entry, file = checkpoint.entry(task_id), task_file(task_id)
         ref = FileRef(file, entry.sha256, entry.nbytes)
-        self._write(file, read_checked(checkpoint.path / file, ref))
+        self._take_over(checkpoint, file, read_checked(checkpoint.path / file, ref))
         kept = checkpoint.attachments.get(task_id, {})
         self.attachments.carry(task_id, checkpoint.path, kept)
-        if isinstance(checkpoint.tasks, IndexedTasks) and self.modules[
-            : len(checkpoint.modules)
-        ] == (checkpoint.modules):
+        modules = self.modules[: len(checkpoint.modules)]
+        if isinstance(checkpoint.tasks, IndexedTasks) and modules == checkpoint.modules:
             self.tasks.copy(task_id, checkpoint.tasks)
             return
         record = checkpoint.record(task_id)
@@ -192,6 +192,13 @@ class CheckpointWriter:
             rows = _grown_rows(segment, old, self.modules[place])
             segments.append(msgspec.structs.replace(segment, module=place, rows=rows))
         self.tasks.add(task_id, msgspec.structs.replace(record, segments=segments))
+
+    def _take_over(self, checkpoint: Checkpoint, file: str, data: bytes) -> None:
+        """Have a file of another checkpoint with this ``data``; its own where that one gives way."""
+        target = self.folder / file
+        target.parent.mkdir(exist_ok=True)
+        if not (checkpoint.gives_way and link_own(checkpoint.path / file, target)):
+            target.write_bytes(data)
 
     def finish(self, card: str) -> None:
         """Write the basis index, what names the tasks, the model card and, last, the manifest."""
