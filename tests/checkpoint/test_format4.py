@@ -32,6 +32,7 @@ from vllm_vlora.checkpoint.successor import Successor, edited
 from vllm_vlora.checkpoint.task_entry import entries, entry_of
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
 from vllm_vlora.plugin.identity import task_ids_to_int, task_paths
 
@@ -320,6 +321,28 @@ def test_a_basis_that_grows(tmp_path: Path, indexed: Callable[[int], None]) -> N
     world = World(tmp_path / "1")
     world.remove(NEW[0])()
     assert validate(world.checkpoint) == []
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_files_that_stay_are_not_written_again(
+    tmp_path: Path, indexed: Callable[[int], None], count: int
+) -> None:
+    """In place they are the same files; a copy elsewhere has its own."""
+    indexed(count)
+    world = World.at(tmp_path)
+    world.compress()()
+    file = Path(Checkpoint.open(world.checkpoint).record(OLD[1]).file)
+    before = (world.checkpoint / file).stat()
+    remove_tasks(world.checkpoint, [OLD[2]], output=tmp_path / "copy")
+    assert (tmp_path / "copy" / file).stat().st_ino != before.st_ino
+    world.remove(OLD[0])()
+    after = (world.checkpoint / file).stat()
+    assert (after.st_ino, after.st_nlink) == (before.st_ino, 1)
+    # One that is damaged is refused before.
+    (world.checkpoint / file).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="the manifest says"):
+        world.add(NEW[0])()
+    assert OLD[3] in Checkpoint.open(world.checkpoint).tasks
 
 
 def test_attachments_travel_with_their_tasks(
