@@ -32,9 +32,11 @@ from vllm_vlora.checkpoint.successor import Successor, edited
 from vllm_vlora.checkpoint.task_entry import entries, entry_of
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.editing.rebuild_advice import rebuild_advice
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
 from vllm_vlora.plugin.identity import task_ids_to_int, task_paths
+from vllm_vlora.tools.summary import summarize
 
 DATA = PINNED / "format4"
 OTHERS = ("format1", "format2", "format3")
@@ -111,6 +113,11 @@ def test_an_index_says_what_the_json_says(
         assert new.entry(task_id) == entry_of(record)
         assert new.lora_nbytes(task_id) == record.lora_nbytes
     assert new.usage() == old.usage()
+    assert rebuild_advice(new) == rebuild_advice(old)
+    said = [summarize(c, "c") for c in (old, new)]
+    differ = {key for key in said[0] if said[0][key] != said[1][key]}
+    assert differ == {"content", "format_version"}
+    assert list(said[0]["tasks"][0]) == list(said[1]["tasks"][0])
     for value in ("max_rank", "original_nbytes", "nbytes", "ratio", "basis_digest"):
         assert getattr(new, value) == getattr(old, value)
     assert Losses.of(new.tasks, new.modules) == Losses.of(old.tasks, old.modules)

@@ -7,7 +7,7 @@ and that every number is finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -208,6 +208,16 @@ class Checkpoint:
         if isinstance(self.tasks, IndexedTasks):
             return self.tasks.usage
         return Usage(s for record in self.tasks.values() for s in record.segments).segments()
+
+    def alike(self) -> Iterator[tuple[Sequence[Segment], list[str]]]:
+        """Segments, and the tasks that have these but for the errors, which mean nothing here.
+
+        Of an index each distinct list is read once, where its first task stands.
+        """
+        if isinstance(self.tasks, IndexedTasks):
+            yield from self.tasks.alike()
+        else:
+            yield from ((record.segments, [task]) for task, record in self.tasks.items())
 
     def record(self, task_id: str) -> TaskRecord:
         """The record of a task; TaskNotFoundError names the tasks there are."""

@@ -56,9 +56,13 @@ class TaskTable(Mapping[str, TaskRecord]):
             KeyError: no such task.
         """
 
+    def entries(self) -> Iterator[tuple[str, TaskEntry]]:
+        """Every task with what lists say of it, in their order."""
+        return ((task_id, self.entry(task_id)) for task_id in self)
+
     def column(self, name: str) -> Sequence[Any]:
         """One field of every task's entry, in the order of the tasks."""
-        return [getattr(self.entry(task_id), name) for task_id in self]
+        return [getattr(entry, name) for _, entry in self.entries()]
 
 
 def entry_of(record: TaskRecord) -> TaskEntry:
@@ -90,7 +94,9 @@ def entry(tasks: Mapping[str, TaskRecord], task_id: str) -> TaskEntry:
 
 def entries(tasks: Mapping[str, TaskRecord]) -> Iterator[tuple[str, TaskEntry]]:
     """Every task with what lists say of it, in their order."""
-    return ((task_id, entry(tasks, task_id)) for task_id in tasks)
+    if isinstance(tasks, TaskTable):
+        return tasks.entries()
+    return ((task_id, entry_of(record)) for task_id, record in tasks.items())
 
 
 def column(tasks: Mapping[str, TaskRecord], name: str) -> Sequence[Any]:

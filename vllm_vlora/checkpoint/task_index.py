@@ -254,9 +254,29 @@ class IndexedTasks(TaskTable):
         """As of ``TaskTable``."""
         if name == "source":
             return self._sources
-        if self._columns[name].ndim == 1 and name not in _WORDS:
-            return list(self._columns[name].tolist())
-        return super().column(name)
+        values = self._columns[name]
+        if name == "sha256":
+            text = values.tobytes().hex()
+            return [text[start : start + 64] for start in range(0, len(text), 64)]
+        if name in _WORDS:
+            return [self._words[place] for place in values.tolist()]
+        return list((values.astype(bool) if name in _FLAGS else values).tolist())
+
+    def entries(self) -> Iterator[tuple[str, TaskEntry]]:
+        """As of ``TaskTable``."""
+        columns = (self.column(name) for name in TaskEntry._fields)
+        return zip(self._rows, map(TaskEntry._make, zip(*columns)))
+
+    def alike(self) -> Iterator[tuple[Sequence[Segment], list[str]]]:
+        """``Checkpoint.alike``.
+
+        Raises:
+            CheckpointError: a list of segments is damaged.
+        """
+        found: dict[int, list[str]] = {}
+        for task_id, part in zip(self._rows, self._columns["parts"][:, 1].tolist()):
+            found.setdefault(part, []).append(task_id)
+        return ((self._shape(part).segments, task_ids) for part, task_ids in found.items())
 
     def digest(self, task_id: str) -> str:
         """``Checkpoint.digest`` of a task."""

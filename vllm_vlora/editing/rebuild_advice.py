@@ -59,15 +59,17 @@ def rebuild_advice(checkpoint: Checkpoint) -> RebuildAdvice:
     ``compress`` does, or came later: only a prediction knows.
     """
     private_tasks = private = total = 0
-    for record in checkpoint.tasks.values():
-        before = private
-        for segment in record.segments:
+    for segments, task_ids in checkpoint.alike():
+        whole = own = 0
+        for segment in segments:
             spec = checkpoint.modules[segment.module]
             nbytes = _segment_nbytes(segment, spec)
-            total += nbytes
+            whole += nbytes
             if segment.is_private and spec.basis is not None:
-                private += nbytes
-        private_tasks += private > before
+                own += nbytes
+        total += len(task_ids) * whole
+        private += len(task_ids) * own
+        private_tasks += len(task_ids) * (own > 0)
     idle = sum(_idle_nbytes(checkpoint).values())
     reasons = []
     if private_tasks > 1 and private >= _PRIVATE_SHARE * total:
