@@ -85,6 +85,11 @@ BENCHMARKS = {
         "scale",
         {"quick": "", "device-note": ""},
     ),
+    "catalogue": Benchmark(
+        "opening checkpoints of very many tasks: seconds and memory, as JSON and as an index",
+        "catalogue",
+        {"quick": "", "device-note": ""},
+    ),
     "roofline": Benchmark(
         "the least time of every path on a named GPU, beside what was measured",
         "roofline",
