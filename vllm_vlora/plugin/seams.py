@@ -32,6 +32,7 @@ from vllm_vlora.errors import (
 from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
+from vllm_vlora.plugin.limits import limit_tasks
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.requests import requests_for
 from vllm_vlora.plugin.residency import (
@@ -359,7 +360,7 @@ def uninstall() -> None:
 
 
 def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tuple[Any, str, Any]]:
-    seams = find_seams(direct=setup.direct)
+    seams = find_seams(direct=setup.direct, limits=setup.settings.limited)
     lru = "LRUCacheWorkerLoRAManager"
     wrappers: dict[str, Callable[[Any], Any]] = {
         "WorkerLoRAManager._load_adapter": _load_adapter,
@@ -403,4 +404,4 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
     add_request = ensure_before_add_request(add or core.value)
     own = [(core.owner, core.attribute, add_request), (core.owner, TASKS_METHOD, tasks_at_start)]
-    return [*patches, *scheduling, *graphs, *own]
+    return limit_tasks([*patches, *scheduling, *graphs, *own], setup.settings, seams)

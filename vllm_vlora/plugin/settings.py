@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_vlora.errors import SettingError
+from vllm_vlora.strict_json import JSONError, decode
 
 MODES = ("auto", "direct", "materialize")
 
@@ -28,6 +29,10 @@ ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
 TEMPLATES_VARIABLE = "VLLM_VLORA_CHAT_TEMPLATES"
 SWITCH = ("off", "on")
+CONCURRENCY_VARIABLE = "VLLM_VLORA_TASK_CONCURRENCY"
+QUEUE_VARIABLE = "VLLM_VLORA_TASK_QUEUE"
+FAIR_VARIABLE = "VLLM_VLORA_FAIR"
+WEIGHTS_VARIABLE = "VLLM_VLORA_WEIGHTS"
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class Settings:
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
         late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
+        task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
+        task_queue: requests of one that wait; more are refused. 0 for any number.
+        fair: whether the task that was served least comes first.
+        weights: shares of tasks beside that of the others, which is 1.
     """
 
     mode: str = "auto"
@@ -52,11 +61,20 @@ class Settings:
     overlap: bool = False
     chat_templates: bool = False
     narrow_rows: bool = False
+    task_concurrency: int = 0
+    task_queue: int = 0
+    fair: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def direct(self) -> bool:
         """Whether tasks may run direct."""
         return self.mode != "materialize"
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything is to be limited or shared; vLLM's scheduler is left alone otherwise."""
+        return self.fair or self.task_concurrency > 0 or self.task_queue > 0
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -69,6 +87,10 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
+        task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
+        task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
+        fair=_fair(environment),
+        weights=_weights(environment),
     )
 
 
@@ -84,3 +106,25 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int) 
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise SettingError(f"{name}={text!r}: use a whole number from {least} on")
     return int(text)
+
+
+def _fair(environment: Mapping[str, str]) -> bool:
+    fair = _choice(environment, FAIR_VARIABLE, SWITCH) == "on"
+    if environment.get(WEIGHTS_VARIABLE) and not fair:
+        raise SettingError(f"{WEIGHTS_VARIABLE} does nothing without {FAIR_VARIABLE}=on; set both")
+    return fair
+
+
+def _weights(environment: Mapping[str, str]) -> dict[str, float]:
+    text = environment.get(WEIGHTS_VARIABLE) or "{}"
+    try:
+        weights = decode(text.encode(errors="surrogateescape"), dict[str, float])
+    except JSONError as error:
+        raise SettingError(
+            f"{WEIGHTS_VARIABLE}={text!r}: use a JSON object of names and numbers, such as "
+            f'{{"sql": 2}} ({error})'
+        ) from error
+    for name, weight in weights.items():
+        if weight <= 0:
+            raise SettingError(f"{WEIGHTS_VARIABLE}: {name!r} has {weight:g}; use a number above 0")
+    return weights
