@@ -136,9 +136,9 @@ FAIR = {"FAIR": "on", "WEIGHTS": json.dumps({THIRD: 3})}
 
 @pytest.fixture
 def fair(make_engine: Make) -> Engine:
-    # Eight blocks hold three requests of 4 blocks at their end, so that some are preempted.
+    # A request may take 16 blocks; four of 109 tokens end with 28, so that some are preempted.
     return make_engine(
-        FAIR, num_gpu_blocks_override=14, block_size=16, scheduling_policy="priority"
+        FAIR, num_gpu_blocks_override=18, block_size=16, scheduling_policy="priority"
     )
 
 
@@ -264,12 +264,12 @@ async def ask(engine, prompt, task):
     return tokens
 
 def plain(engine, task):
-    return ask(engine, {"prompt_token_ids": job["prompts"][0]}, task)
+    return ask(engine, {"prompt_token_ids": list(job["prompts"][0])}, task)
 
 def session(engine, task, pause=0.05):
     async def pieces():
         for prompt in job["prompts"]:
-            yield StreamingInput({"type": "token", "prompt_token_ids": prompt})
+            yield StreamingInput({"type": "token", "prompt_token_ids": list(prompt)})
             await asyncio.sleep(pause)
     return ask(engine, pieces(), task)
 
@@ -311,7 +311,7 @@ if __name__ == "__main__":
 """
 
 
-def test_sessions_pauses_and_refusals(world: World) -> None:
+def _job(world: World) -> str:
     job = {
         "model": str(world.model),
         "checkpoint": str(exact(world, "private")),
@@ -319,14 +319,20 @@ def test_sessions_pauses_and_refusals(world: World) -> None:
         "tasks": [BURST, OTHER],
         "prompts": PROMPTS,
     }
-    found = run_script(
-        SESSIONS,
-        json.dumps(job),
-        VLLM_VLORA_CHECKPOINT=str(exact(world, "private")),
-        VLLM_VLORA_TASK_CONCURRENCY="2",
-        VLLM_VLORA_TASK_QUEUE="4",
-        VLLM_VLORA_FAIR="on",
-    )
+    return json.dumps(job)
+
+
+def _environment(world: World, **limits: str) -> dict[str, str]:
+    return {"VLLM_VLORA_CHECKPOINT": str(exact(world, "private")), **limits}
+
+
+def test_sessions_pauses_and_refusals(world: World) -> None:
+    limits = {
+        "VLLM_VLORA_TASK_CONCURRENCY": "2",
+        "VLLM_VLORA_TASK_QUEUE": "4",
+        "VLLM_VLORA_FAIR": "on",
+    }
+    found = run_script(SESSIONS, _job(world), **_environment(world, **limits))
     session, plain = found["alone"]
     assert plain == world.reference[BURST][0][:6]
     assert (len(session), found["after"], found["session after"]) == (18, plain, session)
@@ -342,6 +348,31 @@ def test_sessions_pauses_and_refusals(world: World) -> None:
     assert all(answer == session or isinstance(answer, str) for answer in late)
     assert [answer for answer in late if isinstance(answer, str)]
     assert found["crowd"][27:] == [world.reference[OTHER][0][:6]] * 2
+
+
+OFFLINE = """
+import json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+from vllm import LLM, SamplingParams
+from vllm_vlora import lora_request
+
+def main():
+    job = json.loads(sys.argv[1])
+    llm = LLM(job["model"], enable_lora=True, max_loras=8, max_lora_rank=16,
+              **job["arguments"] | {"max_num_seqs": 3})
+    done = llm.generate([{"prompt_token_ids": job["prompts"][0]}] * 20,
+                        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
+                        lora_request=lora_request(job["checkpoint"], job["tasks"][0]), use_tqdm=False)
+    print("RESULT " + json.dumps([list(one.outputs[0].token_ids) for one in done]), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_the_offline_engine_refuses_its_caller_nothing(world: World) -> None:
+    found = run_script(OFFLINE, _job(world), **_environment(world, VLLM_VLORA_TASK_QUEUE="2"))
+    assert found == [world.reference[BURST][0][:6]] * 20
 
 
 # --- vllm serve -----------------------------------------------------------------------------------

@@ -37,9 +37,18 @@ def test_nothing_is_patched_unless_it_is_asked_for(limits: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (Settings(task_concurrency=1), {"__init__", "schedule"}),
-        (Settings(task_queue=1), {"__init__", "schedule", "add_request", "process_outputs"}),
-        (Settings(fair=True), {"__init__", "schedule", "update_from_output"}),
+        (Settings(task_concurrency=1), {"Scheduler.__init__", "schedule"}),
+        (
+            Settings(task_queue=1),
+            {
+                "Scheduler.__init__",
+                "LLMEngine.__init__",
+                "schedule",
+                "add_request",
+                "process_outputs",
+            },
+        ),
+        (Settings(fair=True), {"Scheduler.__init__", "schedule", "update_from_output"}),
     ],
 )
 def test_what_is_patched_is_what_is_asked_for(
@@ -47,7 +56,10 @@ def test_what_is_patched_is_what_is_asked_for(
 ) -> None:
     places = find_seams(direct=False, limits=True)
     patches = limits.limit_tasks([], settings, places | find_seams(direct=True))
-    assert {name for _, name, _ in patches} == names
+    found = {
+        f"{owner.__name__}.{name}" if name == "__init__" else name for owner, name, _ in patches
+    }
+    assert found == names
     assert len(patches) == len(names)
 
 
@@ -68,9 +80,7 @@ def test_what_others_put_there_is_wrapped_and_not_lost(limits: Any) -> None:
     ]
     assert (owner, name) == (Core, "add_request")
     tenants = SimpleNamespace(waiting={"sql": 0})
-    core = SimpleNamespace(
-        output_queue=None, scheduler=SimpleNamespace(_vlora_tenants=tenants, requests={})
-    )
+    core = SimpleNamespace(scheduler=SimpleNamespace(_vlora_tenants=tenants, requests={}))
     add(core, request("a"), 2)
     assert [r.request_id for r in asked] == ["a"]
 
@@ -85,7 +95,9 @@ def test_too_many_that_wait_are_refused_and_pieces_of_sessions_and_the_base_mode
     add = limits._refuse_above(lambda self, request, wave: entered.append(request.request_id), 2)
     tenants = SimpleNamespace(waiting={"sql": 2, "free": 1, None: 900})
     scheduler = SimpleNamespace(_vlora_tenants=tenants, requests={"session": object()})
-    core = SimpleNamespace(output_queue=queue.Queue(), scheduler=scheduler)
+    core = SimpleNamespace(
+        output_queue=queue.Queue(), scheduler=scheduler, vllm_config=SimpleNamespace()
+    )
     for one in (request("a"), request("b", "free"), request("base", None), request("session")):
         add(core, one)
     assert entered == ["b", "base", "session"]
@@ -100,6 +112,10 @@ def test_too_many_that_wait_are_refused_and_pieces_of_sessions_and_the_base_mode
     sent = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(outputs))
     assert limits._is_refusal(sent.outputs[0])
     assert "2 requests of 'sql' wait already (VLLM_VLORA_TASK_QUEUE)" in sent.outputs[0].stop_reason
+    # The offline engine's core, which says so in its configuration.
+    limits._say_that_it_has_one_caller(lambda self, vllm_config: None)(None, core.vllm_config)
+    add(core, request("a"))
+    assert (entered[-1], core.output_queue.empty()) == ("a", True)
 
 
 # --- the API server -------------------------------------------------------------------------------

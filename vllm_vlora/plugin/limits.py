@@ -30,6 +30,7 @@ PROMPT_TOKEN, ANSWER_TOKEN = 1, 2
 
 _REFUSED = "vllm-vlora: "
 _TENANTS = "_vlora_tenants"
+_ONE_CALLER = "_vlora_one_caller"
 
 
 def limit_tasks(
@@ -50,6 +51,7 @@ def limit_tasks(
     if settings.task_queue:
         wrappers["EngineCore.add_request"] = lambda f: _refuse_above(f, settings.task_queue)
         wrappers["OutputProcessor.process_outputs"] = _raise_refusals
+        wrappers["LLMEngine.__init__"] = _say_that_it_has_one_caller
     before = {(owner, name): value for owner, name, value in patches}
     added = []
     for seam, wrap in wrappers.items():
@@ -128,23 +130,34 @@ def _count_answers(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse_above(original: Callable[..., Any], bound: int) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_request(self: Any, request: Any, request_wave: int = 0) -> Any:
-        tenant, output_queue = tenant_of(request), getattr(self, "output_queue", None)
-        # An engine core in its caller's process answers that one alone. A request of a known id is a
-        # piece of a session.
+        tenant = tenant_of(request)
+        # A request of a known id is a piece of a session.
         if (
             tenant is not None
-            and output_queue is not None
             and getattr(self.scheduler, _TENANTS).waiting[tenant] >= bound
             and request.request_id not in self.scheduler.requests
+            and not getattr(self.vllm_config, _ONE_CALLER, False)
         ):
-            message = (
-                f"{bound} requests of {tenant!r} wait already ({QUEUE_VARIABLE}); ask again later"
+            end = _refusal(
+                request.request_id,
+                f"{bound} requests of {tenant!r} wait already ({QUEUE_VARIABLE}); ask again later",
             )
-            output_queue.put_nowait((request.client_index, _refusal(request.request_id, message)))
+            self.output_queue.put_nowait((request.client_index, end))
             return None
         return original(self, request, request_wave)
 
     return add_request
+
+
+def _say_that_it_has_one_caller(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The offline engine's core, wherever it runs: what waits there is its one caller's."""
+
+    @functools.wraps(original)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        setattr(vllm_config, _ONE_CALLER, True)  # It travels to the core with the rest.
+        original(self, vllm_config, *args, **kwargs)
+
+    return init
 
 
 def _refusal(request_id: str, message: str) -> EngineCoreOutputs:
@@ -170,7 +183,7 @@ def _raise_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, engine_core_outputs, *args, **kwargs)
         (refusal,) = engine_core_outputs
         state = self.request_states.get(refusal.request_id)
-        if state is None or state.queue is None:
+        if state is None:
             return original(self, engine_core_outputs, *args, **kwargs)
         # What came with it under one request, and pieces of a session that were sent meanwhile.
         whole = state.parent_req.request_id if state.parent_req else refusal.request_id

@@ -742,6 +742,14 @@ def _limits() -> Iterator[Seam]:
     for name in ("WAITING", "PREEMPTED"):
         yield Seam("vllm.v1.request", f"RequestStatus.{name}", "can it begin?", limits=True)
     yield Seam(_CORE, "EngineCoreProc.output_queue", "a refusal, to its client", limits=True)
+    yield Seam(_CORE, "EngineCore.vllm_config", "has it one caller?", limits=True)
+    yield Seam(
+        "vllm.v1.engine.llm_engine",
+        "LLMEngine.__init__",
+        "it has one caller, who is refused nothing",
+        accepts=("vllm_config",),
+        limits=True,
+    )
     engine = "vllm.v1.engine"
     yield Seam(
         engine,
