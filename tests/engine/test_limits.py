@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -464,6 +465,20 @@ def test_a_stream_that_is_refused_says_so_in_its_first_event(server: Server) -> 
     for text in refused:
         first = json.loads(text.splitlines()[0].removeprefix("data: "))
         assert first["error"]["code"] == 429
+
+
+def test_a_stream_gets_its_status_where_one_server_knows(world: World, tmp_path: Path) -> None:
+    limits = {"VLLM_VLORA_TASK_CONCURRENCY": "1", "VLLM_VLORA_TASK_QUEUE": "2"}
+    server = Server(world, tmp_path / "log", exact(world, "private"), **limits)
+    stream = {"model": BURST, "max_tokens": 200, "stream": True}
+    try:
+        assert server.wait(), server.log.read_text()[-4000:]
+        first, more = _together(server, [stream] * 3, [stream, stream | {"model": OTHER}, stream])
+    finally:
+        server.stop()
+    assert [status for status, _, _ in first + more] == [200, 200, 200, 429, 200, 429]
+    assert not [text for _, text, _ in first if '"error"' in text]
+    assert json.loads(more[0][1])["error"]["code"] == 429
 
 
 def test_callers_that_hang_up_leave_their_place(server: Server, world: World) -> None:

@@ -46,6 +46,7 @@ def test_nothing_is_patched_unless_it_is_asked_for(limits: Any) -> None:
                 "schedule",
                 "add_request",
                 "process_outputs",
+                "_maybe_get_adapters",
             },
         ),
         (Settings(fair=True), {"Scheduler.__init__", "schedule", "update_from_output"}),
@@ -223,6 +224,41 @@ def test_other_ends_are_vllms_own(frontend: Frontend, limits: Any) -> None:
     end = EngineCoreOutput("a", [], finish_reason=FinishReason.STOP, stop_reason="vllm-vlora: x")
     frontend.process(frontend.processor, [end])
     assert collector.get_nowait().finished
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "replicas", "most"), [(0, 1, 8 + 3), (2, 1, 2 + 3), (20, 1, 8 + 3), (2, 2, 10)]
+)
+def test_a_stream_is_refused_at_once_where_its_servers_own_are_surely_too_many(
+    limits: Any, concurrency: int, replicas: int, most: int
+) -> None:
+    lora = SimpleNamespace(lora_name="sql")
+    answers = limits._refuse_streams(
+        lambda self, request, **kwargs: lora if request.model == "sql" else None,
+        Settings(task_queue=3, task_concurrency=concurrency),
+    )
+    states = {str(i): SimpleNamespace(lora_name="sql") for i in range(most - 1)}
+    states |= {f"other {i}": SimpleNamespace(lora_name="other") for i in range(20)}
+    engine = SimpleNamespace(
+        output_processor=SimpleNamespace(request_states=states),
+        vllm_config=SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=8),
+            parallel_config=SimpleNamespace(data_parallel_size=replicas),
+        ),
+    )
+    serving = SimpleNamespace(models=SimpleNamespace(engine_client=engine))
+
+    def ask(model: str, **kind: bool) -> Any:
+        return answers(serving, SimpleNamespace(model=model, **kind))
+
+    assert ask("sql", stream=True) is lora
+    states["one more"] = SimpleNamespace(lora_name="sql")
+    with pytest.raises(TaskBusyError, match="3 requests of 'sql' wait already"):
+        ask("sql", stream=True)
+    # The engine core judges the others; a question for tokens is no request at all.
+    assert ask("sql", stream=False) is lora
+    assert ask("sql") is lora
+    assert ask("base", stream=True) is None
 
 
 def test_the_error_has_status_429_wherever_vllm_answers_it(limits: Any) -> None:

@@ -52,6 +52,7 @@ def limit_tasks(
         wrappers["EngineCore.add_request"] = lambda f: _refuse_above(f, settings.task_queue)
         wrappers["OutputProcessor.process_outputs"] = _raise_refusals
         wrappers["LLMEngine.__init__"] = _say_that_it_has_one_caller
+        wrappers["BaseServing._maybe_get_adapters"] = lambda f: _refuse_streams(f, settings)
     before = {(owner, name): value for owner, name, value in patches}
     added = []
     for seam, wrap in wrappers.items():
@@ -118,10 +119,14 @@ def _count_answers(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         tenants: Tenants[Any] = getattr(self, _TENANTS)
         sampled = model_runner_output.sampled_token_ids
+        tokens: dict[Tenant, int] = {}
         for request_id, row in model_runner_output.req_id_to_index.items() if sampled else ():
             request = self.requests.get(request_id)
             if request is not None:
-                tenants.charge(tenant_of(request), ANSWER_TOKEN * len(sampled[row]))
+                tenant = tenant_of(request)
+                tokens[tenant] = tokens.get(tenant, 0) + len(sampled[row])
+        for tenant, count in tokens.items():
+            tenants.charge(tenant, ANSWER_TOKEN * count)
         return original(self, scheduler_output, model_runner_output)
 
     return update_from_output
@@ -138,10 +143,7 @@ def _refuse_above(original: Callable[..., Any], bound: int) -> Callable[..., Any
             and request.request_id not in self.scheduler.requests
             and not getattr(self.vllm_config, _ONE_CALLER, False)
         ):
-            end = _refusal(
-                request.request_id,
-                f"{bound} requests of {tenant!r} wait already ({QUEUE_VARIABLE}); ask again later",
-            )
+            end = _refusal(request.request_id, _too_many(tenant, bound))
             self.output_queue.put_nowait((request.client_index, end))
             return None
         return original(self, request, request_wave)
@@ -158,6 +160,10 @@ def _say_that_it_has_one_caller(original: Callable[..., Any]) -> Callable[..., A
         original(self, vllm_config, *args, **kwargs)
 
     return init
+
+
+def _too_many(tenant: str, bound: int) -> str:
+    return f"{bound} requests of {tenant!r} wait already ({QUEUE_VARIABLE}); ask again later"
 
 
 def _refusal(request_id: str, message: str) -> EngineCoreOutputs:
@@ -195,6 +201,32 @@ def _raise_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
         return done
 
     return process_outputs
+
+
+def _refuse_streams(original: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    """Before a stream is answered, with a status: where this server's own requests are too many already.
+
+    The engine core may count more, of other servers, or see fewer run than could; it then refuses.
+    """
+
+    @functools.wraps(original)
+    def adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        lora = original(self, request, *args, **kwargs)
+        if lora is not None and getattr(request, "stream", False):
+            engine = self.models.engine_client
+            config = engine.vllm_config
+            places = config.scheduler_config.max_num_seqs
+            places = min(places, settings.task_concurrency or places)
+            most = (places + settings.task_queue) * config.parallel_config.data_parallel_size
+            states = engine.output_processor.request_states
+            # They are counted where all of them together would be too many.
+            if len(states) >= most and most <= sum(
+                state.lora_name == lora.lora_name for state in states.values()
+            ):
+                raise _busy(_too_many(lora.lora_name, settings.task_queue))
+        return lora
+
+    return adapters
 
 
 def _is_refusal(output: Any) -> bool:

@@ -787,6 +787,19 @@ def _limits() -> Iterator[Seam]:
             processor, f"RequestOutputCollector.{name}", "a refusal, to its caller", takes,
             limits=True,
         )  # fmt: skip
+    serving = "vllm.entrypoints.serve.engine.serving"
+    why = "a stream is refused before it is answered"
+    yield Seam(
+        serving, "BaseServing._maybe_get_adapters", why, accepts=("request",), limits=True
+    )  # fmt: skip
+    yield Seam(serving, "BaseServing.models", why, limits=True)
+    yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.output_processor", why, limits=True)
+    yield Seam(processor, "RequestState.lora_name", why, limits=True)
+    for owner, name in {
+        "SchedulerConfig": "max_num_seqs",
+        "ParallelConfig": "data_parallel_size",
+    }.items():
+        yield Seam("vllm.config", f"{owner}.{name}", why, limits=True)
     yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's", limits=True)
     yield Seam(
         "vllm.exceptions",
