@@ -89,6 +89,125 @@ def test_what_others_put_there_is_wrapped_and_not_lost(limits: Any) -> None:
 # --- the engine core ------------------------------------------------------------------------------
 
 
+class Waiting(SimpleNamespace):
+    """A request that is itself alone, as vLLM's are."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def waiting(name: str, task: str | None, tokens: int = 10, status: str = "WAITING") -> Any:
+    from vllm.v1.request import RequestStatus
+
+    one = Waiting(**vars(request(name, task)))
+    one.priority, one.arrival_time, one.status = 0, 0.0, RequestStatus[status]
+    one.num_tokens, one.num_computed_tokens = tokens, 0
+    return one
+
+
+class Scheduler:
+    """The part of vLLM's that is patched: takes one request a step and has it answered at once."""
+
+    skipped = False
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.vllm_config, self.policy = vllm_config, SimpleNamespace(value="fcfs")
+        self.waiting: Any = []
+        if self.skipped:
+            self.skipped_waiting: Any = []
+        self.running: list[Any] = []
+        self.requests: dict[str, Any] = {}
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        queue = self.waiting
+        if self.skipped:
+            queue = self._select_waiting_queue_for_scheduling()
+        taken = queue.pop_request()
+        self.running.append(taken)
+        new = SimpleNamespace(req_id=taken.request_id, num_computed_tokens=self.cached)
+        return SimpleNamespace(scheduled_new_reqs=[new])
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> None:
+        self.running.clear()
+
+    cached = 0
+
+    def _select_waiting_queue_for_scheduling(self) -> Any:
+        raise AssertionError("the order is the tenants' business")
+
+
+@pytest.fixture(params=[False, True], ids=["one queue", "two queues"])
+def make_scheduler(limits: Any, request: pytest.FixtureRequest) -> Any:
+    def make(settings: Settings) -> Any:
+        class Patched(Scheduler):
+            skipped = request.param
+
+        owners = {"Scheduler": Patched}
+        places = {
+            f"{owner}.{name}": Place(kind, name, getattr(kind, name))
+            for owner, kind in owners.items()
+            for name in ("__init__", "schedule", "update_from_output")
+        }
+        for owner, name, value in limits.limit_tasks([], settings, places):
+            setattr(owner, name, value)
+        model = SimpleNamespace(served_model_name="llama")
+        return Patched(SimpleNamespace(model_config=model))
+
+    return make
+
+
+def add(scheduler: Any, *requests: Any) -> None:
+    for one in requests:
+        scheduler.requests[one.request_id] = one
+        scheduler.waiting.add_request(one)
+
+
+def serve(scheduler: Any, answer: int = 1) -> str:
+    """One step; whose request it was, after an answer of so many tokens."""
+    (new,) = scheduler.schedule().scheduled_new_reqs
+    sampled = [[7], [3] * answer]
+    scheduler.update_from_output(
+        None,
+        SimpleNamespace(sampled_token_ids=sampled, req_id_to_index={"gone": 0, new.req_id: 1}),
+    )
+    return new.req_id
+
+
+def test_prompts_and_answers_are_counted_as_they_were_served(make_scheduler: Any) -> None:
+    scheduler = make_scheduler(Settings(fair=True, weights={"sql": 2.0, "llama": 4.0}))
+    add(scheduler, waiting("a", "sql"), waiting("b", None), waiting("c", "french"))
+    tenants = scheduler._vlora_tenants
+    scheduler.cached = 4
+    assert [serve(scheduler, answer=5) for _ in range(3)] == ["a", "b", "c"]
+    each = 10 - 4 + 2 * 5
+    assert [tenants.served(name) for name in ("sql", None, "french")] == [each / 2, each / 4, each]
+    # Nothing is sampled for a pooling model, and in the middle of a prompt.
+    empty = SimpleNamespace(sampled_token_ids=[], req_id_to_index={"a": 0})
+    scheduler.update_from_output(None, empty)
+    assert tenants.served("sql") == each / 2
+
+
+def test_what_waits_for_something_else_and_what_was_preempted_cost_nothing(
+    make_scheduler: Any,
+) -> None:
+    scheduler = make_scheduler(Settings(fair=True))
+    blocked = waiting("a", "sql", status="WAITING_FOR_STREAMING_REQ")
+    preempted = waiting("b", "french", status="PREEMPTED")
+    add(scheduler, blocked, preempted)
+    assert [serve(scheduler, answer=0), serve(scheduler, answer=0)] == ["a", "b"]
+    assert not any(scheduler._vlora_tenants._served.values())
+
+
+def test_only_as_many_run_as_may(make_scheduler: Any) -> None:
+    scheduler = make_scheduler(Settings(task_concurrency=1))
+    add(scheduler, waiting("a", "sql"), waiting("b", "sql"), waiting("c", "french"))
+    order = [scheduler.schedule().scheduled_new_reqs[0].req_id for _ in range(2)]
+    assert order == ["a", "c"]
+    assert (len(scheduler.waiting), bool(scheduler.waiting)) == (1, False)
+    scheduler.update_from_output(None, None)
+    assert scheduler.schedule().scheduled_new_reqs[0].req_id == "b"
+
+
 def test_too_many_that_wait_are_refused_and_pieces_of_sessions_and_the_base_model_are_not(
     limits: Any,
 ) -> None:

@@ -800,6 +800,9 @@ def _limits() -> Iterator[Seam]:
         "ParallelConfig": "data_parallel_size",
     }.items():
         yield Seam("vllm.config", f"{owner}.{name}", why, limits=True)
+    yield Seam(
+        "vllm.config", "ModelConfig.served_model_name", "the base model's weight", limits=True
+    )
     yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's", limits=True)
     yield Seam(
         "vllm.exceptions",
