@@ -42,6 +42,7 @@ from vllm_vlora.plugin.engine_core import (
 )
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
+from vllm_vlora.plugin.limits import limit_tasks
 from vllm_vlora.plugin.listing import Listing, refuse_name, refuse_without_lora
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.scheduling import schedule_by_kind
@@ -360,7 +361,7 @@ def uninstall() -> None:
 
 
 def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tuple[Any, str, Any]]:
-    seams = find_seams(direct=setup.direct)
+    seams = find_seams(direct=setup.direct, limits=setup.settings.limited)
     lru = "LRUCacheWorkerLoRAManager"
     wrappers: dict[str, Callable[[Any], Any]] = {
         "WorkerLoRAManager._load_adapter": _load_adapter,
@@ -409,4 +410,4 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (core.owner, TASKS_METHOD, served_tasks),
         (core.owner, FOLLOW_METHOD, follow),
     ]
-    return [*patches, *scheduling, *graphs, *own]
+    return limit_tasks([*patches, *scheduling, *graphs, *own], setup.settings, seams)
