@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-<<<<<<< HEAD
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-=======
 from dataclasses import dataclass, field
->>>>>>> h-lim
+from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import SettingError
 from vllm_vlora.strict_json import JSONError, decode
@@ -62,19 +58,15 @@ class Settings:
         narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
-<<<<<<< HEAD
         late_mib: MiB on each device for tasks that are loaded after start-up, beside those that were
             loaded then.
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
         host_bytes: of host memory of each worker for tasks that gave way.
         follow: serve what is published into the checkpoint's folder.
-=======
-        late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
         task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
         task_queue: requests of one that wait; more are refused. 0 for any number.
         fair: whether the task that was served least comes first.
         weights: shares of tasks beside that of the others, which is 1.
->>>>>>> h-lim
     """
 
     mode: str = "auto"
@@ -84,23 +76,24 @@ class Settings:
     overlap: bool = False
     chat_templates: bool = False
     narrow_rows: bool = False
-<<<<<<< HEAD
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
-=======
     task_concurrency: int = 0
     task_queue: int = 0
     fair: bool = False
     weights: Mapping[str, float] = field(default_factory=dict, hash=False)
->>>>>>> h-lim
 
     @property
     def direct(self) -> bool:
         """Whether tasks may run direct."""
         return self.mode != "materialize"
 
-<<<<<<< HEAD
+    @property
+    def limited(self) -> bool:
+        """Whether anything is to be limited or shared; vLLM's scheduler is left alone otherwise."""
+        return self.fair or self.task_concurrency > 0 or self.task_queue > 0
+
     def budget(self, device: torch.device) -> Budget:
         """What tasks may take on a worker's device."""
         most = self.device_bytes
@@ -131,12 +124,6 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(torch.cuda.mem_get_info(device)[1])
-=======
-    @property
-    def limited(self) -> bool:
-        """Whether anything is to be limited or shared; vLLM's scheduler is left alone otherwise."""
-        return self.fair or self.task_concurrency > 0 or self.task_queue > 0
->>>>>>> h-lim
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -149,16 +136,13 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
-<<<<<<< HEAD
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
         follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
-=======
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
         task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
         fair=_fair(environment),
         weights=_weights(environment),
->>>>>>> h-lim
     )
 
 
@@ -176,10 +160,10 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int) 
     return int(text)
 
 
-<<<<<<< HEAD
 def _size(environment: Mapping[str, str], name: str) -> int | None:
     return _whole(environment, name, 0, least=0) if environment.get(name) else None
-=======
+
+
 def _fair(environment: Mapping[str, str]) -> bool:
     fair = _choice(environment, FAIR_VARIABLE, SWITCH) == "on"
     if environment.get(WEIGHTS_VARIABLE) and not fair:
@@ -200,4 +184,3 @@ def _weights(environment: Mapping[str, str]) -> dict[str, float]:
         if weight <= 0:
             raise SettingError(f"{WEIGHTS_VARIABLE}: {name!r} has {weight:g}; use a number above 0")
     return weights
->>>>>>> h-lim
