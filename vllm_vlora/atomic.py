@@ -404,6 +404,18 @@ def _link(source: Path, target: Path) -> None:
         shutil.copystat(source, target)
 
 
+def link_own(source: Path, target: Path) -> bool:
+    """Give a regular file of this user a second name, where the file system can; says whether it did."""
+    try:
+        status = source.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
 def _finish_tree(root: Path) -> None:
     """Flush every file and folder, and let those read the files who may read the folder.
 
@@ -415,7 +427,9 @@ def _finish_tree(root: Path) -> None:
         for file in files:
             path = Path(folder, file)
             if not path.is_symlink():
-                path.chmod(stat.S_IMODE(path.stat().st_mode) | readable)
+                mode = stat.S_IMODE(path.stat().st_mode)
+                if mode | readable != mode:
+                    path.chmod(mode | readable)
                 _fsync(path)
         _fsync(Path(folder))
 

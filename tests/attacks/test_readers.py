@@ -192,7 +192,7 @@ def split(folder: Path, out: Path) -> None:
 def read_checkpoint(folder: Path, out: Path) -> None:
     validate(folder)
     opened = Checkpoint.open(folder)
-    _ = opened.nbytes, opened.ratio, opened.max_rank, opened.attachments
+    _ = opened.nbytes, opened.ratio, opened.max_rank, opened.attachments, opened.usage()
     report_contents(folder, opened.tasks, opened.modules, opened.basis_nbytes)
     for number, task in enumerate(opened.tasks):
         for narrow in (False, True):
@@ -235,6 +235,7 @@ READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path, Path], None]]
     "an adapter of mlx-lm": (mlx, read_adapter),
     "a checkpoint of format 1": (stored("format1"), read_checkpoint),
     "a checkpoint of format 2": (stored("format2"), read_checkpoint),
+    "a checkpoint of format 4": (stored("format4"), read_checkpoint),
     "a checkpoint with attachments": (with_attachments, read_checkpoint),
     "vlora's files": (stored("seeds/vlora-1.0.0-float"), read_foreign),
     "vlora's packed files": (stored("seeds/vlora-1.0.0-nf4"), read_foreign),
@@ -403,6 +404,13 @@ def test_files_grown_without_a_byte_written(tmp_path: Path) -> None:
     os.truncate(tmp_path / "tasks.json", 60 << 30)
     with limited(), pytest.raises(VLoRAError, match="the manifest says"):
         Checkpoint.open(tmp_path)
+    stored("format4")(tmp_path / "many")
+    os.truncate(tmp_path / "many" / "tasks.records", 60 << 30)
+    with limited(), pytest.raises(VLoRAError, match="the index says"):
+        Checkpoint.open(tmp_path / "many")
+    os.truncate(tmp_path / "many" / "tasks.index", 60 << 30)
+    with limited(), pytest.raises(VLoRAError, match="the manifest says"):
+        Checkpoint.open(tmp_path / "many")
     os.truncate(tmp_path / "vlora_config.json", 60 << 30)
     with limited(), pytest.raises(VLoRAError, match="larger than"):
         Checkpoint.open(tmp_path)

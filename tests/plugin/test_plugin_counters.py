@@ -44,7 +44,7 @@ def test_a_snapshot_is_plain_data_that_msgpack_carries_whole() -> None:
     assert taken["requests"] == {DEVICE: 1, HOST: 0, DISK: 0}
     assert taken["loaded_bytes"] == {DISK: 1000, HOST: 1000}
     assert taken["load_seconds"][DISK]["sum"] == 0.3
-    zeros = dict.fromkeys(["memory", "model", "checkpoint", "load", "other"], 0)
+    zeros = dict.fromkeys(["memory", "model", "checkpoint", "load", "busy", "other"], 0)
     assert taken["refusals"] == {**zeros, "memory": 1}
     assert taken["reload_refusals"] == {**zeros, "checkpoint": 1}
     assert (taken["state"], taken["reloads"], taken["waiting"]) == ("new", 1, 2)

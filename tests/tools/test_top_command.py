@@ -96,7 +96,7 @@ def test_json_has_every_number(server: Answering, suffix: str) -> None:
     assert found["tasks"][0] == {"task": "sql", "requests": 3}
     (engine,) = found["engines"]
     assert 0 <= engine.pop("age_seconds") < 60
-    zeros = dict.fromkeys(["memory", "model", "checkpoint", "load", "other"], 0)
+    zeros = dict.fromkeys(["memory", "model", "checkpoint", "load", "busy", "other"], 0)
     assert engine == {
         "engine": "0",
         "state": "0123456789ab",

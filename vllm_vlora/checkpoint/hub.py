@@ -25,12 +25,16 @@ from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
+    INDEX_FILE,
+    RECORDS_FILE,
+    TASKS_FILE,
     TASKS_FOLDER,
 )
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.pinning import check_content
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
+from vllm_vlora.checkpoint.task_entry import task_files
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
@@ -44,6 +48,9 @@ _REPLACED = [
     _TASK_FILES,
     _BASIS_FILES,
     BASIS_INDEX_FILE,
+    TASKS_FILE,
+    INDEX_FILE,
+    RECORDS_FILE,
     ATTACHMENTS_FILE,
     f"{ATTACHMENTS_FOLDER}/*",
 ]
@@ -202,7 +209,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
     Raises:
         CheckpointError: one is, or what no manifest gives a size is larger than it can be.
     """
-    refs = [*checkpoint.config.basis, checkpoint.config.tasks, *checkpoint.tasks.values()]
+    refs = [*checkpoint.files, *task_files(checkpoint.tasks)]
     refs += [ref for refs in checkpoint.attachments.values() for ref in refs.values()]
     files = {CONFIG_FILE: JSON_BYTES, **{ref.file: ref.nbytes for ref in refs}}
     beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, _CARD_FILE]

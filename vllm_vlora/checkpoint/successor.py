@@ -1,6 +1,7 @@
 """Write a checkpoint anew with other tasks, atomically; what stays in it stays byte for byte.
 
-Task files are copied with their digests checked. Basis files are too, unless bases have grown.
+Task files are copied, or in place given a second name until the old folder goes, with their digests
+checked. Basis files are copied too, unless bases have grown.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def edited(
         in_place = target.resolve() == checkpoint.path.resolve()
         if not in_place:
             check_apart(target, [checkpoint.path])
+        checkpoint.gives_way = in_place
         before = _manifest(checkpoint.path)
 
         def unchanged() -> None:

@@ -17,6 +17,7 @@ from vllm_vlora.errors import (
     CheckpointError,
     MemoryBudgetError,
     ModelMismatchError,
+    TaskBusyError,
     TaskLoadError,
     VLoRAError,
 )
@@ -50,6 +51,7 @@ _REASONS: tuple[tuple[type[VLoRAError], str], ...] = (
     (ModelMismatchError, "model"),
     (CheckpointError, "checkpoint"),
     (TaskLoadError, "load"),
+    (TaskBusyError, "busy"),
 )
 
 
@@ -178,8 +180,8 @@ class ServingCounters:
         """A task gave way there to another one."""
         self._evictions[tier] += 1
 
-    def refused(self, reason: BaseException | str) -> None:
-        """A request's task was not loaded: the error, or a word of the code's own that says why."""
+    def refused(self, reason: BaseException | type[BaseException] | str) -> None:
+        """A request was refused for its task: the error, its class, or a word of the code's own."""
         _count_reason(self._refusals, reason)
 
     def adopted(self, state: str) -> None:
@@ -187,7 +189,7 @@ class ServingCounters:
         self._reloads += 1
         self._state = state
 
-    def state_refused(self, reason: BaseException | str) -> None:
+    def state_refused(self, reason: BaseException | type[BaseException] | str) -> None:
         """A published state was not taken, and the one before serves on."""
         _count_reason(self._reload_refusals, reason)
 
@@ -256,16 +258,17 @@ class ServingCounters:
         }
 
 
-def _count_reason(counts: Counter[str], reason: BaseException | str) -> None:
+def _count_reason(counts: Counter[str], reason: BaseException | type[BaseException] | str) -> None:
     word = reason if isinstance(reason, str) else reason_of(reason)
     if word not in counts and len(counts) >= _MOST_REASONS:
         word = OTHER
     counts[word] += 1
 
 
-def reason_of(error: BaseException) -> str:
-    """The word under which an error is counted."""
-    return next((word for kind, word in _REASONS if isinstance(error, kind)), OTHER)
+def reason_of(error: BaseException | type[BaseException]) -> str:
+    """The word under which an error, or a class of errors, is counted."""
+    kind = error if isinstance(error, type) else type(error)
+    return next((word for known, word in _REASONS if issubclass(kind, known)), OTHER)
 
 
 def counters_of(core: Any) -> ServingCounters:

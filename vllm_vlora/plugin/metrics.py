@@ -310,7 +310,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "vllm_vlora:refusals",
-        "Requests whose task was not loaded.",
+        "Requests that were refused for their task.",
         _labelled("refusals"),
         ("reason",),
         counts=True,

@@ -44,6 +44,7 @@ from vllm_vlora.plugin.engine_core import (
 )
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
+from vllm_vlora.plugin.limits import limit_tasks
 from vllm_vlora.plugin.listing import Listing, refuse_name, refuse_without_lora
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
@@ -364,7 +365,7 @@ def uninstall() -> None:
 
 
 def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tuple[Any, str, Any]]:
-    seams = find_seams(direct=setup.direct)
+    seams = find_seams(direct=setup.direct, limits=setup.settings.limited)
     lru = "LRUCacheWorkerLoRAManager"
     wrappers: dict[str, Callable[[Any], Any]] = {
         "WorkerLoRAManager._load_adapter": _load_adapter,
@@ -416,4 +417,4 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (core.owner, FOLLOW_METHOD, follow),
         (core.owner, METRICS_METHOD, metrics_snapshot),
     ]
-    return [*patches, *scheduling, *graphs, *own]
+    return limit_tasks([*patches, *scheduling, *graphs, *own], setup.settings, seams)

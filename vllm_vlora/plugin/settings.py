@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import SettingError
+from vllm_vlora.strict_json import JSONError, decode
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,10 @@ DEFAULT_METRICS_TASKS = 100
 # A line each of a scrape, which a router that looks where a task is reads many times a second.
 DEFAULT_METRICS_LISTED = 1000
 SWITCH = ("off", "on")
+CONCURRENCY_VARIABLE = "VLLM_VLORA_TASK_CONCURRENCY"
+QUEUE_VARIABLE = "VLLM_VLORA_TASK_QUEUE"
+FAIR_VARIABLE = "VLLM_VLORA_FAIR"
+WEIGHTS_VARIABLE = "VLLM_VLORA_WEIGHTS"
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class Settings:
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
         host_bytes: of host memory of each worker for tasks that gave way.
         follow: serve what is published into the checkpoint's folder.
+        task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
+        task_queue: requests of one that wait; more are refused. 0 for any number.
+        fair: whether the task that was served least comes first.
+        weights: shares of tasks beside that of the others, which is 1.
         metrics_tasks: tasks whose requests are counted under their own name in the metrics.
         metrics_listed: tasks of each tier that the metrics name as being there.
     """
@@ -78,6 +87,10 @@ class Settings:
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
+    task_concurrency: int = 0
+    task_queue: int = 0
+    fair: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict, hash=False)
     metrics_tasks: int = DEFAULT_METRICS_TASKS
     metrics_listed: int = DEFAULT_METRICS_LISTED
 
@@ -85,6 +98,11 @@ class Settings:
     def direct(self) -> bool:
         """Whether tasks may run direct."""
         return self.mode != "materialize"
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything is to be limited or shared; vLLM's scheduler is left alone otherwise."""
+        return self.fair or self.task_concurrency > 0 or self.task_queue > 0
 
     def budget(self, device: torch.device) -> Budget:
         """What tasks may take on a worker's device."""
@@ -131,6 +149,10 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
         follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
+        task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
+        task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
+        fair=_fair(environment),
+        weights=_weights(environment),
         metrics_tasks=_whole(environment, METRICS_TASKS_VARIABLE, DEFAULT_METRICS_TASKS, least=0),
         metrics_listed=_whole(
             environment, METRICS_LISTED_VARIABLE, DEFAULT_METRICS_LISTED, least=0
@@ -154,3 +176,25 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int) 
 
 def _size(environment: Mapping[str, str], name: str) -> int | None:
     return _whole(environment, name, 0, least=0) if environment.get(name) else None
+
+
+def _fair(environment: Mapping[str, str]) -> bool:
+    fair = _choice(environment, FAIR_VARIABLE, SWITCH) == "on"
+    if environment.get(WEIGHTS_VARIABLE) and not fair:
+        raise SettingError(f"{WEIGHTS_VARIABLE} does nothing without {FAIR_VARIABLE}=on; set both")
+    return fair
+
+
+def _weights(environment: Mapping[str, str]) -> dict[str, float]:
+    text = environment.get(WEIGHTS_VARIABLE) or "{}"
+    try:
+        weights = decode(text.encode(errors="surrogateescape"), dict[str, float])
+    except JSONError as error:
+        raise SettingError(
+            f"{WEIGHTS_VARIABLE}={text!r}: use a JSON object of names and numbers, such as "
+            f'{{"sql": 2}} ({error})'
+        ) from error
+    for name, weight in weights.items():
+        if weight <= 0:
+            raise SettingError(f"{WEIGHTS_VARIABLE}: {name!r} has {weight:g}; use a number above 0")
+    return weights
