@@ -19,6 +19,7 @@ from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, ModelMismatchError
+from vllm_vlora.plugin.blend_paths import with_blend
 from vllm_vlora.plugin.direct import DirectPath, task_memory
 from vllm_vlora.plugin.identity import TaskPath, task_path
 from vllm_vlora.quantize import PackedMatrix
@@ -138,6 +139,7 @@ class ResidentStore:
 
         Raises:
             CheckpointError: the checkpoint on disk no longer holds these weights, or is damaged.
+            BlendError: the path is a blend's, of tasks that cannot be blended.
             ModelMismatchError: the served model cannot take the task.
         """
         held = self._tasks.get(str(path))
@@ -146,7 +148,7 @@ class ResidentStore:
         if not path.checkpoint.is_absolute():
             # A client may have made it up; what is no path could be the name of a repository.
             raise CheckpointError(f"{path}: not a path from the root; give the task's whole path")
-        checkpoint = Checkpoint.open(pinned(path.checkpoint, self._pin))
+        checkpoint = with_blend(Checkpoint.open(pinned(path.checkpoint, self._pin)), path)
         for task_id, record in checkpoint.tasks.items():
             if record.file == path.file and checkpoint.digest(task_id) == path.digest:
                 own = task_path(checkpoint, task_id)
