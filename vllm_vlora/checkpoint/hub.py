@@ -21,6 +21,7 @@ from huggingface_hub.utils import (
 )
 
 from vllm_vlora.atomic import check_apart, publish_folder
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.manifest import (
@@ -202,7 +203,7 @@ def _files(checkpoint: Checkpoint) -> list[str]:
     names = [CONFIG_FILE, *(ref.file for ref in refs)]
     names += [record.file for record in checkpoint.tasks.values()]
     names += sorted({f.file for files in checkpoint.attachments.values() for f in files.values()})
-    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, _CARD_FILE]
+    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, ALIASES_FILE, _CARD_FILE]
     beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
     names += [name for name in beside if (checkpoint.path / name).is_file()]
     for name in names:

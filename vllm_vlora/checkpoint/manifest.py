@@ -5,6 +5,7 @@
     CKPT/tasks.json              task id -> file, digest, segments, measured error, adapter_config
     CKPT/tasks/*.safetensors     one file a task, named by ``task_ids.encode_task_id``
     CKPT/attachments*            tokenizers that travel with tasks; see ``attachments``
+    CKPT/aliases.json            other names for tasks and blends; see ``aliases``
     CKPT/README.md               a Hub model card
 
 A *segment* is one module of one task. Its matrices are packed row by row (``quantize``) and lie one

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
@@ -36,7 +37,9 @@ def checkpoint_files(path: Path) -> set[str] | None:
     """
     if not is_checkpoint(path):
         return None
-    own = {CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, CARD_FILE}
+    own = {
+        CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, ALIASES_FILE, CARD_FILE,
+    }  # fmt: skip
     for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE):
         with suppress(OSError):
             own.update(_named((path / name).read_bytes()))
