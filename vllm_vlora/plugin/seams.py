@@ -33,6 +33,7 @@ from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
+from vllm_vlora.plugin.named_requests import name_patches, serve_names
 from vllm_vlora.plugin.requests import requests_for
 from vllm_vlora.plugin.residency import (
     TASKS_METHOD,
@@ -160,6 +161,7 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
 def _init_static_loras(
     original: Callable[..., Any],
     load_templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
+    checkpoint: str | None = None,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
@@ -173,6 +175,8 @@ def _init_static_loras(
             _refuse_name(request, self.is_base_model(request.lora_name), self.lora_requests)
             self.lora_requests[request.lora_name] = request
             _loaded_paths(self.engine_client).add(request.lora_path)
+        if checkpoint is not None:
+            serve_names(self, checkpoint)
 
     return init
 
@@ -385,6 +389,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
             functools.partial(templates.load, checkpoint)
             if setup.settings.chat_templates
             else None,
+            checkpoint,
         )
         if setup.settings.chat_templates:
             for _, owner in CHAT_REQUESTS:
@@ -403,4 +408,5 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
     add_request = ensure_before_add_request(add or core.value)
     own = [(core.owner, core.attribute, add_request), (core.owner, TASKS_METHOD, tasks_at_start)]
-    return [*patches, *scheduling, *graphs, *own]
+    names = name_patches() if setup.checkpoint is not None else []
+    return [*patches, *scheduling, *graphs, *own, *names]
