@@ -81,8 +81,8 @@ def checked_blend(terms: Iterable[Term]) -> Blend:
         seen.add(task)
         if not weight or abs(weight) > MAX_WEIGHT:
             raise BlendError(
-                f"weight {weight} of task {task!r} is not above 0 and up to {MAX_WEIGHT}; leave the task "
-                "out, or write - before it to take it away"
+                f"weight {weight_text(weight)} of task {task!r} is not above 0 and up to {MAX_WEIGHT}; "
+                "leave the task out, or write - before it to take it away"
             )
     return blend
 

@@ -236,9 +236,10 @@ def serve_names(models: Any, checkpoint: str) -> None:
     """
     listed = models.lora_requests
     where, digest = split_pin(checkpoint)
+    tasks = {name for name, r in listed.items() if parse_task_path(r.lora_path) is not None}
     # Behind a digest what is read must be what the digest says.
     aliases = (
-        read_aliases(Path(where), listed) if digest is None else Checkpoint.open(checkpoint).aliases
+        read_aliases(Path(where), tasks) if digest is None else Checkpoint.open(checkpoint).aliases
     )
     for alias in aliases:
         if models.is_base_model(alias) or alias in listed:
