@@ -244,6 +244,17 @@ def test_the_names_of_a_checkpoint_are_served(checkpoint: Path) -> None:
         served(pinned(checkpoint, digest))
 
 
+def test_blends_may_be_off(checkpoint: Path) -> None:
+    models = Models(lora_requests={r.lora_name: r for r in all_requests(checkpoint)})
+    serve_names(models, str(checkpoint), blends=False)
+    requests = models.lora_requests
+    assert "joint+private" not in requests
+    assert "nobody" not in requests
+    # What the operator named is served.
+    assert requests["mix"].lora_name == "joint*0.5+private*0.25"
+    assert requests["prod"] is requests["joint"]
+
+
 def test_a_name_that_is_taken_is_refused(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="alias 'prod' has the name of a served model"):
         served(checkpoint, prod=ORDINARY)

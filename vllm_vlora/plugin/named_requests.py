@@ -29,6 +29,7 @@ from vllm_vlora.errors import BlendError, CheckpointError
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.identity import FIRST_ID, ID_SPAN, TaskPath, parse_task_path, task_paths
 from vllm_vlora.plugin.seam_table import NAME_SEAMS
+from vllm_vlora.plugin.settings import BLENDS_VARIABLE
 
 KEY_HEADER, TASKS_HEADER = b"x-vlora-key", b"x-vlora-tasks"
 # Blends that a server remembers. One more forgets the least recently asked for; making it anew is cheap.
@@ -64,10 +65,14 @@ class TaskRequests(dict[str, LoRARequest]):
     Args:
         requests: of tasks and ordinary adapters.
         aliases: names that no request has.
+        blends: understand blends that no alias names.
     """
 
-    def __init__(self, requests: Mapping[str, LoRARequest], aliases: Aliases) -> None:
+    def __init__(
+        self, requests: Mapping[str, LoRARequest], aliases: Aliases, blends: bool = True
+    ) -> None:
         super().__init__(requests)
+        self._takes_blends = blends
         self._blends: OrderedDict[str, LoRARequest] = OrderedDict()
         self.aliases: Aliases = aliases
 
@@ -88,6 +93,8 @@ class TaskRequests(dict[str, LoRARequest]):
         asked = _asked.get()
         if asked is not None and name in asked.answered:
             return asked.answered[name]
+        if not self._takes_blends and name not in self.aliases:
+            raise BlendError(f"no task is called so, and blends are off ({BLENDS_VARIABLE})")
         key = secrets.token_hex(8) if asked is None else asked.key
         blend = resolve(name, _Tasks(self), self.aliases, key)
         gone = [task for task, _ in blend if not dict.__contains__(self, task)]
@@ -227,8 +234,11 @@ def named_request(checkpoint: str | Path | Checkpoint, name: str, key: str = "")
 # --- the API server -------------------------------------------------------------------------------
 
 
-def serve_names(models: Any, checkpoint: str) -> None:
+def serve_names(models: Any, checkpoint: str, blends: bool = True) -> None:
     """Have an API server's ``OpenAIServingModels``, which lists the tasks, understand all names.
+
+    Args:
+        blends: also blends that no alias names.
 
     Raises:
         CheckpointError: the aliases are damaged, do not fit the tasks, or have the name of a served model
@@ -247,7 +257,7 @@ def serve_names(models: Any, checkpoint: str) -> None:
                 f"{where}: alias {alias!r} has the name of a served model or adapter; give one of them "
                 "another name"
             )
-    models.lora_requests = TaskRequests(listed, aliases)
+    models.lora_requests = TaskRequests(listed, aliases, blends)
 
 
 def answering(name: str) -> str:

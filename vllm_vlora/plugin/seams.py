@@ -161,7 +161,7 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
 def _init_static_loras(
     original: Callable[..., Any],
     load_templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
-    checkpoint: str | None = None,
+    serve: Callable[[Any], None] | None = None,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
@@ -175,8 +175,8 @@ def _init_static_loras(
             _refuse_name(request, self.is_base_model(request.lora_name), self.lora_requests)
             self.lora_requests[request.lora_name] = request
             _loaded_paths(self.engine_client).add(request.lora_path)
-        if checkpoint is not None:
-            serve_names(self, checkpoint)
+        if serve is not None:
+            serve(self)
 
     return init
 
@@ -389,7 +389,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
             functools.partial(templates.load, checkpoint)
             if setup.settings.chat_templates
             else None,
-            checkpoint,
+            lambda models: serve_names(models, checkpoint, setup.settings.blends),
         )
         if setup.settings.chat_templates:
             for _, owner in CHAT_REQUESTS:

@@ -23,6 +23,7 @@ LATE_VARIABLE = "VLLM_VLORA_LATE_MIB"
 # checkpoint (80 MB at 64 components) and two hundred of its tasks; the least recently used give way.
 DEFAULT_LATE_MIB = 512
 BASES = ("dense", "packed")
+BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
 ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
@@ -42,6 +43,7 @@ class Settings:
         narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
+        blends: take the name of a blend for one; those that aliases name are served either way.
         late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
     """
 
@@ -52,6 +54,7 @@ class Settings:
     overlap: bool = False
     chat_templates: bool = False
     narrow_rows: bool = False
+    blends: bool = True
 
     @property
     def direct(self) -> bool:
@@ -69,6 +72,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
+        blends=_choice(environment, BLENDS_VARIABLE, SWITCH[::-1]) == "on",
     )
 
 
