@@ -12,6 +12,7 @@ from vllm_vlora.tools.add_command import add, remove
 from vllm_vlora.tools.alias_command import alias
 from vllm_vlora.tools.analyze_command import analyze
 from vllm_vlora.tools.benchmark_command import benchmark
+from vllm_vlora.tools.cache_command import cache
 from vllm_vlora.tools.calibrate_command import calibrate
 from vllm_vlora.tools.common_options import (
     Originals,
@@ -27,6 +28,7 @@ from vllm_vlora.tools.evaluate_command import evaluate
 from vllm_vlora.tools.exporting import show_folders, write_folders
 from vllm_vlora.tools.hub_command import pull, push
 from vllm_vlora.tools.merge_command import merge
+from vllm_vlora.tools.ready_command import ready
 from vllm_vlora.tools.reconstruct_command import reconstruct
 from vllm_vlora.tools.serve_command import SERVE_SETTINGS, serve
 from vllm_vlora.tools.terminal import (
@@ -367,11 +369,12 @@ def plan(
 
 
 app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
+app.command(rich_help_panel=_SERVE)(ready)
 
 for panel, commands in (
     (_MAKE, (add, remove, alias, calibrate, convert)),
     (_LOOK, (evaluate, benchmark)),
-    (_TAKE, (reconstruct, push, pull)),
+    (_TAKE, (reconstruct, push, pull, cache)),
     (_ADAPTERS, (analyze, diff, merge)),
 ):
     for command in commands:

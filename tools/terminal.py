@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -18,7 +18,7 @@ from rich.text import Text
 from vllm_vlora.errors import BudgetError, VLoRAError
 from vllm_vlora.locking import waiting_at_most
 from vllm_vlora.stopping import check_not_stopped, is_stopped, stop, stopped_by
-from vllm_vlora.wording import shown
+from vllm_vlora.wording import shown, without_secrets
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -43,7 +43,7 @@ Verbose = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 CheckpointRef = Annotated[
-    str, typer.Argument(metavar="CKPT", help="The checkpoint: a folder or a Hub id.")
+    str, typer.Argument(metavar="CKPT", help="The checkpoint: a folder, a Hub id or a URL.")
 ]
 
 
@@ -65,7 +65,7 @@ def reported(verbose: bool, timeout: float | None = None) -> Iterator[None]:
     ``timeout`` is of a command that writes: how long it waits for another one (``locking``).
     """
     try:
-        with waiting_at_most(timeout):
+        with waiting_at_most(timeout), _downloads_shown():
             yield
             check_not_stopped()
     except KeyboardInterrupt as error:
@@ -96,11 +96,12 @@ def _print_traceback(error: BaseException) -> None:
     console = open_console(stderr=True)
     for part in traceback.format_exception(error):
         for text in part.splitlines():
-            console.print(shown(text), soft_wrap=True)
+            console.print(shown(without_secrets(text)), soft_wrap=True)
 
 
 def _fail(message: str) -> None:
-    text = Text("Error: " + shown(" ".join(message.splitlines())), style="red")
+    words = without_secrets(" ".join(message.splitlines()))
+    text = Text("Error: " + shown(words), style="red")
     open_console(stderr=True).print(text, soft_wrap=True)
 
 
@@ -112,6 +113,8 @@ class _Console(Console):
     ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             text, style, control = segment
+            text = without_secrets(text)
+            segment = Segment(text, style, control)
             if control or text.isprintable() or text == "\n":
                 yield segment
             else:
@@ -161,14 +164,63 @@ def progress_bar(console: Console | None = None) -> Iterator[_Advance]:
         yield _Advance(console, progress)
 
 
+@contextmanager
+def _downloads_shown() -> Iterator[None]:
+    """Progress of what is fetched from URLs: a bar on a terminal, a line elsewhere."""
+    from vllm_vlora.downloads import telling
+
+    console = open_console(stderr=True)
+    with ExitStack() as bars, telling(_Downloads(console, bars)):
+        yield
+
+
+class _Downloads:
+    """Called with the bytes that are here and those that are to come; has a bar from then on."""
+
+    def __init__(self, console: Console, bars: ExitStack) -> None:
+        self._console = console
+        self._bars = bars
+        self._shown: tuple[Progress, Any] | None = None
+        self._total: int | None = None
+
+    def __call__(self, here: int, total: int) -> None:
+        if total != self._total:
+            self._total = total
+            self._begin(total)
+        if self._shown is not None:
+            progress, task = self._shown
+            progress.update(task, completed=here)
+
+    def _begin(self, total: int) -> None:
+        if not self._console.is_terminal:
+            self._console.print(f"download {total / 1e6:.1f} MB ...")
+            return
+        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+        self._bars.close()
+        columns = ("download", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        progress = Progress(*columns, console=self._console, transient=True)
+        self._shown = self._bars.enter_context(progress), progress.add_task("", total=total)
+
+
 def print_json(data: Any) -> None:
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     # Outside of strings stands nothing but ASCII, and in them the escape means the same.
     typer.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
+def _without_secrets(data: Any) -> Any:
+    """The same with no key in any URL: what was typed is shown, and kept where output is."""
+    if isinstance(data, str):
+        return without_secrets(data)
+    if isinstance(data, dict):
+        return {key: _without_secrets(value) for key, value in data.items()}
+    return [_without_secrets(value) for value in data] if isinstance(data, list) else data
+
+
 def print_result(data: _Data, draw: Callable[[Console, _Data], None], as_json: bool) -> None:
     """What a command found: JSON, or what ``draw`` makes of it for a person."""
+    data = _without_secrets(data)
     if as_json:
         print_json(data)
     else:

@@ -1,12 +1,13 @@
 """Exceptions that a user may see. Each message is one line and says what to do next.
 
-A message may quote names that somebody else gave; its text is therefore as ``wording.shown`` shows it.
+A message may quote names that somebody else gave, and URLs with keys in them; its text is therefore as
+``wording.shown`` and ``wording.without_secrets`` show it.
 
 Four are built-in errors as well: code written for vlora catches ``KeyError``, ``ValueError`` and
 ``RuntimeError``.
 """
 
-from vllm_vlora.wording import shown
+from vllm_vlora.wording import shown, without_secrets
 
 
 class VLoRAError(Exception):
@@ -22,7 +23,7 @@ class VLoRAError(Exception):
 
     def __str__(self) -> str:
         # KeyError, which one error below is too, would show its message in quotes.
-        return shown(" ".join(Exception.__str__(self).splitlines()))
+        return shown(without_secrets(" ".join(Exception.__str__(self).splitlines())))
 
 
 class AdapterError(VLoRAError, ValueError):
@@ -81,6 +82,10 @@ class MemoryBudgetError(VLoRAError):
 
 class TaskLoadError(VLoRAError, ValueError):
     """The engine could not load the task of a request; the message has the engine's reason."""
+
+
+class TaskBusyError(VLoRAError):
+    """As many requests of a task wait as may wait; ask again later. HTTP status 429."""
 
 
 class IncompatibleVLLMError(VLoRAError):

@@ -112,11 +112,13 @@ def test_the_same_blend_is_made_once_and_forgotten_like_a_late_task(tmp_path: Pa
     made = store.task(path)
     assert store.task(path_of(checkpoint, "french*0.3+sql*0.7")) is made
     assert made.task_id == "french*0.3+sql*0.7"
-    assert store.is_late(str(path))
-    assert store.late_nbytes == store.nbytes - before > 0
-    assert str(path) not in dict(map(reversed, store.preloaded()))
-    store.forget(str(path))
+    assert [task.path for task in store.tasks()].count(str(path)) == 1
+    # Nobody lists it.
+    assert str(path) not in dict(map(reversed, store.served()))
+    assert store.nbytes > before
+    store.drop(str(path))
     assert store.nbytes == before
+    assert str(path) not in [task.path for task in store.tasks()]
 
 
 def test_a_rank_above_the_engines_is_said(tmp_path: Path) -> None:

@@ -15,19 +15,23 @@ pytest.importorskip("vllm")
 from plugin_world import TASKS, build
 from vllm.lora.request import LoRARequest
 
-from vllm_vlora.checkpoint.pinning import pinned
+from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.editing.aliasing import set_alias
+from vllm_vlora.editing.aliasing import remove_alias, set_alias
+from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import BlendError, CheckpointError
+from vllm_vlora.merging.blending import blend_tasks
 from vllm_vlora.plugin import named_requests
 from vllm_vlora.plugin.blend_paths import blend_of
-from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.engine_core import ALIASES_METHOD, FOLLOW_METHOD, TASKS_METHOD
+from vllm_vlora.plugin.following import State, folder_identity
+from vllm_vlora.plugin.identity import parse_task_path, task_paths
+from vllm_vlora.plugin.listing import Listing
 from vllm_vlora.plugin.named_requests import (
     NameHeaders,
     TaskRequests,
     answering,
     named_request,
-    serve_names,
 )
 from vllm_vlora.plugin.requests import all_requests
 
@@ -124,15 +128,6 @@ def test_unloading(requests: TaskRequests) -> None:
     assert [request.lora_name for request in requests.values()] == list(requests)
 
 
-def test_another_state_takes_the_place_of_the_tasks(requests: TaskRequests, tmp_path: Path) -> None:
-    old = requests["joint*0.5+private"]
-    other = build(tmp_path / "other", seed=1).path
-    requests.replace_tasks(all_requests(other)[:2], {})
-    assert list(requests) == ["ordinary", "joint", "private"]
-    assert requests["joint*0.5+private"].lora_path != old.lora_path
-    assert "prod" not in requests
-
-
 # --- a request's way ----------------------------------------------------------------------------------
 
 
@@ -219,35 +214,83 @@ def test_what_is_no_http_passes(requests: TaskRequests) -> None:
     assert seen == [({"type": "lifespan"}, 1, 2)]
 
 
-# --- start-up ------------------------------------------------------------------------------------------
+# --- what a server lists ------------------------------------------------------------------------------
 
 
-class Models(SimpleNamespace):
-    def is_base_model(self, name: str) -> bool:
-        return name == "base"
+class Core:
+    """Engine cores that serve a checkpoint, as an API server asks them."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.core_engines = range(2)
+        self.show(checkpoint)
+
+    def show(self, checkpoint: Path) -> None:
+        opened = Checkpoint.open(checkpoint)
+        self._answers = {
+            TASKS_METHOD: [[task, str(path)] for task, path in task_paths(opened).items()],
+            ALIASES_METHOD: encode_aliases(opened.aliases).decode(),
+            FOLLOW_METHOD: opened.content_digest,
+        }
+
+    async def _call_utility_async(self, method: str, *, engine: int) -> Any:
+        return self._answers[method]
 
 
-def served(checkpoint: Path | str, **more: LoRARequest) -> Models:
-    where = str(checkpoint).split("@sha256")[0]
-    listed = {request.lora_name: request for request in all_requests(where)}
-    models = Models(lora_requests={**listed, **more})
-    serve_names(models, str(checkpoint))
-    return models
+class Server:
+    """What is listed of a checkpoint, beside ordinary adapters."""
+
+    def __init__(self, checkpoint: Path, blends: bool = True, **more: LoRARequest) -> None:
+        self.core = Core(checkpoint)
+        models = SimpleNamespace(
+            lora_requests=TaskRequests(more, {}, blends),
+            is_base_model=lambda name: name == "base",
+            engine_client=SimpleNamespace(engine_core=self.core),
+        )
+        self._listing = Listing(models, set())
+        asyncio.run(self._listing.start())
+        self.requests: TaskRequests = models.lora_requests
+
+    def follow(self, checkpoint: Path) -> None:
+        self.core.show(checkpoint)
+        asyncio.run(self._listing._update())
 
 
-def test_the_names_of_a_checkpoint_are_served(checkpoint: Path) -> None:
-    digest = Checkpoint.open(checkpoint).content_digest
-    for reference in (checkpoint, pinned(checkpoint, digest)):
-        assert served(reference).lora_requests["prod"].lora_name == "joint"
+def test_names_follow_what_is_published(checkpoint: Path) -> None:
+    server = Server(checkpoint)
+    requests = server.requests
+    assert list(requests) == [*TASKS, "canary", "mix", "prod"]
+    assert requests["prod"] is requests["joint"]
+    before = requests["joint*0.5+private"].lora_path
     set_alias(checkpoint, "prod", "private")
-    with pytest.raises(CheckpointError, match="which was asked for"):
-        served(pinned(checkpoint, digest))
+    server.follow(checkpoint)
+    assert requests["prod"] is requests["private"]
+    remove_tasks(checkpoint, ["one"])
+    # Its id reads as a blend of others, and it is a task all the same.
+    blend_tasks(checkpoint, {"joint": 2.0}, "joint-private")
+    server.follow(checkpoint)
+    assert "one" not in requests
+    assert requests["joint-private"].lora_name == "joint-private"
+    assert requests["joint*0.5+private"].lora_path == before
+    remove_alias(checkpoint, "mix")
+    set_alias(checkpoint, "base", "joint")
+    set_alias(checkpoint, "new", "joint-private")
+    server.follow(checkpoint)
+    # The name of the served model stays its own.
+    assert list(requests) == ["joint", "private", "mixed", "joint-private", "canary", "new", "prod"]
+
+
+def test_blends_of_tasks_that_were_published_again_are_others(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    server = Server(checkpoint)
+    old = server.requests["joint*0.5+private"].lora_path
+    server.follow(build(tmp_path / "other", seed=1).path)
+    assert server.requests["joint*0.5+private"].lora_path != old
+    assert "prod" not in server.requests
 
 
 def test_blends_may_be_off(checkpoint: Path) -> None:
-    models = Models(lora_requests={r.lora_name: r for r in all_requests(checkpoint)})
-    serve_names(models, str(checkpoint), blends=False)
-    requests = models.lora_requests
+    requests = Server(checkpoint, blends=False).requests
     assert "joint+private" not in requests
     assert "nobody" not in requests
     # What the operator named is served.
@@ -257,17 +300,25 @@ def test_blends_may_be_off(checkpoint: Path) -> None:
 
 def test_a_name_that_is_taken_is_refused(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="alias 'prod' has the name of a served model"):
-        served(checkpoint, prod=ORDINARY)
+        Server(checkpoint, prod=ORDINARY)
+    with pytest.raises(CheckpointError, match="task 'joint' has the name of a served model"):
+        Server(checkpoint, joint=ORDINARY)
     set_alias(checkpoint, "base", "joint")
     with pytest.raises(CheckpointError, match="alias 'base' has the name of a served model"):
-        served(checkpoint)
+        Server(checkpoint)
 
 
-def test_damaged_aliases_end_the_start(checkpoint: Path) -> None:
+def test_a_state_reads_its_aliases_at_once(checkpoint: Path) -> None:
+    state, before = State(Checkpoint.open(checkpoint)), folder_identity(checkpoint)
+    set_alias(checkpoint, "prod", "private")
+    assert state.aliases["prod"][0].blend[0].task == "joint"
+    # A change of aliases alone is seen.
+    assert folder_identity(checkpoint) != before
+    assert State(Checkpoint.open(checkpoint)).digest != state.digest
     content = {"version": 1, "aliases": {"a": [{"share": 1, "terms": {"gone": "1"}}]}}
     (checkpoint / "aliases.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="alias 'a' names task 'gone'"):
-        served(checkpoint)
+        State(Checkpoint.open(checkpoint))
 
 
 def test_names_for_the_offline_engine(checkpoint: Path) -> None:

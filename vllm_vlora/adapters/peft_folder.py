@@ -274,7 +274,13 @@ def find_adapter(ref: str | Path) -> Path:
         if not beside:
             raise AdapterError(f"adapter {os.fspath(ref)!r} is a file: {describe_file(path)}")
         return path.parent.absolute()
-    return resolve_snapshot(ref, what="adapter", error=AdapterError, allow_patterns=PEFT_PATTERNS)
+    return resolve_snapshot(
+        ref,
+        what="adapter",
+        error=AdapterError,
+        allow_patterns=PEFT_PATTERNS,
+        required=CONFIG_FILE,
+    )
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

@@ -71,17 +71,26 @@ def read_aliases(checkpoint: Path, tasks: Container[str] | None) -> dict[str, tu
         return {}
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
+    aliases = decode_aliases(data, file)
+    fault = None if tasks is None else alias_fault(aliases, tasks)
+    if fault is not None:
+        raise CheckpointError(f"{file}: {fault}; {_mend(checkpoint, fault.alias)}")
+    return aliases
+
+
+def decode_aliases(data: bytes, file: Path = Path(ALIASES_FILE)) -> dict[str, tuple[Route, ...]]:
+    """The aliases that ``encode_aliases`` wrote, whatever they name.
+
+    Raises:
+        CheckpointError: the text is damaged or newer.
+    """
     try:
         found = decode_typed(data, _File)
     except JSONError as error:
         raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from error
     if found.version != _VERSION:
         raise CheckpointError(f"{file}: version {found.version!r} is unknown; upgrade vllm-vlora")
-    aliases = {name: _routes(file, name, routes) for name, routes in found.aliases.items()}
-    fault = None if tasks is None else alias_fault(aliases, tasks)
-    if fault is not None:
-        raise CheckpointError(f"{file}: {fault}; {_mend(checkpoint, fault.alias)}")
-    return aliases
+    return {name: _routes(file, name, routes) for name, routes in found.aliases.items()}
 
 
 def encode_aliases(aliases: Aliases) -> bytes:

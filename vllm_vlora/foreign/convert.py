@@ -32,6 +32,7 @@ from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import is_checkpoint
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.report import report_contents
+from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError
 from vllm_vlora.foreign.lorashare_files import CONFIG_FILE as SHARE_CONFIG_FILE
@@ -40,7 +41,6 @@ from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack
 from vllm_vlora.representations.flat import encode_flat
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
-from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.wording import some_of
 
 
@@ -114,7 +114,7 @@ def convert(
         >>> report.kind, report.representation, report.task_ids
         ('vlora', 'flat', ['cola', 'mrpc', 'rte', 'team/wnli'])
     """
-    folder = resolve_snapshot(source, what="checkpoint", error=CheckpointError)
+    folder = checkpoint_folder(source, foreign=True)
     kind = detect_kind(folder)
     if kind not in ("vlora", "lorashare"):
         raise CheckpointError(_nothing_to_convert(folder, kind))

@@ -75,16 +75,14 @@ def blend_of(path: TaskPath, checkpoint: Checkpoint) -> Blend | None:
     return blend
 
 
-def with_blend(checkpoint: Checkpoint, path: TaskPath) -> Checkpoint:
-    """A checkpoint that has what a path names: itself, or for a blend's path one with that blend.
+def blended_checkpoint(checkpoint: Checkpoint, path: TaskPath) -> BlendedCheckpoint | None:
+    """For a blend's path a checkpoint whose task is that blend; None for the path of a task.
 
     Raises:
         CheckpointError: as :func:`blend_of`. BlendError: these tasks cannot be blended.
     """
     blend = blend_of(path, checkpoint)
-    if blend is None:
-        return checkpoint
-    return BlendedCheckpoint(checkpoint, blend, path.file, path.digest)
+    return None if blend is None else BlendedCheckpoint(checkpoint, blend, path.file, path.digest)
 
 
 def _id(task: str) -> str:

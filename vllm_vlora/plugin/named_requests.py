@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from vllm.lora.request import LoRARequest
 
 from vllm_vlora.blend_names import Blend, blend_text
 from vllm_vlora.blending.resolving import resolve
-from vllm_vlora.checkpoint.aliases import Aliases, read_aliases
-from vllm_vlora.checkpoint.pinning import split_pin
+from vllm_vlora.checkpoint.aliases import Aliases
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import BlendError, CheckpointError
+from vllm_vlora.errors import BlendError
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.identity import FIRST_ID, ID_SPAN, TaskPath, parse_task_path, task_paths
 from vllm_vlora.plugin.seam_table import NAME_SEAMS
@@ -76,13 +75,9 @@ class TaskRequests(dict[str, LoRARequest]):
         self._blends: OrderedDict[str, LoRARequest] = OrderedDict()
         self.aliases: Aliases = aliases
 
-    def replace_tasks(self, requests: Iterable[LoRARequest], aliases: Aliases) -> None:
-        """Take the tasks and aliases of another state of the checkpoint; ordinary adapters stay."""
-        for name in [name for name in super().__iter__() if self._path(name) is not None]:
-            super().__delitem__(name)
-        super().update({request.lora_name: request for request in requests})
-        self.aliases = aliases
-        self._blends.clear()
+    def own(self, name: str) -> LoRARequest | None:
+        """The request that a name has itself: a task's or an ordinary adapter's."""
+        return super().get(name)
 
     def meaning(self, name: str) -> LoRARequest:
         """The request that a name which is not in the dictionary stands for.
@@ -129,7 +124,7 @@ class TaskRequests(dict[str, LoRARequest]):
 
     def _path(self, name: str) -> TaskPath | None:
         """The path of a task of ours; None for ordinary adapters and what is not there."""
-        request = dict.get(self, name)
+        request = self.own(name)
         return None if request is None else parse_task_path(request.lora_path)
 
     # --- what vLLM asks of a dictionary ---
@@ -226,38 +221,12 @@ def named_request(checkpoint: str | Path | Checkpoint, name: str, key: str = "")
     requests = TaskRequests(listed, opened.aliases)
     token = _asked.set(Asked(key))
     try:
-        return dict.get(requests, name) or requests.meaning(name)
+        return requests.own(name) or requests.meaning(name)
     finally:
         _asked.reset(token)
 
 
 # --- the API server -------------------------------------------------------------------------------
-
-
-def serve_names(models: Any, checkpoint: str, blends: bool = True) -> None:
-    """Have an API server's ``OpenAIServingModels``, which lists the tasks, understand all names.
-
-    Args:
-        blends: also blends that no alias names.
-
-    Raises:
-        CheckpointError: the aliases are damaged, do not fit the tasks, or have the name of a served model
-            or an ordinary adapter.
-    """
-    listed = models.lora_requests
-    where, digest = split_pin(checkpoint)
-    tasks = {name for name, r in listed.items() if parse_task_path(r.lora_path) is not None}
-    # Behind a digest what is read must be what the digest says.
-    aliases = (
-        read_aliases(Path(where), tasks) if digest is None else Checkpoint.open(checkpoint).aliases
-    )
-    for alias in aliases:
-        if models.is_base_model(alias) or alias in listed:
-            raise CheckpointError(
-                f"{where}: alias {alias!r} has the name of a served model or adapter; give one of them "
-                "another name"
-            )
-    models.lora_requests = TaskRequests(listed, aliases, blends)
 
 
 def answering(name: str) -> str:
