@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE, read_aliases
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, read_attachments
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
@@ -40,7 +41,9 @@ from vllm_vlora.wording import without_secrets
 
 logger = logging.getLogger(__name__)
 
-# What goes with a checkpoint, and no manifest knows of.
+# What no manifest knows of and the digest of the content covers.
+_COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE)
+# What goes with a checkpoint, and neither knows of.
 _BESIDE = (BASIS_INDEX_FILE, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
@@ -115,7 +118,7 @@ def _newest_state(
 ) -> Path:
     """The state that the URL has now, from the cache or fetched into it."""
     texts = {CONFIG_FILE: remote.read(CONFIG_FILE, JSON_BYTES)}
-    texts |= _optional(remote, [ATTACHMENTS_FILE])
+    texts |= _optional(remote, _COUNTED)
     for state in cached.states():
         if wanted is None and _has(state, texts):
             return cached.seen(state)
@@ -143,6 +146,7 @@ def _described(
             target.write_bytes(_checked(remote, config.tasks))
             tasks = open_tasks(folder, config)
             attachments = read_attachments(folder, tasks)
+            aliases = read_aliases(folder, tasks)
         except CheckpointError as error:
             # The same, of the URL in place of the folder that nobody will find.
             raise type(error)(str(error).replace(str(folder), url)) from None
@@ -152,7 +156,7 @@ def _described(
     return (
         [_remote_file(ref) for ref in names],
         [_remote_file(ref) for ref in files],
-        content_digest(config, attachments),
+        content_digest(config, attachments, aliases),
     )
 
 
@@ -176,16 +180,14 @@ def _optional(remote: RemoteFolder, names: list[str] | tuple[str, ...]) -> dict[
             # Where a key may not list, what is not there is denied too.
             if not problem.missing and not problem.denied:
                 raise
-            if problem.denied and name == ATTACHMENTS_FILE:
+            if problem.denied and name in _COUNTED:
                 logger.warning("%s; it is taken not to be there", problem)
     return found
 
 
 def _has(state: Path, texts: Mapping[str, bytes]) -> bool:
-    """Whether a state has this manifest; attachments that it has and that are gone count too."""
-    return all(
-        _content(state / name) == texts.get(name) for name in (CONFIG_FILE, ATTACHMENTS_FILE)
-    )
+    """Whether a state has this manifest; what it has beside it and that is gone counts too."""
+    return all(_content(state / name) == texts.get(name) for name in (CONFIG_FILE, *_COUNTED))
 
 
 def _content(path: Path) -> bytes | None:

@@ -26,6 +26,7 @@ from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelMismatchError
 from vllm_vlora.plugin.arena import Arena, Block
+from vllm_vlora.plugin.blend_paths import blended_checkpoint
 from vllm_vlora.plugin.direct import DirectMemory, DirectPath, task_memory
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path, task_path
@@ -275,6 +276,7 @@ class ResidentStore:
 
         Raises:
             CheckpointError: the checkpoint on disk no longer holds these weights, or is damaged.
+            BlendError: the path is a blend's, of tasks that cannot be blended.
             ModelMismatchError: the served model cannot take the task.
         """
         name = str(path)
@@ -400,6 +402,9 @@ class ResidentStore:
             # A client may have made it up; what is no path could be the name of a repository.
             raise CheckpointError(f"{path}: not a path from the root; give the task's whole path")
         checkpoint = Checkpoint.open(pinned(path.checkpoint, self._pin))
+        blended = blended_checkpoint(checkpoint, path)
+        if blended is not None:
+            return self._read_checked(blended, blended.task_id)
         for task_id, record in checkpoint.tasks.items():
             if record.file == path.file and checkpoint.digest(task_id) == path.digest:
                 own = task_path(checkpoint, task_id)
@@ -476,8 +481,10 @@ class ResidentStore:
         return _Staged(make_image(task, leave, pin=self._pins), bases, brought, None)
 
     def _resident(self, checkpoint: Checkpoint, task_id: str, *parts: Any) -> ResidentTask:
-        path, rank = str(task_path(checkpoint, task_id)), checkpoint.record(task_id).max_rank
-        return ResidentTask(task_id, path, rank, *parts)
+        record = checkpoint.record(task_id)
+        # Not by the id: a blend's file has another name.
+        path = TaskPath(checkpoint.path.absolute(), record.file, checkpoint.digest(task_id))
+        return ResidentTask(task_id, str(path), record.max_rank, *parts)
 
     @property
     def _pins(self) -> bool:

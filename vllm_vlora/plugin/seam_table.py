@@ -868,9 +868,32 @@ STEP_SEAMS: tuple[Seam, ...] = tuple(_steps())
 """Parts of a step, in the first model runner and in the second: like ``RUNNER_SEAMS``, they are looked up
 in the worker. The last is there from 0.32 on."""
 
+NAME_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "vllm.entrypoints.serve.engine.serving",
+        "BaseServing._check_model",
+        "whose request it is, for canaries, and what is wrong with a blend's name",
+        ("self", "request"),
+    ),
+    Seam(
+        "vllm.entrypoints.pooling.base.serving",
+        "PoolingBaseServing._check_model",
+        "the same for pooling models",
+        ("self", "request"),
+    ),
+    Seam(
+        "vllm.plugins",
+        "load_endpoint_plugins",
+        "a middleware reads the client's key and says which tasks answered",
+        ("supported_tasks",),
+    ),
+)
+"""Where an API server looks names up; with a checkpoint."""
+
 GROUPS: dict[str, tuple[Seam, ...]] = {
     "replaced": tuple(_replaced()),
     "overridden": tuple(_overridden()),
+    "names": NAME_SEAMS,
     "called": tuple(_called()),
     "layers": tuple(_layers()),
     "read": tuple(_held()),
