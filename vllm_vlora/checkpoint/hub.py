@@ -26,6 +26,8 @@ from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
     TASKS_FOLDER,
+    FileRef,
+    TaskRecord,
 )
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.pinning import check_content
@@ -202,7 +204,8 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
     Raises:
         CheckpointError: one is, or what no manifest gives a size is larger than it can be.
     """
-    refs = [*checkpoint.config.basis, checkpoint.config.tasks, *checkpoint.tasks.values()]
+    refs: list[FileRef | TaskRecord] = [*checkpoint.config.basis, checkpoint.config.tasks]
+    refs += checkpoint.tasks.values()
     refs += [ref for refs in checkpoint.attachments.values() for ref in refs.values()]
     files = {CONFIG_FILE: JSON_BYTES, **{ref.file: ref.nbytes for ref in refs}}
     beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, _CARD_FILE]
