@@ -434,7 +434,7 @@ def test_validate_reports_soundness_and_damage(adapters: Path, tmp_path: Path) -
     assert "2 problems" in text
     data = json.loads(invoke("validate", output, "--json", code=1).stdout)
     assert (data["sound"], len(data["problems"])) == (False, 2)
-    (output / CONFIG_FILE).write_text('{"format_version": 4}')
+    (output / CONFIG_FILE).write_text('{"format_version": 99}')
     assert "upgrade" in error_line("validate", output)
 
 
