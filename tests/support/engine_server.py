@@ -23,7 +23,12 @@ class Server:
     """A ``vllm serve`` process on a free port of this machine."""
 
     def __init__(
-        self, world: World, log: Path, checkpoint: Path, script: str = FORKED, **environment: str
+        self,
+        world: World,
+        log: Path,
+        checkpoint: Path | str,
+        script: str = FORKED,
+        **environment: str,
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
