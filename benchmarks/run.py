@@ -66,6 +66,11 @@ BENCHMARKS = {
             "plot": "",
         },
     ),
+    "fairness": Benchmark(
+        "one task's burst beside others: latency and throughput, with fair sharing and without",
+        "fairness",
+        {"quick": "", "rounds": "turns of each (default: 7)", "device-note": ""},
+    ),
     "fidelity": Benchmark(
         "what adapters keep when they are compressed: recovered fraction against bytes",
         "fidelity.program",
@@ -83,6 +88,11 @@ BENCHMARKS = {
     "scale": Benchmark(
         "compressing very many adapters: seconds a module, memory, reads, the floor",
         "scale",
+        {"quick": "", "device-note": ""},
+    ),
+    "catalogue": Benchmark(
+        "opening checkpoints of very many tasks: seconds and memory, as JSON and as an index",
+        "catalogue",
         {"quick": "", "device-note": ""},
     ),
     "roofline": Benchmark(

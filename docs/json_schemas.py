@@ -84,6 +84,7 @@ def make_schemas() -> dict[str, bytes]:
 
 def _schema(kind: Any, name: str) -> dict[str, Any]:
     schema = msgspec.json.schema(kind)
+    last = manifest.INDEX_VERSION - 1 if name == "tasks.json" else manifest.FORMAT_VERSION
     meanings = _meanings()
     for struct, definition in schema["$defs"].items():
         definition["description"] = inspect.cleandoc(definition["description"])
@@ -93,7 +94,7 @@ def _schema(kind: Any, name: str) -> dict[str, Any]:
             content |= _LIMITS[struct].get(field, {})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"{name} of a vllm-vlora checkpoint, formats 1 to {manifest.FORMAT_VERSION}",
+        "title": f"{name} of a vllm-vlora checkpoint, formats 1 to {last}",
         **schema,
     }
 

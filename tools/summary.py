@@ -12,9 +12,11 @@ from rich.text import Text
 from vllm_vlora.checkpoint.attachments import attached_nbytes
 from vllm_vlora.checkpoint.card import format_bytes, format_ratio
 from vllm_vlora.checkpoint.losses import Losses, describe_losses, is_noted, is_worthless
+from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import absolute_ref
 from vllm_vlora.checkpoint.report import extra_nbytes
 from vllm_vlora.checkpoint.serving import remove_line, serve_command, serving_rank
+from vllm_vlora.checkpoint.task_entry import entries
 from vllm_vlora.plugin.memory import serving_obstacles
 from vllm_vlora.wording import count_of, quoted, shown, some_of
 
@@ -23,16 +25,27 @@ if TYPE_CHECKING:
 
     from vllm_vlora.adapters.peft_folder import Adapter
     from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.checkpoint.task_entry import TaskEntry
     from vllm_vlora.representations.spec import Segment
 
 # A collection may have a thousand such tasks.
 _NAMED_TASKS = 10
+_SHOWN_TASKS = 2048
 
 
 def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
     """Everything ``info`` shows, as JSON data; sizes in bytes, errors relative (Frobenius)."""
     where = absolute_ref(ref)
-    tasks = [_summarize_task(checkpoint, task_id) for task_id in checkpoint.tasks]
+    stored = {
+        task_id: found
+        for segments, task_ids in checkpoint.alike()
+        for found in [_summarize_segments(segments)]
+        for task_id in task_ids
+    }
+    tasks = [
+        _summarize_task(checkpoint, task_id, entry, stored[task_id])
+        for task_id, entry in entries(checkpoint.tasks)
+    ]
     errors = [task["error"] for task in tasks]
     return {
         "checkpoint": where,
@@ -43,7 +56,7 @@ def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
         "original_bytes": checkpoint.original_nbytes,
         "bytes": checkpoint.nbytes,
         "basis_bytes": checkpoint.basis_nbytes,
-        "extra_bytes": extra_nbytes(checkpoint.tasks.values()),
+        "extra_bytes": extra_nbytes(checkpoint.tasks),
         "ratio": checkpoint.original_nbytes / checkpoint.nbytes if checkpoint.nbytes else None,
         "attached_bytes": attached_nbytes(checkpoint.attachments),
         "mean_error": sum(errors) / len(errors) if errors else None,
@@ -81,27 +94,33 @@ def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
     }
 
 
-def _summarize_task(checkpoint: Checkpoint, task_id: str) -> dict[str, Any]:
-    record = checkpoint.record(task_id)
-    ranks = [segment.rank for segment in record.segments]
-    stored = Counter(f"{segment.representation} {segment.format}" for segment in record.segments)
-    size = checkpoint.lora_nbytes(task_id)
+def _summarize_task(
+    checkpoint: Checkpoint, task_id: str, entry: TaskEntry, stored: dict[str, Any]
+) -> dict[str, Any]:
+    size = entry.lora_nbytes
     return {
         "task": task_id,
-        "source": record.source,
-        "file": record.file,
+        "source": entry.source,
+        "file": task_file(task_id),
         "digest": checkpoint.digest(task_id),
-        "original_bytes": record.original_nbytes,
+        "original_bytes": entry.original_nbytes,
         "bytes": size,
-        "extra_bytes": record.nbytes - size,
-        "ratio": record.original_nbytes / size if size else None,
-        "error": record.error,
-        "min_rank": min(ranks, default=0),
-        "max_rank": max(ranks, default=0),
-        "modules": len(ranks),
-        "stored_as": dict(stored.most_common()),
-        "nf4_rows_by_bits": _rows_by_bits(record.segments),
+        "extra_bytes": entry.nbytes - size,
+        "ratio": entry.original_nbytes / size if size else None,
+        "error": entry.error,
+        "min_rank": entry.min_rank,
+        "max_rank": entry.max_rank,
+        **stored,
         "attached": sorted(checkpoint.attachments.get(task_id, ())),
+    }
+
+
+def _summarize_segments(segments: Sequence[Segment]) -> dict[str, Any]:
+    stored = Counter(f"{segment.representation} {segment.format}" for segment in segments)
+    return {
+        "modules": len(segments),
+        "stored_as": dict(stored.most_common()),
+        "nf4_rows_by_bits": _rows_by_bits(segments),
     }
 
 
@@ -120,7 +139,7 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
     table = make_table(["Task"], ["Before", "Stored", "Ratio", "Rank"])
     table.add_column("Stored as", overflow="fold")
     table.add_column("Error", justify="right", no_wrap=True)
-    for task in summary["tasks"]:
+    for task in summary["tasks"][:_SHOWN_TASKS]:
         table.add_row(
             Text(task["task"]),
             format_bytes(task["original_bytes"]),
@@ -130,6 +149,9 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
             _stored_as(task["stored_as"]) + _mean_bits(task["nf4_rows_by_bits"]),
             error_cell(task["error"], no_update=task["task"] in summary["losses"]["no_update"]),
         )
+    more = len(summary["tasks"]) - _SHOWN_TASKS
+    if more > 0:
+        table.add_row(f"and {more} more, with --json", *[""] * 6)
     table.add_section()
     if summary["basis_bytes"]:
         table.add_row("shared bases", "", format_bytes(summary["basis_bytes"]), "", "", "", "")

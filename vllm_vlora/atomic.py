@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from vllm_vlora.errors import OutputError
 from vllm_vlora.locking import beside, locked
 from vllm_vlora.places import check_movable, check_no_mount_point, mount_of
+from vllm_vlora.regular_files import copy_regular
 from vllm_vlora.stopping import check_not_stopped
 
 logger = logging.getLogger(__name__)
@@ -399,7 +400,20 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        copy_regular(source, target)
+        shutil.copystat(source, target)
+
+
+def link_own(source: Path, target: Path) -> bool:
+    """Give a regular file of this user a second name, where the file system can; says whether it did."""
+    try:
+        status = source.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def _finish_tree(root: Path) -> None:
@@ -413,7 +427,9 @@ def _finish_tree(root: Path) -> None:
         for file in files:
             path = Path(folder, file)
             if not path.is_symlink():
-                path.chmod(stat.S_IMODE(path.stat().st_mode) | readable)
+                mode = stat.S_IMODE(path.stat().st_mode)
+                if mode | readable != mode:
+                    path.chmod(mode | readable)
                 _fsync(path)
         _fsync(Path(folder))
 

@@ -80,6 +80,10 @@ class TaskLoadError(VLoRAError, ValueError):
     """The engine could not load the task of a request; the message has the engine's reason."""
 
 
+class TaskBusyError(VLoRAError):
+    """As many requests of a task wait as may wait; ask again later. HTTP status 429."""
+
+
 class IncompatibleVLLMError(VLoRAError):
     """The installed vLLM is not one this plugin was checked on."""
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
+from collections.abc import Sequence
 
 from vllm_vlora.errors import TaskIdError
 
 MAX_TASK_ID_LENGTH = 256
 MAX_ENCODED_LENGTH = 120
 
-_LITERAL = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.-")
+_SPECIAL = re.compile("[^a-z0-9_.-]")
 # Windows reserves these with any extension after the first dot, so "con.safetensors" too.
 _RESERVED_STEM = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)")
-# Cc control characters, Cs lone surrogates (not encodable), Zl and Zp line breaks in all but name.
-_FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+# Cc control characters, Zl and Zp line breaks in all but name, Cs lone surrogates (not encodable).
+_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _DIGEST_SEPARATOR = "~~"
 
 
@@ -43,13 +43,26 @@ def validate_task_id(task_id: str) -> str:
             f"task id {_shown(task_id)} has {len(task_id)} characters; "
             f"at most {MAX_TASK_ID_LENGTH} are allowed"
         )
-    for character in task_id:
-        if unicodedata.category(character) in _FORBIDDEN_CATEGORIES:
-            raise TaskIdError(
-                f"task id {_shown(task_id)} holds the control character or lone surrogate "
-                f"U+{ord(character):04X}; remove it"
-            )
+    forbidden = _FORBIDDEN.search(task_id)
+    if forbidden:
+        raise TaskIdError(
+            f"task id {_shown(task_id)} holds the control character or lone surrogate "
+            f"U+{ord(forbidden[0]):04X}; remove it"
+        )
     return task_id
+
+
+def validate_task_ids(task_ids: Sequence[str]) -> None:
+    """The same for very many at once.
+
+    Raises:
+        TaskIdError: naming the first id that breaks a rule.
+    """
+    if _FORBIDDEN.search("".join(task_ids)) or not all(
+        1 <= len(task_id) <= MAX_TASK_ID_LENGTH for task_id in task_ids
+    ):
+        for task_id in task_ids:
+            validate_task_id(task_id)
 
 
 def encode_task_id(task_id: str) -> str:
@@ -66,7 +79,11 @@ def encode_task_id(task_id: str) -> str:
     Raises:
         TaskIdError: the id is not valid (see :func:`validate_task_id`).
     """
-    pieces = [_escape(character) for character in validate_task_id(task_id)]
+    encoded = _SPECIAL.sub(lambda found: _escape_bytes(found[0]), validate_task_id(task_id))
+    usual = task_id[0] not in ".-" and task_id[-1] != "." and not _RESERVED_STEM.match(encoded)
+    if usual and len(encoded) <= MAX_ENCODED_LENGTH:
+        return encoded
+    pieces = [_escape(character) for character in task_id]
     if task_id[0] in ".-" or _RESERVED_STEM.match("".join(pieces)):
         pieces[0] = _escape_bytes(task_id[0])
     if task_id[-1] == ".":
@@ -80,7 +97,7 @@ def encode_task_id(task_id: str) -> str:
 
 
 def _escape(character: str) -> str:
-    return character if character in _LITERAL else _escape_bytes(character)
+    return _escape_bytes(character) if _SPECIAL.match(character) else character
 
 
 def _escape_bytes(character: str) -> str:

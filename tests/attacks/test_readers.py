@@ -192,7 +192,7 @@ def split(folder: Path, out: Path) -> None:
 def read_checkpoint(folder: Path, out: Path) -> None:
     validate(folder)
     opened = Checkpoint.open(folder)
-    _ = opened.nbytes, opened.ratio, opened.max_rank, opened.attachments
+    _ = opened.nbytes, opened.ratio, opened.max_rank, opened.attachments, opened.usage()
     report_contents(folder, opened.tasks, opened.modules, opened.basis_nbytes)
     for number, task in enumerate(opened.tasks):
         for narrow in (False, True):
@@ -235,6 +235,7 @@ READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path, Path], None]]
     "an adapter of mlx-lm": (mlx, read_adapter),
     "a checkpoint of format 1": (stored("format1"), read_checkpoint),
     "a checkpoint of format 2": (stored("format2"), read_checkpoint),
+    "a checkpoint of format 4": (stored("format4"), read_checkpoint),
     "a checkpoint with attachments": (with_attachments, read_checkpoint),
     "vlora's files": (stored("seeds/vlora-1.0.0-float"), read_foreign),
     "vlora's packed files": (stored("seeds/vlora-1.0.0-nf4"), read_foreign),
@@ -403,6 +404,13 @@ def test_files_grown_without_a_byte_written(tmp_path: Path) -> None:
     os.truncate(tmp_path / "tasks.json", 60 << 30)
     with limited(), pytest.raises(VLoRAError, match="the manifest says"):
         Checkpoint.open(tmp_path)
+    stored("format4")(tmp_path / "many")
+    os.truncate(tmp_path / "many" / "tasks.records", 60 << 30)
+    with limited(), pytest.raises(VLoRAError, match="the index says"):
+        Checkpoint.open(tmp_path / "many")
+    os.truncate(tmp_path / "many" / "tasks.index", 60 << 30)
+    with limited(), pytest.raises(VLoRAError, match="the manifest says"):
+        Checkpoint.open(tmp_path / "many")
     os.truncate(tmp_path / "vlora_config.json", 60 << 30)
     with limited(), pytest.raises(VLoRAError, match="larger than"):
         Checkpoint.open(tmp_path)
@@ -412,6 +420,7 @@ def test_files_grown_without_a_byte_written(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"lora_alpha": mutations.Raw("1" + "0" * 400)}, "401 digits"),
+        ({"lora_alpha": 1e308}, "a number that float32 holds"),
         ({"rank_pattern": {"(" * 5000 + ")" * 5000: 2}}, "nested too deep"),
         ({"rank_pattern": {"a{99999999999}": 2}}, "no regular expression"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5"),
@@ -429,6 +438,21 @@ def test_configs_that_ended_in_a_traceback(
     path.write_text(mutations.dumped(json.loads(path.read_text()) | change))
     with pytest.raises(VLoRAError, match=words):
         open_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tasks.json", "attachments.json", "vlora_config.json"])
+def test_a_key_that_stands_twice_in_a_manifest(name: str, tmp_path: Path) -> None:
+    """Which of the two counts would be chance; also in the compact form that msgspec writes itself."""
+    with_attachments(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
+    text = mutations.dumped(json.loads(files[name]))
+    key = next(iter(json.loads(text)))
+    files[name] = f'{{"{key}":{mutations.dumped(json.loads(text)[key])},{text[1:]}'.encode()
+    mutations.refit(files, keep=name)
+    for file, data in files.items():
+        (tmp_path / file).write_bytes(data)
+    with pytest.raises(VLoRAError, match=f"key '{key}' stands twice"):
+        _ = Checkpoint.open(tmp_path).attachments
 
 
 def test_sixty_thousand_names(tmp_path: Path) -> None:

@@ -408,7 +408,7 @@ def documented_reader() -> Callable[[Path], Any]:
     return names["read"]
 
 
-@pytest.mark.parametrize("folder", ["format1", "format2", "format3", "world", "nf4-dq"])
+@pytest.mark.parametrize("folder", ["format1", "format2", "format3", "format4", "world", "nf4-dq"])
 def test_the_documented_reader_reads_what_this_package_decodes(tmp_path: Path, folder: str) -> None:
     path = DATA.parent / folder
     if not folder.startswith("format"):

@@ -72,7 +72,7 @@ def test_what_compress_writes_is_valid(tmp_path: Path, options: dict[str, Any]) 
 
 # Place in the JSON of tests/data/format2, and what is put there; None takes it away.
 BROKEN_CONFIGS: list[tuple[list[Any], Any]] = [
-    (["format_version"], 4),
+    (["format_version"], 5),
     (["format_version"], "2"),
     (["format_version"], 1),  # m.v has "flat"
     (["tasks"], None),

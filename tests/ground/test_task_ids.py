@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_vlora.errors import TaskIdError
-from vllm_vlora.task_ids import encode_task_id, validate_task_id
+from vllm_vlora.task_ids import encode_task_id, validate_task_id, validate_task_ids
 
 PORTABLE = re.compile(r"[a-z0-9_~-][a-z0-9_.~-]{0,119}")
 WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
@@ -129,3 +130,25 @@ def test_bad_ids_are_refused_in_one_line(task_id: str, said: str) -> None:
 @given(task_ids)
 def test_valid_ids_come_back_unchanged(task_id: str) -> None:
     assert validate_task_id(task_id) == task_id
+
+
+def test_forbidden_are_the_characters_of_these_categories() -> None:
+    categories = {"Cc", "Cs", "Zl", "Zp"}
+    for code in range(sys.maxunicode + 1):
+        character = chr(code)
+        try:
+            validate_task_id(character)
+            refused = False
+        except TaskIdError:
+            refused = True
+        assert refused == (unicodedata.category(character) in categories), hex(code)
+
+
+@pytest.mark.parametrize("wrong", ["", "a\nb", "\ud800", "x" * 257])
+def test_many_ids_are_held_to_the_rules_of_one(wrong: str) -> None:
+    validate_task_ids(["a", "\u00fc", "y" * 256])
+    with pytest.raises(TaskIdError) as one:
+        validate_task_id(wrong)
+    with pytest.raises(TaskIdError) as many:
+        validate_task_ids(["a", wrong, "b"])
+    assert str(one.value) == str(many.value)

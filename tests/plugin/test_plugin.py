@@ -358,9 +358,9 @@ class _Client:
         self.core_engines = range(len(answers))
 
     async def _call_utility_async(self, method: str, *, engine: int) -> list[list[str]]:
-        from vllm_vlora.plugin import residency
+        from vllm_vlora.plugin.engine_core import TASKS_METHOD
 
-        assert method == residency.TASKS_METHOD
+        assert method == TASKS_METHOD
         return [list(pair) for pair in self.answers[engine]]  # As it comes over the wire.
 
 
@@ -383,7 +383,7 @@ def _init(client: _Client, lora_config: object = True, templates: Any = None) ->
             """No --lora-modules."""
 
     models = Models()
-    asyncio.run(_init_static_loras(Models.init_static_loras, templates)(models))
+    asyncio.run(_init_static_loras(Models.init_static_loras, templates, False)(models))
     return models
 
 

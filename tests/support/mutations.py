@@ -6,13 +6,19 @@ readers stumble over, and the digests of a checkpoint put right, so that what li
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import struct
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 Files = dict[str, bytes]
 """Name within the folder -> content."""
@@ -62,6 +68,10 @@ def mutated(files: Files, random: Random) -> Files:
             ways = [_json, _json, _json, _json, *ways]
         elif name.endswith(".safetensors"):
             ways = [_header, _header, _numbers, *ways]
+        elif name == "tasks.index":
+            ways = [_index, _index, _index, _index, _header, *ways]
+        elif name == "tasks.records":
+            ways = [_part, _part, _part, _part, *ways]
         random.choice(ways)(files, name, random)
         if not files:
             break
@@ -91,9 +101,16 @@ def write(files: Files, folder: Path, random: Random) -> None:
             path.symlink_to("/dev/zero" if kind == "device" else "not there")
 
 
-def refit(files: Files) -> None:
-    """Put the digests and sizes of a checkpoint or a calibration right."""
+def refit(files: Files, keep: str | None = None) -> None:
+    """Put the digests and sizes of a checkpoint or a calibration right, but not within ``keep``."""
+    if "tasks.index" in files and "tasks.records" in files:
+        with contextlib.suppress(
+            KeyError, ValueError, RecursionError, RuntimeError, SafetensorError
+        ):
+            _refit_index(files)
     for holder in ("tasks.json", "attachments.json", "vlora_config.json", "calibration.json"):
+        if holder == keep:
+            continue
         try:
             data = json.loads(files[holder])
             changed = _refit(data, files)
@@ -116,6 +133,60 @@ def _refit(value: Any, files: Files) -> bool:
         for inner in value:
             changed = _refit(inner, files) or changed
     return changed
+
+
+def _text(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
+
+
+def _tensor(text: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)
+
+
+def _refit_index(files: Files) -> None:
+    """The digests of the parts and of their file, and of other weights those of the tasks' files."""
+    tensors = load(files["tasks.index"])
+    ends = [0, *tensors["part_nbytes"].cumsum(0).tolist()]
+    data = files["tasks.records"]
+    digests = [hashlib.sha256(data[a:b]).digest() for a, b in itertools.pairwise(ends)]
+    tensors["part_sha256"] = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
+    about = json.loads(_text(tensors["about"]))
+    _refit(about, files)
+    tensors["about"] = _tensor(json.dumps(about).encode())
+    files["tasks.index"] = save(tensors)
+
+
+def _index(files: Files, name: str, random: Random) -> None:
+    """One tensor of an index: a value of its JSON, or a number."""
+    try:
+        tensors = load(files[name])
+        key = random.choice(sorted(tensors))
+        if key in ("about", "ids", "sources"):
+            tensors[key] = _tensor(_changed_json(_text(tensors[key]), random))
+        else:
+            flat = tensors[key].reshape(-1)
+            most = torch.iinfo(flat.dtype).max if not flat.is_floating_point() else 3e38
+            some = [0, 1, 2, 3, 7, most, -1 if flat.dtype != torch.uint8 else most]
+            flat[random.randrange(len(flat))] = random.choice(some)
+        files[name] = save(tensors)
+    except (KeyError, ValueError, RecursionError, RuntimeError, SafetensorError):
+        return
+
+
+def _part(files: Files, name: str, random: Random) -> None:
+    """A value in the JSON of a part, with the index put right, so that it is reached."""
+    try:
+        tensors = load(files["tasks.index"])
+        sizes = tensors["part_nbytes"]
+        place = random.randrange(len(sizes))
+        start = int(sizes[:place].sum())
+        data = files[name]
+        part = _changed_json(data[start : start + int(sizes[place])], random)
+        files[name] = data[:start] + part + data[start + int(sizes[place]) :]
+        sizes[place] = len(part)
+        files["tasks.index"] = save(tensors)
+    except (KeyError, ValueError, RecursionError, RuntimeError, SafetensorError):
+        return
 
 
 def _json(files: Files, name: str, random: Random) -> None:

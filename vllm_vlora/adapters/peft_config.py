@@ -18,6 +18,7 @@ from vllm_vlora.adapters.patterns import PatternError, match_end
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
+from vllm_vlora.representations.spec import fits_float32
 from vllm_vlora.strict_json import JSONError, decode
 from vllm_vlora.wording import some_of
 
@@ -205,22 +206,15 @@ def _check_rank_value(value: Any, option: str, where: str) -> None:
 
 
 def _check_alpha_value(value: Any, option: str, where: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not _finite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not fits_float32(value):
         raise AdapterError(
-            f"{where}: {option} is {_shown(value)}, but alpha is a number; correct {CONFIG_FILE}"
+            f"{where}: {option} is {_shown(value)}, but alpha is a number that float32 holds; "
+            f"correct {CONFIG_FILE}"
         )
 
 
 _NUMBERS = {"r": _check_rank_value, "lora_alpha": _check_alpha_value}
 _PATTERNS = {"rank_pattern": _check_rank_value, "alpha_pattern": _check_alpha_value}
-
-
-def _finite(value: float) -> bool:
-    # A whole number that no double holds overflows.
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def _shown(value: Any) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&!$])")
+# The Hub shows no page of a hundred thousand rows.
+_LISTED_TASKS = 2048
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -74,8 +76,10 @@ def model_card(base_model: str | None, report: CompressReport) -> str:
         f"| {_escape(task.task_id)} | {format_bytes(task.original_nbytes)} "
         f"| {format_bytes(task.nbytes)} | {format_ratio(task.original_nbytes, task.nbytes)} "
         f"| {_error(task, report)} |"
-        for task in report.tasks
+        for task in report.tasks[:_LISTED_TASKS]
     ]
+    if count > _LISTED_TASKS:
+        lines += ["", f"And {count - _LISTED_TASKS} more: `vllm-vlora info CHECKPOINT` lists all."]
     lines += [
         "",
         "*Stored* is the task's own file; the shared bases come once on top of it.",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_vlora.checkpoint.manifest import TaskRecord
+from vllm_vlora.checkpoint.task_entry import LOST_MODULE, entries
 from vllm_vlora.errors import BudgetError
 from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.wording import count_of, some_of
@@ -22,8 +23,6 @@ NOTED_ERROR = 0.5
 """Tasks with a relative error above this are named: a quarter of their update is lost."""
 WORTHLESS_ERROR = 1.0
 """Tasks with a relative error above this are refused: leaving them out would lose less."""
-# Of a module of which nothing is left the error is 1 up to the rounding of what is stored.
-_LOST_MODULE = 0.99
 _ROUNDING = 1e-6
 # A collection may have a thousand such tasks.
 _NAMED_TASKS = 10
@@ -48,12 +47,14 @@ class Losses:
     @classmethod
     def of(cls, tasks: Mapping[str, TaskRecord], modules: Sequence[ModuleSpec]) -> Losses:
         """Of tasks by id, as their records have them; ``modules`` are the checkpoint's."""
-        by_module = {
-            task: {modules[segment.module].name: segment.error for segment in record.segments}
-            for task, record in tasks.items()
-        }
-        errors = {task: record.error for task, record in tasks.items()}
-        none = [task for task, record in tasks.items() if has_no_update(record)]
+        errors, none, by_module = {}, [], {}
+        for task, entry in entries(tasks):
+            errors[task] = entry.error
+            if entry.no_update:
+                none.append(task)
+            if entry.lost_modules:
+                segments = tasks[task].segments
+                by_module[task] = {modules[s.module].name: s.error for s in segments}
         return cls.measured(errors, by_module, none)
 
     @classmethod
@@ -66,7 +67,7 @@ class Losses:
         """Of relative errors by task, and by task and module; None where there is none."""
         above = {task: e for task, e in errors.items() if e is not None and is_noted(e)}
         lost = {
-            task: [name for name, e in found.items() if e is not None and e >= _LOST_MODULE]
+            task: [name for name, e in found.items() if e is not None and e >= LOST_MODULE]
             for task, found in by_module.items()
         }
         return cls(
@@ -117,11 +118,6 @@ def is_noted(error: float) -> bool:
 def is_worthless(error: float) -> bool:
     """Whether a task with this relative error is worse than none."""
     return not error <= WORTHLESS_ERROR + _ROUNDING
-
-
-def has_no_update(record: TaskRecord) -> bool:
-    """Whether a task's LoRA weights are known to change nothing, and did so before they were stored."""
-    return all(segment.scale == 0 and segment.error == 0 for segment in record.segments)
 
 
 def refuse_worthless(task_id: str, error: float, allowed: bool) -> None:

@@ -3,6 +3,7 @@
     CKPT/vlora_config.json       the manifest: version, base model, module shapes, file digests
     CKPT/basis*.safetensors      shared bases (Hub sharding convention with an index when large)
     CKPT/tasks.json              task id -> file, digest, segments, measured error, adapter_config
+    CKPT/tasks.index, .records   the same of very many tasks, read one at a time; see ``task_index``
     CKPT/tasks/*.safetensors     one file a task, named by ``task_ids.encode_task_id``
     CKPT/attachments*            tokenizers that travel with tasks; see ``attachments``
     CKPT/README.md               a Hub model card
@@ -15,6 +16,7 @@ layout.
 
 Format 2 adds what format 1 cannot say: ``bits`` and ``rows`` of a segment, and ``flat``; format 3 adds
 ``renamed`` of a task. A checkpoint that uses none of it is written as format 1, byte for byte as ever.
+Format 4 is that of ``INDEXED_TASKS`` tasks and more, with ``tasks.index`` in place of ``tasks.json``.
 
 Everything read is checked: versions, names, extents, digests, and that paths stay inside.
 """
@@ -23,10 +25,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import GenericAlias
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -41,10 +44,16 @@ from vllm_vlora.representations.spec import ModuleSpec, Segment, Size
 from vllm_vlora.strict_json import JSONError, check_plain, decode, decode_typed
 from vllm_vlora.task_ids import encode_task_id, validate_task_id
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """The newest version. Each checkpoint is written in the least version that can say what it holds."""
 CONFIG_FILE = "vlora_config.json"
 TASKS_FILE = "tasks.json"
+INDEX_FILE = "tasks.index"
+RECORDS_FILE = "tasks.records"
+INDEX_VERSION = 4
+"""The first version that has these two in place of ``tasks.json``."""
+INDEXED_TASKS = 2048
+"""From so many tasks on a checkpoint is written with them: reading all records takes a second then."""
 TASKS_FOLDER = "tasks"
 BASIS_INDEX_FILE = "basis.safetensors.index.json"
 
@@ -101,6 +110,11 @@ class TaskRecord(msgspec.Struct, forbid_unknown_fields=True):
         return self.nbytes - sum(
             math.prod(shape) * dtype_of(dtype).itemsize for dtype, shape in self.extra.values()
         )
+
+
+def task_file(task_id: str) -> str:
+    """The file of a task, relative to the checkpoint."""
+    return f"{TASKS_FOLDER}/{encode_task_id(task_id)}.safetensors"
 
 
 # --- versions and writing -------------------------------------------------------------------------
@@ -183,9 +197,7 @@ def read_config(path: Path) -> Config:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     version = _check_version(file, data)
-    if version in _CONFIGS:
-        _decode(file, data, _CONFIGS[version])
-    config = _decode(file, data, Config)
+    config = _decode(file, data, Config, _CONFIGS.get(version))
     _check_modules(file, config)
     for ref in [*config.basis, config.tasks]:
         _check_inside(file, ref.file)
@@ -196,52 +208,69 @@ def read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
     """Read and check ``tasks.json``, against its digest and the modules of ``config``."""
     file = path / config.tasks.file
     data = read_checked(file, config.tasks)
-    if config.format_version in _TASKS:
-        _decode(file, data, _TASKS[config.format_version])
-    tasks = _decode(file, data, dict[str, TaskRecord])
+    tasks = _decode(file, data, dict[str, TaskRecord], _TASKS.get(config.format_version))
     for task_id, record in tasks.items():
         try:
             validate_task_id(task_id)
         except TaskIdError as error:
             raise CheckpointError(f"{file}: {error}") from error
-        try:
-            check_plain(record.adapter_config)
-            check_values(record.adapter_config, f"{file}: task {task_id!r}, adapter_config")
-        except JSONError as error:
-            raise CheckpointError(f"{file}: task {task_id!r}, adapter_config: {error}") from error
-        except AdapterError as error:
-            raise CheckpointError(str(error)) from error
-        for name, (dtype, _) in record.extra.items():
-            if dtype not in SAFETENSORS_DTYPES.values():
-                raise CheckpointError(
-                    f"{file}: task {task_id!r}, tensor {name!r}: unknown dtype {dtype!r}"
-                )
-        if record.file != f"{TASKS_FOLDER}/{encode_task_id(task_id)}.safetensors":
+        check_adapter_config(file, task_id, record.adapter_config)
+        if record.file != task_file(task_id):
             raise CheckpointError(f"{file}: task {task_id!r} names a foreign file {record.file!r}")
-        _check_segments(file, task_id, record, config.modules)
+        check_segments(file, task_id, record.segments, config.modules)
+        check_names(file, task_id, record, config.modules)
     return tasks
+
+
+def check_adapter_config(file: Path, task_id: str, config: dict[str, Any]) -> None:
+    """Raise CheckpointError where the config of a task's adapter is none that can be used."""
+    try:
+        check_plain(config)
+        check_values(config, f"{file}: task {task_id!r}, adapter_config")
+    except JSONError as error:
+        raise CheckpointError(f"{file}: task {task_id!r}, adapter_config: {error}") from error
+    except AdapterError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def read_checked(path: Path, ref: FileRef) -> bytes:
     """Read a file of a checkpoint, whose size and SHA-256 must be those of ``ref``."""
-    refuse_link_out(path, _folder_of(path, ref), CheckpointError)
-    try:
-        with open_regular(path) as stream:
-            size = size_of(stream)
-            data = stream.read(size) if size == ref.nbytes else b""
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    if size != ref.nbytes or len(data) != size:
-        raise CheckpointError(
-            f"{path}: {size} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
-        )
+    with _open_of_size(path, ref) as stream:
+        data = stream.read(ref.nbytes)
+    if len(data) != ref.nbytes:
+        raise _wrong_size(path, len(data), ref)
     if hashlib.sha256(data).hexdigest() != ref.sha256:
         raise CheckpointError(
             f"{path}: SHA-256 differs from the manifest's; copy the checkpoint again"
         )
     return data
+
+
+def check_size(path: Path, ref: FileRef) -> None:
+    """Raise CheckpointError where a file of a checkpoint is missing or has another size than ``ref``."""
+    with _open_of_size(path, ref):
+        pass
+
+
+@contextmanager
+def _open_of_size(path: Path, ref: FileRef) -> Iterator[BinaryIO]:
+    refuse_link_out(path, _folder_of(path, ref), CheckpointError)
+    try:
+        with open_regular(path) as stream:
+            size = size_of(stream)
+            if size != ref.nbytes:
+                raise _wrong_size(path, size, ref)
+            yield stream
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _wrong_size(path: Path, size: int, ref: FileRef) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {size} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
+    )
 
 
 def _folder_of(path: Path, ref: FileRef) -> Path:
@@ -287,11 +316,12 @@ def _check_modules(file: Path, config: Config) -> None:
             raise CheckpointError(f"{file}: module {module.name} has an impossible {wrong}")
 
 
-def _check_segments(
-    file: Path, task_id: str, record: TaskRecord, modules: list[ModuleSpec]
+def check_segments(
+    file: Path, task_id: str, segments: Iterable[Segment], modules: Sequence[ModuleSpec]
 ) -> None:
+    """Raise CheckpointError where segments of a task are not such as modules of theirs can have."""
     seen = set()
-    for segment in record.segments:
+    for segment in segments:
         if not 0 <= segment.module < len(modules) or segment.module in seen:
             raise CheckpointError(
                 f"{file}: task {task_id!r} names module {segment.module}, which does not exist or "
@@ -302,8 +332,21 @@ def _check_segments(
         wrong = segment_fault(segment, module)
         if wrong:
             raise CheckpointError(f"{file}: task {task_id!r}, module {module.name}: {wrong}")
-    own = {record.own_name(modules[place].name) for place in seen}
-    if len(own) < len(seen) or "" in own:
+
+
+def check_names(
+    file: Path, task_id: str, record: TaskRecord, modules: Sequence[ModuleSpec]
+) -> None:
+    """Raise CheckpointError where tensors of a task, or its names of modules, are impossible."""
+    for name, (dtype, _) in record.extra.items():
+        if dtype not in SAFETENSORS_DTYPES.values():
+            raise CheckpointError(
+                f"{file}: task {task_id!r}, tensor {name!r}: unknown dtype {dtype!r}"
+            )
+    if not record.renamed:
+        return
+    own = {record.own_name(modules[segment.module].name) for segment in record.segments}
+    if len(own) < len(record.segments) or "" in own:
         raise CheckpointError(
             f"{file}: task {task_id!r} has no name of its own for each of its modules"
         )
@@ -321,9 +364,9 @@ def _check_inside(file: Path, name: str) -> None:
         raise CheckpointError(f"{file}: path {name!r} leaves the checkpoint")
 
 
-def _decode(file: Path, data: bytes, kind: Any) -> Any:
+def _decode(file: Path, data: bytes, kind: Any, older: Any) -> Any:
     try:
-        return decode_typed(data, kind)
+        return decode_typed(data, kind, *([] if older is None else [older]))
     except JSONError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -356,4 +399,4 @@ def _tasks_of(version: int) -> Any:
 
 # A file of an older version must also decode as these, so that no later field stands in it.
 _CONFIGS = {1: _config_of(1)}
-_TASKS = {version: _tasks_of(version) for version in range(1, FORMAT_VERSION)}
+_TASKS = {version: _tasks_of(version) for version in (1, 2)}

@@ -4,22 +4,26 @@
 
 HEX is the SHA-256 of ``vlora_config.json`` and, where there is one, ``attachments.json`` behind it, as
 ``encode_config`` and ``encode_attachments`` write them. The manifest names the digest of every file
-with tensors, by way of ``tasks.json``, and the other one that of every tokenizer and chat template, so
-that nothing that is served can differ while the digest is the same. The card and the index of the
-shards, which no reader uses, are not part of it. What is digested is what was decoded, not the file
-once more: between two reads a file may be another one.
+with tensors, by way of ``tasks.json`` or ``tasks.index``, and the other one that of every tokenizer and
+chat template, so that nothing that is served can differ while the digest is the same. The card and the
+index of the shards, which no reader uses, are not part of it. What is digested is what was decoded, not
+the file once more: between two reads a file may be another one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from vllm_vlora.checkpoint.attachments import Attached, encode_attachments
-from vllm_vlora.checkpoint.manifest import Config, encode_config
+from vllm_vlora.checkpoint.manifest import Config, FileRef, encode_config, plain
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.representations.spec import ModuleSpec, Segment
 
 _MARK = "@sha256:"
 
@@ -30,6 +34,39 @@ def content_digest(config: Config, attachments: Mapping[str, Attached]) -> str:
     if attachments:
         digest.update(encode_attachments(attachments))
     return digest.hexdigest()
+
+
+def basis_digest(basis: Iterable[FileRef]) -> str:
+    """Names the content of all bases."""
+    return hashlib.sha256("".join(ref.sha256 for ref in basis).encode()).hexdigest()
+
+
+def identity_of(segments: Iterable[Segment], modules: Sequence[ModuleSpec]) -> bytes:
+    """What of segments says something about the weights, as JSON; as in format 1 where they can."""
+    return msgspec.json.encode([_identity(segment, modules) for segment in segments])
+
+
+def _identity(s: Segment, modules: Sequence[ModuleSpec]) -> list[Any]:
+    fields = [plain(modules[s.module]), s.representation, s.format, s.rank, s.scale, s.core]
+    later = [s.bits, s.rows]
+    return fields + later if any(later) else fields
+
+
+def task_digest(sha256: str, identity: bytes, basis: str | None) -> str:
+    """Identity of a task's weights, 32 hex digits.
+
+    Args:
+        sha256: of its file. identity: of its segments (:func:`identity_of`). basis: the digest of all
+            bases; None where none of its modules has one.
+    """
+    content = msgspec.json.encode([sha256, msgspec.Raw(identity)]) + (basis or "").encode()
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def stands_on_basis(segments: Iterable[Segment], modules: Sequence[ModuleSpec]) -> bool:
+    """Whether a module of these segments has something that its tasks share."""
+    used = (modules[segment.module] for segment in segments)
+    return any(module.basis is not None or module.flat is not None for module in used)
 
 
 def split_pin(ref: str | Path) -> tuple[str | Path, str | None]:

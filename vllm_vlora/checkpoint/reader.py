@@ -6,15 +6,13 @@ and that every number is finite.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 import torch
 
 from vllm_vlora.checkpoint.attachments import Attached, read_attachments
@@ -31,13 +29,21 @@ from vllm_vlora.checkpoint.manifest import (
     Config,
     FileRef,
     TaskRecord,
-    plain,
     read_checked,
     read_config,
-    read_tasks,
 )
-from vllm_vlora.checkpoint.pinning import check_content, content_digest, split_pin
+from vllm_vlora.checkpoint.pinning import (
+    basis_digest,
+    check_content,
+    content_digest,
+    identity_of,
+    split_pin,
+    stands_on_basis,
+    task_digest,
+)
 from vllm_vlora.checkpoint.sources import checkpoint_folder
+from vllm_vlora.checkpoint.task_entry import TaskEntry, column, entry
+from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage, open_tasks
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, TaskNotFoundError
 from vllm_vlora.narrow_rows import NARROW_FORMAT, Bits, NarrowCodes, NarrowMatrix, Planes, planes_of
 from vllm_vlora.quantize import (
@@ -72,8 +78,10 @@ class StoredTask:
 class Checkpoint:
     """A checkpoint opened for reading.
 
-    Opening reads and checks the two JSON files only; ``load_task`` and ``bases`` read tensors and
-    check each file's SHA-256, tensor names, dtypes, sizes and that every number is finite.
+    Opening reads and checks the two JSON files only, of very many tasks (format 4) an index in place of
+    the second, whose records are read as they are asked for (``task_index``). ``load_task`` and ``bases``
+    read tensors and check each file's SHA-256, tensor names, dtypes, sizes and that every number is
+    finite.
 
     Raises:
         CheckpointError: something is missing, damaged or contradicts the manifest.
@@ -91,7 +99,7 @@ class Checkpoint:
         self,
         path: Path,
         config: Config,
-        tasks: dict[str, TaskRecord],
+        tasks: Mapping[str, TaskRecord],
         state: tuple[int, ...] | None = None,
     ) -> None:
         self.path = path
@@ -99,10 +107,10 @@ class Checkpoint:
         self._state = _state_of(path) if state is None else state
         self.config = config
         self.tasks = tasks
+        # Whether an edited one is to take its place, which then has the files that stay (``edited``).
+        self.gives_way = False
         # Names the content of all bases; resident bases are kept under it.
-        self.basis_digest = hashlib.sha256(
-            "".join(ref.sha256 for ref in config.basis).encode()
-        ).hexdigest()
+        self.basis_digest = basis_digest(config.basis)
 
     @classmethod
     def open(cls, ref: str | Path, *, manifest_only: bool = False) -> Checkpoint:
@@ -111,7 +119,8 @@ class Checkpoint:
         Behind each, ``@sha256:`` and ``content_digest`` say which content it must have.
 
         Args:
-            manifest_only: of a Hub id or a URL only its JSON is fetched; no tensors can be read then.
+            manifest_only: of a Hub id or a URL only what names its tasks is fetched; no tensors can be
+                read then.
         """
         where, wanted = split_pin(ref)
         path = checkpoint_folder(where, wanted, manifest_only=manifest_only)
@@ -138,12 +147,12 @@ class Checkpoint:
     @property
     def max_rank(self) -> int:
         """The largest rank of any task: what ``--max-lora-rank`` must allow."""
-        return max((record.max_rank for record in self.tasks.values()), default=0)
+        return max(column(self.tasks, "max_rank"), default=0)
 
     @property
     def original_nbytes(self) -> int:
         """The original adapters' LoRA weights at 16 bits each, in bytes."""
-        return sum(record.original_nbytes for record in self.tasks.values())
+        return sum(column(self.tasks, "original_nbytes"))
 
     @property
     def basis_nbytes(self) -> int:
@@ -153,7 +162,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of every safetensors file, headers included, classifier heads and the like not."""
-        return self.basis_nbytes + sum(self.lora_nbytes(task) for task in self.tasks)
+        return self.basis_nbytes + sum(column(self.tasks, "lora_nbytes"))
 
     @property
     def ratio(self) -> float:
@@ -178,16 +187,50 @@ class Checkpoint:
         """
         return content_digest(self.config, self.attachments)
 
+    @property
+    def files(self) -> list[FileRef]:
+        """The files that the manifest vouches for, without the tasks' own."""
+        refs = [*self.config.basis, self.config.tasks]
+        return [*refs, self.tasks.records] if isinstance(self.tasks, IndexedTasks) else refs
+
+    def usage(self) -> list[Segment]:
+        """How the tasks use the modules: of segments that are alike but for rank, scale and error, one.
+
+        It has the greatest rank of them; its scale and error mean nothing. What an engine must be ready
+        for, known without reading the record of every task.
+        """
+        if isinstance(self.tasks, IndexedTasks):
+            return self.tasks.usage
+        return Usage(s for record in self.tasks.values() for s in record.segments).segments()
+
+    def alike(self) -> Iterator[tuple[Sequence[Segment], list[str]]]:
+        """Segments, and the tasks that have these but for the errors, which mean nothing here.
+
+        Of an index each distinct list is read once, where its first task stands.
+        """
+        if isinstance(self.tasks, IndexedTasks):
+            yield from self.tasks.alike()
+        else:
+            yield from ((record.segments, [task]) for task, record in self.tasks.items())
+
     def record(self, task_id: str) -> TaskRecord:
         """The record of a task; TaskNotFoundError names the tasks there are."""
+        self._check_known(task_id)
+        return self.tasks[task_id]
+
+    def entry(self, task_id: str) -> TaskEntry:
+        """What lists say of a task, known without its record; errors as of ``record``."""
+        self._check_known(task_id)
+        return entry(self.tasks, task_id)
+
+    def _check_known(self, task_id: str) -> None:
         if task_id not in self.tasks:
             known = some_of(self.tasks)
             raise TaskNotFoundError(f"{self.path}: no task {task_id!r}; it has: {known}")
-        return self.tasks[task_id]
 
     def lora_nbytes(self, task_id: str) -> int:
         """Bytes of a task's file without its extra tensors' data."""
-        return self.record(task_id).lora_nbytes
+        return self.entry(task_id).lora_nbytes
 
     def digest(self, task_id: str) -> str:
         """Identity of a task's weights: 32 hex digits over its record and its basis, if any.
@@ -196,26 +239,12 @@ class Checkpoint:
         weights, ranks, scales or basis has another digest. What says nothing about the weights
         (measured errors, the module's place in the manifest) is not part of it.
         """
-        record = self.record(task_id)
-        segments = [self._identity(segment) for segment in record.segments]
-        content = msgspec.json.encode([record.sha256, segments])
-        modules = [self.modules[segment.module] for segment in record.segments]
-        if any(module.basis is not None or module.flat is not None for module in modules):
-            content += self.basis_digest.encode()
-        return hashlib.sha256(content).hexdigest()[:32]
-
-    def _identity(self, s: Segment) -> list[Any]:
-        """What of a segment says something about the weights; as in format 1 where it uses no more."""
-        fields = [
-            plain(self.modules[s.module]),
-            s.representation,
-            s.format,
-            s.rank,
-            s.scale,
-            s.core,
-        ]
-        later = [s.bits, s.rows]
-        return fields + later if any(later) else fields
+        self._check_known(task_id)
+        if isinstance(self.tasks, IndexedTasks):
+            return self.tasks.digest(task_id)
+        record = self.tasks[task_id]
+        basis = self.basis_digest if stands_on_basis(record.segments, self.modules) else None
+        return task_digest(record.sha256, identity_of(record.segments, self.modules), basis)
 
     def load_task(
         self, task_id: str, device: torch.device | str = "cpu", narrow: bool = False
@@ -249,7 +278,7 @@ class Checkpoint:
 
     def has_narrow_rows(self, task_ids: Iterable[str]) -> bool:
         """Whether one of these tasks has rows of 3 or 2 bits."""
-        return any(s.bits is not None for task in task_ids for s in self.record(task).segments)
+        return any(self.entry(task).narrow_rows for task in task_ids)
 
     def bases(self) -> Iterator[tuple[str, Basis]]:
         """Yield (module name, basis) for every module that has one; holds one shard at a time."""
@@ -361,19 +390,19 @@ def read_one_state(ref: str | Path, read: Callable[[Checkpoint], _Read]) -> _Rea
     return read(Checkpoint.open(ref))
 
 
-def _read_manifest(path: Path) -> tuple[Config, dict[str, TaskRecord], tuple[int, ...]]:
+def _read_manifest(path: Path) -> tuple[Config, Mapping[str, TaskRecord], tuple[int, ...]]:
     """Both files of one state, and that; when they do not fit as the folder was replaced, again."""
     for _ in range(_TRIES - 1):
         before = _state_of(path)
         try:
             config = read_config(path)
-            return config, read_tasks(path, config), before
+            return config, open_tasks(path, config), before
         except CheckpointError:
             if _state_of(path) == before:
                 raise
     before = _state_of(path)
     config = read_config(path)
-    return config, read_tasks(path, config), before
+    return config, open_tasks(path, config), before
 
 
 def _state_of(path: Path) -> tuple[int, ...]:

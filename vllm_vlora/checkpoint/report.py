@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import TaskRecord
+from vllm_vlora.checkpoint.task_entry import TaskEntry, column, common, entries, entry_of
 from vllm_vlora.representations.spec import ModuleSpec
 
 
@@ -113,10 +114,6 @@ class CompressReport:
         return math.sqrt(sum(task.error**2 for task in self.tasks) / len(self.tasks))
 
 
-MIXED = "mixed"
-"""In place of a format's or a representation's name where several are in use."""
-
-
 def report_contents(
     path: Path,
     tasks: Mapping[str, TaskRecord],
@@ -129,44 +126,42 @@ def report_contents(
         tasks: task id -> record, in the checkpoint's order. modules: what their segments name.
         basis_nbytes: of its basis files.
     """
-    reports = [report_task(task_id, record) for task_id, record in tasks.items()]
-    segments = [segment for record in tasks.values() for segment in record.segments]
+    reports = [_report_entry(task_id, entry) for task_id, entry in entries(tasks)]
+    # A task without modules has no representation that could differ.
+    stored = [task for task in reports if task.ranks[1]]
     return CompressReport(
         path=path,
         tasks=reports,
-        representation=common(segment.representation for segment in segments),
-        format=common(segment.format for segment in segments),
+        representation=common(task.representation for task in stored),
+        format=common(task.format for task in stored),
         original_nbytes=sum(task.original_nbytes for task in reports),
         nbytes=basis_nbytes + sum(task.nbytes for task in reports),
         basis_nbytes=basis_nbytes,
         candidates=[],
         losses=Losses.of(tasks, modules),
-        extra_nbytes=extra_nbytes(tasks.values()),
+        extra_nbytes=extra_nbytes(tasks),
     )
 
 
-def extra_nbytes(records: Iterable[TaskRecord]) -> int:
+def extra_nbytes(tasks: Mapping[str, TaskRecord]) -> int:
     """Bytes of the tensors beside the LoRA weights: heads and the like, kept as they were."""
-    return sum(record.nbytes - record.lora_nbytes for record in records)
+    return sum(column(tasks, "nbytes")) - sum(column(tasks, "lora_nbytes"))
 
 
 def report_task(task_id: str, record: TaskRecord) -> TaskReport:
     """One task's sizes and its recorded error."""
-    ranks = [segment.rank for segment in record.segments]
+    return _report_entry(task_id, entry_of(record))
+
+
+def _report_entry(task_id: str, entry: TaskEntry) -> TaskReport:
     return TaskReport(
         task_id,
-        record.source,
-        (min(ranks, default=0), max(ranks, default=0)),
-        record.original_nbytes,
-        record.lora_nbytes,
-        record.error,
-        common(segment.representation for segment in record.segments),
-        common(segment.format for segment in record.segments),
-        record.error,
+        entry.source,
+        (entry.min_rank, entry.max_rank),
+        entry.original_nbytes,
+        entry.lora_nbytes,
+        entry.error,
+        entry.representation,
+        entry.format,
+        entry.error,
     )
-
-
-def common(values: Iterable[str]) -> str:
-    """The one value that all have, or ``mixed``."""
-    distinct = set(values)
-    return distinct.pop() if len(distinct) == 1 else MIXED

@@ -16,11 +16,14 @@ from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, read_attachments
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
+    INDEX_FILE,
+    RECORDS_FILE,
     FileRef,
     read_config,
-    read_tasks,
 )
 from vllm_vlora.checkpoint.pinning import check_content, content_digest, pinned
+from vllm_vlora.checkpoint.task_entry import task_files
+from vllm_vlora.checkpoint.task_index import IndexedTasks, open_tasks
 from vllm_vlora.downloads import (
     OFFLINE_VARIABLE,
     Cached,
@@ -54,7 +57,7 @@ def checkpoint_folder(
         where: a folder, a Hub id or a URL, without a digest.
         wanted: the digest that its content must have. A state of a URL that has it and is in the cache is
             taken unasked; whether any other has it is for who reads it to check.
-        manifest_only: of a Hub id or a URL only its JSON is fetched.
+        manifest_only: of a Hub id or a URL only what names its tasks is fetched.
         foreign: it may be one of another package, all of whose files are then fetched.
 
     Raises:
@@ -62,7 +65,7 @@ def checkpoint_folder(
         OutputError: the cache cannot be written.
     """
     if not is_remote(where):
-        patterns = ["*.json"] if manifest_only else None
+        patterns = ["*.json", INDEX_FILE, RECORDS_FILE] if manifest_only else None
         return resolve_snapshot(
             where, what="checkpoint", error=CheckpointError, allow_patterns=patterns
         )
@@ -116,38 +119,41 @@ def _newest_state(
     for state in cached.states():
         if wanted is None and _has(state, texts):
             return cached.seen(state)
-    tasks, files, digest = _described(remote, texts, cached.url)
+    names, files, digest = _described(remote, texts, cached.url)
     if wanted is not None:
         check_content(cached.url, digest, wanted)
     if manifest_only:
-        return cached.add(digest, remote, [tasks], texts, manifest_only=True)
+        return cached.add(digest, remote, names, texts, manifest_only=True)
     texts |= _optional(remote, _BESIDE)
     return cached.add(digest, remote, files, texts)
 
 
 def _described(
     remote: RemoteFolder, texts: Mapping[str, bytes], url: str
-) -> tuple[RemoteFile, list[RemoteFile], str]:
-    """``tasks.json``, it and all other files that the manifest names, and the digest of its content."""
+) -> tuple[list[RemoteFile], list[RemoteFile], str]:
+    """What names the tasks, it and all other files of the manifest, and the digest of its content."""
     with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
         folder = Path(scratch)
         for name, data in texts.items():
             (folder / name).write_bytes(data)
         try:
             config = read_config(folder)
-            tasks_file = _remote_file(config.tasks)
             target = folder / config.tasks.file
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(_checked(remote, config.tasks))
-            tasks = read_tasks(folder, config)
+            tasks = open_tasks(folder, config)
             attachments = read_attachments(folder, tasks)
         except CheckpointError as error:
             # The same, of the URL in place of the folder that nobody will find.
             raise type(error)(str(error).replace(str(folder), url)) from None
-    records = [FileRef(r.file, r.sha256, r.nbytes) for r in tasks.values()]
+    names = [config.tasks, *([tasks.records] if isinstance(tasks, IndexedTasks) else ())]
     kept = {ref.file: ref for refs in attachments.values() for ref in refs.values()}
-    files = [_remote_file(ref) for ref in [config.tasks, *config.basis, *records, *kept.values()]]
-    return tasks_file, files, content_digest(config, attachments)
+    files = [*names, *config.basis, *task_files(tasks), *kept.values()]
+    return (
+        [_remote_file(ref) for ref in names],
+        [_remote_file(ref) for ref in files],
+        content_digest(config, attachments),
+    )
 
 
 def _checked(remote: RemoteFolder, ref: FileRef) -> bytes:

@@ -1,6 +1,7 @@
 """Write a checkpoint anew with other tasks, atomically; what stays in it stays byte for byte.
 
-Task files are copied with their digests checked. Basis files are too, unless bases have grown.
+Task files are copied, or in place given a second name until the old folder goes, with their digests
+checked. Basis files are copied too, unless bases have grown.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -35,9 +37,10 @@ from vllm_vlora.checkpoint.report import CompressReport, report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter, basis_file
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
-from vllm_vlora.regular_files import open_regular
+from vllm_vlora.regular_files import JSON_BYTES, copy_regular, open_regular, read_regular
 from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
+from vllm_vlora.strict_json import JSONError, decode
 from vllm_vlora.urls import is_remote, local_folder
 
 _CHUNK = 1 << 22
@@ -78,6 +81,7 @@ def edited(
         in_place = target.resolve() == checkpoint.path.resolve()
         if not in_place:
             check_apart(target, [checkpoint.path])
+        checkpoint.gives_way = in_place
         before = _manifest(checkpoint.path)
 
         def unchanged() -> None:
@@ -99,12 +103,13 @@ def edited(
 def _copy_file(source: Path, target: Path) -> None:
     # A pipe or a device is nothing that a copy would have.
     if source.is_file():
-        shutil.copy2(source, target)
+        copy_regular(source, target)
+        shutil.copystat(source, target)
 
 
 def _manifest(path: Path) -> bytes:
     try:
-        return (path / CONFIG_FILE).read_bytes()
+        return read_regular(path / CONFIG_FILE, JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: {error.strerror}") from error
 
@@ -165,13 +170,15 @@ class Successor(CheckpointWriter):
 
 def _renamed_index(path: Path, renamed: Mapping[str, str]) -> bytes:
     """A shard index with other names of its files; byte for byte where they are the same."""
-    data = path.read_bytes()
-    if all(old == new for old, new in renamed.items()):
-        return data
     try:
-        index = json.loads(data)
+        data = read_regular(path, JSON_BYTES)
+        if all(old == new for old, new in renamed.items()):
+            return data
+        index = decode(data, dict[str, Any])
         weight_map = {name: renamed[file] for name, file in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (JSONError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a shard index; compress again") from error
     return json.dumps({**index, "weight_map": weight_map}, indent=2).encode()
 

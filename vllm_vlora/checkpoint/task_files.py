@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from vllm_vlora.adapters.discovery import find_adapters
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.task_entry import column
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.wording import some_of
@@ -144,14 +145,15 @@ def _match_tasks(
     checkpoint: KnownTasks, paths: Mapping[str, Path], *, by_source: bool = False
 ) -> dict[str, Path]:
     own = {task: (task, encode_task_id(task)) for task in checkpoint.tasks}
-    sources = Counter(record.source for record in checkpoint.tasks.values()) if by_source else {}
+    source = dict(zip(checkpoint.tasks, column(checkpoint.tasks, "source"))) if by_source else {}
+    times = Counter(source.values())
     # What is one task's own name says nothing about the task whose adapter was called so.
     taken = {name for names in own.values() for name in names}
     found = {}
-    for task, record in checkpoint.tasks.items():
+    for task in checkpoint.tasks:
         names = list(own[task])
-        if by_source and sources[record.source] == 1 and record.source not in taken:
-            names.append(record.source)
+        if task in source and times[source[task]] == 1 and source[task] not in taken:
+            names.append(source[task])
         path = next((paths[name] for name in names if name in paths), None)
         if path is not None:
             found[task] = path

@@ -9,10 +9,11 @@ import torch
 
 from vllm_vlora.adapters.peft_config import GATHER
 from vllm_vlora.checkpoint.attachments import Attached, read_attached
-from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE
+from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE, hash_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
 from vllm_vlora.checkpoint.sources import checkpoint_folder
+from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, CheckpointVersionError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import PackedMatrix, unpack
@@ -73,7 +74,7 @@ def _problems_of(
 ) -> list[str]:
     """Raises CheckpointReplacedError where the problems are those of two states read as one."""
     problems: list[str] = []
-    total = len(checkpoint.tasks) + 1
+    total = len(checkpoint.tasks) + 1 + isinstance(checkpoint.tasks, IndexedTasks)
     for done, (what, found) in enumerate(_inspect(checkpoint), 1):
         problems += found
         if progress is not None:
@@ -92,8 +93,11 @@ def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
         problems.append(str(error))
     yield "bases", problems
     sound: set[str] = set()
+    usage = Usage()
     for task_id in checkpoint.tasks:
         try:
+            # What an index says of a task is compared with its record when that is read.
+            usage.add(checkpoint.record(task_id).segments)
             checkpoint.load_task(task_id)
             kept = attachments.get(task_id, {})
             # A file of many tasks is read once.
@@ -105,6 +109,16 @@ def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
             yield task_id, [str(error)]
         else:
             yield task_id, list(_empty_tensors(checkpoint, task_id))
+    if isinstance(checkpoint.tasks, IndexedTasks):
+        yield "index", list(_table_problems(checkpoint.path, checkpoint.tasks, usage))
+
+
+def _table_problems(path: Path, tasks: IndexedTasks, usage: Usage) -> Iterator[str]:
+    """What no record shows by itself; a damaged one makes the usage differ too."""
+    if usage.segments() != tasks.usage:
+        yield f"{tasks.file}: what it says of the modules' use is not what the records say"
+    if hash_file(path / tasks.records.file) != (tasks.records.sha256, tasks.records.nbytes):
+        yield f"{path / tasks.records.file}: SHA-256 differs from the index's; copy the checkpoint again"
 
 
 def _empty_tensors(checkpoint: Checkpoint, task_id: str) -> Iterator[str]:
@@ -133,15 +147,14 @@ def _basis_problems(checkpoint: Checkpoint) -> list[str]:
 def _used_ranges(checkpoint: Checkpoint) -> dict[tuple[str, str], set[tuple[int, int]]]:
     """The rows of each side of a basis that tasks use together; all of them where no task says."""
     found: dict[tuple[str, str], set[tuple[int, int]]] = {}
-    for record in checkpoint.tasks.values():
-        for segment in record.segments:
-            module = checkpoint.modules[segment.module]
-            if not segment.is_joint or module.basis is None:
-                continue
-            whole = (0, module.basis.k_out, 0, module.basis.k_in)
-            u_start, u_stop, v_start, v_stop = segment.rows or whole
-            found.setdefault((module.name, "U"), set()).add((u_start, u_stop))
-            found.setdefault((module.name, "V"), set()).add((v_start, v_stop))
+    for segment in checkpoint.usage():
+        module = checkpoint.modules[segment.module]
+        if not segment.is_joint or module.basis is None:
+            continue
+        whole = (0, module.basis.k_out, 0, module.basis.k_in)
+        u_start, u_stop, v_start, v_stop = segment.rows or whole
+        found.setdefault((module.name, "U"), set()).add((u_start, u_stop))
+        found.setdefault((module.name, "V"), set()).add((v_start, v_stop))
     return found
 
 

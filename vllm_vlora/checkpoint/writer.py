@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import safetensors.torch
 import torch
 
 from vllm_vlora._version import __version__
+from vllm_vlora.atomic import link_own
 from vllm_vlora.checkpoint.attachments import AttachmentWriter
 from vllm_vlora.checkpoint.layout import (
     BASIS_SHARD_BYTES,
@@ -27,23 +27,21 @@ from vllm_vlora.checkpoint.losses import refuse_worthless
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
-    TASKS_FILE,
-    TASKS_FOLDER,
     Config,
     FileRef,
     TaskRecord,
     encode_config,
-    encode_tasks,
-    format_version,
     hash_file,
     read_checked,
+    task_file,
 )
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.task_index import IndexedTasks
+from vllm_vlora.checkpoint.task_spool import WrittenTasks, write_file
 from vllm_vlora.quantize import PackedMatrix, narrow_codes
 from vllm_vlora.representations.registry import shared_fault
 from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
-from vllm_vlora.task_ids import encode_task_id
 
 
 @dataclass
@@ -61,7 +59,6 @@ class CheckpointWriter:
     shard_bytes: int = BASIS_SHARD_BYTES
     allow_large_error: bool = False
     modules: list[ModuleSpec] = field(default_factory=list)
-    tasks: dict[str, TaskRecord] = field(default_factory=dict)
     _index: dict[str, int] = field(default_factory=dict)
     _pending: dict[str, torch.Tensor] = field(default_factory=dict)
     _shards: list[tuple[Path, list[str]]] = field(default_factory=list)
@@ -69,6 +66,7 @@ class CheckpointWriter:
 
     def __post_init__(self) -> None:
         self.attachments = AttachmentWriter(self.folder)
+        self.tasks = WrittenTasks(self.folder, self.modules)
 
     def add_module(
         self,
@@ -151,11 +149,9 @@ class CheckpointWriter:
         tensors = {key: torch.cat(parts) for key, parts in chunks.items()}
         extra = extra or {}
         tensors.update({EXTRA_PREFIX + k: t.cpu().contiguous() for k, t in extra.items()})
-        ref = self._write(
-            f"{TASKS_FOLDER}/{encode_task_id(task_id)}.safetensors", safetensors.torch.save(tensors)
-        )
+        ref = self._write(task_file(task_id), safetensors.torch.save(tensors))
         self.attachments.attach(task_id, companions or {})
-        self.tasks[task_id] = TaskRecord(
+        record = TaskRecord(
             file=ref.file,
             sha256=ref.sha256,
             nbytes=ref.nbytes,
@@ -167,9 +163,10 @@ class CheckpointWriter:
             extra={k: (SAFETENSORS_DTYPES[t.dtype], list(t.shape)) for k, t in extra.items()},
             renamed=dict(renamed or {}),
         )
-        return self.tasks[task_id]
+        self.tasks.add(task_id, record)
+        return record
 
-    def copy_task(self, checkpoint: Checkpoint, task_id: str) -> TaskRecord:
+    def copy_task(self, checkpoint: Checkpoint, task_id: str) -> None:
         """Take over a task of another checkpoint: its file as it is, its record with modules found anew.
 
         Its modules must be declared here, with the bases that it stands on. A basis may have grown at its
@@ -178,7 +175,15 @@ class CheckpointWriter:
         Raises:
             TaskNotFoundError, CheckpointError: no such task, or its file is damaged.
         """
-        assert task_id not in self.tasks, f"task {task_id!r} added twice"
+        entry, file = checkpoint.entry(task_id), task_file(task_id)
+        ref = FileRef(file, entry.sha256, entry.nbytes)
+        self._take_over(checkpoint, file, read_checked(checkpoint.path / file, ref))
+        kept = checkpoint.attachments.get(task_id, {})
+        self.attachments.carry(task_id, checkpoint.path, kept)
+        modules = self.modules[: len(checkpoint.modules)]
+        if isinstance(checkpoint.tasks, IndexedTasks) and modules == checkpoint.modules:
+            self.tasks.copy(task_id, checkpoint.tasks)
+            return
         record = checkpoint.record(task_id)
         segments = []
         for segment in record.segments:
@@ -186,21 +191,23 @@ class CheckpointWriter:
             place = self._index[old.name]
             rows = _grown_rows(segment, old, self.modules[place])
             segments.append(msgspec.structs.replace(segment, module=place, rows=rows))
-        ref = FileRef(record.file, record.sha256, record.nbytes)
-        self._write(record.file, read_checked(checkpoint.path / record.file, ref))
-        kept = checkpoint.attachments.get(task_id, {})
-        self.attachments.carry(task_id, checkpoint.path, kept)
-        self.tasks[task_id] = msgspec.structs.replace(record, segments=segments)
-        return self.tasks[task_id]
+        self.tasks.add(task_id, msgspec.structs.replace(record, segments=segments))
+
+    def _take_over(self, checkpoint: Checkpoint, file: str, data: bytes) -> None:
+        """Have a file of another checkpoint with this ``data``; its own where that one gives way."""
+        target = self.folder / file
+        target.parent.mkdir(exist_ok=True)
+        if not (checkpoint.gives_way and link_own(checkpoint.path / file, target)):
+            target.write_bytes(data)
 
     def finish(self, card: str) -> None:
-        """Write the basis index, ``tasks.json``, the model card and, last, the manifest."""
+        """Write the basis index, what names the tasks, the model card and, last, the manifest."""
         basis = self._finish_basis()
         self.attachments.finish()
         (self.folder / "README.md").write_text(card, encoding="utf-8")
-        tasks = self._write(TASKS_FILE, encode_tasks(self.tasks))
+        tasks, version = self.tasks.finish(basis)
         config = Config(
-            format_version(self.modules, self.tasks.values()),
+            version,
             f"vllm-vlora {__version__}",
             self.base_model,
             self.modules,
@@ -235,10 +242,7 @@ class CheckpointWriter:
         return refs
 
     def _write(self, name: str, data: bytes) -> FileRef:
-        path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)
-        return FileRef(name, hashlib.sha256(data).hexdigest(), len(data))
+        return write_file(self.folder, name, data)
 
 
 def basis_file(number: int, count: int) -> str:

@@ -113,7 +113,7 @@ def write_checkpoint(
         recovered=dict(recovered or {}),
         kept=list(kept),
         losses=Losses.of(writer.tasks, writer.modules),
-        extra_nbytes=extra_nbytes(writer.tasks.values()),
+        extra_nbytes=extra_nbytes(writer.tasks),
     )
     writer.finish(model_card(base_model or common, report))
     return report

@@ -162,7 +162,8 @@ class Addition:
         for task_id in self._new.checkpoint.tasks:
             if task_id not in added:
                 writer.copy_task(self._new.checkpoint, task_id)
-        _order(writer, [*self._new.checkpoint.tasks, *added])
+        # A replaced task keeps its place.
+        writer.tasks.arrange(dict.fromkeys([*self._new.checkpoint.tasks, *added]))
         report = writer.finish_edited()
         return AddReport(
             folder,
@@ -356,8 +357,3 @@ class _Encoded:
 
     cores: CoreSpool
     losses: dict[tuple[int, str], Loss] = field(default_factory=dict)
-
-
-def _order(writer: Successor, task_ids: Sequence[str]) -> None:
-    """List the tasks in this order; a replaced task keeps its place."""
-    writer.tasks = {task_id: writer.tasks[task_id] for task_id in dict.fromkeys(task_ids)}

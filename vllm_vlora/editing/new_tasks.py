@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.task_entry import column
 from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.projection import (
     BlockMeter,
@@ -69,9 +70,8 @@ class NewTasks:
 
     def _find_blocks(self) -> dict[str, list[Rows]]:
         segments: dict[int, list[Segment]] = {}
-        for record in self.checkpoint.tasks.values():
-            for segment in record.segments:
-                segments.setdefault(segment.module, []).append(segment)
+        for segment in self.checkpoint.usage():
+            segments.setdefault(segment.module, []).append(segment)
         return {
             name: used_blocks(self.specs[name], segments.get(self._places[name], []))
             for name in self.collection.modules
@@ -126,4 +126,4 @@ class NewTasks:
     @property
     def worst_error(self) -> float:
         """Of the tasks that the checkpoint has."""
-        return max((record.error for record in self.checkpoint.tasks.values()), default=math.inf)
+        return max(column(self.checkpoint.tasks, "error"), default=math.inf)

@@ -154,7 +154,8 @@ def used_blocks(spec: ModuleSpec, segments: Sequence[Segment]) -> list[Rows]:
     """The rows of a module's basis that tasks use together, without those inside of others.
 
     Args:
-        segments: of this module, of every task. Without any that uses the basis it is one block.
+        segments: of this module, of every task or of :meth:`Checkpoint.usage`. Without any that uses the
+            basis it is one block.
     """
     if spec.basis is None:
         return []

@@ -17,6 +17,7 @@ from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.checkpoint.export import export_all
 from vllm_vlora.checkpoint.layout import stored_parts
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.task_entry import column
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import predict
 from vllm_vlora.quantize import row_nbytes
@@ -58,15 +59,17 @@ def rebuild_advice(checkpoint: Checkpoint) -> RebuildAdvice:
     ``compress`` does, or came later: only a prediction knows.
     """
     private_tasks = private = total = 0
-    for record in checkpoint.tasks.values():
-        before = private
-        for segment in record.segments:
+    for segments, task_ids in checkpoint.alike():
+        whole = own = 0
+        for segment in segments:
             spec = checkpoint.modules[segment.module]
             nbytes = _segment_nbytes(segment, spec)
-            total += nbytes
+            whole += nbytes
             if segment.is_private and spec.basis is not None:
-                private += nbytes
-        private_tasks += private > before
+                own += nbytes
+        total += len(task_ids) * whole
+        private += len(task_ids) * own
+        private_tasks += len(task_ids) * (own > 0)
     idle = sum(_idle_nbytes(checkpoint).values())
     reasons = []
     if private_tasks > 1 and private >= _PRIVATE_SHARE * total:
@@ -95,12 +98,11 @@ def _idle_nbytes(checkpoint: Checkpoint) -> dict[int, int]:
         if spec.basis is not None
     }
     ranges: dict[int, set[tuple[int, int, int, int]]] = {}
-    for record in checkpoint.tasks.values():
-        for segment in record.segments:
-            basis = checkpoint.modules[segment.module].basis
-            if segment.is_joint and basis is not None:
-                rows = segment.rows or (0, basis.k_out, 0, basis.k_in)
-                ranges.setdefault(segment.module, set()).add(rows)
+    for segment in checkpoint.usage():
+        basis = checkpoint.modules[segment.module].basis
+        if segment.is_joint and basis is not None:
+            rows = segment.rows or (0, basis.k_out, 0, basis.k_in)
+            ranges.setdefault(segment.module, set()).add(rows)
     idle = {}
     for place, (used_u, used_v) in used.items():
         for u_start, u_stop, v_start, v_stop in ranges.get(place, ()):
@@ -161,7 +163,7 @@ def predict_rebuild(
         As :func:`vllm_vlora.predict` and :func:`vllm_vlora.export_all`.
     """
     records = checkpoint.tasks
-    today = sum(record.error for record in records.values()) / max(len(records), 1)
+    today = sum(column(records, "error")) / max(len(records), 1)
     if originals is not None:
         adapters = {task_id: originals[task_id] for task_id in records}
         points = _predict(checkpoint, adapters, 0.0, options, progress)

@@ -31,8 +31,9 @@ def remove_tasks(
         (True, ['task_0', 'task_2'])
     """
     with edited(checkpoint, output, force=force) as (opened, folder):
-        freed = sum(opened.record(task_id).nbytes for task_id in dict.fromkeys(task_ids))
-        kept = [task_id for task_id in opened.tasks if task_id not in set(task_ids)]
+        removed = dict.fromkeys(task_ids)
+        freed = sum(opened.entry(task_id).nbytes for task_id in removed)
+        kept = [task_id for task_id in opened.tasks if task_id not in removed]
         if not kept:
             raise OptionError(
                 f"{checkpoint}: no task would be left; delete the folder instead of its last task"

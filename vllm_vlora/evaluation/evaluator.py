@@ -25,8 +25,8 @@ from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.adapters.peft_folder import Adapter, as_peft_folder, open_adapter
 from vllm_vlora.adapters.saved_tensors import saved_tensors
 from vllm_vlora.checkpoint.export import export_all
-from vllm_vlora.checkpoint.losses import has_no_update
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.task_entry import has_no_update
 from vllm_vlora.errors import AdapterError, ModelMismatchError, OptionError
 from vllm_vlora.evaluation.base_model import check_dtype, first_line, load_base_model, resolve
 from vllm_vlora.evaluation.fidelity import (

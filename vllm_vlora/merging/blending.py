@@ -25,8 +25,8 @@ from vllm_vlora.adapters.peft_folder import Factors
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
-from vllm_vlora.checkpoint.report import common
 from vllm_vlora.checkpoint.successor import Successor, edited
+from vllm_vlora.checkpoint.task_entry import common
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
 from vllm_vlora.merging.merging import common_config, common_extra, unscaled_config
 from vllm_vlora.quantize import FORMATS, unpack

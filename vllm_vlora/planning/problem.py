@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from vllm_vlora.adapters.collection import Collection, Module
-from vllm_vlora.checkpoint.report import MIXED
+from vllm_vlora.checkpoint.task_entry import MIXED
 from vllm_vlora.planning.allocation import (
     Point,
     StepPath,

@@ -163,7 +163,13 @@ class DirectPath:
         return None
 
     def make_task(self, stored: StoredTask) -> DirectTask:
-        """A stored task in the form that the kernels read; private factors are on the device."""
+        """A stored task on the device in the form that the kernels read, counted as held."""
+        task = self.describe(stored, self.device)
+        self.count(task_memory(task))
+        return task
+
+    def describe(self, stored: StoredTask, device: torch.device) -> DirectTask:
+        """A stored task in the form that the kernels read; what is on the host stays there."""
         parts: dict[int, SliceTask] = {}
         for name, module in stored.modules.items():
             # What is another pipeline rank's has no slices here.
@@ -173,13 +179,11 @@ class DirectPath:
                     parts[number] = SliceTask(core=core, core_rank=rank)
                 elif module.rank:
                     parts[number] = self._private(module, layout)
-        task = make_task(_place_cores(parts, self.dtype, self.device), self._count, self.device)
-        self._tasks += task_memory(task)
-        return task
+        return make_task(_place_cores(parts, self.dtype, device), self._count, device)
 
-    def drop_task(self, task: DirectTask) -> None:
-        """Leave a task that ``make_task`` made out of the books; who holds it lets it go."""
-        self._tasks += -task_memory(task)
+    def count(self, memory: DirectMemory) -> None:
+        """Take a task into the books; its negative out of them."""
+        self._tasks += memory
 
     def memory(self) -> DirectMemory:
         """What all of it takes on the device."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
+from vllm_vlora.checkpoint.manifest import TASKS_FOLDER, task_file
 from vllm_vlora.checkpoint.reader import Checkpoint
 
 _DIGEST_LENGTH = 32
@@ -35,14 +35,16 @@ class TaskPath:
 
 def task_path(checkpoint: Checkpoint, task_id: str) -> TaskPath:
     """The path of a task of this state of this checkpoint."""
-    return TaskPath(
-        checkpoint.path.absolute(), checkpoint.record(task_id).file, checkpoint.digest(task_id)
-    )
+    return TaskPath(checkpoint.path.absolute(), task_file(task_id), checkpoint.digest(task_id))
 
 
 def task_paths(checkpoint: Checkpoint) -> dict[str, TaskPath]:
     """The path of every task of this state of this checkpoint, in its order."""
-    return {task_id: task_path(checkpoint, task_id) for task_id in checkpoint.tasks}
+    folder = checkpoint.path.absolute()
+    return {
+        task_id: TaskPath(folder, task_file(task_id), checkpoint.digest(task_id))
+        for task_id in checkpoint.tasks
+    }
 
 
 def parse_task_path(path: str) -> TaskPath | None:

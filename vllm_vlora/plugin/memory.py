@@ -43,6 +43,7 @@ from vllm_vlora.checkpoint.serving import (
     remove_line,
     serving_rank,
 )
+from vllm_vlora.checkpoint.task_entry import entries
 from vllm_vlora.errors import ModelMismatchError, OptionError
 from vllm_vlora.narrow_rows import CODEBOOKS, narrow_nbytes
 from vllm_vlora.plugin.held_bases import HeldBases
@@ -197,9 +198,11 @@ def direct_obstacle(segments: Iterable[Segment], modules: Sequence[ModuleSpec]) 
 
 def serving_obstacles(checkpoint: Checkpoint) -> dict[str, str]:
     """Task id -> why vLLM cannot serve it in any mode, with whatever model; an engine would not start."""
+    # What an entry shows to be served needs no look at its record.
     found = {
-        task_id: serving_obstacle(record, checkpoint.modules)
-        for task_id, record in checkpoint.tasks.items()
+        task_id: serving_obstacle(checkpoint.record(task_id), checkpoint.modules)
+        for task_id, entry in entries(checkpoint.tasks)
+        if entry.carries or entry.max_rank > VLLM_LORA_RANKS[-1]
     }
     return {task_id: reason for task_id, reason in found.items() if reason is not None}
 
