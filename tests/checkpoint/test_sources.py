@@ -19,6 +19,7 @@ import fsspec
 import pytest
 from edited_world import NEW, OLD, World
 from file_server import FileServer, file_server
+from places import ROOT
 from typer.testing import CliRunner
 
 from vllm_vlora import downloads
@@ -107,6 +108,16 @@ def test_a_checkpoint_at_a_url_is_the_folder_byte_for_byte(
         "ckpt/vlora_config.json",
         "ckpt/attachments.json",
     }
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_every_format_is_fetched_whole(version: int) -> None:
+    folder = ROOT / f"tests/data/format{version}"
+    with file_server(folder) as server:
+        first = Checkpoint.open(server.url, manifest_only=True)
+        assert [first.record(task).source for task in first.tasks]
+        assert content(Checkpoint.open(server.url).path) == content(folder)
+        assert validate(server.url) == []
 
 
 def test_object_stores_are_read_through_fsspec(world: World) -> None:
