@@ -32,6 +32,7 @@ from vllm_vlora.checkpoint.sources import checkpoint_folder, fixed_checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError, OutputError, VLoRAError
+from vllm_vlora.plugin import _checkpoint_folder
 from vllm_vlora.tools.cli import app
 
 KEY = "sig=S3cr3t%2FKey"
@@ -291,6 +292,19 @@ def test_processes_that_a_server_starts_find_its_state(server: FileServer, world
     server.status = 503
     assert Checkpoint.open(fixed).path == folder
     assert fixed_checkpoint(str(world.checkpoint), world.checkpoint, None) == str(world.checkpoint)
+
+
+def test_the_plugin_serves_one_state_in_all_its_processes(
+    server: FileServer, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server.url}/ckpt"
+    digest = Checkpoint.open(world.checkpoint).content_digest
+    monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", url)
+    first = _checkpoint_folder()
+    assert os.environ["VLLM_VLORA_CHECKPOINT"] == pinned(url, digest)
+    remove_tasks(world.checkpoint, [OLD[3]])
+    server.status = 503
+    assert first == _checkpoint_folder() == pinned(Checkpoint.open(url).path, digest)
 
 
 HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
