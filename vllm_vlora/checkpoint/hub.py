@@ -30,8 +30,6 @@ from vllm_vlora.checkpoint.manifest import (
     RECORDS_FILE,
     TASKS_FILE,
     TASKS_FOLDER,
-    FileRef,
-    TaskRecord,
 )
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.pinning import check_content
