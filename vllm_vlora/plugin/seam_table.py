@@ -632,7 +632,9 @@ def _held() -> Iterator[Seam]:
     for name in ("additional_config", "compilation_config", "lora_config", "model_config"):
         yield Seam("vllm.config", f"VllmConfig.{name}", "what the engine was started with")
     yield Seam("vllm.config", "ModelConfig.dtype", "dtype of the bases on the device")
-    yield Seam("vllm.config", "ModelConfig.served_model_name", "the model's name in the metrics")
+    yield Seam(
+        "vllm.config", "ModelConfig.served_model_name", "names the model in metrics and weights"
+    )
     yield Seam(
         "vllm.config",
         "CompilationConfig.max_cudagraph_capture_size",
@@ -847,9 +849,6 @@ def _limits() -> Iterator[Seam]:
         "ParallelConfig": "data_parallel_size",
     }.items():
         yield Seam("vllm.config", f"{owner}.{name}", why, limits=True)
-    yield Seam(
-        "vllm.config", "ModelConfig.served_model_name", "the base model's weight", limits=True
-    )
     yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's", limits=True)
     yield Seam(
         "vllm.exceptions",
