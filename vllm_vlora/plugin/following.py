@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE
-from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked, task_file
 from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, VLoRAError
@@ -165,8 +165,8 @@ def _new_files(
     known = {ref.sha256 for ref in before.config.basis}
     yield from (ref for ref in checkpoint.config.basis if ref.sha256 not in known)
     for task in tasks:
-        record = checkpoint.record(task)
-        yield FileRef(record.file, record.sha256, record.nbytes)
+        entry = checkpoint.entry(task)
+        yield FileRef(task_file(task), entry.sha256, entry.nbytes)
 
 
 def folder_identity(checkpoint: str | Path) -> tuple[int, ...] | None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
+from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelMismatchError
@@ -211,9 +212,9 @@ class ResidentStore:
         if make_path is not None:
             self.direct = make_path(checkpoint)
         self.state = State(checkpoint)
-        obstacles = self._obstacles(checkpoint, checkpoint.tasks)
-        for task_id, why in obstacles.items():
-            staged = self._read(checkpoint, task_id, why)
+        self.check(checkpoint, checkpoint.tasks)
+        for task_id in checkpoint.tasks:
+            staged = self._read(checkpoint, task_id, self._obstacle(checkpoint, task_id))
             placed = self._place(self.state.paths[task_id], staged)
             self._let_go(staged.bases)
             if not placed:
@@ -234,7 +235,8 @@ class ResidentStore:
         Raises:
             ModelMismatchError: the served model cannot take them.
         """
-        self._obstacles(checkpoint, task_ids)
+        speak = _speakers(checkpoint, set(task_ids))
+        self._obstacles(checkpoint, [task for task in task_ids if task in speak])
 
     def serve(self, state: State) -> None:
         """Take another state's tasks as what is served; what is held of the one before stays."""
@@ -405,8 +407,8 @@ class ResidentStore:
         blended = blended_checkpoint(checkpoint, path)
         if blended is not None:
             return self._read_checked(blended, blended.task_id)
-        for task_id, record in checkpoint.tasks.items():
-            if record.file == path.file and checkpoint.digest(task_id) == path.digest:
+        for task_id in checkpoint.tasks:
+            if task_file(task_id) == path.file and checkpoint.digest(task_id) == path.digest:
                 own = task_path(checkpoint, task_id)
                 if own != path:
                     raise CheckpointError(f"{path}: give the task's own path, {own}")
@@ -582,6 +584,16 @@ class ResidentStore:
                 placed = self._bases.pop(key, None)
                 if placed is not None:
                     self._arena.free(placed.block)
+
+
+def _speakers(checkpoint: Checkpoint, tasks: set[str]) -> set[str]:
+    """Of tasks with the same segments one, which speaks for all, and all that carry more than LoRA."""
+    found: set[str] = set()
+    for _, alike in checkpoint.alike():
+        asked = [task for task in alike if task in tasks]
+        found.update(asked[:1])
+        found.update(task for task in asked if checkpoint.entry(task).carries)
+    return found
 
 
 def _basis_tensors(basis: Basis) -> Iterable[torch.Tensor]:
