@@ -112,7 +112,7 @@ def info(
 ) -> None:
     """Show what a checkpoint holds, how to serve it and whether to rebuild it.
 
-    Reads the two JSON files only, unless --rebuild is given; `validate`
+    Reads what names the tasks only, unless --rebuild is given; `validate`
     reads everything.
 
     [bold]Examples[/bold]

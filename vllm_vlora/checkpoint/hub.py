@@ -6,9 +6,11 @@ is huggingface_hub's own business (``HF_TOKEN``, or ``hf auth login``).
 
 from __future__ import annotations
 
-import glob
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub
@@ -106,8 +108,7 @@ def push_checkpoint(
         raise CheckpointError(f"checkpoint {str(path)!r}: no such folder")
     _check_sound(path)
     opened = Checkpoint.open(path)
-    # Names, and no patterns: what else lies in the folder is nobody's to publish.
-    names = [glob.escape(name) for name in _files(opened)]
+    names = _files(opened)
     api = _api(token)
     count = len(opened.tasks)
     words = message or f"{count} LoRA {'task' if count == 1 else 'tasks'} (vllm-vlora)"
@@ -115,14 +116,14 @@ def push_checkpoint(
         url = str(api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=path,
-            commit_message=words,
-            revision=revision,
-            allow_patterns=names,
-            delete_patterns=_REPLACED,
-        )
+        with _staged(path, names) as folder:
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=words,
+                revision=revision,
+                delete_patterns=_REPLACED,
+            )
         if not (path / _CARD_FILE).exists():
             api.upload_file(
                 path_or_fileobj=_card(opened),
@@ -179,6 +180,20 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
         _check_sound(folder)
         check_content(folder, Checkpoint.open(folder).content_digest, opened.content_digest)
     return Checkpoint.open(output)
+
+
+@contextmanager
+def _staged(path: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A folder with links to these files alone: what else lies in theirs is nobody's to publish.
+
+    As patterns of what to upload the Hub's library would compare each name with each.
+    """
+    with TemporaryDirectory(prefix="vllm-vlora-") as folder:
+        for name in names:
+            link = Path(folder, name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((path / name).absolute())
+        yield Path(folder)
 
 
 def _api(token: str | None) -> Any:
