@@ -155,7 +155,6 @@ class _Console(Console):
                 # Where text was broken into lines, they stay lines.
                 yield Segment("\n".join(map(shown, text.split("\n"))), style, control)
 
-
     def on_broken_pipe(self) -> None:
         # rich would exit with 1, which means a check that failed.
         raise

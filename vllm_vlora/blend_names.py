@@ -45,6 +45,11 @@ def task_alone(task: str) -> Blend:
     return (Term(task, Decimal(1)),)
 
 
+def is_alone(blend: Blend) -> bool:
+    """Whether a blend is a task itself."""
+    return len(blend) == 1 and blend[0].weight == 1
+
+
 def parse_blend(text: str, known: Container[str]) -> Blend:
     """Read a blend's name against the ids that there are.
 

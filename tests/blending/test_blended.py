@@ -12,9 +12,10 @@ from format2_world import write_world
 from plugin_world import build
 
 from vllm_vlora.blend_names import Blend, Term
-from vllm_vlora.blending.blended import BlendedCheckpoint, _times
+from vllm_vlora.blending.blended import BlendedCheckpoint, _times, with_named_blends
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.writer import CheckpointWriter
+from vllm_vlora.editing.aliasing import set_alias
 from vllm_vlora.errors import BlendError, TaskNotFoundError
 from vllm_vlora.narrow_rows import NarrowMatrix
 from vllm_vlora.quantize import pack, unpack
@@ -188,6 +189,21 @@ def test_what_is_refused(tmp_path: Path) -> None:
         blended(source, blend_of("private", "one"))
     with pytest.raises(TaskNotFoundError, match="no task 'other'"):
         blended(source, blend_of("private", "other"))
+
+
+def test_an_alias_names_no_blend_that_cannot_be(tmp_path: Path) -> None:
+    extra = {"one": {"base_model.model.score.weight": torch.zeros(2, 3)}}
+    source = build(tmp_path / "ck", extra=extra)
+    with pytest.raises(BlendError, match="carries base_model"):
+        set_alias(source.path, "both", "private 9, private+one 1")
+    # A task alone has its head.
+    set_alias(source.path, "head", "one")
+    assert with_named_blends(Checkpoint.open(source.path)).tasks.keys() == source.tasks.keys()
+    set_alias(source.path, "mix", "private*0.5+mixed")
+    assert with_named_blends(Checkpoint.open(source.path)).tasks.keys() == {
+        *source.tasks,
+        "mixed+private*0.5",
+    }
 
 
 def test_a_copy_of_a_base_weight_is_no_obstacle(tmp_path: Path) -> None:

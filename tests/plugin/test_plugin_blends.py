@@ -15,6 +15,7 @@ from plugin_world import LAYERS, MODULES, Store, build, make_path
 
 from vllm_vlora.blend_names import Blend, Term, parse_blend
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.editing.aliasing import set_alias
 from vllm_vlora.errors import BlendError, CheckpointError, ModelMismatchError
 from vllm_vlora.plugin.blend_paths import blend_of, blend_path, is_blend_path
 from vllm_vlora.plugin.direct_slots import DirectSlots
@@ -127,6 +128,23 @@ def test_a_rank_above_the_engines_is_said(tmp_path: Path) -> None:
     store.preload(checkpoint.path, make_path)
     with pytest.raises(ModelMismatchError, match=r"o has rank 7, more than the private tasks"):
         store.task(path_of(checkpoint, "sql+french"))
+
+
+def test_ranks_of_blends_that_aliases_name_are_known_from_the_start(tmp_path: Path) -> None:
+    tasks = {name: TASKS[name] for name in ("sql", "french", "joint")}
+    checkpoint = build(tmp_path / "ck", tasks)
+    set_alias(checkpoint.path, "mix", "sql*0.7+french*0.3")
+    # Of cores and rows: floats, which no task has.
+    set_alias(checkpoint.path, "new", "sql 9, sql+joint 1")
+    store = Store(only_direct=True)
+    store.store.preload(checkpoint.path, make_path)
+    assert [task.task_id for task in store.store.tasks()] == list(tasks)
+    for text in ("sql*0.7+french*0.3", "french-sql", "sql+joint"):
+        task = store.store.task(path_of(checkpoint, text))
+        right = wanted(checkpoint, parse_blend(text, checkpoint.tasks))
+        for name, update in added(store, task).items():
+            expected = right.get(name, torch.zeros_like(update))
+            torch.testing.assert_close(update.double(), expected.double(), rtol=2e-5, atol=5e-6)
 
 
 # --- identity -------------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ scales, for nf4-dq 2**-16 of the scales, whose steps have 16 bits.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
-from vllm_vlora.blend_names import Blend, blend_text
+from vllm_vlora.blend_names import Blend, blend_text, is_alone
 from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.serving import carried_tensors
@@ -123,6 +125,27 @@ class BlendedCheckpoint(Checkpoint):
         if not wanted:
             return {}
         return {(n, kind): basis for n, kind, basis in self.shared() if (n, kind) in wanted}
+
+
+def with_named_blends(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose tasks are also the blends that its aliases name, as far as they can be made.
+
+    For who asks what may come: their records are there, but no file is.
+
+    Raises:
+        CheckpointError: the aliases are damaged.
+    """
+    blends = [route.blend for routes in checkpoint.aliases.values() for route in routes]
+    named: dict[str, TaskRecord] = {}
+    for blend in blends:
+        if not is_alone(blend):
+            with suppress(BlendError):
+                named.update(BlendedCheckpoint(checkpoint, blend, "", "").tasks)
+    if not named:
+        return checkpoint
+    # A task's own id goes before the name of a blend; of an index no record is read for it.
+    tasks = ChainMap(checkpoint.tasks, named)  # type: ignore[arg-type]
+    return Checkpoint(checkpoint.path, checkpoint.config, tasks, checkpoint._state)
 
 
 def _parts_by_module(records: Sequence[TaskRecord]) -> dict[int, list[tuple[int, Segment]]]:

@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 
-from vllm_vlora.blend_names import Blend, Term, checked_blend, weight_text
+from vllm_vlora.blend_names import Blend, Term, checked_blend, is_alone, weight_text
 from vllm_vlora.checkpoint.manifest import is_checkpoint
 from vllm_vlora.errors import BlendError, CheckpointError, OutputError, TaskIdError
 from vllm_vlora.links import refuse_link_out
@@ -141,8 +141,7 @@ def kind_of(routes: tuple[Route, ...]) -> str:
     """Whether an alias is of a ``task``, a ``blend`` or a ``canary``."""
     if len(routes) > 1:
         return "canary"
-    (term, *others) = routes[0].blend
-    return "task" if not others and term.weight == 1 else "blend"
+    return "task" if is_alone(routes[0].blend) else "blend"
 
 
 def keep_aliases(old: Path, new: Path, tasks: Container[str]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Container
 from pathlib import Path
 
 from vllm_vlora.atomic import exclusive, write_file_atomic
-from vllm_vlora.blend_names import parse_blend
+from vllm_vlora.blend_names import is_alone, parse_blend
+from vllm_vlora.blending.blended import BlendedCheckpoint
 from vllm_vlora.checkpoint.aliases import (
     ALIASES_FILE,
     Aliases,
@@ -41,7 +42,8 @@ def set_alias(
         The alias' routes.
 
     Raises:
-        BlendError: the target cannot be read, names a task that there is not, or is of another kind.
+        BlendError: the target cannot be read, names a task that there is not, is of another kind, or
+            cannot be blended.
         TaskIdError: the name is not allowed. OptionError: it is a task's name, or no folder is given.
         CheckpointError, OutputError: the checkpoint cannot be read or written.
 
@@ -53,12 +55,16 @@ def set_alias(
     validate_task_id(name)
     routes: list[tuple[Route, ...]] = []
 
-    def change(aliases: Aliases, tasks: Container[str]) -> Aliases:
-        if name in tasks:
+    def change(aliases: Aliases, opened: Checkpoint) -> Aliases:
+        if name in opened.tasks:
             raise OptionError(f"{name!r} is a task of {checkpoint}; give the alias another name")
-        routes.append(parse_routes(target, tasks))
+        routes.append(parse_routes(target, opened.tasks))
         if kind not in (None, kind_of(routes[0])):
             raise BlendError(f"{target!r} is a {kind_of(routes[0])} and no {kind}; say so")
+        for _, blend in routes[0]:
+            if not is_alone(blend):
+                # Refuses what cannot be blended.
+                BlendedCheckpoint(opened, blend, "", "")
         return {**aliases, name: routes[0]}
 
     _edit(checkpoint, change)
@@ -73,7 +79,7 @@ def remove_alias(checkpoint: str | Path, name: str) -> None:
         CheckpointError, OutputError: the checkpoint cannot be read or written.
     """
 
-    def change(aliases: Aliases, tasks: Container[str]) -> Aliases:
+    def change(aliases: Aliases, opened: Checkpoint) -> Aliases:
         if name not in aliases:
             raise OptionError(f"{checkpoint} has no alias {name!r}; it has: {some_of(aliases)}")
         return {other: routes for other, routes in aliases.items() if other != name}
@@ -106,13 +112,13 @@ def parse_routes(text: str, tasks: Container[str]) -> tuple[Route, ...]:
     return checked_routes(routes)
 
 
-def _edit(checkpoint: str | Path, change: Callable[[Aliases, Container[str]], Aliases]) -> None:
+def _edit(checkpoint: str | Path, change: Callable[[Aliases, Checkpoint], Aliases]) -> None:
     target = Path(checkpoint).expanduser()
     if not target.is_dir():
         raise OptionError(f"{checkpoint} is no folder; pull it, and give its folder")
     with exclusive(target):
         opened = Checkpoint.open(target)
         # Whatever they name: an alias of a task that is gone must be open to mending.
-        aliases = change(read_aliases(opened.path, None), opened.tasks)
+        aliases = change(read_aliases(opened.path, None), opened)
         # A file of none, too: who looks at it sees that it was changed.
         write_file_atomic(opened.path / ALIASES_FILE, encode_aliases(aliases))

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from vllm.lora.request import LoRARequest
 
-from vllm_vlora.blend_names import Blend, blend_text
+from vllm_vlora.blend_names import Blend, blend_text, is_alone
 from vllm_vlora.blending.resolving import resolve
 from vllm_vlora.checkpoint.aliases import Aliases
 from vllm_vlora.checkpoint.reader import Checkpoint
@@ -95,14 +95,14 @@ class TaskRequests(dict[str, LoRARequest]):
         gone = [task for task, _ in blend if not dict.__contains__(self, task)]
         if gone:
             raise BlendError(f"{name!r} stands for task {gone[0]!r}, which was unloaded")
-        (first, *others) = blend
-        alone = not others and first.weight == 1
-        request = dict.__getitem__(self, first.task) if alone else self._blend(blend)
+        request = self._request(blend)
         if asked is not None:
             asked.answered[name] = request
         return request
 
-    def _blend(self, blend: Blend) -> LoRARequest:
+    def _request(self, blend: Blend) -> LoRARequest:
+        if is_alone(blend):
+            return dict.__getitem__(self, blend[0].task)
         paths = {task: path for task, _ in blend if (path := self._path(task)) is not None}
         path = blend_path(paths, blend)
         held = self._blends.get(str(path))
@@ -190,8 +190,7 @@ class TaskRequests(dict[str, LoRARequest]):
             return dict.__getitem__(self, name)
         # What a canary answers with most; listed, and not looked up.
         most = max(self.aliases[name], key=lambda route: route.share).blend
-        alone = len(most) == 1 and most[0].weight == 1
-        target = dict.__getitem__(self, most[0].task) if alone else self._blend(most)
+        target = self._request(most)
         return LoRARequest(name, target.lora_int_id, target.lora_path)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
+from vllm_vlora.blending.blended import with_named_blends
 from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
@@ -210,7 +211,8 @@ class ResidentStore:
         _, self._pin = split_pin(folder)
         checkpoint = Checkpoint.open(folder)
         if make_path is not None:
-            self.direct = make_path(checkpoint)
+            # What its aliases name will come: for ranks and formats that no task has.
+            self.direct = make_path(with_named_blends(checkpoint))
         self.state = State(checkpoint)
         self.check(checkpoint, checkpoint.tasks)
         for task_id in checkpoint.tasks:
