@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -81,15 +82,25 @@ def sums(world: World) -> Sums:
     return Sums(world)
 
 
-@pytest.fixture(scope="module", params=["private", "mixed"])
-def server(world: World, request: pytest.FixtureRequest) -> Iterator[Server]:
-    made = mixed(world) if request.param == "mixed" else exact(world, "private")
-    folder = world.root / f"blended-{request.param}"
-    shutil.copytree(made, folder)
+@pytest.fixture(scope="module")
+def folder(world: World, kind: str) -> Path:
+    """The checkpoint that is served."""
+    folder = world.root / f"blended-{kind}"
+    shutil.copytree(mixed(world) if kind == "mixed" else exact(world, "private"), folder)
     set_alias(folder, "prod", "attention")
     set_alias(folder, "prod/mix", "attention*0.70+everything*.3")
     set_alias(folder, "canary", CANARY)
-    server = Server(world, world.root / f"blends-{request.param}.log", folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["private", "mixed"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(world: World, kind: str, folder: Path) -> Iterator[Server]:
+    server = Server(world, world.root / f"blends-{kind}.log", folder)
     assert server.wait(), server.log.read_text()[-4000:]
     yield server
     server.stop()
@@ -241,3 +252,16 @@ def test_a_blend_that_does_not_fit_is_its_clients_error(server: Server) -> None:
         answer.text + server.log.read_text()
     )
     assert ask(server, "attention", PROMPTS[0]).model == "attention"
+
+
+def test_an_alias_is_moved_while_the_server_runs(server: Server, folder: Path) -> None:
+    set_alias(folder, "prod", "rslora")
+    deadline = time.monotonic() + 10
+    while ask(server, "prod", PROMPTS[0]).model != "rslora":
+        assert time.monotonic() < deadline, server.log.read_text()[-4000:]
+        time.sleep(0.1)
+    set_alias(folder, "later", "everything*0.5+rslora")
+    while "later" not in [model.id for model in server.client.models.list().data]:
+        assert time.monotonic() < deadline, server.log.read_text()[-4000:]
+        time.sleep(0.1)
+    assert ask(server, "later", PROMPTS[0]).model == "everything*0.5+rslora"
