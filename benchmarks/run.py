@@ -71,6 +71,11 @@ BENCHMARKS = {
         "fairness",
         {"quick": "", "rounds": "turns of each (default: 7)", "device-note": ""},
     ),
+    "residency": Benchmark(
+        "the first token of tasks on the device, in host memory and on disk; starts with many tasks",
+        "residency",
+        {"quick": "", "rounds": "turns of each (default: 3)", "device-note": ""},
+    ),
     "fidelity": Benchmark(
         "what adapters keep when they are compressed: recovered fraction against bytes",
         "fidelity.program",
