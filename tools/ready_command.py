@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SECONDS = 5.0
-# A list of a hundred thousand models has some 30 MB.
+# A list of a hundred thousand models has some 50 MB.
 _MOST_BYTES = 1 << 28
 
 

@@ -50,6 +50,10 @@ class TaskNotFoundError(CheckpointError, KeyError):
     """The checkpoint or the subspace holds no task of that name."""
 
 
+class BlendError(VLoRAError, ValueError):
+    """A name of a blend or of an alias cannot be read, or what it names cannot be blended."""
+
+
 class OutputError(VLoRAError):
     """The output exists already, is not ours to replace, or cannot be written."""
 

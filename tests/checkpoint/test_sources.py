@@ -19,6 +19,7 @@ import fsspec
 import pytest
 from edited_world import NEW, OLD, World
 from file_server import FileServer, file_server
+from places import ROOT
 from typer.testing import CliRunner
 
 from vllm_vlora import downloads
@@ -31,6 +32,7 @@ from vllm_vlora.checkpoint.sources import checkpoint_folder, fixed_checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError, OutputError, VLoRAError
+from vllm_vlora.plugin import _checkpoint_folder
 from vllm_vlora.tools.cli import app
 
 KEY = "sig=S3cr3t%2FKey"
@@ -107,6 +109,16 @@ def test_a_checkpoint_at_a_url_is_the_folder_byte_for_byte(
         "ckpt/vlora_config.json",
         "ckpt/attachments.json",
     }
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_every_format_is_fetched_whole(version: int) -> None:
+    folder = ROOT / f"tests/data/format{version}"
+    with file_server(folder) as server:
+        first = Checkpoint.open(server.url, manifest_only=True)
+        assert [first.record(task).source for task in first.tasks]
+        assert content(Checkpoint.open(server.url).path) == content(folder)
+        assert validate(server.url) == []
 
 
 def test_object_stores_are_read_through_fsspec(world: World) -> None:
@@ -280,6 +292,19 @@ def test_processes_that_a_server_starts_find_its_state(server: FileServer, world
     server.status = 503
     assert Checkpoint.open(fixed).path == folder
     assert fixed_checkpoint(str(world.checkpoint), world.checkpoint, None) == str(world.checkpoint)
+
+
+def test_the_plugin_serves_one_state_in_all_its_processes(
+    server: FileServer, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server.url}/ckpt"
+    digest = Checkpoint.open(world.checkpoint).content_digest
+    monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", url)
+    first = _checkpoint_folder()
+    assert os.environ["VLLM_VLORA_CHECKPOINT"] == pinned(url, digest)
+    remove_tasks(world.checkpoint, [OLD[3]])
+    server.status = 503
+    assert first == _checkpoint_folder() == pinned(Checkpoint.open(url).path, digest)
 
 
 HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {

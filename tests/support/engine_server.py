@@ -27,7 +27,7 @@ class Server:
         self,
         world: World,
         log: Path,
-        checkpoint: Path,
+        checkpoint: Path | str,
         script: str = FORKED,
         options: Sequence[str] = (),
         **environment: str,

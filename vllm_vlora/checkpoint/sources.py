@@ -11,7 +11,9 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE, read_aliases
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, read_attachments
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
@@ -23,7 +25,7 @@ from vllm_vlora.checkpoint.manifest import (
 )
 from vllm_vlora.checkpoint.pinning import check_content, content_digest, pinned
 from vllm_vlora.checkpoint.task_entry import task_files
-from vllm_vlora.checkpoint.task_index import IndexedTasks, open_tasks
+from vllm_vlora.checkpoint.task_index import open_tasks, records_of
 from vllm_vlora.downloads import (
     OFFLINE_VARIABLE,
     Cached,
@@ -40,7 +42,9 @@ from vllm_vlora.wording import without_secrets
 
 logger = logging.getLogger(__name__)
 
-# What goes with a checkpoint, and no manifest knows of.
+# What no manifest knows of and the digest of the content covers.
+_COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE)
+# What goes with a checkpoint, and neither knows of.
 _BESIDE = (BASIS_INDEX_FILE, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
@@ -115,56 +119,60 @@ def _newest_state(
 ) -> Path:
     """The state that the URL has now, from the cache or fetched into it."""
     texts = {CONFIG_FILE: remote.read(CONFIG_FILE, JSON_BYTES)}
-    texts |= _optional(remote, [ATTACHMENTS_FILE])
+    texts |= _optional(remote, _COUNTED)
     for state in cached.states():
         if wanted is None and _has(state, texts):
             return cached.seen(state)
-    names, files, digest = _described(remote, texts, cached.url)
+    described = _described(remote, texts, cached.url)
     if wanted is not None:
-        check_content(cached.url, digest, wanted)
+        check_content(cached.url, described.digest, wanted)
+    texts |= described.texts
     if manifest_only:
-        return cached.add(digest, remote, names, texts, manifest_only=True)
+        return cached.add(described.digest, remote, [], texts, manifest_only=True)
     texts |= _optional(remote, _BESIDE)
-    return cached.add(digest, remote, files, texts)
+    return cached.add(described.digest, remote, described.files, texts)
 
 
-def _described(
-    remote: RemoteFolder, texts: Mapping[str, bytes], url: str
-) -> tuple[list[RemoteFile], list[RemoteFile], str]:
-    """What names the tasks, it and all other files of the manifest, and the digest of its content."""
+class _Described(NamedTuple):
+    """A state as its manifest has it: what names the tasks, all other files, and the digest."""
+
+    texts: dict[str, bytes]
+    files: list[RemoteFile]
+    digest: str
+
+
+def _described(remote: RemoteFolder, texts: Mapping[str, bytes], url: str) -> _Described:
     with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
         folder = Path(scratch)
         for name, data in texts.items():
             (folder / name).write_bytes(data)
         try:
             config = read_config(folder)
-            target = folder / config.tasks.file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(_checked(remote, config.tasks))
+            names = {config.tasks.file: _checked(remote, config.tasks, folder)}
+            records = records_of(folder, config)
+            if records is not None:
+                names[records.file] = _checked(remote, records, folder)
             tasks = open_tasks(folder, config)
             attachments = read_attachments(folder, tasks)
+            aliases = read_aliases(folder, tasks)
         except CheckpointError as error:
             # The same, of the URL in place of the folder that nobody will find.
             raise type(error)(str(error).replace(str(folder), url)) from None
-    names = [config.tasks, *([tasks.records] if isinstance(tasks, IndexedTasks) else ())]
     kept = {ref.file: ref for refs in attachments.values() for ref in refs.values()}
-    files = [*names, *config.basis, *task_files(tasks), *kept.values()]
-    return (
-        [_remote_file(ref) for ref in names],
-        [_remote_file(ref) for ref in files],
-        content_digest(config, attachments),
-    )
+    refs = [*config.basis, *task_files(tasks), *kept.values()]
+    files = [RemoteFile(ref.file, ref.nbytes, ref.sha256) for ref in refs]
+    return _Described(names, files, content_digest(config, attachments, aliases))
 
 
-def _checked(remote: RemoteFolder, ref: FileRef) -> bytes:
+def _checked(remote: RemoteFolder, ref: FileRef, folder: Path) -> bytes:
+    """A file that names tasks, also put into ``folder``."""
     data = remote.read(ref.file, ref.nbytes)
     if hashlib.sha256(data).hexdigest() != ref.sha256:
-        raise ChangedError(f"{ref.file} is not the one that {CONFIG_FILE} names")
+        raise ChangedError(f"{ref.file} is not the one that its manifest names")
+    target = folder / ref.file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
     return data
-
-
-def _remote_file(ref: FileRef) -> RemoteFile:
-    return RemoteFile(ref.file, ref.nbytes, ref.sha256)
 
 
 def _optional(remote: RemoteFolder, names: list[str] | tuple[str, ...]) -> dict[str, bytes]:
@@ -176,16 +184,14 @@ def _optional(remote: RemoteFolder, names: list[str] | tuple[str, ...]) -> dict[
             # Where a key may not list, what is not there is denied too.
             if not problem.missing and not problem.denied:
                 raise
-            if problem.denied and name == ATTACHMENTS_FILE:
+            if problem.denied and name in _COUNTED:
                 logger.warning("%s; it is taken not to be there", problem)
     return found
 
 
 def _has(state: Path, texts: Mapping[str, bytes]) -> bool:
-    """Whether a state has this manifest; attachments that it has and that are gone count too."""
-    return all(
-        _content(state / name) == texts.get(name) for name in (CONFIG_FILE, ATTACHMENTS_FILE)
-    )
+    """Whether a state has this manifest; what it has beside it and that is gone counts too."""
+    return all(_content(state / name) == texts.get(name) for name in (CONFIG_FILE, *_COUNTED))
 
 
 def _content(path: Path) -> bytes | None:

@@ -85,13 +85,14 @@ def _checkpoint_folder() -> str | None:
 
     where, digest = split_pin(reference)
     folder = checkpoint_folder(where, digest)
-    found = pinned(folder, digest)
+    fixed = fixed_checkpoint(where, folder, digest)
+    found = pinned(folder, split_pin(fixed)[1])
     if digest is not None:
         from vllm_vlora.checkpoint.reader import Checkpoint
 
         Checkpoint.open(found)
     # For the processes that this one starts: a branch or a URL may have moved before they look.
-    os.environ[CHECKPOINT_VARIABLE] = fixed_checkpoint(where, folder, digest)
+    os.environ[CHECKPOINT_VARIABLE] = fixed
     return found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from typing import Any
 
+from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
 from vllm_vlora.plugin.arrivals import Arrivals, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
@@ -21,6 +22,8 @@ from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE
 
 TASKS_METHOD = "vlora_tasks"
 """The name under which an engine core answers with what it serves."""
+ALIASES_METHOD = "vlora_aliases"
+"""The name under which it answers with other names for that, as ``encode_aliases`` writes them."""
 FOLLOW_METHOD = "vlora_follow"
 """The name under which it looks for a published state and serves it."""
 CHANGED = (
@@ -60,6 +63,11 @@ def _held(worker: Any) -> list[str]:
 
 def _served(worker: Any) -> list[tuple[str, str]]:
     return _manager(worker).vlora_store.served()
+
+
+def _aliases(worker: Any) -> str:
+    state = _manager(worker).vlora_store.state
+    return "" if state is None else encode_aliases(state.aliases).decode()
 
 
 def _states(worker: Any) -> tuple[str, str]:
@@ -293,6 +301,18 @@ def served_tasks(core: Any) -> list[tuple[str, str]]:
         CheckpointError: one of them read another state of the checkpoint than the others.
     """
     first, *others = core.model_executor.collective_rpc(_served)
+    if any(other != first for other in others):
+        raise CheckpointError(CHANGED)
+    return first
+
+
+def served_aliases(core: Any) -> str:
+    """Aliases of what an engine core's workers serve, as JSON; becomes a method of it.
+
+    Raises:
+        CheckpointError: as :func:`served_tasks`.
+    """
+    first, *others = core.model_executor.collective_rpc(_aliases)
     if any(other != first for other in others):
         raise CheckpointError(CHANGED)
     return first

@@ -17,7 +17,8 @@ from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked, task_file
 from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, VLoRAError
@@ -45,6 +46,8 @@ class State:
         paths = task_paths(checkpoint)
         self.paths: dict[str, str] = {task: str(path) for task, path in paths.items()}
         self.tasks: dict[str, str] = {path: task for task, path in self.paths.items()}
+        # Now, as what lies there later may be another state's.
+        self.aliases = checkpoint.aliases
 
     @cached_property
     def digest(self) -> str:
@@ -162,15 +165,22 @@ def _new_files(
     known = {ref.sha256 for ref in before.config.basis}
     yield from (ref for ref in checkpoint.config.basis if ref.sha256 not in known)
     for task in tasks:
-        record = checkpoint.record(task)
-        yield FileRef(record.file, record.sha256, record.nbytes)
+        entry = checkpoint.entry(task)
+        yield FileRef(task_file(task), entry.sha256, entry.nbytes)
 
 
 def folder_identity(checkpoint: str | Path) -> tuple[int, ...] | None:
-    """What differs between two publications of a checkpoint's manifest; None where there is none."""
+    """What differs between two publications of a checkpoint's manifest, and between two versions of its
+    aliases, which are written beside it; None where there is no manifest.
+    """
     folder, _ = split_pin(checkpoint)
+    manifest, aliases = (_file_identity(Path(folder, name)) for name in (CONFIG_FILE, ALIASES_FILE))
+    return None if manifest is None else (*manifest, *(aliases or ()))
+
+
+def _file_identity(file: Path) -> tuple[int, ...] | None:
     try:
-        found = Path(folder, CONFIG_FILE).stat()
+        found = file.stat()
     except (OSError, ValueError):
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -632,7 +632,9 @@ def _held() -> Iterator[Seam]:
     for name in ("additional_config", "compilation_config", "lora_config", "model_config"):
         yield Seam("vllm.config", f"VllmConfig.{name}", "what the engine was started with")
     yield Seam("vllm.config", "ModelConfig.dtype", "dtype of the bases on the device")
-    yield Seam("vllm.config", "ModelConfig.served_model_name", "the model's name in the metrics")
+    yield Seam(
+        "vllm.config", "ModelConfig.served_model_name", "names the model in metrics and weights"
+    )
     yield Seam(
         "vllm.config",
         "CompilationConfig.max_cudagraph_capture_size",
@@ -847,9 +849,6 @@ def _limits() -> Iterator[Seam]:
         "ParallelConfig": "data_parallel_size",
     }.items():
         yield Seam("vllm.config", f"{owner}.{name}", why, limits=True)
-    yield Seam(
-        "vllm.config", "ModelConfig.served_model_name", "the base model's weight", limits=True
-    )
     yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's", limits=True)
     yield Seam(
         "vllm.exceptions",
@@ -868,9 +867,32 @@ STEP_SEAMS: tuple[Seam, ...] = tuple(_steps())
 """Parts of a step, in the first model runner and in the second: like ``RUNNER_SEAMS``, they are looked up
 in the worker. The last is there from 0.32 on."""
 
+NAME_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "vllm.entrypoints.serve.engine.serving",
+        "BaseServing._check_model",
+        "whose request it is, for canaries, and what is wrong with a blend's name",
+        ("self", "request"),
+    ),
+    Seam(
+        "vllm.entrypoints.pooling.base.serving",
+        "PoolingBaseServing._check_model",
+        "the same for pooling models",
+        ("self", "request"),
+    ),
+    Seam(
+        "vllm.plugins",
+        "load_endpoint_plugins",
+        "a middleware reads the client's key and says which tasks answered",
+        ("supported_tasks",),
+    ),
+)
+"""Where an API server looks names up; with a checkpoint."""
+
 GROUPS: dict[str, tuple[Seam, ...]] = {
     "replaced": tuple(_replaced()),
     "overridden": tuple(_overridden()),
+    "names": NAME_SEAMS,
     "called": tuple(_called()),
     "layers": tuple(_layers()),
     "read": tuple(_held()),

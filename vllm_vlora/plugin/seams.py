@@ -33,6 +33,7 @@ from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.core_metrics import metrics_snapshot
 from vllm_vlora.plugin.counters import METRICS_METHOD
 from vllm_vlora.plugin.engine_core import (
+    ALIASES_METHOD,
     FOLLOW_METHOD,
     TASKS_METHOD,
     advance_before_abort,
@@ -40,6 +41,7 @@ from vllm_vlora.plugin.engine_core import (
     follow,
     load_before_add_lora,
     load_before_add_request,
+    served_aliases,
     served_tasks,
 )
 from vllm_vlora.plugin.graph_cases import capture_by_kind
@@ -48,6 +50,7 @@ from vllm_vlora.plugin.limits import limit_tasks
 from vllm_vlora.plugin.listing import Listing, refuse_name, refuse_without_lora
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
+from vllm_vlora.plugin.named_requests import TaskRequests, name_patches
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
@@ -172,11 +175,13 @@ def _init_static_loras(
     original: Callable[..., Any],
     load_templates: Callable[[Mapping[str, TaskPath]], object] | None,
     follows: bool,
+    blends: bool = True,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
         refuse_without_lora(self.engine_client.vllm_config.lora_config)
+        self.lora_requests = TaskRequests(self.lora_requests, {}, blends)
         listing = Listing(self, _loaded_paths(self.engine_client), load_templates)
         await listing.start()
         if follows:
@@ -393,7 +398,10 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         load = functools.partial(templates.load, checkpoint)
         wrappers["OpenAIServingModels.init_static_loras"] = lambda f: refresh_after(
             _init_static_loras(
-                f, load if setup.settings.chat_templates else None, setup.settings.follow
+                f,
+                load if setup.settings.chat_templates else None,
+                setup.settings.follow,
+                setup.settings.blends,
             )
         )
         if setup.settings.chat_templates:
@@ -414,7 +422,9 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     own = [
         (core.owner, core.attribute, load_before_add_request(add or core.value)),
         (core.owner, TASKS_METHOD, served_tasks),
+        (core.owner, ALIASES_METHOD, served_aliases),
         (core.owner, FOLLOW_METHOD, follow),
         (core.owner, METRICS_METHOD, metrics_snapshot),
     ]
-    return limit_tasks([*patches, *scheduling, *graphs, *own], setup.settings, seams)
+    names = name_patches() if setup.checkpoint is not None else []
+    return limit_tasks([*patches, *scheduling, *graphs, *own, *names], setup.settings, seams)

@@ -35,6 +35,7 @@ HOST_VARIABLE = "VLLM_VLORA_HOST_BYTES"
 DEFAULT_HOST_BYTES = 4 << 30
 FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
 BASES = ("dense", "packed")
+BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
 ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
@@ -64,6 +65,7 @@ class Settings:
         narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
+        blends: take the name of a blend for one; those that aliases name are served either way.
         late_mib: MiB on each device for tasks that are loaded after start-up, beside those that were
             loaded then.
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
@@ -84,6 +86,7 @@ class Settings:
     overlap: bool = False
     chat_templates: bool = False
     narrow_rows: bool = False
+    blends: bool = True
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
@@ -146,6 +149,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
+        blends=_choice(environment, BLENDS_VARIABLE, SWITCH[::-1]) == "on",
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
         follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
