@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
-from dashboards import names_in, problems, queries
+from dashboards import problems, queries
 from engine_server import FORKED, Server
 from engine_world import ADAPTERS, PROMPTS, World, exact
 from entry_points import declare_entry_points
@@ -18,6 +19,7 @@ from places import ROOT
 from scrapes import Scrape
 from spans import SpanCollector
 
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.plugin.metrics import FAMILIES
 
@@ -31,8 +33,6 @@ from prometheus_client import values
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ["FILES"]
 values.ValueClass = values.get_value_class()
 """
-# What an engine core does not know it does not show.
-UNKNOWN = {"vllm_vlora:bytes", "vllm_vlora:budget_bytes"}
 # And an environment that was installed earlier may not know of all entry points.
 DECLARED = "import os, sys; sys.path.append(os.environ['DECLARED'])\n"
 
@@ -124,8 +124,7 @@ def test_requests_are_counted_by_task_on_every_api_server(server: Server) -> Non
 def test_every_query_of_the_dashboard_names_what_the_server_has(server: Server) -> None:
     assert server.text(FIRST, PROMPTS[0])
     shown = _until(server, lambda s: "vllm:time_to_first_token_seconds_bucket" in s.names)
-    missing = {where: problems(query, shown) for where, query in queries()
-               if not names_in(query) <= UNKNOWN - shown.names}  # fmt: skip
+    missing = {where: problems(query, shown) for where, query in queries()}
     assert not {where: found for where, found in missing.items() if found}
 
 
@@ -155,7 +154,8 @@ def test_top_reads_the_server(server: Server) -> None:
     found = json.loads(done.stdout)
     assert found["model"] == "base"
     (engine,) = found["engines"]
-    assert engine["tasks"] == {"device": 6}
+    assert engine["tasks"] == {"device": 6, "host": 0, "catalogue": 6}
+    assert 0 < engine["bytes"]["device"] <= engine["budget_bytes"]["device"]
     assert engine["age_seconds"] < 5
 
 
@@ -169,3 +169,74 @@ def test_a_requests_span_names_its_task(server: Server, spans: SpanCollector, wo
     said = [tuple(span[key] for key in ours if key in span) for span in found]
     assert sorted(said) == [(), (), (FIRST, digest)]
     assert all("gen_ai.usage.completion_tokens" in span for span in found)
+
+
+COPIES = [f"copy-{i}" for i in range(8)]
+
+
+def _publish(world: World, tasks: list[str]) -> Path:
+    """A checkpoint of copies of one adapter, of some 120 KB each, in place of the one before."""
+    adapters = dict.fromkeys(tasks, world.adapters["everything"])
+    return world.compress(
+        "crowded", adapters, force=True, ratio=0.1, representation="private", quantize="none"
+    )
+
+
+@pytest.fixture(scope="module")
+def crowded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose device holds some of its tasks."""
+    server = Server(
+        world,
+        tmp_path_factory.mktemp("crowded") / "log",
+        _publish(world, COPIES),
+        VLLM_VLORA_DEVICE_BYTES="400000",
+        VLLM_VLORA_LATE_MIB="0",
+    )
+    assert server.wait(), server.log.read_text()[-4000:]
+    yield server
+    server.stop()
+
+
+def test_tasks_that_come_and_go_are_counted(crowded: Server) -> None:
+    before = _scrape(crowded)
+    held = before.value("vllm_vlora:tasks", tier="device")
+    assert 0 < held < len(COPIES)
+    assert before.value("vllm_vlora:tasks", tier="catalogue") == len(COPIES)
+    for _ in range(2):
+        for name in COPIES:
+            assert crowded.text(name, PROMPTS[0])
+    asked = 2 * len(COPIES)
+    shown = _until(crowded, lambda s: sum(s.samples("vllm_vlora:requests_total").values()) == asked)
+    tiers = {tier: shown.value("vllm_vlora:requests_total", tier=tier)
+             for tier in ("device", "host", "disk")}  # fmt: skip
+    # In order, so that each gives way before it is asked for again; from host memory they come back.
+    assert tiers["disk"] >= len(COPIES) - held
+    assert tiers["host"] > 0
+    loads = "vllm:lora_adapter_load_seconds_count"
+    assert shown.value(loads, transition="load") == tiers["disk"]
+    assert shown.value(loads, transition="activate") == tiers["host"]
+    evicted = shown.value("vllm_vlora:evictions_total", tier="device")
+    assert evicted == tiers["disk"] + tiers["host"] + held - shown.value(
+        "vllm_vlora:tasks", tier="device"
+    )
+    levels = [dict(labels)["level"] for labels in shown.samples("vllm:lora_adapter_loaded")]
+    assert levels.count("gpu") == shown.value("vllm_vlora:tasks", tier="device")
+    assert levels.count("cpu") == shown.value("vllm_vlora:tasks", tier="host") > 0
+    used = shown.value("vllm_vlora:bytes", tier="device")
+    assert 0 < used <= shown.value("vllm_vlora:budget_bytes", tier="device") <= 401_000
+    assert shown.value("vllm:max_gpu_lora_adapters") == levels.count("gpu"), "it is full"
+
+
+def test_publications_are_counted_and_those_that_are_wrong(crowded: Server, world: World) -> None:
+    first = _scrape(crowded).samples("vllm_vlora:checkpoint_info")
+    path = _publish(world, COPIES[:4])
+    shown = _until(crowded, lambda s: s.value("vllm_vlora:checkpoint_reloads_total") == 1)
+    shown = _until(crowded, lambda s: s.value("vllm_vlora:tasks", tier="catalogue") == 4)
+    (labels,) = shown.samples("vllm_vlora:checkpoint_info")
+    assert dict(labels)["digest"] == Checkpoint.open(path).content_digest[:12]
+    assert first.keys() != {labels}
+    (path / CONFIG_FILE).write_text("{")
+    name = "vllm_vlora:checkpoint_refusals_total"
+    shown = _until(crowded, lambda s: s.value(name, reason="checkpoint") == 1)
+    assert shown.samples("vllm_vlora:checkpoint_info").keys() == {labels}
+    assert crowded.text(COPIES[0], PROMPTS[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import queue
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,10 @@ from residency_world import Workers, lora, path_of
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.plugin.arrivals import Arrivals, Waiter
 from vllm_vlora.plugin.core_metrics import metrics_snapshot
-from vllm_vlora.plugin.counters import ServingCounters
+from vllm_vlora.plugin.counters import ServingCounters, counters_of
+from vllm_vlora.plugin.engine_core import load_before_add_request, tasks_of
 from vllm_vlora.plugin.identity import parse_task_path
-from vllm_vlora.plugin.residency import Residency
+from vllm_vlora.plugin.residency import Held, Residency
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.settings import Budget
 
@@ -90,6 +92,43 @@ def test_what_cannot_be_loaded_is_refused_with_its_reason() -> None:
     }  # fmt: skip
     assert sum(counted["requests"].values()) == 3
     assert not any(sum(found["counts"]) for found in counted["load_seconds"].values())
+
+
+def test_a_request_that_waited_is_counted_once() -> None:
+    pytest.importorskip("vllm")
+    staged: set[str] = set()
+    manager = SimpleNamespace(
+        held_paths=list,
+        stage=lambda request: request.lora_name in staged,
+        hold=lambda request: Held(),
+    )
+    worker = SimpleNamespace(
+        model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+    )
+    entered: list[str] = []
+
+    class Core:
+        def __init__(self) -> None:
+            self.input_queue: Any = queue.Queue()
+            self.scheduler = SimpleNamespace(requests={})
+            self.model_executor = SimpleNamespace(
+                collective_rpc=lambda method, args=(): [method(worker, *args)]
+            )
+
+        def add_request(self, request: Any, request_wave: int = 0) -> None:
+            entered.append(request.request_id)
+
+        add_request = load_before_add_request(add_request)  # type: ignore[assignment]
+
+    core: Any = Core()
+    for name in ("1", "2"):
+        core.add_request(SimpleNamespace(request_id=name, lora_request=lora("a")))
+    assert entered == []
+    staged.add("a")
+    tasks_of(core).advance()
+    core.add_request(SimpleNamespace(request_id="3", lora_request=lora("a")))
+    assert entered == ["1", "2", "3"]
+    assert counters_of(core).snapshot()["requests"] == {"device": 1, "host": 0, "disk": 2}
 
 
 # --- what workers report ----------------------------------------------------------------------------

@@ -257,6 +257,9 @@ class ServingCounters:
             "waiting": self._waiting,
         }
 
+    def _named(self) -> dict[str, list[list[Any]]]:
+        return {tier: [list(name) for name in names] for tier, names in self._residents.items()}
+
 
 def _count_reason(counts: Counter[str], reason: BaseException | type[BaseException] | str) -> None:
     word = reason if isinstance(reason, str) else reason_of(reason)

@@ -119,6 +119,8 @@ class Tasks:
         self.arrivals = Arrivals(self.residency, workers.stage, counters)
         self._ticker = _Ticker(core) if hasattr(core, "input_queue") else None
         self.served = ""
+        # A request that waited enters, which was counted when its task came.
+        self.letting_in = False
 
     def here(self, lora: Any) -> bool:
         """Whether a task is held, so that its request may go on; who does not wait may load it.
@@ -250,10 +252,18 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, request, request_wave)
         tasks = tasks_of(self)
         if tasks.here(lora):
-            counters_of(self).requested(lora.lora_name, DEVICE)
+            if not tasks.letting_in:
+                counters_of(self).requested(lora.lora_name, DEVICE)
             return original(self, request, request_wave)
-        # Whole, as it came: a data-parallel core, which overrides it, counts waves there.
-        enter = functools.partial(self.add_request, request, request_wave)
+
+        def enter() -> None:
+            tasks.letting_in = True
+            try:
+                # Whole, as it came: a data-parallel core, which overrides it, counts waves there.
+                self.add_request(request, request_wave)
+            finally:
+                tasks.letting_in = False
+
         refuse = functools.partial(_refuse, self, request)
         return tasks.wait(lora, Waiter(enter, refuse, request.request_id))
 
