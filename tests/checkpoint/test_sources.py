@@ -8,8 +8,10 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -182,6 +184,32 @@ def test_a_run_that_was_cut_off_is_taken_up_by_the_next(server: FileServer, cach
     server.cut.clear()
     server.begun.clear()
     assert validate(Checkpoint.open(f"{server.url}/ckpt").path) == []
+    assert server.first_bytes(name) == [size // 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_ends_at_once_and_loses_nothing(
+    server: FileServer, cache: Path, number: int
+) -> None:
+    name, size = largest(server.folder / "ckpt")
+    server.held[name] = size // 2
+    url = f"{server.url}/ckpt"
+    command = [sys.executable, "-P", "-m", "vllm_vlora.tools", "validate", url]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + 60
+        while not any(part.stat().st_size == size // 2 for part in parts(cache)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stopped = time.monotonic()
+        run.send_signal(number)
+        said = run.communicate(timeout=30)[1]
+    assert time.monotonic() - stopped < 10
+    assert run.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in said
+    assert "download 0.0 MB ..." in said
+    server.held.clear()
+    server.begun.clear()
+    assert validate(Checkpoint.open(url).path) == []
     assert server.first_bytes(name) == [size // 2]
 
 
