@@ -9,6 +9,7 @@ import typer
 
 from vllm_vlora._version import __version__
 from vllm_vlora.tools.add_command import add, remove
+from vllm_vlora.tools.alias_command import alias
 from vllm_vlora.tools.analyze_command import analyze
 from vllm_vlora.tools.benchmark_command import benchmark
 from vllm_vlora.tools.cache_command import cache
@@ -40,6 +41,7 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
+from vllm_vlora.tools.top_command import top
 from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def info(
 ) -> None:
     """Show what a checkpoint holds, how to serve it and whether to rebuild it.
 
-    Reads the two JSON files only, unless --rebuild is given; `validate`
+    Reads what names the tasks only, unless --rebuild is given; `validate`
     reads everything.
 
     [bold]Examples[/bold]
@@ -143,6 +145,7 @@ def _print_info(console: Console, data: dict[str, Any]) -> None:
 
     show.print_overview(console, data)
     show.print_attachments(console, data)
+    show.print_aliases(console, data["aliases"])
     show.print_modules(console, data)
     show.print_tasks(console, data)
     show.print_losses(console, data["losses"])
@@ -368,9 +371,10 @@ def plan(
 
 app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
 app.command(rich_help_panel=_SERVE)(ready)
+app.command(rich_help_panel=_SERVE)(top)
 
 for panel, commands in (
-    (_MAKE, (add, remove, calibrate, convert)),
+    (_MAKE, (add, remove, alias, calibrate, convert)),
     (_LOOK, (evaluate, benchmark)),
     (_TAKE, (reconstruct, push, pull, cache)),
     (_ADAPTERS, (analyze, diff, merge)),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -28,6 +30,7 @@ _Data = TypeVar("_Data")
 EXIT_CHECK_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 EXIT_TERMINATED = 143
 # Tables in a file or a pipe are as wide as they need to be: nothing is cut.
 _UNLIMITED_WIDTH = 10_000
@@ -53,9 +56,17 @@ def prepare_process() -> None:
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, stop)
+    _open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         # A task may be called anything; a terminal that cannot show it must not end the program.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _open_missing_streams() -> None:
+    """``>&-`` leaves Python without the stream, and its number to the next file that is opened."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 @contextmanager
@@ -75,13 +86,36 @@ def reported(verbose: bool, timeout: float | None = None) -> Iterator[None]:
         # error of its own: safetensors makes a ValueError of it.
         if is_stopped():
             _exit_stopped(error, verbose)
-        if not isinstance(error, (VLoRAError, OSError)) or isinstance(error, BrokenPipeError):
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            _exit_unread(error)
+        if not isinstance(error, (VLoRAError, OSError)):
             raise
         if verbose:
             _print_traceback(error)
-        _fail(str(error))
+        _fail(_in_words(error))
         code = EXIT_CHECK_FAILED if isinstance(error, BudgetError) else EXIT_WRONG_INPUT
         raise typer.Exit(code) from error
+
+
+def _in_words(error: VLoRAError | OSError) -> str:
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    # Writing to a stream that is full names no file.
+    return f"{error.filename or 'cannot write the output'}: {error.strerror}"
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader has gone, as ``head`` does."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _exit_unread(error: BaseException) -> NoReturn:
+    """End as a program that the signal ends, with no more said: code 1 would mean a check that failed."""
+    # What is left to write goes nowhere, since Python would complain of it at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise typer.Exit(EXIT_BROKEN_PIPE) from error
 
 
 def _exit_stopped(error: BaseException, verbose: bool) -> NoReturn:
@@ -120,6 +154,10 @@ class _Console(Console):
             else:
                 # Where text was broken into lines, they stay lines.
                 yield Segment("\n".join(map(shown, text.split("\n"))), style, control)
+
+    def on_broken_pipe(self) -> None:
+        # rich would exit with 1, which means a check that failed.
+        raise
 
 
 def open_console(*, stderr: bool = False) -> Console:

@@ -427,10 +427,13 @@ def _finish_tree(root: Path) -> None:
         for file in files:
             path = Path(folder, file)
             if not path.is_symlink():
-                mode = stat.S_IMODE(path.stat().st_mode)
+                status = path.stat()
+                mode = stat.S_IMODE(status.st_mode)
                 if mode | readable != mode:
                     path.chmod(mode | readable)
-                _fsync(path)
+                # A file with a second name is one of the old folder, flushed when that was published.
+                if status.st_nlink == 1:
+                    _fsync(path)
         _fsync(Path(folder))
 
 

@@ -50,6 +50,10 @@ class TaskNotFoundError(CheckpointError, KeyError):
     """The checkpoint or the subspace holds no task of that name."""
 
 
+class BlendError(VLoRAError, ValueError):
+    """A name of a blend or of an alias cannot be read, or what it names cannot be blended."""
+
+
 class OutputError(VLoRAError):
     """The output exists already, is not ours to replace, or cannot be written."""
 
@@ -86,6 +90,10 @@ class TaskBusyError(VLoRAError):
 
 class IncompatibleVLLMError(VLoRAError):
     """The installed vLLM is not one this plugin was checked on."""
+
+
+class ServerError(VLoRAError):
+    """A running server does not answer, or not as one with this plugin does."""
 
 
 class SettingError(VLoRAError):

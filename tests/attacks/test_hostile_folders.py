@@ -79,14 +79,11 @@ class Uploads:
     def create_repo(self, repo_id: str, **options: Any) -> str:
         return repo_id
 
-    def upload_folder(
-        self, *, folder_path: Path, allow_patterns: list[str], **options: Any
-    ) -> SimpleNamespace:
-        from huggingface_hub.utils import filter_repo_objects
-
-        found = [str(p.relative_to(folder_path)) for p in folder_path.rglob("*") if p.is_file()]
-        for name in filter_repo_objects(found, allow_patterns=allow_patterns):
-            self.files[name] = (folder_path / name).read_bytes()
+    def upload_folder(self, *, folder_path: Path, **options: Any) -> SimpleNamespace:
+        assert "allow_patterns" not in options
+        for path in folder_path.rglob("*"):
+            if path.is_file():
+                self.files[str(path.relative_to(folder_path))] = path.read_bytes()
         return SimpleNamespace(commit_url="commit")
 
     def upload_file(self, *, path_or_fileobj: bytes, path_in_repo: str, **options: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -18,9 +19,11 @@ import torch
 from edited_world import NEW, OLD, WRITERS, World
 from format2_world import write_world
 from places import DATA as PINNED
+from rich.console import Console
 from safetensors.torch import load_file, save
 
 from vllm_vlora.checkpoint import manifest
+from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint
 from vllm_vlora.checkpoint.losses import Losses
@@ -36,7 +39,8 @@ from vllm_vlora.editing.rebuild_advice import rebuild_advice
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
 from vllm_vlora.plugin.identity import task_ids_to_int, task_paths
-from vllm_vlora.tools.summary import summarize
+from vllm_vlora.plugin.memory import serving_obstacles
+from vllm_vlora.tools.summary import print_tasks, summarize
 
 DATA = PINNED / "format4"
 OTHERS = ("format1", "format2", "format3")
@@ -646,6 +650,37 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     writer.finish("")
     yield folder
     shutil.rmtree(folder)
+
+
+def test_cards_and_tables_name_the_first_of_very_many(
+    many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_vlora.checkpoint.card._LISTED_TASKS", 2046)
+    monkeypatch.setattr("vllm_vlora.tools.summary._SHOWN_TASKS", 2046)
+    opened = Checkpoint.open(many)
+    card = model_card(None, report_contents(many, opened.tasks, opened.modules, 0))
+    assert "# 2048 LoRA adapters" in card
+    assert card.count("\n| Task/") == 2046
+    assert "And 2 more: `vllm-vlora info CHECKPOINT` lists all." in card
+    shown = io.StringIO()
+    print_tasks(Console(file=shown, width=120), summarize(opened, str(many)))
+    assert shown.getvalue().count("Task/") == 2046
+    assert "and 2 more, with --json" in shown.getvalue()
+
+
+def test_lists_read_no_record_of_its_own(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes over all tasks reads what they share, and of none what is its own."""
+
+    def refuse(tasks: IndexedTasks, task_id: str) -> None:
+        raise AssertionError(f"{task_id} was read")
+
+    monkeypatch.setattr(IndexedTasks, "_read_record", refuse)
+    opened = Checkpoint.open(many)
+    assert len(summarize(opened, str(many))["tasks"]) == manifest.INDEXED_TASKS
+    report_contents(many, opened.tasks, opened.modules, 0)
+    assert not rebuild_advice(opened).likely
+    assert serving_obstacles(opened) == {}
+    assert [len(tasks) for _, tasks in opened.alike()] == [512] * 4
 
 
 def test_so_many_tasks_have_an_index(many: Path) -> None:

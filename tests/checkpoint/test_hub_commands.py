@@ -21,11 +21,13 @@ from synthetic import family, run
 from typer.testing import CliRunner
 
 from vllm_vlora import snapshots
-from vllm_vlora.checkpoint import hub
+from vllm_vlora.checkpoint import hub, manifest
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
+from vllm_vlora.checkpoint.manifest import INDEX_FILE, RECORDS_FILE, TASKS_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.checkpoint.writer import CheckpointWriter
+from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.subspace.share_model import SHAREModel
 from vllm_vlora.tools.cli import app as whole_app
@@ -83,7 +85,6 @@ class FakeHub:
         folder_path: Path,
         commit_message: str,
         revision: str | None,
-        allow_patterns: Sequence[str],
         delete_patterns: Sequence[str],
     ) -> SimpleNamespace:
         target = self.branch(repo_id, revision)
@@ -92,8 +93,7 @@ class FakeHub:
             if name != ".gitattributes" and matches(name, delete_patterns):
                 (target / name).unlink()
         for name in self.files(Path(folder_path)):
-            if matches(name, allow_patterns):
-                self.put(target / name, (Path(folder_path) / name).read_bytes())
+            self.put(target / name, (Path(folder_path) / name).read_bytes())
         self.messages.append(commit_message)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{len(self.messages)}")
 
@@ -211,6 +211,43 @@ def test_files_of_an_earlier_checkpoint_go_with_the_same_commit(
     assert "tasks/task1.safetensors" not in found
     assert {"eval.json", ".gitattributes", "tasks/task2.safetensors"} <= set(found)
     assert list(pull_checkpoint(REPO, tmp_path / "copy").tasks) == ["task0", "task2"]
+
+
+def test_an_index_takes_the_place_of_the_json_and_gives_it_back(
+    fake: FakeHub, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_checkpoint(ckpt, REPO)
+    for number, (most, there, gone) in enumerate(
+        ((1, {INDEX_FILE, RECORDS_FILE}, {TASKS_FILE}), (100, {TASKS_FILE}, {INDEX_FILE}))
+    ):
+        monkeypatch.setattr(manifest, "INDEXED_TASKS", most)
+        remove_tasks(ckpt, [f"task{number}"])
+        push_checkpoint(ckpt, REPO)
+        files = set(FakeHub.files(fake.branch(REPO)))
+        assert there <= files
+        assert not gone & files
+        pulled = pull_checkpoint(REPO, tmp_path / "copy", force=True)
+        assert contents(tmp_path / "copy") == contents(ckpt)
+        assert list(pulled.tasks) == [f"task{n}" for n in range(number + 1, 3)]
+
+
+def test_looking_at_very_many_tasks_downloads_no_weights(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "INDEXED_TASKS", 1)
+    remove_tasks(ckpt, ["task0"])
+    cache = tmp_path / "cache"
+
+    def download(repo: str, *, revision: str | None, allow_patterns: Sequence[str] | None) -> str:
+        for name in FakeHub.files(ckpt):
+            if allow_patterns is None or matches(name, allow_patterns):
+                FakeHub.put(cache / name, (ckpt / name).read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr(snapshots.huggingface_hub, "snapshot_download", download)
+    opened = Checkpoint.open(REPO, manifest_only=True)
+    assert [record.source for record in opened.tasks.values()] == ["task1", "task2"]
+    assert set(FakeHub.files(cache)) == {"vlora_config.json", INDEX_FILE, RECORDS_FILE}
 
 
 def test_a_revision_is_a_branch(fake: FakeHub, ckpt: Path, tmp_path: Path) -> None:

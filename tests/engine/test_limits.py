@@ -137,9 +137,9 @@ FAIR = {"FAIR": "on", "WEIGHTS": json.dumps({THIRD: 3})}
 
 @pytest.fixture
 def fair(make_engine: Make) -> Engine:
-    # A request may take 16 blocks; four of 109 tokens end with 28, so that some are preempted.
+    # A request may take 8 blocks; four of 109 tokens end with 16, so that some are preempted.
     return make_engine(
-        FAIR, num_gpu_blocks_override=18, block_size=16, scheduling_policy="priority"
+        FAIR, num_gpu_blocks_override=10, block_size=32, scheduling_policy="priority"
     )
 
 

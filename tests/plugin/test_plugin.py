@@ -357,9 +357,11 @@ class _Client:
         self.answers = answers
         self.core_engines = range(len(answers))
 
-    async def _call_utility_async(self, method: str, *, engine: int) -> list[list[str]]:
-        from vllm_vlora.plugin.engine_core import TASKS_METHOD
+    async def _call_utility_async(self, method: str, *, engine: int) -> Any:
+        from vllm_vlora.plugin.engine_core import ALIASES_METHOD, TASKS_METHOD
 
+        if method == ALIASES_METHOD:
+            return '{"version": 1, "aliases": {}}'
         assert method == TASKS_METHOD
         return [list(pair) for pair in self.answers[engine]]  # As it comes over the wire.
 

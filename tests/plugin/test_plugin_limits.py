@@ -384,6 +384,8 @@ def test_the_error_has_status_429_wherever_vllm_answers_it(limits: Any) -> None:
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
     from vllm.exceptions import VLLMError
 
+    if "GracefulHTTPError" not in vars(importlib.import_module("vllm.exceptions")):
+        pytest.skip("before 0.30 vLLM has no such error, and the test below holds")
     error = limits._busy("2 requests of 'sql' wait already")
     assert isinstance(error, TaskBusyError)
     assert isinstance(error, VLLMError), "vLLM passes those on as they are"

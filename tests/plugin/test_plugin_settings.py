@@ -27,6 +27,8 @@ from vllm_vlora.plugin.settings import Settings, read_settings
             {"VLLM_VLORA_FAIR": "on", "VLLM_VLORA_WEIGHTS": '{"sql": 2, "é,=": 0.5}'},
             Settings(fair=True, weights={"sql": 2.0, "é,=": 0.5}),
         ),
+        ({"VLLM_VLORA_METRICS_TASKS": "5"}, Settings(metrics_tasks=5)),
+        ({"VLLM_VLORA_METRICS_LISTED": "0"}, Settings(metrics_listed=0)),
         ({"VLLM_VLORA_ROWS": "wide"}, Settings()),
         ({"VLLM_VLORA_BASIS": "dense", "VLLM_VLORA_MODE": "auto"}, Settings()),
     ],

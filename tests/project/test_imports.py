@@ -20,6 +20,7 @@ LIBRARY = (
     "adapters",
     "fitting",
     "checkpoint",
+    "blending",
     "foreign",
     "planning",
     "compression",
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     GROUND: (),
     "triton_kernels": (),
     **{room: LIBRARY[:place] for place, room in enumerate(LIBRARY)},
-    "plugin": ("representations", "adapters", "checkpoint", "triton_kernels"),
+    "plugin": ("representations", "adapters", "checkpoint", "blending", "triton_kernels"),
     "tools": (*LIBRARY, "plugin"),
 }
 # Rooms that hand on names under their own.

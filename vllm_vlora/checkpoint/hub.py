@@ -6,9 +6,11 @@ is huggingface_hub's own business (``HF_TOKEN``, or ``hf auth login``).
 
 from __future__ import annotations
 
-import glob
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub
@@ -20,6 +22,7 @@ from huggingface_hub.utils import (
 )
 
 from vllm_vlora.atomic import check_apart, publish_folder
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.manifest import (
@@ -105,8 +108,7 @@ def push_checkpoint(
         raise CheckpointError(f"checkpoint {str(path)!r}: no such folder")
     _check_sound(path)
     opened = Checkpoint.open(path)
-    # Names, and no patterns: what else lies in the folder is nobody's to publish.
-    names = [glob.escape(name) for name in _files(opened)]
+    names = _files(opened)
     api = _api(token)
     count = len(opened.tasks)
     words = message or f"{count} LoRA {'task' if count == 1 else 'tasks'} (vllm-vlora)"
@@ -114,14 +116,14 @@ def push_checkpoint(
         url = str(api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=path,
-            commit_message=words,
-            revision=revision,
-            allow_patterns=names,
-            delete_patterns=_REPLACED,
-        )
+        with _staged(path, names) as folder:
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=words,
+                revision=revision,
+                delete_patterns=_REPLACED,
+            )
         if not (path / _CARD_FILE).exists():
             api.upload_file(
                 path_or_fileobj=_card(opened),
@@ -180,6 +182,20 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
     return Checkpoint.open(output)
 
 
+@contextmanager
+def _staged(path: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A folder with links to these files alone: what else lies in theirs is nobody's to publish.
+
+    As patterns of what to upload the Hub's library would compare each name with each.
+    """
+    with TemporaryDirectory(prefix="vllm-vlora-") as folder:
+        for name in names:
+            link = Path(folder, name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((path / name).absolute())
+        yield Path(folder)
+
+
 def _api(token: str | None) -> Any:
     return huggingface_hub.HfApi(token=token)
 
@@ -212,7 +228,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
     refs = [*checkpoint.files, *task_files(checkpoint.tasks)]
     refs += [ref for refs in checkpoint.attachments.values() for ref in refs.values()]
     files = {CONFIG_FILE: JSON_BYTES, **{ref.file: ref.nbytes for ref in refs}}
-    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, _CARD_FILE]
+    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, ALIASES_FILE, _CARD_FILE]
     beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
     files |= {name: JSON_BYTES for name in beside if (checkpoint.path / name).is_file()}
     for name in files:

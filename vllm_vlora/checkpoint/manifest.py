@@ -6,6 +6,7 @@
     CKPT/tasks.index, .records   the same of very many tasks, read one at a time; see ``task_index``
     CKPT/tasks/*.safetensors     one file a task, named by ``task_ids.encode_task_id``
     CKPT/attachments*            tokenizers that travel with tasks; see ``attachments``
+    CKPT/aliases.json            other names for tasks and blends; see ``aliases``
     CKPT/README.md               a Hub model card
 
 A *segment* is one module of one task. Its matrices are packed row by row (``quantize``) and lie one

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
@@ -43,7 +44,7 @@ def checkpoint_files(path: Path) -> set[str] | None:
     if not is_checkpoint(path):
         return None
     own = {CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, CARD_FILE}
-    own |= {INDEX_FILE, RECORDS_FILE}
+    own |= {ALIASES_FILE, INDEX_FILE, RECORDS_FILE}
     for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE):
         with suppress(OSError):
             own.update(_named(read_regular(path / name, JSON_BYTES)))

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from vllm_vlora.checkpoint.aliases import Aliases, read_aliases
 from vllm_vlora.checkpoint.attachments import Attached, read_attachments
 from vllm_vlora.checkpoint.layout import (
     CODE_PARTS,
@@ -179,13 +180,22 @@ class Checkpoint:
         return read_attachments(self.path, self.tasks)
 
     @cached_property
+    def aliases(self) -> Aliases:
+        """Names for tasks, blends and canaries, read when first asked for.
+
+        Raises:
+            CheckpointError: their file is damaged, or names a task that there is not.
+        """
+        return read_aliases(self.path, self.tasks)
+
+    @cached_property
     def content_digest(self) -> str:
         """SHA-256, in hex, of all that is served of this checkpoint (see ``pinning``).
 
         Raises:
-            CheckpointError: the index of what is kept with tasks is damaged.
+            CheckpointError: the index of what is kept with tasks, or of aliases, is damaged.
         """
-        return content_digest(self.config, self.attachments)
+        return content_digest(self.config, self.attachments, self.aliases)
 
     @property
     def files(self) -> list[FileRef]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE, read_aliases
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, read_attachments
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
@@ -41,7 +42,9 @@ from vllm_vlora.wording import without_secrets
 
 logger = logging.getLogger(__name__)
 
-# What goes with a checkpoint, and no manifest knows of.
+# What no manifest knows of and the digest of the content covers.
+_COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE)
+# What goes with a checkpoint, and neither knows of.
 _BESIDE = (BASIS_INDEX_FILE, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
@@ -116,7 +119,7 @@ def _newest_state(
 ) -> Path:
     """The state that the URL has now, from the cache or fetched into it."""
     texts = {CONFIG_FILE: remote.read(CONFIG_FILE, JSON_BYTES)}
-    texts |= _optional(remote, [ATTACHMENTS_FILE])
+    texts |= _optional(remote, _COUNTED)
     for state in cached.states():
         if wanted is None and _has(state, texts):
             return cached.seen(state)
@@ -151,13 +154,14 @@ def _described(remote: RemoteFolder, texts: Mapping[str, bytes], url: str) -> _D
                 names[records.file] = _checked(remote, records, folder)
             tasks = open_tasks(folder, config)
             attachments = read_attachments(folder, tasks)
+            aliases = read_aliases(folder, tasks)
         except CheckpointError as error:
             # The same, of the URL in place of the folder that nobody will find.
             raise type(error)(str(error).replace(str(folder), url)) from None
     kept = {ref.file: ref for refs in attachments.values() for ref in refs.values()}
     refs = [*config.basis, *task_files(tasks), *kept.values()]
     files = [RemoteFile(ref.file, ref.nbytes, ref.sha256) for ref in refs]
-    return _Described(names, files, content_digest(config, attachments))
+    return _Described(names, files, content_digest(config, attachments, aliases))
 
 
 def _checked(remote: RemoteFolder, ref: FileRef, folder: Path) -> bytes:
@@ -180,16 +184,14 @@ def _optional(remote: RemoteFolder, names: list[str] | tuple[str, ...]) -> dict[
             # Where a key may not list, what is not there is denied too.
             if not problem.missing and not problem.denied:
                 raise
-            if problem.denied and name == ATTACHMENTS_FILE:
+            if problem.denied and name in _COUNTED:
                 logger.warning("%s; it is taken not to be there", problem)
     return found
 
 
 def _has(state: Path, texts: Mapping[str, bytes]) -> bool:
-    """Whether a state has this manifest; attachments that it has and that are gone count too."""
-    return all(
-        _content(state / name) == texts.get(name) for name in (CONFIG_FILE, ATTACHMENTS_FILE)
-    )
+    """Whether a state has this manifest; what it has beside it and that is gone counts too."""
+    return all(_content(state / name) == texts.get(name) for name in (CONFIG_FILE, *_COUNTED))
 
 
 def _content(path: Path) -> bytes | None:

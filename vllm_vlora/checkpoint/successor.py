@@ -24,6 +24,7 @@ from vllm_vlora.atomic import (
     foreign_files,
     publish_folder,
 )
+from vllm_vlora.checkpoint.aliases import refuse_fault
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.manifest import (
@@ -120,6 +121,7 @@ class Successor(CheckpointWriter):
     def __init__(self, folder: Path, old: Checkpoint, *, allow_large_error: bool = False) -> None:
         super().__init__(folder, old.base_model, allow_large_error=allow_large_error)
         self._old = old
+        self.aliases = old.aliases
         self._kept: list[FileRef] | None = None
 
     def keep_bases(self) -> None:
@@ -158,7 +160,12 @@ class Successor(CheckpointWriter):
             self.add_module(spec.name, spec.d_in, spec.d_out, spec.kind, new, flat)
 
     def finish_edited(self) -> CompressReport:
-        """Write the rest, with a model card; returns what the card says."""
+        """Write the rest, with a model card; returns what the card says.
+
+        Raises:
+            OutputError: an alias names a task that would be gone, or a new task has an alias' name.
+        """
+        refuse_fault(self.aliases, self.tasks, self._old.path)
         bases = basis_nbytes(self.modules) if self._kept is None else self._old.basis_nbytes
         report = report_contents(self.folder, self.tasks, self.modules, bases)
         self.finish(model_card(self.base_model, report))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vllm_vlora.adapters.peft_config import GATHER
+from vllm_vlora.checkpoint.aliases import read_aliases
 from vllm_vlora.checkpoint.attachments import Attached, read_attached
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE, hash_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
@@ -89,6 +90,10 @@ def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
     attachments: Mapping[str, Attached] = {}
     try:
         attachments = checkpoint.attachments
+    except CheckpointError as error:
+        problems.append(str(error))
+    try:
+        read_aliases(checkpoint.path, checkpoint.tasks)
     except CheckpointError as error:
         problems.append(str(error))
     yield "bases", problems

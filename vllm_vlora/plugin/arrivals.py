@@ -6,12 +6,14 @@ between two steps is a copy to the device. Who waits is let in as soon as all wo
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm_vlora.errors import VLoRAError
+from vllm_vlora.plugin.counters import DISK, HOST, ServingCounters
 from vllm_vlora.plugin.residency import Residency
 
 # Tasks that are staged at once. More would hold more host memory, and the first not sooner.
@@ -41,13 +43,19 @@ class Waiter:
 class _Arrival:
     request: Any
     waiters: list[Waiter] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
+    # Where it was when the workers were first asked for it.
+    source: str = ""
 
 
 class Arrivals:
     """The tasks that are awaited, in the order in which they were asked for."""
 
-    def __init__(self, residency: Residency, stage: Stage) -> None:
+    def __init__(
+        self, residency: Residency, stage: Stage, counters: ServingCounters | None = None
+    ) -> None:
         self._residency, self._stage = residency, stage
+        self._counters = counters or ServingCounters(0, 0)
         self._awaited: OrderedDict[str, _Arrival] = OrderedDict()
         # The tasks in use when there was no room; until others are, asking again is in vain.
         self._full_of: set[str] | None = None
@@ -73,7 +81,11 @@ class Arrivals:
         first = [arrival.request for arrival in self._awaited.values()][:_STAGED_AT_ONCE]
         if not first:
             return
-        for request, staged in zip(first, self._stage(first)):
+        answers = list(zip(first, self._stage(first)))
+        for request, staged in answers:
+            arrival = self._awaited[request.lora_path]
+            arrival.source = arrival.source or (HOST if staged else DISK)
+        for request, staged in answers:
             if self._full_of is not None and self._full_of == self._residency.in_use():
                 return
             self._full_of = None
@@ -84,14 +96,25 @@ class Arrivals:
         try:
             placed = self._residency.place(request)
         except VLoRAError as error:
-            for waiter in self._awaited.pop(request.lora_path).waiters:
+            self._counters.refused(error)
+            for waiter in self._arrived(request).waiters:
                 waiter.failed(error)
             return
         if not placed:
             self._full_of = self._residency.in_use()
             return
-        for waiter in self._awaited.pop(request.lora_path).waiters:
+        arrival = self._arrived(request)
+        self._counters.loaded(arrival.source, time.monotonic() - arrival.since)
+        for waiter in arrival.waiters:
             waiter.ready()
+
+    def _arrived(self, request: Any) -> _Arrival:
+        """Whoever waited for a task, counted and no longer waiting."""
+        arrival = self._awaited.pop(request.lora_path)
+        for waiter in arrival.waiters:
+            if waiter.request_id is not None:
+                self._counters.requested(request.lora_name, arrival.source)
+        return arrival
 
     def withdraw(self, request_ids: Collection[str]) -> None:
         """Take these requests out of the waiting ones."""

@@ -6,7 +6,7 @@ become the kernels' layers, a stored task becomes their task, and the slots are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -125,7 +125,7 @@ class DirectPath:
                 count += 1
         self._count = count
         self._held = HeldBases(engine_name)
-        users = _users(checkpoint, self._task_obstacle, self._held)
+        users = _users(checkpoint, self._segments_obstacle, self._held)
         # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
         self._max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
         # Known now: captured graphs have one kernel for all tasks, with one body where it can be.
@@ -193,13 +193,19 @@ class DirectPath:
 
     def _task_obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
         record = checkpoint.record(task_id)
-        segments = record.segments
-        reason = direct_obstacle(segments, checkpoint.modules)
+        reason = direct_obstacle(record.segments, checkpoint.modules)
         if reason is not None:
             return reason
         heads = [name for name in record.extra if not is_base_copy(name)]
         if heads:
             return f"it carries {heads[0]}, which stands in a slot"
+        return self._segments_obstacle(checkpoint, record.segments)
+
+    def _segments_obstacle(self, checkpoint: Checkpoint, segments: Sequence[Segment]) -> str | None:
+        """Why no task with these segments can run direct here, whatever the layers hold."""
+        reason = direct_obstacle(segments, checkpoint.modules)
+        if reason is not None:
+            return reason
         for segment in segments:
             module = checkpoint.modules[segment.module]
             name = self._engine_name(module.name)
@@ -249,15 +255,21 @@ class DirectPath:
 
 
 def _users(
-    checkpoint: Checkpoint, obstacle: Callable[[Checkpoint, str], str | None], held: HeldBases
+    checkpoint: Checkpoint,
+    obstacle: Callable[[Checkpoint, Sequence[Segment]], str | None],
+    held: HeldBases,
 ) -> list[tuple[Segment, ModuleSpec]]:
-    """The segments of every task that can run direct, with their modules; ``held`` gets their bases."""
+    """The segments of tasks that can run direct, with their modules; ``held`` gets their bases.
+
+    Those that many tasks have in common are looked at once.
+    """
     return [
         (segment, checkpoint.modules[segment.module])
-        for task_id, record in checkpoint.tasks.items()
-        if obstacle(checkpoint, task_id) is None
-        and held.take(record.segments, checkpoint.modules) is None
-        for segment in record.segments
+        for segments, tasks in checkpoint.alike()
+        if obstacle(checkpoint, segments) is None
+        and not all(checkpoint.entry(task).carries for task in tasks)
+        and held.take(segments, checkpoint.modules) is None
+        for segment in segments
     ]
 
 

@@ -12,14 +12,18 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from typing import Any
 
+from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
 from vllm_vlora.plugin.arrivals import Arrivals, Waiter
+from vllm_vlora.plugin.counters import DEVICE, counters_of
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.residency import Held, Residency
 from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE
 
 TASKS_METHOD = "vlora_tasks"
 """The name under which an engine core answers with what it serves."""
+ALIASES_METHOD = "vlora_aliases"
+"""The name under which it answers with other names for that, as ``encode_aliases`` writes them."""
 FOLLOW_METHOD = "vlora_follow"
 """The name under which it looks for a published state and serves it."""
 CHANGED = (
@@ -59,6 +63,11 @@ def _held(worker: Any) -> list[str]:
 
 def _served(worker: Any) -> list[tuple[str, str]]:
     return _manager(worker).vlora_store.served()
+
+
+def _aliases(worker: Any) -> str:
+    state = _manager(worker).vlora_store.state
+    return "" if state is None else encode_aliases(state.aliases).decode()
 
 
 def _states(worker: Any) -> tuple[str, str]:
@@ -103,9 +112,11 @@ class Tasks:
     """Where an engine core's tasks are, and who waits for one."""
 
     def __init__(self, core: Any) -> None:
-        workers = _Workers(core)
-        self.residency = Residency(workers, lambda: _paths_in_use(core.scheduler))
-        self.arrivals = Arrivals(self.residency, workers.stage)
+        workers, counters = _Workers(core), counters_of(core)
+        self.residency = Residency(
+            workers, lambda: _paths_in_use(core.scheduler), counters=counters
+        )
+        self.arrivals = Arrivals(self.residency, workers.stage, counters)
         self._ticker = _Ticker(core) if hasattr(core, "input_queue") else None
         self.served = ""
 
@@ -175,7 +186,7 @@ class _Ticker:
                 queue.put_nowait(self._message)
 
 
-def _tasks_of(core: Any) -> Tasks:
+def tasks_of(core: Any) -> Tasks:
     """The engine core's own, made on first use."""
     held = core.__dict__.get("_vlora_tasks_held")
     if held is None:
@@ -194,7 +205,7 @@ def ensure_in_process(client: Any, lora_request: Any) -> None:
     """Hold a task of ours where the client's engine core is in this process; else nothing."""
     core = getattr(client, "engine_core", None)
     if core is not None and _is_ours(lora_request):
-        _tasks_of(core).here(lora_request)
+        tasks_of(core).here(lora_request)
 
 
 def _is_ours(lora_request: Any) -> bool:
@@ -211,7 +222,7 @@ def load_before_add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_lora(self: Any, lora_request: Any) -> Any:
         if not _is_ours(lora_request):
             return original(self, lora_request)
-        tasks = _tasks_of(self)
+        tasks = tasks_of(self)
         if tasks.here(lora_request):
             return original(self, lora_request)
         # vLLM sends what a future holds when it is done.
@@ -237,8 +248,9 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         lora = request.lora_request
         if not lora or not _is_ours(lora):
             return original(self, request, request_wave)
-        tasks = _tasks_of(self)
+        tasks = tasks_of(self)
         if tasks.here(lora):
+            counters_of(self).requested(lora.lora_name, DEVICE)
             return original(self, request, request_wave)
         # Whole, as it came: a data-parallel core, which overrides it, counts waves there.
         enter = functools.partial(self.add_request, request, request_wave)
@@ -284,12 +296,24 @@ def served_tasks(core: Any) -> list[tuple[str, str]]:
     return first
 
 
+def served_aliases(core: Any) -> str:
+    """Aliases of what an engine core's workers serve, as JSON; becomes a method of it.
+
+    Raises:
+        CheckpointError: as :func:`served_tasks`.
+    """
+    first, *others = core.model_executor.collective_rpc(_aliases)
+    if any(other != first for other in others):
+        raise CheckpointError(CHANGED)
+    return first
+
+
 def follow(core: Any) -> str:
     """The digest of the state that an engine core serves, after it took what all its workers offer.
 
     Becomes a method of it.
     """
-    tasks = _tasks_of(core)
+    tasks = tasks_of(core)
     tasks.residency.release()
     states = set(core.model_executor.collective_rpc(_states))
     served = {state for state, _ in states}
@@ -300,6 +324,7 @@ def follow(core: Any) -> str:
         if all(core.model_executor.collective_rpc(_adopt, args=(digest,))):
             tasks.residency.retire(path for _, path in served_tasks(core))
             served = offered
+            counters_of(core).adopted(digest)
     return served.pop() if len(served) == 1 else ""
 
 

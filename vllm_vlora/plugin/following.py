@@ -12,14 +12,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked, task_file
 from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, VLoRAError
+from vllm_vlora.plugin.counters import reason_of
 from vllm_vlora.plugin.identity import task_paths
 
 PERIOD = 0.25
@@ -31,6 +34,10 @@ _TRY_AGAIN = 2.0
 READ_NBYTES = 2 << 30
 
 
+# Refusals that nobody asked for yet.
+_MOST_REFUSALS = 100
+
+
 class State:
     """One state of a checkpoint, with the paths that name its tasks."""
 
@@ -39,6 +46,8 @@ class State:
         paths = task_paths(checkpoint)
         self.paths: dict[str, str] = {task: str(path) for task, path in paths.items()}
         self.tasks: dict[str, str] = {path: task for task, path in self.paths.items()}
+        # Now, as what lies there later may be another state's.
+        self.aliases = checkpoint.aliases
 
     @cached_property
     def digest(self) -> str:
@@ -72,6 +81,7 @@ class Follower:
         self._seen: tuple[int, ...] | None = None
         self._read_again = 0.0
         self._said = ""
+        self._refused: deque[str] = deque(maxlen=_MOST_REFUSALS)
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 
@@ -111,16 +121,21 @@ class Follower:
             self._offered = self._sound_state()
             self._said = ""
         except VLoRAError as error:
-            self._refuse(str(error))
+            self._refuse(error, str(error))
         except Exception as error:  # noqa: BLE001 - a thread that ended would follow no more
-            self._refuse(f"{type(error).__name__}: {error}")
+            self._refuse(error, f"{type(error).__name__}: {error}")
 
-    def _refuse(self, why: str) -> None:
+    def take_refusals(self) -> list[str]:
+        """Why states were not offered since this was asked last, a word each."""
+        return [self._refused.popleft() for _ in range(len(self._refused))]
+
+    def _refuse(self, error: Exception, why: str) -> None:
         self._read_again = time.monotonic() + _TRY_AGAIN
         if why != self._said:
             self._logger.error(
                 "vllm-vlora: what was published is not served, the state before it is: %s", why
             )
+            self._refused.append(reason_of(error))
         self._said = why
 
     def _sound_state(self) -> State:
@@ -150,15 +165,22 @@ def _new_files(
     known = {ref.sha256 for ref in before.config.basis}
     yield from (ref for ref in checkpoint.config.basis if ref.sha256 not in known)
     for task in tasks:
-        record = checkpoint.record(task)
-        yield FileRef(record.file, record.sha256, record.nbytes)
+        entry = checkpoint.entry(task)
+        yield FileRef(task_file(task), entry.sha256, entry.nbytes)
 
 
 def folder_identity(checkpoint: str | Path) -> tuple[int, ...] | None:
-    """What differs between two publications of a checkpoint's manifest; None where there is none."""
+    """What differs between two publications of a checkpoint's manifest, and between two versions of its
+    aliases, which are written beside it; None where there is no manifest.
+    """
     folder, _ = split_pin(checkpoint)
+    manifest, aliases = (_file_identity(Path(folder, name)) for name in (CONFIG_FILE, ALIASES_FILE))
+    return None if manifest is None else (*manifest, *(aliases or ()))
+
+
+def _file_identity(file: Path) -> tuple[int, ...] | None:
     try:
-        found = Path(folder, CONFIG_FILE).stat()
+        found = file.stat()
     except (OSError, ValueError):
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -19,6 +19,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from vllm_vlora.errors import TaskBusyError
+from vllm_vlora.plugin.counters import counters_of
 from vllm_vlora.plugin.fair_queue import Tenant, Tenants
 from vllm_vlora.plugin.seam_table import Place
 from vllm_vlora.plugin.settings import QUEUE_VARIABLE, Settings
@@ -143,6 +144,7 @@ def _refuse_above(original: Callable[..., Any], bound: int) -> Callable[..., Any
             and request.request_id not in self.scheduler.requests
             and not getattr(self.vllm_config, _ONE_CALLER, False)
         ):
+            counters_of(self).refused(TaskBusyError)
             end = _refusal(request.request_id, _too_many(tenant, bound))
             self.output_queue.put_nowait((request.client_index, end))
             return None

@@ -13,9 +13,11 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_vlora.checkpoint.aliases import Route, decode_aliases
 from vllm_vlora.errors import CheckpointError
-from vllm_vlora.plugin.engine_core import CHANGED, FOLLOW_METHOD, TASKS_METHOD
+from vllm_vlora.plugin.engine_core import ALIASES_METHOD, CHANGED, FOLLOW_METHOD, TASKS_METHOD
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
+from vllm_vlora.plugin.named_requests import TaskRequests
 from vllm_vlora.plugin.requests import requests_for
 
 PERIOD = 0.5
@@ -53,6 +55,10 @@ class Listing:
         for request in found:
             self._refuse_name(request)
         self._show(found)
+        aliases = await self._aliases()
+        for name in aliases:
+            self._refuse_alias(name)
+        self._models.lora_requests.aliases = aliases
         if self._templates is not None:
             self._templates(paths)
 
@@ -84,33 +90,57 @@ class Listing:
                 _logger().error("vllm-vlora: %s; it is not listed", error)
             else:
                 found.append(request)
+        aliases = await self._aliases()
+        for name in list(aliases):
+            try:
+                self._refuse_alias(name)
+            except CheckpointError as error:
+                _logger().error("vllm-vlora: %s; it is not served", error)
+                del aliases[name]
         if self._templates is not None:
             await asyncio.to_thread(self._templates, paths)
         self._show(found)
+        self._models.lora_requests.aliases = aliases
         (self._state,) = states
 
     def _show(self, found: list[LoRARequest]) -> None:
         """List these in place of those that are listed; what did not change is not looked at."""
-        shown: dict[str, LoRARequest] = self._models.lora_requests
+        shown: TaskRequests = self._models.lora_requests
         wanted = {request.lora_name: request for request in found}
         for name, old in self._listed.items():
             new = wanted.get(name)
             # A client may have unloaded it, or put another in its place, where that is allowed.
-            if (new is None or new.lora_path != old.lora_path) and shown.get(name) is old:
+            if (new is None or new.lora_path != old.lora_path) and shown.own(name) is old:
                 del shown[name]
         for name, request in wanted.items():
             before = self._listed.get(name)
             if before is not None and before.lora_path == request.lora_path:
                 wanted[name] = before
-            elif name not in shown:
+            elif shown.own(name) is None:
                 shown[name] = request
         self._loaded.update(request.lora_path for request in found)
         self._listed = wanted
 
     def _refuse_name(self, request: LoRARequest) -> None:
-        name, shown = request.lora_name, self._models.lora_requests
-        ours = shown.get(name) is self._listed.get(name, None)
-        refuse_name(request, self._models.is_base_model(name), () if ours else shown)
+        name = request.lora_name
+        # Not what it would mean as a blend.
+        other = self._models.lora_requests.own(name) is not self._listed.get(name, None)
+        refuse_name(request, self._models.is_base_model(name), (name,) if other else ())
+
+    def _refuse_alias(self, name: str) -> None:
+        other = self._models.lora_requests.own(name)
+        if self._models.is_base_model(name) or (other is not None and name not in self._listed):
+            raise CheckpointError(
+                f"alias {name!r} has the name of a served model or --lora-modules adapter; give one of "
+                "them another name"
+            )
+
+    async def _aliases(self) -> dict[str, tuple[Route, ...]]:
+        """Other names of what every engine core serves."""
+        answers = await self._ask(ALIASES_METHOD)
+        if any(other != answers[0] for other in answers):
+            raise CheckpointError(CHANGED)
+        return decode_aliases(answers[0].encode())
 
     async def _served(self) -> dict[str, TaskPath]:
         """What every engine core serves: task id -> path, in that order."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 from vllm_vlora.errors import MemoryBudgetError, VLoRAError
+from vllm_vlora.plugin.counters import ServingCounters
 from vllm_vlora.plugin.settings import LATE_VARIABLE
 
 # Seconds that a task which was published again, or removed, is still held: an API server may not have
@@ -59,6 +60,7 @@ class Residency:
         workers: those that hold them.
         in_use: the paths that requests in the engine ask for.
         clock: seconds that only grow.
+        counters: where it is counted that a task gave way.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class Residency:
         workers: Workers,
         in_use: Callable[[], set[str]],
         clock: Callable[[], float] = time.monotonic,
+        counters: ServingCounters | None = None,
     ) -> None:
         self._workers, self._clock = workers, clock
+        self._counters = counters
         self.in_use = in_use
         self._held: OrderedDict[str, None] = OrderedDict.fromkeys(workers.held())
         self._retired: dict[str, float] = {}
@@ -75,6 +79,13 @@ class Residency:
         self._tidy_at: float | None = None
         self._numbers: dict[int, str] = {}
         self._renumbered: dict[str, int] = {}
+
+    def paths(self) -> Iterable[str]:
+        """The tasks that are held, the last used first."""
+        return reversed(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
     def touch(self, path: str) -> bool:
         """Whether a task is held; it then is the most recently used."""
@@ -126,6 +137,8 @@ class Residency:
             if not idle:
                 return False, not self._held
             self.forget(idle.pop())
+            if self._counters is not None:
+                self._counters.evicted()
 
     def forget(self, path: str, wholly: bool = False) -> None:
         """Take a task off the devices; ``wholly``: and keep nothing of it elsewhere."""

@@ -15,16 +15,20 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
+from vllm_vlora.blending.blended import with_named_blends
+from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelMismatchError
 from vllm_vlora.plugin.arena import Arena, Block
+from vllm_vlora.plugin.blend_paths import blended_checkpoint
 from vllm_vlora.plugin.direct import DirectMemory, DirectPath, task_memory
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path, task_path
@@ -207,11 +211,12 @@ class ResidentStore:
         _, self._pin = split_pin(folder)
         checkpoint = Checkpoint.open(folder)
         if make_path is not None:
-            self.direct = make_path(checkpoint)
+            # What its aliases name will come: for ranks and formats that no task has.
+            self.direct = make_path(with_named_blends(checkpoint))
         self.state = State(checkpoint)
-        obstacles = self._obstacles(checkpoint, checkpoint.tasks)
-        for task_id, why in obstacles.items():
-            staged = self._read(checkpoint, task_id, why)
+        self.check(checkpoint, checkpoint.tasks)
+        for task_id in checkpoint.tasks:
+            staged = self._read(checkpoint, task_id, self._obstacle(checkpoint, task_id))
             placed = self._place(self.state.paths[task_id], staged)
             self._let_go(staged.bases)
             if not placed:
@@ -232,7 +237,8 @@ class ResidentStore:
         Raises:
             ModelMismatchError: the served model cannot take them.
         """
-        self._obstacles(checkpoint, task_ids)
+        speak = _speakers(checkpoint, set(task_ids))
+        self._obstacles(checkpoint, [task for task in task_ids if task in speak])
 
     def serve(self, state: State) -> None:
         """Take another state's tasks as what is served; what is held of the one before stays."""
@@ -274,6 +280,7 @@ class ResidentStore:
 
         Raises:
             CheckpointError: the checkpoint on disk no longer holds these weights, or is damaged.
+            BlendError: the path is a blend's, of tasks that cannot be blended.
             ModelMismatchError: the served model cannot take the task.
         """
         name = str(path)
@@ -370,6 +377,18 @@ class ResidentStore:
         """Bytes of images on the host."""
         return self._images.nbytes
 
+    @property
+    def host_limit(self) -> int:
+        """Bytes that they may take."""
+        return self._images.limit
+
+    def host_tasks(self, most: int) -> tuple[int, list[str]]:
+        """How many tasks are on the host alone, and names of so many of them, the last used first."""
+        held = self._images.held
+        both = sum(path in held for path in self._placed)
+        alone = (image for path, image in reversed(held.items()) if path not in self._placed)
+        return len(held) - both, [staged.image.tree.task_id for staged in islice(alone, most)]
+
     # --- from disk to host ---
 
     def _read_path(self, path: TaskPath) -> _Staged:
@@ -387,8 +406,11 @@ class ResidentStore:
             # A client may have made it up; what is no path could be the name of a repository.
             raise CheckpointError(f"{path}: not a path from the root; give the task's whole path")
         checkpoint = Checkpoint.open(pinned(path.checkpoint, self._pin))
-        for task_id, record in checkpoint.tasks.items():
-            if record.file == path.file and checkpoint.digest(task_id) == path.digest:
+        blended = blended_checkpoint(checkpoint, path)
+        if blended is not None:
+            return self._read_checked(blended, blended.task_id)
+        for task_id in checkpoint.tasks:
+            if task_file(task_id) == path.file and checkpoint.digest(task_id) == path.digest:
                 own = task_path(checkpoint, task_id)
                 if own != path:
                     raise CheckpointError(f"{path}: give the task's own path, {own}")
@@ -463,8 +485,10 @@ class ResidentStore:
         return _Staged(make_image(task, leave, pin=self._pins), bases, brought, None)
 
     def _resident(self, checkpoint: Checkpoint, task_id: str, *parts: Any) -> ResidentTask:
-        path, rank = str(task_path(checkpoint, task_id)), checkpoint.record(task_id).max_rank
-        return ResidentTask(task_id, path, rank, *parts)
+        record = checkpoint.record(task_id)
+        # Not by the id: a blend's file has another name.
+        path = TaskPath(checkpoint.path.absolute(), record.file, checkpoint.digest(task_id))
+        return ResidentTask(task_id, str(path), record.max_rank, *parts)
 
     @property
     def _pins(self) -> bool:
@@ -562,6 +586,16 @@ class ResidentStore:
                 placed = self._bases.pop(key, None)
                 if placed is not None:
                     self._arena.free(placed.block)
+
+
+def _speakers(checkpoint: Checkpoint, tasks: set[str]) -> set[str]:
+    """Of tasks with the same segments one, which speaks for all, and all that carry more than LoRA."""
+    found: set[str] = set()
+    for _, alike in checkpoint.alike():
+        asked = [task for task in alike if task in tasks]
+        found.update(asked[:1])
+        found.update(task for task in asked if checkpoint.entry(task).carries)
+    return found
 
 
 def _basis_tensors(basis: Basis) -> Iterable[torch.Tensor]:

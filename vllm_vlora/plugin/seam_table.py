@@ -285,6 +285,22 @@ def _replaced() -> Iterator[Seam]:
         "lists in /v1/models every task that the workers hold",
         ("self",),
     )
+    yield Seam(
+        "vllm.entrypoints.serve.instrumentator.metrics",
+        "attach_router",
+        "/metrics shows what the engine cores count of our tasks",
+        ("app",),
+    )
+    processor = "vllm.v1.engine.output_processor"
+    yield Seam(
+        processor,
+        "OutputProcessor.do_tracing",
+        "a request's span names its task",
+        ("self", "engine_core_output", "req_state", "iteration_stats"),
+    )
+    yield Seam(
+        processor, "instrument_manual", "a request's span names its task", accepts=("attributes",)
+    )
     for module, owner in CHAT_REQUESTS:
         yield Seam(
             f"vllm.entrypoints.{module}.protocol",
@@ -356,6 +372,13 @@ def _overridden() -> Iterator[Seam]:
         "finds tasks that were published later",
         ("self", "base_model_name", "lora_name"),
     )
+
+    interface = "vllm.plugins.endpoint_plugins.interface"
+    for name, takes in (
+        ("attach_router", ("self", "app")),
+        ("init_state", ("self", "engine_client", "state", "args")),
+    ):
+        yield Seam(interface, f"EndpointPlugin.{name}", "/v1/vlora/tasks", takes, optional=True)
 
 
 def _called() -> Iterator[Seam]:
@@ -439,6 +462,12 @@ def _called() -> Iterator[Seam]:
         "EngineCoreProc._send_error_outputs_to_client",
         "the end of a request whose task cannot be loaded again",
         ("self", "req_ids", "client_index"),
+    )
+    yield Seam(
+        "vllm.v1.metrics.prometheus",
+        "get_prometheus_registry",
+        "where vLLM's own metrics are",
+        (),
     )
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
@@ -582,6 +611,7 @@ def _held() -> Iterator[Seam]:
     yield Seam(_CLIENT, "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):
         yield Seam(_CORE, f"EngineCore.{name}", "asks the workers")
+    yield Seam("vllm.v1.engine.output_processor", "RequestState.lora_request", "whose span it is")
     for name in ("request_id", "lora_request", "client_index"):
         yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is")
     yield Seam("vllm.config", "CacheConfig.kv_cache_memory_bytes", "is memory measured?")
@@ -602,6 +632,9 @@ def _held() -> Iterator[Seam]:
     for name in ("additional_config", "compilation_config", "lora_config", "model_config"):
         yield Seam("vllm.config", f"VllmConfig.{name}", "what the engine was started with")
     yield Seam("vllm.config", "ModelConfig.dtype", "dtype of the bases on the device")
+    yield Seam(
+        "vllm.config", "ModelConfig.served_model_name", "names the model in metrics and weights"
+    )
     yield Seam(
         "vllm.config",
         "CompilationConfig.max_cudagraph_capture_size",
@@ -816,9 +849,6 @@ def _limits() -> Iterator[Seam]:
         "ParallelConfig": "data_parallel_size",
     }.items():
         yield Seam("vllm.config", f"{owner}.{name}", why, limits=True)
-    yield Seam(
-        "vllm.config", "ModelConfig.served_model_name", "the base model's weight", limits=True
-    )
     yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's", limits=True)
     yield Seam(
         "vllm.exceptions",
@@ -837,9 +867,32 @@ STEP_SEAMS: tuple[Seam, ...] = tuple(_steps())
 """Parts of a step, in the first model runner and in the second: like ``RUNNER_SEAMS``, they are looked up
 in the worker. The last is there from 0.32 on."""
 
+NAME_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "vllm.entrypoints.serve.engine.serving",
+        "BaseServing._check_model",
+        "whose request it is, for canaries, and what is wrong with a blend's name",
+        ("self", "request"),
+    ),
+    Seam(
+        "vllm.entrypoints.pooling.base.serving",
+        "PoolingBaseServing._check_model",
+        "the same for pooling models",
+        ("self", "request"),
+    ),
+    Seam(
+        "vllm.plugins",
+        "load_endpoint_plugins",
+        "a middleware reads the client's key and says which tasks answered",
+        ("supported_tasks",),
+    ),
+)
+"""Where an API server looks names up; with a checkpoint."""
+
 GROUPS: dict[str, tuple[Seam, ...]] = {
     "replaced": tuple(_replaced()),
     "overridden": tuple(_overridden()),
+    "names": NAME_SEAMS,
     "called": tuple(_called()),
     "layers": tuple(_layers()),
     "read": tuple(_held()),

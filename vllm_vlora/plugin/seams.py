@@ -30,7 +30,10 @@ from vllm_vlora.errors import (
     VLoRAError,
 )
 from vllm_vlora.plugin.chat_templates import TaskTemplates
+from vllm_vlora.plugin.core_metrics import metrics_snapshot
+from vllm_vlora.plugin.counters import METRICS_METHOD
 from vllm_vlora.plugin.engine_core import (
+    ALIASES_METHOD,
     FOLLOW_METHOD,
     TASKS_METHOD,
     advance_before_abort,
@@ -38,6 +41,7 @@ from vllm_vlora.plugin.engine_core import (
     follow,
     load_before_add_lora,
     load_before_add_request,
+    served_aliases,
     served_tasks,
 )
 from vllm_vlora.plugin.graph_cases import capture_by_kind
@@ -45,9 +49,12 @@ from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.limits import limit_tasks
 from vllm_vlora.plugin.listing import Listing, refuse_name, refuse_without_lora
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
+from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
+from vllm_vlora.plugin.named_requests import TaskRequests, name_patches
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
+from vllm_vlora.plugin.tracing import add_task, say_task
 
 _PATCHED = "_vlora_patched"
 _ABSENT = object()
@@ -168,11 +175,13 @@ def _init_static_loras(
     original: Callable[..., Any],
     load_templates: Callable[[Mapping[str, TaskPath]], object] | None,
     follows: bool,
+    blends: bool = True,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
         refuse_without_lora(self.engine_client.vllm_config.lora_config)
+        self.lora_requests = TaskRequests(self.lora_requests, {}, blends)
         listing = Listing(self, _loaded_paths(self.engine_client), load_templates)
         await listing.start()
         if follows:
@@ -372,6 +381,8 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "LoRARequest.__eq__": _equal_requests,
         "_gen_lora_extra_hash_keys": _lora_hash_keys,
         "InputProcessor._get_mm_identifier": _mm_identifier,
+        "OutputProcessor.do_tracing": say_task,
+        "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
         "EngineCore.abort_requests": advance_before_abort,
         f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
@@ -382,13 +393,16 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     if setup.checkpoint is not None:
         checkpoint = setup.checkpoint
         wrappers["EngineCore.sleep"] = _sleep
+        wrappers["attach_router"] = show_in_metrics
         templates = TaskTemplates()
-        wrappers["OpenAIServingModels.init_static_loras"] = lambda f: _init_static_loras(
-            f,
-            functools.partial(templates.load, checkpoint)
-            if setup.settings.chat_templates
-            else None,
-            setup.settings.follow,
+        load = functools.partial(templates.load, checkpoint)
+        wrappers["OpenAIServingModels.init_static_loras"] = lambda f: refresh_after(
+            _init_static_loras(
+                f,
+                load if setup.settings.chat_templates else None,
+                setup.settings.follow,
+                setup.settings.blends,
+            )
         )
         if setup.settings.chat_templates:
             for _, owner in CHAT_REQUESTS:
@@ -408,6 +422,9 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     own = [
         (core.owner, core.attribute, load_before_add_request(add or core.value)),
         (core.owner, TASKS_METHOD, served_tasks),
+        (core.owner, ALIASES_METHOD, served_aliases),
         (core.owner, FOLLOW_METHOD, follow),
+        (core.owner, METRICS_METHOD, metrics_snapshot),
     ]
-    return limit_tasks([*patches, *scheduling, *graphs, *own], setup.settings, seams)
+    names = name_patches() if setup.checkpoint is not None else []
+    return limit_tasks([*patches, *scheduling, *graphs, *own, *names], setup.settings, seams)

@@ -35,10 +35,17 @@ HOST_VARIABLE = "VLLM_VLORA_HOST_BYTES"
 DEFAULT_HOST_BYTES = 4 << 30
 FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
 BASES = ("dense", "packed")
+BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
 ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
 TEMPLATES_VARIABLE = "VLLM_VLORA_CHAT_TEMPLATES"
+METRICS_TASKS_VARIABLE = "VLLM_VLORA_METRICS_TASKS"
+METRICS_LISTED_VARIABLE = "VLLM_VLORA_METRICS_LISTED"
+# A series each, which Prometheus keeps for weeks.
+DEFAULT_METRICS_TASKS = 100
+# A line each of a scrape, which a router that looks where a task is reads many times a second.
+DEFAULT_METRICS_LISTED = 1000
 SWITCH = ("off", "on")
 CONCURRENCY_VARIABLE = "VLLM_VLORA_TASK_CONCURRENCY"
 QUEUE_VARIABLE = "VLLM_VLORA_TASK_QUEUE"
@@ -58,6 +65,7 @@ class Settings:
         narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
+        blends: take the name of a blend for one; those that aliases name are served either way.
         late_mib: MiB on each device for tasks that are loaded after start-up, beside those that were
             loaded then.
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
@@ -67,6 +75,8 @@ class Settings:
         task_queue: requests of one that wait; more are refused. 0 for any number.
         fair: whether the task that was served least comes first.
         weights: shares of tasks beside that of the others, which is 1.
+        metrics_tasks: tasks whose requests are counted under their own name in the metrics.
+        metrics_listed: tasks of each tier that the metrics name as being there.
     """
 
     mode: str = "auto"
@@ -76,6 +86,7 @@ class Settings:
     overlap: bool = False
     chat_templates: bool = False
     narrow_rows: bool = False
+    blends: bool = True
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
@@ -83,6 +94,8 @@ class Settings:
     task_queue: int = 0
     fair: bool = False
     weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    metrics_tasks: int = DEFAULT_METRICS_TASKS
+    metrics_listed: int = DEFAULT_METRICS_LISTED
 
     @property
     def direct(self) -> bool:
@@ -136,6 +149,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
+        blends=_choice(environment, BLENDS_VARIABLE, SWITCH[::-1]) == "on",
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
         follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
@@ -143,6 +157,10 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
         fair=_fair(environment),
         weights=_weights(environment),
+        metrics_tasks=_whole(environment, METRICS_TASKS_VARIABLE, DEFAULT_METRICS_TASKS, least=0),
+        metrics_listed=_whole(
+            environment, METRICS_LISTED_VARIABLE, DEFAULT_METRICS_LISTED, least=0
+        ),
     )
 
 

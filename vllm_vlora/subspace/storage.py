@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vllm_vlora.adapters.peft_config import lora_rank
 from vllm_vlora.atomic import publish_folder
+from vllm_vlora.checkpoint.aliases import keep_aliases
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
 from vllm_vlora.checkpoint.manifest import TaskRecord, is_checkpoint
@@ -85,6 +86,7 @@ def write_subspace(
             folder, writer.tasks, writer.modules, basis_nbytes(writer.modules)
         )
         writer.finish(model_card(base_model, contents))
+        keep_aliases(Path(path).expanduser(), folder, writer.tasks)
     return Path(path).absolute()
 
 
