@@ -110,6 +110,7 @@ def test_a_checkpoint_at_a_url_is_the_folder_byte_for_byte(
     assert {name for name, count in again.items() if count} == {
         "ckpt/vlora_config.json",
         "ckpt/attachments.json",
+        "ckpt/aliases.json",
     }
 
 
@@ -162,6 +163,18 @@ def test_a_new_state_shares_what_did_not_change(server: FileServer, world: World
     assert os.path.samefile(old.path / file, new.path / file)
     # The state that was fetched first is as it was, for who serves it.
     assert content(old.path) == content(kept)
+
+
+def test_an_alias_alone_makes_a_new_state(server: FileServer, world: World) -> None:
+    url = f"{server.url}/ckpt"
+    old = Checkpoint.open(url)
+    done = CliRunner().invoke(app, ["alias", str(world.checkpoint), "prod", OLD[1]])
+    assert done.exit_code == 0, done.output
+    new = Checkpoint.open(url)
+    assert list(new.aliases) == ["prod"]
+    assert not old.aliases
+    assert Checkpoint.open(pinned(url, old.content_digest)).path == old.path
+    assert content(new.path) == content(world.checkpoint)
 
 
 def test_a_cut_connection_goes_on_where_it_was_cut(server: FileServer, cache: Path) -> None:
