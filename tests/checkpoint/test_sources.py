@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import pytest
 from edited_world import NEW, OLD, World
 from file_server import FileServer, file_server
 from places import ROOT
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_vlora import downloads
@@ -36,6 +38,7 @@ from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError, OutputError, VLoRAError
 from vllm_vlora.plugin import _checkpoint_folder
 from vllm_vlora.tools.cli import app
+from vllm_vlora.tools.terminal import reported
 
 KEY = "sig=S3cr3t%2FKey"
 
@@ -504,6 +507,20 @@ def test_commands_take_urls(world: World, cache: Path) -> None:
 
 
 # --- the cache ------------------------------------------------------------------------------------
+
+
+def test_a_terminal_has_a_bar_while_something_comes(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("vllm_vlora.tools.terminal.open_console", lambda stderr: terminal)
+    with reported(verbose=False):
+        Checkpoint.open(f"{server.url}/ckpt")
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "download" in shown
+    assert "kB" in shown
+    # The cursor is shown again, and the line of the bar is gone.
+    assert shown.rindex("\x1b[?25h") > shown.rindex("download")
 
 
 def test_many_processes_fetch_once(server: FileServer, cache: Path) -> None:
