@@ -261,6 +261,7 @@ def _fetch_all(remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path
     fetch = _Fetch(remote, contents)
     total = sum(file.nbytes for file in wanted.values())
     progress = _progress.get() or (lambda here, all_: None)
+    progress(0, total)
     with ThreadPoolExecutor(_AT_ONCE, "vlora-download") as threads:
         left: set[Future[None]] = {threads.submit(fetch.file, file) for file in wanted.values()}
         try:
@@ -271,6 +272,7 @@ def _fetch_all(remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path
                     future.result()
         finally:
             fetch.stopped = True
+            remote.close()
             threads.shutdown(cancel_futures=True)
 
 
@@ -334,6 +336,8 @@ class _Fetch:
                         if self.stopped:
                             raise RemoteError("stopped")
                         stream.write(data)
+                        # What has come stays, also where this process is killed.
+                        stream.flush()
                         self._count(len(data))
                     _flush(stream.fileno())
             except RemoteError as problem:

@@ -127,6 +127,7 @@ class RemoteFolder:
             raise RemoteError("a chain of file systems (with ::) is no folder; give one URL")
         scheme = url.partition("://")[0].lower()
         self._query, self._is_http = "", scheme in _HTTP
+        self._answers: list[Any] = []
         options = {}
         if self._is_http:
             # A signature for a whole container stands behind every file's path, as it was signed.
@@ -166,6 +167,19 @@ class RemoteFolder:
         """
         with _explained(file.name):
             yield from self._streamed(file.name, start, file.nbytes)
+
+    def close(self) -> None:
+        """End what is being read in other threads, where they may wait for bytes that never come."""
+        for answer in list(self._answers):
+            answer.close()
+
+    @contextmanager
+    def _noted(self, answer: Any) -> Iterator[None]:
+        self._answers.append(answer)
+        try:
+            yield
+        finally:
+            self._answers.remove(answer)
 
     def files(self, patterns: Iterable[str], required: str | None = None) -> list[RemoteFile]:
         """The files whose names fit one of these patterns.
@@ -230,7 +244,7 @@ class RemoteFolder:
         if start:
             headers["Range"] = f"bytes={start}-"
         opened = self._fs.open(self._path(name), block_size=0, size=1, headers=headers)
-        with closing(opened) as answer:
+        with closing(opened) as answer, self._noted(answer):
             # A server without ranges sends all of it.
             skip = start if answer.r.status == 200 else 0
             left = end - start

@@ -49,7 +49,8 @@ def without_secrets(text: str) -> str:
 
 
 def _without_secrets(url: re.Match[str]) -> str:
-    after = _AFTER_QUERY.search(url["query"] or "")
+    # What was shown already stays as it is.
+    after = _AFTER_QUERY.search((url["query"] or "").removeprefix("?..."))
     query = f"?...{after[0]}" if url["query"] and after else ""
     return f"{url['scheme']}{url['path']}{query}"
 

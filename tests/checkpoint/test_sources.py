@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ import pytest
 from edited_world import NEW, OLD, World
 from file_server import FileServer, file_server
 from places import ROOT
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_vlora import downloads
@@ -34,6 +38,7 @@ from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError, OutputError, VLoRAError
 from vllm_vlora.plugin import _checkpoint_folder
 from vllm_vlora.tools.cli import app
+from vllm_vlora.tools.terminal import reported
 
 KEY = "sig=S3cr3t%2FKey"
 
@@ -108,6 +113,7 @@ def test_a_checkpoint_at_a_url_is_the_folder_byte_for_byte(
     assert {name for name, count in again.items() if count} == {
         "ckpt/vlora_config.json",
         "ckpt/attachments.json",
+        "ckpt/aliases.json",
     }
 
 
@@ -162,6 +168,18 @@ def test_a_new_state_shares_what_did_not_change(server: FileServer, world: World
     assert content(old.path) == content(kept)
 
 
+def test_an_alias_alone_makes_a_new_state(server: FileServer, world: World) -> None:
+    url = f"{server.url}/ckpt"
+    old = Checkpoint.open(url)
+    done = CliRunner().invoke(app, ["alias", str(world.checkpoint), "prod", OLD[1]])
+    assert done.exit_code == 0, done.output
+    new = Checkpoint.open(url)
+    assert list(new.aliases) == ["prod"]
+    assert not old.aliases
+    assert Checkpoint.open(pinned(url, old.content_digest)).path == old.path
+    assert content(new.path) == content(world.checkpoint)
+
+
 def test_a_cut_connection_goes_on_where_it_was_cut(server: FileServer, cache: Path) -> None:
     name, size = largest(server.folder / "ckpt")
     server.cut[name] = [size // 3, size // 4]
@@ -182,6 +200,32 @@ def test_a_run_that_was_cut_off_is_taken_up_by_the_next(server: FileServer, cach
     server.cut.clear()
     server.begun.clear()
     assert validate(Checkpoint.open(f"{server.url}/ckpt").path) == []
+    assert server.first_bytes(name) == [size // 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_ends_at_once_and_loses_nothing(
+    server: FileServer, cache: Path, number: int
+) -> None:
+    name, size = largest(server.folder / "ckpt")
+    server.held[name] = size // 2
+    url = f"{server.url}/ckpt"
+    command = [sys.executable, "-P", "-m", "vllm_vlora.tools", "validate", url]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + 60
+        while not any(part.stat().st_size == size // 2 for part in parts(cache)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stopped = time.monotonic()
+        run.send_signal(number)
+        said = run.communicate(timeout=30)[1]
+    assert time.monotonic() - stopped < 10
+    assert run.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in said
+    assert "download 0.0 MB ..." in said
+    server.held.clear()
+    server.begun.clear()
+    assert validate(Checkpoint.open(url).path) == []
     assert server.first_bytes(name) == [size // 2]
 
 
@@ -463,6 +507,20 @@ def test_commands_take_urls(world: World, cache: Path) -> None:
 
 
 # --- the cache ------------------------------------------------------------------------------------
+
+
+def test_a_terminal_has_a_bar_while_something_comes(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("vllm_vlora.tools.terminal.open_console", lambda stderr: terminal)
+    with reported(verbose=False):
+        Checkpoint.open(f"{server.url}/ckpt")
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "download" in shown
+    assert "kB" in shown
+    # The cursor is shown again, and the line of the bar is gone.
+    assert shown.rindex("\x1b[?25h") > shown.rindex("download")
 
 
 def test_many_processes_fetch_once(server: FileServer, cache: Path) -> None:

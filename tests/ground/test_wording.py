@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import string
 
-from vllm_vlora.wording import count_of, some_of
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_vlora.wording import count_of, some_of, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -28,3 +32,29 @@ def test_some_of_as_many_as_asked_for() -> None:
 def test_counts() -> None:
     counted = [count_of(count, "task") for count in (0, 1, 2)]
     assert counted == ["0 tasks", "1 task", "2 tasks"]
+
+
+PIN = "@sha256:" + "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("no URL: a@b?c=d", "no URL: a@b?c=d"),
+        ("https://host/tasks.", "https://host/tasks."),
+        ("https://me:key@host/t?sig=a'b: gone", "https://host/t?...: gone"),
+        ("'https://host/t?sig=a%2Fb': gone", "'https://host/t?...': gone"),
+        (f"https://u:p@host/t?sig=1;2&x=3{PIN}", f"https://host/t?...{PIN}"),
+        (f"memory://tasks{PIN}", f"memory://tasks{PIN}"),
+        ("s3://key:secret@bucket/t and HTTPS://h/x#frag", "s3://bucket/t and HTTPS://h/x?..."),
+    ],
+)
+def test_urls_are_shown_without_what_may_be_keys(text: str, without: str) -> None:
+    assert without_secrets(text) == without
+    assert without_secrets(without) == without
+
+
+@given(st.text(string.ascii_letters + string.digits + "%=&;,:'+-_.~!*()/?", min_size=1))
+def test_nothing_of_a_query_is_left(rest: str) -> None:
+    said = without_secrets(f"checkpoint https://host/t?sig=QQ{rest}QQ is gone")
+    assert said == "checkpoint https://host/t?... is gone"

@@ -25,6 +25,7 @@ class FileServer:
         folder: what is served. url: its address.
         ranges: whether parts are given. status: of every answer, in place of the file.
         cut: name of a file -> after how many bytes the connection is closed, once for each number.
+        held: name of a file -> after how many bytes nothing more comes until ``go_on`` is set.
         key: what the query must hold; any without one.
         asked: name of a file -> how often it was asked for. begun: (name, first byte) of every GET.
     """
@@ -34,6 +35,8 @@ class FileServer:
     ranges: bool = True
     status: int | None = None
     cut: dict[str, list[int]] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
+    go_on: threading.Event = field(default_factory=threading.Event)
     key: str = ""
     asked: Counter[str] = field(default_factory=Counter)
     begun: list[tuple[str, int]] = field(default_factory=list)
@@ -88,7 +91,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        cuts = self.served.cut.get(name)
+        cuts, held = self.served.cut.get(name), self.served.held.get(name)
+        if body and held is not None:
+            self.wfile.write(data[:held])
+            self.wfile.flush()
+            self.served.go_on.wait(60)
+            self.close_connection = True
+            return
         if body and cuts:
             self.wfile.write(data[: cuts.pop(0)])
             self.close_connection = True
@@ -103,18 +112,24 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Who asked is gone, as some tests have it."""
+
+
 @contextmanager
 def file_server(folder: Path) -> Iterator[FileServer]:
     """Serve a folder while the block runs; skips the test where fsspec cannot ask a web server."""
     pytest.importorskip("aiohttp")
     served = FileServer(folder)
     handler = type("Handler", (_Handler,), {"served": served})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with _Server(("127.0.0.1", 0), handler) as server:
         served.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
             yield served
         finally:
+            served.go_on.set()
             server.shutdown()
             thread.join()
