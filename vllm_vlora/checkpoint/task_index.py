@@ -218,6 +218,7 @@ class IndexedTasks(TaskTable):
 
     def __init__(self, path: Path, config: Config) -> None:
         self.file = path / config.tasks.file
+        self._opened = path, config
         self._modules = config.modules
         self._basis = basis_digest(config.basis)
         table = _Table(self.file, config)
@@ -230,6 +231,10 @@ class IndexedTasks(TaskTable):
         self._record = lru_cache(_KEPT)(self._read_record)
         self._shape = lru_cache(_KEPT)(self._read_shape)
         self._config = lru_cache(_KEPT)(self._read_config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens the file anew.
+        return IndexedTasks, self._opened
 
     def __getitem__(self, task_id: str) -> TaskRecord:
         if task_id not in self._rows:
