@@ -66,6 +66,11 @@ BENCHMARKS = {
             "plot": "",
         },
     ),
+    "fairness": Benchmark(
+        "one task's burst beside others: latency and throughput, with fair sharing and without",
+        "fairness",
+        {"quick": "", "rounds": "turns of each (default: 7)", "device-note": ""},
+    ),
     "fidelity": Benchmark(
         "what adapters keep when they are compressed: recovered fraction against bytes",
         "fidelity.program",

@@ -9,8 +9,10 @@ import typer
 
 from vllm_vlora._version import __version__
 from vllm_vlora.tools.add_command import add, remove
+from vllm_vlora.tools.alias_command import alias
 from vllm_vlora.tools.analyze_command import analyze
 from vllm_vlora.tools.benchmark_command import benchmark
+from vllm_vlora.tools.cache_command import cache
 from vllm_vlora.tools.calibrate_command import calibrate
 from vllm_vlora.tools.common_options import (
     Originals,
@@ -26,6 +28,7 @@ from vllm_vlora.tools.evaluate_command import evaluate
 from vllm_vlora.tools.exporting import show_folders, write_folders
 from vllm_vlora.tools.hub_command import pull, push
 from vllm_vlora.tools.merge_command import merge
+from vllm_vlora.tools.ready_command import ready
 from vllm_vlora.tools.reconstruct_command import reconstruct
 from vllm_vlora.tools.serve_command import SERVE_SETTINGS, serve
 from vllm_vlora.tools.terminal import (
@@ -38,6 +41,7 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
+from vllm_vlora.tools.top_command import top
 from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
@@ -141,6 +145,7 @@ def _print_info(console: Console, data: dict[str, Any]) -> None:
 
     show.print_overview(console, data)
     show.print_attachments(console, data)
+    show.print_aliases(console, data["aliases"])
     show.print_modules(console, data)
     show.print_tasks(console, data)
     show.print_losses(console, data["losses"])
@@ -365,11 +370,13 @@ def plan(
 
 
 app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
+app.command(rich_help_panel=_SERVE)(ready)
+app.command(rich_help_panel=_SERVE)(top)
 
 for panel, commands in (
-    (_MAKE, (add, remove, calibrate, convert)),
+    (_MAKE, (add, remove, alias, calibrate, convert)),
     (_LOOK, (evaluate, benchmark)),
-    (_TAKE, (reconstruct, push, pull)),
+    (_TAKE, (reconstruct, push, pull, cache)),
     (_ADAPTERS, (analyze, diff, merge)),
 ):
     for command in commands:

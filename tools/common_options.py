@@ -26,7 +26,7 @@ class Quantize(str, Enum):
 
 # A parameter that typer reads off an annotation.
 _Parameter = Any
-_ADAPTERS = "PEFT folders, Hub ids, or a folder whose sub-folders are adapters"
+_ADAPTERS = "PEFT folders, Hub ids, URLs, or a folder whose sub-folders are adapters"
 
 
 def adapters_argument(more: str = "") -> _Parameter:

@@ -1,4 +1,4 @@
-"""``push`` and ``pull``: checkpoints on the Hugging Face Hub."""
+"""``push`` and ``pull``: checkpoints on the Hugging Face Hub, and pulled from URLs as well."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def push(
 
 def pull(
     repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="The repository: org/name or org/name@revision.")
+        str,
+        typer.Argument(
+            metavar="REPO", help="The repository, org/name or org/name@revision, or a URL."
+        ),
     ],
     output: Annotated[Path, output_option()],
     force: Annotated[bool, force_option("a checkpoint at DIR")] = False,
@@ -72,15 +75,17 @@ def pull(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Download a checkpoint from the Hugging Face Hub into a folder.
+    """Download a checkpoint from the Hugging Face Hub or a URL into a folder.
 
     Every file is checked against its digest before DIR appears. `serve`,
-    `info` and the others also take a Hub id itself; pull is for a copy of
-    your own.
+    `info` and the others also take a Hub id or a URL itself; pull is for a
+    copy of your own.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     vllm-vlora pull org/my-tasks@v1 -o ckpt
+
+    vllm-vlora pull s3://bucket/my-tasks -o ckpt
     """
     with reported(verbose, timeout):
         from vllm_vlora.checkpoint.hub import pull_checkpoint

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import AdapterError, TaskIdError
+from vllm_vlora.urls import is_remote, local_folder
 from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def collect(refs: Iterable[str], names: Iterable[str]) -> Inputs:
 
 def _expand(ref: str, found: Inputs) -> list[tuple[str, str | None]]:
     """The adapters that one argument stands for, with ids where it is a folder of adapters."""
-    path = Path(ref).expanduser()
+    path = _fetched(ref) if is_remote(ref) else local_folder(ref) or Path(ref).expanduser()
     if not path.is_dir():
         return [(ref, None)]
     from vllm_vlora.adapters.discovery import find_adapters
@@ -111,6 +112,12 @@ def _expand(ref: str, found: Inputs) -> list[tuple[str, str | None]]:
         return [(ref, None)]
     found.folders[ref] = len(inside.adapters)
     return [(str(folder), task_id) for task_id, folder in inside.adapters.items()]
+
+
+def _fetched(url: str) -> Path:
+    from vllm_vlora.adapters.peft_folder import find_adapter
+
+    return find_adapter(url)
 
 
 def _collision(task_id: str, first: str, second: str) -> TaskIdError:

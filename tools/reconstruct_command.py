@@ -70,12 +70,11 @@ def _opened(ref: str) -> Iterator[Checkpoint]:
     from tempfile import TemporaryDirectory
 
     from vllm_vlora.checkpoint.reader import Checkpoint
-    from vllm_vlora.errors import CheckpointError
+    from vllm_vlora.checkpoint.sources import checkpoint_folder
     from vllm_vlora.foreign.convert import convert, detect_kind
-    from vllm_vlora.snapshots import resolve_snapshot
     from vllm_vlora.tools.summary import print_warnings
 
-    folder = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    folder = checkpoint_folder(ref, foreign=True)
     if detect_kind(folder) not in ("vlora", "lorashare"):
         yield Checkpoint.open(folder)
         return

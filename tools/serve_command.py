@@ -28,7 +28,7 @@ def serve(
     context: typer.Context,
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CKPT", help="The checkpoint: a folder or a Hub id."),
+        typer.Argument(metavar="CKPT", help="The checkpoint: a folder, a Hub id or a URL."),
     ],
     options: Annotated[
         list[str] | None,
@@ -86,6 +86,7 @@ def serve(
         from vllm_vlora.checkpoint.reader import Checkpoint
         from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE, shell_line
         from vllm_vlora.plugin.memory import refuse_unserved
+        from vllm_vlora.wording import without_secrets
 
         show_only = dry_run or any(word in _SHOW_ONLY for word in ours)
         opened = Checkpoint.open(checkpoint, manifest_only=show_only)
@@ -93,12 +94,13 @@ def serve(
         _check_plugins(os.environ)
         where = absolute_ref(checkpoint)
         arguments = ["serve", _model(opened, base), *_missing_options(opened, passed), *passed]
+        shown_where = without_secrets(where)
         if show_only:
-            typer.echo(shell_line(where, ["vllm", *arguments]))
+            typer.echo(shell_line(shown_where, ["vllm", *arguments]))
             return
         program = _vllm()
         shown = shell_line(
-            where, [Path(program).name if shutil.which("vllm") else program, *arguments]
+            shown_where, [Path(program).name if shutil.which("vllm") else program, *arguments]
         )
         open_console(stderr=True).print(shown, soft_wrap=True)
         sys.stdout.flush()

@@ -9,6 +9,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vllm_vlora.blend_names import blend_text
+from vllm_vlora.checkpoint.aliases import Aliases, kind_of
 from vllm_vlora.checkpoint.attachments import attached_nbytes
 from vllm_vlora.checkpoint.card import format_bytes, format_ratio
 from vllm_vlora.checkpoint.losses import Losses, describe_losses, is_noted, is_worthless
@@ -59,6 +61,7 @@ def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
         "extra_bytes": extra_nbytes(checkpoint.tasks),
         "ratio": checkpoint.original_nbytes / checkpoint.nbytes if checkpoint.nbytes else None,
         "attached_bytes": attached_nbytes(checkpoint.attachments),
+        "aliases": describe_aliases(checkpoint.aliases),
         "mean_error": sum(errors) / len(errors) if errors else None,
         "worst_error": max(errors, default=None),
         "max_rank": checkpoint.max_rank,
@@ -299,6 +302,37 @@ def print_attachments(console: Console, summary: dict[str, Any]) -> None:
             f"Kept beside the weights of {count_of(len(having), 'task')}: {some_of(names)} "
             f"({format_bytes(summary['attached_bytes'])}, not counted above)",
         )
+
+
+def describe_aliases(aliases: Aliases) -> list[dict[str, Any]]:
+    """Aliases as JSON data: what each is, and what it stands for with which part of its requests."""
+    return [
+        {
+            "alias": name,
+            "kind": kind_of(routes),
+            "targets": [
+                {
+                    "target": blend_text(blend),
+                    "share": share / sum(route.share for route in routes),
+                    "tasks": {task: float(weight) for task, weight in blend},
+                }
+                for share, blend in routes
+            ],
+        }
+        for name, routes in sorted(aliases.items())
+    ]
+
+
+def print_aliases(console: Console, aliases: Sequence[Mapping[str, Any]]) -> None:
+    """One line an alias."""
+    for alias in aliases:
+        targets = [
+            f"{target['target']} ({target['share']:.4g})"
+            if alias["kind"] == "canary"
+            else target["target"]
+            for target in alias["targets"]
+        ]
+        line(console, f"Alias          {alias['alias']} -> {', '.join(targets)} ({alias['kind']})")
 
 
 def having_companions(adapters: Mapping[str, Adapter]) -> list[str]:

@@ -37,6 +37,7 @@ SCALE = 3  # of the private factors: the bits of a float32
 FORMAT = 4  # of the private factors, a number of FORMAT_CODES
 A_CODES, A_SCALES, A_RANGES = 5, 6, 7  # addresses of the parts of A (r, d_in)
 B_CODES, B_SCALES, B_RANGES = 8, 9, 10  # and of B transposed (r, d_out)
+ADDRESS_FIELDS = (CORE, A_CODES, A_SCALES, A_RANGES, B_CODES, B_SCALES, B_RANGES)
 BITS = 11  # of narrow factors: ``NarrowMatrix.word`` of A, and in 8 bits more B's first block
 RECORD_FIELDS = 12
 FORMAT_CODES = {"float": 0, "int8": 1, "nf4": 2, "nf4-dq": 3, NARROW_FORMAT: 4}

@@ -5,6 +5,7 @@ Names are imported on first use: ``import vllm_vlora`` alone imports neither tor
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from vllm_vlora._version import __version__
@@ -195,11 +196,13 @@ __all__ = [
     "validate",
     "waiting_at_most",
 ]
+# Its home imports vLLM, which a plain install lacks: `import *` takes the others.
+if find_spec("vllm") is None:
+    __all__.remove("lora_request")
 
 
-__getattr__ = names_on_first_use(
-    __name__, {name: f"vllm_vlora.{home}" for home, names in _NAMES.items() for name in names}
-)
+_HOMES = {name: f"vllm_vlora.{home}" for home, names in _NAMES.items() for name in names}
+__getattr__ = names_on_first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

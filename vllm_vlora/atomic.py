@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from vllm_vlora.errors import OutputError
 from vllm_vlora.locking import beside, locked
 from vllm_vlora.places import check_movable, check_no_mount_point, mount_of
+from vllm_vlora.regular_files import copy_regular
 from vllm_vlora.stopping import check_not_stopped
 
 logger = logging.getLogger(__name__)
@@ -399,7 +400,8 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        copy_regular(source, target)
+        shutil.copystat(source, target)
 
 
 def link_own(source: Path, target: Path) -> bool:

@@ -1,12 +1,13 @@
 """Exceptions that a user may see. Each message is one line and says what to do next.
 
-A message may quote names that somebody else gave; its text is therefore as ``wording.shown`` shows it.
+A message may quote names that somebody else gave, and URLs with keys in them; its text is therefore as
+``wording.shown`` and ``wording.without_secrets`` show it.
 
 Four are built-in errors as well: code written for vlora catches ``KeyError``, ``ValueError`` and
 ``RuntimeError``.
 """
 
-from vllm_vlora.wording import shown
+from vllm_vlora.wording import shown, without_secrets
 
 
 class VLoRAError(Exception):
@@ -22,7 +23,7 @@ class VLoRAError(Exception):
 
     def __str__(self) -> str:
         # KeyError, which one error below is too, would show its message in quotes.
-        return shown(" ".join(Exception.__str__(self).splitlines()))
+        return shown(without_secrets(" ".join(Exception.__str__(self).splitlines())))
 
 
 class AdapterError(VLoRAError, ValueError):
@@ -47,6 +48,10 @@ class CheckpointReplacedError(CheckpointError):
 
 class TaskNotFoundError(CheckpointError, KeyError):
     """The checkpoint or the subspace holds no task of that name."""
+
+
+class BlendError(VLoRAError, ValueError):
+    """A name of a blend or of an alias cannot be read, or what it names cannot be blended."""
 
 
 class OutputError(VLoRAError):
@@ -79,8 +84,16 @@ class TaskLoadError(VLoRAError, ValueError):
     """The engine could not load the task of a request; the message has the engine's reason."""
 
 
+class TaskBusyError(VLoRAError):
+    """As many requests of a task wait as may wait; ask again later. HTTP status 429."""
+
+
 class IncompatibleVLLMError(VLoRAError):
     """The installed vLLM is not one this plugin was checked on."""
+
+
+class ServerError(VLoRAError):
+    """A running server does not answer, or not as one with this plugin does."""
 
 
 class SettingError(VLoRAError):

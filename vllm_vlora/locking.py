@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from vllm_vlora.errors import OutputError
+from vllm_vlora.strict_json import decode
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +178,8 @@ def _sign(descriptor: int) -> None:
 
 def _holder(descriptor: int) -> str:
     try:
-        signed = json.loads(os.pread(descriptor, 1000, 0))
+        signed = decode(os.pread(descriptor, 1000, 0), dict[str, int | str])
         pid, host = int(signed["pid"]), str(signed["host"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, KeyError):
         return ""
     return f" (process {pid})" if host == socket.gethostname() else f" (process {pid} on {host!r})"

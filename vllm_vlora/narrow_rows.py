@@ -198,6 +198,29 @@ def narrow_matrix(wide: PackedMatrix, bits: Bits) -> NarrowMatrix:
     return NarrowMatrix(NARROW_FORMAT, wide.rows, wide.cols, parts, bits)
 
 
+def stack_narrow(matrices: Sequence[NarrowMatrix]) -> NarrowMatrix:
+    """The rows of several whole matrices in one, first those of 4 bits of each, then of 3, then of 2.
+
+    Raises:
+        ValueError: they differ in columns, or are cut inside of a group of scales.
+    """
+    if len({(m.cols, m.first_block) for m in matrices}) != 1 or matrices[0].first_block:
+        raise ValueError("only whole matrices of as many columns are stacked")
+    pieces = [[part.row_slice(*cut) for cut in _by_bits(part.bits)] for part in matrices]
+    ordered = [rows for of_one_width in zip(*pieces) for rows in of_one_width if rows.rows]
+    planes = zip(*(rows.planes() for rows in ordered))
+    parts = {name: torch.cat([rows.parts[name] for rows in ordered]) for name in ordered[0].parts}
+    parts["codes"] = torch.cat([plane.flatten() for group in planes for plane in group])
+    four, three, two = (sum(m.bits[place] for m in matrices) for place in range(3))
+    return replace(matrices[0], rows=four + three + two, parts=parts, bits=(four, three, two))
+
+
+def _by_bits(bits: Bits) -> list[tuple[int, int]]:
+    """(start, stop) of the rows of 4, 3 and 2 bits."""
+    four, three, _ = bits
+    return [(0, four), (four, four + three), (four + three, sum(bits))]
+
+
 class NarrowCodes:
     """The ``codes`` of many matrices in one tensor: each in its own would take up to 511 bytes more."""
 

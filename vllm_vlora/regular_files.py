@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,7 +51,52 @@ def read_regular(path: str | Path, most: int) -> bytes:
     """
     with open_regular(path) as file:
         size = size_of(file)
-        if size > most:
-            raise OSError(errno.EFBIG, f"larger than the {most} bytes that it may have", str(path))
+        _check_size(size, most, path)
         # What is written to it meanwhile is left out, so that no more is held than was allowed.
         return file.read(size)
+
+
+def copy_regular(source: str | Path, target: str | Path, most: int | None = None) -> None:
+    """Copy the bytes of a regular file to a new one; holes stay holes.
+
+    A file can be grown to any size without a byte written: its copy takes no more room than it does.
+
+    Args:
+        most: bytes that it may have.
+
+    Raises:
+        OSError: as :func:`open_regular`, it is larger or was cut meanwhile, or the copy cannot be
+            written.
+    """
+    with open_regular(source) as file, open(target, "xb") as copy:
+        size = size_of(file)
+        _check_size(size, most, source)
+        for start, end in _written(file.fileno(), size):
+            copy.seek(start)
+            while start < end:
+                sent = os.sendfile(copy.fileno(), file.fileno(), start, end - start)
+                if not sent:
+                    raise OSError(errno.EIO, "was cut while it was copied", os.fspath(source))
+                start += sent
+        copy.truncate(size)
+
+
+def _written(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """The ranges of a file that are no holes."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        end = min(os.lseek(descriptor, start, os.SEEK_HOLE), size)
+        yield start, end
+
+
+def _check_size(size: int, most: int | None, path: str | Path) -> None:
+    if most is not None and size > most:
+        raise OSError(
+            errno.EFBIG, f"larger than the {most} bytes that it may have", os.fspath(path)
+        )

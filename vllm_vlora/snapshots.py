@@ -1,4 +1,7 @@
-"""Find an adapter or a checkpoint: a local folder, or a repository on the Hugging Face Hub."""
+"""Find an adapter or a checkpoint: a local folder, a repository on the Hugging Face Hub, or a URL.
+
+A checkpoint at a URL is found by ``checkpoint.sources``, which knows what its manifest says.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,11 @@ from huggingface_hub.utils import (
     RevisionNotFoundError,
 )
 
+from vllm_vlora.downloads import fetch_folder
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.regular_files import read_regular
+from vllm_vlora.urls import RemoteError, is_remote, local_folder, url_name
+from vllm_vlora.wording import without_secrets
 
 # The Hub's own rule for a name is checked by huggingface_hub; this only tells an id from a path.
 _HUB_ID = re.compile(
@@ -34,31 +40,39 @@ def resolve_snapshot(
     what: str,
     error: type[VLoRAError],
     allow_patterns: list[str] | None = None,
+    required: str | None = None,
 ) -> Path:
-    """Return the local folder that ``ref`` names, downloading it from the Hub where needed.
+    """Return the local folder that ``ref`` names, downloading it from the Hub or a URL where needed.
 
     An existing folder wins; of a repository's folder in the Hub's cache its snapshot is meant.
     Otherwise ``org/name``, ``org/name@revision`` or a folder in a repository, ``org/name/folder``, is
     a Hub id and is fetched into huggingface_hub's cache (its environment variables apply:
-    ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``).
+    ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``). A URL is fetched into a cache of our
+    own (``downloads``); ``file://`` names a folder where it lies.
 
     Args:
         what: the thing sought, for messages ("adapter").
         error: the class of error to raise.
         allow_patterns: the files to download, as glob patterns; all when None.
+        required: the file that a folder at a URL must have to be one; where it has none, what its
+            sub-folders have is downloaded. Without it, and over HTTP, there are no sub-folders.
 
     Raises:
         VLoRAError: of class ``error``, one line: no such folder or repository, no access, offline.
+        OutputError: the cache of what is at URLs cannot be written.
     """
     path = _existing_folder(ref)
     if path is not None:
         return cached_snapshot(path) or path
     if os.path.isfile(ref):
         raise error(f"{what} {os.fspath(ref)!r} is a file; give the folder that holds it")
+    if is_remote(ref):
+        return _fetched(str(ref), what, error, allow_patterns or ["*"], required)
     match = _hub_id(ref)
     if match is None:
         raise error(
-            f"{what} {os.fspath(ref)!r}: no such folder, and not a Hub id of the form org/name"
+            f"{what} {os.fspath(ref)!r}: no such folder, and not a Hub id of the form org/name or "
+            "a URL"
         )
     inner = match["inner"].lstrip("/")
     if inner:
@@ -75,6 +89,15 @@ def resolve_snapshot(
     if not found.is_dir():
         raise error(f"{what} {os.fspath(ref)!r}: the Hub repository has no folder {inner} with one")
     return found
+
+
+def _fetched(
+    url: str, what: str, error: type[VLoRAError], patterns: list[str], required: str | None
+) -> Path:
+    try:
+        return fetch_folder(url, patterns, required)
+    except RemoteError as problem:
+        raise error(f"{what} {without_secrets(url)!r}: {problem}") from None
 
 
 def cached_snapshot(folder: Path) -> Path | None:
@@ -139,6 +162,8 @@ def ref_name(ref: str | Path) -> str:
     from the repository's folder in the Hub's cache.
     """
     folder = _existing_folder(ref)
+    if is_remote(ref):
+        return url_name(str(ref))
     match = _hub_id(ref)
     if folder is None and match is not None:
         return (match["repo"] + match["inner"]).rpartition("/")[2]
@@ -149,7 +174,7 @@ def ref_name(ref: str | Path) -> str:
 
 
 def _existing_folder(ref: str | Path) -> Path | None:
-    path = os.path.expanduser(ref)
+    path = os.fspath(local_folder(ref) or os.path.expanduser(ref))
     # os.path.isdir says no to a name the system cannot hold; Path.is_dir would raise.
     if not os.path.isdir(path):
         return None

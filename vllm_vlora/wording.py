@@ -7,6 +7,7 @@ for the shell.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable
 
@@ -24,6 +25,33 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+_URL_PARTS = re.compile(
+    r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/?#]*@(?!sha256:))?(?P<path>[^\s?#]*)"
+    r"(?P<query>[?#]\S*)?",
+    re.IGNORECASE,
+)
+# What is the sentence's at the end of a query, and the digest that a reference may end with.
+_AFTER_QUERY = re.compile(r"(@sha256:[0-9a-f]{64})?['\"})\]]*[:;,.]?$")
+
+
+def without_secrets(text: str) -> str:
+    """Text whose URLs have no user, password, query or fragment: these may be keys to what they name.
+
+    Examples:
+        >>> without_secrets("https://me:key@host/tasks?sig=abc: no such folder")
+        'https://host/tasks?...: no such folder'
+    """
+    if "://" not in text:
+        return text
+    return _URL_PARTS.sub(_without_secrets, text)
+
+
+def _without_secrets(url: re.Match[str]) -> str:
+    after = _AFTER_QUERY.search(url["query"] or "")
+    query = f"?...{after[0]}" if url["query"] and after else ""
+    return f"{url['scheme']}{url['path']}{query}"
 
 
 def quoted(words: Iterable[str]) -> str:

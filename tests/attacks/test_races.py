@@ -29,7 +29,9 @@ EFFECTS: dict[str, Callable[[State], State | None]] = {
     "add task5": lambda tasks: None if "task5" in tasks else tasks | {"task5"},
     "remove task0": lambda tasks: tasks - {"task0"} if "task0" in tasks else None,
     "remove task1": lambda tasks: tasks - {"task1"} if "task1" in tasks else None,
-    "blend": lambda tasks: tasks | {"blend"} if {"task0", "task1"} <= tasks else None,
+    "blend": lambda tasks: (
+        tasks | {"blend"} if {"task0", "task1"} <= tasks and "blend" not in tasks else None
+    ),
     "compress": lambda tasks: frozenset(OLD),
     "pull": lambda tasks: frozenset(NEW),
 }

@@ -420,6 +420,7 @@ def test_files_grown_without_a_byte_written(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"lora_alpha": mutations.Raw("1" + "0" * 400)}, "401 digits"),
+        ({"lora_alpha": 1e308}, "a number that float32 holds"),
         ({"rank_pattern": {"(" * 5000 + ")" * 5000: 2}}, "nested too deep"),
         ({"rank_pattern": {"a{99999999999}": 2}}, "no regular expression"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5"),
@@ -437,6 +438,21 @@ def test_configs_that_ended_in_a_traceback(
     path.write_text(mutations.dumped(json.loads(path.read_text()) | change))
     with pytest.raises(VLoRAError, match=words):
         open_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tasks.json", "attachments.json", "vlora_config.json"])
+def test_a_key_that_stands_twice_in_a_manifest(name: str, tmp_path: Path) -> None:
+    """Which of the two counts would be chance; also in the compact form that msgspec writes itself."""
+    with_attachments(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
+    text = mutations.dumped(json.loads(files[name]))
+    key = next(iter(json.loads(text)))
+    files[name] = f'{{"{key}":{mutations.dumped(json.loads(text)[key])},{text[1:]}'.encode()
+    mutations.refit(files, keep=name)
+    for file, data in files.items():
+        (tmp_path / file).write_bytes(data)
+    with pytest.raises(VLoRAError, match=f"key '{key}' stands twice"):
+        _ = Checkpoint.open(tmp_path).attachments
 
 
 def test_sixty_thousand_names(tmp_path: Path) -> None:

@@ -413,6 +413,15 @@ def test_nothing_is_written_where_something_is_in_the_way(tmp_path: Path) -> Non
     assert not (tmp_path / "none").exists()
 
 
+def test_a_failure_says_how_many_tasks_were_written(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "original")
+    checkpoint = store(tmp_path / "ckpt", {task: (adapter, keep(adapter)) for task in "abc"})
+    (tmp_path / "ckpt" / checkpoint.record("c").file).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="2 of 3 tasks were written before that and stay"):
+        export_all(checkpoint, "abc", tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b"]
+
+
 def test_a_damaged_task_leaves_no_folder(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "original")
     checkpoint = store(tmp_path / "ckpt", {"t": (adapter, keep(adapter))})

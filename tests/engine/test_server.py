@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +16,14 @@ import openai
 import pytest
 from engine_server import OURS, Server, ids, words
 from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact, mixed
+from file_server import file_server
+from places import ROOT
+from typer.testing import CliRunner
 
 from vllm_vlora.checkpoint.attachments import AttachmentWriter
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.plugin.identity import task_path
+from vllm_vlora.tools.cli import app
 
 pytestmark = pytest.mark.engine
 
@@ -60,6 +67,12 @@ def test_every_task_is_listed_without_opening_the_load_routes(server: Server) ->
     for route in ("load_lora_adapter", "unload_lora_adapter"):
         answer = httpx.post(f"{server.url}/v1/{route}", json={"lora_name": "x", "lora_path": "/x"})
         assert answer.status_code == 404
+
+
+def test_ready_means_that_every_task_is_there(server: Server, checkpoint: Path) -> None:
+    for folder, code in ((checkpoint, 0), (ROOT / "tests/data/format1", 1)):
+        done = CliRunner().invoke(app, ["ready", str(folder), "--url", server.url])
+        assert done.exit_code == code, done.output
 
 
 def test_all_kinds_of_requests_at_once(server: Server, world: World) -> None:
@@ -108,6 +121,29 @@ def test_the_checkpoint_may_vanish_while_the_server_runs(
             assert ids(text) == words(world.reference[name][2])
     finally:
         shutil.move(aside, checkpoint)
+
+
+def test_a_checkpoint_at_a_url_outlives_its_store(world: World, tmp_path: Path) -> None:
+    """Every process reads the state that the first one fetched; the store is gone before they start."""
+    folder = exact(world, "joint")
+    with file_server(folder.parent) as store:
+        url = f"{store.url}/{folder.name}?sig=S3cr3t"
+        cache = {"VLLM_VLORA_CACHE": str(tmp_path / "cache")}
+        subprocess.run(
+            [sys.executable, "-P", "-m", "vllm_vlora.tools", "validate", url],
+            env={**os.environ, **cache},
+            check=True,
+        )
+    server = Server(world, tmp_path / "server.log", url, **cache)
+    try:
+        assert server.wait(), server.log.read_text()[-4000:]
+        for name in ADAPTERS:
+            assert ids(server.text(name, PROMPTS[1])) == words(world.reference[name][1])
+    finally:
+        server.stop()
+    log = server.log.read_text()
+    assert "the state that was fetched last is used" in log
+    assert "S3cr3t" not in log
 
 
 def test_runtime_updating_resolves_and_renews_tasks(world: World, tmp_path: Path) -> None:

@@ -357,10 +357,12 @@ class _Client:
         self.answers = answers
         self.core_engines = range(len(answers))
 
-    async def _call_utility_async(self, method: str, *, engine: int) -> list[list[str]]:
-        from vllm_vlora.plugin import residency
+    async def _call_utility_async(self, method: str, *, engine: int) -> Any:
+        from vllm_vlora.plugin.engine_core import ALIASES_METHOD, TASKS_METHOD
 
-        assert method == residency.TASKS_METHOD
+        if method == ALIASES_METHOD:
+            return '{"version": 1, "aliases": {}}'
+        assert method == TASKS_METHOD
         return [list(pair) for pair in self.answers[engine]]  # As it comes over the wire.
 
 
@@ -383,7 +385,7 @@ def _init(client: _Client, lora_config: object = True, templates: Any = None) ->
             """No --lora-modules."""
 
     models = Models()
-    asyncio.run(_init_static_loras(Models.init_static_loras, templates)(models))
+    asyncio.run(_init_static_loras(Models.init_static_loras, templates, False)(models))
     return models
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,21 +294,21 @@ def test_towers_see_direct_tokens_as_the_base_models(worker: Worker) -> None:
 
 
 def test_a_late_task_is_held_and_forgotten_with_its_adapters_and_slot(
-    managing: Any, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    managing: Any, worker: Worker, tmp_path: Path
 ) -> None:
     from vllm.lora.request import LoRARequest
 
     manager, store = worker.manager, worker.manager.vlora_store
-    monkeypatch.setattr(
-        managing.TaskLoRAManager, "setup", managing.Setup("ck", Settings(late_mib=1))
-    )
     before = store.nbytes
-    assert manager.hold(worker.request("joint", 11)) == managing.Held(late=False)
+    assert manager.hold(worker.request("joint", 11)) == managing.Held()
     later = build(tmp_path / "later", seed=1)
     late = LoRARequest("one", 21, str(task_path(later, "one")))
-    held = manager.hold(late)
-    assert (held.late, held.over, held.error) == (True, store.late_nbytes - 2**20, None)
-    assert store.nbytes == before + store.late_nbytes
+    while not manager.stage(late):
+        time.sleep(0.001)
+    assert store.nbytes == before
+    assert manager.hold(late) == managing.Held()
+    assert late.lora_path in manager.held_paths()
+    assert store.nbytes > before
     for number in (21, 22):
         manager.add_direct(LoRARequest("one", number, late.lora_path))
     task = manager._direct_models[21].task.direct
@@ -333,13 +334,13 @@ def test_what_fails_in_a_worker_is_its_answer(
         (OSError("no disk"), f"{late.lora_path}: no disk"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(store, "task", lambda path, error=error: (_ for _ in ()).throw(error))
+            patch.setattr(store, "place", lambda path, error=error: (_ for _ in ()).throw(error))
             held = manager.hold(late)
             assert isinstance(held.error, VLoRAError)
             assert str(held.error) == message
     with monkeypatch.context() as patch:
         full = torch.OutOfMemoryError("full")
-        patch.setattr(store, "task", lambda path: (_ for _ in ()).throw(full))
+        patch.setattr(store, "place", lambda path: (_ for _ in ()).throw(full))
         held = manager.hold(late)
         assert held.error is None
         assert held.over > 2**40, "whatever gives way may help"

@@ -21,6 +21,14 @@ from vllm_vlora.plugin.settings import Settings, read_settings
         ({"VLLM_VLORA_LATE_MIB": "4096"}, Settings(late_mib=4096)),
         ({"VLLM_VLORA_CHAT_TEMPLATES": "on"}, Settings(chat_templates=True)),
         ({"VLLM_VLORA_ROWS": "narrow"}, Settings(narrow_rows=True)),
+        ({"VLLM_VLORA_TASK_CONCURRENCY": "8"}, Settings(task_concurrency=8)),
+        ({"VLLM_VLORA_TASK_QUEUE": "100", "VLLM_VLORA_FAIR": ""}, Settings(task_queue=100)),
+        (
+            {"VLLM_VLORA_FAIR": "on", "VLLM_VLORA_WEIGHTS": '{"sql": 2, "é,=": 0.5}'},
+            Settings(fair=True, weights={"sql": 2.0, "é,=": 0.5}),
+        ),
+        ({"VLLM_VLORA_METRICS_TASKS": "5"}, Settings(metrics_tasks=5)),
+        ({"VLLM_VLORA_METRICS_LISTED": "0"}, Settings(metrics_listed=0)),
         ({"VLLM_VLORA_ROWS": "wide"}, Settings()),
         ({"VLLM_VLORA_BASIS": "dense", "VLLM_VLORA_MODE": "auto"}, Settings()),
     ],
@@ -30,6 +38,39 @@ def test_settings_are_read_from_the_environment(
 ) -> None:
     assert read_settings(environment) == expected
     assert expected.direct == (expected.mode != "materialize")
+
+
+def test_vllms_scheduler_is_left_alone_unless_something_is_asked_for() -> None:
+    assert not Settings().limited
+    assert not read_settings({"VLLM_VLORA_TASK_CONCURRENCY": "0", "VLLM_VLORA_FAIR": "off"}).limited
+    for asked in (Settings(fair=True), Settings(task_queue=1), Settings(task_concurrency=1)):
+        assert asked.limited
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("sql=2", "use a JSON object of names and numbers"),
+        ('{"sql": 2', "use a JSON object of names and numbers"),
+        ('{"sql": "2"}', "use a JSON object of names and numbers"),
+        ('{"sql": 1, "sql": 2}', "use a JSON object of names and numbers"),
+        ('{"sql": NaN}', "use a JSON object of names and numbers"),
+        ("[1]", "use a JSON object of names and numbers"),
+        ('{"sql": 0}', "'sql' has 0; use a number above 0"),
+        ('{"sql": -1.5}', "'sql' has -1.5; use a number above 0"),
+    ],
+)
+def test_weights_that_mean_nothing_are_named(weights: str, message: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        read_settings({"VLLM_VLORA_FAIR": "on", "VLLM_VLORA_WEIGHTS": weights})
+    assert str(caught.value).startswith("VLLM_VLORA_WEIGHTS")
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_without_fairness_are_not_ignored() -> None:
+    with pytest.raises(SettingError, match="does nothing without VLLM_VLORA_FAIR=on"):
+        read_settings({"VLLM_VLORA_WEIGHTS": '{"sql": 2}'})
 
 
 def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +88,9 @@ def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> 
         ("MODE", " auto", "' auto': use one of"),
         ("BASIS", "nf4", "'nf4': use one of dense, packed"),
         ("ROWS", "3", "'3': use one of wide, narrow"),
+        ("FAIR", "yes", "'yes': use one of off, on"),
+        ("TASK_CONCURRENCY", "-1", "'-1': use a whole number from 0 on"),
+        ("TASK_QUEUE", "many", "'many': use a whole number from 0 on"),
         *(("LATE_MIB", bad, f"{bad!r}: use a whole number from 0 on")
           for bad in ("-1", "1.5", "1G", " 8")),
         *(("SLOTS", bad, f"{bad!r}: use a whole number from 1 on")

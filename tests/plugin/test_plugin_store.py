@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +16,13 @@ from plugin_world import STORED, TASKS, Store, build, make_path
 from vllm_vlora import snapshots
 from vllm_vlora.checkpoint.pinning import pinned
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import CheckpointError, ModelMismatchError
+from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelMismatchError
 from vllm_vlora.plugin.identity import task_path
+from vllm_vlora.plugin.resident import ResidentStore
+from vllm_vlora.plugin.settings import Budget
+from vllm_vlora.quantize import unpack
 from vllm_vlora.representations.decode import decode
+from vllm_vlora.triton_kernels.direct import ADDRESS_FIELDS, SliceTask
 
 
 def test_a_task_is_held_in_one_form(tmp_path: Path) -> None:
@@ -109,21 +117,18 @@ def test_forgetting_late_tasks_gives_all_their_bytes_back(tmp_path: Path) -> Non
     first = build(tmp_path / "ck", STORED)
     store.preload(first.path, make_path)
     before, held = store.nbytes, len(store)
-    assert store.late_nbytes == 0
     later = build(tmp_path / "later", STORED, seed=1)
     paths = {name: task_path(later, name) for name in STORED}
     for path in paths.values():
         store.task(path)
-        assert store.is_late(str(path))
-        assert store.late_nbytes == store.nbytes - before
     assert {store.task(paths[name]).direct is None for name in STORED} == {True, False}
-    with_all = store.late_nbytes
+    with_all = store.nbytes
     # Of the checkpoint's bases each is held as long as one task needs it.
     bases = dict(later.bases())
     store.forget(str(paths["joint"]))
-    assert store.late_nbytes == store.nbytes - before < with_all - bases["k"].u.nbytes
+    assert before < store.nbytes < with_all - bases["k"].u.nbytes
     again = store.task(paths["joint"])
-    assert store.late_nbytes == with_all
+    assert store.nbytes == with_all
     for name in TASKS["joint"]:
         a, b = decode(later.load_task("joint").modules[name], bases[name])
         source_a, source_b = again.sources[name]
@@ -131,23 +136,178 @@ def test_forgetting_late_tasks_gives_all_their_bytes_back(tmp_path: Path) -> Non
     for path in paths.values():
         store.forget(str(path))
         store.forget(str(path))
-        assert store.late_nbytes == store.nbytes - before
-        assert not store.is_late(str(path))
-    assert (store.nbytes, len(store), store.late_nbytes) == (before, held, 0)
+        assert store.held(str(path)) is None
+    assert (store.nbytes, len(store)) == (before, held)
 
 
-def test_what_the_engine_started_with_is_never_forgotten(tmp_path: Path) -> None:
-    made = Store()
+def test_what_the_engine_started_with_gives_way_and_comes_back_as_well(tmp_path: Path) -> None:
+    store = Store().store
     first = build(tmp_path / "ck", STORED)
-    made.store.preload(first.path, make_path)
-    before = made.store.nbytes
+    store.preload(first.path, make_path)
+    before, full = store.nbytes, _numbers(store)
     for name in STORED:
-        path = task_path(first, name)
-        task = made.store.task(path)
-        assert not made.store.is_late(str(path))
-        made.store.forget(str(path))
-        assert made.store.task(path) is task
-    assert made.store.nbytes == before
+        store.forget(str(task_path(first, name)))
+    assert len(store) == 0
+    assert store.materialized_nbytes == 0
+    for name in STORED:
+        store.task(task_path(first, name))
+    assert store.nbytes == before
+    assert _numbers(store) == full
+
+
+def _numbers(store: ResidentStore) -> dict[str, dict[str, list[float]]]:
+    """The values of every task on the device, as the kernels would read them."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for task in store.tasks():
+        values = found.setdefault(task.task_id, {})
+        for name, (a, b) in task.sources.items():
+            values[name] = (b.to_dense().T @ a.to_dense()).flatten().tolist()
+        for number, part in task.direct.slices.items() if task.direct else ():
+            _check_record(task.direct.records[number], part)  # type: ignore[union-attr]
+            if part.core is not None:
+                values[f"core {number}"] = part.core.flatten().tolist()
+            if part.a is not None and part.b is not None:
+                values[f"a {number}"] = unpack(part.a).flatten().tolist()
+                values[f"b {number}"] = unpack(part.b).flatten().tolist()
+    return found
+
+
+def _check_record(record: torch.Tensor, part: SliceTask) -> None:
+    """A record's addresses are those of the tensors that the task has now."""
+    places = [
+        *([part.core] if part.core is not None else []),
+        *(p for m in (part.a, part.b) if m is not None for p in m.parts.values()),
+    ]
+    addresses = {address for field in ADDRESS_FIELDS if (address := int(record[field]))}
+    assert addresses == {tensor.data_ptr() for tensor in places if tensor.numel()}
+
+
+# --- budgets ---------------------------------------------------------------------------------------
+
+
+def _of_one_size(folder: Path, count: int = 6, seed: int = 0) -> Checkpoint:
+    tasks = {f"t{i}": {"q": ("private", 3), "o": ("private", 5)} for i in range(count)}
+    return build(folder, tasks, seed=seed)
+
+
+def _block_nbytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the device that each of ``_of_one_size`` takes."""
+    store = Store().store
+    store.preload(checkpoint.path, make_path)
+    return store.arena_used // len(store)
+
+
+def test_as_many_tasks_as_the_budget_holds_are_loaded_at_the_start(tmp_path: Path) -> None:
+    checkpoint = _of_one_size(tmp_path / "ck")
+    size = _block_nbytes(checkpoint)
+    store = Store(budget=Budget(device=4 * size + size // 2, late=0, host=0)).store
+    store.preload(checkpoint.path, make_path)
+    assert [task.task_id for task in store.tasks()] == ["t0", "t1", "t2", "t3"]
+    assert store.served() == [(task, str(task_path(checkpoint, task))) for task in checkpoint.tasks]
+    fifth = task_path(checkpoint, "t4")
+    assert store.place(fifth) > 0
+    assert store.held(str(fifth)) is None
+    with pytest.raises(MemoryBudgetError, match="no room"):
+        store.task(fifth)
+    store.forget(str(task_path(checkpoint, "t1")))
+    taken = store.arena_nbytes
+    assert store.place(fifth) == 0
+    assert store.arena_nbytes == taken, "nothing more is taken from the device after the start"
+
+
+@pytest.mark.parametrize("host", [0, 1 << 20])
+def test_whatever_comes_and_goes_is_what_the_checkpoint_holds(tmp_path: Path, host: int) -> None:
+    """Tasks of every form, more than fit, in an order that moves each to places of others."""
+    checkpoint = build(tmp_path / "ck", STORED)
+    later = build(tmp_path / "later", STORED, seed=1)
+    whole = Store().store
+    whole.preload(checkpoint.path, make_path)
+    for name in STORED:
+        whole.task(task_path(later, name))
+    expected = {task.path: numbers for task, numbers in zip(whole.tasks(), _by_task(whole))}
+    # Some are larger than all of the budget, with their bases.
+    store = Store(budget=Budget(device=whole.arena_used // 4, late=2048, host=host)).store
+    store.preload(checkpoint.path, make_path)
+    random, seen = Random(0), set()
+    paths = [task_path(ck, name) for ck in (checkpoint, later) for name in STORED]
+    for _ in range(200):
+        path = random.choice(paths)
+        while store.place(path) and len(store):
+            store.forget(random.choice(store.tasks()).path)
+        if store.held(str(path)) is not None:
+            seen.add(str(path))
+        for task, numbers in zip(store.tasks(), _by_task(store)):
+            assert numbers == expected[task.path]
+        assert store.host_nbytes <= host
+    assert len(seen) > len(STORED)
+    for path in paths:
+        store.drop(str(path))
+    assert (store.arena_used, store.host_nbytes, len(store)) == (0, 0, 0)
+
+
+def _by_task(store: ResidentStore) -> list[dict[str, list[float]]]:
+    found = []
+    for task in store.tasks():
+        one: Any = SimpleNamespace(tasks=lambda task=task: [task])
+        found.append(_numbers(one)[task.task_id])
+    return found
+
+
+def test_a_task_that_gave_way_comes_back_from_the_host_though_its_file_is_gone(
+    tmp_path: Path,
+) -> None:
+    checkpoint = _of_one_size(tmp_path / "ck")
+    size = _block_nbytes(checkpoint)
+    store = Store(budget=Budget(device=0, late=size, host=3 * size)).store
+    store.preload(checkpoint.path, make_path)
+    paths = {name: task_path(checkpoint, name) for name in checkpoint.tasks}
+    for name in ("t0", "t1", "t2", "t3"):
+        store.place(paths[name])
+        store.forget(str(paths[name]))
+    for file in (checkpoint.path / "tasks").iterdir():
+        file.unlink()
+    for name in ("t1", "t3", "t2"):
+        assert store.stage(paths[name])
+        assert store.task(paths[name]).task_id == name
+        store.forget(str(paths[name]))
+    with pytest.raises(CheckpointError, match="the file is missing"):
+        store.task(paths["t0"])
+
+
+def test_staging_is_beside_everything_and_errors_come_when_it_is_placed(tmp_path: Path) -> None:
+    checkpoint = _of_one_size(tmp_path / "ck")
+    store = Store(budget=Budget(device=0, late=1 << 20, host=0)).store
+    store.preload(checkpoint.path, make_path)
+    good, bad = (task_path(checkpoint, name) for name in ("t0", "t1"))
+    file = bad.checkpoint / bad.file
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    deadline = time.monotonic() + 30
+    while not (store.stage(good) and store.stage(bad)):
+        assert time.monotonic() < deadline
+    assert len(store) == 0, "only ``place`` touches the device"
+    assert store.place(good) == 0
+    with pytest.raises(CheckpointError):
+        store.place(bad)
+    file.write_bytes(whole)
+    assert store.task(bad).task_id == "t1", "what failed is tried again"
+
+
+def test_bases_stay_while_what_is_staged_needs_them(tmp_path: Path) -> None:
+    checkpoint = build(tmp_path / "ck", dict.fromkeys(("a", "b"), TASKS["joint"]))
+    store = Store(budget=Budget(device=1 << 20, late=1 << 20, host=0)).store
+    store.preload(checkpoint.path)
+    paths = {name: task_path(checkpoint, name) for name in ("a", "b")}
+    full = _numbers(store)
+    store.forget(str(paths["b"]))
+    while not store.stage(paths["b"]):
+        time.sleep(0.001)
+    # Staged beside a's bases on the device; another task may not get their place now.
+    store.forget(str(paths["a"]))
+    assert store.task(paths["b"]).task_id == "b"
+    assert _numbers(store)["b"] == full["b"]
+    store.forget(str(paths["b"]))
+    assert store.arena_used == 0
 
 
 def test_a_load_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
@@ -190,15 +350,13 @@ def test_a_path_that_a_client_made_up_is_refused_and_nothing_is_looked_up(
     assert store.task(own).task_id == "one"
 
 
-def test_what_was_there_at_the_start_is_told_from_what_came_later(tmp_path: Path) -> None:
+def test_what_is_served_is_told_from_what_else_is_held(tmp_path: Path) -> None:
     checkpoint = build(tmp_path / "ckpt")
     later = build(tmp_path / "later", seed=1)
     store = Store().store
     store.preload(checkpoint.path)
     store.task(task_path(later, "one"))
-    assert store.preloaded() == [
-        (task, str(task_path(checkpoint, task))) for task in checkpoint.tasks
-    ]
+    assert store.served() == [(task, str(task_path(checkpoint, task))) for task in checkpoint.tasks]
 
 
 def test_no_other_content_is_loaded_than_the_one_asked_for(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ LIBRARY = (
     "adapters",
     "fitting",
     "checkpoint",
+    "blending",
     "foreign",
     "planning",
     "compression",
@@ -34,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     GROUND: (),
     "triton_kernels": (),
     **{room: LIBRARY[:place] for place, room in enumerate(LIBRARY)},
-    "plugin": ("representations", "adapters", "checkpoint", "triton_kernels"),
+    "plugin": ("representations", "adapters", "checkpoint", "blending", "triton_kernels"),
     "tools": (*LIBRARY, "plugin"),
 }
 # Rooms that hand on names under their own.
@@ -219,6 +221,22 @@ def test_what_an_import_brings_along(statement: str, absent: list[str]) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd="/"
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_plain_install_has_every_other_name() -> None:
+    """``import *`` where no package is that pyproject does not require."""
+    script = """
+        import sys
+        for name in ("vllm", "triton", "transformers", "peft", "ray", "matplotlib", "jinja2"):
+            sys.modules[name] = None
+        from vllm_vlora import *
+        import vllm_vlora
+        print(sorted(set(vllm_vlora._HOMES) - set(globals())))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd="/"
+    )
+    assert done.stdout.strip() == "['lora_request']", done.stderr
 
 
 def test_functions_win_over_modules_of_the_same_package() -> None:

@@ -25,8 +25,8 @@ FILES = sorted(
     {*PACKAGE.rglob("*.py"), *PACKAGE.glob("tools/*.py"), *PACKAGE.glob("triton_kernels/*.py")}
 )
 # What files import at once though the package installs without it: the plugin and the kernels run
-# inside vLLM, which brings Triton, and this file says in its own words what it needs.
-INSIDE_VLLM = {"vllm", "triton"}
+# inside vLLM, which brings these, and this file says in its own words what it needs.
+INSIDE_VLLM = {"vllm", "triton", "fastapi", "starlette"}
 SAYS_WHAT_IT_NEEDS = {PACKAGE / "integrations" / "huggingface.py": {"transformers"}}
 
 
@@ -115,6 +115,12 @@ def test_what_the_wheel_says_of_itself(built: Path) -> None:
     (entry,) = [name for name in wheel if name.endswith("entry_points.txt")]
     assert wheel[entry].decode().split() == [
         *("[console_scripts]", "vllm-vlora", "=", "vllm_vlora.tools.cli:main"),
+        *(
+            "[vllm.endpoint_plugins]",
+            "vlora_tasks",
+            "=",
+            "vllm_vlora.plugin.task_routes:TaskRoutes",
+        ),
         *("[vllm.general_plugins]", "vlora", "=", "vllm_vlora.plugin:register"),
     ]
 

@@ -171,6 +171,8 @@ def test_rows_that_a_task_multiplies_with() -> None:
         (Segment(0, "private", "int3", 4), SPEC, "unknown number format 'int3'"),
         (Segment(0, "private", "int8", 0), SPEC, "rank must be positive"),
         (Segment(0, "private", "int8", 4, float("nan")), SPEC, "scale is not finite"),
+        # Its square, which errors are measured with, is no double any more.
+        (Segment(0, "private", "int8", 4, 1e200), SPEC, "scale is not finite in float32"),
         (Segment(0, "private", "int8", 4, bits=(4, 0, 0)), SPEC, "bits by row"),
         (Segment(0, "joint", "nf4-dq", 4, core="dense", bits=(4, 0, 0)), SPEC, "bits by row"),
         (Segment(0, "private", "nf4-dq", 4, bits=(1, 1, 1)), SPEC, "do not sum to the rank 4"),

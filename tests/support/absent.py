@@ -16,7 +16,7 @@ import pytest
 # What an extra brings, or what tests alone use.
 OPTIONAL = (
     *("vllm", "triton", "transformers", "peft", "matplotlib", "ray", "bitsandbytes"),
-    *("openai", "tokenizers", "accelerate", "gguf", "build", "setuptools"),
+    *("openai", "tokenizers", "accelerate", "gguf", "build", "setuptools", "prometheus_client"),
 )
 ABSENT = [name for name in OPTIONAL if find_spec(name) is None]
 _SAID = re.compile(rf"No module named '({'|'.join(ABSENT)})[.']")

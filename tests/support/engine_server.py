@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -23,7 +24,13 @@ class Server:
     """A ``vllm serve`` process on a free port of this machine."""
 
     def __init__(
-        self, world: World, log: Path, checkpoint: Path, script: str = FORKED, **environment: str
+        self,
+        world: World,
+        log: Path,
+        checkpoint: Path | str,
+        script: str = FORKED,
+        options: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -39,7 +46,7 @@ class Server:
                      "--max-model-len", "256", "--max-num-seqs", "32", "--enforce-eager",
                      "--enable-lora", "--max-loras", "3", "--max-lora-rank", "16",
                      "--served-model-name", "base",
-                     "--lora-modules", f"ordinary={world.ordinary}"]  # fmt: skip
+                     "--lora-modules", f"ordinary={world.ordinary}", *options]  # fmt: skip
         self.process = start(script, *model, *arguments, log=log, **environment)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
@@ -61,6 +68,11 @@ class Server:
             extra_body={"ignore_eos": True, "skip_special_tokens": False},
         )  # fmt: skip
         return done.choices[0].text
+
+    def listed(self) -> set[str]:
+        """The names in /v1/models, asked on a connection of its own: of any of its API servers."""
+        models = httpx.get(f"{self.url}/v1/models", timeout=60).json()["data"]
+        return {model["id"] for model in models}
 
     def stop(self) -> None:
         stop(self.process, signal.SIGTERM, signal.SIGKILL)

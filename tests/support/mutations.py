@@ -101,14 +101,16 @@ def write(files: Files, folder: Path, random: Random) -> None:
             path.symlink_to("/dev/zero" if kind == "device" else "not there")
 
 
-def refit(files: Files) -> None:
-    """Put the digests and sizes of a checkpoint or a calibration right."""
+def refit(files: Files, keep: str | None = None) -> None:
+    """Put the digests and sizes of a checkpoint or a calibration right, but not within ``keep``."""
     if "tasks.index" in files and "tasks.records" in files:
         with contextlib.suppress(
             KeyError, ValueError, RecursionError, RuntimeError, SafetensorError
         ):
             _refit_index(files)
     for holder in ("tasks.json", "attachments.json", "vlora_config.json", "calibration.json"):
+        if holder == keep:
+            continue
         try:
             data = json.loads(files[holder])
             changed = _refit(data, files)

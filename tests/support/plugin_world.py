@@ -15,6 +15,7 @@ from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.resident import ResidentStore
+from vllm_vlora.plugin.settings import Budget
 from vllm_vlora.quantize import pack, unpack
 from vllm_vlora.representations.joint import encode_joint
 from vllm_vlora.representations.private import encode_narrow, encode_private
@@ -154,9 +155,9 @@ def activate_all(path: DirectPath, checkpoint: Checkpoint, tasks: list[str]) -> 
 class Store:
     """A store over a checkpoint, and what its check was asked."""
 
-    def __init__(self, only_direct: bool = False) -> None:
+    def __init__(self, only_direct: bool = False, budget: Budget | None = None) -> None:
         self.checked: list[tuple[list[str], bool]] = []
-        self.store = ResidentStore(CPU, str, self._check, only_direct)
+        self.store = ResidentStore(CPU, str, self._check, only_direct, budget=budget)
 
     def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
         self.checked.append((list(task_ids), direct))

@@ -747,6 +747,32 @@ def test_an_interrupted_run_leaves_the_old_checkpoint_and_nothing_else(
     assert [p.name for p in output.parent.iterdir()] == ["ckpt"]
 
 
+def run_onto(stdout: int, *args: str | Path, **options: Any) -> tuple[int, str]:
+    """The exit code and what stderr got of a command whose output goes there."""
+    done = subprocess.run(
+        command(*args), stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, **options
+    )
+    return done.returncode, done.stderr
+
+
+def test_output_that_nobody_reads_is_no_failed_check() -> None:
+    """As of ``validate CKPT | head -1``: code 1 would mean that the checkpoint is damaged."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert run_onto(writer, "info", FORMAT2) == (141, "")
+    os.close(writer)
+
+
+def test_output_may_have_nowhere_to_go() -> None:
+    def close_stdout() -> None:
+        os.close(1)
+
+    assert run_onto(subprocess.DEVNULL, "info", FORMAT2, preexec_fn=close_stdout) == (0, "")
+    with open("/dev/full", "w") as full:
+        code, said = run_onto(full.fileno(), "info", FORMAT2)
+    assert (code, said) == (2, "Error: cannot write the output: No space left on device\n")
+
+
 def test_info_tells_bits_and_flat_bases() -> None:
     data = json.loads(invoke("info", FORMAT2, "--json").stdout)
     rows = [task["nf4_rows_by_bits"] for task in data["tasks"]]

@@ -12,7 +12,6 @@ Source: ``mlx_lm.tuner.lora``, ``mlx_lm.tuner.utils.load_adapters``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from vllm_vlora.adapters.peft_config import CONFIG_FILE, check_extra_shape, rank
 from vllm_vlora.adapters.tensor_names import PREFIX
 from vllm_vlora.adapters.weights_files import StoredTensor, read_header
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.representations.spec import fits_float32
 
 MLX_WEIGHTS = "adapters.safetensors"
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings")
@@ -92,14 +92,16 @@ def _scale(options: Any, where: str) -> Any:
     names = [name for name in ("scale", "alpha") if isinstance(options, dict) and name in options]
     values = [options[name] for name in names]
     for name, value in zip(names, values):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not fits_float32(value):
             raise AdapterError(f"{where}: {name} of lora_parameters is {value!r}, no number")
     if "scale" not in names:
         raise AdapterError(f"{where}: lora_parameters of {CONFIG_FILE} has no scale; correct it")
     if "alpha" in names:
-        return lambda rank: values[0] * values[1] / rank
+        scaled = values[0] * values[1]
+        if not fits_float32(scaled):
+            raise AdapterError(
+                f"{where}: scale times alpha of lora_parameters is {scaled}, no number"
+            )
+        return lambda rank: scaled / rank
     return lambda rank: float(values[0])

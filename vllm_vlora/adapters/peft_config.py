@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vlora.adapters.lookalikes import describe_content, describe_folder
-from vllm_vlora.adapters.patterns import PatternError, match_end
+from vllm_vlora.adapters.patterns import EndPatterns, PatternError
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
+from vllm_vlora.representations.spec import fits_float32
 from vllm_vlora.strict_json import JSONError, decode
 from vllm_vlora.wording import some_of
 
@@ -136,13 +137,12 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     _check_alpha_value(config.get("lora_alpha"), "lora_alpha", where)
     check_values(config, where)
     for option in _PATTERNS:
-        for key in config.get(option) or {}:
-            try:
-                match_end(key, "")
-            except PatternError as error:
-                raise AdapterError(
-                    f"{where}: {option} has the key {key!r:.200}: {error}; correct {CONFIG_FILE}"
-                ) from error
+        try:
+            EndPatterns(config.get(option) or {}).check()
+        except PatternError as error:
+            raise AdapterError(
+                f"{where}: {option} has the key {error}; correct {CONFIG_FILE}"
+            ) from error
 
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
@@ -205,22 +205,15 @@ def _check_rank_value(value: Any, option: str, where: str) -> None:
 
 
 def _check_alpha_value(value: Any, option: str, where: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not _finite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not fits_float32(value):
         raise AdapterError(
-            f"{where}: {option} is {_shown(value)}, but alpha is a number; correct {CONFIG_FILE}"
+            f"{where}: {option} is {_shown(value)}, but alpha is a number that float32 holds; "
+            f"correct {CONFIG_FILE}"
         )
 
 
 _NUMBERS = {"r": _check_rank_value, "lora_alpha": _check_alpha_value}
 _PATTERNS = {"rank_pattern": _check_rank_value, "alpha_pattern": _check_alpha_value}
-
-
-def _finite(value: float) -> bool:
-    # A whole number that no double holds overflows.
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def _shown(value: Any) -> str:
@@ -282,17 +275,33 @@ def _number(value: float) -> int | float:
     return int(value) if math.isfinite(value) and value == int(value) else value
 
 
-def _match_pattern(pattern: Mapping[str, Any] | None, name: str) -> Any:
+def _match_pattern(pattern: dict[str, Any] | None, name: str) -> Any:
     """PEFT's ``get_pattern_key``: a key is a regular expression for the end of a dotted name."""
-    for key, value in (pattern or {}).items():
-        try:
-            if match_end(key, name):
-                return value
-        except PatternError as error:
-            raise AdapterError(
-                f"the pattern {key!r:.200}: {error}; correct {CONFIG_FILE}"
-            ) from error
-    return None
+    if not pattern:
+        return None
+    try:
+        key = _end_patterns(pattern).first(name)
+    except PatternError as error:
+        raise AdapterError(f"the pattern {error}; correct {CONFIG_FILE}") from error
+    return None if key is None else pattern[key]
+
+
+_prepared: dict[int, tuple[dict[str, Any], int, str, EndPatterns]] = {}
+_MOST_PREPARED = 16
+
+
+def _end_patterns(pattern: dict[str, Any]) -> EndPatterns:
+    """Its keys, prepared; kept for the mappings that were asked for last, as each is for every module."""
+    # A mapping whose keys were changed has another number of them or another last one.
+    size, last = len(pattern), next(reversed(pattern))
+    found = _prepared.get(id(pattern))
+    if found is not None and found[0] is pattern and found[1:3] == (size, last):
+        return found[3]
+    ready = EndPatterns(pattern)
+    if len(_prepared) >= _MOST_PREPARED:
+        _prepared.clear()
+    _prepared[id(pattern)] = pattern, size, last, ready
+    return ready
 
 
 def check_extra_key(key: str, config: Mapping[str, Any], where: str) -> None:

@@ -37,6 +37,7 @@ from vllm_vlora.adapters.companions import (
 from vllm_vlora.adapters.lookalikes import describe_file
 from vllm_vlora.adapters.mlx_folder import MLX_WEIGHTS, as_peft, is_mlx
 from vllm_vlora.adapters.module_names import inverse, renamed
+from vllm_vlora.adapters.patterns import Work
 from vllm_vlora.adapters.peft_config import (
     CONFIG_FILE,
     GATHER,
@@ -274,7 +275,13 @@ def find_adapter(ref: str | Path) -> Path:
         if not beside:
             raise AdapterError(f"adapter {os.fspath(ref)!r} is a file: {describe_file(path)}")
         return path.parent.absolute()
-    return resolve_snapshot(ref, what="adapter", error=AdapterError, allow_patterns=PEFT_PATTERNS)
+    return resolve_snapshot(
+        ref,
+        what="adapter",
+        error=AdapterError,
+        allow_patterns=PEFT_PATTERNS,
+        required=CONFIG_FILE,
+    )
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
@@ -292,11 +299,12 @@ def check_targets(
         modules: name -> (kind, name in the model that was trained).
     """
     try:
-        ready = prepared(config)
+        ready, work = prepared(config), Work()
         left_out = [
             name
             for name, (kind, trained) in modules.items()
-            if selects(ready, name, kind) is False and selects(ready, trained, kind) is False
+            if selects(ready, name, kind, work) is False
+            and selects(ready, trained, kind, work) is False
         ]
     except ValueError as error:
         raise AdapterError(f"{where}: {error}; correct {CONFIG_FILE}") from error

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vllm_vlora.adapters.patterns import PLAIN, PatternError, fullmatch
+from vllm_vlora.adapters.patterns import PLAIN, PatternError, Work, fullmatch
 from vllm_vlora.adapters.peft_config import name_ends, saved_modules
 
 _ALL_LINEAR = "all-linear"
@@ -20,24 +20,27 @@ _OUTPUT_LAYER = "lm_head"
 _NUMBERED = re.compile(r"\.\d+\.")
 
 
-def selects(config: Mapping[str, Any], name: str, kind: str = "linear") -> bool | None:
+def selects(
+    config: Mapping[str, Any], name: str, kind: str = "linear", work: Work | None = None
+) -> bool | None:
     """Whether PEFT adapts a module; None where that depends on the model.
 
     Args:
         name: path of the module in the base model. kind: "linear" or "embedding".
+        work: is charged with what the patterns take.
 
     Raises:
         ValueError: an option of the config is no pattern or list; says which.
     """
-    selected = _selects(config, name, kind)
+    selected = _selects(config, name, kind, work)
     # Layers that are tied to an adapted embedding are adapted with it; no numbered layer's is.
     if not selected and config.get("ensure_weight_tying") and not _NUMBERED.search(name):
         return None
     return selected
 
 
-def _selects(config: Mapping[str, Any], name: str, kind: str) -> bool | None:
-    if _excluded(config, name):
+def _selects(config: Mapping[str, Any], name: str, kind: str, work: Work | None) -> bool | None:
+    if _excluded(config, name, work):
         return False
     targets = config.get("target_modules")
     if targets is None:
@@ -45,7 +48,7 @@ def _selects(config: Mapping[str, Any], name: str, kind: str) -> bool | None:
     if isinstance(targets, str):
         if targets.lower() == _ALL_LINEAR:
             return _of_all_linear(name, kind)
-        return _matches("target_modules", targets, name)
+        return _matches("target_modules", targets, name, work)
     _check_list("target_modules", targets)
     # A list with that word in it finds no module in PEFT, and can only have meant the word.
     if _ALL_LINEAR in targets:
@@ -73,8 +76,8 @@ def prepared(config: Mapping[str, Any]) -> dict[str, Any]:
 def selects_all(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
     """Whether PEFT adapts all of these modules by this config, whatever the model."""
     try:
-        ready = prepared(config)
-        return all(selects(ready, name) for name in modules)
+        ready, work = prepared(config), Work()
+        return all(selects(ready, name, work=work) for name in modules)
     # A config whose targets are no list and no pattern selects nothing.
     except ValueError:
         return False
@@ -96,16 +99,16 @@ def _of_all_linear(name: str, kind: str) -> bool | None:
     return None if kind == "linear" and name.rpartition(".")[2] != _OUTPUT_LAYER else False
 
 
-def _excluded(config: Mapping[str, Any], name: str) -> bool:
+def _excluded(config: Mapping[str, Any], name: str, work: Work | None) -> bool:
     excluded = config.get("exclude_modules")
-    if isinstance(excluded, str) and excluded and _matches("exclude_modules", excluded, name):
+    if isinstance(excluded, str) and excluded and _matches("exclude_modules", excluded, name, work):
         return True
     if excluded and not isinstance(excluded, str):
         _check_list("exclude_modules", excluded)
         if name in excluded or _ends_with(name, excluded):
             return True
     saved = saved_modules(config)
-    return any(_matches("modules_to_save", rf"(.*\.)?{m}(\..*)?", name) for m in saved)
+    return any(_matches("modules_to_save", rf"(.*\.)?{m}(\..*)?", name, work) for m in saved)
 
 
 def _in_layers(config: Mapping[str, Any], name: str) -> bool:
@@ -130,9 +133,9 @@ def _ends_with(name: str, ends: Any) -> bool:
     return any(end in ends for end in name_ends(name))
 
 
-def _matches(option: str, pattern: str, name: str) -> bool:
+def _matches(option: str, pattern: str, name: str, work: Work | None) -> bool:
     try:
-        return fullmatch(pattern, name)
+        return fullmatch(pattern, name, work)
     except PatternError as error:
         raise ValueError(f"{option} {pattern!r:.200}: {error}") from error
 

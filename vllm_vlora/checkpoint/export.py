@@ -38,7 +38,13 @@ from vllm_vlora.adapters.peft_targets import full_targets, selects_all
 from vllm_vlora.atomic import check_apart, exists_error
 from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
-from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, OptionError, OutputError
+from vllm_vlora.errors import (
+    CheckpointError,
+    CheckpointReplacedError,
+    OptionError,
+    OutputError,
+    VLoRAError,
+)
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, StoredModule
@@ -154,7 +160,7 @@ def export_all(
         Task id -> folder, in the order given, each task once.
 
     Raises:
-        As :func:`export_task`.
+        As :func:`export_task`; what was written before stays, and the message says how much.
 
     Examples:
         >>> written = export_all(Checkpoint.open(checkpoint), ["task_0", "task_3"], folder)
@@ -171,12 +177,14 @@ def export_all(
     for done, (task_id, folder) in enumerate(folders.items(), 1):
         try:
             _export(checkpoint, task_id, bases, folder, force, dtype, changes)
-        except CheckpointReplacedError as error:
+        except VLoRAError as error:
             if done == 1:
                 raise
-            # Adapters of two states do not belong together.
-            raise OutputError(
-                f"{error} with --force: {done - 1} of {len(folders)} tasks were written"
+            # Adapters of two states do not belong together: not the error that begins again.
+            kind = OutputError if isinstance(error, CheckpointReplacedError) else type(error)
+            raise kind(
+                f"{error}; {done - 1} of {len(folders)} tasks were written before that and stay, "
+                "--force replaces them"
             ) from error
         if progress is not None:
             progress(task_id, done, len(folders))

@@ -6,7 +6,6 @@ is huggingface_hub's own business (``HF_TOKEN``, or ``hf auth login``).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from huggingface_hub.utils import (
 )
 
 from vllm_vlora.atomic import check_apart, publish_folder
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.manifest import (
@@ -32,16 +32,16 @@ from vllm_vlora.checkpoint.manifest import (
     RECORDS_FILE,
     TASKS_FILE,
     TASKS_FOLDER,
-    task_file,
 )
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.pinning import check_content
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
+from vllm_vlora.checkpoint.task_entry import task_files
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
-from vllm_vlora.regular_files import JSON_BYTES
+from vllm_vlora.regular_files import JSON_BYTES, copy_regular
 
 _CARD_FILE = "README.md"
 _TASK_FILES = f"{TASKS_FOLDER}/*.safetensors"
@@ -164,16 +164,19 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
     snapshot = opened.path
     check_apart(output, [snapshot])
     with publish_folder(output, force=force, owned=checkpoint_files) as folder:
-        for name in _files(opened):
+        for name, most in _files(opened).items():
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 # The Hub's cache holds links to its blobs; the copy is the file itself.
-                shutil.copyfile(snapshot / name, target)
-            except FileNotFoundError as error:
-                raise CheckpointError(
-                    f"{ref}: {name} is missing; it was not pushed whole"
-                ) from error
+                copy_regular(snapshot / name, target, most)
+            except OSError as error:
+                if error.filename != str(snapshot / name):
+                    raise
+                reason = error.strerror
+                if isinstance(error, FileNotFoundError):
+                    reason = "missing; it was not pushed whole"
+                raise CheckpointError(f"{ref}: {name} is {reason}") from error
         _check_sound(folder)
         check_content(folder, Checkpoint.open(folder).content_digest, opened.content_digest)
     return Checkpoint.open(output)
@@ -214,26 +217,28 @@ def _check_sound(path: Path) -> None:
         raise CheckpointError(f"{problems[0]}{more}; nothing was published")
 
 
-def _files(checkpoint: Checkpoint) -> list[str]:
-    """The checkpoint's files, and what describes it; none of them is a link to something outside.
+def _files(checkpoint: Checkpoint) -> dict[str, int]:
+    """The checkpoint's files, and what describes it, each with the most bytes that it may have.
+
+    None of them is a link to something outside.
 
     Raises:
         CheckpointError: one is, or what no manifest gives a size is larger than it can be.
     """
-    names = [CONFIG_FILE, *(ref.file for ref in checkpoint.files)]
-    names += map(task_file, checkpoint.tasks)
-    names += sorted({f.file for files in checkpoint.attachments.values() for f in files.values()})
-    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, _CARD_FILE]
+    refs = [*checkpoint.files, *task_files(checkpoint.tasks)]
+    refs += [ref for refs in checkpoint.attachments.values() for ref in refs.values()]
+    files = {CONFIG_FILE: JSON_BYTES, **{ref.file: ref.nbytes for ref in refs}}
+    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, ALIASES_FILE, _CARD_FILE]
     beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
-    names += [name for name in beside if (checkpoint.path / name).is_file()]
-    for name in names:
+    files |= {name: JSON_BYTES for name in beside if (checkpoint.path / name).is_file()}
+    for name in files:
         refuse_link_out(checkpoint.path / name, checkpoint.path, CheckpointError)
     for name in beside:
         path = checkpoint.path / name
-        # A file is grown to any size without a byte written, and copied with all of them.
+        # A file is grown to any size without a byte written, and uploaded with all of them.
         if path.is_file() and path.stat().st_size > JSON_BYTES:
             raise CheckpointError(f"{path} has more than {JSON_BYTES} bytes; remove it")
-    return names
+    return files
 
 
 def _card(checkpoint: Checkpoint) -> bytes:

@@ -6,6 +6,7 @@
     CKPT/tasks.index, .records   the same of very many tasks, read one at a time; see ``task_index``
     CKPT/tasks/*.safetensors     one file a task, named by ``task_ids.encode_task_id``
     CKPT/attachments*            tokenizers that travel with tasks; see ``attachments``
+    CKPT/aliases.json            other names for tasks and blends; see ``aliases``
     CKPT/README.md               a Hub model card
 
 A *segment* is one module of one task. Its matrices are packed row by row (``quantize``) and lie one
@@ -26,9 +27,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import GenericAlias
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -196,9 +198,7 @@ def read_config(path: Path) -> Config:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     version = _check_version(file, data)
-    if version in _CONFIGS:
-        _decode(file, data, _CONFIGS[version])
-    config = _decode(file, data, Config)
+    config = _decode(file, data, Config, _CONFIGS.get(version))
     _check_modules(file, config)
     for ref in [*config.basis, config.tasks]:
         _check_inside(file, ref.file)
@@ -209,9 +209,7 @@ def read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
     """Read and check ``tasks.json``, against its digest and the modules of ``config``."""
     file = path / config.tasks.file
     data = read_checked(file, config.tasks)
-    if config.format_version in _TASKS:
-        _decode(file, data, _TASKS[config.format_version])
-    tasks = _decode(file, data, dict[str, TaskRecord])
+    tasks = _decode(file, data, dict[str, TaskRecord], _TASKS.get(config.format_version))
     for task_id, record in tasks.items():
         try:
             validate_task_id(task_id)
@@ -238,24 +236,42 @@ def check_adapter_config(file: Path, task_id: str, config: dict[str, Any]) -> No
 
 def read_checked(path: Path, ref: FileRef) -> bytes:
     """Read a file of a checkpoint, whose size and SHA-256 must be those of ``ref``."""
-    refuse_link_out(path, _folder_of(path, ref), CheckpointError)
-    try:
-        with open_regular(path) as stream:
-            size = size_of(stream)
-            data = stream.read(size) if size == ref.nbytes else b""
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    if size != ref.nbytes or len(data) != size:
-        raise CheckpointError(
-            f"{path}: {size} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
-        )
+    with _open_of_size(path, ref) as stream:
+        data = stream.read(ref.nbytes)
+    if len(data) != ref.nbytes:
+        raise _wrong_size(path, len(data), ref)
     if hashlib.sha256(data).hexdigest() != ref.sha256:
         raise CheckpointError(
             f"{path}: SHA-256 differs from the manifest's; copy the checkpoint again"
         )
     return data
+
+
+def check_size(path: Path, ref: FileRef) -> None:
+    """Raise CheckpointError where a file of a checkpoint is missing or has another size than ``ref``."""
+    with _open_of_size(path, ref):
+        pass
+
+
+@contextmanager
+def _open_of_size(path: Path, ref: FileRef) -> Iterator[BinaryIO]:
+    refuse_link_out(path, _folder_of(path, ref), CheckpointError)
+    try:
+        with open_regular(path) as stream:
+            size = size_of(stream)
+            if size != ref.nbytes:
+                raise _wrong_size(path, size, ref)
+            yield stream
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _wrong_size(path: Path, size: int, ref: FileRef) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {size} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
+    )
 
 
 def _folder_of(path: Path, ref: FileRef) -> Path:
@@ -349,9 +365,9 @@ def _check_inside(file: Path, name: str) -> None:
         raise CheckpointError(f"{file}: path {name!r} leaves the checkpoint")
 
 
-def _decode(file: Path, data: bytes, kind: Any) -> Any:
+def _decode(file: Path, data: bytes, kind: Any, older: Any) -> Any:
     try:
-        return decode_typed(data, kind)
+        return decode_typed(data, kind, *([] if older is None else [older]))
     except JSONError as error:
         raise CheckpointError(f"{file}: {error}") from error
 

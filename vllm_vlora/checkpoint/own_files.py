@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
@@ -17,13 +17,15 @@ from vllm_vlora.checkpoint.manifest import (
     RECORDS_FILE,
     TASKS_FILE,
     TASKS_FOLDER,
-    hash_file,
     is_checkpoint,
+    read_checked,
     read_config,
     task_file,
 )
 from vllm_vlora.checkpoint.task_index import read_ids
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.regular_files import JSON_BYTES, read_regular
+from vllm_vlora.strict_json import JSONError, decode
 
 CARD_FILE = "README.md"
 # What this package calls its files; where what names them is damaged or newer, that must do.
@@ -42,10 +44,10 @@ def checkpoint_files(path: Path) -> set[str] | None:
     if not is_checkpoint(path):
         return None
     own = {CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, CARD_FILE}
-    own |= {INDEX_FILE, RECORDS_FILE}
+    own |= {ALIASES_FILE, INDEX_FILE, RECORDS_FILE}
     for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE):
         with suppress(OSError):
-            own.update(_named((path / name).read_bytes()))
+            own.update(_named(read_regular(path / name, JSON_BYTES)))
     with suppress(CheckpointError):
         own.update(_indexed(path))
     if not _is_sound(path):
@@ -59,8 +61,8 @@ def checkpoint_files(path: Path) -> set[str] | None:
 def _named(data: bytes) -> Iterator[str]:
     """What "file" says, wherever it stands; a large manifest is not decoded for it."""
     for text in _FILE.findall(data):
-        with suppress(ValueError):
-            yield json.loads(text)
+        with suppress(JSONError):
+            yield decode(text, str)
 
 
 def _indexed(path: Path) -> Iterator[str]:
@@ -74,9 +76,10 @@ def _is_sound(path: Path) -> bool:
     """Whether what names the files is as it was written."""
     try:
         ref = read_config(path).tasks
-        return hash_file(path / ref.file) == (ref.sha256, ref.nbytes)
-    except (OSError, CheckpointError):
+        read_checked(path / ref.file, ref)
+    except CheckpointError:
         return False
+    return True
 
 
 def _known_names(path: Path) -> Iterator[str]:

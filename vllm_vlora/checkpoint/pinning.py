@@ -1,13 +1,14 @@
 """A checkpoint's content by one digest, and references that say which content they mean.
 
-    FOLDER@sha256:HEX    org/name@sha256:HEX    org/name@revision@sha256:HEX
+    FOLDER@sha256:HEX    org/name@sha256:HEX    org/name@revision@sha256:HEX    s3://...@sha256:HEX
 
-HEX is the SHA-256 of ``vlora_config.json`` and, where there is one, ``attachments.json`` behind it, as
-``encode_config`` and ``encode_attachments`` write them. The manifest names the digest of every file
-with tensors, by way of ``tasks.json`` or ``tasks.index``, and the other one that of every tokenizer and
-chat template, so that nothing that is served can differ while the digest is the same. The card and the
-index of the shards, which no reader uses, are not part of it. What is digested is what was decoded, not
-the file once more: between two reads a file may be another one.
+HEX is the SHA-256 of ``vlora_config.json`` and, where there are such, ``attachments.json`` and
+``aliases.json`` behind it, as ``encode_config``, ``encode_attachments`` and ``encode_aliases`` write
+them. The manifest names the digest of every file with tensors, by way of ``tasks.json`` or
+``tasks.index``, the second that of every tokenizer and chat template, and the third says what names mean,
+so that nothing that is served can differ while the digest is the same. The card and the index of the
+shards, which no reader uses, are not part of it. What is digested is what was decoded, not the file
+once more: between two reads a file may be another one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_vlora.checkpoint.aliases import Aliases, encode_aliases
 from vllm_vlora.checkpoint.attachments import Attached, encode_attachments
 from vllm_vlora.checkpoint.manifest import Config, FileRef, encode_config, plain
 from vllm_vlora.errors import CheckpointError
@@ -28,11 +30,13 @@ from vllm_vlora.representations.spec import ModuleSpec, Segment
 _MARK = "@sha256:"
 
 
-def content_digest(config: Config, attachments: Mapping[str, Attached]) -> str:
-    """SHA-256, in hex, of a manifest and of the index of what is kept with its tasks."""
+def content_digest(config: Config, attachments: Mapping[str, Attached], aliases: Aliases) -> str:
+    """SHA-256, in hex, of a manifest, of the index of what is kept with its tasks, and of the aliases."""
     digest = hashlib.sha256(encode_config(config))
     if attachments:
         digest.update(encode_attachments(attachments))
+    if aliases:
+        digest.update(encode_aliases(aliases))
     return digest.hexdigest()
 
 
@@ -106,7 +110,7 @@ def absolute_ref(ref: str) -> str:
     return pinned(folder.absolute() if folder.is_dir() else where, digest)
 
 
-def check_content(path: Path, found: str, wanted: str) -> None:
+def check_content(path: str | Path, found: str, wanted: str) -> None:
     """Raise CheckpointError where a checkpoint's content is not the one that was asked for."""
     if found != wanted:
         raise CheckpointError(

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from vllm_vlora.checkpoint.aliases import Aliases, read_aliases
 from vllm_vlora.checkpoint.attachments import Attached, read_attachments
 from vllm_vlora.checkpoint.layout import (
     CODE_PARTS,
@@ -26,8 +27,6 @@ from vllm_vlora.checkpoint.layout import (
     tensor_name,
 )
 from vllm_vlora.checkpoint.manifest import (
-    INDEX_FILE,
-    RECORDS_FILE,
     Config,
     FileRef,
     TaskRecord,
@@ -43,6 +42,7 @@ from vllm_vlora.checkpoint.pinning import (
     stands_on_basis,
     task_digest,
 )
+from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.task_entry import TaskEntry, column, entry
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage, open_tasks
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, TaskNotFoundError
@@ -58,7 +58,6 @@ from vllm_vlora.quantize import (
 from vllm_vlora.representations.registry import segment_sides, shared_of
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
-from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.tensor_files import DamagedFileError, read_tensors
 from vllm_vlora.wording import some_of
 
@@ -116,20 +115,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, ref: str | Path, *, manifest_only: bool = False) -> Checkpoint:
-        """Open a folder or a Hub id (``org/name`` or ``org/name@revision``).
+        """Open a folder, a Hub id (``org/name`` or ``org/name@revision``) or a URL (``s3://...``).
 
-        Behind either, ``@sha256:`` and ``content_digest`` say which content it must have.
+        Behind each, ``@sha256:`` and ``content_digest`` say which content it must have.
 
         Args:
-            manifest_only: of a Hub id only what names its tasks is downloaded; no tensors can be read.
+            manifest_only: of a Hub id or a URL only what names its tasks is fetched; no tensors can be
+                read then.
         """
         where, wanted = split_pin(ref)
-        path = resolve_snapshot(
-            where,
-            what="checkpoint",
-            error=CheckpointError,
-            allow_patterns=["*.json", INDEX_FILE, RECORDS_FILE] if manifest_only else None,
-        )
+        path = checkpoint_folder(where, wanted, manifest_only=manifest_only)
         opened = cls(path, *_read_manifest(path))
         if wanted is not None:
             check_content(path, opened.content_digest, wanted)
@@ -185,13 +180,22 @@ class Checkpoint:
         return read_attachments(self.path, self.tasks)
 
     @cached_property
+    def aliases(self) -> Aliases:
+        """Names for tasks, blends and canaries, read when first asked for.
+
+        Raises:
+            CheckpointError: their file is damaged, or names a task that there is not.
+        """
+        return read_aliases(self.path, self.tasks)
+
+    @cached_property
     def content_digest(self) -> str:
         """SHA-256, in hex, of all that is served of this checkpoint (see ``pinning``).
 
         Raises:
-            CheckpointError: the index of what is kept with tasks is damaged.
+            CheckpointError: the index of what is kept with tasks, or of aliases, is damaged.
         """
-        return content_digest(self.config, self.attachments)
+        return content_digest(self.config, self.attachments, self.aliases)
 
     @property
     def files(self) -> list[FileRef]:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -23,6 +24,7 @@ from vllm_vlora.atomic import (
     foreign_files,
     publish_folder,
 )
+from vllm_vlora.checkpoint.aliases import refuse_fault
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.manifest import (
@@ -36,9 +38,11 @@ from vllm_vlora.checkpoint.report import CompressReport, report_contents
 from vllm_vlora.checkpoint.writer import CheckpointWriter, basis_file
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
-from vllm_vlora.regular_files import open_regular
+from vllm_vlora.regular_files import JSON_BYTES, copy_regular, open_regular, read_regular
 from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, FlatBasis
+from vllm_vlora.strict_json import JSONError, decode
+from vllm_vlora.urls import is_remote, local_folder
 
 _CHUNK = 1 << 22
 _BASIS_NAME = re.compile(r"basis[\w.-]*\.safetensors", re.ASCII)
@@ -54,16 +58,21 @@ def edited(
     checkpoint meanwhile: the lock is held from reading to publishing, and others wait.
 
     Args:
-        ref: a folder or a Hub id. output: another folder to write; needed for a Hub id.
+        ref: a folder, a Hub id or a URL. output: another folder to write; needed but for a folder.
         force: replace a checkpoint at ``output``.
 
     Raises:
         CheckpointError: there is no sound checkpoint.
-        OptionError: a checkpoint of the Hub is not changed in place.
+        OptionError: a checkpoint of the Hub or at a URL is not changed in place.
         OutputError: the output may not be replaced or cannot be written, another run writes it and
             does not end in time, or somebody has changed the checkpoint without asking for the lock.
     """
-    target = Path(ref if output is None else output).expanduser()
+    if output is None and is_remote(ref):
+        raise OptionError(
+            f"{ref} is a URL and not changed in place; name a folder to write, or `vllm-vlora pull` it "
+            "first"
+        )
+    target = Path((local_folder(ref) or ref) if output is None else output).expanduser()
     with exclusive(target):
         checkpoint = Checkpoint.open(ref)
         if output is None and not target.is_dir():
@@ -95,12 +104,13 @@ def edited(
 def _copy_file(source: Path, target: Path) -> None:
     # A pipe or a device is nothing that a copy would have.
     if source.is_file():
-        shutil.copy2(source, target)
+        copy_regular(source, target)
+        shutil.copystat(source, target)
 
 
 def _manifest(path: Path) -> bytes:
     try:
-        return (path / CONFIG_FILE).read_bytes()
+        return read_regular(path / CONFIG_FILE, JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: {error.strerror}") from error
 
@@ -111,6 +121,7 @@ class Successor(CheckpointWriter):
     def __init__(self, folder: Path, old: Checkpoint, *, allow_large_error: bool = False) -> None:
         super().__init__(folder, old.base_model, allow_large_error=allow_large_error)
         self._old = old
+        self.aliases = old.aliases
         self._kept: list[FileRef] | None = None
 
     def keep_bases(self) -> None:
@@ -149,7 +160,12 @@ class Successor(CheckpointWriter):
             self.add_module(spec.name, spec.d_in, spec.d_out, spec.kind, new, flat)
 
     def finish_edited(self) -> CompressReport:
-        """Write the rest, with a model card; returns what the card says."""
+        """Write the rest, with a model card; returns what the card says.
+
+        Raises:
+            OutputError: an alias names a task that would be gone, or a new task has an alias' name.
+        """
+        refuse_fault(self.aliases, self.tasks, self._old.path)
         bases = basis_nbytes(self.modules) if self._kept is None else self._old.basis_nbytes
         report = report_contents(self.folder, self.tasks, self.modules, bases)
         self.finish(model_card(self.base_model, report))
@@ -161,13 +177,15 @@ class Successor(CheckpointWriter):
 
 def _renamed_index(path: Path, renamed: Mapping[str, str]) -> bytes:
     """A shard index with other names of its files; byte for byte where they are the same."""
-    data = path.read_bytes()
-    if all(old == new for old, new in renamed.items()):
-        return data
     try:
-        index = json.loads(data)
+        data = read_regular(path, JSON_BYTES)
+        if all(old == new for old, new in renamed.items()):
+            return data
+        index = decode(data, dict[str, Any])
         weight_map = {name: renamed[file] for name, file in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (JSONError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a shard index; compress again") from error
     return json.dumps({**index, "weight_map": weight_map}, indent=2).encode()
 

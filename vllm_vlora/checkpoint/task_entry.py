@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vllm_vlora.checkpoint.manifest import TaskRecord
+from vllm_vlora.checkpoint.manifest import FileRef, TaskRecord, task_file
 from vllm_vlora.checkpoint.serving import carried_tensors
 
 MIXED = "mixed"
@@ -97,6 +97,14 @@ def entries(tasks: Mapping[str, TaskRecord]) -> Iterator[tuple[str, TaskEntry]]:
     if isinstance(tasks, TaskTable):
         return tasks.entries()
     return ((task_id, entry_of(record)) for task_id, record in tasks.items())
+
+
+def task_files(tasks: Mapping[str, TaskRecord]) -> Iterator[FileRef]:
+    """The file of every task, known without their records."""
+    for task_id, (sha256, nbytes) in zip(
+        tasks, zip(column(tasks, "sha256"), column(tasks, "nbytes"))
+    ):
+        yield FileRef(task_file(task_id), sha256, nbytes)
 
 
 def column(tasks: Mapping[str, TaskRecord], name: str) -> Sequence[Any]:

@@ -215,6 +215,17 @@ def read_ids(path: Path, config: Config) -> list[str]:
     return _Table(path / config.tasks.file, config).ids
 
 
+def records_of(path: Path, config: Config) -> FileRef | None:
+    """The file of the records that an index names, which need not be there yet; None without an index.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    if config.format_version < INDEX_VERSION:
+        return None
+    return _Table(path / config.tasks.file, config).about.records
+
+
 class IndexedTasks(TaskTable):
     """The tasks of an index; a record is read, and checked, when it is asked for.
 

@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 
 from vllm_vlora.adapters.peft_config import GATHER
+from vllm_vlora.checkpoint.aliases import read_aliases
 from vllm_vlora.checkpoint.attachments import Attached, read_attached
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE, hash_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
+from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, CheckpointVersionError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import PackedMatrix, unpack
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.representations.stored import Basis, FlatBasis
-from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.strict_json import JSONError, decode
 from vllm_vlora.tensor_files import ShardIndex
 
@@ -57,7 +58,7 @@ def validate(
         []
     """
     where, wanted = split_pin(ref)
-    path = resolve_snapshot(where, what="checkpoint", error=CheckpointError)
+    path = checkpoint_folder(where, wanted)
     try:
         ref = pinned(path, wanted)
         return read_one_state(ref, lambda opened: _problems_of(opened, progress))
@@ -89,6 +90,10 @@ def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
     attachments: Mapping[str, Attached] = {}
     try:
         attachments = checkpoint.attachments
+    except CheckpointError as error:
+        problems.append(str(error))
+    try:
+        read_aliases(checkpoint.path, checkpoint.tasks)
     except CheckpointError as error:
         problems.append(str(error))
     yield "bases", problems

@@ -15,6 +15,7 @@ import torch
 
 from vllm_vlora._version import __version__
 from vllm_vlora.atomic import link_own
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE, Aliases, encode_aliases
 from vllm_vlora.checkpoint.attachments import AttachmentWriter
 from vllm_vlora.checkpoint.layout import (
     BASIS_SHARD_BYTES,
@@ -59,6 +60,7 @@ class CheckpointWriter:
     shard_bytes: int = BASIS_SHARD_BYTES
     allow_large_error: bool = False
     modules: list[ModuleSpec] = field(default_factory=list)
+    aliases: Aliases = field(default_factory=dict)
     _index: dict[str, int] = field(default_factory=dict)
     _pending: dict[str, torch.Tensor] = field(default_factory=dict)
     _shards: list[tuple[Path, list[str]]] = field(default_factory=list)
@@ -204,6 +206,8 @@ class CheckpointWriter:
         """Write the basis index, what names the tasks, the model card and, last, the manifest."""
         basis = self._finish_basis()
         self.attachments.finish()
+        if self.aliases:
+            (self.folder / ALIASES_FILE).write_bytes(encode_aliases(self.aliases))
         (self.folder / "README.md").write_text(card, encoding="utf-8")
         tasks, version = self.tasks.finish(basis)
         config = Config(

@@ -25,12 +25,14 @@ import torch
 from vllm_vlora.adapters.collection import Progress
 from vllm_vlora.adapters.peft_config import rank_options
 from vllm_vlora.atomic import check_apart, publish_folder
+from vllm_vlora.checkpoint.aliases import keep_aliases
 from vllm_vlora.checkpoint.card import format_bytes, model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import is_checkpoint
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.report import report_contents
+from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError
 from vllm_vlora.foreign.lorashare_files import CONFIG_FILE as SHARE_CONFIG_FILE
@@ -39,7 +41,6 @@ from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack
 from vllm_vlora.representations.flat import encode_flat
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
-from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.wording import some_of
 
 
@@ -113,7 +114,7 @@ def convert(
         >>> report.kind, report.representation, report.task_ids
         ('vlora', 'flat', ['cola', 'mrpc', 'rte', 'team/wnli'])
     """
-    folder = resolve_snapshot(source, what="checkpoint", error=CheckpointError)
+    folder = checkpoint_folder(source, foreign=True)
     kind = detect_kind(folder)
     if kind not in ("vlora", "lorashare"):
         raise CheckpointError(_nothing_to_convert(folder, kind))
@@ -136,6 +137,7 @@ def convert(
             target, writer.tasks, writer.modules, basis_nbytes(writer.modules)
         )
         writer.finish(model_card(writer.base_model, contents) + _card_note(kind))
+        keep_aliases(Path(output).expanduser(), target, writer.tasks)
     return ConvertReport(
         kind,
         Path(output),

@@ -7,7 +7,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE
-from vllm_vlora.errors import CheckpointError, IncompatibleVLLMError
+from vllm_vlora.errors import IncompatibleVLLMError
 from vllm_vlora.plugin.settings import MODE_VARIABLE, Settings, read_settings
 
 UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
@@ -81,17 +81,18 @@ def _checkpoint_folder() -> str | None:
     if not reference:
         return None
     from vllm_vlora.checkpoint.pinning import pinned, split_pin
-    from vllm_vlora.snapshots import fixed_ref, resolve_snapshot
+    from vllm_vlora.checkpoint.sources import checkpoint_folder, fixed_checkpoint
 
     where, digest = split_pin(reference)
-    folder = resolve_snapshot(where, what="checkpoint", error=CheckpointError)
-    found = pinned(folder, digest)
+    folder = checkpoint_folder(where, digest)
+    fixed = fixed_checkpoint(where, folder, digest)
+    found = pinned(folder, split_pin(fixed)[1])
     if digest is not None:
         from vllm_vlora.checkpoint.reader import Checkpoint
 
         Checkpoint.open(found)
-    # For the processes that this one starts: a branch may move before they look.
-    os.environ[CHECKPOINT_VARIABLE] = pinned(fixed_ref(where, folder), digest)
+    # For the processes that this one starts: a branch or a URL may have moved before they look.
+    os.environ[CHECKPOINT_VARIABLE] = fixed
     return found
 
 

@@ -16,6 +16,7 @@ from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.plugin.identity import TaskPath, task_paths
+from vllm_vlora.plugin.named_requests import answering
 from vllm_vlora.strict_json import decode
 
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -51,7 +52,7 @@ class TaskTemplates:
 
         @functools.wraps(original)
         def build(self_: Any, default_template: str | None, *args: Any, **kwargs: Any) -> Any:
-            own = self._templates.get(self_.model)
+            own = self._templates.get(answering(self_.model))
             return original(self_, own or default_template, *args, **kwargs)
 
         return build

@@ -6,7 +6,7 @@ become the kernels' layers, a stored task becomes their task, and the slots are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -125,7 +125,7 @@ class DirectPath:
                 count += 1
         self._count = count
         self._held = HeldBases(engine_name)
-        users = _users(checkpoint, self._task_obstacle, self._held)
+        users = _users(checkpoint, self._segments_obstacle, self._held)
         # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
         self._max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
         # Known now: captured graphs have one kernel for all tasks, with one body where it can be.
@@ -163,7 +163,13 @@ class DirectPath:
         return None
 
     def make_task(self, stored: StoredTask) -> DirectTask:
-        """A stored task in the form that the kernels read; private factors are on the device."""
+        """A stored task on the device in the form that the kernels read, counted as held."""
+        task = self.describe(stored, self.device)
+        self.count(task_memory(task))
+        return task
+
+    def describe(self, stored: StoredTask, device: torch.device) -> DirectTask:
+        """A stored task in the form that the kernels read; what is on the host stays there."""
         parts: dict[int, SliceTask] = {}
         for name, module in stored.modules.items():
             # What is another pipeline rank's has no slices here.
@@ -173,13 +179,11 @@ class DirectPath:
                     parts[number] = SliceTask(core=core, core_rank=rank)
                 elif module.rank:
                     parts[number] = self._private(module, layout)
-        task = make_task(_place_cores(parts, self.dtype, self.device), self._count, self.device)
-        self._tasks += task_memory(task)
-        return task
+        return make_task(_place_cores(parts, self.dtype, device), self._count, device)
 
-    def drop_task(self, task: DirectTask) -> None:
-        """Leave a task that ``make_task`` made out of the books; who holds it lets it go."""
-        self._tasks += -task_memory(task)
+    def count(self, memory: DirectMemory) -> None:
+        """Take a task into the books; its negative out of them."""
+        self._tasks += memory
 
     def memory(self) -> DirectMemory:
         """What all of it takes on the device."""
@@ -189,13 +193,19 @@ class DirectPath:
 
     def _task_obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
         record = checkpoint.record(task_id)
-        segments = record.segments
-        reason = direct_obstacle(segments, checkpoint.modules)
+        reason = direct_obstacle(record.segments, checkpoint.modules)
         if reason is not None:
             return reason
         heads = [name for name in record.extra if not is_base_copy(name)]
         if heads:
             return f"it carries {heads[0]}, which stands in a slot"
+        return self._segments_obstacle(checkpoint, record.segments)
+
+    def _segments_obstacle(self, checkpoint: Checkpoint, segments: Sequence[Segment]) -> str | None:
+        """Why no task with these segments can run direct here, whatever the layers hold."""
+        reason = direct_obstacle(segments, checkpoint.modules)
+        if reason is not None:
+            return reason
         for segment in segments:
             module = checkpoint.modules[segment.module]
             name = self._engine_name(module.name)
@@ -245,15 +255,21 @@ class DirectPath:
 
 
 def _users(
-    checkpoint: Checkpoint, obstacle: Callable[[Checkpoint, str], str | None], held: HeldBases
+    checkpoint: Checkpoint,
+    obstacle: Callable[[Checkpoint, Sequence[Segment]], str | None],
+    held: HeldBases,
 ) -> list[tuple[Segment, ModuleSpec]]:
-    """The segments of every task that can run direct, with their modules; ``held`` gets their bases."""
+    """The segments of tasks that can run direct, with their modules; ``held`` gets their bases.
+
+    Those that many tasks have in common are looked at once.
+    """
     return [
         (segment, checkpoint.modules[segment.module])
-        for task_id, record in checkpoint.tasks.items()
-        if obstacle(checkpoint, task_id) is None
-        and held.take(record.segments, checkpoint.modules) is None
-        for segment in record.segments
+        for segments, tasks in checkpoint.alike()
+        if obstacle(checkpoint, segments) is None
+        and not all(checkpoint.entry(task).carries for task in tasks)
+        and held.take(segments, checkpoint.modules) is None
+        for segment in segments
     ]
 
 

@@ -17,8 +17,8 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 _DIGEST_LENGTH = 32
 # vLLM's own counters start at 1; ids from 2**20 on keep clear of them. Its GPU runner holds ids in
 # int32, so they end below 2**31.
-_FIRST_ID = 1 << 20
-_ID_SPAN = (1 << 31) - _FIRST_ID - 1
+FIRST_ID = 1 << 20
+ID_SPAN = (1 << 31) - FIRST_ID - 1
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def task_ids_to_int(paths: Mapping[str, TaskPath]) -> dict[str, int]:
     taken: set[int] = set()
     numbers = {}
     for task_id in sorted(paths):
-        offset = int(paths[task_id].digest, 16) % _ID_SPAN
+        offset = int(paths[task_id].digest, 16) % ID_SPAN
         while offset in taken:
-            offset = (offset + 1) % _ID_SPAN
+            offset = (offset + 1) % ID_SPAN
         taken.add(offset)
-        numbers[task_id] = _FIRST_ID + offset
+        numbers[task_id] = FIRST_ID + offset
     return numbers

@@ -36,8 +36,9 @@ from vllm_vlora.plugin.experts import (
     is_fused_moe,
     make_expert_writer,
 )
+from vllm_vlora.plugin.following import Follower, State
 from vllm_vlora.plugin.head_calls import HeadPunica
-from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_ahead
 from vllm_vlora.plugin.layers import (
     EngineNames,
@@ -117,7 +118,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             only_direct=self.setup.settings.mode == "direct",
             elsewhere=self.elsewhere,
             narrow_rows=self.setup.settings.narrow_rows,
+            budget=self.setup.settings.budget(self.device),
         )
+        self.follower: Follower | None = None
         self._direct_models: dict[int, TaskLoRAModel] = {}
         self._direct_slots: DirectSlots | None = None
         self._routed_version = -1
@@ -199,9 +202,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     def task_model(self, request: LoRARequest) -> TaskLoRAModel:
         """The model of one of our requests, from resident memory wherever possible."""
-        path = parse_task_path(request.lora_path)
-        assert path is not None
-        return self._make_model(request.lora_int_id, self.vlora_store.task(path))
+        return self._make_model(request.lora_int_id, self.vlora_store.task(_path_of(request)))
 
     def _make_model(self, lora_id: int, task: ResidentTask) -> TaskLoRAModel:
         model = TaskLoRAModel(lora_id, task)
@@ -230,29 +231,62 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             for check in checks:
                 check(shown)
 
-    # --- tasks that come after start-up ---
+    # --- what the engine core asks for ---
+
+    def stage(self, request: LoRARequest) -> bool:
+        """Have a task read into host memory, beside the steps; whether that is done."""
+        return self.vlora_store.stage(_path_of(request))
 
     def hold(self, request: LoRARequest) -> Held:
-        """Load the task of one of our requests unless it is resident; an error is in the answer.
+        """Have a task on the device; an error is in the answer.
 
         Nothing is raised: with several workers, each must answer.
         """
         try:
-            self.task_model(request)
+            over = self.vlora_store.place(_path_of(request))
+            if over:
+                return Held(over=over)
+            self._prepare(self.task_model(request).task)
         except torch.OutOfMemoryError:
-            return Held(late=True, over=_ALL)
+            return Held(over=_ALL)
         except VLoRAError as error:
-            return Held(late=True, error=error)
+            return Held(error=error)
         except Exception as error:
             logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
-            return Held(late=True, error=TaskLoadError(f"{request.lora_path}: {error}"))
-        if not self.vlora_store.is_late(request.lora_path):
-            return Held(late=False)
-        budget = self.setup.settings.late_mib * 2**20
-        return Held(late=True, over=self.vlora_store.late_nbytes - budget)
+            return Held(error=TaskLoadError(f"{request.lora_path}: {error}"))
+        return Held()
 
-    def forget(self, path: str) -> None:
-        """Let go of a task that came after start-up and of the adapters that stand for it."""
+    def _prepare(self, task: ResidentTask) -> None:
+        """Arrange a task's writes now and not in its first step."""
+        if task.direct is None:
+            self.writer.prepare(task)
+            self.experts.prepare(task)
+
+    def held_paths(self) -> list[str]:
+        """The tasks on the device."""
+        return [task.path for task in self.vlora_store.tasks()]
+
+    def states(self) -> tuple[str, str]:
+        """The digests of the state that is served and of the newest one that could be."""
+        if self.follower is None:
+            return "", ""
+        return self.follower.served.digest, self.follower.offered()
+
+    def adopt(self, digest: str) -> bool:
+        """Serve a state from now on; False where it is not the one that is offered."""
+        follower, before = self.follower, self.vlora_store.state
+        if follower is None or before is None or not follower.adopt(digest):
+            return False
+        self.vlora_store.serve(follower.served)
+        _log_change(before, follower.served)
+        return True
+
+    def forget(self, path: str, wholly: bool = False) -> None:
+        """Give up a task's place on the device, and the adapters that stand for it.
+
+        Args:
+            wholly: with what the host keeps of it.
+        """
         for adapter_id, model in list(self.list_adapters().items()):
             if isinstance(model, TaskLoRAModel) and model.task.path == path:
                 self.remove_adapter(adapter_id)
@@ -260,7 +294,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for writer in (self._writer, vars(self).get("experts")):
             if writer is not None:
                 writer.drop(path)
-        self.vlora_store.forget(path)
+        if wholly:
+            self.vlora_store.drop(path)
+        else:
+            self.vlora_store.forget(path)
 
     # --- direct tasks ---
 
@@ -392,11 +429,12 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         store = self.vlora_store
         make_path = self._make_direct_path if self.setup.direct else None
         checkpoint = store.preload(folder, make_path)
+        assert store.state is not None
+        if self.setup.settings.follow:
+            self.follower = Follower(folder, store.state, store.check, logger)
         for task in store.tasks():
             self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
-            if task.direct is None:
-                self.writer.prepare(task)
-                self.experts.prepare(task)
+            self._prepare(task)
         if store.direct is not None:
             self._direct_slots = DirectSlots(store.direct)
             self._attach(store.direct)
@@ -406,12 +444,15 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
                 logger.info("vllm-vlora: kernels ready in %.1f s", time.monotonic() - started)
         _warn_of_base_model(checkpoint, self)
         logger.info(
-            "vllm-vlora: %s: %d tasks resident on %s, %.1f MiB, loaded in %.2f s",
+            "vllm-vlora: %s: %d of %d tasks resident on %s, %.1f MiB, loaded in %.2f s; tasks may take "
+            "%.1f MiB there",
             shown(str(checkpoint.path)),
             len(store),
+            len(checkpoint.tasks),
             self.device,
             store.nbytes / 2**20,
             store.seconds,
+            store.arena_nbytes / 2**20,
         )
         if store.direct is not None:
             _log_direct(self, store.direct)
@@ -454,6 +495,34 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         for task_id in task_ids:
             _check_extra(checkpoint, task_id, self)
             _check_absorbed(checkpoint, task_id, absorbed, self._engine_name)
+
+
+def _path_of(request: LoRARequest) -> TaskPath:
+    path = parse_task_path(request.lora_path)
+    assert path is not None
+    return path
+
+
+def _log_change(before: State, now: State) -> None:
+    """Say what a state that is served from now on changes."""
+    old, new = before.paths, now.paths
+    changed = [task for task in new.keys() & old.keys() if new[task] != old[task]]
+    logger.info(
+        "vllm-vlora: %s was published again and is served now: %d tasks, %d of them new%s, %d changed%s; "
+        "%d are gone%s",
+        shown(str(now.checkpoint.path)),
+        len(new),
+        len(new.keys() - old.keys()),
+        _named(sorted(new.keys() - old.keys())),
+        len(changed),
+        _named(sorted(changed)),
+        len(old.keys() - new.keys()),
+        _named(sorted(old.keys() - new.keys())),
+    )
+
+
+def _named(tasks: list[str]) -> str:
+    return f" ({shown(some_of(tasks, 3))})" if tasks else ""
 
 
 def _config_of_slots(config: Any, setup: Setup) -> Any:

@@ -13,10 +13,9 @@ from typing import NamedTuple
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from vllm_vlora.checkpoint.manifest import CONFIG_FILE
-from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import VLoRAError
+from vllm_vlora.plugin.following import folder_identity
 from vllm_vlora.plugin.identity import TaskPath, task_ids_to_int, task_paths
 
 # Seconds until a manifest that could not be read is read again; what it names may come later.
@@ -85,7 +84,7 @@ class CheckpointResolver(LoRAResolver):
         return found and LoRARequest(name, found.lora_int_id, found.lora_path)
 
     def _newest(self) -> _State:
-        state, identity = self._state, _identity(self._checkpoint)
+        state, identity = self._state, folder_identity(self._checkpoint)
         if state.identity == identity and time.monotonic() < (state.until or math.inf):
             return state
         try:
@@ -106,13 +105,3 @@ class _State(NamedTuple):
     identity: tuple[int, ...] | None
     requests: dict[str, LoRARequest]
     until: float | None
-
-
-def _identity(checkpoint: str | Path) -> tuple[int, ...] | None:
-    """What differs between two publications of a manifest; None where there is none."""
-    folder, _ = split_pin(checkpoint)
-    try:
-        found = Path(folder, CONFIG_FILE).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

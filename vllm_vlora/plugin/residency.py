@@ -1,259 +1,187 @@
-"""Tasks that come after start-up stay within their budget; the engine core decides which are held.
+"""Which tasks the workers of one engine core hold on their devices: the engine core decides.
 
-Such a task is loaded by the workers before its first request enters the scheduler, never inside a step,
-where what fails ends the engine. It stays while a request asks for it. When the next one would take more
-than ``VLLM_VLORA_LATE_MIB`` on any device, the least recently asked for that no request needs give way,
-and where that is not enough the load is an error of the request's. An engine core sees every load and
-every request, in their order, whatever number of API servers asks; workers and API servers do not.
-
-The bytes are kept out of the KV cache: what vLLM finds available for it is lessened by them.
+What a checkpoint has beyond the devices' budget, and what comes after start-up, is brought there when a
+request asks for it, never inside a step, where what fails ends the engine. It stays while a request asks
+for it. When the next one would take more than the budget on any device, the least recently asked for
+that no request needs give way. An engine core sees every load and every request, in their order,
+whatever number of API servers asks; workers and API servers do not.
 """
 
 from __future__ import annotations
 
-import functools
+import time
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
-from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
-from vllm_vlora.plugin.identity import TaskPath, parse_task_path
+from vllm_vlora.errors import MemoryBudgetError, VLoRAError
+from vllm_vlora.plugin.counters import ServingCounters
 from vllm_vlora.plugin.settings import LATE_VARIABLE
 
-TASKS_METHOD = "vlora_tasks_at_start"
-"""The name under which an engine core answers ``ask_for_tasks``."""
-_CHANGED = (
-    "VLLM_VLORA_CHECKPOINT was published again while the engine started, and its workers do not hold the "
-    "same state of it; start it again"
-)
+# Seconds that a task which was published again, or removed, is still held: an API server may not have
+# heard of it yet, and asks for it.
+GRACE = 10.0
+# Numbers for adapters whose own one is another's in this engine core; below 2**31, as all are.
+_FIRST_SPARE = (1 << 31) - 2
 
 
 class Held(NamedTuple):
     """What a worker says when it was told to hold a task.
 
     Attributes:
-        late: it was not loaded at start-up.
-        over: bytes by which all such tasks are above the budget with it.
+        over: bytes by which its tasks would be above the budget with it; above 0 it does not hold it.
         error: why it could not be loaded; the worker then holds nothing of it.
     """
 
-    late: bool
     over: int = 0
     error: VLoRAError | None = None
 
 
+class Workers(Protocol):
+    """Every worker of an engine core, asked at once."""
+
+    def held(self) -> Iterable[str]:
+        """The paths that all of them hold, in the order in which they may give way."""
+
+    def hold(self, request: Any) -> list[Held]:
+        """Tell each to have a request's task on its device."""
+
+    def forget(self, path: str, wholly: bool = False) -> None:
+        """Tell each to take a path off its device; ``wholly``: and to keep nothing of it elsewhere."""
+
+    def tidy(self) -> None:
+        """Tell each to keep nothing of tasks that are not served any more."""
+
+
 class Residency:
-    """Which tasks the workers of one engine core hold.
+    """The tasks that every worker of an engine core holds, the least recently used first.
 
     Args:
-        hold: tells every worker to hold a request's task.
-        forget: tells every worker to let go of a path.
+        workers: those that hold them.
         in_use: the paths that requests in the engine ask for.
+        clock: seconds that only grow.
+        counters: where it is counted that a task gave way.
     """
 
     def __init__(
         self,
-        hold: Callable[[Any], list[Held]],
-        forget: Callable[[str], object],
+        workers: Workers,
         in_use: Callable[[], set[str]],
+        clock: Callable[[], float] = time.monotonic,
+        counters: ServingCounters | None = None,
     ) -> None:
-        self._hold, self._forget, self._in_use = hold, forget, in_use
-        self._preloaded: set[str] = set()
-        # By last use, the most recent one last.
-        self._late: OrderedDict[str, None] = OrderedDict()
+        self._workers, self._clock = workers, clock
+        self._counters = counters
+        self.in_use = in_use
+        self._held: OrderedDict[str, None] = OrderedDict.fromkeys(workers.held())
+        self._retired: dict[str, float] = {}
+        # When what is kept beside the devices is to be looked through; None for never.
+        self._tidy_at: float | None = None
+        self._numbers: dict[int, str] = {}
+        self._renumbered: dict[str, int] = {}
 
-    def ensure(self, request: Any) -> None:
-        """Have a request's task held by every worker.
+    def paths(self) -> Iterable[str]:
+        """The tasks that are held, the last used first."""
+        return reversed(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def touch(self, path: str) -> bool:
+        """Whether a task is held; it then is the most recently used."""
+        if path not in self._held:
+            return False
+        self._held.move_to_end(path)
+        return True
+
+    def place(self, request: Any) -> bool:
+        """Have a request's task held by every worker; False where tasks in use leave no room now.
 
         Raises:
-            MemoryBudgetError: not even with every task gone that no request needs.
+            MemoryBudgetError: there is no room for it, whatever gives way.
             VLoRAError: it cannot be loaded.
         """
         path = request.lora_path
-        if path in self._preloaded:
-            return
-        if path in self._late:
-            self._late.move_to_end(path)
-            return
+        if self.touch(path):
+            return True
         try:
-            late = self._make_room_for(request)
+            placed, alone = self._make_room_for(request)
         except BaseException:
-            self._forget(path)
+            self._workers.forget(path, wholly=True)
             raise
-        if late:
-            self._late[path] = None
-        else:
-            self._preloaded.add(path)
+        if placed:
+            self._held[path] = None
+            return True
+        # Some of the workers may have had room.
+        self._workers.forget(path, wholly=alone)
+        if alone:
+            raise MemoryBudgetError(
+                f"no room for task {request.lora_name!r}: it is larger than all that tasks may take on "
+                f"a device; set {LATE_VARIABLE} higher"
+            )
+        return False
 
-    def _make_room_for(self, request: Any) -> bool:
-        """Whether the task is a late one; loaded either way."""
+    def _make_room_for(self, request: Any) -> tuple[bool, bool]:
+        """Whether the task is held, and whether no other task is."""
         idle: list[str] | None = None
         while True:
-            answers = self._hold(request)
+            answers = self._workers.hold(request)
             error = next((answer.error for answer in answers if answer.error), None)
             if error is not None:
                 raise error
-            over = max(answer.over for answer in answers)
-            if over <= 0:
-                return any(answer.late for answer in answers)
+            if max(answer.over for answer in answers) <= 0:
+                return True, False
             if idle is None:
-                used = self._in_use()
-                idle = [path for path in reversed(self._late) if path not in used]
+                used = self.in_use()
+                idle = [path for path in reversed(self._held) if path not in used]
             if not idle:
-                raise MemoryBudgetError(
-                    f"no room for task {request.lora_name!r} beside the tasks that requests in flight "
-                    f"use: tasks loaded after start-up may take {LATE_VARIABLE} on each device; ask "
-                    "again later, set that higher, or put the task into the checkpoint that the "
-                    "engine starts with"
-                )
-            victim = idle.pop()
-            self._forget(victim)
-            del self._late[victim]
+                return False, not self._held
+            self.forget(idle.pop())
+            if self._counters is not None:
+                self._counters.evicted()
 
+    def forget(self, path: str, wholly: bool = False) -> None:
+        """Take a task off the devices; ``wholly``: and keep nothing of it elsewhere."""
+        self._workers.forget(path, wholly)
+        self._held.pop(path, None)
+        self._retired.pop(path, None)
+        self._numbers.pop(self._renumbered.pop(path, 0), None)
 
-# --- the engine core -------------------------------------------------------------------------------
+    # --- what is no longer in the checkpoint -------------------------------------------------------
 
+    def retire(self, served: Iterable[str]) -> None:
+        """Take these paths as all that is served; the others go when nobody has asked for a while."""
+        gone = self._held.keys() - set(served)
+        now = self._clock()
+        self._retired = {path: self._retired.get(path, now) for path in gone}
+        self._tidy_at = now + GRACE
 
-def _hold(worker: Any, request: Any) -> Held:
-    return worker.model_runner.lora_manager._adapter_manager.hold(request)
+    def release(self) -> None:
+        """Let go of retired tasks that no request has needed for ``GRACE`` seconds."""
+        if self._tidy_at is None:
+            return
+        now, used = self._clock(), self.in_use()
+        for path, since in list(self._retired.items()):
+            if path in used:
+                self._retired[path] = now
+            elif now - since >= GRACE:
+                self.forget(path, wholly=True)
+        if now >= self._tidy_at and not self._retired:
+            self._tidy_at = None
+            self._workers.tidy()
 
+    # --- numbers -----------------------------------------------------------------------------------
 
-def _forget(worker: Any, path: str) -> None:
-    worker.model_runner.lora_manager._adapter_manager.forget(path)
+    def number(self, path: str, asked: int) -> int:
+        """The number of a path's adapter: the one asked for, unless it is another's that is in use.
 
-
-def _forget_everywhere(core: Any, path: str) -> None:
-    """Have every worker let go of a path, and forget how it runs."""
-    core.model_executor.collective_rpc(_forget, args=(path,))
-    core.scheduler.__dict__.get("_vlora_kinds", {}).pop(path, None)
-
-
-def _residency(core: Any) -> Residency:
-    """The engine core's own, made on first use."""
-    held = core.__dict__.get("_vlora_residency")
-    if held is None:
-        ask = core.model_executor.collective_rpc
-        held = core.__dict__["_vlora_residency"] = Residency(
-            lambda request: ask(_hold, args=(request,)),
-            lambda path: _forget_everywhere(core, path),
-            lambda: _paths_in_use(core.scheduler),
-        )
-    return held
-
-
-def _paths_in_use(scheduler: Any) -> set[str]:
-    """The adapters' paths of the requests that the scheduler holds and of those that wait outside."""
-    outside = scheduler.__dict__.get("_vlora_admission")
-    requests = [*scheduler.requests.values(), *(outside.waiting() if outside else ())]
-    return {request.lora_request.lora_path for request in requests if request.lora_request}
-
-
-def _tasks(worker: Any) -> list[tuple[str, str]]:
-    return worker.model_runner.lora_manager._adapter_manager.vlora_store.preloaded()
-
-
-def tasks_at_start(core: Any) -> list[tuple[str, str]]:
-    """(task id, path) of what an engine core's workers loaded at start-up; becomes a method of it.
-
-    Raises:
-        CheckpointError: one of them read another state of the checkpoint than the others.
-    """
-    first, *others = core.model_executor.collective_rpc(_tasks)
-    if any(other != first for other in others):
-        raise CheckpointError(_CHANGED)
-    return first
-
-
-def ensure_in_process(client: Any, lora_request: Any) -> None:
-    """Hold a task of ours where the client's engine core is in this process; else nothing."""
-    core = getattr(client, "engine_core", None)
-    if core is not None and parse_task_path(lora_request.lora_path) is not None:
-        _residency(core).ensure(lora_request)
-
-
-def ensure_before_add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``EngineCore.add_lora`` that holds a task of ours before it makes an adapter of it."""
-
-    @functools.wraps(original)
-    def add_lora(self: Any, lora_request: Any) -> Any:
-        if parse_task_path(lora_request.lora_path) is not None:
-            _residency(self).ensure(lora_request)
-        return original(self, lora_request)
-
-    return add_lora
-
-
-def ensure_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``EngineCore.add_request`` that holds a request's task, which may have given way."""
-
-    @functools.wraps(original)
-    def add_request(self: Any, request: Any, request_wave: int = 0) -> Any:
-        lora = request.lora_request
-        if lora and parse_task_path(lora.lora_path) is not None:
-            try:
-                _residency(self).ensure(lora)
-            except VLoRAError:
-                # An engine core of its own process ends with what is raised here.
-                refuse = getattr(self, "_send_error_outputs_to_client", None)
-                if refuse is None:
-                    raise
-                _logger().exception("vllm-vlora: request %s is refused", request.request_id)
-                return refuse([request.request_id], request.client_index)
-        return original(self, request, request_wave)
-
-    return add_request
-
-
-# --- the API server --------------------------------------------------------------------------------
-
-
-async def ask_for_tasks(engine_client: Any) -> dict[str, TaskPath]:
-    """What every engine core behind a client loaded at start-up: task id -> path, in that order.
-
-    Raises:
-        CheckpointError: they do not hold the same.
-    """
-    client = engine_client.engine_core
-    answers = [
-        await client._call_utility_async(TASKS_METHOD, engine=engine)
-        for engine in client.core_engines
-    ]
-    if any(other != answers[0] for other in answers):
-        raise CheckpointError(_CHANGED)
-    found = {task: parse_task_path(path) for task, path in answers[0]}
-    # The workers made these paths.
-    return {task: path for task, path in found.items() if path is not None}
-
-
-def leave_memory(original: Callable[..., Any], late_mib: int) -> Callable[..., Any]:
-    """``Executor.determine_available_memory`` less what later tasks may take.
-
-    Not where the user set the KV cache's size (``--kv-cache-memory-bytes``): vLLM then measures nothing.
-    """
-
-    @functools.wraps(original)
-    def determine_available_memory(self: Any) -> list[int]:
-        found = original(self)
-        if self.lora_config is None or self.cache_config.kv_cache_memory_bytes is not None:
-            return found
-        _logger().info(
-            "vllm-vlora: %d MiB of each device are kept out of the KV cache for tasks that are loaded "
-            "after start-up (%s)",
-            late_mib,
-            LATE_VARIABLE,
-        )
-        if late_mib and min(found) <= late_mib * 2**20:
-            raise MemoryBudgetError(
-                f"{min(found) / 2**20:.0f} MiB are left for the KV cache, and {LATE_VARIABLE} keeps "
-                f"{late_mib} MiB for tasks that are loaded after start-up; set it lower, 0 refuses such "
-                "tasks, or give vLLM more memory"
-            )
-        return [nbytes - late_mib * 2**20 for nbytes in found]
-
-    return determine_available_memory
-
-
-def _logger() -> Any:
-    from vllm.logger import init_logger
-
-    return init_logger("vllm.plugins.vlora")
+        Numbers come from digests, so that two states of a checkpoint may give one number to two tasks.
+        """
+        if path in self._renumbered:
+            return self._renumbered[path]
+        other = self._numbers.get(asked)
+        if other not in (None, path) and other in self.in_use():
+            asked = next(n for n in range(_FIRST_SPARE, 0, -1) if n not in self._numbers)
+            self._renumbered[path] = asked
+        self._numbers[asked] = path
+        return asked

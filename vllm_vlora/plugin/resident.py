@@ -1,35 +1,53 @@
-"""Tasks that are resident in a worker's memory: bases once, every task packed, all on device.
+"""Tasks that a worker has: on its device, in host memory, or on disk.
 
-What is loaded at start-up stays. A task that comes later stays until it is forgotten: the engine core
-decides that (see ``residency``), which alone knows what is asked for.
-
-A task is held in one of two forms: as a direct task, or as the sources from which it is materialized.
+A task on the device is held in one of two forms: as a direct task, or as the sources from which it is
+materialized. What lies there lies in an ``Arena``, whose size is settled at start-up; which tasks it
+holds is the engine core's business (see ``residency``), which alone knows what is asked for. A task that
+comes from disk is read and laid out in a thread (*staged*); as long as the host's budget has room, its
+image stays there when the device's block is given up.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
+from vllm_vlora.blending.blended import with_named_blends
+from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
-from vllm_vlora.errors import CheckpointError, ModelMismatchError
-from vllm_vlora.plugin.direct import DirectPath, task_memory
-from vllm_vlora.plugin.identity import TaskPath, task_path
+from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelMismatchError
+from vllm_vlora.plugin.arena import Arena, Block
+from vllm_vlora.plugin.blend_paths import blended_checkpoint
+from vllm_vlora.plugin.direct import DirectMemory, DirectPath, task_memory
+from vllm_vlora.plugin.following import State
+from vllm_vlora.plugin.identity import TaskPath, parse_task_path, task_path
+from vllm_vlora.plugin.images import Image, Span, make_image
+from vllm_vlora.plugin.settings import Budget
 from vllm_vlora.quantize import PackedMatrix
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
-from vllm_vlora.triton_kernels.direct import DirectTask
+from vllm_vlora.triton_kernels.direct import ADDRESS_FIELDS, DirectTask
 
 BasisKey = tuple[str, str, str]
 """Digest of all bases, module, representation of the tasks that share one."""
 Check = Callable[[Checkpoint, Iterable[str], bool], None]
 MakePath = Callable[[Checkpoint], DirectPath]
+# Staged tasks that nobody has asked for; more are put aside.
+_UNCLAIMED = 32
+# Threads that stage tasks: one reads while the other lays out.
+_READERS = 2
+NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -52,11 +70,66 @@ class ResidentTask:
 
 
 @dataclass(frozen=True)
-class _Late:
-    """A task that came after start-up: bytes of its own, and the bases that it needs beside them."""
+class _Staged:
+    """A task on the host, ready to be copied.
 
+    Attributes:
+        bases: what of the bases it needs, all of which it keeps from being given up.
+        brought: those of them that the device did not have.
+        memory: of a direct task.
+    """
+
+    image: Image[ResidentTask]
+    bases: frozenset[BasisKey]
+    brought: dict[BasisKey, Image[Basis]]
+    memory: DirectMemory | None
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A task on the device, and what it takes there."""
+
+    task: ResidentTask
+    block: Block
     nbytes: int
     bases: frozenset[BasisKey]
+    memory: DirectMemory | None
+
+
+@dataclass(frozen=True)
+class _PlacedBasis:
+    basis: Basis
+    block: Block
+    nbytes: int
+
+
+@dataclass
+class _HostImages:
+    """Images on the host, the least recently used first."""
+
+    limit: int
+    held: OrderedDict[str, _Staged] = field(default_factory=OrderedDict)
+    nbytes: int = 0
+
+    def put(self, path: str, staged: _Staged) -> list[_Staged]:
+        """Keep an image; what has to go for it, perhaps itself."""
+        if self.held.get(path) is staged:
+            self.held.move_to_end(path)
+            return []
+        gone = self.pop(path)
+        self.held[path] = staged
+        self.nbytes += staged.image.block.nbytes
+        while self.nbytes > self.limit:
+            gone += self.pop(next(iter(self.held)))
+        return gone
+
+    def pop(self, path: str) -> list[_Staged]:
+        """Take an image out, if it is there."""
+        staged = self.held.pop(path, None)
+        if staged is None:
+            return []
+        self.nbytes -= staged.image.block.nbytes
+        return [staged]
 
 
 class ResidentStore:
@@ -74,6 +147,7 @@ class ResidentStore:
         elsewhere: the engine's names of modules that other pipeline-parallel ranks have; what is stored
             for them is left out.
         narrow_rows: hold rows of 3 and 2 bits with no more, in tasks that are materialized.
+        budget: what all of it may take; anything where it is None.
     """
 
     def __init__(
@@ -84,6 +158,7 @@ class ResidentStore:
         only_direct: bool = False,
         elsewhere: Collection[str] = (),
         narrow_rows: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         self._device = device
         self._engine_name = engine_name
@@ -91,29 +166,40 @@ class ResidentStore:
         self._only_direct = only_direct
         self._elsewhere = elsewhere
         self._narrow_rows = narrow_rows
+        self._budget = budget
         self.direct: DirectPath | None = None
-        self._tasks: dict[str, ResidentTask] = {}
-        # By the digest of all bases, then by module and the representation of the tasks that share it.
-        self._bases: dict[str, dict[tuple[str, str], Basis]] = {}
-        self._late: dict[str, _Late] = {}
-        self._preloading = False
+        self.state: State | None = None
+        self._arena = Arena(device, NO_LIMIT if budget is None else budget.device)
+        self._growing = True
+        self._placed: dict[str, _Placed] = {}
+        self._bases: dict[BasisKey, _PlacedBasis] = {}
+        # Tasks on the device and images on the host that need a basis, by basis.
+        self._uses: Counter[BasisKey] = Counter()
+        self._using = threading.Lock()
+        # Of stagings that failed; taken back by the thread that has the arena.
+        self._unused: deque[frozenset[BasisKey]] = deque()
+        self._images = _HostImages(0 if budget is None else budget.host)
+        self._staging: dict[str, Future[_Staged]] = {}
+        self._readers = ThreadPoolExecutor(_READERS, "vlora-stage")
         self._pin: str | None = None
-        self._preloaded_bases: set[BasisKey] = set()
         self.seconds = 0.0
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._placed)
 
     def tasks(self) -> list[ResidentTask]:
-        """Every task held, in the order of loading."""
-        return list(self._tasks.values())
+        """Every task on the device, in the order of coming."""
+        return [placed.task for placed in self._placed.values()]
 
     def held(self, path: str) -> ResidentTask | None:
-        """The task of a path, if it is in memory."""
-        return self._tasks.get(path)
+        """The task of a path, if it is on the device."""
+        placed = self._placed.get(path)
+        return None if placed is None else placed.task
+
+    # --- the start ---
 
     def preload(self, folder: str | Path, make_path: MakePath | None = None) -> Checkpoint:
-        """Load every task of a checkpoint, with ``make_path`` also what lets tasks run direct.
+        """Load a checkpoint's tasks while the budget lasts, with ``make_path`` what lets them run direct.
 
         Where its reference says which content it must have, no other is loaded later either.
 
@@ -125,103 +211,227 @@ class ResidentStore:
         _, self._pin = split_pin(folder)
         checkpoint = Checkpoint.open(folder)
         if make_path is not None:
-            self.direct = make_path(checkpoint)
-        self._preloading = True
-        self._load_all(checkpoint, checkpoint.tasks)
-        self._preloading = False
-        self._preloaded_bases = set(self._basis_keys())
+            # What its aliases name will come: for ranks and formats that no task has.
+            self.direct = make_path(with_named_blends(checkpoint))
+        self.state = State(checkpoint)
+        self.check(checkpoint, checkpoint.tasks)
+        for task_id in checkpoint.tasks:
+            staged = self._read(checkpoint, task_id, self._obstacle(checkpoint, task_id))
+            placed = self._place(self.state.paths[task_id], staged)
+            self._let_go(staged.bases)
+            if not placed:
+                break
+        self.seal()
         self.seconds = time.perf_counter() - started
         return checkpoint
 
-    def task(self, path: TaskPath) -> ResidentTask:
-        """The task of a path: from memory, or from disk when it was never asked for.
+    def seal(self) -> None:
+        """Take the memory for what comes later; from here on nothing is taken from the device."""
+        if self._budget is not None:
+            self._growing = False
+            self._arena.seal(self._budget.late)
+
+    def check(self, checkpoint: Checkpoint, task_ids: Collection[str]) -> None:
+        """Raise what loading these tasks would, as far as the manifest tells.
+
+        Raises:
+            ModelMismatchError: the served model cannot take them.
+        """
+        speak = _speakers(checkpoint, set(task_ids))
+        self._obstacles(checkpoint, [task for task in task_ids if task in speak])
+
+    def serve(self, state: State) -> None:
+        """Take another state's tasks as what is served; what is held of the one before stays."""
+        self.state = state
+
+    def served(self) -> list[tuple[str, str]]:
+        """(task id, path) of what is served, in the checkpoint's order."""
+        return [] if self.state is None else list(self.state.paths.items())
+
+    # --- staging ---
+
+    def stage(self, path: TaskPath) -> bool:
+        """Have a task read into host memory beside everything else; whether that is done.
+
+        What went wrong is raised by ``place``.
+        """
+        name = str(path)
+        if name in self._placed or name in self._images.held:
+            return True
+        future = self._staging.get(name)
+        if future is None:
+            self._sweep()
+            future = self._staging[name] = self._readers.submit(self._read_path, path)
+        return future.done()
+
+    def _sweep(self) -> None:
+        """Put aside what was staged and is not asked for any more."""
+        for name in [n for n, future in self._staging.items() if future.done()][:-_UNCLAIMED]:
+            future = self._staging.pop(name)
+            if future.exception() is None:
+                self._keep(name, future.result())
+
+    def _keep(self, path: str, staged: _Staged) -> None:
+        for gone in self._images.put(path, staged):
+            self._let_go(gone.bases)
+
+    def place(self, path: TaskPath) -> int:
+        """Have a task on the device: 0, or how many bytes are not free for it there.
 
         Raises:
             CheckpointError: the checkpoint on disk no longer holds these weights, or is damaged.
+            BlendError: the path is a blend's, of tasks that cannot be blended.
             ModelMismatchError: the served model cannot take the task.
         """
-        held = self._tasks.get(str(path))
-        if held is not None:
-            return held
-        if not path.checkpoint.is_absolute():
-            # A client may have made it up; what is no path could be the name of a repository.
-            raise CheckpointError(f"{path}: not a path from the root; give the task's whole path")
-        checkpoint = Checkpoint.open(pinned(path.checkpoint, self._pin))
-        for task_id, record in checkpoint.tasks.items():
-            if record.file == path.file and checkpoint.digest(task_id) == path.digest:
-                own = task_path(checkpoint, task_id)
-                if own != path:
-                    raise CheckpointError(f"{path}: give the task's own path, {own}")
-                self._load_all(checkpoint, [task_id])
-                return self._tasks[str(path)]
-        raise CheckpointError(
-            f"{path.checkpoint / path.file} was published again with other weights; make a new "
-            "request with vllm_vlora.lora_request"
-        )
+        name = str(path)
+        if name in self._placed:
+            return 0
+        staged = self._images.held.get(name)
+        if staged is None:
+            self.stage(path)
+            try:
+                staged = self._staging[name].result()
+            except BaseException:
+                del self._staging[name]
+                raise
+        if not self._place(name, staged):
+            return staged.image.block.nbytes
+        self._staging.pop(name, None)
+        self._keep(name, staged)
+        return 0
 
-    def preloaded(self) -> list[tuple[str, str]]:
-        """(task id, path) of what was loaded at start-up, in that order."""
-        tasks = self._tasks.values()
-        return [(task.task_id, task.path) for task in tasks if task.path not in self._late]
+    def task(self, path: TaskPath) -> ResidentTask:
+        """The task of a path, brought to the device if it is not there.
 
-    def is_late(self, path: str) -> bool:
-        """Whether a task came after start-up and is held."""
-        return path in self._late
-
-    @property
-    def late_nbytes(self) -> int:
-        """Bytes on the device of what came after start-up."""
-        late = [
-            self._bases[digest][module, representation]
-            for digest, module, representation in set(self._basis_keys()) - self._preloaded_bases
-        ]
-        return sum(task.nbytes for task in self._late.values()) + sum(
-            sum(_storages(_basis_tensors(basis)).values()) for basis in late
-        )
+        Raises:
+            MemoryBudgetError: there is no room.
+            CheckpointError, ModelMismatchError: as of ``place``.
+        """
+        if self.place(path):
+            raise MemoryBudgetError(
+                f"{path}: the device has no room for it beside the tasks it holds"
+            )
+        return self._placed[str(path)].task
 
     def forget(self, path: str) -> None:
-        """Let go of a task that came after start-up, if it is held, and of bases that no task needs."""
-        if self._late.pop(path, None) is not None:
-            task = self._tasks.pop(path)
-            if task.direct is not None:
+        """Give up a task's place on the device, if it has one, and bases that nothing needs."""
+        placed = self._placed.pop(path, None)
+        if placed is not None:
+            self._arena.free(placed.block)
+            if placed.memory is not None:
                 assert self.direct is not None
-                self.direct.drop_task(task.direct)
-        needed = self._preloaded_bases.union(*(task.bases for task in self._late.values()))
-        for digest, module, representation in set(self._basis_keys()) - needed:
-            del self._bases[digest][module, representation]
+                self.direct.count(-placed.memory)
+            self._let_go(placed.bases)
 
-    def _basis_keys(self) -> Iterable[BasisKey]:
-        return [(digest, *key) for digest, held in self._bases.items() for key in held]
+    def drop(self, path: str) -> None:
+        """Give up a task's place on the device and what is staged or kept of it on the host."""
+        self.forget(path)
+        for image in self._images.pop(path):
+            self._let_go(image.bases)
+        future = self._staging.get(path)
+        # One that is being read is put aside when others come.
+        if future is not None and (future.cancel() or future.done()):
+            del self._staging[path]
+            if not future.cancelled() and future.exception() is None:
+                self._let_go(future.result().bases)
+
+    def tidy(self) -> None:
+        """Drop what the host keeps of tasks that the served folder has no more."""
+        for path in [path for path in self._images.held if self._is_gone(path)]:
+            for image in self._images.pop(path):
+                self._let_go(image.bases)
+
+    def _is_gone(self, path: str) -> bool:
+        """Whether the served folder had a task and has it no more, so that nobody asks for it again."""
+        if self.state is None or path in self.state.tasks:
+            return False
+        parsed = parse_task_path(path)
+        return parsed is not None and parsed.checkpoint == self.state.checkpoint.path.absolute()
+
+    # --- what it takes ---
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor held on the device; storage shared by several is counted once."""
+        """Bytes of every tensor held on the device; what several share is counted once."""
         direct = 0 if self.direct is None else self.direct.memory().total
         return direct + self.materialized_nbytes
 
     @property
     def materialized_nbytes(self) -> int:
         """Bytes of what is not held for direct tasks."""
-        return sum(_storages(self._tensors()).values())
+        bases = sum(held.nbytes for held in self._bases.values())
+        return bases + sum(p.nbytes for p in self._placed.values() if p.memory is None)
 
-    def _tensors(self) -> Iterable[torch.Tensor]:
-        for bases in self._bases.values():
-            for basis in bases.values():
-                yield from _basis_tensors(basis)
-        for task in self._tasks.values():
-            yield from _task_tensors(task)
+    @property
+    def arena_nbytes(self) -> int:
+        """Bytes of the device's memory that tasks may fill."""
+        return self._arena.nbytes
 
-    def _load_all(self, checkpoint: Checkpoint, task_ids: Iterable[str]) -> None:
+    @property
+    def arena_used(self) -> int:
+        """Bytes of it that tasks and bases take, rounded up as blocks are."""
+        return self._arena.used
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of images on the host."""
+        return self._images.nbytes
+
+    @property
+    def host_limit(self) -> int:
+        """Bytes that they may take."""
+        return self._images.limit
+
+    def host_tasks(self, most: int) -> tuple[int, list[str]]:
+        """How many tasks are on the host alone, and names of so many of them, the last used first."""
+        held = self._images.held
+        both = sum(path in held for path in self._placed)
+        alone = (image for path, image in reversed(held.items()) if path not in self._placed)
+        return len(held) - both, [staged.image.tree.task_id for staged in islice(alone, most)]
+
+    # --- from disk to host ---
+
+    def _read_path(self, path: TaskPath) -> _Staged:
+        """Read a task, from the state that is served or whatever its folder holds; in any thread."""
+        state = self.state
+        task_id = None if state is None else state.tasks.get(str(path))
+        if state is not None and task_id is not None:
+            try:
+                return self._read_checked(state.checkpoint, task_id)
+            except CheckpointError:
+                # Another state may lie there by now, which may have the same task.
+                if not state.checkpoint.was_replaced:
+                    raise
+        if not path.checkpoint.is_absolute():
+            # A client may have made it up; what is no path could be the name of a repository.
+            raise CheckpointError(f"{path}: not a path from the root; give the task's whole path")
+        checkpoint = Checkpoint.open(pinned(path.checkpoint, self._pin))
+        blended = blended_checkpoint(checkpoint, path)
+        if blended is not None:
+            return self._read_checked(blended, blended.task_id)
+        for task_id in checkpoint.tasks:
+            if task_file(task_id) == path.file and checkpoint.digest(task_id) == path.digest:
+                own = task_path(checkpoint, task_id)
+                if own != path:
+                    raise CheckpointError(f"{path}: give the task's own path, {own}")
+                return self._read_checked(checkpoint, task_id)
+        raise CheckpointError(
+            f"{path.checkpoint / path.file} was published again with other weights; make a new "
+            "request with vllm_vlora.lora_request"
+        )
+
+    def _read_checked(self, checkpoint: Checkpoint, task_id: str) -> _Staged:
+        return self._read(checkpoint, task_id, self._obstacles(checkpoint, [task_id])[task_id])
+
+    def _obstacles(self, checkpoint: Checkpoint, task_ids: Iterable[str]) -> dict[str, str | None]:
+        """Task id -> why it is materialized, None when it runs direct; checked against the model."""
         obstacles = {task_id: self._obstacle(checkpoint, task_id) for task_id in task_ids}
         for runs_direct in (True, False):
             chosen = [task for task, why in obstacles.items() if (why is None) == runs_direct]
             self._check(checkpoint, chosen, runs_direct)
-        self._load_bases(checkpoint, [t for t, why in obstacles.items() if why is not None])
-        for task_id, why in obstacles.items():
-            self._load(checkpoint, task_id, why)
+        return obstacles
 
     def _obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
-        """Why a task is materialized; None when it runs direct."""
         if self.direct is None:
             return "direct mode is off"
         why = self.direct.obstacle(checkpoint, task_id)
@@ -232,90 +442,89 @@ class ResidentStore:
             )
         return why
 
-    def _load(self, checkpoint: Checkpoint, task_id: str, obstacle: str | None) -> None:
-        path = str(task_path(checkpoint, task_id))
-        if path in self._tasks:
-            return
-        rank = checkpoint.record(task_id).max_rank
-        # A core is some ten small operations a module: on the host they are faster than their launches.
-        joint = all(segment.is_joint for segment in checkpoint.record(task_id).segments)
+    def _read(self, checkpoint: Checkpoint, task_id: str, obstacle: str | None) -> _Staged:
         if obstacle is None:
-            assert self.direct is not None
-            narrow = self.direct.narrow_rows
-        else:
-            narrow = self._narrow_rows and checkpoint.has_narrow_rows([task_id])
-        stored = self._read(checkpoint, task_id, obstacle is None and joint, narrow)
-        if obstacle is None:
-            assert self.direct is not None
-            task = self.direct.make_task(stored)
-            self._keep(ResidentTask(task_id, path, rank, {}, {}, task), frozenset())
-            return
-        bases = self._bases.get(checkpoint.basis_digest, {})
+            return self._read_direct(checkpoint, task_id)
+        bases = self._needed(checkpoint, task_id)
+        self._use(bases)
+        try:
+            return self._read_sources(checkpoint, task_id, obstacle, bases)
+        except BaseException:
+            self._unused.append(bases)
+            raise
+
+    def _read_direct(self, checkpoint: Checkpoint, task_id: str) -> _Staged:
+        path = self.direct
+        assert path is not None
+        stored = self._load(checkpoint, task_id, path.narrow_rows)
+        direct = path.describe(stored, torch.device("cpu"))
+        memory = task_memory(direct)
+        task = self._resident(checkpoint, task_id, {}, {}, direct)
+        image = make_image(task, (), (direct.records, ADDRESS_FIELDS), self._pins)
+        return _Staged(image, frozenset(), {}, memory)
+
+    def _read_sources(
+        self, checkpoint: Checkpoint, task_id: str, obstacle: str, bases: frozenset[BasisKey]
+    ) -> _Staged:
+        narrow = self._narrow_rows and checkpoint.has_narrow_rows([task_id])
+        stored = self._load(checkpoint, task_id, narrow)
+        held = {key: self._bases[key].basis for key in bases if key in self._bases}
+        brought = self._read_bases(checkpoint, bases - held.keys())
+        held.update((key, image.tree) for key, image in brought.items())
+        digest = checkpoint.basis_digest
         sources = {
             self._engine_name(name): side_sources(
-                self._lay_out(module), bases.get((name, module.representation))
+                self._lay_out(module), held.get((digest, name, module.representation))
             )
             for name, module in stored.modules.items()
         }
-        used = frozenset(
-            (checkpoint.basis_digest, name, module.representation)
-            for name, module in stored.modules.items()
-            if not module.is_private
-        )
         # A copy of the base's embedding is larger than many tasks together, and nothing reads it.
         extra = {name: t for name, t in stored.extra.items() if not is_base_copy(name)}
-        self._keep(ResidentTask(task_id, path, rank, sources, extra, None, obstacle), used)
+        task = self._resident(checkpoint, task_id, sources, extra, None, obstacle)
+        leave = [*extra.values(), *(t for basis in held.values() for t in _basis_tensors(basis))]
+        return _Staged(make_image(task, leave, pin=self._pins), bases, brought, None)
 
-    def _keep(self, task: ResidentTask, bases: frozenset[BasisKey]) -> None:
-        self._tasks[task.path] = task
-        if self._preloading:
-            return
-        if task.direct is not None:
-            nbytes = task_memory(task.direct).total
-        else:
-            shared = [self._bases[digest][module, kind] for digest, module, kind in bases]
-            others = _storages(tensor for basis in shared for tensor in _basis_tensors(basis))
-            own = _storages(_task_tensors(task))
-            nbytes = sum(size for place, size in own.items() if place not in others)
-        self._late[task.path] = _Late(nbytes, bases)
+    def _resident(self, checkpoint: Checkpoint, task_id: str, *parts: Any) -> ResidentTask:
+        record = checkpoint.record(task_id)
+        # Not by the id: a blend's file has another name.
+        path = TaskPath(checkpoint.path.absolute(), record.file, checkpoint.digest(task_id))
+        return ResidentTask(task_id, str(path), record.max_rank, *parts)
 
-    def _load_bases(self, checkpoint: Checkpoint, task_ids: list[str]) -> None:
-        """Hold the packed bases that these tasks are materialized from."""
-        held = self._bases.setdefault(checkpoint.basis_digest, {})
-        wanted = {
-            (checkpoint.modules[segment.module].name, segment.representation)
-            for task_id in task_ids
-            for segment in checkpoint.record(task_id).segments
-            if not segment.is_private and self._is_here(checkpoint.modules[segment.module].name)
-        }
-        if wanted <= held.keys():
-            return
-        for name, representation, basis in checkpoint.shared():
-            key = name, representation
-            if key in wanted and key not in held:
-                u = basis.u.to(self._device)
-                held[key] = Basis(self._by_slot(u), basis.v.to(self._device))
+    @property
+    def _pins(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _needed(self, checkpoint: Checkpoint, task_id: str) -> frozenset[BasisKey]:
+        """The bases that a task which is materialized needs here."""
+        segments = checkpoint.record(task_id).segments
+        names = [(checkpoint.modules[s.module].name, s) for s in segments if not s.is_private]
+        return frozenset(
+            (checkpoint.basis_digest, name, segment.representation)
+            for name, segment in names
+            if self._is_here(name)
+        )
+
+    def _read_bases(
+        self, checkpoint: Checkpoint, keys: Collection[BasisKey]
+    ) -> dict[BasisKey, Image[Basis]]:
+        found = {}
+        for name, kind, basis in checkpoint.shared() if keys else ():
+            key = checkpoint.basis_digest, name, kind
+            if key in keys:
+                laid_out = replace(basis, u=self._by_slot(basis.u))
+                found[key] = make_image(laid_out, pin=self._pins)
+        return found
 
     def _is_here(self, module: str) -> bool:
         return not self._elsewhere or self._engine_name(module) not in self._elsewhere
 
-    def _read(
-        self, checkpoint: Checkpoint, task_id: str, on_host: bool, narrow: bool
-    ) -> StoredTask:
-        """A task on the device, or on the host, without what other pipeline ranks have."""
+    def _load(self, checkpoint: Checkpoint, task_id: str, narrow: bool) -> StoredTask:
+        """A task on the host, without what other pipeline ranks have."""
+        stored = checkpoint.load_task(task_id, narrow=narrow)
         if not self._elsewhere:
-            return checkpoint.load_task(task_id, "cpu" if on_host else self._device, narrow)
-        # Copies of what stays: views would keep the whole file's tensors.
-        whole = checkpoint.load_task(task_id, narrow=narrow)
-        modules = {
-            name: replace(
-                module,
-                matrices={n: _copy(m, self._device) for n, m in module.matrices.items()},
-            )
-            for name, module in whole.modules.items()
-            if self._is_here(name)
-        }
-        return replace(whole, modules=modules)
+            return stored
+        here = {name: module for name, module in stored.modules.items() if self._is_here(name)}
+        return replace(stored, modules=here)
 
     def _lay_out(self, module: StoredModule) -> StoredModule:
         if not module.is_private:
@@ -327,27 +536,68 @@ class ResidentStore:
         """On CPU: the matrix laid out as a slot's B is, which is several times quicker to copy from."""
         return matrix.by_columns() if self._device.type == "cpu" else matrix
 
+    # --- from host to device ---
+
+    def _place(self, path: str, staged: _Staged) -> bool:
+        """Copy a task, and what it needs of bases, to the device; False where that has no room."""
+        new = [key for key in staged.brought if key not in self._bases]
+        blocks: list[Block] = []
+        for host in (*(staged.brought[key].block for key in new), staged.image.block):
+            block = self._allocate(host.nbytes)
+            if block is None:
+                for taken in blocks:
+                    self._arena.free(taken)
+                return False
+            blocks.append(block)
+        for key, block in zip(new, blocks):
+            image = staged.brought[key]
+            self._bases[key] = _PlacedBasis(image.on(block.memory), block, image.nbytes)
+        shared = [
+            Span(image.block.data_ptr(), self._bases[key].block.memory)
+            for key, image in staged.brought.items()
+        ]
+        task = staged.image.on(blocks[-1].memory, shared)
+        if staged.memory is not None:
+            assert self.direct is not None
+            self.direct.count(staged.memory)
+        self._use(staged.bases)
+        self._placed[path] = _Placed(
+            task, blocks[-1], staged.image.nbytes, staged.bases, staged.memory
+        )
+        return True
+
+    def _allocate(self, nbytes: int) -> Block | None:
+        grow = self._arena.allocate_growing if self._growing else self._arena.allocate
+        return grow(nbytes)
+
+    def _use(self, bases: frozenset[BasisKey]) -> None:
+        """Count a use of each basis, which then stays on the device if it is there."""
+        with self._using:
+            self._uses.update(bases)
+
+    def _let_go(self, bases: frozenset[BasisKey]) -> None:
+        """Take back a use of each basis; those that nothing needs leave the device."""
+        with self._using:
+            self._unused.append(bases)
+            while self._unused:
+                self._uses.subtract(self._unused.popleft())
+            for key in [key for key, uses in self._uses.items() if uses <= 0]:
+                del self._uses[key]
+                placed = self._bases.pop(key, None)
+                if placed is not None:
+                    self._arena.free(placed.block)
+
+
+def _speakers(checkpoint: Checkpoint, tasks: set[str]) -> set[str]:
+    """Of tasks with the same segments one, which speaks for all, and all that carry more than LoRA."""
+    found: set[str] = set()
+    for _, alike in checkpoint.alike():
+        asked = [task for task in alike if task in tasks]
+        found.update(asked[:1])
+        found.update(task for task in asked if checkpoint.entry(task).carries)
+    return found
+
 
 def _basis_tensors(basis: Basis) -> Iterable[torch.Tensor]:
     yield from basis.u.parts.values()
     yield from basis.v.parts.values()
-
-
-def _task_tensors(task: ResidentTask) -> Iterable[torch.Tensor]:
-    yield from task.extra.values()
-    for pair in task.sources.values():
-        for source in pair:
-            yield from source.matrix.parts.values()
-            if source.left is not None:
-                yield source.left
-
-
-def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Address -> bytes of what the tensors lie in."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
-def _copy(matrix: PackedMatrix, device: torch.device) -> PackedMatrix:
-    parts = {name: part.to(device, copy=True) for name, part in matrix.parts.items()}
-    return replace(matrix, parts=parts)

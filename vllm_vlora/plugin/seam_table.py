@@ -58,6 +58,7 @@ class Seam:
         is_property: it must be a property.
         is_class: ``module.Class`` that it must be.
         direct: only direct tasks need it.
+        limits: only limits and fair sharing need it.
         optional: a supported version may lack it.
     """
 
@@ -69,6 +70,7 @@ class Seam:
     is_property: bool = False
     is_class: str = ""
     direct: bool = False
+    limits: bool = False
     optional: bool = False
 
     def __str__(self) -> str:
@@ -123,13 +125,18 @@ class Seam:
             raise IncompatibleVLLMError(f"{where} is not vLLM's own (another plugin?)")
 
 
-def find_seams(direct: bool) -> dict[str, Place]:
-    """The place of every seam by its name; those that only direct tasks need where they are wanted.
+def find_seams(direct: bool, limits: bool = False) -> dict[str, Place]:
+    """The place of every seam by its name; those that only direct tasks or limits need where these are
+    wanted.
 
     Raises:
         IncompatibleVLLMError: the first that is missing or changed.
     """
-    wanted = [seam for seam in SEAMS if (direct or not seam.direct) and not seam.optional]
+    wanted = [
+        seam
+        for seam in SEAMS
+        if (direct or not seam.direct) and (limits or not seam.limits) and not seam.optional
+    ]
     return {seam.name: seam.find() for seam in wanted}
 
 
@@ -230,20 +237,26 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.add_request",
-        "its task is loaded before it; asks the workers which of our tasks need a slot",
+        "waits for its task; asks the workers which of our tasks need a slot",
         ("self", "request", "request_wave"),
     )
     yield Seam(
         _CORE,
         "EngineCore.add_lora",
-        "tasks that come after start-up stay within their budget",
+        "its task is brought to the device before it",
         ("self", "lora_request"),
     )
     yield Seam(
-        "vllm.v1.executor.abstract",
-        "Executor.determine_available_memory",
-        "the KV cache leaves the budget free",
-        ("self",),
+        _CORE,
+        "EngineCore.abort_requests",
+        "knows of requests whose task is on its way, and lets them in when it has come",
+        ("self", "request_ids"),
+    )
+    yield Seam(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor._get_mm_identifier",
+        "what a task's tower made of an image is kept under its content's digest too",
+        ("self", "mm_hash", "lora_request"),
     )
     yield Seam(
         _CORE,
@@ -271,6 +284,22 @@ def _replaced() -> Iterator[Seam]:
         "OpenAIServingModels.init_static_loras",
         "lists in /v1/models every task that the workers hold",
         ("self",),
+    )
+    yield Seam(
+        "vllm.entrypoints.serve.instrumentator.metrics",
+        "attach_router",
+        "/metrics shows what the engine cores count of our tasks",
+        ("app",),
+    )
+    processor = "vllm.v1.engine.output_processor"
+    yield Seam(
+        processor,
+        "OutputProcessor.do_tracing",
+        "a request's span names its task",
+        ("self", "engine_core_output", "req_state", "iteration_stats"),
+    )
+    yield Seam(
+        processor, "instrument_manual", "a request's span names its task", accepts=("attributes",)
     )
     for module, owner in CHAT_REQUESTS:
         yield Seam(
@@ -344,6 +373,13 @@ def _overridden() -> Iterator[Seam]:
         ("self", "base_model_name", "lora_name"),
     )
 
+    interface = "vllm.plugins.endpoint_plugins.interface"
+    for name, takes in (
+        ("attach_router", ("self", "app")),
+        ("init_state", ("self", "engine_client", "state", "args")),
+    ):
+        yield Seam(interface, f"EndpointPlugin.{name}", "/v1/vlora/tasks", takes, optional=True)
+
 
 def _called() -> Iterator[Seam]:
     """Functions and classes that are called or asked for."""
@@ -408,14 +444,30 @@ def _called() -> Iterator[Seam]:
     yield Seam(
         _CLIENT,
         "AsyncMPClient._call_utility_async",
-        "asks each engine core which tasks its workers hold",
+        "asks each engine core which tasks its workers serve, and whether others were published",
         accepts=("method", "engine"),
+    )
+    yield Seam(
+        "vllm.v1.engine",
+        "EngineCoreRequestType.ABORT",
+        "wakes an engine core's loop",
+    )
+    yield Seam(
+        _CORE,
+        "EngineCoreProc.input_queue",
+        "where it is woken; an engine core without one is its caller's",
     )
     yield Seam(
         _CORE,
         "EngineCoreProc._send_error_outputs_to_client",
         "the end of a request whose task cannot be loaded again",
         ("self", "req_ids", "client_index"),
+    )
+    yield Seam(
+        "vllm.v1.metrics.prometheus",
+        "get_prometheus_registry",
+        "where vLLM's own metrics are",
+        (),
     )
     yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
@@ -559,6 +611,7 @@ def _held() -> Iterator[Seam]:
     yield Seam(_CLIENT, "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):
         yield Seam(_CORE, f"EngineCore.{name}", "asks the workers")
+    yield Seam("vllm.v1.engine.output_processor", "RequestState.lora_request", "whose span it is")
     for name in ("request_id", "lora_request", "client_index"):
         yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is")
     yield Seam("vllm.config", "CacheConfig.kv_cache_memory_bytes", "is memory measured?")
@@ -579,6 +632,9 @@ def _held() -> Iterator[Seam]:
     for name in ("additional_config", "compilation_config", "lora_config", "model_config"):
         yield Seam("vllm.config", f"VllmConfig.{name}", "what the engine was started with")
     yield Seam("vllm.config", "ModelConfig.dtype", "dtype of the bases on the device")
+    yield Seam(
+        "vllm.config", "ModelConfig.served_model_name", "names the model in metrics and weights"
+    )
     yield Seam(
         "vllm.config",
         "CompilationConfig.max_cudagraph_capture_size",
@@ -687,6 +743,122 @@ def _steps() -> Iterator[Seam]:
         )
 
 
+def _limits() -> Iterator[Seam]:
+    """What limits tasks and shares the engine among them; see ``limits``."""
+    why = "its queue of waiting requests becomes one that knows tenants"
+    yield Seam(_SCHEDULER, "Scheduler.__init__", why, limits=True)
+    for name in ("waiting", "policy", "running"):
+        yield Seam(_SCHEDULER, f"Scheduler.{name}", why, limits=True)
+    yield Seam(_SCHEDULER, "Scheduler.skipped_waiting", f"{why}; up to 0.30 or 0.31", optional=True)
+    yield Seam(
+        _SCHEDULER,
+        "Scheduler._select_waiting_queue_for_scheduling",
+        "which of its two queues is next; up to 0.30 or 0.31",
+        ("self",),
+        optional=True,
+    )
+    for name, takes in {
+        "add_request": ("self", "request"),
+        "pop_request": ("self",),
+        "peek_request": ("self",),
+        "prepend_request": ("self", "request"),
+        "prepend_requests": ("self", "requests"),
+        "remove_request": ("self", "request"),
+        "remove_requests": ("self", "requests"),
+    }.items():
+        yield Seam(
+            "vllm.v1.core.sched.request_queue",
+            f"RequestQueue.{name}",
+            "the methods that our queue has under the same name",
+            takes,
+            limits=True,
+        )
+    yield Seam(
+        _SCHEDULER,
+        "Scheduler.schedule",
+        "whose requests run before a step, and which prompts were found in the prefix cache",
+        ("self", "throttle_prefills"),
+        limits=True,
+    )
+    output = "vllm.v1.core.sched.output"
+    yield Seam(output, "SchedulerOutput.scheduled_new_reqs", "prefix-cache hits", limits=True)
+    for name in ("req_id", "num_computed_tokens"):
+        yield Seam(output, f"NewRequestData.{name}", "prefix-cache hits", limits=True)
+    for name in ("req_id_to_index", "sampled_token_ids"):
+        yield Seam("vllm.v1.outputs", f"ModelRunnerOutput.{name}", "tokens served", limits=True)
+    for name in ("status", "num_tokens", "num_computed_tokens", "priority", "arrival_time"):
+        yield Seam("vllm.v1.request", f"Request.{name}", "a request's price and rank", limits=True)
+    for name in ("WAITING", "PREEMPTED"):
+        yield Seam("vllm.v1.request", f"RequestStatus.{name}", "can it begin?", limits=True)
+    yield Seam(_CORE, "EngineCoreProc.output_queue", "a refusal, to its client", limits=True)
+    yield Seam(_CORE, "EngineCore.vllm_config", "has it one caller?", limits=True)
+    yield Seam(
+        "vllm.v1.engine.llm_engine",
+        "LLMEngine.__init__",
+        "it has one caller, who is refused nothing",
+        accepts=("vllm_config",),
+        limits=True,
+    )
+    engine = "vllm.v1.engine"
+    yield Seam(
+        engine,
+        "EngineCoreOutput",
+        "a refusal",
+        accepts=("request_id", "new_token_ids", "finish_reason", "stop_reason"),
+        limits=True,
+    )
+    yield Seam(
+        engine, "EngineCoreOutputs", "a refusal", accepts=("outputs", "finished_requests"),
+        limits=True,
+    )  # fmt: skip
+    yield Seam(engine, "FinishReason.ERROR", "a refusal", limits=True)
+    processor = "vllm.v1.engine.output_processor"
+    yield Seam(
+        processor,
+        "OutputProcessor.process_outputs",
+        "a refusal becomes its caller's error",
+        accepts=("engine_core_outputs",),
+        limits=True,
+    )
+    yield Seam(
+        processor,
+        "OutputProcessor.abort_requests",
+        "a refused request and those that came with it are forgotten",
+        ("self", "request_ids", "internal"),
+        limits=True,
+    )
+    yield Seam(processor, "OutputProcessor.request_states", "whose refusal it is", limits=True)
+    for name in ("queue", "parent_req"):
+        yield Seam(processor, f"RequestState.{name}", "whose refusal it is", limits=True)
+    yield Seam(processor, "OutputProcessorOutput.reqs_to_abort", "ends the others", limits=True)
+    for name, takes in {"put": ("self", "output"), "close": ("self",)}.items():
+        yield Seam(
+            processor, f"RequestOutputCollector.{name}", "a refusal, to its caller", takes,
+            limits=True,
+        )  # fmt: skip
+    serving = "vllm.entrypoints.serve.engine.serving"
+    why = "a stream is refused before it is answered"
+    yield Seam(
+        serving, "BaseServing._maybe_get_adapters", why, accepts=("request",), limits=True
+    )  # fmt: skip
+    yield Seam(serving, "BaseServing.models", why, limits=True)
+    yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.output_processor", why, limits=True)
+    yield Seam(processor, "RequestState.lora_name", why, limits=True)
+    for owner, name in {
+        "SchedulerConfig": "max_num_seqs",
+        "ParallelConfig": "data_parallel_size",
+    }.items():
+        yield Seam("vllm.config", f"{owner}.{name}", why, limits=True)
+    yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's", limits=True)
+    yield Seam(
+        "vllm.exceptions",
+        "GracefulHTTPError",
+        "one with a status of its own; from 0.29 or 0.30 on",
+        accepts=("message", "http_status"),
+        optional=True,
+    )
+
+
 RUNNER_SEAMS: dict[str, tuple[Seam, ...]] = {"v1": tuple(_runner_v1()), "v2": tuple(_runner_v2())}
 """What a model runner must have for a third graph. It is looked up in the worker that has one, which has
 imported these modules; without, batches of direct tasks alone use the graphs of all."""
@@ -695,12 +867,36 @@ STEP_SEAMS: tuple[Seam, ...] = tuple(_steps())
 """Parts of a step, in the first model runner and in the second: like ``RUNNER_SEAMS``, they are looked up
 in the worker. The last is there from 0.32 on."""
 
+NAME_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "vllm.entrypoints.serve.engine.serving",
+        "BaseServing._check_model",
+        "whose request it is, for canaries, and what is wrong with a blend's name",
+        ("self", "request"),
+    ),
+    Seam(
+        "vllm.entrypoints.pooling.base.serving",
+        "PoolingBaseServing._check_model",
+        "the same for pooling models",
+        ("self", "request"),
+    ),
+    Seam(
+        "vllm.plugins",
+        "load_endpoint_plugins",
+        "a middleware reads the client's key and says which tasks answered",
+        ("supported_tasks",),
+    ),
+)
+"""Where an API server looks names up; with a checkpoint."""
+
 GROUPS: dict[str, tuple[Seam, ...]] = {
     "replaced": tuple(_replaced()),
     "overridden": tuple(_overridden()),
+    "names": NAME_SEAMS,
     "called": tuple(_called()),
     "layers": tuple(_layers()),
     "read": tuple(_held()),
+    "limits": tuple(_limits()),
     "steps": STEP_SEAMS,
     "graphs": RUNNER_SEAMS["v1"] + RUNNER_SEAMS["v2"],
 }

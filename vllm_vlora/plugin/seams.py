@@ -13,7 +13,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vllm.lora.lora_model import LoRAModel
@@ -30,22 +30,31 @@ from vllm_vlora.errors import (
     VLoRAError,
 )
 from vllm_vlora.plugin.chat_templates import TaskTemplates
+from vllm_vlora.plugin.core_metrics import metrics_snapshot
+from vllm_vlora.plugin.counters import METRICS_METHOD
+from vllm_vlora.plugin.engine_core import (
+    ALIASES_METHOD,
+    FOLLOW_METHOD,
+    TASKS_METHOD,
+    advance_before_abort,
+    ensure_in_process,
+    follow,
+    load_before_add_lora,
+    load_before_add_request,
+    served_aliases,
+    served_tasks,
+)
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
+from vllm_vlora.plugin.limits import limit_tasks
+from vllm_vlora.plugin.listing import Listing, refuse_name, refuse_without_lora
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
-from vllm_vlora.plugin.requests import requests_for
-from vllm_vlora.plugin.residency import (
-    TASKS_METHOD,
-    ask_for_tasks,
-    ensure_before_add_lora,
-    ensure_before_add_request,
-    ensure_in_process,
-    leave_memory,
-    tasks_at_start,
-)
+from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
+from vllm_vlora.plugin.named_requests import TaskRequests, name_patches
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
+from vllm_vlora.plugin.tracing import add_task, say_task
 
 _PATCHED = "_vlora_patched"
 _ABSENT = object()
@@ -112,13 +121,18 @@ def _add_dummy_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     return add
 
 
-def _create_lora_manager(original: Callable[..., Any], checkpoint: str) -> Callable[..., Any]:
+def _create_lora_manager(
+    original: Callable[..., Any], checkpoint: str | None
+) -> Callable[..., Any]:
     @functools.wraps(original)
     def create(self: Any, model: Any, vllm_config: Any) -> Any:
         model = original(self, model, vllm_config)
         # Before vLLM measures free memory, so that the KV cache is sized around it.
-        _manager(self).preload(checkpoint)
-        _name_graphs(vllm_config, _manager(self))
+        if checkpoint is None:
+            _manager(self).vlora_store.seal()
+        else:
+            _manager(self).preload(checkpoint)
+            _name_graphs(vllm_config, _manager(self))
         return model
 
     return create
@@ -159,20 +173,19 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _init_static_loras(
     original: Callable[..., Any],
-    load_templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
+    load_templates: Callable[[Mapping[str, TaskPath]], object] | None,
+    follows: bool,
+    blends: bool = True,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
-        _refuse_without_lora(self.engine_client.vllm_config.lora_config)
-        # What the workers hold, and not what the folder holds: that may have changed since.
-        paths = await ask_for_tasks(self.engine_client)
-        if load_templates is not None:
-            load_templates(paths)
-        for request in requests_for(paths):
-            _refuse_name(request, self.is_base_model(request.lora_name), self.lora_requests)
-            self.lora_requests[request.lora_name] = request
-            _loaded_paths(self.engine_client).add(request.lora_path)
+        refuse_without_lora(self.engine_client.vllm_config.lora_config)
+        self.lora_requests = TaskRequests(self.lora_requests, {}, blends)
+        listing = Listing(self, _loaded_paths(self.engine_client), load_templates)
+        await listing.start()
+        if follows:
+            listing.follow()
 
     return init
 
@@ -192,7 +205,7 @@ def _rust_frontend(
 
         bound = signature.bind(self, *args, **kwargs)
         options = bound.arguments["args"]
-        _refuse_without_lora(options.enable_lora)
+        refuse_without_lora(options.enable_lora)
         if chat_templates:
             raise SettingError(
                 f"{TEMPLATES_VARIABLE}=on, but vLLM's Rust frontend renders chats itself; start it "
@@ -201,7 +214,7 @@ def _rust_frontend(
         served = options.served_model_name or [options.model]
         modules = {module.name: module for module in options.lora_modules or ()}
         for request in requests():
-            _refuse_name(request, request.lora_name in served, modules)
+            refuse_name(request, request.lora_name in served, modules)
             modules[request.lora_name] = LoRAModulePath(request.lora_name, request.lora_path)
         passed = json.dumps([dataclasses.asdict(module) for module in modules.values()])
         if len(passed) > _LONGEST_ARGUMENT:
@@ -214,21 +227,6 @@ def _rust_frontend(
         original(*bound.args, **bound.kwargs)
 
     return init
-
-
-def _refuse_without_lora(enabled: object) -> None:
-    if not enabled:
-        raise CheckpointError(
-            "VLLM_VLORA_CHECKPOINT is set, but vLLM runs without LoRA; start it with --enable-lora"
-        )
-
-
-def _refuse_name(request: LoRARequest, is_model: bool, listed: Container[str]) -> None:
-    if is_model or request.lora_name in listed:
-        raise CheckpointError(
-            f"task {request.lora_name!r} has the name of a served model or --lora-modules "
-            "adapter; give one of them another name"
-        )
 
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -304,6 +302,19 @@ def _lora_hash_keys(original: Callable[..., Any]) -> Callable[..., Any]:
     return keys
 
 
+def _mm_identifier(original: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(original)
+    def identifier(self: Any, mm_hash: str, lora_request: LoRARequest | None) -> str:
+        found = original(self, mm_hash, lora_request)
+        # vLLM puts the adapter's name before the hash where its tower has adapters.
+        if lora_request is None or found == mm_hash:
+            return found
+        path = parse_task_path(lora_request.lora_path)
+        return found if path is None else f"{path.digest}:{found}"
+
+    return identifier
+
+
 def _equal_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def equal(self: LoRARequest, value: object) -> bool:
@@ -359,7 +370,7 @@ def uninstall() -> None:
 
 
 def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tuple[Any, str, Any]]:
-    seams = find_seams(direct=setup.direct)
+    seams = find_seams(direct=setup.direct, limits=setup.settings.limited)
     lru = "LRUCacheWorkerLoRAManager"
     wrappers: dict[str, Callable[[Any], Any]] = {
         "WorkerLoRAManager._load_adapter": _load_adapter,
@@ -369,22 +380,29 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "AsyncLLM.add_request": _add_request_async,
         "LoRARequest.__eq__": _equal_requests,
         "_gen_lora_extra_hash_keys": _lora_hash_keys,
-        "EngineCore.add_lora": ensure_before_add_lora,
-        "Executor.determine_available_memory": lambda f: leave_memory(f, setup.settings.late_mib),
+        "InputProcessor._get_mm_identifier": _mm_identifier,
+        "OutputProcessor.do_tracing": say_task,
+        "instrument_manual": add_task,
+        "EngineCore.add_lora": load_before_add_lora,
+        "EngineCore.abort_requests": advance_before_abort,
+        f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
     }
     if setup.direct:
         wrappers[f"{lru}._apply_adapters"] = _apply_adapters
         wrappers["WorkerLoRAManager.add_dummy_lora"] = _add_dummy_lora
     if setup.checkpoint is not None:
         checkpoint = setup.checkpoint
-        wrappers[f"{lru}.create_lora_manager"] = lambda f: _create_lora_manager(f, checkpoint)
         wrappers["EngineCore.sleep"] = _sleep
+        wrappers["attach_router"] = show_in_metrics
         templates = TaskTemplates()
-        wrappers["OpenAIServingModels.init_static_loras"] = lambda f: _init_static_loras(
-            f,
-            functools.partial(templates.load, checkpoint)
-            if setup.settings.chat_templates
-            else None,
+        load = functools.partial(templates.load, checkpoint)
+        wrappers["OpenAIServingModels.init_static_loras"] = lambda f: refresh_after(
+            _init_static_loras(
+                f,
+                load if setup.settings.chat_templates else None,
+                setup.settings.follow,
+                setup.settings.blends,
+            )
         )
         if setup.settings.chat_templates:
             for _, owner in CHAT_REQUESTS:
@@ -401,6 +419,12 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     # Outside of what asks the workers how a request's task runs: that one must be loaded.
     core = seams["EngineCore.add_request"]
     add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
-    add_request = ensure_before_add_request(add or core.value)
-    own = [(core.owner, core.attribute, add_request), (core.owner, TASKS_METHOD, tasks_at_start)]
-    return [*patches, *scheduling, *graphs, *own]
+    own = [
+        (core.owner, core.attribute, load_before_add_request(add or core.value)),
+        (core.owner, TASKS_METHOD, served_tasks),
+        (core.owner, ALIASES_METHOD, served_aliases),
+        (core.owner, FOLLOW_METHOD, follow),
+        (core.owner, METRICS_METHOD, metrics_snapshot),
+    ]
+    names = name_patches() if setup.checkpoint is not None else []
+    return limit_tasks([*patches, *scheduling, *graphs, *own, *names], setup.settings, seams)

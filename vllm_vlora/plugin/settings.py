@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import SettingError
+from vllm_vlora.strict_json import JSONError, decode
+
+if TYPE_CHECKING:
+    import torch
 
 MODES = ("auto", "direct", "materialize")
 
@@ -18,16 +23,34 @@ MODE_VARIABLE = "VLLM_VLORA_MODE"
 SLOTS_VARIABLE = "VLLM_VLORA_SLOTS"
 BASIS_VARIABLE = "VLLM_VLORA_BASIS"
 LATE_VARIABLE = "VLLM_VLORA_LATE_MIB"
-# For tasks that come after start-up. Taken from the KV cache, so it is kept small: on an 80 GB GPU 0.7 %
+# Beside the checkpoint's tasks, for those that come later. It is kept small: on an 80 GB GPU 0.7 %
 # of the memory. A hundred tasks of a 7B model at rank 16 in NF4 fit, or the packed bases of another
 # checkpoint (80 MB at 64 components) and two hundred of its tasks; the least recently used give way.
 DEFAULT_LATE_MIB = 512
+DEVICE_VARIABLE = "VLLM_VLORA_DEVICE_BYTES"
+# Of the device's memory, at most, for the tasks of the checkpoint; the rest is the model's and the KV
+# cache's. Tasks beyond it come and go.
+DEVICE_SHARE = 4
+HOST_VARIABLE = "VLLM_VLORA_HOST_BYTES"
+DEFAULT_HOST_BYTES = 4 << 30
+FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
 BASES = ("dense", "packed")
+BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
 ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
 TEMPLATES_VARIABLE = "VLLM_VLORA_CHAT_TEMPLATES"
+METRICS_TASKS_VARIABLE = "VLLM_VLORA_METRICS_TASKS"
+METRICS_LISTED_VARIABLE = "VLLM_VLORA_METRICS_LISTED"
+# A series each, which Prometheus keeps for weeks.
+DEFAULT_METRICS_TASKS = 100
+# A line each of a scrape, which a router that looks where a task is reads many times a second.
+DEFAULT_METRICS_LISTED = 1000
 SWITCH = ("off", "on")
+CONCURRENCY_VARIABLE = "VLLM_VLORA_TASK_CONCURRENCY"
+QUEUE_VARIABLE = "VLLM_VLORA_TASK_QUEUE"
+FAIR_VARIABLE = "VLLM_VLORA_FAIR"
+WEIGHTS_VARIABLE = "VLLM_VLORA_WEIGHTS"
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,18 @@ class Settings:
         narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
-        late_mib: MiB on each device for tasks that are loaded after start-up; 0 refuses them.
+        blends: take the name of a blend for one; those that aliases name are served either way.
+        late_mib: MiB on each device for tasks that are loaded after start-up, beside those that were
+            loaded then.
+        device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
+        host_bytes: of host memory of each worker for tasks that gave way.
+        follow: serve what is published into the checkpoint's folder.
+        task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
+        task_queue: requests of one that wait; more are refused. 0 for any number.
+        fair: whether the task that was served least comes first.
+        weights: shares of tasks beside that of the others, which is 1.
+        metrics_tasks: tasks whose requests are counted under their own name in the metrics.
+        metrics_listed: tasks of each tier that the metrics name as being there.
     """
 
     mode: str = "auto"
@@ -52,11 +86,57 @@ class Settings:
     overlap: bool = False
     chat_templates: bool = False
     narrow_rows: bool = False
+    blends: bool = True
+    device_bytes: int | None = None
+    host_bytes: int = DEFAULT_HOST_BYTES
+    follow: bool = True
+    task_concurrency: int = 0
+    task_queue: int = 0
+    fair: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    metrics_tasks: int = DEFAULT_METRICS_TASKS
+    metrics_listed: int = DEFAULT_METRICS_LISTED
 
     @property
     def direct(self) -> bool:
         """Whether tasks may run direct."""
         return self.mode != "materialize"
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything is to be limited or shared; vLLM's scheduler is left alone otherwise."""
+        return self.fair or self.task_concurrency > 0 or self.task_queue > 0
+
+    def budget(self, device: torch.device) -> Budget:
+        """What tasks may take on a worker's device."""
+        most = self.device_bytes
+        if most is None:
+            most = device_memory(device) // DEVICE_SHARE
+        return Budget(most, self.late_mib << 20, self.host_bytes)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a worker's tasks may take, and with them the bases that are held to materialize some.
+
+    Attributes:
+        device: at most so much at start-up; what does not fit comes when it is asked for.
+        late: as much beside it, for what comes later.
+        host: of images of tasks that are not, or no longer, on the device.
+    """
+
+    device: int
+    late: int
+    host: int
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has in all."""
+    import torch
+
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(torch.cuda.mem_get_info(device)[1])
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -69,6 +149,18 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
+        blends=_choice(environment, BLENDS_VARIABLE, SWITCH[::-1]) == "on",
+        device_bytes=_size(environment, DEVICE_VARIABLE),
+        host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
+        follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
+        task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
+        task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
+        fair=_fair(environment),
+        weights=_weights(environment),
+        metrics_tasks=_whole(environment, METRICS_TASKS_VARIABLE, DEFAULT_METRICS_TASKS, least=0),
+        metrics_listed=_whole(
+            environment, METRICS_LISTED_VARIABLE, DEFAULT_METRICS_LISTED, least=0
+        ),
     )
 
 
@@ -84,3 +176,29 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int) 
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise SettingError(f"{name}={text!r}: use a whole number from {least} on")
     return int(text)
+
+
+def _size(environment: Mapping[str, str], name: str) -> int | None:
+    return _whole(environment, name, 0, least=0) if environment.get(name) else None
+
+
+def _fair(environment: Mapping[str, str]) -> bool:
+    fair = _choice(environment, FAIR_VARIABLE, SWITCH) == "on"
+    if environment.get(WEIGHTS_VARIABLE) and not fair:
+        raise SettingError(f"{WEIGHTS_VARIABLE} does nothing without {FAIR_VARIABLE}=on; set both")
+    return fair
+
+
+def _weights(environment: Mapping[str, str]) -> dict[str, float]:
+    text = environment.get(WEIGHTS_VARIABLE) or "{}"
+    try:
+        weights = decode(text.encode(errors="surrogateescape"), dict[str, float])
+    except JSONError as error:
+        raise SettingError(
+            f"{WEIGHTS_VARIABLE}={text!r}: use a JSON object of names and numbers, such as "
+            f'{{"sql": 2}} ({error})'
+        ) from error
+    for name, weight in weights.items():
+        if weight <= 0:
+            raise SettingError(f"{WEIGHTS_VARIABLE}: {name!r} has {weight:g}; use a number above 0")
+    return weights

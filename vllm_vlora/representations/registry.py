@@ -6,7 +6,6 @@ a file beside these, a row here, and its curve in ``planning``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -14,7 +13,7 @@ import torch
 
 from vllm_vlora.quantize import FORMATS, PackedMatrix
 from vllm_vlora.representations import flat, joint, private
-from vllm_vlora.representations.spec import ModuleSpec, Segment, rank_fault
+from vllm_vlora.representations.spec import ModuleSpec, Segment, fits_float32, rank_fault
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 
 
@@ -68,8 +67,8 @@ def segment_fault(segment: Segment, module: ModuleSpec) -> str | None:
     wrong = rank_fault(segment.rank, module.d_in, module.d_out)
     if wrong:
         return wrong
-    if not math.isfinite(segment.scale):
-        return f"scale is not finite ({segment.scale})"
+    if not fits_float32(segment.scale):
+        return f"scale is not finite in float32 ({segment.scale})"
     for field, (owner, fault) in _OWN_FIELDS.items():
         if getattr(segment, field) is not None and segment.representation != owner:
             return fault

@@ -11,6 +11,7 @@ from vllm_vlora.representations.kind import HasRepresentation
 Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 """A count or a number of bytes, within what JSON's readers agree on."""
 _USUAL_RANK = 1024
+_FLOAT32_MAX = float.fromhex("0x1.fffffep127")
 
 
 def rank_fault(rank: int, d_in: int, d_out: int) -> str | None:
@@ -26,6 +27,11 @@ def rank_fault(rank: int, d_in: int, d_out: int) -> str | None:
         if rank > most
         else None
     )
+
+
+def fits_float32(value: float) -> bool:
+    """Whether a number, whole ones of any size too, is finite and stays so in float32, as scales must."""
+    return -_FLOAT32_MAX <= value <= _FLOAT32_MAX
 
 
 class BasisSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -35,13 +35,14 @@ from vllm_vlora.checkpoint.card import format_bytes
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
+from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.successor import Successor, edited
 from vllm_vlora.compression.encoding import CoreProjection
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.editing.adding import check_new
 from vllm_vlora.editing.removing import remove_tasks
-from vllm_vlora.errors import AdapterError, CheckpointError, OptionError, TaskIdError
+from vllm_vlora.errors import AdapterError, OptionError, TaskIdError
 from vllm_vlora.fitting.shared_basis import fit_module
 from vllm_vlora.fitting.whitening import FROBENIUS
 from vllm_vlora.foreign.convert import convert, detect_kind
@@ -51,7 +52,6 @@ from vllm_vlora.representations.decode import decode, relative_error
 from vllm_vlora.representations.factors import relative, squared_norm
 from vllm_vlora.representations.registry import segment_sides
 from vllm_vlora.representations.stored import Basis, StoredModule
-from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import shown
 
@@ -166,7 +166,7 @@ class SHAREModel:
             >>> SHAREModel.from_pretrained(checkpoint).adapter_names
             ['task_0', 'task_1', 'task_2', 'task_3']
         """
-        folder = resolve_snapshot(path, what="checkpoint", error=CheckpointError)
+        folder = checkpoint_folder(path, foreign=True)
         if detect_kind(folder) not in ("lorashare", "vlora"):
             return cls(Checkpoint.open(folder))
         home = TemporaryDirectory(prefix="vllm-vlora-")

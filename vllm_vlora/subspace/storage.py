@@ -20,12 +20,14 @@ from torch import Tensor
 
 from vllm_vlora.adapters.peft_config import lora_rank
 from vllm_vlora.atomic import publish_folder
+from vllm_vlora.checkpoint.aliases import keep_aliases
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
 from vllm_vlora.checkpoint.manifest import TaskRecord, is_checkpoint
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
+from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, OptionError
 from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
@@ -34,7 +36,6 @@ from vllm_vlora.representations.flat import encode_flat
 from vllm_vlora.representations.joint import dense_keeps_rank, split_core
 from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
 from vllm_vlora.representations.stored import FlatBasis, StoredModule
-from vllm_vlora.snapshots import resolve_snapshot
 from vllm_vlora.subspace.fitting import core_rank, with_spectra
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
@@ -85,6 +86,7 @@ def write_subspace(
             folder, writer.tasks, writer.modules, basis_nbytes(writer.modules)
         )
         writer.finish(model_card(base_model, contents))
+        keep_aliases(Path(path).expanduser(), folder, writer.tasks)
     return Path(path).absolute()
 
 
@@ -208,7 +210,7 @@ def read_subspace(ref: str | Path) -> StoredSubspace:
     Raises:
         CheckpointError: it cannot be read, is damaged, or has tasks that no subspace can hold.
     """
-    folder = resolve_snapshot(ref, what="checkpoint", error=CheckpointError)
+    folder = checkpoint_folder(ref, foreign=True)
     if (folder / META_FILE).is_file() and not is_checkpoint(folder):
         return _read_vlora(VLoRAFiles.open(folder))
     checkpoint = Checkpoint.open(folder)

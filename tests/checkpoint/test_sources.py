@@ -1,0 +1,571 @@
+"""Checkpoints and adapters at URLs: fetched once, checked, resumed, shared, and silent about keys."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from edited_world import NEW, OLD, World
+from file_server import FileServer, file_server
+from places import ROOT
+from typer.testing import CliRunner
+
+from vllm_vlora import downloads
+from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.checkpoint.attachments import AttachmentWriter
+from vllm_vlora.checkpoint.hub import pull_checkpoint
+from vllm_vlora.checkpoint.pinning import pinned
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.sources import checkpoint_folder, fixed_checkpoint
+from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.editing.removing import remove_tasks
+from vllm_vlora.errors import AdapterError, CheckpointError, OutputError, VLoRAError
+from vllm_vlora.plugin import _checkpoint_folder
+from vllm_vlora.tools.cli import app
+
+KEY = "sig=S3cr3t%2FKey"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = World.at(tmp_path_factory.mktemp("made"))
+    template = world.root / "chat_template.jinja"
+    template.write_text("hello")
+    writer = AttachmentWriter(world.checkpoint)
+    writer.attach(OLD[0], {template.name: template})
+    writer.finish()
+    return world
+
+
+@pytest.fixture
+def world(made: World, tmp_path: Path) -> World:
+    shutil.copytree(made.root, tmp_path / "world")
+    return World(tmp_path / "world")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(downloads.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delenv(downloads.OFFLINE_VARIABLE, raising=False)
+    monkeypatch.setattr(downloads, "_PAUSE_SECONDS", 0.01)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(world: World) -> Iterator[FileServer]:
+    with file_server(world.place) as served:
+        yield served
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def parts(cache: Path) -> list[Path]:
+    return list(cache.rglob("*.part"))
+
+
+def to_memory(folder: Path, place: str) -> str:
+    files = fsspec.filesystem("memory")
+    if files.exists(place):
+        files.rm(place, recursive=True)
+    for name, data in content(folder).items():
+        files.pipe(f"{place}/{name}", data)
+    return f"memory://{place}"
+
+
+def largest(folder: Path) -> tuple[str, int]:
+    path = max((p for p in folder.rglob("*.safetensors")), key=lambda p: p.stat().st_size)
+    return path.relative_to(folder.parent).as_posix(), path.stat().st_size
+
+
+def test_a_checkpoint_at_a_url_is_the_folder_byte_for_byte(
+    server: FileServer, world: World
+) -> None:
+    opened = Checkpoint.open(f"{server.url}/ckpt/")
+    assert content(opened.path) == content(world.checkpoint)
+    assert opened.content_digest == Checkpoint.open(world.checkpoint).content_digest
+    assert opened.path.name == opened.content_digest
+    assert opened.attachments[OLD[0]]
+    assert validate(f"{server.url}/ckpt") == []
+    asked = dict(server.asked)
+    Checkpoint.open(f"{server.url}/ckpt")
+    again = {name: server.asked[name] - count for name, count in asked.items()}
+    assert {name for name, count in again.items() if count} == {
+        "ckpt/vlora_config.json",
+        "ckpt/attachments.json",
+    }
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_every_format_is_fetched_whole(version: int) -> None:
+    folder = ROOT / f"tests/data/format{version}"
+    with file_server(folder) as server:
+        first = Checkpoint.open(server.url, manifest_only=True)
+        assert [first.record(task).source for task in first.tasks]
+        assert content(Checkpoint.open(server.url).path) == content(folder)
+        assert validate(server.url) == []
+
+
+def test_object_stores_are_read_through_fsspec(world: World) -> None:
+    opened = Checkpoint.open(to_memory(world.checkpoint, "/bucket/ckpt"))
+    assert content(opened.path) == content(world.checkpoint)
+    with pytest.raises(
+        CheckpointError, match=r"memory://bucket/none is not a vllm-vlora checkpoint"
+    ):
+        Checkpoint.open("memory://bucket/none")
+
+
+def test_a_file_url_is_the_folder_where_it_lies(world: World, cache: Path) -> None:
+    named = world.place / "my tasks"
+    world.checkpoint.rename(named)
+    opened = Checkpoint.open(f"file://{world.place}/my%20tasks")
+    assert opened.path == named
+    assert not cache.exists()
+    with pytest.raises(CheckpointError, match="no such folder"):
+        Checkpoint.open(f"file://{world.place}/none")
+
+
+def test_the_manifest_alone_is_fetched_where_it_is_enough(server: FileServer) -> None:
+    opened = Checkpoint.open(f"{server.url}/ckpt", manifest_only=True)
+    assert list(opened.tasks) == list(OLD)
+    assert not any(name.endswith(".safetensors") for name in server.asked)
+    assert content(Checkpoint.open(f"{server.url}/ckpt").path) == content(server.folder / "ckpt")
+
+
+def test_a_new_state_shares_what_did_not_change(server: FileServer, world: World) -> None:
+    old = Checkpoint.open(f"{server.url}/ckpt")
+    kept = world.place / "kept"
+    shutil.copytree(world.checkpoint, kept)
+    remove_tasks(world.checkpoint, [OLD[3]])
+    server.asked.clear()
+    new = Checkpoint.open(f"{server.url}/ckpt")
+    assert list(new.tasks) == list(OLD[:3])
+    assert not any("/tasks/" in name for name in server.asked)
+    file = old.tasks[OLD[0]].file
+    assert os.path.samefile(old.path / file, new.path / file)
+    # The state that was fetched first is as it was, for who serves it.
+    assert content(old.path) == content(kept)
+
+
+def test_a_cut_connection_goes_on_where_it_was_cut(server: FileServer, cache: Path) -> None:
+    name, size = largest(server.folder / "ckpt")
+    server.cut[name] = [size // 3, size // 4]
+    opened = Checkpoint.open(f"{server.url}/ckpt")
+    assert validate(opened.path) == []
+    assert server.first_bytes(name) == [0, size // 3, size // 3 + size // 4]
+    assert parts(cache) == []
+
+
+def test_a_run_that_was_cut_off_is_taken_up_by_the_next(server: FileServer, cache: Path) -> None:
+    name, size = largest(server.folder / "ckpt")
+    server.cut[name] = [size // 2, 0, 0, 0, 0, 0]
+    with pytest.raises(CheckpointError, match=r"cannot be reached|bytes, not"):
+        Checkpoint.open(f"{server.url}/ckpt")
+    (part,) = parts(cache)
+    assert part.stat().st_size == size // 2
+    assert not list(cache.glob("*/states/*"))
+    server.cut.clear()
+    server.begun.clear()
+    assert validate(Checkpoint.open(f"{server.url}/ckpt").path) == []
+    assert server.first_bytes(name) == [size // 2]
+
+
+def test_what_was_left_and_is_no_part_of_the_file_is_fetched_anew(
+    server: FileServer, cache: Path
+) -> None:
+    name, size = largest(server.folder / "ckpt")
+    server.cut[name] = [size // 2] + [0] * 5
+    with pytest.raises(CheckpointError):
+        Checkpoint.open(f"{server.url}/ckpt")
+    server.cut.clear()
+    (part,) = parts(cache)
+    part.write_bytes(b"x" * 100)
+    server.begun.clear()
+    assert validate(Checkpoint.open(f"{server.url}/ckpt").path) == []
+    assert server.first_bytes(name) == [100, 0]
+
+
+def test_a_server_without_ranges_sends_all_of_it_again(server: FileServer, cache: Path) -> None:
+    server.ranges = False
+    name, size = largest(server.folder / "ckpt")
+    server.cut[name] = [size // 2]
+    assert validate(Checkpoint.open(f"{server.url}/ckpt").path) == []
+    assert parts(cache) == []
+
+
+def test_damage_on_the_way_is_not_kept(server: FileServer, cache: Path) -> None:
+    name, _ = largest(server.folder / "ckpt")
+    data = bytearray((server.folder / name).read_bytes())
+    data[-1] ^= 1
+    (server.folder / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"has another SHA-256 than it is to have"):
+        Checkpoint.open(f"{server.url}/ckpt")
+    assert parts(cache) == []
+    assert not list(cache.glob("*/states/*"))
+
+
+def test_a_folder_that_is_replaced_while_it_is_fetched(
+    server: FileServer, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = downloads._fetch_all
+    changes = [lambda: remove_tasks(world.checkpoint, [OLD[3]])]
+
+    def replaced(remote: Any, files: Any, contents: Path) -> None:
+        if changes:
+            changes.pop()()
+        fetch(remote, files, contents)
+
+    monkeypatch.setattr(downloads, "_fetch_all", replaced)
+    assert list(Checkpoint.open(f"{server.url}/ckpt").tasks) == list(OLD[:3])
+
+
+def test_without_an_answer_the_newest_state_is_used_and_said(
+    server: FileServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server.url}/ckpt?{KEY}"
+    first = Checkpoint.open(url)
+    server.status = 503
+    with caplog.at_level(logging.WARNING):
+        assert Checkpoint.open(url).path == first.path
+    assert "the state that was fetched last is used" in caplog.text
+    caplog.clear()
+    # An answer is an answer: what was withdrawn is not served from memory.
+    for status, said in ((403, "is denied .403."), (404, "is not a vllm-vlora checkpoint")):
+        server.status = status
+        with pytest.raises(CheckpointError, match=said):
+            Checkpoint.open(url)
+    monkeypatch.setenv(downloads.OFFLINE_VARIABLE, "1")
+    server.asked.clear()
+    assert Checkpoint.open(url).path == first.path
+    assert not server.asked
+    assert not caplog.records
+    with pytest.raises(CheckpointError, match="not in the cache, and VLLM_VLORA_OFFLINE is set"):
+        Checkpoint.open(f"{server.url}/other")
+
+
+def test_a_digest_is_never_met_by_older_content(
+    server: FileServer, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server.url}/ckpt"
+    old = Checkpoint.open(url).content_digest
+    remove_tasks(world.checkpoint, [OLD[3]])
+    new = Checkpoint.open(world.checkpoint).content_digest
+    server.status = 503
+    with pytest.raises(CheckpointError, match="503"):
+        Checkpoint.open(pinned(url, new))
+    monkeypatch.setenv(downloads.OFFLINE_VARIABLE, "1")
+    with pytest.raises(CheckpointError, match="the content that is asked for is not in the cache"):
+        Checkpoint.open(pinned(url, new))
+    # The content that was asked for is here, whatever the URL has now.
+    assert list(Checkpoint.open(pinned(url, old)).tasks) == list(OLD)
+    monkeypatch.delenv(downloads.OFFLINE_VARIABLE)
+    server.status = None
+    server.asked.clear()
+    assert list(Checkpoint.open(pinned(url, old)).tasks) == list(OLD)
+    assert not server.asked
+    with pytest.raises(
+        CheckpointError, match=f"its content is sha256:{new}, not sha256:{'0' * 64}"
+    ):
+        Checkpoint.open(pinned(url, "0" * 64))
+
+
+def test_processes_that_a_server_starts_find_its_state(server: FileServer, world: World) -> None:
+    url = f"{server.url}/ckpt"
+    folder = checkpoint_folder(url)
+    fixed = fixed_checkpoint(url, folder, None)
+    remove_tasks(world.checkpoint, [OLD[3]])
+    server.status = 503
+    assert Checkpoint.open(fixed).path == folder
+    assert fixed_checkpoint(str(world.checkpoint), world.checkpoint, None) == str(world.checkpoint)
+
+
+def test_the_plugin_serves_one_state_in_all_its_processes(
+    server: FileServer, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server.url}/ckpt"
+    digest = Checkpoint.open(world.checkpoint).content_digest
+    monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", url)
+    first = _checkpoint_folder()
+    assert os.environ["VLLM_VLORA_CHECKPOINT"] == pinned(url, digest)
+    remove_tasks(world.checkpoint, [OLD[3]])
+    server.status = 503
+    assert first == _checkpoint_folder() == pinned(Checkpoint.open(url).path, digest)
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "leaves the checkpoint": lambda config: config["basis"][0].update(file="../../outside"),
+    "has no SHA-256": lambda config: config["basis"][0].update(sha256="../../outside"),
+    "have one name": lambda config: config["basis"][0].update(file="vlora_config.json"),
+}
+
+
+@pytest.mark.parametrize("said", HOSTILE)
+def test_no_name_leads_out_of_the_cache(
+    server: FileServer, world: World, cache: Path, said: str
+) -> None:
+    file = world.checkpoint / "vlora_config.json"
+    config = json.loads(file.read_text())
+    HOSTILE[said](config)
+    file.write_text(json.dumps(config))
+    (server.folder / "outside").write_text("x")
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.open(f"{server.url}/ckpt")
+    assert not [path for path in cache.parent.rglob("outside*") if path.parent != server.folder]
+    assert not list(cache.glob("*/states/*"))
+
+
+def test_listed_names_stay_inside(cache: Path) -> None:
+    files = fsspec.filesystem("memory")
+    files.store["/evil/ad/../../../escaped"] = files.open("/evil/x", "wb")
+    files.pipe("/evil/ad/adapter_config.json", b"{}")
+    with pytest.raises(AdapterError):
+        open_adapter("memory://evil/ad")
+    assert not list(cache.parent.rglob("escaped"))
+
+
+def every_text_of(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)) + str(error)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 500, 503, None])
+def test_keys_in_a_url_reach_no_message_log_or_file(
+    server: FileServer, cache: Path, status: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.status = status
+    address = server.url.removeprefix("http://")
+    url = f"http://me:pa55word@{address}/ckpt?{KEY}"
+    caplog.set_level(logging.WARNING)
+    said = ""
+    for ref, opener in ((url, Checkpoint.open), (url, open_adapter)):
+        try:
+            opener(ref)
+        except VLoRAError as error:
+            said += every_text_of(error)
+    runner = CliRunner()
+    for arguments in (
+        ["info", url, "--json"],
+        ["info", url],
+        ["validate", url, "--verbose"],
+        ["pull", url, "-o", str(cache.parent / "copy")],
+        ["plan", url, "--max-loras", "4"],
+        ["serve", "--dry-run", url],
+        ["serve", "--base", "org/base", "--dry-run", url],
+        ["compress", url, "-o", str(cache.parent / "out")],
+        ["add", url, str(cache)],
+    ):
+        done = runner.invoke(app, arguments)
+        assert done.exception is None or isinstance(done.exception, SystemExit), arguments
+        said += done.output
+    said += caplog.text + " ".join(map(str, cache.rglob("*")))
+    said += " ".join(path.read_text(errors="replace") for path in cache.rglob("url"))
+    assert address in said
+    for secret in (KEY, "S3cr3t", "pa55word"):
+        assert secret not in said
+
+
+def test_a_signature_opens_every_file_and_names_none(server: FileServer, cache: Path) -> None:
+    server.key = KEY
+    first = Checkpoint.open(f"{server.url}/ckpt?{KEY}&expires=1")
+    second = Checkpoint.open(f"{server.url}/ckpt?{KEY}&expires=2")
+    assert first.path == second.path
+    with pytest.raises(CheckpointError, match=r"access to vlora_config.json is denied \(403\)"):
+        Checkpoint.open(f"{server.url}/ckpt")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/ckpt", "gs://bucket/ckpt", "abfs://box/ckpt"])
+def test_a_missing_backend_is_named(url: str) -> None:
+    package = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs"}[url.partition(":")[0]]
+    try:
+        __import__(package)
+    except ImportError:
+        with pytest.raises(CheckpointError, match=rf"(?i)install {package}") as caught:
+            Checkpoint.open(url)
+        assert "\n" not in str(caught.value)
+    else:
+        pytest.skip(f"{package} is installed")
+
+
+@pytest.mark.parametrize("url", ["nothing://a/b", "zip://x::https://host/y", "http://[/"])
+def test_what_is_no_folder_is_refused_in_one_line(url: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(url)
+    assert "\n" not in str(caught.value)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_at_a_url(world: World) -> None:
+    local = open_adapter(world.adapter(NEW[0]))
+    with file_server(world.root) as server:
+        for ref in (
+            f"{server.url}/adapters/{NEW[0]}?{KEY}",
+            to_memory(world.adapter(NEW[0]), f"/b/{NEW[0]}"),
+        ):
+            found = open_adapter(ref)
+            assert found.name == NEW[0]
+            assert found.config == local.config
+            for name, (a, b) in local.iter_factors():
+                assert found.factors(name)[0].equal(a)
+                assert found.factors(name)[1].equal(b)
+        with pytest.raises(AdapterError, match=r"adapter_config.json is not there"):
+            open_adapter(f"{server.url}/adapters/none")
+
+
+def test_an_adapter_that_is_trained_again_is_fetched_again(world: World) -> None:
+    url = to_memory(world.adapter(NEW[0]), "/b/one")
+    first = open_adapter(url)
+    assert open_adapter(url).path == first.path
+    to_memory(world.adapter(NEW[1]), "/b/one")
+    assert content(open_adapter(url).path) == content(world.adapter(NEW[1]))
+
+
+def test_commands_take_urls(world: World, cache: Path) -> None:
+    runner = CliRunner()
+    tree = to_memory(world.root / "adapters", "/team/adapters")
+    out = world.root / "out"
+    done = runner.invoke(app, ["compress", tree, "-o", str(out), "--ratio", "2"])
+    assert done.exit_code == 0, done.output
+    assert sorted(Checkpoint.open(out).tasks) == sorted(OLD + NEW)
+    one = to_memory(world.adapter(NEW[0]), f"/team/{NEW[0]}")
+    done = runner.invoke(app, ["add", str(world.checkpoint), one])
+    assert done.exit_code == 0, done.output
+    assert NEW[0] in Checkpoint.open(world.checkpoint).tasks
+    ckpt = to_memory(world.checkpoint, "/team/ckpt")
+    for arguments in (
+        ["info", ckpt],
+        ["validate", ckpt],
+        ["plan", ckpt, "--max-loras", "4"],
+        ["export", ckpt, OLD[0], "-o", str(world.root / "exported")],
+        ["pull", ckpt, "-o", str(world.root / "pulled")],
+    ):
+        done = runner.invoke(app, arguments)
+        assert done.exit_code == 0, (arguments, done.output)
+    assert content(world.root / "pulled") == content(world.checkpoint)
+    done = runner.invoke(app, ["remove", ckpt, OLD[0]])
+    assert done.exit_code == 2
+    assert "pull" in done.output
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def test_many_processes_fetch_once(server: FileServer, cache: Path) -> None:
+    program = (
+        "import sys; from vllm_vlora.checkpoint.reader import Checkpoint\n"
+        "print(Checkpoint.open(sys.argv[1]).path)"
+    )
+    command = [sys.executable, "-c", program, f"{server.url}/ckpt"]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    paths = {run.communicate(timeout=120)[0] for run in runs}
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert len(paths) == 1
+    name, _ = largest(server.folder / "ckpt")
+    assert server.first_bytes(name) == [0]
+    assert not list(cache.glob(".*.lock"))
+
+
+def test_a_full_disk_under_the_cache(
+    server: FileServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    url = f"{server.url}/ckpt"
+    with monkeypatch.context() as patched:
+        patched.setattr(downloads, "_flush", full)
+        with pytest.raises(OutputError, match=r"the cache at \S+ cannot be written: No space left"):
+            Checkpoint.open(url)
+    assert not list(cache.glob("*/states/*"))
+    assert all(path.suffix == ".part" for path in cache.glob("*/files/*"))
+    assert validate(Checkpoint.open(url).path) == []
+
+
+def test_a_disk_full_at_every_page(server: FileServer, tmp_path: Path) -> None:
+    place = tmp_path / "cache"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
+        pytest.skip("may not mount a disk here")
+    try:
+        failures = 0
+        for left in range(512):
+            shutil.rmtree(place, ignore_errors=True)
+            free = os.statvfs(place)
+            with open(place / "filler", "wb") as filler:
+                os.posix_fallocate(filler.fileno(), 0, max(1, free.f_bavail - left) * free.f_frsize)
+            try:
+                opened = Checkpoint.open(f"{server.url}/ckpt")
+            except OutputError as error:
+                failures += "cannot be written: No space left" in str(error)
+                for file in place.glob("*/files/*"):
+                    whole = file.suffix != ".part"
+                    assert not whole or hashlib.sha256(file.read_bytes()).hexdigest() == file.name
+                assert not [s for s in place.glob("*/states/*") if not s.name.startswith(".")]
+            else:
+                assert validate(opened.path) == []
+                break
+        assert failures == left > 2
+        assert validate(f"{server.url}/ckpt") == []
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_the_cache_is_listed_and_cleaned(server: FileServer, world: World, cache: Path) -> None:
+    url = f"{server.url}/ckpt"
+    old = Checkpoint.open(f"{url}?{KEY}").path
+    remove_tasks(world.checkpoint, [OLD[3]])
+    new = Checkpoint.open(url).path
+    to_memory(world.checkpoint, "/bucket/ckpt")
+    Checkpoint.open("memory://bucket/ckpt")
+    runner = CliRunner()
+
+    def listed() -> dict[str, Any]:
+        done = runner.invoke(app, ["cache", "--json"])
+        assert done.exit_code == 0, done.output
+        return {entry["url"]: entry for entry in json.loads(done.stdout)["entries"]}
+
+    entries = listed()
+    assert set(entries) == {url, "memory://bucket/ckpt"}
+    assert entries[url]["states"] == 2
+    both = sum(
+        {
+            p.stat().st_ino: p.stat().st_size for p in new.parents[1].rglob("*") if p.is_file()
+        }.values()
+    )
+    assert entries[url]["bytes"] == both
+    done = runner.invoke(app, ["cache", f"{url}?{KEY}", "--clean-old", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["freed"] > 0
+    assert not old.exists()
+    assert validate(new) == []
+    assert listed()[url]["states"] == 1
+    done = runner.invoke(app, ["cache", "--clean"])
+    assert done.exit_code == 0, done.output
+    assert listed() == {}
+    assert runner.invoke(app, ["cache", f"{server.url}/none", "--clean"]).exit_code == 2
+
+
+def test_pull_of_a_url_is_a_copy_of_its_own(
+    server: FileServer, world: World, tmp_path: Path
+) -> None:
+    pulled = pull_checkpoint(f"{server.url}/ckpt", tmp_path / "copy")
+    assert content(pulled.path) == content(world.checkpoint)
+    runner = CliRunner()
+    assert runner.invoke(app, ["cache", "--clean"]).exit_code == 0
+    assert validate(pulled.path) == []

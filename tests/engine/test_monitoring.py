@@ -1,0 +1,171 @@
+"""The real server's ``/metrics``, with one API server and with two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+from dashboards import names_in, problems, queries
+from engine_server import FORKED, Server
+from engine_world import ADAPTERS, PROMPTS, World, exact
+from entry_points import declare_entry_points
+from places import ROOT
+from scrapes import Scrape
+from spans import SpanCollector
+
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.plugin.metrics import FAMILIES
+
+pytestmark = pytest.mark.engine
+
+FIRST, SECOND, *_ = ADAPTERS
+# Forks of one process have imported prometheus_client before vLLM tells it to write files.
+FILES = """
+import os
+from prometheus_client import values
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.environ["FILES"]
+values.ValueClass = values.get_value_class()
+"""
+# What an engine core does not know it does not show.
+UNKNOWN = {"vllm_vlora:bytes", "vllm_vlora:budget_bytes"}
+# And an environment that was installed earlier may not know of all entry points.
+DECLARED = "import os, sys; sys.path.append(os.environ['DECLARED'])\n"
+
+
+def _scrape(server: Server) -> Scrape:
+    answer = httpx.get(f"{server.url}/metrics", timeout=30)
+    assert answer.status_code == 200
+    return Scrape(answer.text)
+
+
+def _until(server: Server, seen: Callable[[Scrape], bool], seconds: float = 20) -> Scrape:
+    """The first scrape that shows it; the API servers ask about once a second."""
+    deadline = time.monotonic() + seconds
+    while not seen(shown := _scrape(server)):
+        assert time.monotonic() < deadline, sorted(shown.names)
+        time.sleep(0.2)
+    return shown
+
+
+@pytest.fixture(scope="module")
+def spans() -> Iterator[SpanCollector]:
+    collector = SpanCollector()
+    yield collector
+    collector.stop()
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one API server", "two API servers"])
+def server(
+    world: World,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    spans: SpanCollector,
+) -> Iterator[Server]:
+    checkpoint = exact(world, "private")
+    server = Server(
+        world,
+        world.root / f"server-{request.param}.log",
+        checkpoint,
+        DECLARED + (FORKED if request.param == 1 else FILES + FORKED),
+        options=(
+            *("--api-server-count", str(request.param)),
+            *("--otlp-traces-endpoint", spans.endpoint),
+        ),
+        **spans.environment,
+        VLLM_VLORA_METRICS_TASKS="2",
+        VLLM_PLUGINS="vlora,vlora_tasks",
+        FILES=str(tmp_path_factory.mktemp("files")),
+        DECLARED=str(declare_entry_points(tmp_path_factory.mktemp("declared"))),
+    )
+    assert server.wait(), server.log.read_text()[-4000:]
+    yield server
+    server.stop()
+
+
+def test_every_task_is_on_the_device_before_any_request(server: Server) -> None:
+    shown = _scrape(server)
+    loaded = shown.samples("vllm:lora_adapter_loaded")
+    assert {dict(labels)["adapter_name"] for labels in loaded} == set(ADAPTERS)
+    assert {dict(labels)["level"] for labels in loaded} == {"gpu"}
+    assert shown.value("vllm:num_gpu_loaded_lora_adapters", engine="0", model_name="base") == 6
+    for family in FAMILIES:
+        name = family.name + ("_total" if family.counts else "")
+        assert family.name in shown.families or name in shown.families, name
+    # vLLM's own are beside them.
+    assert {"vllm:num_requests_running", "vllm:lora_requests_info"} & shown.families
+    assert "vllm:lora_adapter_load_seconds" in shown.families
+
+
+def test_requests_are_counted_by_task_on_every_api_server(server: Server) -> None:
+    before = sum(_scrape(server).samples("vllm_vlora:requests_total").values())
+    for name in [FIRST] * 3 + [SECOND] * 2 + ["base", "ordinary"]:
+        assert server.text(name, PROMPTS[0])
+
+    def counted(shown: Scrape) -> bool:
+        found = shown.samples("vllm_vlora:requests_total").values()
+        return sum(found) == before + 5
+
+    _until(server, counted)
+    # Whichever API server answers.
+    time.sleep(2.5)
+    for _ in range(12):
+        shown = _scrape(server)
+        assert counted(shown)
+        assert shown.value("vllm_vlora:task_requests_total", task=FIRST) == 3
+        assert shown.value("vllm_vlora:task_requests_total", task=SECOND) == 2
+        assert shown.value("vllm_vlora:snapshot_age_seconds", engine="0") < 5
+
+
+def test_every_query_of_the_dashboard_names_what_the_server_has(server: Server) -> None:
+    assert server.text(FIRST, PROMPTS[0])
+    shown = _until(server, lambda s: "vllm:time_to_first_token_seconds_bucket" in s.names)
+    missing = {where: problems(query, shown) for where, query in queries()
+               if not names_in(query) <= UNKNOWN - shown.names}  # fmt: skip
+    assert not {where: found for where, found in missing.items() if found}
+
+
+def test_the_tasks_page_by_page(server: Server, world: World) -> None:
+    route, found = f"{server.url}/v1/vlora/tasks", []
+    after = ""
+    while True:
+        page = httpx.get(route, params={"limit": 2, "after": after}, timeout=30).json()
+        found += page["data"]
+        if not page["has_more"]:
+            break
+        after = page["last_id"]
+    checkpoint = Checkpoint.open(exact(world, "private"))
+    assert {task["id"]: task["digest"] for task in found} == {
+        name: checkpoint.digest(name) for name in ADAPTERS
+    }
+    assert [task["id"] for task in found] == sorted(ADAPTERS)
+    assert {task["tier"] for task in found} == {"device"}
+
+
+def test_top_reads_the_server(server: Server) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "vllm_vlora.tools", "top", server.url, "--json"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"] == "base"
+    (engine,) = found["engines"]
+    assert engine["tasks"] == {"device": 6}
+    assert engine["age_seconds"] < 5
+
+
+def test_a_requests_span_names_its_task(server: Server, spans: SpanCollector, world: World) -> None:
+    spans.clear()
+    for name in (FIRST, "base", "ordinary"):
+        assert server.text(name, PROMPTS[0])
+    found = spans.wait_for("llm_request", 3)
+    digest = Checkpoint.open(exact(world, "private")).digest(FIRST)
+    ours = ("vllm_vlora.task", "vllm_vlora.task_digest")
+    said = [tuple(span[key] for key in ours if key in span) for span in found]
+    assert sorted(said) == [(), (), (FIRST, digest)]
+    assert all("gen_ai.usage.completion_tokens" in span for span in found)

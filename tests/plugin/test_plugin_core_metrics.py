@@ -1,0 +1,190 @@
+"""What an engine core counts while tasks come and go, and what its workers report of them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from plugin_world import CPU, build
+from residency_world import Workers, lora, path_of
+
+from vllm_vlora.errors import CheckpointError
+from vllm_vlora.plugin.arrivals import Arrivals, Waiter
+from vllm_vlora.plugin.core_metrics import metrics_snapshot
+from vllm_vlora.plugin.counters import ServingCounters
+from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.residency import Residency
+from vllm_vlora.plugin.resident import ResidentStore
+from vllm_vlora.plugin.settings import Budget
+
+
+class World:
+    """Workers whose budget holds one of the tasks, and requests that come one after the other."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.counters = ServingCounters(10, 10)
+        self.workers = Workers([4], {name: [size] for name, size in sizes.items()})
+        self.residency = Residency(
+            self.workers, lambda: set(map(path_of, self.workers.used)), counters=self.counters
+        )
+        self.staged: set[str] = set()
+        self.arrivals = Arrivals(
+            self.residency,
+            lambda requests: [request.lora_name in self.staged for request in requests],
+            self.counters,
+        )
+        self._numbers = itertools.count()
+
+    def ask(self, *names: str, request: bool = True) -> None:
+        for name in names:
+            number = str(next(self._numbers)) if request else None
+            self.arrivals.wait(lora(name), Waiter(lambda: None, lambda error: None, number))
+        self.arrivals.advance()
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        return self.counters.snapshot()
+
+
+def test_a_load_is_counted_once_and_every_request_with_where_its_task_was() -> None:
+    world = World({"a": 4, "b": 4})
+    world.ask("a", "a")
+    assert sum(world.counted["requests"].values()) == 0, "not before it is known"
+    world.staged.add("a")
+    world.arrivals.advance()
+    counted = world.counted
+    assert counted["requests"] == {"device": 0, "host": 0, "disk": 2}
+    assert counted["busiest"]["tasks"] == {"a": 2}
+    assert sum(counted["load_seconds"]["disk"]["counts"]) == 1
+    assert counted["load_seconds"]["disk"]["sum"] > 0
+    assert counted["evictions"]["device"] == 0
+    # Its image is still on the host when it comes back.
+    world.staged.add("b")
+    world.ask("b")
+    world.ask("a")
+    counted = world.counted
+    assert counted["requests"] == {"device": 0, "host": 2, "disk": 2}
+    assert sum(counted["load_seconds"]["host"]["counts"]) == 2
+    assert counted["evictions"]["device"] == 2
+
+
+def test_who_is_no_request_is_not_counted_as_one() -> None:
+    world = World({"a": 4})
+    world.staged.add("a")
+    world.ask("a", request=False)
+    assert sum(world.counted["requests"].values()) == 0
+    assert sum(world.counted["load_seconds"]["host"]["counts"]) == 1
+
+
+def test_what_cannot_be_loaded_is_refused_with_its_reason() -> None:
+    world = World({"a": 4, "c": 40})
+    world.staged |= {"a", "c"}
+    world.workers.broken.add("a")
+    world.ask("a", "a", "c")
+    counted = world.counted
+    assert {word: n for word, n in counted["refusals"].items() if n} == {
+        "checkpoint": 1, "memory": 1
+    }  # fmt: skip
+    assert sum(counted["requests"].values()) == 3
+    assert not any(sum(found["counts"]) for found in counted["load_seconds"].values())
+
+
+# --- what workers report ----------------------------------------------------------------------------
+
+
+class Core:
+    """An engine core over real stores, one a worker, of which each has a checkpoint's tasks."""
+
+    def __init__(self, folder: Path, device: int) -> None:
+        self.checkpoint = build(folder)
+        budget = Budget(device=device, late=4096, host=1 << 20)
+        self.stores = [
+            ResidentStore(CPU, lambda name: name, lambda *_: None, budget=budget) for _ in range(2)
+        ]
+        for store in self.stores:
+            store.preload(folder)
+        self.refused = ["checkpoint"]
+        follower = SimpleNamespace(take_refusals=self._take_refusals)
+        self.managers = [
+            SimpleNamespace(
+                vlora_store=store,
+                follower=follower if store is self.stores[0] else None,
+                held_paths=lambda: [task.path for task in self.stores[0].tasks()],
+            )
+            for store in self.stores
+        ]
+        self.model_executor = SimpleNamespace(collective_rpc=self._rpc)
+        self.scheduler = SimpleNamespace(requests={})
+
+    def _take_refusals(self) -> list[str]:
+        taken, self.refused = self.refused, []
+        return taken
+
+    def _rpc(self, method: Any, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [
+            method(
+                SimpleNamespace(
+                    model_runner=SimpleNamespace(
+                        lora_manager=SimpleNamespace(_adapter_manager=manager)
+                    )
+                ),
+                *args,
+            )
+            for manager in self.managers
+        ]
+
+
+def test_tiers_are_what_the_workers_have_at_that_moment(tmp_path: Path) -> None:
+    core = Core(tmp_path / "c", device=1 << 30)
+    taken = metrics_snapshot(core)
+    tiers, store = taken["tiers"], core.stores[0]
+    assert tiers["device"]["tasks"] == len(core.checkpoint.tasks) == tiers["catalogue"]["tasks"]
+    assert tiers["device"]["bytes"] == store.arena_used > 0
+    assert tiers["device"]["budget"] == store.arena_nbytes
+    assert tiers["host"] == {"tasks": 0, "bytes": 0, "budget": 1 << 20}
+    assert {name for name, _ in taken["residents"]["device"]} == set(core.checkpoint.tasks)
+    assert taken["state"] == core.checkpoint.content_digest
+    assert taken["reload_refusals"]["checkpoint"] == 1
+    assert metrics_snapshot(core)["reload_refusals"]["checkpoint"] == 1, "told once"
+
+
+def test_tasks_in_host_memory_alone_are_named_there(tmp_path: Path) -> None:
+    core = Core(tmp_path / "c", device=1 << 30)
+    first, *_ = core.stores[0].tasks()
+    metrics_snapshot(core)
+    path = parse_task_path(first.path)
+    assert path is not None
+    for store in core.stores:
+        store.forget(first.path)
+        store.place(path)  # It is read again, and its image stays.
+        assert store.host_tasks(10) == (0, [])
+        store.forget(first.path)
+    taken = metrics_snapshot(core)
+    assert taken["tiers"]["host"]["tasks"] == 1
+    assert taken["tiers"]["host"]["bytes"] == core.stores[0].host_nbytes > 0
+    assert taken["residents"]["host"] == [[first.task_id, False]]
+    assert core.stores[0].host_tasks(0) == (1, [])
+
+
+def test_a_follower_tells_once_why_it_refused(tmp_path: Path) -> None:
+    import logging
+
+    from vllm_vlora.checkpoint.manifest import CONFIG_FILE
+    from vllm_vlora.plugin.following import Follower, State
+
+    checkpoint = build(tmp_path / "c")
+    follower = Follower(
+        tmp_path / "c", State(checkpoint), lambda *_: None, logging.getLogger("test")
+    )
+    follower.look()
+    assert follower.take_refusals() == []
+    (tmp_path / "c" / CONFIG_FILE).write_text("{")
+    for _ in range(3):
+        follower.look()
+    assert follower.take_refusals() == ["checkpoint"]
+    assert follower.take_refusals() == []
+    with pytest.raises(CheckpointError):
+        type(checkpoint).open(tmp_path / "c")

@@ -1,0 +1,230 @@
+"""What takes the place of methods of vLLM's engine core, over one that stands in for it."""
+
+from __future__ import annotations
+
+import queue
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from residency_world import Workers, lora, path_of
+
+from vllm_vlora.errors import CheckpointError, MemoryBudgetError
+from vllm_vlora.plugin.admission import Admission
+from vllm_vlora.plugin.engine_core import (
+    advance_before_abort,
+    ensure_in_process,
+    follow,
+    load_before_add_lora,
+    load_before_add_request,
+    served_tasks,
+)
+
+
+class Core:
+    """The part of vLLM's engine core that is patched and read; two workers of one budget."""
+
+    def __init__(self, budget: int = 10, **sizes: int) -> None:
+        self.workers = Workers([budget, budget], {name: [n, n] for name, n in sizes.items()})
+        self.staged: set[str] = set()
+        self.added: list[Any] = []
+        self.aborted: list[list[str]] = []
+        self.states: list[list[str]] = [["1", "1"], ["1", "1"]]
+        self.tasks = [[("a", path_of("a"))], [("a", path_of("a"))]]
+        self.model_executor = SimpleNamespace(collective_rpc=self._rpc)
+        self.scheduler = SimpleNamespace(requests={}, _vlora_kinds={path_of("b"): True})
+
+    def _rpc(self, method: Any, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [method(self._worker(number), *args) for number in range(2)]
+
+    def _worker(self, number: int) -> Any:
+        workers, state = self.workers, self.states[number]
+
+        def adopt(digest: str) -> bool:
+            if state[1] == digest:
+                state[0] = digest
+            return state[0] == digest
+
+        manager = SimpleNamespace(
+            hold=lambda request: workers.hold(request)[number],
+            forget=lambda path, wholly: workers.on[number].discard(_name(path)),
+            stage=lambda request: request.lora_name in self.staged,
+            held_paths=lambda: [path_of(name) for name in workers.on[number]],
+            states=lambda: tuple(state),
+            adopt=adopt,
+            vlora_store=SimpleNamespace(served=lambda: self.tasks[number], tidy=lambda: None),
+        )
+        runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+        return SimpleNamespace(model_runner=runner)
+
+    def add_lora(self, lora_request: Any) -> bool:
+        self.added.append(lora_request)
+        return True
+
+    def add_request(self, request: Any, request_wave: int = 0) -> None:
+        self.added.append(request.request_id)
+        self.scheduler.requests[request.request_id] = request
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        self.aborted.append(request_ids)
+
+    add_lora = load_before_add_lora(add_lora)  # type: ignore[assignment]
+    add_request = load_before_add_request(add_request)  # type: ignore[assignment]
+    abort_requests = advance_before_abort(abort_requests)  # type: ignore[assignment]
+
+
+class OwnProcess(Core):
+    """One that a raised error would end, and whose loop takes messages."""
+
+    def __init__(self, budget: int = 10, **sizes: int) -> None:
+        super().__init__(budget, **sizes)
+        self.input_queue: queue.Queue[Any] = queue.Queue()
+        self.refused: list[Any] = []
+
+    def _send_error_outputs_to_client(self, req_ids: list[str], client_index: int) -> None:
+        self.refused.append((req_ids, client_index))
+
+    def turn(self) -> None:
+        """One message of the loop, as vLLM takes it."""
+        _, payload = self.input_queue.get(timeout=10)
+        self.abort_requests(payload)
+
+
+def _name(path: str) -> str:
+    return path.split("/")[-1][0]
+
+
+def request(name: str, adapter: Any) -> Any:
+    return SimpleNamespace(request_id=name, client_index=3, lora_request=adapter)
+
+
+def test_in_the_callers_process_a_task_is_loaded_first() -> None:
+    core: Any = Core(a=4, b=4, c=40)
+    peft = SimpleNamespace(lora_name="peft", lora_path="/peft")
+    for number, adapter in enumerate((None, peft, lora("a"))):
+        core.add_request(request(str(number), adapter), 1)
+    assert core.added == ["0", "1", "2"]
+    assert core.workers.told == ["a", "a"]
+    assert core.add_lora(peft)
+    assert core.add_lora(lora("b"))
+    ensure_in_process(SimpleNamespace(engine_core=core), lora("b"))
+    ensure_in_process(SimpleNamespace(), lora("b"))
+    with pytest.raises(MemoryBudgetError, match="no room for task 'c'"):
+        core.add_request(request("3", lora("c")))
+    with pytest.raises(MemoryBudgetError, match="no room for task 'c'"):
+        ensure_in_process(SimpleNamespace(engine_core=core), lora("c"))
+    assert core.added[:3] == ["0", "1", "2"]
+
+
+def test_in_its_own_process_a_request_waits_and_others_go_on() -> None:
+    core: Any = OwnProcess(a=4, b=4)
+    core.workers.on[0].add("b")
+    core.workers.on[1].add("b")
+    core.add_request(request("1", lora("a")), 1)
+    core.add_request(request("2", lora("b")), 1)
+    core.add_request(request("3", lora("a")), 1)
+    assert core.added == ["2"]
+    for _ in range(3):
+        core.turn()
+    assert core.added == ["2"]
+    core.staged.add("a")
+    core.turn()
+    assert core.added == ["2", "1", "3"]
+    core.add_request(request("4", lora("a")), 1)
+    assert core.added[-1] == "4"
+    # Nothing is waited for: the loop may sleep.
+    time.sleep(0.05)
+    while not core.input_queue.empty():
+        core.turn()
+    time.sleep(0.05)
+    assert core.input_queue.empty()
+
+
+def test_a_task_that_cannot_be_loaded_ends_its_requests_alone() -> None:
+    core: Any = OwnProcess(a=4, b=4)
+    core.workers.broken.add("a")
+    core.staged |= {"a", "b"}
+    core.add_request(request("1", lora("a")))
+    core.add_request(request("2", lora("b")))
+    assert core.refused == [(["1"], 3)]
+    assert core.added == ["2"]
+    answer = core.add_lora(lora("a"))
+    with pytest.raises(CheckpointError, match="a is damaged"):
+        answer.result(0)
+    answer = core.add_lora(lora("b"))
+    assert answer is True
+
+
+def test_an_adapter_is_made_when_its_task_has_come() -> None:
+    core: Any = OwnProcess(a=4)
+    wanted = lora("a")
+    answer = core.add_lora(wanted)
+    assert not answer.done()
+    core.turn()
+    core.staged.add("a")
+    core.turn()
+    assert answer.result(0) is True
+    assert core.added == [wanted]
+
+
+def test_aborted_requests_that_wait_never_enter() -> None:
+    core: Any = OwnProcess(a=4)
+    core.add_request(request("1", lora("a")))
+    core.add_request(request("2", lora("a")))
+    core.abort_requests(["1"])
+    core.staged.add("a")
+    core.turn()
+    assert core.added == ["2"]
+    assert ["1"] in core.aborted
+
+
+def test_requests_that_wait_for_a_slot_keep_their_tasks() -> None:
+    core: Any = Core(budget=6, i=2, w=2, o=2, m=4)
+    for name in ("i", "w", "o"):
+        core.add_lora(lora(name))
+    core.scheduler.requests["1"] = request("1", lora("i"))
+    core.scheduler._vlora_admission = Admission[Any](1, lambda name: True)
+    for name in ("i", "w"):
+        core.scheduler._vlora_admission.enter(ord(name), name, request(name, lora(name)))
+    with pytest.raises(MemoryBudgetError):
+        core.add_lora(lora("m"))
+    assert core.workers.on == [{"i", "w"}] * 2
+
+
+def test_what_gave_way_is_asked_anew_how_it_runs() -> None:
+    core: Any = Core(budget=4, b=4, c=4)
+    core.add_lora(lora("b"))
+    core.add_lora(lora("c"))
+    assert core.scheduler._vlora_kinds == {}
+
+
+def test_an_engine_core_says_what_all_its_workers_serve() -> None:
+    core: Any = Core()
+    core.tasks = [[("b", path_of("b")), ("a", path_of("a"))]] * 2
+    assert served_tasks(core) == core.tasks[0]
+    core.tasks = [core.tasks[0], core.tasks[0][:1]]
+    with pytest.raises(CheckpointError, match="published again while the engine started"):
+        served_tasks(core)
+
+
+def test_a_published_state_is_served_once_all_workers_offer_it() -> None:
+    core: Any = Core()
+    assert follow(core) == "1"
+    core.states[0][1] = "2"
+    assert follow(core) == "1"
+    assert core.states == [["1", "2"], ["1", "1"]]
+    core.states[1][1] = "3"
+    assert follow(core) == "1"
+    core.states[0][1] = "3"
+    assert follow(core) == "3"
+    assert core.states == [["3", "3"], ["3", "3"]]
+
+
+def test_a_worker_that_lags_behind_is_told_again() -> None:
+    core: Any = Core()
+    core.states = [["2", "2"], ["1", "2"]]
+    assert follow(core) == "2"
+    assert core.states == [["2", "2"]] * 2
+    core.states = [["2", "2"], ["1", "1"]]
+    assert follow(core) == "", "nothing is listed that not all of them serve"

@@ -1,0 +1,333 @@
+"""The dictionary in which vLLM looks names up, and the way of a key in and of an answer out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from plugin_world import TASKS, build
+from vllm.lora.request import LoRARequest
+
+from vllm_vlora.checkpoint.aliases import encode_aliases
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.editing.aliasing import remove_alias, set_alias
+from vllm_vlora.editing.removing import remove_tasks
+from vllm_vlora.errors import BlendError, CheckpointError
+from vllm_vlora.merging.blending import blend_tasks
+from vllm_vlora.plugin import named_requests
+from vllm_vlora.plugin.blend_paths import blend_of
+from vllm_vlora.plugin.engine_core import ALIASES_METHOD, FOLLOW_METHOD, TASKS_METHOD
+from vllm_vlora.plugin.following import State, folder_identity
+from vllm_vlora.plugin.identity import parse_task_path, task_paths
+from vllm_vlora.plugin.listing import Listing
+from vllm_vlora.plugin.named_requests import (
+    NameHeaders,
+    TaskRequests,
+    answering,
+    named_request,
+)
+from vllm_vlora.plugin.requests import all_requests
+
+ORDINARY = LoRARequest("ordinary", 1, "/adapters/ordinary")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = build(tmp_path / "ck").path
+    set_alias(path, "prod", "joint")
+    set_alias(path, "mix", "joint*0.5+private*0.25")
+    set_alias(path, "canary", "joint 1, private 1")
+    return path
+
+
+@pytest.fixture
+def requests(checkpoint: Path) -> TaskRequests:
+    listed = {request.lora_name: request for request in all_requests(checkpoint)}
+    return TaskRequests({"ordinary": ORDINARY, **listed}, Checkpoint.open(checkpoint).aliases)
+
+
+def test_what_vllm_does_with_a_dictionary(requests: TaskRequests) -> None:
+    assert isinstance(requests, dict)
+    names = ["ordinary", *TASKS, "canary", "mix", "prod"]
+    assert list(requests) == names
+    assert len(requests) == len(names)
+    assert [request.lora_name for request in requests.values()] == names
+    assert [name for name, _ in requests.items()] == names
+    assert all(name in requests for name in names)
+    assert "nobody" not in requests
+    assert None not in requests
+    assert requests.get("nobody") is None
+    with pytest.raises(KeyError):
+        requests["nobody"]
+    assert requests["ordinary"] is requests.get("ordinary") is ORDINARY
+
+
+def test_names_of_one_content_are_one_request(requests: TaskRequests, checkpoint: Path) -> None:
+    assert requests["prod"] is requests["joint"]
+    assert requests["joint*1"] is requests["joint"]
+    blend = requests["mix"]
+    assert blend is requests["private*.250+joint*0.5"] is requests["prod*0.5+private*0.25"]
+    assert blend.lora_name == "joint*0.5+private*0.25"
+    path = parse_task_path(blend.lora_path)
+    assert path is not None
+    terms = blend_of(path, Checkpoint.open(checkpoint))
+    assert terms is not None
+    assert {term.task: float(term.weight) for term in terms} == {"joint": 0.5, "private": 0.25}
+    assert len(requests) == 8
+
+
+def test_ordinary_adapters_are_no_part_of_a_blend(requests: TaskRequests) -> None:
+    assert "ordinary+joint" not in requests
+    requests["joint-private"] = LoRARequest("joint-private", 2, "/adapters/other")
+    # The name of an adapter is that adapter.
+    assert requests["joint-private"].lora_path == "/adapters/other"
+
+
+def test_blends_are_bounded_in_number(
+    requests: TaskRequests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(named_requests, "_MOST_BLENDS", 3)
+    for n in range(1, 9):
+        assert f"joint*0.{n}+private" in requests
+        assert requests["joint*0.1+private"].lora_name == "joint*0.1+private"
+    assert len(requests._blends) == 3
+    for n in range(1000):
+        assert f"joint*0.5+nobody{n}" not in requests
+    assert len(requests._blends) == 3
+
+
+def test_no_two_names_have_one_number(requests: TaskRequests) -> None:
+    """The engine knows tasks by their number; a client may search for a blend with another's."""
+    wanted = requests["joint*0.5+private"]
+    requests._blends.clear()
+    requests["other"] = LoRARequest("other", wanted.lora_int_id, "/adapters/other")
+    assert requests["joint*0.5+private"].lora_int_id == wanted.lora_int_id + 1
+    numbers = [requests[f"joint*0.{n}+private"].lora_int_id for n in range(1, 10)]
+    numbers += [request.lora_int_id for name, request in requests.items() if name in TASKS]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_unloading(requests: TaskRequests) -> None:
+    """vLLM's unload route deletes whatever it finds."""
+    blend = requests["joint*0.5+private"]
+    del requests["joint*0.5+private"]
+    assert blend.lora_path not in requests._blends
+    del requests["prod"]
+    assert "prod" not in requests
+    del requests["joint"]
+    # What stood for it is not listed and not found, and nothing fails.
+    assert list(requests) == ["ordinary", "private", "mixed", "one"]
+    assert "mix" not in requests
+    assert [request.lora_name for request in requests.values()] == list(requests)
+
+
+# --- a request's way ----------------------------------------------------------------------------------
+
+
+def through(
+    requests: TaskRequests, name: str, *headers: tuple[bytes, bytes], user: Any = None
+) -> Any:
+    """What a request gets: (the request that is found, the header of the answer)."""
+    found: list[Any] = []
+    sent: list[Any] = []
+
+    class Serving:
+        models = SimpleNamespace(lora_requests=requests)
+
+        async def _check_model(self, request: Any) -> Any:
+            if request.model in self.models.lora_requests:
+                return None
+            return SimpleNamespace(error=SimpleNamespace(message="It does not exist."))
+
+    check = named_requests._check_model(Serving._check_model)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        # A task of its own, as of vLLM's middlewares.
+        found.append(await asyncio.create_task(handler()))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+
+    async def handler() -> Any:
+        refused = await check(Serving(), SimpleNamespace(model=name, user=user))
+        if refused is not None:
+            return refused.error.message
+        assert requests[name] is requests[name] is requests.get(name)
+        assert answering(name) == requests[name].lora_name
+        return requests[name]
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": list(headers)}
+    asyncio.run(NameHeaders(app)(scope, None, send))
+    [start] = sent
+    assert start["headers"][0] == (b"a", b"b")
+    return found[0], dict(start["headers"]).get(b"x-vlora-tasks")
+
+
+def test_the_answer_names_what_answered(requests: TaskRequests) -> None:
+    assert through(requests, "joint") == (requests["joint"], None)
+    assert through(requests, "prod") == (requests["joint"], b"joint")
+    assert through(requests, "mix")[1] == b"joint*0.5+private*0.25"
+
+
+def test_a_header_holds_any_name(tmp_path: Path) -> None:
+    path = build(tmp_path / "ck", {"é\u3000,\u2603": TASKS["joint"]}).path
+    set_alias(path, "prod", "é\u3000,\u2603")
+    listed = {request.lora_name: request for request in all_requests(path)}
+    requests = TaskRequests(listed, Checkpoint.open(path).aliases)
+    assert through(requests, "prod")[1] == b"%C3%A9%E3%80%80%2C%E2%98%83"
+
+
+def test_a_canary_is_one_task_for_a_request_and_for_a_client(requests: TaskRequests) -> None:
+    for n in range(30):
+        key = str(n)
+        header = (b"x-vlora-key", key.encode())
+        by_header = through(requests, "canary", header)[0]
+        assert by_header is through(requests, "canary", user=key)[0]
+        assert by_header is through(requests, "canary", header, user="another")[0]
+    # A client that says nothing gets either, and one of them for the whole of a request.
+    assert len({through(requests, "canary")[1] for _ in range(40)}) == 2
+
+
+def test_a_404_says_what_is_wrong_with_a_blend(requests: TaskRequests) -> None:
+    assert through(requests, "nobody")[0] == "It does not exist."
+    assert through(requests, "joint+nobody")[0].startswith(
+        "It does not exist. 'joint+nobody' is no"
+    )
+    assert "weight 0" in through(requests, "joint*0")[0]
+
+
+def test_what_is_no_http_passes(requests: TaskRequests) -> None:
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope, receive, send))
+
+    asyncio.run(NameHeaders(app)({"type": "lifespan"}, 1, 2))
+    assert seen == [({"type": "lifespan"}, 1, 2)]
+
+
+# --- what a server lists ------------------------------------------------------------------------------
+
+
+class Core:
+    """Engine cores that serve a checkpoint, as an API server asks them."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.core_engines = range(2)
+        self.show(checkpoint)
+
+    def show(self, checkpoint: Path) -> None:
+        opened = Checkpoint.open(checkpoint)
+        self._answers = {
+            TASKS_METHOD: [[task, str(path)] for task, path in task_paths(opened).items()],
+            ALIASES_METHOD: encode_aliases(opened.aliases).decode(),
+            FOLLOW_METHOD: opened.content_digest,
+        }
+
+    async def _call_utility_async(self, method: str, *, engine: int) -> Any:
+        return self._answers[method]
+
+
+class Server:
+    """What is listed of a checkpoint, beside ordinary adapters."""
+
+    def __init__(self, checkpoint: Path, blends: bool = True, **more: LoRARequest) -> None:
+        self.core = Core(checkpoint)
+        models = SimpleNamespace(
+            lora_requests=TaskRequests(more, {}, blends),
+            is_base_model=lambda name: name == "base",
+            engine_client=SimpleNamespace(engine_core=self.core),
+        )
+        self._listing = Listing(models, set())
+        asyncio.run(self._listing.start())
+        self.requests: TaskRequests = models.lora_requests
+
+    def follow(self, checkpoint: Path) -> None:
+        self.core.show(checkpoint)
+        asyncio.run(self._listing._update())
+
+
+def test_names_follow_what_is_published(checkpoint: Path) -> None:
+    server = Server(checkpoint)
+    requests = server.requests
+    assert list(requests) == [*TASKS, "canary", "mix", "prod"]
+    assert requests["prod"] is requests["joint"]
+    before = requests["joint*0.5+private"].lora_path
+    set_alias(checkpoint, "prod", "private")
+    server.follow(checkpoint)
+    assert requests["prod"] is requests["private"]
+    remove_tasks(checkpoint, ["one"])
+    # Its id reads as a blend of others, and it is a task all the same.
+    blend_tasks(checkpoint, {"joint": 2.0}, "joint-private")
+    server.follow(checkpoint)
+    assert "one" not in requests
+    assert requests["joint-private"].lora_name == "joint-private"
+    assert requests["joint*0.5+private"].lora_path == before
+    remove_alias(checkpoint, "mix")
+    set_alias(checkpoint, "base", "joint")
+    set_alias(checkpoint, "new", "joint-private")
+    server.follow(checkpoint)
+    # The name of the served model stays its own.
+    assert list(requests) == ["joint", "private", "mixed", "joint-private", "canary", "new", "prod"]
+
+
+def test_blends_of_tasks_that_were_published_again_are_others(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    server = Server(checkpoint)
+    old = server.requests["joint*0.5+private"].lora_path
+    server.follow(build(tmp_path / "other", seed=1).path)
+    assert server.requests["joint*0.5+private"].lora_path != old
+    assert "prod" not in server.requests
+
+
+def test_blends_may_be_off(checkpoint: Path) -> None:
+    requests = Server(checkpoint, blends=False).requests
+    assert "joint+private" not in requests
+    assert "nobody" not in requests
+    # What the operator named is served.
+    assert requests["mix"].lora_name == "joint*0.5+private*0.25"
+    assert requests["prod"] is requests["joint"]
+
+
+def test_a_name_that_is_taken_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="alias 'prod' has the name of a served model"):
+        Server(checkpoint, prod=ORDINARY)
+    with pytest.raises(CheckpointError, match="task 'joint' has the name of a served model"):
+        Server(checkpoint, joint=ORDINARY)
+    set_alias(checkpoint, "base", "joint")
+    with pytest.raises(CheckpointError, match="alias 'base' has the name of a served model"):
+        Server(checkpoint)
+
+
+def test_a_state_reads_its_aliases_at_once(checkpoint: Path) -> None:
+    state, before = State(Checkpoint.open(checkpoint)), folder_identity(checkpoint)
+    set_alias(checkpoint, "prod", "private")
+    assert state.aliases["prod"][0].blend[0].task == "joint"
+    # A change of aliases alone is seen.
+    assert folder_identity(checkpoint) != before
+    assert State(Checkpoint.open(checkpoint)).digest != state.digest
+    content = {"version": 1, "aliases": {"a": [{"share": 1, "terms": {"gone": "1"}}]}}
+    (checkpoint / "aliases.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="alias 'a' names task 'gone'"):
+        State(Checkpoint.open(checkpoint))
+
+
+def test_names_for_the_offline_engine(checkpoint: Path) -> None:
+    tasks = {request.lora_name: request for request in all_requests(checkpoint)}
+    assert named_request(checkpoint, "joint") == tasks["joint"]
+    assert named_request(checkpoint, "prod") == tasks["joint"]
+    both = {named_request(checkpoint, "canary", str(n)).lora_name for n in range(20)}
+    assert both == {"joint", "private"}
+    assert named_request(checkpoint, "canary", "k") == named_request(checkpoint, "canary", "k")
+    assert named_request(checkpoint, "joint+private*0.5").lora_name == "joint+private*0.5"
+    with pytest.raises(BlendError, match="no task is called 'nobody'"):
+        named_request(checkpoint, "nobody")

@@ -1,0 +1,122 @@
+"""``/v1/vlora/tasks`` through vLLM's own loader of endpoint plugins and a real FastAPI application."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from entry_points import declare_entry_points
+from scrapes import busy_counters
+
+pytest.importorskip("vllm")
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from vllm_vlora.plugin import task_routes
+from vllm_vlora.plugin.counters import DEVICE, ServingCounters
+from vllm_vlora.plugin.metrics import TaskMetrics
+
+DIGEST = "0123456789abcdef" * 2
+
+
+def lora(path: str) -> Any:
+    return SimpleNamespace(lora_path=path)
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> TaskMetrics:
+    found = TaskMetrics()
+    monkeypatch.setattr(task_routes, "METRICS", found)
+    return found
+
+
+@pytest.fixture
+def app(ours: TaskMetrics) -> FastAPI:
+    app = FastAPI()
+    task_routes.TaskRoutes().attach_router(app)
+    names = [*(f"t{i:03}" for i in range(250)), "sql", "french", "ä/ö"]
+    requests = {name: lora(f"/c/tasks/{i}.safetensors@{DIGEST}") for i, name in enumerate(names)}
+    requests["ordinary"] = lora("/somewhere/else")
+    app.state.openai_serving_models = SimpleNamespace(lora_requests=requests)
+    return app
+
+
+def _get(app: FastAPI, **query: Any) -> Any:
+    answer = TestClient(app).get(task_routes.ROUTE, params=query)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@pytest.mark.parametrize("limit", [1, 7, 253, 1000])
+def test_the_pages_together_are_every_task_once(app: FastAPI, limit: int) -> None:
+    found: list[str] = []
+    after = ""
+    for pages in itertools.count(1):
+        page = _get(app, limit=limit, after=after)
+        assert page["object"] == "list"
+        assert len(page["data"]) <= limit
+        found += [task["id"] for task in page["data"]]
+        if not page["has_more"]:
+            break
+        after = page["last_id"]
+        assert after == page["data"][-1]["id"]
+        if pages == 2:  # One that is gone when the next page is asked for moves no other.
+            del app.state.openai_serving_models.lora_requests[after]
+    assert found == sorted(found)
+    assert len(found) == len(set(found)) == 253
+    assert "ordinary" not in found
+
+
+def test_a_task_has_its_digest_and_tier(app: FastAPI, ours: TaskMetrics) -> None:
+    def first(name: str) -> Any:
+        page = _get(app, limit=1000)
+        return next(task for task in page["data"] if task["id"] == name)
+
+    assert first("sql") == {
+        "id": "sql", "object": "vlora.task", "digest": DIGEST, "tier": None
+    }  # fmt: skip
+    ours.update(0, busy_counters().snapshot())
+    assert [first(name)["tier"] for name in ("sql", "french", "t000")] == ["device", "host", "disk"]
+    crowded = ServingCounters(1, 1)
+    crowded.set_tier(DEVICE, 2, ["t000", "t001"])
+    ours.update(1, crowded.snapshot())
+    # More are on a device than are named: whoever is not may be one of them.
+    assert [first(name)["tier"] for name in ("t000", "t001")] == ["device", None]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "1001", "many"])
+def test_a_page_has_its_bounds(app: FastAPI, limit: str) -> None:
+    assert TestClient(app).get(task_routes.ROUTE, params={"limit": limit}).status_code == 422
+
+
+def test_a_server_without_models_lists_none() -> None:
+    app = FastAPI()
+    task_routes.TaskRoutes().attach_router(app)
+    assert _get(app)["data"] == []
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(declare_entry_points(tmp_path)))
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("named", "loaded"), [(None, []), ("vlora", []), ("vlora,vlora_tasks", ["vlora_tasks"])]
+)
+def test_vllm_loads_it_only_where_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, loaded: list[str]
+) -> None:
+    from vllm.plugins import load_endpoint_plugins
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if named is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", named)
+    found = load_endpoint_plugins(("generate",))
+    assert [plugin.name for plugin in found] == loaded
+    assert all(isinstance(plugin, EndpointPlugin) for plugin in found)

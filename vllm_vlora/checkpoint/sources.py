@@ -1,0 +1,201 @@
+"""Where a checkpoint is: a folder, a repository on the Hub, or a URL, whose state is fetched whole.
+
+Of a URL the manifest is asked for each time, and what it names is fetched where the cache does not have
+it (``downloads``). A state in the cache is named by its ``content_digest``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE, read_aliases
+from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, read_attachments
+from vllm_vlora.checkpoint.manifest import (
+    BASIS_INDEX_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    RECORDS_FILE,
+    FileRef,
+    read_config,
+)
+from vllm_vlora.checkpoint.pinning import check_content, content_digest, pinned
+from vllm_vlora.checkpoint.task_entry import task_files
+from vllm_vlora.checkpoint.task_index import open_tasks, records_of
+from vllm_vlora.downloads import (
+    OFFLINE_VARIABLE,
+    Cached,
+    ChangedError,
+    asked,
+    is_offline,
+    newest_or_asked,
+)
+from vllm_vlora.errors import CheckpointError
+from vllm_vlora.regular_files import JSON_BYTES
+from vllm_vlora.snapshots import fixed_ref, resolve_snapshot
+from vllm_vlora.urls import RemoteError, RemoteFile, RemoteFolder, is_remote
+from vllm_vlora.wording import without_secrets
+
+logger = logging.getLogger(__name__)
+
+# What no manifest knows of and the digest of the content covers.
+_COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE)
+# What goes with a checkpoint, and neither knows of.
+_BESIDE = (BASIS_INDEX_FILE, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
+
+
+def checkpoint_folder(
+    where: str | Path,
+    wanted: str | None = None,
+    *,
+    manifest_only: bool = False,
+    foreign: bool = False,
+) -> Path:
+    """The local folder of a checkpoint.
+
+    Args:
+        where: a folder, a Hub id or a URL, without a digest.
+        wanted: the digest that its content must have. A state of a URL that has it and is in the cache is
+            taken unasked; whether any other has it is for who reads it to check.
+        manifest_only: of a Hub id or a URL only what names its tasks is fetched.
+        foreign: it may be one of another package, all of whose files are then fetched.
+
+    Raises:
+        CheckpointError: there is none, it cannot be reached, or at the URL is another content.
+        OutputError: the cache cannot be written.
+    """
+    if not is_remote(where):
+        patterns = ["*.json", INDEX_FILE, RECORDS_FILE] if manifest_only else None
+        return resolve_snapshot(
+            where, what="checkpoint", error=CheckpointError, allow_patterns=patterns
+        )
+    url = str(where)
+    try:
+        return _from_url(url, wanted, manifest_only)
+    except RemoteError as problem:
+        shown = without_secrets(url)
+        if not problem.missing or not str(problem).startswith(CONFIG_FILE):
+            raise CheckpointError(f"checkpoint {shown!r}: {problem}") from None
+        if not foreign:
+            raise CheckpointError(
+                f"{shown} is not a vllm-vlora checkpoint: it has no {CONFIG_FILE}; check the URL"
+            ) from None
+    return resolve_snapshot(where, what="checkpoint", error=CheckpointError)
+
+
+def fixed_checkpoint(where: str | Path, folder: Path, wanted: str | None) -> str:
+    """The reference that other processes, also on other machines, find this same state by.
+
+    Args:
+        folder: what ``checkpoint_folder`` found for ``where`` and ``wanted``.
+    """
+    if is_remote(where):
+        return pinned(where, folder.name)
+    return pinned(fixed_ref(where, folder), wanted)
+
+
+def _from_url(url: str, wanted: str | None, manifest_only: bool) -> Path:
+    cached = Cached(url)
+
+    def ask(remote: RemoteFolder) -> Path:
+        return _newest_state(cached, remote, wanted, manifest_only)
+
+    if wanted is None:
+        return newest_or_asked(cached, url, ask, manifest_only=manifest_only)
+    here = cached.state(wanted, manifest_only=manifest_only)
+    if here is None and is_offline():
+        raise RemoteError(
+            f"the content that is asked for is not in the cache, and {OFFLINE_VARIABLE} is set: unset it"
+        )
+    return here or asked(url, ask)
+
+
+def _newest_state(
+    cached: Cached, remote: RemoteFolder, wanted: str | None, manifest_only: bool
+) -> Path:
+    """The state that the URL has now, from the cache or fetched into it."""
+    texts = {CONFIG_FILE: remote.read(CONFIG_FILE, JSON_BYTES)}
+    texts |= _optional(remote, _COUNTED)
+    for state in cached.states():
+        if wanted is None and _has(state, texts):
+            return cached.seen(state)
+    described = _described(remote, texts, cached.url)
+    if wanted is not None:
+        check_content(cached.url, described.digest, wanted)
+    texts |= described.texts
+    if manifest_only:
+        return cached.add(described.digest, remote, [], texts, manifest_only=True)
+    texts |= _optional(remote, _BESIDE)
+    return cached.add(described.digest, remote, described.files, texts)
+
+
+class _Described(NamedTuple):
+    """A state as its manifest has it: what names the tasks, all other files, and the digest."""
+
+    texts: dict[str, bytes]
+    files: list[RemoteFile]
+    digest: str
+
+
+def _described(remote: RemoteFolder, texts: Mapping[str, bytes], url: str) -> _Described:
+    with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
+        folder = Path(scratch)
+        for name, data in texts.items():
+            (folder / name).write_bytes(data)
+        try:
+            config = read_config(folder)
+            names = {config.tasks.file: _checked(remote, config.tasks, folder)}
+            records = records_of(folder, config)
+            if records is not None:
+                names[records.file] = _checked(remote, records, folder)
+            tasks = open_tasks(folder, config)
+            attachments = read_attachments(folder, tasks)
+            aliases = read_aliases(folder, tasks)
+        except CheckpointError as error:
+            # The same, of the URL in place of the folder that nobody will find.
+            raise type(error)(str(error).replace(str(folder), url)) from None
+    kept = {ref.file: ref for refs in attachments.values() for ref in refs.values()}
+    refs = [*config.basis, *task_files(tasks), *kept.values()]
+    files = [RemoteFile(ref.file, ref.nbytes, ref.sha256) for ref in refs]
+    return _Described(names, files, content_digest(config, attachments, aliases))
+
+
+def _checked(remote: RemoteFolder, ref: FileRef, folder: Path) -> bytes:
+    """A file that names tasks, also put into ``folder``."""
+    data = remote.read(ref.file, ref.nbytes)
+    if hashlib.sha256(data).hexdigest() != ref.sha256:
+        raise ChangedError(f"{ref.file} is not the one that its manifest names")
+    target = folder / ref.file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+    return data
+
+
+def _optional(remote: RemoteFolder, names: list[str] | tuple[str, ...]) -> dict[str, bytes]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = remote.read(name, JSON_BYTES)
+        except RemoteError as problem:
+            # Where a key may not list, what is not there is denied too.
+            if not problem.missing and not problem.denied:
+                raise
+            if problem.denied and name in _COUNTED:
+                logger.warning("%s; it is taken not to be there", problem)
+    return found
+
+
+def _has(state: Path, texts: Mapping[str, bytes]) -> bool:
+    """Whether a state has this manifest; what it has beside it and that is gone counts too."""
+    return all(_content(state / name) == texts.get(name) for name in (CONFIG_FILE, *_COUNTED))
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,449 @@
+"""What is at URLs, kept on this machine: each state of a folder whole, files that states share once.
+
+    CACHE/NAME-KEY/url                 which URL it is of, without what could be secret
+    CACHE/NAME-KEY/files/KEY           contents; KEY.part is one that is not complete yet
+    CACHE/NAME-KEY/states/DIGEST/      a complete folder; its files are links to contents
+    CACHE/NAME-KEY/manifests/DIGEST/   the JSON alone of a checkpoint's state
+
+CACHE is ``VLLM_VLORA_CACHE``, or ``vllm-vlora`` in ``XDG_CACHE_HOME`` or ``~/.cache``. A state appears
+when all of it is there and checked; the one that its URL was last seen to have is the newest by time.
+What a run that was cut off has left is taken up by the next one. Any number of processes may share a
+cache, as far as its file system has locks (``locking``). Nothing is removed but by ``clean``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_vlora.errors import OutputError
+from vllm_vlora.locking import locked
+from vllm_vlora.urls import RemoteError, RemoteFile, RemoteFolder, is_inner, url_name
+from vllm_vlora.wording import without_secrets
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "VLLM_VLORA_CACHE"
+OFFLINE_VARIABLE = "VLLM_VLORA_OFFLINE"
+# Requests under way at once: a task's file is small, and most of its time the way there and back.
+_AT_ONCE = 8
+# How often a file is asked for again without a byte more of it, and a folder that changes meanwhile.
+_TRIES = 3
+_PAUSE_SECONDS = 0.5
+_KEY = re.compile("[0-9a-f]{64}")
+_STATES, _MANIFESTS, _FILES = "states", "manifests", "files"
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are here and all that are to come."""
+_progress: ContextVar[Progress | None] = ContextVar("vllm_vlora_downloads", default=None)
+_cache_alone: ContextVar[bool] = ContextVar("vllm_vlora_cache_alone", default=False)
+
+
+class ChangedError(RemoteError):
+    """What lies at a URL became another one while it was fetched; begin again."""
+
+
+@contextmanager
+def telling(progress: Progress) -> Iterator[None]:
+    """Within the block downloads report to ``progress``."""
+    token = _progress.set(progress)
+    try:
+        yield
+    finally:
+        _progress.reset(token)
+
+
+def cache_folder() -> Path:
+    """Where everything is kept; it need not exist."""
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return Path(given).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser().absolute() / "vllm-vlora"
+
+
+@contextmanager
+def from_cache_alone() -> Iterator[None]:
+    """Within the block nothing is asked of URLs: what the cache has is meant."""
+    token = _cache_alone.set(True)
+    try:
+        yield
+    finally:
+        _cache_alone.reset(token)
+
+
+def is_offline() -> bool:
+    """Whether nothing may be asked of URLs (``VLLM_VLORA_OFFLINE=1``, ``from_cache_alone``)."""
+    return _cache_alone.get() or os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0")
+
+
+class Cached:
+    """What is kept of one URL; what may differ between two signatures of it is no part of its name."""
+
+    def __init__(self, url: str) -> None:
+        self.url = without_secrets(url).removesuffix("?...").rstrip("/")
+        key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        name = re.sub(r"[^\w.-]+", "-", url_name(self.url), flags=re.ASCII).strip("-.")[:40]
+        self.folder = cache_folder() / f"{name}-{key}"
+
+    def state(self, digest: str, *, manifest_only: bool = False) -> Path | None:
+        """The folder of a state, if it is here."""
+        kinds = (_STATES, _MANIFESTS) if manifest_only else (_STATES,)
+        places = (self.folder / kind / digest for kind in kinds)
+        return next((place for place in places if place.is_dir()), None)
+
+    def states(self) -> list[Path]:
+        """The folders of all states that are here."""
+        return _states(self.folder / _STATES)
+
+    def newest(self, *, manifest_only: bool = False) -> Path | None:
+        """The state that was found at the URL when last looked, of those that are here."""
+        kinds = (_STATES, _MANIFESTS) if manifest_only else (_STATES,)
+        return _newest(place for kind in kinds for place in _states(self.folder / kind))
+
+    def seen(self, state: Path) -> Path:
+        """Note that the URL has this state now."""
+        with suppress(OSError):
+            os.utime(state)
+        return state
+
+    def add(
+        self,
+        digest: str,
+        remote: RemoteFolder,
+        files: Sequence[RemoteFile],
+        texts: Mapping[str, bytes],
+        *,
+        manifest_only: bool = False,
+    ) -> Path:
+        """Fetch what is not here of a state, and let it appear; others that want it wait.
+
+        Args:
+            files: what to fetch. texts: what was fetched before, name -> content.
+
+        Raises:
+            RemoteError: a file cannot be had. ChangedError: one is not what ``files`` says.
+            OutputError: the cache cannot be written.
+        """
+        _check_names(files, texts)
+        with _written(self.folder):
+            self._begin()
+            with locked(self.folder):
+                found = self.state(digest, manifest_only=manifest_only)
+                if found is None:
+                    _fetch_all(remote, files, self.folder / _FILES)
+                    kind = _MANIFESTS if manifest_only else _STATES
+                    found = self._publish(self.folder / kind / digest, files, texts)
+                return self.seen(found)
+
+    def _begin(self) -> None:
+        for kind in (_STATES, _MANIFESTS, _FILES):
+            (self.folder / kind).mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "url").exists():
+            (self.folder / "url").write_text(self.url)
+
+    def _publish(
+        self, state: Path, files: Sequence[RemoteFile], texts: Mapping[str, bytes]
+    ) -> Path:
+        """Called with the lock held: what lies in the way was left by a run that was killed."""
+        temporary = state.with_name(f".{state.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, data in texts.items():
+            target = temporary / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as stream:
+                stream.write(data)
+                _flush(stream.fileno())
+        for file in files:
+            target = temporary / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = self.folder / _FILES / file.key
+            try:
+                os.link(content, target)
+            except OSError:
+                # The file system has no hard links.
+                shutil.copyfile(content, target)
+        os.rename(temporary, state)
+        return state
+
+
+def newest_or_asked(
+    cached: Cached, url: str, ask: Callable[[RemoteFolder], Path], *, manifest_only: bool = False
+) -> Path:
+    """What ``ask`` makes of a URL, or the state that it had when last looked, where none can look now.
+
+    That is where ``VLLM_VLORA_OFFLINE`` is set, and where nothing answers, which a warning says.
+
+    Raises:
+        RemoteError: there is an answer, and it is no; or none, and nothing is here.
+    """
+    here = cached.newest(manifest_only=manifest_only)
+    if is_offline():
+        if here is None:
+            raise RemoteError(f"it is not in the cache, and {OFFLINE_VARIABLE} is set: unset it")
+        return here
+    try:
+        return asked(url, ask)
+    except RemoteError as problem:
+        if problem.reached or here is None:
+            raise
+        logger.warning("%s: %s; the state that was fetched last is used", cached.url, problem)
+        return here
+
+
+def asked(url: str, ask: Callable[[RemoteFolder], Path]) -> Path:
+    """What ``ask`` makes of a URL, begun anew where it became another one meanwhile.
+
+    Raises:
+        RemoteError: what ``ask`` raises; nothing answers.
+    """
+    for _ in range(_TRIES - 1):
+        with suppress(ChangedError):
+            return ask(RemoteFolder(url))
+    return ask(RemoteFolder(url))
+
+
+def fetch_folder(url: str, patterns: Sequence[str], required: str | None = None) -> Path:
+    """The local folder of those files at a URL that have such names, of one moment.
+
+    Args:
+        patterns: as of ``resolve_snapshot``. required: a name without which there is nothing to fetch.
+
+    Raises:
+        RemoteError: it cannot be had. OutputError: the cache cannot be written.
+    """
+    cached = Cached(url)
+
+    def ask(remote: RemoteFolder) -> Path:
+        files = remote.files(patterns, required)
+        if not files:
+            raise RemoteError("no such folder, or nothing in it that was sought", missing=True)
+        digest = hashlib.sha256("".join(file.key for file in files).encode()).hexdigest()
+        found = cached.state(digest)
+        if found is None:
+            found = cached.add(digest, remote, files, {})
+            if remote.files(patterns, required) != files:
+                raise ChangedError("it changes while it is fetched; try again")
+        return cached.seen(found)
+
+    return newest_or_asked(cached, url, ask)
+
+
+def _check_names(files: Sequence[RemoteFile], texts: Mapping[str, bytes]) -> None:
+    """Whatever says which files there are was written by others."""
+    names = [file.name for file in files] + list(texts)
+    for file in files:
+        if not is_inner(file.name) or not _KEY.fullmatch(file.key):
+            raise RemoteError(f"{file.name!r} leads out of the folder, or has no SHA-256")
+    if len(set(names)) < len(names):
+        raise RemoteError("two of its files have one name")
+
+
+# --- one file -------------------------------------------------------------------------------------
+
+
+def _fetch_all(remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path) -> None:
+    wanted = {file.key: file for file in files if not (contents / file.key).is_file()}
+    if not wanted:
+        return
+    fetch = _Fetch(remote, contents)
+    total = sum(file.nbytes for file in wanted.values())
+    progress = _progress.get() or (lambda here, all_: None)
+    with ThreadPoolExecutor(_AT_ONCE, "vlora-download") as threads:
+        left: set[Future[None]] = {threads.submit(fetch.file, file) for file in wanted.values()}
+        try:
+            while left:
+                done, left = wait(left, timeout=0.2, return_when=FIRST_EXCEPTION)
+                progress(min(fetch.here, total), total)
+                for future in done:
+                    future.result()
+        finally:
+            fetch.stopped = True
+            threads.shutdown(cancel_futures=True)
+
+
+class _Fetch:
+    """Files of one folder that are fetched at once, each into its place or not at all."""
+
+    def __init__(self, remote: RemoteFolder, contents: Path) -> None:
+        self._remote = remote
+        self._contents = contents
+        self._counting = threading.Lock()
+        self.here = 0
+        self.stopped = False
+
+    def file(self, file: RemoteFile) -> None:
+        """Fetch one, which was there when the folder was looked at.
+
+        Raises:
+            RemoteError: it cannot be had. ChangedError: it is another one, or gone.
+        """
+        try:
+            self._file(file)
+        except RemoteError as problem:
+            if problem.missing:
+                raise ChangedError(str(problem), missing=True) from None
+            raise
+
+    def _file(self, file: RemoteFile) -> None:
+        """Begun anew once, where what an earlier run had left was not a part of it."""
+        part = self._contents / f"{file.key}.part"
+        begun = self._reset(file, part)
+        digest = self._complete(file, part)
+        if begun and file.sha256 and digest != file.sha256:
+            part.unlink()
+            self._count(-file.nbytes)
+            digest = self._complete(file, part)
+        if file.sha256 and digest != file.sha256:
+            part.unlink()
+            raise ChangedError(
+                f"{file.name} has another SHA-256 than it is to have; was it replaced?"
+            )
+        part.chmod(0o444)
+        os.rename(part, self._contents / file.key)
+
+    def _reset(self, file: RemoteFile, part: Path) -> int:
+        """Bytes that an earlier run has left; none where nothing says that they are of this content."""
+        size = part.stat().st_size if part.exists() else 0
+        if size > file.nbytes or not (file.sha256 or file.token):
+            part.unlink(missing_ok=True)
+            return 0
+        self._count(size)
+        return size
+
+    def _complete(self, file: RemoteFile, part: Path) -> str:
+        """Append what is missing, and return the SHA-256 of the whole."""
+        tries = 0
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                with part.open("ab") as stream:
+                    for data in self._remote.stream(file, before) if before < file.nbytes else ():
+                        if self.stopped:
+                            raise RemoteError("stopped")
+                        stream.write(data)
+                        self._count(len(data))
+                    _flush(stream.fileno())
+            except RemoteError as problem:
+                tries = 0 if part.stat().st_size > before else tries + 1
+                if problem.reached or tries == _TRIES or self.stopped:
+                    raise
+                time.sleep(_PAUSE_SECONDS * tries)
+                continue
+            size = part.stat().st_size
+            if size == file.nbytes:
+                return _digest(part)
+            tries = 0 if size > before else tries + 1
+            if tries == _TRIES:
+                raise ChangedError(f"{file.name} has {size} bytes, not {file.nbytes}")
+
+    def _count(self, nbytes: int) -> None:
+        with self._counting:
+            self.here += nbytes
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while data := stream.read(1 << 22):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _flush(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an OutputError that says where the cache is."""
+    try:
+        yield
+    except OSError as problem:
+        raise OutputError(
+            f"the cache at {folder} cannot be written: {problem.strerror or problem}; free space "
+            f"(`vllm-vlora cache` shows what it holds), or set {CACHE_VARIABLE} to another folder"
+        ) from problem
+
+
+# --- looking and cleaning -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What the cache holds of one URL: complete states, bytes on disk, seconds since it was looked at."""
+
+    url: str
+    folder: Path
+    states: int
+    nbytes: int
+    age: float
+
+
+def cache_entries() -> list[CacheEntry]:
+    """All that the cache holds, the oldest last."""
+    found = []
+    for file in cache_folder().glob("*/url"):
+        with suppress(OSError):
+            states = _states(file.parent / _STATES)
+            times = [place.stat().st_mtime for place in (*states, file)]
+            url = file.read_text(errors="replace")
+            age = max(0.0, time.time() - max(times))
+            found.append(CacheEntry(url, file.parent, len(states), _disk_usage(file.parent), age))
+    return sorted(found, key=lambda entry: entry.age)
+
+
+def clean(entry: CacheEntry, *, keep_newest: bool = False) -> int:
+    """Remove what the cache holds of a URL; returns the bytes freed. Waits for one that is fetching it.
+
+    A server that was started from it keeps the tasks that it has loaded, and finds no others.
+
+    Args:
+        keep_newest: keep the newest state, and remove the older ones and what is not complete.
+
+    Raises:
+        OutputError: it cannot be removed.
+    """
+    before = _disk_usage(entry.folder)
+    with _written(entry.folder), locked(entry.folder):
+        newest = _newest(_states(entry.folder / _STATES)) if keep_newest else None
+        if newest is None:
+            shutil.rmtree(entry.folder)
+            return before
+        for kind in (_STATES, _MANIFESTS):
+            for place in (entry.folder / kind).iterdir():
+                if place != newest:
+                    shutil.rmtree(place)
+        used = {path.stat().st_ino for path in newest.rglob("*") if path.is_file()}
+        for content in (entry.folder / _FILES).iterdir():
+            if content.stat().st_ino not in used:
+                content.unlink()
+    return before - _disk_usage(entry.folder)
+
+
+def _newest(states: Iterable[Path]) -> Path | None:
+    return max(states, key=lambda place: place.stat().st_mtime_ns, default=None)
+
+
+def _states(kind: Path) -> list[Path]:
+    if not kind.is_dir():
+        return []
+    return [place for place in kind.iterdir() if _KEY.fullmatch(place.name)]
+
+
+def _disk_usage(folder: Path) -> int:
+    """Bytes of all files, links to one counted once."""
+    files = (path.lstat() for path in folder.rglob("*") if path.is_file())
+    return sum({status.st_ino: status.st_size for status in files}.values())

@@ -1,0 +1,334 @@
+"""What our tasks need of vLLM's engine core: where they are, when their requests enter, what is served.
+
+``residency`` and ``arrivals`` decide; here they meet vLLM. Whatever asks the workers runs in the engine
+core's own loop, between two steps, since executors take one call at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from vllm_vlora.checkpoint.aliases import encode_aliases
+from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
+from vllm_vlora.plugin.arrivals import Arrivals, Waiter
+from vllm_vlora.plugin.counters import DEVICE, counters_of
+from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.residency import Held, Residency
+from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE
+
+TASKS_METHOD = "vlora_tasks"
+"""The name under which an engine core answers with what it serves."""
+ALIASES_METHOD = "vlora_aliases"
+"""The name under which it answers with other names for that, as ``encode_aliases`` writes them."""
+FOLLOW_METHOD = "vlora_follow"
+"""The name under which it looks for a published state and serves it."""
+CHANGED = (
+    "VLLM_VLORA_CHECKPOINT was published again while the engine started, and its workers do not hold the "
+    "same state of it; start it again"
+)
+# Seconds between two looks at what is being staged, when no step comes between.
+_TICK = 0.002
+
+
+# --- what the workers are asked ---------------------------------------------------------------------
+
+
+def _manager(worker: Any) -> Any:
+    return worker.model_runner.lora_manager._adapter_manager
+
+
+def _hold(worker: Any, request: Any) -> Held:
+    return _manager(worker).hold(request)
+
+
+def _stage(worker: Any, requests: list[Any]) -> list[bool]:
+    return [_manager(worker).stage(request) for request in requests]
+
+
+def _forget(worker: Any, path: str, wholly: bool) -> None:
+    _manager(worker).forget(path, wholly)
+
+
+def _tidy(worker: Any) -> None:
+    _manager(worker).vlora_store.tidy()
+
+
+def _held(worker: Any) -> list[str]:
+    return _manager(worker).held_paths()
+
+
+def _served(worker: Any) -> list[tuple[str, str]]:
+    return _manager(worker).vlora_store.served()
+
+
+def _aliases(worker: Any) -> str:
+    state = _manager(worker).vlora_store.state
+    return "" if state is None else encode_aliases(state.aliases).decode()
+
+
+def _states(worker: Any) -> tuple[str, str]:
+    return _manager(worker).states()
+
+
+def _adopt(worker: Any, digest: str) -> bool:
+    return _manager(worker).adopt(digest)
+
+
+class _Workers:
+    """The workers of an engine core."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._ask = core.model_executor.collective_rpc
+
+    def held(self) -> Iterable[str]:
+        first, *others = self._ask(_held)
+        return [path for path in first if all(path in other for other in others)]
+
+    def hold(self, request: Any) -> list[Held]:
+        return self._ask(_hold, args=(request,))
+
+    def forget(self, path: str, wholly: bool = False) -> None:
+        self._ask(_forget, args=(path, wholly))
+        # How it runs is asked anew when it comes back.
+        self._core.scheduler.__dict__.get("_vlora_kinds", {}).pop(path, None)
+
+    def tidy(self) -> None:
+        self._ask(_tidy)
+
+    def stage(self, requests: Collection[Any]) -> list[bool]:
+        answers = self._ask(_stage, args=(list(requests),))
+        return [all(done) for done in zip(*answers)]
+
+
+# --- one engine core's own ---------------------------------------------------------------------------
+
+
+class Tasks:
+    """Where an engine core's tasks are, and who waits for one."""
+
+    def __init__(self, core: Any) -> None:
+        workers, counters = _Workers(core), counters_of(core)
+        self.residency = Residency(
+            workers, lambda: _paths_in_use(core.scheduler), counters=counters
+        )
+        self.arrivals = Arrivals(self.residency, workers.stage, counters)
+        self._ticker = _Ticker(core) if hasattr(core, "input_queue") else None
+        self.served = ""
+
+    def here(self, lora: Any) -> bool:
+        """Whether a task is held, so that its request may go on; who does not wait may load it.
+
+        Raises:
+            VLoRAError: it cannot be loaded, in an engine core of the caller's process, which waits.
+        """
+        number = self.residency.number(lora.lora_path, lora.lora_int_id)
+        if number != lora.lora_int_id:
+            lora.lora_int_id = number
+        if self.arrivals.awaits(lora.lora_path):
+            return False
+        if self.residency.touch(lora.lora_path):
+            return True
+        if self._ticker is not None:
+            return False
+        if not self.residency.place(lora):
+            raise MemoryBudgetError(
+                f"no room for task {lora.lora_name!r} beside the tasks that requests in flight use; ask "
+                f"again later, or set {LATE_VARIABLE} or {DEVICE_VARIABLE} higher"
+            )
+        return True
+
+    def wait(self, lora: Any, waiter: Waiter) -> None:
+        """Let somebody wait for a task that is not here."""
+        self.arrivals.wait(lora, waiter)
+        self.advance()
+
+    def advance(self) -> None:
+        """Let in whose task has come."""
+        self.arrivals.advance()
+        if self._ticker is not None:
+            self._ticker.run(len(self.arrivals) > 0)
+
+
+class _Ticker:
+    """Wakes an engine core's loop every few milliseconds while requests wait for their tasks.
+
+    An abort of no request is the one message that every vLLM takes at any time and answers with nothing.
+    """
+
+    def __init__(self, core: Any) -> None:
+        from vllm.v1.engine import EngineCoreRequestType
+
+        self._core = core
+        self._message = EngineCoreRequestType.ABORT, list[str]()
+        self._wanted = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def run(self, wanted: bool) -> None:
+        if not wanted:
+            self._wanted.clear()
+            return
+        self._wanted.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._tick, name="vlora-ticker", daemon=True)
+            self._thread.start()
+
+    def _tick(self) -> None:
+        pause = threading.Event()
+        while self._wanted.wait():
+            pause.wait(_TICK)
+            queue = self._core.input_queue
+            if queue.empty():
+                queue.put_nowait(self._message)
+
+
+def tasks_of(core: Any) -> Tasks:
+    """The engine core's own, made on first use."""
+    held = core.__dict__.get("_vlora_tasks_held")
+    if held is None:
+        held = core.__dict__["_vlora_tasks_held"] = Tasks(core)
+    return held
+
+
+def _paths_in_use(scheduler: Any) -> set[str]:
+    """The adapters' paths of the requests that the scheduler holds and of those that wait for a slot."""
+    outside = scheduler.__dict__.get("_vlora_admission")
+    requests = [*scheduler.requests.values(), *(outside.waiting() if outside else ())]
+    return {request.lora_request.lora_path for request in requests if request.lora_request}
+
+
+def ensure_in_process(client: Any, lora_request: Any) -> None:
+    """Hold a task of ours where the client's engine core is in this process; else nothing."""
+    core = getattr(client, "engine_core", None)
+    if core is not None and _is_ours(lora_request):
+        tasks_of(core).here(lora_request)
+
+
+def _is_ours(lora_request: Any) -> bool:
+    return parse_task_path(lora_request.lora_path) is not None
+
+
+# --- in place of vLLM's own ------------------------------------------------------------------------
+
+
+def load_before_add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.add_lora`` that makes an adapter of a task of ours once it is held."""
+
+    @functools.wraps(original)
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        if not _is_ours(lora_request):
+            return original(self, lora_request)
+        tasks = tasks_of(self)
+        if tasks.here(lora_request):
+            return original(self, lora_request)
+        # vLLM sends what a future holds when it is done.
+        answer: Future[Any] = Future()
+
+        def ready() -> None:
+            try:
+                answer.set_result(original(self, lora_request))
+            except Exception as error:  # noqa: BLE001 - it is the caller's, whom the future tells
+                answer.set_exception(error)
+
+        tasks.wait(lora_request, Waiter(ready, answer.set_exception))
+        return answer
+
+    return add_lora
+
+
+def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.add_request`` that lets a request in once its task is held."""
+
+    @functools.wraps(original)
+    def add_request(self: Any, request: Any, request_wave: int = 0) -> Any:
+        lora = request.lora_request
+        if not lora or not _is_ours(lora):
+            return original(self, request, request_wave)
+        tasks = tasks_of(self)
+        if tasks.here(lora):
+            counters_of(self).requested(lora.lora_name, DEVICE)
+            return original(self, request, request_wave)
+        # Whole, as it came: a data-parallel core, which overrides it, counts waves there.
+        enter = functools.partial(self.add_request, request, request_wave)
+        refuse = functools.partial(_refuse, self, request)
+        return tasks.wait(lora, Waiter(enter, refuse, request.request_id))
+
+    return add_request
+
+
+def _refuse(core: Any, request: Any, error: VLoRAError) -> None:
+    """End a request with an error, which must not be the engine core's end."""
+    _logger().error("vllm-vlora: request %s is refused: %s", request.request_id, error)
+    core._send_error_outputs_to_client([request.request_id], request.client_index)
+
+
+def advance_before_abort(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.abort_requests`` that knows of those that wait, and the ticker's hand."""
+
+    @functools.wraps(original)
+    def abort_requests(self: Any, request_ids: list[str]) -> Any:
+        tasks = self.__dict__.get("_vlora_tasks_held")
+        if tasks is not None and len(tasks.arrivals):
+            # The scheduler never heard of them.
+            tasks.arrivals.withdraw(set(request_ids))
+            tasks.advance()
+        return original(self, request_ids)
+
+    return abort_requests
+
+
+# --- what is served ---------------------------------------------------------------------------------
+
+
+def served_tasks(core: Any) -> list[tuple[str, str]]:
+    """(task id, path) of what an engine core's workers serve; becomes a method of it.
+
+    Raises:
+        CheckpointError: one of them read another state of the checkpoint than the others.
+    """
+    first, *others = core.model_executor.collective_rpc(_served)
+    if any(other != first for other in others):
+        raise CheckpointError(CHANGED)
+    return first
+
+
+def served_aliases(core: Any) -> str:
+    """Aliases of what an engine core's workers serve, as JSON; becomes a method of it.
+
+    Raises:
+        CheckpointError: as :func:`served_tasks`.
+    """
+    first, *others = core.model_executor.collective_rpc(_aliases)
+    if any(other != first for other in others):
+        raise CheckpointError(CHANGED)
+    return first
+
+
+def follow(core: Any) -> str:
+    """The digest of the state that an engine core serves, after it took what all its workers offer.
+
+    Becomes a method of it.
+    """
+    tasks = tasks_of(core)
+    tasks.residency.release()
+    states = set(core.model_executor.collective_rpc(_states))
+    served = {state for state, _ in states}
+    offered = {state for _, state in states}
+    if len(offered) == 1 and offered != served:
+        (digest,) = offered
+        # Offers may have changed meanwhile; who lags behind is told again at the next look.
+        if all(core.model_executor.collective_rpc(_adopt, args=(digest,))):
+            tasks.residency.retire(path for _, path in served_tasks(core))
+            served = offered
+            counters_of(core).adopted(digest)
+    return served.pop() if len(served) == 1 else ""
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.plugins.vlora")

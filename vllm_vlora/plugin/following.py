@@ -1,0 +1,186 @@
+"""What is published into the served folder while an engine runs, read and checked beside its steps.
+
+Each worker has a thread that looks at the folder's manifest a few times a second. Another manifest is
+read whole, its tasks are held against the served model, and what is new in it is read once to see that
+it is there and sound. Only then is the state offered; what is wrong with it is logged once, and the
+state that is served stays. Nothing changes before the engine core says so (see ``residency``), since
+only it knows that all workers have the same state to offer.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from functools import cached_property
+from pathlib import Path
+
+from vllm_vlora.checkpoint.aliases import ALIASES_FILE
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked, task_file
+from vllm_vlora.checkpoint.pinning import split_pin
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.errors import CheckpointError, VLoRAError
+from vllm_vlora.plugin.counters import reason_of
+from vllm_vlora.plugin.identity import task_paths
+
+PERIOD = 0.25
+"""Seconds between two looks at the manifest, which is one ``stat``."""
+# Seconds until a state that was refused is read again: it may be a copy that is still under way.
+_TRY_AGAIN = 2.0
+# What is new is read once before it is served, up to so many bytes, about two seconds' worth; beyond
+# them a file's size must do until it is loaded, which then fails for its own requests alone.
+READ_NBYTES = 2 << 30
+
+
+# Refusals that nobody asked for yet.
+_MOST_REFUSALS = 100
+
+
+class State:
+    """One state of a checkpoint, with the paths that name its tasks."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        paths = task_paths(checkpoint)
+        self.paths: dict[str, str] = {task: str(path) for task, path in paths.items()}
+        self.tasks: dict[str, str] = {path: task for task, path in self.paths.items()}
+        # Now, as what lies there later may be another state's.
+        self.aliases = checkpoint.aliases
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that is served of it; equal for equal states on every machine."""
+        return self.checkpoint.content_digest
+
+
+class Follower:
+    """Offers the newest sound state of a folder.
+
+    Args:
+        reference: the folder, as ``Checkpoint.open`` takes it. One whose content is pinned is not
+            followed: no other may be served.
+        served: the state that is served.
+        check: raises a VLoRAError where the served model cannot take these tasks of a checkpoint.
+        logger: where refusals go.
+    """
+
+    def __init__(
+        self,
+        reference: str | Path,
+        served: State,
+        check: Callable[[Checkpoint, Collection[str]], None],
+        logger: logging.Logger,
+    ) -> None:
+        folder, self._pin = split_pin(reference)
+        self._folder = Path(folder)
+        self._check, self._logger = check, logger
+        self.served = self._offered = served
+        # None: of before the served state was read, so that the first look reads the manifest again.
+        self._seen: tuple[int, ...] | None = None
+        self._read_again = 0.0
+        self._said = ""
+        self._refused: deque[str] = deque(maxlen=_MOST_REFUSALS)
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    def offered(self) -> str:
+        """The digest of the newest sound state; starts looking for one when it is first asked."""
+        if self._thread is None and self._pin is None:
+            self._thread = threading.Thread(target=self._run, name="vlora-follow", daemon=True)
+            self._thread.start()
+        return self._offered.digest
+
+    def adopt(self, digest: str) -> bool:
+        """Serve the state that is offered; False where another one is by now."""
+        offered = self._offered
+        if offered.digest != digest:
+            return False
+        self.served = offered
+        return True
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            self.look()
+            self._ended.wait(PERIOD)
+
+    def look(self) -> None:
+        """Read the manifest where it is another than at the last look."""
+        found = folder_identity(self._folder)
+        if found == self._seen and time.monotonic() < self._read_again:
+            return
+        self._seen, self._read_again = found, float("inf")
+        try:
+            self._offered = self._sound_state()
+            self._said = ""
+        except VLoRAError as error:
+            self._refuse(error, str(error))
+        except Exception as error:  # noqa: BLE001 - a thread that ended would follow no more
+            self._refuse(error, f"{type(error).__name__}: {error}")
+
+    def take_refusals(self) -> list[str]:
+        """Why states were not offered since this was asked last, a word each."""
+        return [self._refused.popleft() for _ in range(len(self._refused))]
+
+    def _refuse(self, error: Exception, why: str) -> None:
+        self._read_again = time.monotonic() + _TRY_AGAIN
+        if why != self._said:
+            self._logger.error(
+                "vllm-vlora: what was published is not served, the state before it is: %s", why
+            )
+            self._refused.append(reason_of(error))
+        self._said = why
+
+    def _sound_state(self) -> State:
+        checkpoint = Checkpoint.open(self._folder)
+        for known in (self.served, self._offered):
+            if known.digest == checkpoint.content_digest:
+                return known
+        found, served = State(checkpoint), self.served
+        new = [task for path, task in found.tasks.items() if path not in served.tasks]
+        self._check(checkpoint, new)
+        left = READ_NBYTES
+        for ref in _new_files(checkpoint, new, served.checkpoint):
+            file = checkpoint.path / ref.file
+            if ref.nbytes > left:
+                check_size(file, ref)
+            else:
+                left -= ref.nbytes
+                read_checked(file, ref)
+        if checkpoint.was_replaced:
+            raise CheckpointError(f"{checkpoint.path} was published again while it was read")
+        return found
+
+
+def _new_files(
+    checkpoint: Checkpoint, tasks: Collection[str], before: Checkpoint
+) -> Iterator[FileRef]:
+    known = {ref.sha256 for ref in before.config.basis}
+    yield from (ref for ref in checkpoint.config.basis if ref.sha256 not in known)
+    for task in tasks:
+        entry = checkpoint.entry(task)
+        yield FileRef(task_file(task), entry.sha256, entry.nbytes)
+
+
+def folder_identity(checkpoint: str | Path) -> tuple[int, ...] | None:
+    """What differs between two publications of a checkpoint's manifest, and between two versions of its
+    aliases, which are written beside it; None where there is no manifest.
+    """
+    folder, _ = split_pin(checkpoint)
+    manifest, aliases = (_file_identity(Path(folder, name)) for name in (CONFIG_FILE, ALIASES_FILE))
+    return None if manifest is None else (*manifest, *(aliases or ()))
+
+
+def _file_identity(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,191 @@
+"""A task as one run of bytes, which is copied to a device as a whole.
+
+A task is hundreds of small tensors. As an *image* all of them are views of one block of host memory, and
+on a device views of one block there: bringing a task is one copy, and giving it up is one block. What
+tasks share is not part of an image.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from vllm_vlora.plugin.arena import aligned
+
+Tree = TypeVar("Tree")
+# What kernels read at once: an address stays what it is modulo this.
+_WIDEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Memory and what takes its place: the bytes from ``start`` on lie in ``memory``, uint8, now."""
+
+    start: int
+    memory: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Image(Generic[Tree]):
+    """What lies in a block of host memory.
+
+    Attributes:
+        tree: tensors in dataclasses, mappings and tuples; those of the image are views of ``block``.
+        block: uint8; pinned where there is a GPU, so that the copy to it need not wait.
+        nbytes: bytes of what lies in it, without the gaps.
+        records: a part of the tree, and of the block: int64, among them addresses. None for none.
+        targets: like ``records``: for an address how far from the block's start it points, else -1.
+    """
+
+    tree: Tree
+    block: torch.Tensor
+    nbytes: int
+    records: torch.Tensor | None = None
+    targets: np.ndarray | None = None
+    _copied: list[torch.cuda.Event] = dataclasses.field(default_factory=list)
+
+    def on(self, memory: torch.Tensor, shared: Iterable[Span] = ()) -> Tree:
+        """Copy the block to ``memory``; the tree over it.
+
+        Args:
+            memory: uint8, no shorter than the block, and free while copies to it are under way.
+            shared: where that lies which is no part of the image.
+        """
+        memory = memory[: self.block.nbytes]
+        pinned = self.block.is_pinned()
+        while self._copied:
+            self._copied.pop().synchronize()
+        if self.records is not None and self.targets is not None:
+            records, targets = self.records.numpy(), self.targets
+            np.copyto(records, targets + memory.data_ptr(), where=targets >= 0)
+        memory.copy_(self.block, non_blocking=pinned)
+        if pinned:
+            self._copied.append(torch.cuda.current_stream().record_event())
+        return relocated(self.tree, [Span(self.block.data_ptr(), memory), *shared])
+
+
+def make_image(
+    tree: Tree,
+    leave: Iterable[torch.Tensor] = (),
+    records: tuple[torch.Tensor, Sequence[int]] | None = None,
+    pin: bool = False,
+) -> Image[Tree]:
+    """An image of a tree of host tensors.
+
+    Args:
+        leave: tensors that are not part of it, and whose memory no part of it shares.
+        records: a tensor of the tree, int64 ``[rows, fields]``, and which fields are addresses of what
+            lies in the others; 0 stands for none.
+        pin: pin its memory.
+    """
+    left = {tensor.untyped_storage().data_ptr() for tensor in leave}
+    extents = [
+        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor))
+        for tensor in _tensors(tree)
+        if tensor.numel() and tensor.untyped_storage().data_ptr() not in left
+    ]
+    runs = _merged(extents)
+    starts, end = [], 0
+    for first, stop in runs:
+        starts.append(end + first % _WIDEST)
+        end = aligned(starts[-1] + stop - first)
+    block = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
+    spans = []
+    for (first, stop), start in zip(runs, starts):
+        memory = block[start : start + stop - first]
+        ctypes.memmove(memory.data_ptr(), first, stop - first)
+        spans.append(Span(first, memory))
+    moved = relocated(tree, spans)
+    nbytes = sum(stop - first for first, stop in runs)
+    if records is None:
+        return Image(moved, block, nbytes)
+    table, fields = records
+    targets = _targets(table.numpy(), fields, runs, starts)
+    return Image(moved, block, nbytes, relocated(table, spans), targets)
+
+
+def _targets(
+    table: np.ndarray, fields: Sequence[int], runs: list[tuple[int, int]], starts: list[int]
+) -> np.ndarray:
+    targets = np.full(table.shape, -1, dtype=np.int64)
+    addresses = table[:, fields]
+    firsts = np.array([first for first, _ in runs], dtype=np.int64)
+    run = np.searchsorted(firsts, addresses, side="right") - 1
+    moved = addresses - firsts[run] + np.array(starts, dtype=np.int64)[run]
+    targets[:, fields] = np.where(addresses != 0, moved, -1)
+    return targets
+
+
+def relocated(tree: Any, spans: Iterable[Span]) -> Any:
+    """A tree whose tensors lie where the spans say; what lies in none stays where it is."""
+    ordered = sorted(spans, key=lambda span: span.start)
+    return _relocated(tree, [span.start for span in ordered], ordered)
+
+
+def _relocated(tree: Any, starts: list[int], spans: list[Span]) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return _moved(tree, starts, spans)
+    if isinstance(tree, Mapping):
+        return {name: _relocated(value, starts, spans) for name, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_relocated(value, starts, spans) for value in tree)
+    if not dataclasses.is_dataclass(tree):
+        return tree
+    # Not ``replace``: what is checked when one is made was checked.
+    found = copy.copy(tree)
+    for name, value in vars(tree).items():
+        object.__setattr__(found, name, _relocated(value, starts, spans))
+    return found
+
+
+def _moved(tensor: torch.Tensor, starts: list[int], spans: list[Span]) -> torch.Tensor:
+    address = tensor.data_ptr()
+    place = bisect_right(starts, address) - 1
+    if place < 0 or not tensor.numel():
+        return tensor
+    span = spans[place]
+    offset, extent = address - span.start, _extent(tensor)
+    if offset + extent > span.memory.nbytes:
+        return tensor
+    flat = span.memory[offset : offset + extent].view(tensor.dtype)
+    if tensor.is_contiguous():
+        return flat.view(tensor.shape)
+    return flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset())
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size()
+
+
+def _merged(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The runs that extents fill together, in order."""
+    runs: list[tuple[int, int]] = []
+    for first, stop in sorted(extents):
+        if runs and first <= runs[-1][1]:
+            runs[-1] = runs[-1][0], max(stop, runs[-1][1])
+        else:
+            runs.append((first, stop))
+    return runs
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, tuple):
+        for value in tree:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(tree):
+        for value in vars(tree).values():
+            yield from _tensors(value)

@@ -1,0 +1,254 @@
+"""Limits for each task, and fair sharing among them, put into vLLM's scheduler; see ``fair_queue``.
+
+Nothing of it is in place unless a setting asks for it. What waits, waits in the scheduler's own queue,
+which is exchanged for one that knows tenants. A request of a task of which too many wait already is
+refused by the engine core, which alone sees those of every API server. The refusal travels as other ends
+of requests do, and becomes its caller's error in the API server: HTTP status 429.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+import vllm.exceptions
+from vllm.exceptions import VLLMClientError
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.request import RequestStatus
+
+from vllm_vlora.errors import TaskBusyError
+from vllm_vlora.plugin.counters import counters_of
+from vllm_vlora.plugin.fair_queue import Tenant, Tenants
+from vllm_vlora.plugin.seam_table import Place
+from vllm_vlora.plugin.settings import QUEUE_VARIABLE, Settings
+
+Patch = tuple[Any, str, Any]
+
+# What tokens of the prompt and of the answer count, as in the paper of ``fair_queue``.
+PROMPT_TOKEN, ANSWER_TOKEN = 1, 2
+
+_REFUSED = "vllm-vlora: "
+_TENANTS = "_vlora_tenants"
+_ONE_CALLER = "_vlora_one_caller"
+
+
+def limit_tasks(
+    patches: list[Patch], settings: Settings, places: Mapping[str, Place]
+) -> list[Patch]:
+    """The plugin's patches with those that limit tasks and share fairly, where that is asked for.
+
+    Args:
+        patches: the others, which are put before these.
+        places: the seams by name, as ``find_seams`` finds them.
+    """
+    wrappers: dict[str, Callable[[Any], Any]] = {}
+    if settings.limited:
+        wrappers["Scheduler.__init__"] = lambda f: _exchange_queues(f, settings)
+        wrappers["Scheduler.schedule"] = _count_prompts
+    if settings.fair:
+        wrappers["Scheduler.update_from_output"] = _count_answers
+    if settings.task_queue:
+        wrappers["EngineCore.add_request"] = lambda f: _refuse_above(f, settings.task_queue)
+        wrappers["OutputProcessor.process_outputs"] = _raise_refusals
+        wrappers["LLMEngine.__init__"] = _say_that_it_has_one_caller
+        wrappers["BaseServing._maybe_get_adapters"] = lambda f: _refuse_streams(f, settings)
+    before = {(owner, name): value for owner, name, value in patches}
+    added = []
+    for seam, wrap in wrappers.items():
+        place = places[seam]
+        value = before.get((place.owner, place.attribute), place.value)
+        added.append((place.owner, place.attribute, wrap(value)))
+    return [*patches, *added]
+
+
+# --- the engine core ------------------------------------------------------------------------------
+
+
+def tenant_of(request: Any) -> Tenant:
+    """Whose request it is: its task or adapter, or the base model, which is None."""
+    return request.lora_request.lora_name if request.lora_request else None
+
+
+def _price(request: Any) -> float | None:
+    """Tokens of the prompt that are to be computed; None where something else is waited for."""
+    if request.status == RequestStatus.WAITING:
+        return PROMPT_TOKEN * (request.num_tokens - request.num_computed_tokens)
+    return 0.0 if request.status == RequestStatus.PREEMPTED else None
+
+
+def _exchange_queues(original: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        base = self.vllm_config.model_config.served_model_name
+        tenants: Tenants[Any] = Tenants(
+            fair=settings.fair,
+            limit=settings.task_concurrency,
+            by_priority=self.policy.value == "priority",
+            tenant_of=tenant_of,
+            price=_price,
+            weight=lambda tenant: settings.weights.get(base if tenant is None else tenant, 1.0),
+        )
+        self.waiting = tenants.queue()
+        if hasattr(self, "skipped_waiting"):
+            self.skipped_waiting = tenants.queue()
+            self._select_waiting_queue_for_scheduling = tenants.next_queue
+        setattr(self, _TENANTS, tenants)
+
+    return init
+
+
+def _count_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tenants: Tenants[Any] = getattr(self, _TENANTS)
+        tenants.begin_step(map(tenant_of, self.running))
+        output = original(self, *args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            found = PROMPT_TOKEN * new.num_computed_tokens
+            if found:
+                tenants.give_back(self.requests[new.req_id], found)
+        return output
+
+    return schedule
+
+
+def _count_answers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        tenants: Tenants[Any] = getattr(self, _TENANTS)
+        sampled = model_runner_output.sampled_token_ids
+        tokens: dict[Tenant, int] = {}
+        for request_id, row in model_runner_output.req_id_to_index.items() if sampled else ():
+            request = self.requests.get(request_id)
+            if request is not None:
+                tenant = tenant_of(request)
+                tokens[tenant] = tokens.get(tenant, 0) + len(sampled[row])
+        for tenant, count in tokens.items():
+            tenants.charge(tenant, ANSWER_TOKEN * count)
+        return original(self, scheduler_output, model_runner_output)
+
+    return update_from_output
+
+
+def _refuse_above(original: Callable[..., Any], bound: int) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_request(self: Any, request: Any, request_wave: int = 0) -> Any:
+        tenant = tenant_of(request)
+        # A request of a known id is a piece of a session.
+        if (
+            tenant is not None
+            and getattr(self.scheduler, _TENANTS).waiting[tenant] >= bound
+            and request.request_id not in self.scheduler.requests
+            and not getattr(self.vllm_config, _ONE_CALLER, False)
+        ):
+            counters_of(self).refused(TaskBusyError)
+            end = _refusal(request.request_id, _too_many(tenant, bound))
+            self.output_queue.put_nowait((request.client_index, end))
+            return None
+        return original(self, request, request_wave)
+
+    return add_request
+
+
+def _say_that_it_has_one_caller(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The offline engine's core, wherever it runs: what waits there is its one caller's."""
+
+    @functools.wraps(original)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        setattr(vllm_config, _ONE_CALLER, True)  # It travels to the core with the rest.
+        original(self, vllm_config, *args, **kwargs)
+
+    return init
+
+
+def _too_many(tenant: str, bound: int) -> str:
+    return f"{bound} requests of {tenant!r} wait already ({QUEUE_VARIABLE}); ask again later"
+
+
+def _refusal(request_id: str, message: str) -> EngineCoreOutputs:
+    end = EngineCoreOutput(
+        request_id=request_id,
+        new_token_ids=[],
+        finish_reason=FinishReason.ERROR,
+        stop_reason=_REFUSED + message,
+    )
+    return EngineCoreOutputs(outputs=[end], finished_requests={request_id})
+
+
+# --- the API server -------------------------------------------------------------------------------
+
+
+def _raise_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_outputs(
+        self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # A refusal comes alone.
+        if len(engine_core_outputs) != 1 or not _is_refusal(engine_core_outputs[0]):
+            return original(self, engine_core_outputs, *args, **kwargs)
+        (refusal,) = engine_core_outputs
+        state = self.request_states.get(refusal.request_id)
+        if state is None:
+            return original(self, engine_core_outputs, *args, **kwargs)
+        # What came with it under one request, and pieces of a session that were sent meanwhile.
+        whole = state.parent_req.request_id if state.parent_req else refusal.request_id
+        state.queue.close()
+        others = self.abort_requests([whole], internal=True)
+        state.queue.put(_busy(refusal.stop_reason.removeprefix(_REFUSED)))
+        done = original(self, [], *args, **kwargs)
+        done.reqs_to_abort.extend(others)
+        return done
+
+    return process_outputs
+
+
+def _refuse_streams(original: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    """Before a stream is answered, with a status: where this server's own requests are too many already.
+
+    The engine core may count more, of other servers, or see fewer run than could; it then refuses.
+    """
+
+    @functools.wraps(original)
+    def adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        lora = original(self, request, *args, **kwargs)
+        if lora is not None and getattr(request, "stream", False):
+            engine = self.models.engine_client
+            config = engine.vllm_config
+            places = config.scheduler_config.max_num_seqs
+            places = min(places, settings.task_concurrency or places)
+            most = (places + settings.task_queue) * config.parallel_config.data_parallel_size
+            states = engine.output_processor.request_states
+            # They are counted where all of them together would be too many.
+            if len(states) >= most and most <= sum(
+                state.lora_name == lora.lora_name for state in states.values()
+            ):
+                raise _busy(_too_many(lora.lora_name, settings.task_queue))
+        return lora
+
+    return adapters
+
+
+def _is_refusal(output: Any) -> bool:
+    return (
+        output.finish_reason == FinishReason.ERROR
+        and isinstance(output.stop_reason, str)
+        and output.stop_reason.startswith(_REFUSED)
+    )
+
+
+def _busy(message: str) -> Exception:
+    """A TaskBusyError that vLLM answers with status 429 and passes on as it is."""
+    graceful = getattr(vllm.exceptions, "GracefulHTTPError", None)
+    if graceful is not None:
+        kind = type(TaskBusyError.__name__, (TaskBusyError, graceful), {})
+        return kind(message, HTTPStatus.TOO_MANY_REQUESTS)
+    # vLLM before 0.30 has no such error, but its web framework.
+    from fastapi import HTTPException
+
+    kind = type(TaskBusyError.__name__, (TaskBusyError, HTTPException, VLLMClientError), {})
+    error: Exception = kind(HTTPStatus.TOO_MANY_REQUESTS.value, message)
+    error.args = (message,)
+    return error

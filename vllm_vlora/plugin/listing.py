@@ -1,0 +1,182 @@
+"""Which tasks an API server lists, from its start on and while others are published.
+
+It asks the engine cores and never the folder: what they hold may be an older state than what lies there,
+or a newer one. Every API server asks for itself; what the engine cores adopt, they adopt once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_vlora.checkpoint.aliases import Route, decode_aliases
+from vllm_vlora.errors import CheckpointError
+from vllm_vlora.plugin.engine_core import ALIASES_METHOD, CHANGED, FOLLOW_METHOD, TASKS_METHOD
+from vllm_vlora.plugin.identity import TaskPath, parse_task_path
+from vllm_vlora.plugin.named_requests import TaskRequests
+from vllm_vlora.plugin.requests import requests_for
+
+PERIOD = 0.5
+"""Seconds between two questions whether another state is served."""
+
+
+class Listing:
+    """The checkpoint's tasks in an API server's list.
+
+    Args:
+        models: vLLM's ``OpenAIServingModels``.
+        loaded: the paths that need not be loaded before their first request; added to.
+        templates: called with the paths of all tasks whenever they change.
+    """
+
+    def __init__(
+        self,
+        models: Any,
+        loaded: set[str],
+        templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
+    ) -> None:
+        self._models, self._loaded, self._templates = models, loaded, templates
+        self._listed: dict[str, LoRARequest] = {}
+        self._state = ""
+        self._following: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """List what the engine cores serve.
+
+        Raises:
+            CheckpointError: they do not serve the same, or a task has the name of something else.
+        """
+        paths = await self._served()
+        found = requests_for(paths)
+        for request in found:
+            self._refuse_name(request)
+        self._show(found)
+        aliases = await self._aliases()
+        for name in aliases:
+            self._refuse_alias(name)
+        self._models.lora_requests.aliases = aliases
+        if self._templates is not None:
+            self._templates(paths)
+
+    def follow(self) -> None:
+        """List what is served from now on, too, until the engine ends."""
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD)
+            try:
+                await self._update()
+            except EngineDeadError:
+                return
+            except Exception as error:  # noqa: BLE001 - what is listed stays, and the next look comes
+                _logger().warning("vllm-vlora: the list of tasks is as it was: %s", error)
+
+    async def _update(self) -> None:
+        states = set(await self._ask(FOLLOW_METHOD))
+        # Engine cores that differ, or workers of one: some have not adopted yet.
+        if len(states) > 1 or states == {self._state} or states == {""}:
+            return
+        paths = await self._served()
+        found = []
+        for request in requests_for(paths):
+            try:
+                self._refuse_name(request)
+            except CheckpointError as error:
+                _logger().error("vllm-vlora: %s; it is not listed", error)
+            else:
+                found.append(request)
+        aliases = await self._aliases()
+        for name in list(aliases):
+            try:
+                self._refuse_alias(name)
+            except CheckpointError as error:
+                _logger().error("vllm-vlora: %s; it is not served", error)
+                del aliases[name]
+        if self._templates is not None:
+            await asyncio.to_thread(self._templates, paths)
+        self._show(found)
+        self._models.lora_requests.aliases = aliases
+        (self._state,) = states
+
+    def _show(self, found: list[LoRARequest]) -> None:
+        """List these in place of those that are listed; what did not change is not looked at."""
+        shown: TaskRequests = self._models.lora_requests
+        wanted = {request.lora_name: request for request in found}
+        for name, old in self._listed.items():
+            new = wanted.get(name)
+            # A client may have unloaded it, or put another in its place, where that is allowed.
+            if (new is None or new.lora_path != old.lora_path) and shown.own(name) is old:
+                del shown[name]
+        for name, request in wanted.items():
+            before = self._listed.get(name)
+            if before is not None and before.lora_path == request.lora_path:
+                wanted[name] = before
+            elif shown.own(name) is None:
+                shown[name] = request
+        self._loaded.update(request.lora_path for request in found)
+        self._listed = wanted
+
+    def _refuse_name(self, request: LoRARequest) -> None:
+        name = request.lora_name
+        # Not what it would mean as a blend.
+        other = self._models.lora_requests.own(name) is not self._listed.get(name, None)
+        refuse_name(request, self._models.is_base_model(name), (name,) if other else ())
+
+    def _refuse_alias(self, name: str) -> None:
+        other = self._models.lora_requests.own(name)
+        if self._models.is_base_model(name) or (other is not None and name not in self._listed):
+            raise CheckpointError(
+                f"alias {name!r} has the name of a served model or --lora-modules adapter; give one of "
+                "them another name"
+            )
+
+    async def _aliases(self) -> dict[str, tuple[Route, ...]]:
+        """Other names of what every engine core serves."""
+        answers = await self._ask(ALIASES_METHOD)
+        if any(other != answers[0] for other in answers):
+            raise CheckpointError(CHANGED)
+        return decode_aliases(answers[0].encode())
+
+    async def _served(self) -> dict[str, TaskPath]:
+        """What every engine core serves: task id -> path, in that order."""
+        answers = await self._ask(TASKS_METHOD)
+        if any(other != answers[0] for other in answers):
+            raise CheckpointError(CHANGED)
+        found = {task: parse_task_path(path) for task, path in answers[0]}
+        # The workers made these paths.
+        return {task: path for task, path in found.items() if path is not None}
+
+    async def _ask(self, method: str) -> list[Any]:
+        client = self._models.engine_client.engine_core
+        return [
+            await client._call_utility_async(method, engine=engine)
+            for engine in client.core_engines
+        ]
+
+
+def refuse_without_lora(enabled: object) -> None:
+    """Raise CheckpointError where a checkpoint is to be served by a vLLM without LoRA."""
+    if not enabled:
+        raise CheckpointError(
+            "VLLM_VLORA_CHECKPOINT is set, but vLLM runs without LoRA; start it with --enable-lora"
+        )
+
+
+def refuse_name(request: LoRARequest, is_model: bool, listed: Container[str]) -> None:
+    """Raise CheckpointError where a task's name means something else here."""
+    if is_model or request.lora_name in listed:
+        raise CheckpointError(
+            f"task {request.lora_name!r} has the name of a served model or --lora-modules "
+            "adapter; give one of them another name"
+        )
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.plugins.vlora")

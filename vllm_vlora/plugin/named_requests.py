@@ -1,0 +1,324 @@
+"""An API server's requests by name: tasks and ordinary adapters, aliases, and blends as they come.
+
+``TaskRequests`` takes the place of the dictionary that vLLM looks names up in. What a name means may
+depend on the client (a canary), and who asks must be told which tasks answered: the ``Asked`` of a
+request has both, from the headers to the lookup and back. vLLM answers with the name in the
+``LoRARequest``, which is the task's, or the blend's in its one form; ``X-VLora-Tasks`` says it where
+another name was asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from vllm.lora.request import LoRARequest
+
+from vllm_vlora.blend_names import Blend, blend_text, is_alone
+from vllm_vlora.blending.resolving import resolve
+from vllm_vlora.checkpoint.aliases import Aliases
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.errors import BlendError
+from vllm_vlora.plugin.blend_paths import blend_path
+from vllm_vlora.plugin.identity import FIRST_ID, ID_SPAN, TaskPath, parse_task_path, task_paths
+from vllm_vlora.plugin.seam_table import NAME_SEAMS
+from vllm_vlora.plugin.settings import BLENDS_VARIABLE
+
+KEY_HEADER, TASKS_HEADER = b"x-vlora-key", b"x-vlora-tasks"
+# Blends that a server remembers. One more forgets the least recently asked for; making it anew is cheap.
+_MOST_BLENDS = 256
+# Of a key, which clients choose: more of it would only be hashed.
+_KEY_LENGTH = 256
+
+
+class Asked:
+    """One HTTP request: whose it is, and what the names in it have turned out to mean."""
+
+    def __init__(self, header: str | None) -> None:
+        self._header = header
+        self.user: str | None = None
+        self._random = secrets.token_hex(8)
+        self.answered: dict[str, LoRARequest] = {}
+
+    @property
+    def key(self) -> str:
+        """The header, else the body's ``user``, else one that no other request has."""
+        return (self._header or self.user or self._random)[:_KEY_LENGTH]
+
+
+_asked: ContextVar[Asked | None] = ContextVar("vlora_asked", default=None)
+
+
+class TaskRequests(dict[str, LoRARequest]):
+    """Name -> request, where a name may also be an alias or a blend.
+
+    Iteration, ``len`` and ``values`` have tasks, ordinary adapters and aliases; an alias stands there
+    under its own name, and is looked up as what it stands for.
+
+    Args:
+        requests: of tasks and ordinary adapters.
+        aliases: names that no request has.
+        blends: understand blends that no alias names.
+    """
+
+    def __init__(
+        self, requests: Mapping[str, LoRARequest], aliases: Aliases, blends: bool = True
+    ) -> None:
+        super().__init__(requests)
+        self._takes_blends = blends
+        self._blends: OrderedDict[str, LoRARequest] = OrderedDict()
+        self.aliases: Aliases = aliases
+
+    def own(self, name: str) -> LoRARequest | None:
+        """The request that a name has itself: a task's or an ordinary adapter's."""
+        return super().get(name)
+
+    def meaning(self, name: str) -> LoRARequest:
+        """The request that a name which is not in the dictionary stands for.
+
+        Raises:
+            BlendError: none.
+        """
+        asked = _asked.get()
+        if asked is not None and name in asked.answered:
+            return asked.answered[name]
+        if not self._takes_blends and name not in self.aliases:
+            raise BlendError(f"no task is called so, and blends are off ({BLENDS_VARIABLE})")
+        key = secrets.token_hex(8) if asked is None else asked.key
+        blend = resolve(name, _Tasks(self), self.aliases, key)
+        gone = [task for task, _ in blend if not dict.__contains__(self, task)]
+        if gone:
+            raise BlendError(f"{name!r} stands for task {gone[0]!r}, which was unloaded")
+        request = self._request(blend)
+        if asked is not None:
+            asked.answered[name] = request
+        return request
+
+    def _request(self, blend: Blend) -> LoRARequest:
+        if is_alone(blend):
+            return dict.__getitem__(self, blend[0].task)
+        paths = {task: path for task, _ in blend if (path := self._path(task)) is not None}
+        path = blend_path(paths, blend)
+        held = self._blends.get(str(path))
+        if held is None:
+            held = LoRARequest(blend_text(blend), self._free_id(path), str(path))
+            self._blends[held.lora_path] = held
+            if len(self._blends) > _MOST_BLENDS:
+                self._blends.popitem(last=False)
+        self._blends.move_to_end(held.lora_path)
+        return held
+
+    def _free_id(self, path: TaskPath) -> int:
+        """As a task's (``identity``), and no other's here, whoever made up the blend for that."""
+        taken = {request.lora_int_id for request in (*super().values(), *self._blends.values())}
+        offset = int(path.digest, 16) % ID_SPAN
+        while FIRST_ID + offset in taken:
+            offset = (offset + 1) % ID_SPAN
+        return FIRST_ID + offset
+
+    def _path(self, name: str) -> TaskPath | None:
+        """The path of a task of ours; None for ordinary adapters and what is not there."""
+        request = self.own(name)
+        return None if request is None else parse_task_path(request.lora_path)
+
+    # --- what vLLM asks of a dictionary ---
+
+    def __contains__(self, name: object) -> bool:
+        if super().__contains__(name):
+            return True
+        try:
+            return isinstance(name, str) and self.meaning(name) is not None
+        except BlendError:
+            return False
+
+    def __missing__(self, name: str) -> LoRARequest:
+        try:
+            return self.meaning(name)
+        except BlendError as error:
+            raise KeyError(name) from error
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The request of a name, or the default."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def __delitem__(self, name: str) -> None:
+        # vLLM's unload route takes any name that is looked up; one of the checkpoint's stays until it is
+        # published again.
+        if super().__contains__(name):
+            super().__delitem__(name)
+        elif name in self.aliases:
+            self.aliases = {n: routes for n, routes in self.aliases.items() if n != name}
+        else:
+            self._blends.pop(self[name].lora_path, None)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from super().__iter__()
+        yield from (name for name in self.aliases if self._stands(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def keys(self) -> Any:
+        """Names of tasks, ordinary adapters and aliases."""
+        return list(self)
+
+    def items(self) -> Any:
+        """Pairs of ``keys`` and ``values``."""
+        return [(name, self._card(name)) for name in self]
+
+    def values(self) -> Any:
+        """A request for each of ``keys``, whose name is that."""
+        return [self._card(name) for name in self]
+
+    def _stands(self, alias: str) -> bool:
+        """Whether an alias is to be listed: it is no adapter's name by now, and its tasks are there."""
+        tasks = (term.task for route in self.aliases[alias] for term in route.blend)
+        there = super().__contains__
+        return not there(alias) and all(map(there, tasks))
+
+    def _card(self, name: str) -> LoRARequest:
+        if super().__contains__(name):
+            return dict.__getitem__(self, name)
+        # What a canary answers with most; listed, and not looked up.
+        most = max(self.aliases[name], key=lambda route: route.share).blend
+        target = self._request(most)
+        return LoRARequest(name, target.lora_int_id, target.lora_path)
+
+
+class _Tasks:
+    """The tasks of ours among requests."""
+
+    def __init__(self, requests: TaskRequests) -> None:
+        self._requests = requests
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._requests._path(name) is not None
+
+
+def named_request(checkpoint: str | Path | Checkpoint, name: str, key: str = "") -> LoRARequest:
+    """A request for a task, a blend or an alias of a checkpoint, for ``vllm.LLM``.
+
+    Args:
+        key: of the client, for canaries.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read. BlendError: the name means nothing there.
+    """
+    from vllm_vlora.plugin.requests import requests_for
+
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    listed = {r.lora_name: r for r in requests_for(task_paths(opened))}
+    requests = TaskRequests(listed, opened.aliases)
+    token = _asked.set(Asked(key))
+    try:
+        return requests.own(name) or requests.meaning(name)
+    finally:
+        _asked.reset(token)
+
+
+# --- the API server -------------------------------------------------------------------------------
+
+
+def answering(name: str) -> str:
+    """The name of what answers a request of a name, as far as this request has looked it up."""
+    asked = _asked.get()
+    found = None if asked is None else asked.answered.get(name)
+    return name if found is None else found.lora_name
+
+
+class NameHeaders:
+    """ASGI middleware that brings a client's key to the lookup, and what it found to the client."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        header = dict(scope["headers"]).get(KEY_HEADER)
+        asked = Asked(None if header is None else header.decode("latin-1"))
+
+        async def with_tasks(message: Any) -> None:
+            if message["type"] == "http.response.start" and asked.answered:
+                names = dict.fromkeys(request.lora_name for request in asked.answered.values())
+                value = ",".join(quote(name, safe="*+-./ ") for name in names).encode()
+                message = {**message, "headers": [*message["headers"], (TASKS_HEADER, value)]}
+            await send(message)
+
+        token = _asked.set(asked)
+        try:
+            await self._app(scope, receive, with_tasks)
+        finally:
+            _asked.reset(token)
+
+
+def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def check(self: Any, request: Any) -> Any:
+        asked = _asked.get()
+        if asked is not None and isinstance(user := getattr(request, "user", None), str):
+            asked.user = user
+        refused = await original(self, request)
+        requests = self.models.lora_requests
+        if refused is not None and isinstance(requests, TaskRequests):
+            _explain(refused, request.model, requests)
+        return refused
+
+    return check
+
+
+def _explain(refused: Any, name: str, requests: TaskRequests) -> None:
+    """Say in a 404 what is wrong with a blend, where a name begins like one."""
+    try:
+        requests.meaning(name)
+    except BlendError as error:
+        if "no task is called" not in str(error):
+            refused.error.message = f"{refused.error.message} {error}"
+
+
+class _HeaderPlugin:
+    """What vLLM takes for one of its endpoint plugins, which has no routes of its own."""
+
+    name, required_tasks = "vlora-names", None
+
+    def attach_router(self, app: Any) -> None:
+        """Put the middleware around the routes."""
+        app.add_middleware(NameHeaders)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Nothing more is needed."""
+
+
+def _load_endpoint_plugins(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load(supported_tasks: Any = None) -> list[Any]:
+        return [*original(supported_tasks), _HeaderPlugin()]
+
+    return load
+
+
+def name_patches() -> list[tuple[Any, str, Any]]:
+    """What is put into vLLM's API server: (owner, attribute, new value).
+
+    Raises:
+        IncompatibleVLLMError: a place is missing or changed.
+    """
+    places = {seam.name: seam.find() for seam in NAME_SEAMS}
+    return [
+        (place.owner, place.attribute, _WRAPPERS[name.rpartition(".")[2]](place.value))
+        for name, place in places.items()
+    ]
+
+
+_WRAPPERS = {"_check_model": _check_model, "load_endpoint_plugins": _load_endpoint_plugins}

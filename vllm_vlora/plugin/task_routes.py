@@ -1,0 +1,82 @@
+"""``/v1/vlora/tasks``: the tasks of a server page by page, with what is known of each.
+
+An endpoint plugin of vLLM, which loads such only where ``VLLM_PLUGINS`` names them: routes are for the
+operator to open. ``/v1/models`` lists the same tasks, all at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+
+from vllm_vlora.plugin.counters import DISK
+from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.metrics import METRICS
+
+ROUTE = "/v1/vlora/tasks"
+_MOST = 1000
+
+
+class TaskRoutes:
+    """The plugin, as ``vllm.endpoint_plugins`` wants it."""
+
+    name = "vlora_tasks"
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the route to an API server."""
+        app.get(ROUTE, tags=["vlora"])(list_tasks)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Nothing: the route reads what the server has of its models."""
+
+
+# Not a coroutine, so it runs beside the event loop: sorting a hundred thousand names takes a while.
+def list_tasks(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=_MOST, description="Tasks on a page.")] = 100,
+    after: Annotated[str, Query(description="The last task of the page before.")] = "",
+) -> dict[str, Any]:
+    """The tasks that requests may name, in the order of their names.
+
+    A page's form is that of OpenAI's lists. Each task has its `digest`, which changes with its content,
+    and its `tier`: the best one that any engine core has it in (`device`, `host` or `disk`), or null
+    where that is not known. A task that comes or goes meanwhile moves no other from one page to the next.
+    """
+    models = getattr(request.app.state, "openai_serving_models", None)
+    requests: Mapping[str, Any] = getattr(models, "lora_requests", {})
+    tier_of, elsewhere = METRICS.tier_of(), DISK if METRICS.all_listed() else None
+    page: list[dict[str, Any]] = []
+    for name, digest in _tasks(requests, after):
+        if len(page) == limit:
+            return _answer(page, has_more=True)
+        tier = tier_of.get(name, elsewhere)
+        page.append({"id": name, "object": "vlora.task", "digest": digest, "tier": tier})
+    return _answer(page, has_more=False)
+
+
+def _tasks(requests: Mapping[str, Any], after: str) -> Iterator[tuple[str, str]]:
+    """Names behind ``after``, in order, and digests, of what is ours."""
+    # A copy, which no other thread changes.
+    names = [name for name in list(requests) if name > after]
+    heapq.heapify(names)
+    while names:
+        name = heapq.heappop(names)
+        found = requests.get(name)
+        path = found and parse_task_path(found.lora_path)
+        if path:
+            yield name, path.digest
+
+
+def _answer(page: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": has_more,
+    }
