@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,21 @@ def test_files_are_closed_with_the_checkpoint(tmp_path: Path) -> None:
         Checkpoint.open(DATA)
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= held + 1
+
+
+def test_another_process_may_have_it() -> None:
+    opened = Checkpoint.open(DATA)
+    _ = opened.record("bits")
+    again = pickle.loads(pickle.dumps(opened))
+    assert dict(again.tasks) == dict(opened.tasks)
+    assert again.content_digest == opened.content_digest
+
+
+def test_records_are_read_by_several_threads() -> None:
+    opened, want = Checkpoint.open(DATA), dict(Checkpoint.open(DATA).tasks)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(opened.record, [*want] * 50))
+    assert found == [*want.values()] * 50
 
 
 def test_a_task_that_is_not_there(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,11 +116,20 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """Decoded segments without their errors, and what of them says something about the weights."""
+    """Decoded segments without their errors, and the modules that they count."""
 
     segments: list[Segment]
-    identity: bytes
-    stands_on_basis: bool
+    modules: Sequence[ModuleSpec]
+
+    @cached_property
+    def identity(self) -> bytes:
+        """What of them says something about the weights."""
+        return identity_of(self.segments, self.modules)
+
+    def digest(self, sha256: str, basis: str) -> str:
+        """Of a task with these segments in a file with this SHA-256, beside bases of this digest."""
+        stands = stands_on_basis(self.segments, self.modules)
+        return task_digest(sha256, self.identity, basis if stands else None)
 
 
 def encode_parts(record: TaskRecord) -> tuple[bytes, bytes, bytes]:
@@ -229,6 +238,7 @@ class IndexedTasks(TaskTable):
 
     def __init__(self, path: Path, config: Config) -> None:
         self.file = path / config.tasks.file
+        self._opened = path, config
         self._modules = config.modules
         self._basis = basis_digest(config.basis)
         table = _Table(self.file, config)
@@ -241,6 +251,10 @@ class IndexedTasks(TaskTable):
         self._record = lru_cache(_KEPT)(self._read_record)
         self._shape = lru_cache(_KEPT)(self._read_shape)
         self._config = lru_cache(_KEPT)(self._read_config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens the file anew.
+        return IndexedTasks, self._opened
 
     def __getitem__(self, task_id: str) -> TaskRecord:
         if task_id not in self._rows:
@@ -325,8 +339,7 @@ class IndexedTasks(TaskTable):
         config = msgspec.json.decode(self._config(parts.config))
         record = join_parts(task_id, entry, own, shape.segments, config)
         check_names(self.file, task_id, record, self._modules)
-        basis = self._basis if shape.stands_on_basis else None
-        digest = task_digest(record.sha256, shape.identity, basis)
+        digest = shape.digest(record.sha256, self._basis)
         if entry_of(record) != entry or digest != self.digest(task_id):
             raise damaged(
                 self.file, f"what it says of task {task_id!r} is not what its record says"
@@ -338,7 +351,7 @@ class IndexedTasks(TaskTable):
         if any(segment.error for segment in segments):
             raise damaged(self.file, f"part {part} has errors, which are a task's own")
         check_segments(self.file, f"(part {part})", segments, self._modules)
-        return shape_of(segments, self._modules)
+        return Shape(segments, self._modules)
 
     def _read_config(self, part: int) -> bytes:
         config = self._decode(part, dict[str, Any])
@@ -350,11 +363,6 @@ class IndexedTasks(TaskTable):
             return decode_typed(self.part(part), kind)
         except JSONError as error:
             raise CheckpointError(f"{self._parts.path}: part {part}: {error}") from error
-
-
-def shape_of(segments: list[Segment], modules: Sequence[ModuleSpec]) -> Shape:
-    """These segments, with what of them says something about the weights."""
-    return Shape(segments, identity_of(segments, modules), stands_on_basis(segments, modules))
 
 
 def damaged(file: Path, what: str) -> CheckpointError:

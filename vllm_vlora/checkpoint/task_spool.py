@@ -28,7 +28,7 @@ from vllm_vlora.checkpoint.manifest import (
     format_version,
     hash_file,
 )
-from vllm_vlora.checkpoint.pinning import basis_digest, task_digest
+from vllm_vlora.checkpoint.pinning import basis_digest
 from vllm_vlora.checkpoint.task_entry import TaskEntry, TaskTable, entry_of
 from vllm_vlora.checkpoint.task_index import (
     COLUMNS,
@@ -37,10 +37,10 @@ from vllm_vlora.checkpoint.task_index import (
     IndexedTasks,
     Own,
     Parts,
+    Shape,
     Usage,
     encode_parts,
     join_parts,
-    shape_of,
 )
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 
@@ -219,13 +219,9 @@ class _Spool:
         for part, task_ids in by_part.items():
             segments = msgspec.json.decode(self._read(part), type=list[Segment])
             usage.add(segments)
-            shape = shape_of(segments, modules)
+            shape = Shape(segments, modules)
             for task_id in task_ids:
-                digest = task_digest(
-                    self.rows[task_id].entry.sha256,
-                    shape.identity,
-                    basis if shape.stands_on_basis else None,
-                )
+                digest = shape.digest(self.rows[task_id].entry.sha256, basis)
                 digests[task_id] = bytes.fromhex(digest)
         return digests, usage.segments()
 
