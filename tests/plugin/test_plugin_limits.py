@@ -381,16 +381,27 @@ def test_a_stream_is_refused_at_once_where_its_servers_own_are_surely_too_many(
 
 
 def test_the_error_has_status_429_wherever_vllm_answers_it(limits: Any) -> None:
-    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
     from vllm.exceptions import VLLMError
 
-    if "GracefulHTTPError" not in vars(importlib.import_module("vllm.exceptions")):
-        pytest.skip("before 0.30 vLLM has no such error, and the test below holds")
     error = limits._busy("2 requests of 'sql' wait already")
     assert isinstance(error, TaskBusyError)
     assert isinstance(error, VLLMError), "vLLM passes those on as they are"
-    answered = create_error_response(error).error
-    assert (answered.code, answered.message) == (429, "2 requests of 'sql' wait already")
+    app = FastAPI()
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    init_exception_handler(app)
+
+    @app.get("/")
+    async def answer() -> None:
+        raise error
+
+    answered = TestClient(app).get("/")
+    assert answered.status_code == 429
+    found = answered.json()["error"]
+    assert (found["code"], found["message"]) == (429, "2 requests of 'sql' wait already")
+    assert found["type"] == "Too Many Requests"
 
 
 def test_before_vllm_has_such_errors_its_web_framework_answers(

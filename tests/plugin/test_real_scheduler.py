@@ -169,6 +169,23 @@ def test_a_burst_keeps_nobody_waiting(make: Make, policy: str) -> None:
     assert set(engine.answers.values()) == {5}
 
 
+def test_fairness_takes_no_more_steps(make: Make) -> None:
+    """What an engine does in a step is the same; only whose requests are in it differs."""
+    steps, few = {}, {}
+    for fair in (False, True):
+        engine = make(Settings(fair=fair))
+        engine.send(*(engine.request(f"burst {i}", "sql", answer=16) for i in range(100)))
+        engine.send(*(engine.request(f"few {i}", (None, "a")[i % 2]) for i in range(10)))
+        steps[fair] = 0
+        while engine.scheduler.has_unfinished_requests():
+            engine.step()
+            steps[fair] += 1
+            if sum(name.startswith("few") for name in engine.answers) < 10:
+                few[fair] = steps[fair]
+    assert steps[True] <= steps[False] / 0.95
+    assert few[True] < few[False] / 10
+
+
 def test_priorities_come_first(make: Make) -> None:
     engine = make(Settings(fair=True), "priority")
     engine.send(*(engine.request(f"burst {i}", "sql", priority=1) for i in range(10)))
