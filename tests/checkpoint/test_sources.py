@@ -34,6 +34,7 @@ from vllm_vlora.checkpoint.pinning import pinned
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.sources import checkpoint_folder, fixed_checkpoint
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.editing.aliasing import set_alias
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError, OutputError, VLoRAError
 from vllm_vlora.plugin import _checkpoint_folder
@@ -51,6 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
     writer = AttachmentWriter(world.checkpoint)
     writer.attach(OLD[0], {template.name: template})
     writer.finish()
+    set_alias(world.checkpoint, "prod", OLD[0])
     return world
 
 
@@ -106,6 +108,7 @@ def test_a_checkpoint_at_a_url_is_the_folder_byte_for_byte(
     assert opened.content_digest == Checkpoint.open(world.checkpoint).content_digest
     assert opened.path.name == opened.content_digest
     assert opened.attachments[OLD[0]]
+    assert opened.aliases["prod"][0].blend[0].task == OLD[0]
     assert validate(f"{server.url}/ckpt") == []
     asked = dict(server.asked)
     Checkpoint.open(f"{server.url}/ckpt")
