@@ -7,15 +7,30 @@ takes long or publishes something therefore asks here before it goes on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _received: list[int] = []
+_kept_whole: list[None] = []
 
 
 def stop(number: int, frame: FrameType | None) -> None:
     """A handler for ``signal.signal``: notes the signal and raises KeyboardInterrupt."""
     _received.append(number)
-    raise KeyboardInterrupt
+    if not _kept_whole:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def kept_whole() -> Iterator[None]:
+    """A short block that a signal interrupts at its end, not within."""
+    _kept_whole.append(None)
+    try:
+        yield
+    finally:
+        _kept_whole.pop()
+    check_not_stopped()
 
 
 def stopped_by(number: int) -> bool:

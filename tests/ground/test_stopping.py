@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_vlora import stopping
+
 # The signal comes while the garbage collector closes a generator, where exceptions are only printed.
 SWALLOWED = """
 import os, signal, sys, typer
@@ -73,3 +75,19 @@ def test_a_signal_that_was_swallowed_comes_again(
     assert found.returncode == code, found.stderr
     assert "Error: interrupted" in found.stderr
     assert list((tmp_path / "place").iterdir()) == []
+
+
+def test_a_block_that_is_kept_whole_is_interrupted_at_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stopping, "_received", [])
+    done = []
+
+    def block() -> None:
+        with stopping.kept_whole():
+            stopping.stop(signal.SIGTERM, None)
+            done.append("whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert done == ["whole"]

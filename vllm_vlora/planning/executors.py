@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from vllm_vlora.errors import OptionError, VLoRAError
-from vllm_vlora.stopping import check_not_stopped
+from vllm_vlora.stopping import check_not_stopped, kept_whole
 
 EXECUTORS = ("auto", "serial", "processes", "ray")
 # What work a process must find for its start, mostly the import of torch, to pay.
@@ -192,7 +192,9 @@ class _Child(SpawnProcess):
     def start(self) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            super().start()
+            # Interrupted between the two, a child that is there waits for what it is to do, and says so.
+            with kept_whole():
+                super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
