@@ -306,6 +306,7 @@ def test_a_late_task_is_held_and_forgotten_with_its_adapters_and_slot(
     while not manager.stage(late):
         time.sleep(0.001)
     assert store.nbytes == before
+    assert manager.hold(late).nbytes > 0
     assert manager.hold(late) == managing.Held()
     assert late.lora_path in manager.held_paths()
     assert store.nbytes > before

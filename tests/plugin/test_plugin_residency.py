@@ -44,7 +44,7 @@ def test_no_budget_is_passed_and_nothing_in_use_gives_way(
             with pytest.raises(MemoryBudgetError, match=f"no room for task '{name}'"):
                 workers.residency.place(lora(name))
         else:
-            assert workers.residency.place(lora(name)) == fits
+            assert (workers.residency.place(lora(name)) is not None) == fits
         if fits:
             order[name] = None
             order.move_to_end(name)
@@ -62,10 +62,10 @@ def test_no_budget_is_passed_and_nothing_in_use_gives_way(
 def test_workers_are_asked_once_a_task_and_never_for_what_they_began_with() -> None:
     workers = Workers([12], {"a": [4], "b": [4], "s": [4]}, start=("s",))
     for name in ("s", "a", "b", "a", "s", "b"):
-        assert workers.residency.place(lora(name))
+        assert workers.residency.place(lora(name)) is not None
     assert workers.told == ["a", "b"]
     workers.sizes["c"] = [8]
-    assert workers.residency.place(lora("c"))
+    assert workers.residency.place(lora("c")) == 8
     assert workers.on == [{"b", "c"}], "what they began with gives way like the others"
 
 
@@ -78,7 +78,7 @@ def test_a_task_that_one_worker_cannot_read_is_held_by_none() -> None:
         assert workers.on == [set(), set()]
     assert workers.dropped == ["a", "a"]
     workers.broken.clear()
-    assert workers.residency.place(lora("a"))
+    assert workers.residency.place(lora("a")) == 4
     assert workers.on == [{"a"}, {"a"}]
 
 

@@ -58,7 +58,7 @@ class Workers:
             over = max(0, self.nbytes(worker) + size - budget)
             if not over:
                 self.on[worker].add(name)
-            answers.append(Held(over=over))
+            answers.append(Held(over=over, nbytes=size))
         return answers
 
     def forget(self, path: str, wholly: bool = False) -> None:

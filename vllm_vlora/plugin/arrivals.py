@@ -94,17 +94,17 @@ class Arrivals:
 
     def _let_in(self, request: Any) -> None:
         try:
-            placed = self._residency.place(request)
+            nbytes = self._residency.place(request)
         except VLoRAError as error:
             self._counters.refused(error)
             for waiter in self._arrived(request).waiters:
                 waiter.failed(error)
             return
-        if not placed:
+        if nbytes is None:
             self._full_of = self._residency.in_use()
             return
         arrival = self._arrived(request)
-        self._counters.loaded(arrival.source, time.monotonic() - arrival.since)
+        self._counters.loaded(arrival.source, time.monotonic() - arrival.since, nbytes)
         for waiter in arrival.waiters:
             waiter.ready()
 

@@ -137,7 +137,7 @@ class Tasks:
             return True
         if self._ticker is not None:
             return False
-        if not self.residency.place(lora):
+        if self.residency.place(lora) is None:
             raise MemoryBudgetError(
                 f"no room for task {lora.lora_name!r} beside the tasks that requests in flight use; ask "
                 f"again later, or set {LATE_VARIABLE} or {DEVICE_VARIABLE} higher"

@@ -243,6 +243,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         Nothing is raised: with several workers, each must answer.
         """
         try:
+            before = self.vlora_store.held(request.lora_path)
             over = self.vlora_store.place(_path_of(request))
             if over:
                 return Held(over=over)
@@ -254,7 +255,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         except Exception as error:
             logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
             return Held(error=TaskLoadError(f"{request.lora_path}: {error}"))
-        return Held()
+        nbytes = self.vlora_store.nbytes_of(request.lora_path)
+        return Held(nbytes=nbytes if before is None else 0)
 
     def _prepare(self, task: ResidentTask) -> None:
         """Arrange a task's writes now and not in its first step."""

@@ -31,10 +31,12 @@ class Held(NamedTuple):
     Attributes:
         over: bytes by which its tasks would be above the budget with it; above 0 it does not hold it.
         error: why it could not be loaded; the worker then holds nothing of it.
+        nbytes: that were copied to its device.
     """
 
     over: int = 0
     error: VLoRAError | None = None
+    nbytes: int = 0
 
 
 class Workers(Protocol):
@@ -94,8 +96,11 @@ class Residency:
         self._held.move_to_end(path)
         return True
 
-    def place(self, request: Any) -> bool:
-        """Have a request's task held by every worker; False where tasks in use leave no room now.
+    def place(self, request: Any) -> int | None:
+        """Have a request's task held by every worker; None where tasks in use leave no room now.
+
+        Returns:
+            Bytes that were copied to a device, the most of any.
 
         Raises:
             MemoryBudgetError: there is no room for it, whatever gives way.
@@ -103,26 +108,21 @@ class Residency:
         """
         path = request.lora_path
         if self.touch(path):
-            return True
+            return 0
         try:
-            placed, alone = self._make_room_for(request)
+            answers = self._make_room_for(request)
         except BaseException:
             self._workers.forget(path, wholly=True)
             raise
-        if placed:
-            self._held[path] = None
-            return True
-        # Some of the workers may have had room.
-        self._workers.forget(path, wholly=alone)
-        if alone:
-            raise MemoryBudgetError(
-                f"no room for task {request.lora_name!r}: it is larger than all that tasks may take on "
-                f"a device; set {LATE_VARIABLE} higher"
-            )
-        return False
+        if not answers:
+            # Some of the workers may have had room.
+            self._workers.forget(path)
+            return None
+        self._held[path] = None
+        return max(answer.nbytes for answer in answers)
 
-    def _make_room_for(self, request: Any) -> tuple[bool, bool]:
-        """Whether the task is held, and whether no other task is."""
+    def _make_room_for(self, request: Any) -> list[Held]:
+        """What the workers said when all of them held the task; nothing where there is no room now."""
         idle: list[str] | None = None
         while True:
             answers = self._workers.hold(request)
@@ -130,12 +130,17 @@ class Residency:
             if error is not None:
                 raise error
             if max(answer.over for answer in answers) <= 0:
-                return True, False
+                return answers
             if idle is None:
                 used = self.in_use()
                 idle = [path for path in reversed(self._held) if path not in used]
+            if not idle and self._held:
+                return []
             if not idle:
-                return False, not self._held
+                raise MemoryBudgetError(
+                    f"no room for task {request.lora_name!r}: it is larger than all that tasks may take "
+                    f"on a device; set {LATE_VARIABLE} higher"
+                )
             self.forget(idle.pop())
             if self._counters is not None:
                 self._counters.evicted()

@@ -356,6 +356,10 @@ class ResidentStore:
         direct = 0 if self.direct is None else self.direct.memory().total
         return direct + self.materialized_nbytes
 
+    def nbytes_of(self, path: str) -> int:
+        """Bytes of a task on the device, without what it shares."""
+        return self._placed[path].nbytes
+
     @property
     def materialized_nbytes(self) -> int:
         """Bytes of what is not held for direct tasks."""
