@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import settings
 # A busy machine may take longer over an example than Hypothesis expects; pytest has a limit anyway.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+# Started in the background of a script a process ignores Ctrl-C, and so does what it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, longest first: two processes end together only if a long one does not
 # come last. The others follow in their usual order.

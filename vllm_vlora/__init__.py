@@ -5,11 +5,10 @@ Names are imported on first use: ``import vllm_vlora`` alone imports neither tor
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from vllm_vlora._version import __version__
-from vllm_vlora.lazy import names_on_first_use
+from vllm_vlora.lazy import is_installed, names_on_first_use
 
 if TYPE_CHECKING:
     from vllm_vlora.adapters.discovery import FoundAdapters, find_adapters
@@ -197,7 +196,7 @@ __all__ = [
     "waiting_at_most",
 ]
 # Its home imports vLLM, which a plain install lacks: `import *` takes the others.
-if find_spec("vllm") is None:
+if not is_installed("vllm"):
     __all__.remove("lora_request")
 
 

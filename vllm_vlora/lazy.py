@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -23,3 +24,11 @@ def names_on_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str]
         return value
 
     return get
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package could be imported; nothing of it is."""
+    try:
+        return find_spec(package) is not None
+    except ImportError:
+        return False

@@ -118,6 +118,7 @@ class Listing:
                 wanted[name] = before
             elif shown.own(name) is None:
                 shown[name] = request
+        self._loaded.difference_update(request.lora_path for request in self._listed.values())
         self._loaded.update(request.lora_path for request in found)
         self._listed = wanted
 

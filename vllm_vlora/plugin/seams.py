@@ -29,6 +29,7 @@ from vllm_vlora.errors import (
     TaskLoadError,
     VLoRAError,
 )
+from vllm_vlora.plugin.blend_paths import is_blend_path
 from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.core_metrics import metrics_snapshot
 from vllm_vlora.plugin.counters import METRICS_METHOD
@@ -239,7 +240,7 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         if path is not None:
             with _as_the_callers_error(request):
                 self.add_lora(request)
-            _loaded_paths(self).add(path)
+            _loaded_paths(self).add(str(path))
         elif request is not None:
             # An engine core in this process raises, which must be before the request is in the books.
             ensure_in_process(self.engine_core, request)
@@ -258,7 +259,9 @@ def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
         if path is not None:
             with _as_the_callers_error(request):
                 await self.add_lora(request)
-            _loaded_paths(self).add(path)
+            # Clients can make up any number of blends; theirs are asked for each time.
+            if not is_blend_path(path):
+                _loaded_paths(self).add(str(path))
         return await original(self, *args, **kwargs)
 
     return add_request
@@ -275,11 +278,11 @@ def _as_the_callers_error(request: Any) -> Iterator[None]:
         raise TaskLoadError(f"task {request.lora_name!r}: {error}") from error
 
 
-def _new_path(engine: Any, request: LoRARequest | None) -> str | None:
+def _new_path(engine: Any, request: LoRARequest | None) -> TaskPath | None:
     """The path of a request for a task of ours that this engine was not seen to load."""
-    if request is None or parse_task_path(request.lora_path) is None:
+    if request is None or request.lora_path in _loaded_paths(engine):
         return None
-    return None if request.lora_path in _loaded_paths(engine) else request.lora_path
+    return parse_task_path(request.lora_path)
 
 
 def _loaded_paths(engine: Any) -> set[str]:
