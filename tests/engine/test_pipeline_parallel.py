@@ -42,7 +42,7 @@ def held(worker):
         "modules": sorted({name.split(".")[2] for name in manager.modules if "layers" in name}),
         "tasks": memory.bases + memory.cores + memory.factors + manager.vlora_store.materialized_nbytes,
         "direct tasks": len(manager.direct_paths()),
-        "late": manager.vlora_store.late_nbytes,
+        "bad": [path for path in manager.held_paths() if "rank" in path],
     }
 
 def main():
@@ -139,4 +139,4 @@ def test_two_ranks_answer_as_stock_on_one_and_each_holds_its_layers(world: World
     assert (
         f"module {second} is 96 x 128 (d_out x d_in) in the checkpoint and 128 x 128" in errors[1]
     )
-    assert [rank["late"] for rank in late] == [0, 0]
+    assert [rank["bad"] for rank in late] == [[], []]

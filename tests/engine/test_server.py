@@ -175,8 +175,15 @@ def test_a_task_beyond_the_budget_is_a_bad_request_and_the_server_lives(
 ) -> None:
     first, second, *_ = ADAPTERS
     path = world.compress("full", {"task": world.adapters[first]}, ratio=0.1)
+    # The first fits into so many bytes, the second does not.
     server = Server(
-        world, tmp_path / "log", path, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", VLLM_VLORA_LATE_MIB="0"
+        world,
+        tmp_path / "log",
+        path,
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
+        VLLM_VLORA_FOLLOW="off",
+        VLLM_VLORA_DEVICE_BYTES=str(64 << 10),
+        VLLM_VLORA_LATE_MIB="0",
     )
     try:
         assert server.wait(), server.log.read_text()[-4000:]
@@ -192,7 +199,7 @@ def test_a_task_beyond_the_budget_is_a_bad_request_and_the_server_lives(
             timeout=60,
         )
         assert answer.status_code == 500
-        assert "may take VLLM_VLORA_LATE_MIB on each device" in answer.json()["error"]["message"]
+        assert "it is larger than all that tasks may take" in answer.json()["error"]["message"]
         assert ids(server.text("task", PROMPTS[0])) == words(world.reference[first][0])
     finally:
         server.stop()
@@ -205,7 +212,13 @@ def test_a_task_that_gave_way_and_is_gone_fails_its_request_alone(
     first, second, *_ = ADAPTERS
     path = world.compress("gone", {"task": world.adapters[first]}, ratio=0.1)
     server = Server(
-        world, tmp_path / "log", path, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", VLLM_VLORA_LATE_MIB="1"
+        world,
+        tmp_path / "log",
+        path,
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
+        VLLM_VLORA_DEVICE_BYTES="0",
+        VLLM_VLORA_HOST_BYTES="0",
+        VLLM_VLORA_LATE_MIB="1",
     )
     try:
         assert server.wait(), server.log.read_text()[-4000:]
