@@ -100,7 +100,7 @@ def test_a_request_that_waited_is_counted_once() -> None:
     manager = SimpleNamespace(
         held_paths=list,
         stage=lambda request: request.lora_name in staged,
-        hold=lambda request: Held(),
+        hold=lambda request, instead_of: Held(),
     )
     worker = SimpleNamespace(
         model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))

@@ -47,7 +47,7 @@ class Core:
             return state[0] == digest
 
         manager = SimpleNamespace(
-            hold=lambda request: workers.hold(request)[number],
+            hold=lambda request, instead_of: workers.hold(request, instead_of)[number],
             forget=lambda path, wholly: workers.on[number].discard(_name(path)),
             stage=lambda request: request.lora_name in self.staged,
             held_paths=lambda: [path_of(name) for name in workers.on[number]],
@@ -196,7 +196,7 @@ def test_what_gave_way_is_asked_anew_how_it_runs() -> None:
     core: Any = Core(budget=4, b=4, c=4)
     core.add_lora(lora("b"))
     core.add_lora(lora("c"))
-    assert core.scheduler._vlora_kinds == {}
+    assert core.scheduler._vlora_kinds == {path_of("c"): False}, "as the workers said of it"
 
 
 def test_an_engine_core_says_what_all_its_workers_serve() -> None:

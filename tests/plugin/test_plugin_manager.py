@@ -300,14 +300,14 @@ def test_a_late_task_is_held_and_forgotten_with_its_adapters_and_slot(
 
     manager, store = worker.manager, worker.manager.vlora_store
     before = store.nbytes
-    assert manager.hold(worker.request("joint", 11)) == managing.Held()
+    assert manager.hold(worker.request("joint", 11)) == managing.Held(direct=True)
     later = build(tmp_path / "later", seed=1)
     late = LoRARequest("one", 21, str(task_path(later, "one")))
     while not manager.stage(late):
         time.sleep(0.001)
     assert store.nbytes == before
     assert manager.hold(late).nbytes > 0
-    assert manager.hold(late) == managing.Held()
+    assert manager.hold(late) == managing.Held(direct=True)
     assert late.lora_path in manager.held_paths()
     assert store.nbytes > before
     for number in (21, 22):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,9 @@ class Workers:
     def held(self) -> list[str]:
         return [path_of(name) for name in self.start]
 
-    def hold(self, request: Any) -> list[Held]:
+    def hold(self, request: Any, instead_of: Sequence[str] = ()) -> list[Held]:
+        for path in instead_of:
+            self.forget(path)
         name = request.lora_name
         self.told.append(name)
         answers = []

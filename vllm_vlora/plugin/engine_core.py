@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -41,8 +41,8 @@ def _manager(worker: Any) -> Any:
     return worker.model_runner.lora_manager._adapter_manager
 
 
-def _hold(worker: Any, request: Any) -> Held:
-    return _manager(worker).hold(request)
+def _hold(worker: Any, request: Any, instead_of: list[str]) -> Held:
+    return _manager(worker).hold(request, instead_of)
 
 
 def _stage(worker: Any, requests: list[Any]) -> list[bool]:
@@ -89,13 +89,24 @@ class _Workers:
         first, *others = self._ask(_held)
         return [path for path in first if all(path in other for other in others)]
 
-    def hold(self, request: Any) -> list[Held]:
-        return self._ask(_hold, args=(request,))
+    def hold(self, request: Any, instead_of: Sequence[str] = ()) -> list[Held]:
+        answers = self._ask(_hold, args=(request, list(instead_of)))
+        kinds = self._kinds()
+        for path in instead_of:
+            kinds.pop(path, None)
+        if all(answer.over <= 0 and answer.error is None for answer in answers):
+            # What the scheduler would ask for next.
+            kinds[request.lora_path] = all(answer.direct for answer in answers)
+        return answers
 
     def forget(self, path: str, wholly: bool = False) -> None:
         self._ask(_forget, args=(path, wholly))
         # How it runs is asked anew when it comes back.
-        self._core.scheduler.__dict__.get("_vlora_kinds", {}).pop(path, None)
+        self._kinds().pop(path, None)
+
+    def _kinds(self) -> dict[str, bool]:
+        """Which tasks run direct, as the scheduler knows it; see ``scheduling``."""
+        return self._core.scheduler.__dict__.setdefault("_vlora_kinds", {})
 
     def tidy(self) -> None:
         self._ask(_tidy)

@@ -237,12 +237,17 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """Have a task read into host memory, beside the steps; whether that is done."""
         return self.vlora_store.stage(_path_of(request))
 
-    def hold(self, request: LoRARequest) -> Held:
+    def hold(self, request: LoRARequest, instead_of: Iterable[str] = ()) -> Held:
         """Have a task on the device; an error is in the answer.
 
         Nothing is raised: with several workers, each must answer.
+
+        Args:
+            instead_of: paths of tasks whose places there are given up before.
         """
         try:
+            for path in instead_of:
+                self.forget(path)
             before = self.vlora_store.held(request.lora_path)
             over = self.vlora_store.place(_path_of(request))
             if over:
@@ -256,7 +261,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
             return Held(error=TaskLoadError(f"{request.lora_path}: {error}"))
         nbytes = self.vlora_store.nbytes_of(request.lora_path)
-        return Held(nbytes=nbytes if before is None else 0)
+        return Held(nbytes=nbytes if before is None else 0, direct=self.runs_direct(request))
 
     def _prepare(self, task: ResidentTask) -> None:
         """Arrange a task's writes now and not in its first step."""

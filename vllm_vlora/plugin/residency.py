@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from vllm_vlora.errors import MemoryBudgetError, VLoRAError
@@ -31,12 +31,13 @@ class Held(NamedTuple):
     Attributes:
         over: bytes by which its tasks would be above the budget with it; above 0 it does not hold it.
         error: why it could not be loaded; the worker then holds nothing of it.
-        nbytes: that were copied to its device.
+        nbytes: that were copied to its device. direct: whether the task runs direct.
     """
 
     over: int = 0
     error: VLoRAError | None = None
     nbytes: int = 0
+    direct: bool = False
 
 
 class Workers(Protocol):
@@ -45,8 +46,8 @@ class Workers(Protocol):
     def held(self) -> Iterable[str]:
         """The paths that all of them hold, in the order in which they may give way."""
 
-    def hold(self, request: Any) -> list[Held]:
-        """Tell each to have a request's task on its device."""
+    def hold(self, request: Any, instead_of: Sequence[str] = ()) -> list[Held]:
+        """Tell each to have a request's task on its device, after it took these paths off it."""
 
     def forget(self, path: str, wholly: bool = False) -> None:
         """Tell each to take a path off its device; ``wholly``: and to keep nothing of it elsewhere."""
@@ -124,8 +125,9 @@ class Residency:
     def _make_room_for(self, request: Any) -> list[Held]:
         """What the workers said when all of them held the task; nothing where there is no room now."""
         idle: list[str] | None = None
+        instead_of: list[str] = []
         while True:
-            answers = self._workers.hold(request)
+            answers = self._workers.hold(request, instead_of)
             error = next((answer.error for answer in answers if answer.error), None)
             if error is not None:
                 raise error
@@ -141,13 +143,18 @@ class Residency:
                     f"no room for task {request.lora_name!r}: it is larger than all that tasks may take "
                     f"on a device; set {LATE_VARIABLE} higher"
                 )
-            self.forget(idle.pop())
+            instead_of = [idle.pop()]
+            self._let_go(instead_of[0])
             if self._counters is not None:
                 self._counters.evicted()
 
     def forget(self, path: str, wholly: bool = False) -> None:
         """Take a task off the devices; ``wholly``: and keep nothing of it elsewhere."""
         self._workers.forget(path, wholly)
+        self._let_go(path)
+
+    def _let_go(self, path: str) -> None:
+        """Take a path out of the books; that the workers are told is the caller's business."""
         self._held.pop(path, None)
         self._retired.pop(path, None)
         self._numbers.pop(self._renumbered.pop(path, 0), None)
