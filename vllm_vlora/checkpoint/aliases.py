@@ -18,18 +18,15 @@ from typing import Annotated, NamedTuple, TypeAlias
 import msgspec
 
 from vllm_vlora.blend_names import Blend, Term, checked_blend, is_alone, weight_text
+from vllm_vlora.checkpoint.beside import VERSION, decode_beside, read_beside
 from vllm_vlora.checkpoint.manifest import is_checkpoint
 from vllm_vlora.errors import BlendError, CheckpointError, OutputError, TaskIdError
-from vllm_vlora.links import refuse_link_out
-from vllm_vlora.regular_files import JSON_BYTES, read_regular
-from vllm_vlora.strict_json import JSONError, decode_typed
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import quoted
 
 ALIASES_FILE = "aliases.json"
 MAX_ROUTES = 16
 MAX_SHARE = 1_000_000
-_VERSION = 1
 
 
 class Route(NamedTuple):
@@ -64,13 +61,9 @@ def read_aliases(checkpoint: Path, tasks: Container[str] | None) -> dict[str, tu
         CheckpointError: the file is damaged or newer, or does not fit the tasks.
     """
     file = checkpoint / ALIASES_FILE
-    refuse_link_out(file, checkpoint, CheckpointError)
-    try:
-        data = read_regular(file, JSON_BYTES)
-    except FileNotFoundError:
+    data = read_beside(file)
+    if data is None:
         return {}
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
     aliases = decode_aliases(data, file)
     fault = None if tasks is None else alias_fault(aliases, tasks)
     if fault is not None:
@@ -84,12 +77,7 @@ def decode_aliases(data: bytes, file: Path = Path(ALIASES_FILE)) -> dict[str, tu
     Raises:
         CheckpointError: the text is damaged or newer.
     """
-    try:
-        found = decode_typed(data, _File)
-    except JSONError as error:
-        raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from error
-    if found.version != _VERSION:
-        raise CheckpointError(f"{file}: version {found.version!r} is unknown; upgrade vllm-vlora")
+    found = decode_beside(file, data, _File)
     return {name: _routes(file, name, routes) for name, routes in found.aliases.items()}
 
 
@@ -102,7 +90,7 @@ def encode_aliases(aliases: Aliases) -> bytes:
         ]
         for name, routes in sorted(aliases.items())
     }
-    return msgspec.json.format(msgspec.json.encode(_File(_VERSION, content)))
+    return msgspec.json.format(msgspec.json.encode(_File(VERSION, content)))
 
 
 class AliasFault(str):

@@ -19,15 +19,13 @@ from typing import TypeAlias
 import msgspec
 
 from vllm_vlora.adapters.companions import is_companion
+from vllm_vlora.checkpoint.beside import VERSION, decode_beside, read_beside
 from vllm_vlora.checkpoint.manifest import FileRef, hash_file, read_checked
 from vllm_vlora.errors import CheckpointError, OutputError
-from vllm_vlora.links import refuse_link_out
-from vllm_vlora.regular_files import JSON_BYTES, open_regular, read_regular
-from vllm_vlora.strict_json import JSONError, decode_typed
+from vllm_vlora.regular_files import open_regular
 
 ATTACHMENTS_FILE = "attachments.json"
 ATTACHMENTS_FOLDER = "attachments"
-_VERSION = 1
 
 Attached: TypeAlias = Mapping[str, FileRef]
 """Name in the adapter's folder -> where the file is kept."""
@@ -45,19 +43,10 @@ def read_attachments(checkpoint: Path, tasks: Iterable[str]) -> dict[str, dict[s
         CheckpointError: the index is damaged, newer, or names files that are not its own.
     """
     file = checkpoint / ATTACHMENTS_FILE
-    refuse_link_out(file, checkpoint, CheckpointError)
-    try:
-        data = read_regular(file, JSON_BYTES)
-    except FileNotFoundError:
+    data = read_beside(file)
+    if data is None:
         return {}
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
-    try:
-        index = decode_typed(data, _Index)
-    except JSONError as error:
-        raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from error
-    if index.version != _VERSION:
-        raise CheckpointError(f"{file}: version {index.version!r} is unknown; upgrade vllm-vlora")
+    index = decode_beside(file, data, _Index)
     known = set(tasks)
     found = {task: files for task, files in index.tasks.items() if task in known}
     for task, files in found.items():
@@ -80,7 +69,7 @@ def read_attached(checkpoint: Path, files: Attached) -> dict[str, bytes]:
 
 def encode_attachments(tasks: Mapping[str, Attached]) -> bytes:
     """``attachments.json``, indented for people."""
-    index = _Index(_VERSION, {task: dict(files) for task, files in tasks.items()})
+    index = _Index(VERSION, {task: dict(files) for task, files in tasks.items()})
     return msgspec.json.format(msgspec.json.encode(index))
 
 
