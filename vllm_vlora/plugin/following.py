@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from functools import cached_property
 from pathlib import Path
 
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE
@@ -32,8 +31,6 @@ _TRY_AGAIN = 2.0
 # What is new is read once before it is served, up to so many bytes, about two seconds' worth; beyond
 # them a file's size must do until it is loaded, which then fails for its own requests alone.
 READ_NBYTES = 2 << 30
-
-
 # Refusals that nobody asked for yet.
 _MOST_REFUSALS = 100
 
@@ -46,13 +43,9 @@ class State:
         paths = task_paths(checkpoint)
         self.paths: dict[str, str] = {task: str(path) for task, path in paths.items()}
         self.tasks: dict[str, str] = {path: task for task, path in self.paths.items()}
-        # Now, as what lies there later may be another state's.
-        self.aliases = checkpoint.aliases
-
-    @cached_property
-    def digest(self) -> str:
-        """Of all that is served of it; equal for equal states on every machine."""
-        return self.checkpoint.content_digest
+        # Now, as what lies there later may be another state's. The digest is of all that is served,
+        # and equal for equal states on every machine.
+        self.aliases, self.digest = checkpoint.aliases, checkpoint.content_digest
 
 
 class Follower:
