@@ -15,6 +15,7 @@ import numpy as np
 from harness import (
     WrongResultError,
     count,
+    count_list,
     cpu_name,
     end_record,
     in_another_process,
@@ -24,6 +25,7 @@ from harness import (
     table,
     write_json,
 )
+from serving.loads import zipf_probabilities
 from serving.program import CPU_ENVIRONMENT, ENVIRONMENT
 from serving.world import World, WorldPlan
 
@@ -61,11 +63,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-len", type=count, default=4, help="tokens (default: 4)")
     parser.add_argument("--model", default="tiny", help="as of the benchmark serving")
     parser.add_argument("--work", type=Path, help="where adapters are kept (default: nowhere)")
-    parser.add_argument("--start", type=_counts, help="tasks of checkpoints that are only started")
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(count(part) for part in text.split(","))
+    parser.add_argument(
+        "--start", type=count_list, help="tasks of checkpoints that are only started"
+    )
 
 
 def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -146,9 +146,8 @@ def _rounds(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def _zipf(random: np.random.Generator, tasks: int, requests: int) -> list[int]:
     """Task numbers, the k-th most popular with a weight of 1 / k, which is which by chance."""
-    weights = 1 / np.arange(1, tasks + 1)
     names = random.permutation(tasks)
-    return [int(names[rank]) for rank in random.choice(tasks, requests, p=weights / weights.sum())]
+    return names[random.choice(tasks, requests, p=zipf_probabilities(tasks))].tolist()
 
 
 def _ask(

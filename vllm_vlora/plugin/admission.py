@@ -11,13 +11,18 @@ by requests that need none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 RequestT = TypeVar("RequestT")
 Alive = Callable[[str], bool]
 
 # Requests let in before those that have ended since are looked for and forgotten.
 _COUNT_AGAIN = 1024
+
+
+def kinds_of(scheduler: Any) -> dict[str, bool]:
+    """Paths of our tasks that a scheduler was asked for -> whether they run direct."""
+    return scheduler.__dict__.setdefault("_vlora_kinds", {})
 
 
 class Admission(Generic[RequestT]):

@@ -72,10 +72,6 @@ class Arrivals:
         """Whether somebody waits for a task; who comes later must not overtake them."""
         return path in self._awaited
 
-    def paths(self) -> set[str]:
-        """The tasks that are waited for."""
-        return set(self._awaited)
-
     def advance(self) -> None:
         """Let in who waits for what has come, and begin what is next."""
         first = [arrival.request for arrival in self._awaited.values()][:_STAGED_AT_ONCE]

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from vllm_vlora.plugin.counters import CATALOGUE, DEVICE, HOST, counters_of
-from vllm_vlora.plugin.engine_core import tasks_of
+from vllm_vlora.plugin.engine_core import manager_of, tasks_of
 
 
 class _Report(NamedTuple):
@@ -31,7 +31,7 @@ class _Report(NamedTuple):
 
 
 def _report(worker: Any, paths: list[str], listed: int) -> _Report:
-    manager = worker.model_runner.lora_manager._adapter_manager
+    manager = manager_of(worker)
     store = manager.vlora_store
     held = [task for path in paths if (task := store.held(path)) is not None]
     host_tasks, host_names = store.host_tasks(listed)

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
+from vllm_vlora.plugin.admission import kinds_of
 from vllm_vlora.plugin.arrivals import Arrivals, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
 from vllm_vlora.plugin.identity import parse_task_path
@@ -37,45 +38,46 @@ _TICK = 0.002
 # --- what the workers are asked ---------------------------------------------------------------------
 
 
-def _manager(worker: Any) -> Any:
+def manager_of(worker: Any) -> Any:
+    """A worker's ``TaskLoRAManager``."""
     return worker.model_runner.lora_manager._adapter_manager
 
 
 def _hold(worker: Any, request: Any, instead_of: list[str]) -> Held:
-    return _manager(worker).hold(request, instead_of)
+    return manager_of(worker).hold(request, instead_of)
 
 
 def _stage(worker: Any, requests: list[Any]) -> list[bool]:
-    return [_manager(worker).stage(request) for request in requests]
+    return [manager_of(worker).stage(request) for request in requests]
 
 
 def _forget(worker: Any, path: str, wholly: bool) -> None:
-    _manager(worker).forget(path, wholly)
+    manager_of(worker).forget(path, wholly)
 
 
 def _tidy(worker: Any) -> None:
-    _manager(worker).vlora_store.tidy()
+    manager_of(worker).vlora_store.tidy()
 
 
 def _held(worker: Any) -> list[str]:
-    return _manager(worker).held_paths()
+    return manager_of(worker).held_paths()
 
 
 def _served(worker: Any) -> list[tuple[str, str]]:
-    return _manager(worker).vlora_store.served()
+    return manager_of(worker).vlora_store.served()
 
 
 def _aliases(worker: Any) -> str:
-    state = _manager(worker).vlora_store.state
+    state = manager_of(worker).vlora_store.state
     return "" if state is None else encode_aliases(state.aliases).decode()
 
 
 def _states(worker: Any) -> tuple[str, str]:
-    return _manager(worker).states()
+    return manager_of(worker).states()
 
 
 def _adopt(worker: Any, digest: str) -> bool:
-    return _manager(worker).adopt(digest)
+    return manager_of(worker).adopt(digest)
 
 
 class _Workers:
@@ -87,11 +89,12 @@ class _Workers:
 
     def held(self) -> Iterable[str]:
         first, *others = self._ask(_held)
-        return [path for path in first if all(path in other for other in others)]
+        everywhere = set(first).intersection(*others)
+        return [path for path in first if path in everywhere]
 
     def hold(self, request: Any, instead_of: Sequence[str] = ()) -> list[Held]:
         answers = self._ask(_hold, args=(request, list(instead_of)))
-        kinds = self._kinds()
+        kinds = kinds_of(self._core.scheduler)
         for path in instead_of:
             kinds.pop(path, None)
         if all(answer.over <= 0 and answer.error is None for answer in answers):
@@ -102,11 +105,7 @@ class _Workers:
     def forget(self, path: str, wholly: bool = False) -> None:
         self._ask(_forget, args=(path, wholly))
         # How it runs is asked anew when it comes back.
-        self._kinds().pop(path, None)
-
-    def _kinds(self) -> dict[str, bool]:
-        """Which tasks run direct, as the scheduler knows it; see ``scheduling``."""
-        return self._core.scheduler.__dict__.setdefault("_vlora_kinds", {})
+        kinds_of(self._core.scheduler).pop(path, None)
 
     def tidy(self) -> None:
         self._ask(_tidy)
@@ -129,7 +128,6 @@ class Tasks:
         )
         self.arrivals = Arrivals(self.residency, workers.stage, counters)
         self._ticker = _Ticker(core) if hasattr(core, "input_queue") else None
-        self.served = ""
         # A request that waited enters, which was counted when its task came.
         self.letting_in = False
 

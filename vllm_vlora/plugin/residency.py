@@ -74,7 +74,7 @@ class Residency:
         counters: ServingCounters | None = None,
     ) -> None:
         self._workers, self._clock = workers, clock
-        self._counters = counters
+        self._counters = counters or ServingCounters(0, 0)
         self.in_use = in_use
         self._held: OrderedDict[str, None] = OrderedDict.fromkeys(workers.held())
         self._retired: dict[str, float] = {}
@@ -145,8 +145,7 @@ class Residency:
                 )
             instead_of = [idle.pop()]
             self._let_go(instead_of[0])
-            if self._counters is not None:
-                self._counters.evicted()
+            self._counters.evicted()
 
     def forget(self, path: str, wholly: bool = False) -> None:
         """Take a task off the devices; ``wholly``: and keep nothing of it elsewhere."""

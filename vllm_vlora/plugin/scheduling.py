@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_vlora.plugin.admission import Admission
+from vllm_vlora.plugin.admission import Admission, kinds_of
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.manager import Setup
 from vllm_vlora.plugin.seam_table import Place
@@ -40,7 +40,7 @@ def schedule_by_kind(setup: Setup, places: Mapping[str, Place]) -> list[tuple[An
         lora = request.lora_request
         # A request that continues one inside is the scheduler's own business.
         inside = request.request_id in self.requests
-        if self.lora_config and lora and not inside and not _kinds(self).get(lora.lora_path):
+        if self.lora_config and lora and not inside and not kinds_of(self).get(lora.lora_path):
             entered = admission(self).enter(lora.lora_int_id, request.request_id, request)
             if not entered:
                 return None
@@ -72,7 +72,7 @@ def schedule_by_kind(setup: Setup, places: Mapping[str, Place]) -> list[tuple[An
         if (
             lora
             and parse_task_path(lora.lora_path)
-            and lora.lora_path not in _kinds(self.scheduler)
+            and lora.lora_path not in kinds_of(self.scheduler)
         ):
             _learn_kinds(self, lora.lora_path)
         core_add(self, request, request_wave)
@@ -86,14 +86,9 @@ def schedule_by_kind(setup: Setup, places: Mapping[str, Place]) -> list[tuple[An
     return [(places[name].owner, places[name].attribute, new) for name, new in patches.items()]
 
 
-def _kinds(scheduler: Any) -> dict[str, bool]:
-    """Paths of our tasks that were asked for -> whether they run direct."""
-    return scheduler.__dict__.setdefault("_vlora_kinds", {})
-
-
 def _learn_kinds(core: Any, path: str) -> None:
     """Ask the workers, which decided it when they loaded the tasks."""
-    kinds = _kinds(core.scheduler)
+    kinds = kinds_of(core.scheduler)
     kinds.update(dict.fromkeys(core.model_executor.collective_rpc(_direct_paths)[0], True))
     kinds.setdefault(path, False)
 
