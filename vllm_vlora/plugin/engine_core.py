@@ -18,6 +18,7 @@ from vllm_vlora.plugin.admission import kinds_of
 from vllm_vlora.plugin.arrivals import Arrivals, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
 from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.refusals import refuse
 from vllm_vlora.plugin.residency import Held, Residency
 from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE
 
@@ -273,8 +274,8 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             finally:
                 tasks.letting_in = False
 
-        refuse = functools.partial(_refuse, self, request)
-        return tasks.wait(lora, Waiter(enter, refuse, request.request_id))
+        failed = functools.partial(_refuse, self, request)
+        return tasks.wait(lora, Waiter(enter, failed, request.request_id))
 
     return add_request
 
@@ -282,7 +283,7 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse(core: Any, request: Any, error: VLoRAError) -> None:
     """End a request with an error, which must not be the engine core's end."""
     _logger().error("vllm-vlora: request %s is refused: %s", request.request_id, error)
-    core._send_error_outputs_to_client([request.request_id], request.client_index)
+    refuse(core, request, error)
 
 
 def advance_before_abort(original: Callable[..., Any]) -> Callable[..., Any]:

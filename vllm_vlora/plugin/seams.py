@@ -29,7 +29,6 @@ from vllm_vlora.errors import (
     TaskLoadError,
     VLoRAError,
 )
-from vllm_vlora.plugin.blend_paths import is_blend_path
 from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.core_metrics import metrics_snapshot
 from vllm_vlora.plugin.counters import METRICS_METHOD
@@ -52,6 +51,7 @@ from vllm_vlora.plugin.listing import Listing, refuse_name, refuse_without_lora
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
 from vllm_vlora.plugin.named_requests import TaskRequests, name_patches
+from vllm_vlora.plugin.refusals import raise_refusals
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
@@ -183,7 +183,7 @@ def _init_static_loras(
         await original(self)
         refuse_without_lora(self.engine_client.vllm_config.lora_config)
         self.lora_requests = TaskRequests(self.lora_requests, {}, blends)
-        listing = Listing(self, _loaded_paths(self.engine_client), load_templates)
+        listing = Listing(self, load_templates)
         await listing.start()
         if follows:
             listing.follow()
@@ -245,24 +245,6 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             # An engine core in this process raises, which must be before the request is in the books.
             ensure_in_process(self.engine_core, request)
         return original(self, *args, **kwargs)
-
-    return add_request
-
-
-def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
-        path = _new_path(self, request)
-        if path is not None:
-            with _as_the_callers_error(request):
-                await self.add_lora(request)
-            # Clients can make up any number of blends; theirs are asked for each time.
-            if not is_blend_path(path):
-                _loaded_paths(self).add(str(path))
-        return await original(self, *args, **kwargs)
 
     return add_request
 
@@ -380,10 +362,10 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         f"{lru}.add_adapter": _add_adapter,
         f"{lru}._manager_cls": lambda _: TaskLoRAManager,
         "LLMEngine.add_request": _add_request,
-        "AsyncLLM.add_request": _add_request_async,
         "LoRARequest.__eq__": _equal_requests,
         "_gen_lora_extra_hash_keys": _lora_hash_keys,
         "InputProcessor._get_mm_identifier": _mm_identifier,
+        "OutputProcessor.process_outputs": raise_refusals,
         "OutputProcessor.do_tracing": say_task,
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
