@@ -236,13 +236,13 @@ def test_a_task_that_comes_later_runs_direct_if_the_layers_are_ready_for_it(tmp_
     )
     other = build(tmp_path / "other", TASKS, seed=1)
     assert path.obstacle(other, "one") is None, "private factors need no basis"
-    assert path.obstacle(other, "joint") == "q has another basis than the engine started with"
+    assert path.obstacle(other, "joint") == "q has another basis than the layers hold"
     only_joint = make_path(build(tmp_path / "only", {"joint": {"q": ("joint", 3)}}))
     assert only_joint.obstacle(first, "one") == (
         "o has rank 2, more than the private tasks that the engine started with"
     )
     # k's basis is in the checkpoint, but the engine started without a task that uses it.
-    assert only_joint.obstacle(same, "joint") == "o has another basis than the engine started with"
+    assert only_joint.obstacle(same, "joint") == "o has another basis than the layers hold"
 
 
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
