@@ -260,8 +260,8 @@ class DirectPath:
     def exchange(self, bases: Bases, shares: Mapping[int, Basis]) -> None:
         """Put other bases in the place of those that the layers hold, on the current stream.
 
-        In place, since captured graphs have the addresses. Tasks on the bases of before must not be routed
-        to afterwards.
+        In place, since captured graphs have the addresses. Tasks on the bases of before must not be
+        routed to afterwards.
         """
         for number, basis in shares.items():
             targets = self._targets(number)
@@ -531,9 +531,9 @@ def _place_cores(
 def _core(module: StoredModule, k_out: int, k_in: int) -> tuple[torch.Tensor, int]:
     """(core, its rank or 0 when dense) as ``SliceTask`` holds them, in float32.
 
-    A core on some rows of the basis, or on all of one that is narrower than what the layer has room for,
-    becomes one on all ``k_out`` and ``k_in`` of them, with zeros: the layer's passes over the basis are the
-    same for every task, whatever rows it uses.
+    A core on some rows of the basis, or on all of one that is narrower than what its layer has room for,
+    becomes one on all ``k_out`` and ``k_in`` of them, with zeros: the layer's passes over the basis are
+    the same for every task, whatever rows it uses.
     """
     own_out, own_in = _core_widths(module)
     u_start, u_stop, v_start, v_stop = module.rows or (0, own_out, 0, own_in)

@@ -34,6 +34,9 @@ DEVICE_SHARE = 4
 HOST_VARIABLE = "VLLM_VLORA_HOST_BYTES"
 DEFAULT_HOST_BYTES = 4 << 30
 FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
+BASIS_WAIT_VARIABLE = "VLLM_VLORA_BASIS_WAIT"
+# Seconds. Most generations take less, and a client waits so long.
+DEFAULT_BASIS_WAIT = 30
 BASES = ("dense", "packed")
 BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
@@ -71,6 +74,8 @@ class Settings:
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
         host_bytes: of host memory of each worker for tasks that gave way.
         follow: serve what is published into the checkpoint's folder.
+        basis_wait: seconds that requests for tasks on a newly published basis wait at most until those on
+            the one before have ended; their tasks are materialized then.
         task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
         task_queue: requests of one that wait; more are refused. 0 for any number.
         fair: whether the task that was served least comes first.
@@ -90,6 +95,7 @@ class Settings:
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
+    basis_wait: int = DEFAULT_BASIS_WAIT
     task_concurrency: int = 0
     task_queue: int = 0
     fair: bool = False
@@ -153,6 +159,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
         follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
+        basis_wait=_whole(environment, BASIS_WAIT_VARIABLE, DEFAULT_BASIS_WAIT, least=0),
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
         task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
         fair=_fair(environment),
