@@ -69,6 +69,25 @@ def test_layers_add_what_the_tasks_of_the_new_state_decode_to(
         torch.testing.assert_close(answer.got.double(), answer.want, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_with_room_take_wider_bases_and_add_the_same_before(
+    tmp_path: Path, ranks: int, packed: bool
+) -> None:
+    """Some cores on what is padded are cut into factors by an SVD."""
+    first = build(tmp_path / "first", basis="int8")
+    wide = {"q": (11, 12), "k": (12, 9), "o": (12, 12)}
+    second = build(tmp_path / "second", basis="int8", seed=1, widths=wide)
+    paths = [
+        make_path(first, layouts(rank, ranks), packed_basis=packed, basis_rows=12)
+        for rank in range(ranks)
+    ]
+    for answer in run(first, paths, TOKENS).values():
+        torch.testing.assert_close(answer.got.double(), answer.want, rtol=1e-5, atol=2e-5)
+    for answer in run(second, [exchanged(path, second) for path in paths], TOKENS).values():
+        torch.testing.assert_close(answer.got.double(), answer.want, rtol=1e-5, atol=2e-5)
+
+
 def test_what_has_no_room_is_named(tmp_path: Path) -> None:
     first = build(tmp_path / "first")
 

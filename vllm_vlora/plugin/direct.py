@@ -95,6 +95,7 @@ class DirectPath:
         max_tokens: the longest batch, padding included.
         device, dtype: of the layers' inputs.
         packed_basis: keep quantised bases packed where a rank's share can be cut from them.
+        basis_rows: components that a layer with a basis has room for, where its own are fewer.
         narrow_rows: hold private rows of 3 and 2 bits with no more; done where a task has such rows.
         elsewhere: modules of the other pipeline-parallel ranks -> whether they have a direct form there.
             How a task runs is decided from all of its modules, and so alike on every rank.
@@ -111,6 +112,7 @@ class DirectPath:
         device: torch.device,
         dtype: torch.dtype,
         packed_basis: bool = False,
+        basis_rows: int = 0,
         narrow_rows: bool = False,
         elsewhere: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
@@ -132,7 +134,7 @@ class DirectPath:
         # Known now: captured graphs have one kernel for all tasks, with one body where it can be.
         self.narrow_rows = narrow_rows and any(segment.bits is not None for segment, _ in users)
         self._formats = _formats(users, self.narrow_rows)
-        bases = _load_bases(self, checkpoint, packed_basis)
+        bases = _load_bases(self, checkpoint, packed_basis, basis_rows)
         limits = _Limits(self._max_rank, self._formats, dtype)
         self.layers = _make_layers(self._layouts, bases, limits)
         self._by_slice = {
@@ -447,8 +449,13 @@ def _start(run: Run, full: int) -> int:
     return 0 if run.width == full else run.source % NF4_BLOCK
 
 
-def _load_bases(path: DirectPath, checkpoint: Checkpoint, packed: bool) -> dict[str, Basis]:
-    """This rank's share of every wanted basis by the engine's name; host copies are not kept."""
+def _load_bases(
+    path: DirectPath, checkpoint: Checkpoint, packed: bool, least: int
+) -> dict[str, Basis]:
+    """This rank's share of every wanted basis by the engine's name; host copies are not kept.
+
+    ``least``: rows of each, zeros behind its own.
+    """
     bases: dict[str, Basis] = {}
     for module, basis in checkpoint.bases():
         place = path._place_of(module, path.bases)
@@ -457,8 +464,17 @@ def _load_bases(path: DirectPath, checkpoint: Checkpoint, packed: bool) -> dict[
         _, layout = place
         u = _share(basis.u, layout.runs_b[0], packed, path.dtype, path.device)
         v = _share(basis.v, layout.runs_a[0], packed, path.dtype, path.device)
-        bases[layout.name] = Basis(u, v)
+        bases[layout.name] = Basis(_with_room(u, least), _with_room(v, least))
     return bases
+
+
+def _with_room(matrix: PackedMatrix, rows: int) -> PackedMatrix:
+    if rows <= matrix.rows:
+        return matrix
+    parts = {n: part.new_zeros(rows, *part.shape[1:]) for n, part in matrix.parts.items()}
+    for name, part in parts.items():
+        part[: matrix.rows].copy_(matrix.parts[name])
+    return PackedMatrix(matrix.format, rows, matrix.cols, parts)
 
 
 def _cut_format(format: str, run: Run, width: int) -> str:
@@ -537,11 +553,12 @@ def _core(module: StoredModule, k_out: int, k_in: int) -> tuple[torch.Tensor, in
     """
     own_out, own_in = _core_widths(module)
     u_start, u_stop, v_start, v_stop = module.rows or (0, own_out, 0, own_in)
+    is_whole = (own_out, own_in) == (k_out, k_in)
     dense_is_smaller = k_out * k_in <= module.rank * (k_out + k_in)
     if module.core == "dense":
         core = unpack(module.matrices["C"])
         if dense_keeps_rank(module.format, module.rank, core.shape) and (
-            module.rows is None or dense_is_smaller
+            is_whole or dense_is_smaller
         ):
             padding = (v_start, k_in - v_stop, u_start, k_out - u_stop)
             return F.pad(core * module.scale, padding), 0

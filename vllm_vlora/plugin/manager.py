@@ -499,6 +499,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             device=self.device,
             dtype=self._vllm_config.model_config.dtype,
             packed_basis=self.setup.settings.packed_basis,
+            basis_rows=self.setup.settings.basis_rows,
             narrow_rows=self.setup.settings.narrow_rows,
             elsewhere=self.elsewhere,
         )

@@ -39,6 +39,7 @@ BASIS_WAIT_VARIABLE = "VLLM_VLORA_BASIS_WAIT"
 DEFAULT_BASIS_WAIT = 30
 BASES = ("dense", "packed")
 BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
+BASIS_ROWS_VARIABLE = "VLLM_VLORA_BASIS_ROWS"
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
 ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
@@ -65,6 +66,7 @@ class Settings:
             refuses tasks that cannot run direct, ``materialize`` writes every task into a slot.
         slots: slots for adapters that need one, when tasks run direct; ``--max-loras`` caps it.
         packed_basis: keep quantised bases packed on the device instead of in the compute dtype.
+        basis_rows: components that a layer with a shared basis has room for, where its own are fewer.
         narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
@@ -87,6 +89,7 @@ class Settings:
     mode: str = "auto"
     slots: int = DEFAULT_PEFT_SLOTS
     packed_basis: bool = False
+    basis_rows: int = 0
     late_mib: int = DEFAULT_LATE_MIB
     overlap: bool = False
     chat_templates: bool = False
@@ -151,6 +154,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         mode=_choice(environment, MODE_VARIABLE, MODES),
         slots=_whole(environment, SLOTS_VARIABLE, DEFAULT_PEFT_SLOTS, least=1),
         packed_basis=_choice(environment, BASIS_VARIABLE, BASES) == "packed",
+        basis_rows=_whole(environment, BASIS_ROWS_VARIABLE, 0, least=0),
         late_mib=_whole(environment, LATE_VARIABLE, DEFAULT_LATE_MIB, least=0),
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
