@@ -54,7 +54,7 @@ class Published:
         return self.server.log.read_text()
 
     def value(self, name: str, **labels: str) -> float:
-        """Of a metric, added up over engine cores."""
+        """Of a metric, added up over engine cores; of the last second."""
         text = httpx.get(f"{self.server.url}/metrics", timeout=30).text
         return sum(
             sample.value
@@ -99,6 +99,9 @@ class Published:
         )  # fmt: skip
         return ids(done.choices[0].text)
 
+    def exchanges(self) -> float:
+        return self.value("vllm_vlora:basis_exchanges_total")
+
     def all_direct(self, tasks: dict[str, str]) -> bool:
         return self.value("vllm_vlora:direct_tasks") == len(tasks)
 
@@ -117,7 +120,7 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
     published: Published,
 ) -> None:
     published.check(FIRST)
-    assert published.all_direct(FIRST)
+    published.until(lambda: published.all_direct(FIRST))
     before = {name: published.long(name) for name in "ab"}
     with ThreadPoolExecutor(40) as pool:
         # In flight while the basis changes, some of them waiting for a place in a batch.
@@ -131,8 +134,8 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
         published.check(SECOND)
         for name, future in running:
             assert future.result() == before[name], "it began on the basis of before"
-    assert published.value("vllm_vlora:basis_exchanges_total") == 1
-    assert published.all_direct(SECOND)
+    published.until(lambda: published.exchanges() == 1)
+    published.until(lambda: published.all_direct(SECOND))
     assert "took the place of those before" in published.log()
     after = {name: published.long(name) for name in "ab"}
     assert after != before
@@ -141,8 +144,8 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
     published.until_served(FIRST, 2)
     published.check(FIRST)
     assert {name: published.long(name) for name in "ab"} == before
-    assert published.value("vllm_vlora:basis_exchanges_total") == 2
-    assert published.all_direct(FIRST)
+    published.until(lambda: published.exchanges() == 2)
+    published.until(lambda: published.all_direct(FIRST))
     # Wider than the layers have room for.
     published.publish(WIDER)
     if published.environment["VLLM_VLORA_MODE"] == "direct":
@@ -151,7 +154,7 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
         return
     published.until_served(WIDER, 3)
     published.check(WIDER)
-    assert published.value("vllm_vlora:basis_exchanges_total") == 2
+    published.until(lambda: published.exchanges() == 2)
     assert "its layer has room for" in published.log()
 
 
@@ -174,8 +177,8 @@ def test_every_rank_exchanges_its_share_in_one_step(world: World, parallel: str)
             published.check(SECOND)
             for future in running:
                 assert future.result() == before
-        published.until(lambda: published.value("vllm_vlora:basis_exchanges_total") == 1)
+        published.until(lambda: published.exchanges() == 1)
         published.check(SECOND)
-        assert published.all_direct(SECOND)
+        published.until(lambda: published.all_direct(SECOND))
     finally:
         published.server.stop()

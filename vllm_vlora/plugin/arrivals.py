@@ -27,7 +27,7 @@ class Stage(Protocol):
     def __call__(self, requests: Collection[Any]) -> Iterable[bool | None]:
         """Read the tasks of these requests unless that is under way; for each whether it is done.
 
-        None for one that waits for more than that; ``Arrivals.look_again`` says when it no longer does.
+        None for one that waits for more than that, and is asked for again after ``Arrivals.look_again``.
         """
 
 

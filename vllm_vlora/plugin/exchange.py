@@ -108,7 +108,7 @@ class BasisExchange:
         self._log, self._clock = log, clock
         self._servers = _Servers()
         self._state: str | None = None
-        self._held_back = True
+        self._held_back, self._ready = True, False
         # Since when tasks wait, or since when they do not; since when nothing was in the way.
         self._since = self._quiet_since = self._asked_at = 0.0
         self.count = 0
@@ -126,7 +126,7 @@ class BasisExchange:
     def begin(self, state: str) -> None:
         """A state is served from now on; whether it has other bases the workers know."""
         now = self._clock()
-        self._state, self._held_back = state, True
+        self._state, self._held_back, self._ready = state, True, False
         self._since = self._quiet_since = now
         self._asked_at = -_PERIOD
 
@@ -145,6 +145,10 @@ class BasisExchange:
         if any(report.busy for report in reports) or not known:
             self._quiet_since = now
         ready = all(report.ready for report in reports)
+        if ready and not self._ready:
+            # Tasks of which was not known whether they wait for the bases.
+            self._ready = True
+            self._books.look_again()
         if ready and known and now - self._quiet_since >= _LINGER:
             self._exchange(now)
         elif self._patience is not None:

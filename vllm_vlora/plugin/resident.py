@@ -437,8 +437,6 @@ class ResidentStore:
         placed = self._placed.get(name)
         if placed is not None:
             return None if self._is_held_back(placed) else True
-        if self._waits_for_bases(path):
-            return None
         staged = self._images.held.get(name) or _result(self._staging.get(name))
         if staged is not None and self._is_stale(staged):
             self._discard(name)
@@ -447,6 +445,8 @@ class ResidentStore:
             return None if self._is_held_back(staged) else True
         future = self._staging.get(name)
         if future is None:
+            if self._waits_for_bases(path):
+                return None
             self._sweep()
             future = self._staging[name] = self._readers.submit(self._read_path, path)
         # Not True where it was read just now: in which form is seen at the next question.
