@@ -156,6 +156,7 @@ class ServingCounters:
         self._reload_refusals: Counter[str] = Counter(dict.fromkeys(words, 0))
         self._state = ""
         self._waiting = 0
+        self._direct_tasks = self._basis_exchanges = 0
         self._tiers: dict[str, dict[str, int | None]] = {}
         self._residents: dict[str, list[tuple[str, bool]]] = {}
         self._version = 0
@@ -229,6 +230,10 @@ class ServingCounters:
         """Requests that wait for their task to be loaded."""
         self._waiting = requests
 
+    def set_direct(self, tasks: int, exchanges: int) -> None:
+        """Tasks on the device that run direct, and how often the layers' bases were exchanged."""
+        self._direct_tasks, self._basis_exchanges = tasks, exchanges
+
     def snapshot(self, seen: int = -1) -> dict[str, Any]:
         """All of it, of numbers, strings, lists and dictionaries.
 
@@ -255,6 +260,8 @@ class ServingCounters:
             "reloads": self._reloads,
             "reload_refusals": dict(self._reload_refusals),
             "waiting": self._waiting,
+            "direct_tasks": self._direct_tasks,
+            "basis_exchanges": self._basis_exchanges,
         }
 
     def _named(self) -> dict[str, list[list[Any]]]:

@@ -17,10 +17,12 @@ from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
 from vllm_vlora.plugin.admission import kinds_of
 from vllm_vlora.plugin.arrivals import Arrivals, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
+from vllm_vlora.plugin.exchange import BasisExchange, Books
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.refusals import refuse
 from vllm_vlora.plugin.residency import Held, Residency
-from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE
+from vllm_vlora.plugin.resident import BasesReport
+from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE, read_settings
 
 TASKS_METHOD = "vlora_tasks"
 """The name under which an engine core answers with what it serves."""
@@ -48,7 +50,7 @@ def _hold(worker: Any, request: Any, instead_of: list[str]) -> Held:
     return manager_of(worker).hold(request, instead_of)
 
 
-def _stage(worker: Any, requests: list[Any]) -> list[bool]:
+def _stage(worker: Any, requests: list[Any]) -> list[bool | None]:
     return [manager_of(worker).stage(request) for request in requests]
 
 
@@ -81,6 +83,22 @@ def _adopt(worker: Any, digest: str) -> bool:
     return manager_of(worker).adopt(digest)
 
 
+def _bases(worker: Any, in_use: list[str], awaited: list[str]) -> BasesReport:
+    return manager_of(worker).vlora_store.bases(in_use, awaited)
+
+
+def _hold_back(worker: Any, held_back: bool) -> None:
+    manager_of(worker).vlora_store.hold_back(held_back)
+
+
+def _keep_bases(worker: Any) -> None:
+    manager_of(worker).vlora_store.keep_bases()
+
+
+def _exchange_bases(worker: Any) -> list[str]:
+    return manager_of(worker).exchange_bases()
+
+
 class _Workers:
     """The workers of an engine core."""
 
@@ -111,9 +129,24 @@ class _Workers:
     def tidy(self) -> None:
         self._ask(_tidy)
 
-    def stage(self, requests: Collection[Any]) -> list[bool]:
+    def stage(self, requests: Collection[Any]) -> list[bool | None]:
         answers = self._ask(_stage, args=(list(requests),))
-        return [all(done) for done in zip(*answers)]
+        return [None if None in done else all(done) for done in zip(*answers)]
+
+    def bases(self, in_use: Collection[str], awaited: Collection[str]) -> list[BasesReport]:
+        return self._ask(_bases, args=(list(in_use), list(awaited)))
+
+    def hold_back(self, held_back: bool) -> None:
+        self._ask(_hold_back, args=(held_back,))
+
+    def keep_bases(self) -> None:
+        self._ask(_keep_bases)
+
+    def exchange_bases(self) -> set[str]:
+        ended = set().union(*self._ask(_exchange_bases))
+        for path in ended:
+            kinds_of(self._core.scheduler).pop(path, None)
+        return ended
 
 
 # --- one engine core's own ---------------------------------------------------------------------------
@@ -128,6 +161,20 @@ class Tasks:
             workers, lambda: _paths_in_use(core.scheduler), counters=counters
         )
         self.arrivals = Arrivals(self.residency, workers.stage, counters)
+        settings = read_settings()
+        self.exchange = BasisExchange(
+            workers,
+            Books(
+                self.residency.in_use,
+                self.arrivals.paths,
+                self.residency.lose,
+                self.arrivals.look_again,
+                lambda: core.model_executor.is_sleeping,
+            ),
+            # Nothing may be materialized in mode direct.
+            None if settings.mode == "direct" else settings.basis_wait,
+            _logger().info,
+        )
         self._ticker = _Ticker(core) if hasattr(core, "input_queue") else None
         # A request that waited enters, which was counted when its task came.
         self.letting_in = False
@@ -161,6 +208,7 @@ class Tasks:
 
     def advance(self) -> None:
         """Let in whose task has come."""
+        self.exchange.advance()
         self.arrivals.advance()
         if self._ticker is not None:
             self._ticker.run(len(self.arrivals) > 0)
@@ -328,23 +376,30 @@ def served_aliases(core: Any) -> str:
     return first
 
 
-def follow(core: Any) -> str:
+def follow(core: Any, server: str = "", listed: str = "") -> str:
     """The digest of the state that an engine core serves, after it took what all its workers offer.
 
     Becomes a method of it.
+
+    Args:
+        server: what the API server that asks calls itself. listed: the state that it lists.
     """
     tasks = tasks_of(core)
     tasks.residency.release()
+    tasks.exchange.heard(server, listed)
+    tasks.advance()
     states = set(core.model_executor.collective_rpc(_states))
     served = {state for state, _ in states}
     offered = {state for _, state in states}
-    if len(offered) == 1 and offered != served:
+    # Those that wait for the bases of one state must not find them exchanged for another's.
+    if len(offered) == 1 and offered != served and not tasks.exchange.holds_back:
         (digest,) = offered
         # Offers may have changed meanwhile; who lags behind is told again at the next look.
         if all(core.model_executor.collective_rpc(_adopt, args=(digest,))):
             tasks.residency.retire(path for _, path in served_tasks(core))
             served = offered
             counters_of(core).adopted(digest)
+            tasks.exchange.begin(digest)
     return served.pop() if len(served) == 1 else ""
 
 

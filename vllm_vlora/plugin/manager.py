@@ -233,8 +233,11 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     # --- what the engine core asks for ---
 
-    def stage(self, request: LoRARequest) -> bool:
-        """Have a task read into host memory, beside the steps; whether that is done."""
+    def stage(self, request: LoRARequest) -> bool | None:
+        """Have a task read into host memory, beside the steps; whether that is done.
+
+        None where it waits for bases that are to be exchanged first.
+        """
         return self.vlora_store.stage(_path_of(request))
 
     def hold(self, request: LoRARequest, instead_of: Iterable[str] = ()) -> Held:
@@ -288,15 +291,36 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         _log_change(before, follower.served)
         return True
 
+    def exchange_bases(self) -> list[str]:
+        """Put the bases of the state that is served into the layers; what lost its place for that."""
+        store = self.vlora_store
+        assert store.state is not None
+        ended = store.ended()
+        self._remove_adapters_of(set(ended))
+        for path in ended:
+            self._forget(path, wholly=True)
+        store.exchange()
+        logger.info(
+            "vllm-vlora: the layers hold the bases of %s now, whose tasks on them run direct",
+            shown(str(store.state.checkpoint.path)),
+        )
+        return ended
+
     def forget(self, path: str, wholly: bool = False) -> None:
         """Give up a task's place on the device, and the adapters that stand for it.
 
         Args:
             wholly: with what the host keeps of it.
         """
+        self._remove_adapters_of({path})
+        self._forget(path, wholly)
+
+    def _remove_adapters_of(self, paths: set[str]) -> None:
         for adapter_id, model in list(self.list_adapters().items()):
-            if isinstance(model, TaskLoRAModel) and model.task.path == path:
+            if isinstance(model, TaskLoRAModel) and model.task.path in paths:
                 self.remove_adapter(adapter_id)
+
+    def _forget(self, path: str, wholly: bool) -> None:
         # Both are made on first use.
         for writer in (self._writer, vars(self).get("experts")):
             if writer is not None:
@@ -475,6 +499,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             device=self.device,
             dtype=self._vllm_config.model_config.dtype,
             packed_basis=self.setup.settings.packed_basis,
+            basis_rows=self.setup.settings.basis_rows,
             narrow_rows=self.setup.settings.narrow_rows,
             elsewhere=self.elsewhere,
         )

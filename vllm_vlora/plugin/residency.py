@@ -152,6 +152,11 @@ class Residency:
         self._workers.forget(path, wholly)
         self._let_go(path)
 
+    def lose(self, paths: Iterable[str]) -> None:
+        """Take paths out of the books that the workers gave up by themselves."""
+        for path in paths:
+            self._let_go(path)
+
     def _let_go(self, path: str) -> None:
         """Take a path out of the books; that the workers are told is the caller's business."""
         self._held.pop(path, None)

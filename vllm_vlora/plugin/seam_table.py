@@ -603,6 +603,12 @@ def _held() -> Iterator[Seam]:
     yield Seam(_CLIENT, "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):
         yield Seam(_CORE, f"EngineCore.{name}", "asks the workers")
+    yield Seam(
+        "vllm.v1.executor.abstract",
+        "Executor.is_sleeping",
+        "bases are not exchanged then",
+        direct=True,
+    )
     yield Seam("vllm.v1.engine.output_processor", "RequestState.lora_request", "whose span it is")
     for name in ("request_id", "lora_request", "client_index"):
         yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is")
