@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ from vllm.platforms import current_platform
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.checkpoint.serving import extra_obstacle
+from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE, extra_obstacle
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
@@ -51,6 +52,7 @@ from vllm_vlora.plugin.layers import (
     read_layouts,
     slot_nbytes,
 )
+from vllm_vlora.plugin.polling import Poller, polled
 from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
@@ -121,6 +123,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             budget=self.setup.settings.budget(self.device),
         )
         self.follower: Follower | None = None
+        self._poller: Poller | None = None
         self._direct_models: dict[int, TaskLoRAModel] = {}
         self._direct_slots: DirectSlots | None = None
         self._routed_version = -1
@@ -277,6 +280,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """The digests of the state that is served and of the newest one that could be."""
         if self.follower is None:
             return "", ""
+        if self._poller is not None:
+            self._poller.start()
         return self.follower.served.digest, self.follower.offered()
 
     def adopt(self, digest: str) -> bool:
@@ -439,6 +444,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         assert store.state is not None
         if self.setup.settings.follow:
             self.follower = Follower(folder, store.state, store.check, logger)
+            self._poller = _make_poller(self.follower, self.setup.settings.poll_seconds)
         for task in store.tasks():
             self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
             self._prepare(task)
@@ -508,6 +514,14 @@ def _path_of(request: LoRARequest) -> TaskPath:
     path = parse_task_path(request.lora_path)
     assert path is not None
     return path
+
+
+def _make_poller(follower: Follower, seconds: int) -> Poller | None:
+    """What asks the place that the followed folder comes from, where that is asked for."""
+    where = polled(os.environ.get(CHECKPOINT_VARIABLE, "")) if seconds else None
+    if where is None:
+        return None
+    return Poller(where, seconds, follower.sound_state, follower.count_refusal, logger)
 
 
 def _log_change(before: State, now: State) -> None:

@@ -34,6 +34,7 @@ DEVICE_SHARE = 4
 HOST_VARIABLE = "VLLM_VLORA_HOST_BYTES"
 DEFAULT_HOST_BYTES = 4 << 30
 FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
+POLL_VARIABLE = "VLLM_VLORA_POLL_SECONDS"
 BASES = ("dense", "packed")
 BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
@@ -71,6 +72,7 @@ class Settings:
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
         host_bytes: of host memory of each worker for tasks that gave way.
         follow: serve what is published into the checkpoint's folder.
+        poll_seconds: between two questions what a Hub branch or a URL has now; 0 for none.
         task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
         task_queue: requests of one that wait; more are refused. 0 for any number.
         fair: whether the task that was served least comes first.
@@ -90,6 +92,7 @@ class Settings:
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
+    poll_seconds: int = 0
     task_concurrency: int = 0
     task_queue: int = 0
     fair: bool = False
@@ -141,6 +144,7 @@ def device_memory(device: torch.device) -> int:
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings of this process; raises SettingError that names the variable and its values."""
+    follow = _choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on"
     return Settings(
         mode=_choice(environment, MODE_VARIABLE, MODES),
         slots=_whole(environment, SLOTS_VARIABLE, DEFAULT_PEFT_SLOTS, least=1),
@@ -152,7 +156,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         blends=_choice(environment, BLENDS_VARIABLE, SWITCH[::-1]) == "on",
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
-        follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
+        follow=follow,
+        poll_seconds=_poll_seconds(environment, follow),
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
         task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
         fair=_fair(environment),
@@ -180,6 +185,13 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int) 
 
 def _size(environment: Mapping[str, str], name: str) -> int | None:
     return _whole(environment, name, 0, least=0) if environment.get(name) else None
+
+
+def _poll_seconds(environment: Mapping[str, str], follow: bool) -> int:
+    seconds = _whole(environment, POLL_VARIABLE, 0, least=0)
+    if seconds and not follow:
+        raise SettingError(f"{POLL_VARIABLE} does nothing with {FOLLOW_VARIABLE}=off; unset one")
+    return seconds
 
 
 def _fair(environment: Mapping[str, str]) -> bool:
