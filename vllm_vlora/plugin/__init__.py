@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE
 from vllm_vlora.errors import IncompatibleVLLMError
+from vllm_vlora.plugin import events
 from vllm_vlora.plugin.settings import MODE_VARIABLE, Settings, read_settings
 
 UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
@@ -31,6 +32,7 @@ def register() -> None:
     try:
         found = check_version()
         settings = read_settings()
+        events.install(settings.log)
         folder = _checkpoint_folder(settings.poll_seconds)
         _install(folder, settings)
     except IncompatibleVLLMError as error:

@@ -23,6 +23,7 @@ from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, VLoRAError
 from vllm_vlora.plugin.counters import reason_of
+from vllm_vlora.plugin.events import facts
 from vllm_vlora.plugin.identity import task_paths
 
 PERIOD = 0.25
@@ -133,7 +134,9 @@ class Follower:
         self._read_again = time.monotonic() + _TRY_AGAIN
         if why != self._said:
             self._logger.error(
-                "vllm-vlora: what was published is not served, the state before it is: %s", why
+                "vllm-vlora: what was published is not served, the state before it is: %s",
+                why,
+                extra=facts("publication_refused", reason=reason_of(error)),
             )
             self.count_refusal(error)
         self._said = why

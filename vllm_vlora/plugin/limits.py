@@ -144,7 +144,7 @@ def _refuse_above(original: Callable[..., Any], bound: int) -> Callable[..., Any
             and request.request_id not in self.scheduler.requests
             and not getattr(self.vllm_config, _ONE_CALLER, False)
         ):
-            counters_of(self).refused(TaskBusyError)
+            counters_of(self).refused(TaskBusyError, tenant)
             end = _refusal(request.request_id, _too_many(tenant, bound))
             self.output_queue.put_nowait((request.client_index, end))
             return None

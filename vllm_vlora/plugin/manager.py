@@ -31,6 +31,7 @@ from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE, extra_obstacle
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
+from vllm_vlora.plugin.events import facts
 from vllm_vlora.plugin.experts import (
     ExpertWriter,
     check_experts,
@@ -466,6 +467,14 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             store.nbytes / 2**20,
             store.seconds,
             store.arena_nbytes / 2**20,
+            extra=facts(
+                "start",
+                digest=store.state.digest,
+                tasks=len(checkpoint.tasks),
+                resident=len(store),
+                bytes=store.nbytes,
+                seconds=round(store.seconds, 6),
+            ),
         )
         if store.direct is not None:
             _log_direct(self, store.direct)
@@ -527,18 +536,27 @@ def _make_poller(follower: Follower, seconds: int) -> Poller | None:
 def _log_change(before: State, now: State) -> None:
     """Say what a state that is served from now on changes."""
     old, new = before.paths, now.paths
-    changed = [task for task in new.keys() & old.keys() if new[task] != old[task]]
+    came, gone = sorted(new.keys() - old.keys()), sorted(old.keys() - new.keys())
+    changed = sorted(task for task in new.keys() & old.keys() if new[task] != old[task])
     logger.info(
         "vllm-vlora: %s was published again and is served now: %d tasks, %d of them new%s, %d changed%s; "
         "%d are gone%s",
         shown(str(now.checkpoint.path)),
         len(new),
-        len(new.keys() - old.keys()),
-        _named(sorted(new.keys() - old.keys())),
+        len(came),
+        _named(came),
         len(changed),
-        _named(sorted(changed)),
-        len(old.keys() - new.keys()),
-        _named(sorted(old.keys() - new.keys())),
+        _named(changed),
+        len(gone),
+        _named(gone),
+        extra=facts(
+            "publication",
+            digest=now.digest,
+            tasks=len(new),
+            new=len(came),
+            changed=len(changed),
+            gone=len(gone),
+        ),
     )
 
 

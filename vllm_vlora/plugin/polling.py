@@ -17,6 +17,8 @@ from pathlib import Path
 
 from vllm_vlora.checkpoint.newest import follow_state, followed_folder, look, state_of
 from vllm_vlora.errors import SettingError, VLoRAError
+from vllm_vlora.plugin.counters import reason_of
+from vllm_vlora.plugin.events import facts
 from vllm_vlora.plugin.settings import POLL_VARIABLE
 from vllm_vlora.snapshots import names_branch
 from vllm_vlora.urls import is_remote
@@ -115,6 +117,7 @@ class Poller:
 
     def _say(self, error: Exception, why: str) -> None:
         if why != self._said:
-            self._logger.error("vllm-vlora: the state that is served stays: %s", why)
+            extra = facts("poll_failed", reason=reason_of(error))
+            self._logger.error("vllm-vlora: the state that is served stays: %s", why, extra=extra)
             self._refused(error)
         self._said = why

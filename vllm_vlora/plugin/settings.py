@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import SettingError
+from vllm_vlora.plugin.events import LOG_VARIABLE, LOGS
 from vllm_vlora.strict_json import JSONError, decode
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Settings:
         task_queue: requests of one that wait; more are refused. 0 for any number.
         fair: whether the task that was served least comes first.
         weights: shares of tasks beside that of the others, which is 1.
+        log: for people as vLLM's own lines (``text``), or for programs (``keys``, ``json``).
         metrics_tasks: tasks whose requests are counted under their own name in the metrics.
         metrics_listed: tasks of each tier that the metrics name as being there.
     """
@@ -97,6 +99,7 @@ class Settings:
     task_queue: int = 0
     fair: bool = False
     weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    log: str = LOGS[0]
     metrics_tasks: int = DEFAULT_METRICS_TASKS
     metrics_listed: int = DEFAULT_METRICS_LISTED
 
@@ -162,6 +165,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
         fair=_fair(environment),
         weights=_weights(environment),
+        log=_choice(environment, LOG_VARIABLE, LOGS),
         metrics_tasks=_whole(environment, METRICS_TASKS_VARIABLE, DEFAULT_METRICS_TASKS, least=0),
         metrics_listed=_whole(
             environment, METRICS_LISTED_VARIABLE, DEFAULT_METRICS_LISTED, least=0
