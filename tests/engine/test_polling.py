@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,15 +13,15 @@ from pathlib import Path
 
 import openai
 import pytest
-from engine_server import Server, ids, words
+from engine_server import Server
 from engine_world import PROMPTS, World, make_adapter, make_model
 from file_server import FileServer, file_server
+from published_world import FIRST, SECOND, publish, wrong
+
+from vllm_vlora.checkpoint.reader import Checkpoint
 
 pytestmark = pytest.mark.engine
 
-# Weights by the name of the adapter that has them.
-FIRST = {"stays": "attention", "changes": "rslora", "goes": "half-packed"}
-SECOND = {"stays": "attention", "changes": "everything", "comes": "embedding"}
 SECONDS = 30.0
 STAYS = "the state that is served stays"
 
@@ -35,19 +36,14 @@ class Store:
 
     def publish(self, tasks: dict[str, str]) -> None:
         """Put these tasks there in one rename, as a store would not be seen half written."""
-        adapters = {**self.world.adapters, "ordinary": self.world.ordinary}
-        chosen = {task: adapters[weights] for task, weights in tasks.items()}
-        made = self.world.compress(
-            "made", chosen, force=True, representation="private", quantize="none", ratio=0.1
-        )
-        self.put(made)
+        self.put(publish(self.world, tasks, "made"))
 
     def put(self, made: Path) -> None:
         if self.folder.exists():
             self.folder.rename(self.folder.with_name(f"old {time.monotonic_ns()}"))
         shutil.copytree(made, self.folder)
 
-    def serve(self, name: str, *options: str) -> Server:
+    def serve(self, name: str, *options: str, **environment: str) -> Server:
         return Server(
             self.world,
             self.world.root / name,
@@ -55,6 +51,7 @@ class Store:
             options=options,
             VLLM_VLORA_POLL_SECONDS="1",
             VLLM_VLORA_CACHE=str(self.cache),
+            **environment,
         )
 
 
@@ -83,12 +80,14 @@ def store(world: World) -> Iterator[Store]:
 
 @pytest.fixture(scope="module")
 def servers(store: Store) -> Iterator[list[Server]]:
-    """Two on one cache, the first with two API servers."""
+    """Two on one cache, the first with two API servers, the second with lines for programs."""
     with ExitStack() as started:
-        found = []
-        for name, options in (("one.log", ("--api-server-count", "2")), ("two.log", ())):
-            found.append(store.serve(name, *options))
-            started.callback(found[-1].stop)
+        found = [
+            store.serve("one.log", "--api-server-count", "2"),
+            store.serve("two.log", VLLM_VLORA_LOG="json"),
+        ]
+        for server in found:
+            started.callback(server.stop)
         for server in found:
             assert server.wait(), server.log.read_text()[-4000:]
         yield found
@@ -104,13 +103,6 @@ def settle(servers: list[Server], world: World, tasks: dict[str, str]) -> float:
             assert time.monotonic() - began < SECONDS, server.log.read_text()[-3000:]
             time.sleep(0.1)
     return time.monotonic() - began
-
-
-def wrong(server: Server, world: World, tasks: dict[str, str]) -> list[str]:
-    """What does not answer as its adapter does under stock vLLM."""
-    wanted = {"base": "base", "ordinary": "ordinary", **tasks}
-    texts = {name: server.text(name, PROMPTS[0]) for name in wanted}
-    return [n for n, w in wanted.items() if ids(texts[n]) != words(world.reference[w][0])]
 
 
 def said(servers: list[Server], what: str) -> int:
@@ -132,6 +124,12 @@ def test_what_is_published_at_the_url_is_served_by_all(
     assert set(fetched.values()) == {1}, "one fetches for both servers"
     assert len(fetched) == 2, "what did not change is there"
     assert said(servers, "S3cr3t") == 0
+    lines = [line for line in servers[1].log.read_text().splitlines() if line.startswith("{")]
+    found = {line["event"]: line for line in map(json.loads, lines)}
+    assert found["start"]["tasks"] == len(FIRST)
+    facts = {name: found["publication"][name] for name in ("tasks", "new", "changed", "gone")}
+    assert facts == {"tasks": len(SECOND), "new": 1, "changed": 2, "gone": 1}
+    assert found["publication"]["digest"] == Checkpoint.open(store.folder).content_digest
 
 
 def _nothing_answers(store: Store) -> None:
@@ -139,31 +137,21 @@ def _nothing_answers(store: Store) -> None:
 
 
 def _damaged(store: Store) -> None:
-    store.publish({**SECOND, "broken": "attention"})
+    # Weights that the cache has from no other task, which would do.
+    store.publish({**SECOND, "broken": "ordinary"})
     for file in (store.folder / "tasks").glob("broken*"):
         file.write_bytes(file.read_bytes()[::-1])
-
-
-def _half_uploaded(store: Store) -> None:
-    store.publish({**SECOND, "half": "attention"})
-    for file in (store.folder / "tasks").glob("half*"):
-        file.unlink()
-
-
-def _gone(store: Store) -> None:
-    store.folder.rename(store.folder.with_name("gone"))
 
 
 def _of_another_model(store: Store) -> None:
     world = store.world
     make_model(world.root / "other", hidden=64, seed=5)
     make_adapter(world.root / "other", world.root / "a", 6, r=2, target_modules=["q_proj"])
-    store.put(world.compress("foreign", {"foreign": world.root / "a"}, representation="private", ratio=0.1))  # fmt: skip
+    tasks = {"foreign": world.root / "a"}
+    store.put(world.compress("foreign", tasks, representation="private", ratio=0.1))
 
 
-@pytest.mark.parametrize(
-    "change", [_nothing_answers, _damaged, _half_uploaded, _gone, _of_another_model]
-)
+@pytest.mark.parametrize("change", [_nothing_answers, _damaged, _of_another_model])
 def test_what_cannot_be_had_or_served_is_a_line_and_the_state_answers(
     store: Store, servers: list[Server], world: World, change: Callable[[Store], None]
 ) -> None:
@@ -181,8 +169,8 @@ def test_what_cannot_be_had_or_served_is_a_line_and_the_state_answers(
     settle(servers, world, SECOND)
     assert said(servers, "Traceback") == 0
     store.web.status = None
-    store.publish({**SECOND, "next": "ordinary"})
-    settle(servers, world, {**SECOND, "next": "ordinary"})
+    store.publish({**SECOND, "next": "half-packed"})
+    settle(servers, world, {**SECOND, "next": "half-packed"})
 
 
 def test_a_full_disk_under_the_cache(store: Store, servers: list[Server], world: World) -> None:
@@ -195,7 +183,9 @@ def test_a_full_disk_under_the_cache(store: Store, servers: list[Server], world:
     with filler.open("wb") as stream:
         free = os.statvfs(store.cache)
         os.posix_fallocate(stream.fileno(), 0, free.f_bavail * free.f_frsize)
-    store.publish(FIRST)
+    # What the cache has of other states is not written again.
+    fresh = {**SECOND, "fresh": "ordinary"}
+    store.publish(fresh)
     began = time.monotonic()
     while said(servers, STAYS) == lines:
         assert time.monotonic() - began < SECONDS
@@ -203,7 +193,7 @@ def test_a_full_disk_under_the_cache(store: Store, servers: list[Server], world:
     assert said(servers, "cannot be written: No space left on device; free space") > 0
     settle(servers, world, SECOND)
     filler.unlink()
-    settle(servers, world, FIRST)
+    settle(servers, world, fresh)
 
 
 def test_a_server_that_starts_without_the_store_serves_what_was_fetched(
