@@ -145,7 +145,7 @@ class Residency:
                 )
             instead_of = [idle.pop()]
             self._let_go(instead_of[0])
-            self._counters.evicted()
+            self._counters.evicted(task=instead_of[0])
 
     def forget(self, path: str, wholly: bool = False) -> None:
         """Take a task off the devices; ``wholly``: and keep nothing of it elsewhere."""
