@@ -409,14 +409,14 @@ def test_the_api_server_says_at_start_up_what_cannot_be_served(
 
 
 def test_the_api_server_lists_what_every_engine_core_holds() -> None:
-    from vllm_vlora.plugin.seams import _loaded_paths
+    from vllm_vlora.plugin.seams import loaded_paths
 
     tasks = [("b", _path("b")), ("a", _path("a", "1"))]
     seen: list[Any] = []
     models = _init(_Client(tasks, tasks), templates=seen.append)
     listed = {name: request.lora_path for name, request in models.lora_requests.items()}
     assert listed == dict(tasks)
-    assert _loaded_paths(models.engine_client) == {_path("b"), _path("a", "1")}
+    assert loaded_paths(models.engine_client) == {_path("b"), _path("a", "1")}
     assert {task: str(path) for task, path in seen[0].items()} == dict(tasks)
     with pytest.raises(CheckpointError, match="published again while the engine started"):
         _init(_Client(tasks, [("b", _path("b")), ("a", _path("a", "2"))]))

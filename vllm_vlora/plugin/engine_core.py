@@ -130,6 +130,12 @@ class Tasks:
         self._ticker = _Ticker(core) if hasattr(core, "input_queue") else None
         # A request that waited enters, which was counted when its task came.
         self.letting_in = False
+        # Of tasks from memory (``published``): path by name, and when a path lost its name.
+        self.published: dict[str, str] = {}
+        self.unpublished: dict[str, float] = {}
+        self.looks: threading.Timer | None = None
+        # Whether API servers ask for what is served.
+        self.followed = False
 
     def here(self, lora: Any) -> bool:
         """Whether a task is held, so that its request may go on; who does not wait may load it.
@@ -306,13 +312,15 @@ def advance_before_abort(original: Callable[..., Any]) -> Callable[..., Any]:
 def served_tasks(core: Any) -> list[tuple[str, str]]:
     """(task id, path) of what an engine core's workers serve; becomes a method of it.
 
+    A task from memory stands in place of the checkpoint's of its name.
+
     Raises:
         CheckpointError: one of them read another state of the checkpoint than the others.
     """
     first, *others = core.model_executor.collective_rpc(_served)
     if any(other != first for other in others):
         raise CheckpointError(CHANGED)
-    return first
+    return list({**dict(first), **tasks_of(core).published}.items())
 
 
 def served_aliases(core: Any) -> str:
@@ -328,11 +336,12 @@ def served_aliases(core: Any) -> str:
 
 
 def follow(core: Any) -> str:
-    """The digest of the state that an engine core serves, after it took what all its workers offer.
+    """What names the state that an engine core serves, after it took what all its workers offer.
 
     Becomes a method of it.
     """
     tasks = tasks_of(core)
+    tasks.followed = True
     tasks.residency.release()
     states = set(core.model_executor.collective_rpc(_states))
     served = {state for state, _ in states}
@@ -344,7 +353,8 @@ def follow(core: Any) -> str:
             tasks.residency.retire(path for _, path in served_tasks(core))
             served = offered
             counters_of(core).adopted(digest)
-    return served.pop() if len(served) == 1 else ""
+    # Another one where tasks from memory change.
+    return "\n".join([*served, *sorted(tasks.published.values())]) if len(served) == 1 else ""
 
 
 def _logger() -> Any:
