@@ -166,9 +166,7 @@ def _recorded_base(checkpoint: Checkpoint) -> str:
     return checkpoint.base_model
 
 
-def _check_gate(
-    files: Mapping[str, Any], originals: Mapping[str, Any], losses_only: bool
-) -> None:
+def _check_gate(files: Mapping[str, Any], originals: Mapping[str, Any], losses_only: bool) -> None:
     if losses_only:
         raise OptionError("--fail-under goes by KL kept, which --losses-only leaves out; drop one")
     missing = [task for task in files if task not in originals]

@@ -1,10 +1,10 @@
 """What the plugin logs, for programs to read: ``VLLM_VLORA_LOG=keys`` or ``json``.
 
 A line that says what happened (``EVENTS``) carries the facts beside its words (:func:`facts`). Without
-the setting the words go where vLLM's own lines go. With it, each line of ours is one of time, level, process,
-event, facts and words, written past the prefix that some versions of vLLM put before every line of a
-process. What happens to single tasks (loads, evictions) is then logged too; it would be too much for
-people.
+the setting the words go where vLLM's own lines go. With it, each line of ours is one of time, level,
+process, event, facts and words, written past the prefix that some versions of vLLM put before every
+line of a process. What happens to single tasks (loads, evictions) is then logged too; it would be too
+much for people.
 """
 
 from __future__ import annotations
