@@ -88,12 +88,12 @@ class CompressFlags:
             metavar="E", help="Be as small as a relative error of E in the worst task allows."
         ),
     ] = None
-    min_recovered: Annotated[
+    min_kept: Annotated[
         float | None,
         typer.Option(
             metavar="X",
-            help="Be as small as recovering X of every adapter's gain allows; runs the model, and "
-            "needs --data.",
+            help="Be as small as keeping X of every adapter allows, by KL (see `evaluate`); runs the "
+            "model, and needs --data.",
         ),
     ] = None
     num_components: Annotated[
@@ -159,7 +159,7 @@ class CompressFlags:
         typer.Option(
             metavar="TASK=FILE",
             help="Held-out text, as for `evaluate`: the model then judges which representation "
-            "keeps most. --min-recovered needs it.",
+            "keeps most. --min-kept needs it.",
             show_default=False,
         ),
     ] = None
@@ -179,7 +179,7 @@ def compress(flags: CompressFlags) -> None:
     """Compress adapters of one base model into one checkpoint.
 
     Give at most one budget: --ratio, --max-bytes, --max-error,
-    --min-recovered or --num-components; without one the ratio is 3.5.
+    --min-kept or --num-components; without one the ratio is 3.5.
     Adapters may differ in rank, alpha and target modules. The checkpoint
     appears only when it is whole: an interrupted run leaves an old one as it
     was.
@@ -196,7 +196,7 @@ def compress(flags: CompressFlags) -> None:
 
     vllm-vlora compress adapters/ -o ckpt --ratio 16 --data heldout/
 
-    vllm-vlora compress adapters/ -o ckpt --min-recovered 0.97 --data heldout/
+    vllm-vlora compress adapters/ -o ckpt --min-kept 0.97 --data heldout/
 
     vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
     """
@@ -294,7 +294,7 @@ def _compress(
     from vllm_vlora.compression.pipeline import compress as run
     from vllm_vlora.compression.quality import compress_judged, compress_to_quality
 
-    force, least = flags.force, flags.min_recovered
+    force, least = flags.force, flags.min_kept
     with progress_bar(messages) as advance:
         if least is None and not flags.data:
             return run(collected, output, options, force=force, progress=advance)
@@ -332,8 +332,8 @@ def _as_data(report: CompressReport, output: Path) -> dict[str, Any]:
     data["raised"], data["kept"] = report.raised, report.kept
     if report.calibrated:
         data["seen_errors"] = {task.task_id: task.seen_error for task in report.tasks}
-    if report.recovered:
-        data["recovered"] = report.recovered
+    if report.kl_kept:
+        data["kl_kept"] = report.kl_kept
     return data
 
 
@@ -359,5 +359,5 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "bytes": candidate.nbytes,
         "mean_error": candidate.mean_error,
         "worst_error": candidate.worst_error,
-        **({} if candidate.recovered is None else {"recovered": candidate.recovered}),
+        **({} if candidate.kl_kept is None else {"kl_kept": candidate.kl_kept}),
     }

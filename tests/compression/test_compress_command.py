@@ -79,13 +79,13 @@ def test_a_calibration_is_gathered_from_text_kept_and_taken_again(
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} != written
 
 
-def test_every_task_recovers_what_was_asked_for(world: Path, tmp_path: Path) -> None:
+def test_every_task_keeps_what_was_asked_for(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "ckpt"
-    command = ("compress", world / "adapters", "-o", out, "--min-recovered", 0.9)
+    command = ("compress", world / "adapters", "-o", out, "--min-kept", 0.9)
     command += ("--base", world / "model", "--data", world / "data", "--json")
     data = json.loads(invoke(*command).stdout)
-    assert data["recovered"].keys() == TEXTS.keys()
-    assert min(data["recovered"].values()) >= 0.9
+    assert data["kl_kept"].keys() == TEXTS.keys()
+    assert min(data["kl_kept"].values()) >= 0.9
     # Judged again, by itself.
     evaluator = Evaluator(
         world / "model",
@@ -95,9 +95,11 @@ def test_every_task_recovers_what_was_asked_for(world: Path, tmp_path: Path) -> 
     for task in TEXTS:
         invoke("export", out, task, "-o", tmp_path / task)
         compared = evaluator.compare(
-            task, tmp_path / task, open_adapter(world / "adapters" / task).path, losses_only=True
+            task, tmp_path / task, open_adapter(world / "adapters" / task).path
         )
-        assert compared.recovered.value == pytest.approx(data["recovered"][task], abs=0.02)
+        assert compared.kl_kept.value == pytest.approx(data["kl_kept"][task], abs=0.02)
+    card = (out / "README.md").read_text()
+    assert f"worst {min(data['kl_kept'].values()):.4f}" in card
     assert data["bytes"] < 0.6 * data["original_bytes"]
 
 
@@ -106,19 +108,19 @@ def test_the_model_judges_the_representations(world: Path, tmp_path: Path) -> No
     command = ("compress", world / "adapters", "-o", out, "--ratio", 1.5)
     command += ("--base", world / "model", "--data", world / "data")
     data = json.loads(invoke(*command, "--json").stdout)
-    judged = {c["representation"]: c["recovered"] for c in data["candidates"]}
+    judged = {c["representation"]: c["kl_kept"] for c in data["candidates"]}
     assert {"private", "joint"} <= judged.keys()
     assert data["original_bytes"] / data["bytes"] >= 1.5
-    mean = sum(data["recovered"].values()) / len(data["recovered"])
+    mean = sum(data["kl_kept"].values()) / len(data["kl_kept"])
     assert mean == max(judged.values())
-    assert "Recovered" in invoke(*command, "--force").stdout
+    assert "KL kept" in invoke(*command, "--force").stdout
 
 
 def test_what_does_not_go_together_is_one_line(world: Path, tmp_path: Path) -> None:
     command = ("compress", world / "adapters", "-o", tmp_path / "x")
     assert "--base" in invoke(*command, "--base", "m", code=2).stderr
-    partly = (*command, "--min-recovered", 0.9, "--data", f"count={world / 'data' / 'count.jsonl'}")
+    partly = (*command, "--min-kept", 0.9, "--data", f"count={world / 'data' / 'count.jsonl'}")
     assert "'greet' has none" in invoke(*partly, "--base", world / "model", code=2).stderr
-    both = (*command, "--min-recovered", 0.9, "--ratio", 3, "--data", world / "data")
+    both = (*command, "--min-kept", 0.9, "--ratio", 3, "--data", world / "data")
     assert "leave out" in invoke(*both, "--base", world / "model", code=2).stderr
     assert not (tmp_path / "x").exists()

@@ -99,10 +99,15 @@ class OwnProcess(Core):
     def __init__(self, budget: int = 10, **sizes: int) -> None:
         super().__init__(budget, **sizes)
         self.input_queue: queue.Queue[Any] = queue.Queue()
-        self.refused: list[Any] = []
+        self.output_queue: queue.Queue[Any] = queue.Queue()
 
-    def _send_error_outputs_to_client(self, req_ids: list[str], client_index: int) -> None:
-        self.refused.append((req_ids, client_index))
+    def refused(self) -> list[tuple[int, str, str]]:
+        """Of every request that was: its client, its id and why."""
+        found = []
+        while not self.output_queue.empty():
+            client, outputs = self.output_queue.get_nowait()
+            found += [(client, end.request_id, end.stop_reason) for end in outputs.outputs]
+        return found
 
     def turn(self) -> None:
         """One message of the loop, as vLLM takes it."""
@@ -166,7 +171,7 @@ def test_a_task_that_cannot_be_loaded_ends_its_requests_alone() -> None:
     core.staged |= {"a", "b"}
     core.add_request(request("1", lora("a")))
     core.add_request(request("2", lora("b")))
-    assert core.refused == [(["1"], 3)]
+    assert core.refused() == [(3, "1", "vllm-vlora: CheckpointError: a is damaged")]
     assert core.added == ["2"]
     answer = core.add_lora(lora("a"))
     with pytest.raises(CheckpointError, match="a is damaged"):

@@ -285,7 +285,7 @@ class Compression:
         chosen: Chosen,
         base_model: str | None = None,
         *,
-        recovered: Mapping[str, float | None] | None = None,
+        kl_kept: Mapping[str, float | None] | None = None,
         kept: Sequence[str] = (),
         trial: bool = False,
     ) -> CompressReport:
@@ -300,7 +300,7 @@ class Compression:
             chosen,
             encoder,
             base_model,
-            recovered=recovered,
+            kl_kept=kl_kept,
             kept=kept,
             allow_large_error=self._options.allow_large_error,
             tokenizers=self._options.tokenizers and not trial,

@@ -108,7 +108,7 @@ class Arrivals:
         try:
             nbytes = self._residency.place(request)
         except VLoRAError as error:
-            self._counters.refused(error)
+            self._counters.refused(error, request.lora_name)
             for waiter in self._arrived(request).waiters:
                 waiter.failed(error)
             return
@@ -116,7 +116,8 @@ class Arrivals:
             self._full_of = self._residency.in_use()
             return
         arrival = self._arrived(request)
-        self._counters.loaded(arrival.source, time.monotonic() - arrival.since, nbytes)
+        seconds = time.monotonic() - arrival.since
+        self._counters.loaded(arrival.source, seconds, nbytes, request.lora_name)
         for waiter in arrival.waiters:
             waiter.ready()
 
@@ -134,4 +135,6 @@ class Arrivals:
             arrival.waiters = [w for w in arrival.waiters if w.request_id not in request_ids]
             if not arrival.waiters:
                 del self._awaited[path]
-                self._residency.forget(path, wholly=True)
+                # What waits for its bases may be there in another form, which requests use.
+                if path not in self._residency:
+                    self._residency.forget(path, wholly=True)

@@ -19,6 +19,7 @@ from vllm_vlora.plugin.arrivals import Arrivals, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
 from vllm_vlora.plugin.exchange import BasisExchange, Books
 from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.refusals import refuse
 from vllm_vlora.plugin.residency import Held, Residency
 from vllm_vlora.plugin.resident import BasesReport
 from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE, read_settings
@@ -177,6 +178,12 @@ class Tasks:
         self._ticker = _Ticker(core) if hasattr(core, "input_queue") else None
         # A request that waited enters, which was counted when its task came.
         self.letting_in = False
+        # Of tasks from memory (``published``): path by name, and when a path lost its name.
+        self.published: dict[str, str] = {}
+        self.unpublished: dict[str, float] = {}
+        self.looks: threading.Timer | None = None
+        # Whether API servers ask for what is served.
+        self.followed = False
 
     def here(self, lora: Any) -> bool:
         """Whether a task is held, so that its request may go on; who does not wait may load it.
@@ -321,8 +328,8 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             finally:
                 tasks.letting_in = False
 
-        refuse = functools.partial(_refuse, self, request)
-        return tasks.wait(lora, Waiter(enter, refuse, request.request_id))
+        failed = functools.partial(_refuse, self, request)
+        return tasks.wait(lora, Waiter(enter, failed, request.request_id))
 
     return add_request
 
@@ -330,7 +337,7 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse(core: Any, request: Any, error: VLoRAError) -> None:
     """End a request with an error, which must not be the engine core's end."""
     _logger().error("vllm-vlora: request %s is refused: %s", request.request_id, error)
-    core._send_error_outputs_to_client([request.request_id], request.client_index)
+    refuse(core, request, error)
 
 
 def advance_before_abort(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -354,13 +361,15 @@ def advance_before_abort(original: Callable[..., Any]) -> Callable[..., Any]:
 def served_tasks(core: Any) -> list[tuple[str, str]]:
     """(task id, path) of what an engine core's workers serve; becomes a method of it.
 
+    A task from memory stands in place of the checkpoint's of its name.
+
     Raises:
         CheckpointError: one of them read another state of the checkpoint than the others.
     """
     first, *others = core.model_executor.collective_rpc(_served)
     if any(other != first for other in others):
         raise CheckpointError(CHANGED)
-    return first
+    return list({**dict(first), **tasks_of(core).published}.items())
 
 
 def served_aliases(core: Any) -> str:
@@ -376,16 +385,17 @@ def served_aliases(core: Any) -> str:
 
 
 def follow(core: Any, server: str = "", listed: str = "") -> str:
-    """The digest of the state that an engine core serves, after it took what all its workers offer.
+    """What names the state that an engine core serves, after it took what all its workers offer.
 
     Becomes a method of it.
 
     Args:
-        server: what the API server that asks calls itself. listed: the state that it lists.
+        server: what the API server that asks calls itself. listed: what named the state that it lists.
     """
     tasks = tasks_of(core)
+    tasks.followed = True
     tasks.residency.release()
-    tasks.exchange.heard(server, listed)
+    tasks.exchange.heard(server, listed.partition("\n")[0])
     tasks.advance()
     states = set(core.model_executor.collective_rpc(_states))
     served = {state for state, _ in states}
@@ -399,7 +409,8 @@ def follow(core: Any, server: str = "", listed: str = "") -> str:
             served = offered
             counters_of(core).adopted(digest)
             tasks.exchange.begin(digest)
-    return served.pop() if len(served) == 1 else ""
+    # Another one where tasks from memory change.
+    return "\n".join([*served, *sorted(tasks.published.values())]) if len(served) == 1 else ""
 
 
 def _logger() -> Any:

@@ -30,17 +30,15 @@ class Listing:
 
     Args:
         models: vLLM's ``OpenAIServingModels``.
-        loaded: the paths that need not be loaded before their first request; added to.
         templates: called with the paths of all tasks whenever they change.
     """
 
     def __init__(
         self,
         models: Any,
-        loaded: set[str],
         templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
     ) -> None:
-        self._models, self._loaded, self._templates = models, loaded, templates
+        self._models, self._templates = models, templates
         self._listed: dict[str, LoRARequest] = {}
         self._state = ""
         # By which the engine cores tell API servers apart.
@@ -121,8 +119,6 @@ class Listing:
                 wanted[name] = before
             elif shown.own(name) is None:
                 shown[name] = request
-        self._loaded.difference_update(request.lora_path for request in self._listed.values())
-        self._loaded.update(request.lora_path for request in found)
         self._listed = wanted
 
     def _refuse_name(self, request: LoRARequest) -> None:

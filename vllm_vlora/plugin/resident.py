@@ -37,9 +37,9 @@ from vllm_vlora.plugin.blend_paths import blended_checkpoint
 from vllm_vlora.plugin.direct import DirectMemory, DirectPath, task_memory
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.held_bases import Bases
-from vllm_vlora.plugin.identity import TaskPath, parse_task_path, task_path
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path, task_path
 from vllm_vlora.plugin.images import Image, Span, make_image
-from vllm_vlora.plugin.settings import Budget
+from vllm_vlora.plugin.settings import LATE_VARIABLE, Budget
 from vllm_vlora.quantize import PackedMatrix
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
@@ -231,6 +231,8 @@ class ResidentStore:
         self._staging: dict[str, Future[_Staged]] = {}
         self._readers = ThreadPoolExecutor(_READERS, "vlora-stage")
         self._next: _NextBases | None = None
+        # Tasks that are in no file, by path.
+        self._in_memory: dict[str, Checkpoint] = {}
         self._pin: str | None = None
         self.seconds = 0.0
 
@@ -452,6 +454,29 @@ class ResidentStore:
         # Not True where it was read just now: in which form is seen at the next question.
         return future.done() and future.exception() is not None
 
+    def take(self, path: TaskPath, checkpoint: Checkpoint) -> None:
+        """Have a task from a checkpoint in memory, which is kept until ``discard``, and stage it.
+
+        Raises:
+            ModelMismatchError: the served model cannot take it.
+            MemoryBudgetError: the device has no room for it, whatever gives way.
+        """
+        ((task_id, why),) = self._obstacles(checkpoint, checkpoint.tasks).items()
+        nbytes = checkpoint.record(task_id).nbytes
+        # What a rank keeps of a direct task is known once it is laid out.
+        if why is not None and not self._growing and nbytes > self._arena.largest:
+            raise MemoryBudgetError(
+                f"no room for task {task_id!r}: it takes {nbytes} bytes, more than tasks that come later "
+                f"may take on a device; set {LATE_VARIABLE} higher"
+            )
+        self._in_memory[str(path)] = checkpoint
+        self.stage(path)
+
+    def discard(self, path: str) -> None:
+        """Let go of a task from memory."""
+        self._in_memory.pop(path, None)
+        self.drop(path)
+
     def _sweep(self) -> None:
         """Put aside what was staged and is not asked for any more."""
         for name in [n for n, future in self._staging.items() if future.done()][:-_UNCLAIMED]:
@@ -596,7 +621,15 @@ class ResidentStore:
     # --- from disk to host ---
 
     def _read_path(self, path: TaskPath) -> _Staged:
-        """Read a task, from the state that is served or whatever its folder holds; in any thread."""
+        """Read a task, from memory, the served state or whatever its folder holds; in any thread."""
+        in_memory = self._in_memory.get(str(path))
+        if in_memory is not None:
+            return self._read_checked(in_memory, next(iter(in_memory.tasks)))
+        if path.checkpoint == MEMORY:
+            raise CheckpointError(
+                f"{path}: this version of the task was published again or unpublished; use the request "
+                "that vllm_vlora.publish returned last"
+            )
         state = self.state
         task_id = None if state is None else state.tasks.get(str(path))
         if state is not None and task_id is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import SettingError
+from vllm_vlora.plugin.events import LOG_VARIABLE, LOGS
 from vllm_vlora.strict_json import JSONError, decode
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
 BASIS_WAIT_VARIABLE = "VLLM_VLORA_BASIS_WAIT"
 # Seconds. Most generations take less, and a client waits so long.
 DEFAULT_BASIS_WAIT = 30
+POLL_VARIABLE = "VLLM_VLORA_POLL_SECONDS"
 BASES = ("dense", "packed")
 BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
 BASIS_ROWS_VARIABLE = "VLLM_VLORA_BASIS_ROWS"
@@ -78,10 +80,12 @@ class Settings:
         follow: serve what is published into the checkpoint's folder.
         basis_wait: seconds that requests for tasks on a newly published basis wait at most until those on
             the one before have ended; their tasks are materialized then.
+        poll_seconds: between two questions what a Hub branch or a URL has now; 0 for none.
         task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
         task_queue: requests of one that wait; more are refused. 0 for any number.
         fair: whether the task that was served least comes first.
         weights: shares of tasks beside that of the others, which is 1.
+        log: for people as vLLM's own lines (``text``), or for programs (``keys``, ``json``).
         metrics_tasks: tasks whose requests are counted under their own name in the metrics.
         metrics_listed: tasks of each tier that the metrics name as being there.
     """
@@ -99,10 +103,12 @@ class Settings:
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
     basis_wait: int = DEFAULT_BASIS_WAIT
+    poll_seconds: int = 0
     task_concurrency: int = 0
     task_queue: int = 0
     fair: bool = False
     weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    log: str = LOGS[0]
     metrics_tasks: int = DEFAULT_METRICS_TASKS
     metrics_listed: int = DEFAULT_METRICS_LISTED
 
@@ -150,6 +156,7 @@ def device_memory(device: torch.device) -> int:
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings of this process; raises SettingError that names the variable and its values."""
+    follow = _choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on"
     return Settings(
         mode=_choice(environment, MODE_VARIABLE, MODES),
         slots=_whole(environment, SLOTS_VARIABLE, DEFAULT_PEFT_SLOTS, least=1),
@@ -162,12 +169,14 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         blends=_choice(environment, BLENDS_VARIABLE, SWITCH[::-1]) == "on",
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
-        follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
+        follow=follow,
         basis_wait=_whole(environment, BASIS_WAIT_VARIABLE, DEFAULT_BASIS_WAIT, least=0),
+        poll_seconds=_poll_seconds(environment, follow),
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
         task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
         fair=_fair(environment),
         weights=_weights(environment),
+        log=_choice(environment, LOG_VARIABLE, LOGS),
         metrics_tasks=_whole(environment, METRICS_TASKS_VARIABLE, DEFAULT_METRICS_TASKS, least=0),
         metrics_listed=_whole(
             environment, METRICS_LISTED_VARIABLE, DEFAULT_METRICS_LISTED, least=0
@@ -191,6 +200,13 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int) 
 
 def _size(environment: Mapping[str, str], name: str) -> int | None:
     return _whole(environment, name, 0, least=0) if environment.get(name) else None
+
+
+def _poll_seconds(environment: Mapping[str, str], follow: bool) -> int:
+    seconds = _whole(environment, POLL_VARIABLE, 0, least=0)
+    if seconds and not follow:
+        raise SettingError(f"{POLL_VARIABLE} does nothing with {FOLLOW_VARIABLE}=off; unset one")
+    return seconds
 
 
 def _fair(environment: Mapping[str, str]) -> bool:
