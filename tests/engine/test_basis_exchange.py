@@ -22,6 +22,8 @@ FIRST = {"a": "attention", "b": "everything", "c": "rslora", "d": "half-packed"}
 SECOND = {"a": "everything", "b": "attention", "c": "rslora"}
 WIDER = {"a": "rslora", "b": "everything", "c": "attention", "d": "half-packed", "e": "ordinary"}
 SECONDS = 30.0
+# Longer than a block of keys and values, which on CPU is one of 128 tokens.
+LONG_PROMPT = [(7 * j) % 250 + 1 for j in range(150)]
 
 
 @dataclass
@@ -99,6 +101,14 @@ class Published:
         )  # fmt: skip
         return ids(done.choices[0].text)
 
+    def cached(self, name: str) -> list[str]:
+        """An answer to the long prompt, whose first block the second request finds in the cache."""
+        hits = self.value("vllm:prefix_cache_hits_total")
+        first, second = (ids(self.server.text(name, LONG_PROMPT)) for _ in range(2))
+        assert first == second
+        self.until(lambda: self.value("vllm:prefix_cache_hits_total") > hits)
+        return first
+
     def exchanges(self) -> float:
         return self.value("vllm_vlora:basis_exchanges_total")
 
@@ -122,6 +132,8 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
     published.check(FIRST)
     published.until(lambda: published.all_direct(FIRST))
     before = {name: published.long(name) for name in "ab"}
+    cached = {name: published.cached(name) for name in "ab"}
+    assert cached["a"] != cached["b"]
     with ThreadPoolExecutor(40) as pool:
         # In flight while the basis changes, some of them waiting for a place in a batch.
         running = [(name, pool.submit(published.long, name)) for name in "ab" for _ in range(20)]
@@ -130,8 +142,9 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
         published.until_taken(1)
         assert not all(future.done() for _, future in running)
         published.until_served(SECOND, 1)
-        # Under the names and with the prompts of before: no block of the old keys and values may be hit.
         published.check(SECOND)
+        # Under the names and with the prompt of before, of which no old block may be hit.
+        assert [published.cached(name) for name in "ab"] == [cached["b"], cached["a"]]
         for name, future in running:
             assert future.result() == before[name], "it began on the basis of before"
     published.until(lambda: published.exchanges() == 1)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from plugin_world import STORED, TASKS, TOKENS, Store, build, layouts, make_path, run
 
+from vllm_vlora.blend_names import parse_blend
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError
+from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.exchange import BasisExchange, Books
 from vllm_vlora.plugin.following import State
-from vllm_vlora.plugin.identity import TaskPath, task_path
+from vllm_vlora.plugin.identity import TaskPath, task_path, task_paths
 from vllm_vlora.plugin.resident import BasesReport, ResidentStore
 
 NARROWER = {"q": (4, 5), "k": (1, 2), "o": (7, 3)}
@@ -206,6 +208,24 @@ def test_tasks_on_the_new_bases_wait_and_others_do_not(tmp_path: Path) -> None:
         assert store.held(str(served.path(task, first=True))) is None
     assert store.held(str(served.path("private", first=True))) is not None
     assert {task.task_id for task in store.tasks() if task.direct} == set(TASKS)
+
+
+def test_a_blend_of_tasks_on_the_new_bases_waits_for_them_too(tmp_path: Path) -> None:
+    store = Store().store
+    tasks = {"a": {"q": ("joint", 2)}, "b": {"q": ("joint", 1), "o": ("joint", 1)}}
+    store.preload(build(tmp_path / "first", tasks).path, make_path)
+    second = build(tmp_path / "second", tasks, seed=1)
+    store.serve(State(second))
+    path = blend_path(task_paths(second), parse_blend("a*0.5+b", second.tasks))
+    assert store.stage(path) in (None, False)
+    until(lambda: store.bases((), ()).ready)
+    until(lambda: store.stage(path) is not False)
+    assert store.stage(path) is None
+    for name in store.ended():
+        store.drop(name)
+    store.exchange()
+    assert store.stage(path) is True
+    assert store.task(path).direct is not None
 
 
 def test_who_waited_long_enough_gets_a_task_that_is_materialized_until_then(

@@ -135,4 +135,6 @@ class Arrivals:
             arrival.waiters = [w for w in arrival.waiters if w.request_id not in request_ids]
             if not arrival.waiters:
                 del self._awaited[path]
-                self._residency.forget(path, wholly=True)
+                # What waits for its bases may be there in another form, which requests use.
+                if path not in self._residency:
+                    self._residency.forget(path, wholly=True)

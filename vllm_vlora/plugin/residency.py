@@ -90,6 +90,9 @@ class Residency:
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, path: str) -> bool:
+        return path in self._held
+
     def touch(self, path: str) -> bool:
         """Whether a task is held; it then is the most recently used."""
         if path not in self._held:
