@@ -167,7 +167,7 @@ def test_the_model_writes_at_temperature_one_with_the_adapter(world: Path, tmp_p
     assert abs(errors_from(-written, -(p.exp() * p).sum(1))) < 4
     divergence = (p.exp() * (p - theirs)).sum(1)
     assert abs(errors_from(written - other, divergence)) < 4
-    assert errors_from(written - other, torch.zeros(())) > 8
+    assert errors_from(written - other, torch.zeros(())) > 3
     assert evaluator.sample(folder, 100, 24) == evaluator.sample(folder, 100, 24)
 
 
