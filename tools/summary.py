@@ -271,7 +271,8 @@ def print_curve(console: Console, predicted: dict[str, Any]) -> None:
 
 
 def print_quality(console: Console, summary: dict[str, Any]) -> None:
-    """Which tasks were given more than others, and what was kept, where that was asked for."""
+    """What the choice went by, which tasks were given more, and what was kept, as far as it is known."""
+    line(console, f"Chosen by {summary['chosen_by']}.", style="dim")
     if summary["raised"]:
         line(console, f"Given more bytes to pass the gate: {', '.join(summary['raised'])}")
     kl_kept = summary.get("kl_kept", {})

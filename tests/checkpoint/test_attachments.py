@@ -19,7 +19,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
-from vllm_vlora.compression.quality import compress_judged, compress_to_quality
+from vllm_vlora.compression.quality import OneByOne, compress_judged, compress_to_quality
 from vllm_vlora.editing.adding import add_adapters
 from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.removing import remove_tasks
@@ -143,7 +143,7 @@ def test_what_is_judged_and_thrown_away_has_none(folders: list[Path], tmp_path: 
 
     tasks = {p.name: open_adapter(p) for p in folders}
     compress_to_quality(tasks, tmp_path / "quality", 0.9, judge)
-    compress_judged(tasks, tmp_path / "judged", judge, CompressOptions(ratio=0.5))
+    compress_judged(tasks, tmp_path / "judged", OneByOne(judge), CompressOptions(ratio=0.5))
     assert set(trials) == {False}
     assert list(attached(tmp_path / "quality")) == ["task_0", "task_1"]
     assert list(attached(tmp_path / "judged")) == ["task_0", "task_1"]

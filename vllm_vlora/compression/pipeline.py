@@ -286,6 +286,7 @@ class Compression:
         base_model: str | None = None,
         *,
         kl_kept: Mapping[str, float | None] | None = None,
+        chosen_by: str = "",
         kept: Sequence[str] = (),
         trial: bool = False,
     ) -> CompressReport:
@@ -301,6 +302,7 @@ class Compression:
             encoder,
             base_model,
             kl_kept=kl_kept,
+            chosen_by=chosen_by,
             kept=kept,
             allow_large_error=self._options.allow_large_error,
             tokenizers=self._options.tokenizers and not trial,
