@@ -5,6 +5,7 @@ One job a module reads its factors of all adapters and returns numbers; fitted b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,6 +35,8 @@ _SHARE_SLACK = 4
 # Cost grows with the width, and a core on so many rows hardly saves bytes: at 4096 columns it has a
 # quarter of the numbers of the factors.
 _MOST_COMPONENTS = 1024
+# Numbers of several tasks that are measured at once: more gain nothing, and leave a core's cache.
+_BATCH_ELEMENTS = 1 << 19
 # Each component of a flat basis is as large as an adapter, and all are held at once.
 _MOST_FLAT = 64
 
@@ -248,18 +251,41 @@ class Surveyor:
     def _private(
         self, module: Module, metric: Metric
     ) -> Iterator[tuple[int, dict[str, Curve], float]]:
-        formats = self.settings.formats
-        for task, (a, b, scale) in zip(module.tasks, self.collection.read_module(module)):
-            dtype = self.collection.adapters[task].modules[module.name].dtype
-            by_label = formats.private_of(dtype)
+        """(task number, format label -> curve, ||delta_W||^2), of tasks of one shape together."""
+        for dtype, batch in self._alike(module):
+            by_label = self.settings.formats.private_of(dtype)
             distinct = list(dict.fromkeys(by_label))
-            with self.collection.naming(task, module.name):
-                curves = measure_private(a, b, scale, distinct, FORMAT_OF_DTYPE[dtype], metric)
-            by_format = dict(zip(distinct, curves))
-            labelled = {
-                label: by_format[format] for label, format in zip(formats.private_labels, by_label)
-            }
-            yield task, labelled, seen_squared_norm(a, b, scale, metric)
+            own = FORMAT_OF_DTYPE[dtype]
+            try:
+                found = measure_private([f for _, f in batch], distinct, own, metric)
+            except ValueError:
+                # One of them; which one, is worth a second measurement.
+                for task, factors in batch:
+                    with self.collection.naming(task, module.name):
+                        measure_private([factors], distinct, own, metric)
+                raise
+            for (task, _), (curves, norm) in zip(batch, found):
+                by_format = dict(zip(distinct, curves))
+                labels = zip(self.settings.formats.private_labels, by_label)
+                yield task, {label: by_format[format] for label, format in labels}, norm
+
+    def _alike(
+        self, module: Module
+    ) -> Iterator[tuple[torch.dtype, list[tuple[int, ScaledFactors]]]]:
+        """Neighbouring tasks of one rank and dtype, as many at once as are quick to measure."""
+        adapters = self.collection.adapters
+        kinds = [
+            (adapters[task].modules[module.name].dtype, rank)
+            for task, rank in zip(module.tasks, module.ranks)
+        ]
+        factors = zip(module.tasks, self.collection.read_module(module))
+        for (dtype, rank), run in itertools.groupby(kinds):
+            most = max(_BATCH_ELEMENTS // (rank * (module.d_in + module.d_out)), 1)
+            left = len(list(run))
+            while left:
+                batch = list(itertools.islice(factors, min(most, left)))
+                left -= len(batch)
+                yield dtype, batch
 
     def _group(
         self, module: Module, tasks: tuple[int, ...], metric: Metric, groups: int
