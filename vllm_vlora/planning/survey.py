@@ -37,6 +37,8 @@ _SHARE_SLACK = 4
 _MOST_COMPONENTS = 1024
 # Numbers of several tasks that are measured at once: more gain nothing, and leave a core's cache.
 _BATCH_ELEMENTS = 1 << 19
+# A wide basis is read from memory for each batch.
+_METER_ELEMENTS = 1 << 22
 # Each component of a flat basis is as large as an adapter, and all are held at once.
 _MOST_FLAT = 64
 
@@ -252,7 +254,7 @@ class Surveyor:
         self, module: Module, metric: Metric
     ) -> Iterator[tuple[int, dict[str, Curve], float]]:
         """(task number, format label -> curve, ||delta_W||^2), of tasks of one shape together."""
-        for dtype, batch in self._alike(module):
+        for dtype, batch in self._alike(module, module.tasks):
             by_label = self.settings.formats.private_of(dtype)
             distinct = list(dict.fromkeys(by_label))
             own = FORMAT_OF_DTYPE[dtype]
@@ -270,17 +272,14 @@ class Surveyor:
                 yield task, {label: by_format[format] for label, format in labels}, norm
 
     def _alike(
-        self, module: Module
+        self, module: Module, tasks: Sequence[int], elements: int = _BATCH_ELEMENTS
     ) -> Iterator[tuple[torch.dtype, list[tuple[int, ScaledFactors]]]]:
-        """Neighbouring tasks of one rank and dtype, as many at once as are quick to measure."""
-        adapters = self.collection.adapters
-        kinds = [
-            (adapters[task].modules[module.name].dtype, rank)
-            for task, rank in zip(module.tasks, module.ranks)
-        ]
-        factors = zip(module.tasks, self.collection.read_module(module))
+        """Neighbouring tasks of one rank and dtype, with so many elements at once at most."""
+        parts = [self.collection.adapters[task].modules[module.name] for task in tasks]
+        kinds = [(part.dtype, part.rank) for part in parts]
+        factors = zip(tasks, self.collection.read_module(module, tasks))
         for (dtype, rank), run in itertools.groupby(kinds):
-            most = max(_BATCH_ELEMENTS // (rank * (module.d_in + module.d_out)), 1)
+            most = max(elements // (rank * (module.d_in + module.d_out)), 1)
             left = len(list(run))
             while left:
                 batch = list(itertools.islice(factors, min(most, left)))
@@ -336,10 +335,12 @@ class Surveyor:
             return [(u_t.shape[0], v.shape[0])]
         meter = JointMeter(pack(u_t, "float32"), pack(v, "float32"), metric)
         total = torch.zeros(u_t.shape[0], v.shape[0], dtype=torch.float64)
-        for a, b, scale in self.collection.read_module(module, tasks):
-            norm = seen_squared_norm(a, b, scale, metric)
-            if norm > 0:
-                total += meter.energy(a, b, scale) / norm
+        for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
+            factors = [found for _, found in batch]
+            for found, energy in zip(factors, meter.energy(factors)):
+                norm = seen_squared_norm(*found, metric)
+                if norm > 0:
+                    total += energy / norm
         total = total.cumsum(0).cumsum(1)
         format = min(
             self.settings.formats.of(module.dtype),
@@ -363,10 +364,15 @@ class Surveyor:
         meters = {f: JointMeter(pack(u_t, f), pack(v, f), metric) for f in dict.fromkeys(by_label)}
         captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
         norms = torch.zeros(len(tasks), dtype=torch.float64)
-        for place, (a, b, scale) in enumerate(self.collection.read_module(module, tasks)):
-            norms[place] = seen_squared_norm(a, b, scale, metric)
+        place = 0
+        for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
+            factors = [found for _, found in batch]
+            rows = slice(place, place + len(batch))
+            found_norms = [seen_squared_norm(*found, metric) for found in factors]
+            norms[rows] = torch.tensor(found_norms, dtype=torch.float64)
             for format, meter in meters.items():
-                captured[format][place] = meter.captured_at(a, b, scale, widths)
+                captured[format][rows] = meter.captured_at(factors, widths).float()
+            place = rows.stop
         return {
             label: JointCurve([BasisSpec(*w, format) for w in widths], captured[format], norms)
             for label, format in zip(self.settings.formats.labels, by_label)
