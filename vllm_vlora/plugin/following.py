@@ -20,6 +20,7 @@ from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked, task_file
 from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.router_files import ROUTER_FILE, read_router_weights
 from vllm_vlora.errors import CheckpointError, VLoRAError
 from vllm_vlora.plugin.counters import reason_of
 from vllm_vlora.plugin.identity import task_paths
@@ -45,7 +46,8 @@ class State:
         self.tasks: dict[str, str] = {path: task for task, path in self.paths.items()}
         # Now, as what lies there later may be another state's. The digest is of all that is served,
         # and equal for equal states on every machine.
-        self.aliases, self.digest = checkpoint.aliases, checkpoint.content_digest
+        self.aliases, self.router = checkpoint.aliases, checkpoint.router
+        self.digest = checkpoint.content_digest
 
 
 class Follower:
@@ -147,6 +149,8 @@ class Follower:
             else:
                 left -= ref.nbytes
                 read_checked(file, ref)
+        if found.router is not None and found.router != served.router:
+            read_router_weights(checkpoint.path, found.router)
         if checkpoint.was_replaced:
             raise CheckpointError(f"{checkpoint.path} was published again while it was read")
         return found
@@ -164,11 +168,15 @@ def _new_files(
 
 def folder_identity(checkpoint: str | Path) -> tuple[int, ...] | None:
     """What differs between two publications of a checkpoint's manifest, and between two versions of its
-    aliases, which are written beside it; None where there is no manifest.
+    aliases and its router, which are written beside it; None where there is no manifest.
     """
     folder, _ = split_pin(checkpoint)
-    manifest, aliases = (_file_identity(Path(folder, name)) for name in (CONFIG_FILE, ALIASES_FILE))
-    return None if manifest is None else (*manifest, *(aliases or ()))
+    manifest, *beside = (
+        _file_identity(Path(folder, name)) for name in (CONFIG_FILE, ALIASES_FILE, ROUTER_FILE)
+    )
+    # Each in its place, so that one that goes and another that comes are not the same.
+    parts = (number for found in beside for number in found or (0, 0, 0, 0))
+    return None if manifest is None else (*manifest, *parts)
 
 
 def _file_identity(file: Path) -> tuple[int, ...] | None:
