@@ -122,7 +122,7 @@ def test_nothing_but_the_manifest_is_asked_for_while_nothing_changes(world: Worl
     world.server.asked.clear()
     for _ in range(3):
         assert worker.look() == world.first
-    beside = {"ck/attachments.json", "ck/aliases.json"}
+    beside = {"ck/attachments.json", "ck/aliases.json", "ck/router.json"}
     assert set(world.server.asked) == {f"ck/{CONFIG_FILE}", *beside}
     assert state.stat().st_ctime_ns == stamp, "who reads a state would take it for another"
 

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from vllm_vlora.checkpoint.aliases import encode_aliases
+from vllm_vlora.checkpoint.router_files import encode_router
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
 from vllm_vlora.plugin.admission import kinds_of
 from vllm_vlora.plugin.arrivals import Arrivals, Waiter
@@ -28,6 +29,8 @@ TASKS_METHOD = "vlora_tasks"
 """The name under which an engine core answers with what it serves."""
 ALIASES_METHOD = "vlora_aliases"
 """The name under which it answers with other names for that, as ``encode_aliases`` writes them."""
+ROUTER_METHOD = "vlora_router"
+"""The name under which it says which router picks among that, as ``encode_router`` writes it, or ""."""
 FOLLOW_METHOD = "vlora_follow"
 """The name under which it looks for a published state and serves it."""
 CHANGED = (
@@ -73,6 +76,12 @@ def _served(worker: Any) -> list[tuple[str, str]]:
 def _aliases(worker: Any) -> str:
     state = manager_of(worker).vlora_store.state
     return "" if state is None else encode_aliases(state.aliases).decode()
+
+
+def _router(worker: Any) -> str:
+    state = manager_of(worker).vlora_store.state
+    router = None if state is None else state.router
+    return "" if router is None else encode_router(router).decode()
 
 
 def _states(worker: Any) -> tuple[str, str]:
@@ -366,10 +375,7 @@ def served_tasks(core: Any) -> list[tuple[str, str]]:
     Raises:
         CheckpointError: one of them read another state of the checkpoint than the others.
     """
-    first, *others = core.model_executor.collective_rpc(_served)
-    if any(other != first for other in others):
-        raise CheckpointError(CHANGED)
-    return list({**dict(first), **tasks_of(core).published}.items())
+    return list({**dict(_agreed(core, _served)), **tasks_of(core).published}.items())
 
 
 def served_aliases(core: Any) -> str:
@@ -378,7 +384,21 @@ def served_aliases(core: Any) -> str:
     Raises:
         CheckpointError: as :func:`served_tasks`.
     """
-    first, *others = core.model_executor.collective_rpc(_aliases)
+    return _agreed(core, _aliases)
+
+
+def served_router(core: Any) -> str:
+    """The router of what an engine core's workers serve, as JSON, empty for none; becomes a method of it.
+
+    Raises:
+        CheckpointError: as :func:`served_tasks`.
+    """
+    return _agreed(core, _router)
+
+
+def _agreed(core: Any, ask: Callable[[Any], Any]) -> Any:
+    """What every worker answers."""
+    first, *others = core.model_executor.collective_rpc(ask)
     if any(other != first for other in others):
         raise CheckpointError(CHANGED)
     return first

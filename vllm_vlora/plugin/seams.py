@@ -22,6 +22,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_vlora._version import __version__
+from vllm_vlora.blending.text_router import RoutePolicy
 from vllm_vlora.errors import (
     CheckpointError,
     ModelStateError,
@@ -35,6 +36,7 @@ from vllm_vlora.plugin.counters import METRICS_METHOD
 from vllm_vlora.plugin.engine_core import (
     ALIASES_METHOD,
     FOLLOW_METHOD,
+    ROUTER_METHOD,
     TASKS_METHOD,
     advance_before_abort,
     ensure_in_process,
@@ -42,6 +44,7 @@ from vllm_vlora.plugin.engine_core import (
     load_before_add_lora,
     load_before_add_request,
     served_aliases,
+    served_router,
     served_tasks,
 )
 from vllm_vlora.plugin.graph_cases import capture_by_kind
@@ -188,18 +191,25 @@ def _init_static_loras(
     load_templates: Callable[[Mapping[str, TaskPath]], object] | None,
     follows: bool,
     blends: bool = True,
+    policy: RoutePolicy | None = None,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
         refuse_without_lora(self.engine_client.vllm_config.lora_config)
         self.lora_requests = TaskRequests(self.lora_requests, {}, blends)
-        listing = Listing(self, load_templates)
+        listing = Listing(self, load_templates, policy)
         await listing.start()
         if follows:
             listing.follow()
 
     return init
+
+
+def _policy(settings: Settings) -> RoutePolicy | None:
+    if not settings.route_terms:
+        return None
+    return RoutePolicy(settings.route_terms, settings.route_threshold)
 
 
 def _rust_frontend(
@@ -403,6 +413,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
                 load if setup.settings.chat_templates else None,
                 setup.settings.follow,
                 setup.settings.blends,
+                _policy(setup.settings),
             )
         )
         if setup.settings.chat_templates:
@@ -424,6 +435,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (core.owner, core.attribute, release_first(load_before_add_request(add or core.value))),
         (core.owner, TASKS_METHOD, served_tasks),
         (core.owner, ALIASES_METHOD, served_aliases),
+        (core.owner, ROUTER_METHOD, served_router),
         (core.owner, FOLLOW_METHOD, follow),
         (core.owner, METRICS_METHOD, metrics_snapshot),
         (core.owner, OFFER_METHOD, offer),
