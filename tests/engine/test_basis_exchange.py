@@ -120,7 +120,9 @@ class Published:
 def published(world: World, request: pytest.FixtureRequest) -> Iterator[Published]:
     servers = 2 if request.param == "auto" else 1
     made = Published(
-        world, ("--api-server-count", str(servers)), {"VLLM_VLORA_MODE": request.param}
+        world,
+        ("--api-server-count", str(servers), "--enable-prefix-caching"),
+        {"VLLM_VLORA_MODE": request.param},
     )
     yield made
     made.server.stop()

@@ -234,7 +234,7 @@ def test_who_waited_long_enough_gets_a_task_that_is_materialized_until_then(
     served = Served(tmp_path)
     store = served.publish()
     assert served.stage("joint") is None
-    store.hold_back(False)
+    assert store.hold_back(False) == []
     assert served.stage("joint") is True
     path = served.path("joint")
     task = store.task(path)
@@ -242,7 +242,7 @@ def test_who_waited_long_enough_gets_a_task_that_is_materialized_until_then(
     assert task.obstacle == "q has another basis than the layers hold"
     assert served.report((str(path),)).busy, "the exchange would take its form"
     # A second wait: who comes now waits, though the task is there.
-    store.hold_back(True)
+    assert store.hold_back(True) == [str(path)]
     assert store.stage(path) is None
     assert served.report((str(path),)).busy
     assert not served.report((), (str(path),)).busy, "it waits for the exchange itself"
@@ -336,8 +336,9 @@ class Engine:
     def _look(self) -> None:
         self.looks += 1
 
-    def hold_back(self, held_back: bool) -> None:
+    def hold_back(self, held_back: bool) -> set[str]:
         self.told.append(held_back)
+        return {"meanwhile"} if held_back else set()
 
     def keep_bases(self) -> None:
         self.told.append("keep")
@@ -408,9 +409,11 @@ def test_nobody_waits_longer_than_was_asked_for_and_it_is_tried_again() -> None:
     engine.run(41)
     assert engine.told == [False, True]
     assert engine.exchange.holds_back
+    assert engine.exchange.waiting == {"meanwhile"}
     engine.used = set()
     engine.run(1)
     assert engine.told[2:] == ["exchange"]
+    assert not engine.exchange.waiting
 
 
 def test_without_patience_nobody_waits_and_in_mode_direct_everybody_does() -> None:
