@@ -33,7 +33,7 @@ class Core:
         self.added: list[Any] = []
         self.aborted: list[list[str]] = []
         self.exchanged: list[int] = []
-        self.wants_bases = False
+        self.wants_bases = self.holds_back = False
         self.states: list[list[str]] = [["1", "1"], ["1", "1"]]
         self.tasks = [[("a", path_of("a"))], [("a", path_of("a"))]]
         self.model_executor = SimpleNamespace(collective_rpc=self._rpc, is_sleeping=False)
@@ -55,7 +55,7 @@ class Core:
             forget=lambda path, wholly: workers.on[number].discard(_name(path)),
             stage=lambda request: (
                 None
-                if self.wants_bases and request.lora_name == "b" and not self.exchanged
+                if self.holds_back and request.lora_name == "b" and not self.exchanged
                 else request.lora_name in self.staged
             ),
             held_paths=lambda: [path_of(name) for name in workers.on[number]],
@@ -65,12 +65,16 @@ class Core:
                 served=lambda: self.tasks[number],
                 tidy=lambda: None,
                 bases=lambda in_use, awaited: self.bases(number, in_use, awaited),
-                hold_back=lambda held_back: None,
+                hold_back=self.hold_back,
             ),
             exchange_bases=lambda: self.exchanged.append(number) or [path_of("a")],
         )
         runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
         return SimpleNamespace(model_runner=runner)
+
+    def hold_back(self, held_back: bool) -> list[str]:
+        self.holds_back = held_back
+        return [path_of("b")] if held_back and "b" in self.workers.on[0] else []
 
     def bases(self, number: int, in_use: list[str], awaited: list[str]) -> BasesReport:
         if not self.wants_bases or number in self.exchanged:
@@ -263,7 +267,7 @@ def test_requests_on_new_bases_wait_for_those_on_the_old_ones_and_others_pass(
     core.staged |= set("abcdefghij")
     core.add_request(request("old", lora("a")))
     assert core.added == ["old"]
-    core.wants_bases = True
+    core.wants_bases = core.holds_back = True
     core.states = [["1", "2"], ["1", "2"]]
     assert follow(core, "server", "1") == "2"
     for number in range(9):
@@ -291,3 +295,43 @@ def test_requests_on_new_bases_wait_for_those_on_the_old_ones_and_others_pass(
     assert core.added[9:] == [f"new {number}" for number in range(9)]
     assert path_of("a") not in core.scheduler._vlora_kinds
     assert follow(core, "server", "2") == "3"
+
+
+def test_a_task_that_was_materialized_meanwhile_keeps_its_requests_and_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, seconds in (("_LINGER", 0.01), ("_PERIOD", 0.0), ("_REST", 1.0)):
+        monkeypatch.setattr(exchange, name, seconds)
+    monkeypatch.setenv("VLLM_VLORA_BASIS_WAIT", "1")
+    core: Any = OwnProcess(a=2, b=2)
+    core.staged |= {"a", "b"}
+    core.add_request(request("old", lora("a")))
+    core.wants_bases = core.holds_back = True
+    core.states = [["1", "2"], ["1", "2"]]
+    follow(core)
+    core.add_request(request("waits", lora("b")))
+    assert core.added == ["old"]
+
+    def turn_until(holds: Any) -> None:
+        deadline = time.monotonic() + 30
+        while not holds():
+            assert time.monotonic() < deadline
+            follow(core)
+            time.sleep(0.01)
+
+    tasks = core._vlora_tasks_held
+    turn_until(lambda: not tasks.exchange.holds_back)
+    turn_until(lambda: "waits" in core.added)
+    turn_until(lambda: tasks.exchange.holds_back)
+    core.add_request(request("later", lora("b")))
+    core.add_request(request("gone", lora("b")))
+    follow(core)
+    assert core.added == ["old", "waits"], "it is there, and to be exchanged"
+    core.abort_requests(["gone"])
+    assert core.workers.on == [{"a", "b"}] * 2, "a request that runs has it"
+    core.abort_requests(["later"])
+    assert core.workers.on == [{"a", "b"}] * 2
+    core.add_request(request("last", lora("b")))
+    core.scheduler.requests.clear()
+    turn_until(lambda: "last" in core.added)
+    assert core.exchanged == [0, 1]

@@ -96,8 +96,8 @@ def _bases(worker: Any, in_use: list[str], awaited: list[str]) -> BasesReport:
     return manager_of(worker).vlora_store.bases(in_use, awaited)
 
 
-def _hold_back(worker: Any, held_back: bool) -> None:
-    manager_of(worker).vlora_store.hold_back(held_back)
+def _hold_back(worker: Any, held_back: bool) -> list[str]:
+    return manager_of(worker).vlora_store.hold_back(held_back)
 
 
 def _keep_bases(worker: Any) -> None:
@@ -145,8 +145,8 @@ class _Workers:
     def bases(self, in_use: Collection[str], awaited: Collection[str]) -> list[BasesReport]:
         return self._ask(_bases, args=(list(in_use), list(awaited)))
 
-    def hold_back(self, held_back: bool) -> None:
-        self._ask(_hold_back, args=(held_back,))
+    def hold_back(self, held_back: bool) -> set[str]:
+        return set().union(*self._ask(_hold_back, args=(held_back,)))
 
     def keep_bases(self) -> None:
         self._ask(_keep_bases)
@@ -204,6 +204,8 @@ class Tasks:
         if number != lora.lora_int_id:
             lora.lora_int_id = number
         if self.arrivals.awaits(lora.lora_path):
+            return False
+        if lora.lora_path in self.exchange.waiting and not self.letting_in:
             return False
         if self.residency.touch(lora.lora_path):
             return True
