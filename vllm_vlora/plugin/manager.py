@@ -10,7 +10,7 @@ import copy
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -233,35 +233,60 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     # --- what the engine core asks for ---
 
-    def stage(self, request: LoRARequest) -> bool:
-        """Have a task read into host memory, beside the steps; whether that is done."""
-        return self.vlora_store.stage(_path_of(request))
+    def bring(
+        self, requests: Sequence[LoRARequest], hold: int, instead_of: Sequence[str] = ()
+    ) -> list[Held | bool]:
+        """Have tasks read into host memory, beside the steps, and on the device once that is done.
 
-    def hold(self, request: LoRARequest, instead_of: Iterable[str] = ()) -> Held:
+        Args:
+            hold: how many of them, the first, may come to the device.
+            instead_of: paths of tasks whose places there may be given up for them, the first first.
+
+        Returns:
+            For each what ``hold`` says of it; or whether it is read, where it may not or need not yet.
+        """
+        left = list(instead_of)
+        answers: list[Held | bool] = []
+        for number, request in enumerate(requests):
+            staged = self.vlora_store.stage(_path_of(request))
+            if not staged or number >= hold:
+                answers.append(staged)
+                continue
+            held = self.hold(request, left)
+            answers.append(held)
+            del left[: held.gave_way]
+            if held.over:
+                hold = 0  # Who comes later must not take its place.
+        return answers
+
+    def hold(self, request: LoRARequest, instead_of: Sequence[str] = ()) -> Held:
         """Have a task on the device; an error is in the answer.
 
         Nothing is raised: with several workers, each must answer.
 
         Args:
-            instead_of: paths of tasks whose places there are given up before.
+            instead_of: paths of tasks whose places there may be given up for it, the first first.
         """
+        gave_way = 0
         try:
-            for path in instead_of:
-                self.forget(path)
             before = self.vlora_store.held(request.lora_path)
-            over = self.vlora_store.place(_path_of(request))
-            if over:
-                return Held(over=over)
+            while over := self.vlora_store.place(_path_of(request)):
+                if gave_way == len(instead_of):
+                    return Held(over=over, gave_way=gave_way)
+                self.forget(instead_of[gave_way])
+                gave_way += 1
             self._prepare(self.task_model(request).task)
         except torch.OutOfMemoryError:
-            return Held(over=_ALL)
+            return Held(over=_ALL, gave_way=gave_way)
         except VLoRAError as error:
-            return Held(error=error)
+            return Held(error=error, gave_way=gave_way)
         except Exception as error:
             logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
-            return Held(error=TaskLoadError(f"{request.lora_path}: {error}"))
+            told = TaskLoadError(f"{request.lora_path}: {error}")
+            return Held(error=told, gave_way=gave_way)
         nbytes = self.vlora_store.nbytes_of(request.lora_path)
-        return Held(nbytes=nbytes if before is None else 0, direct=self.runs_direct(request))
+        direct = self.runs_direct(request)
+        return Held(nbytes=nbytes if before is None else 0, direct=direct, gave_way=gave_way)
 
     def _prepare(self, task: ResidentTask) -> None:
         """Arrange a task's writes now and not in its first step."""
