@@ -523,10 +523,14 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
         writer.check(checkpoint, task_ids, self._engine_name)
-        absorbed = read_absorbed(self)
         for task_id in task_ids:
             _check_extra(checkpoint, task_id, self)
-            _check_absorbed(checkpoint, task_id, absorbed, self._engine_name)
+            _check_absorbed(checkpoint, task_id, self._absorbed, self._engine_name)
+
+    @functools.cached_property
+    def _absorbed(self) -> set[str]:
+        """A look at every module of the model, which stays as it is."""
+        return read_absorbed(self)
 
 
 def _path_of(request: LoRARequest) -> TaskPath:
