@@ -11,6 +11,7 @@ import pytest
 from residency_world import Executor, Workers, lora, path_of
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError
+from vllm_vlora.plugin import exchange
 from vllm_vlora.plugin.admission import Admission
 from vllm_vlora.plugin.engine_core import (
     advance_after_abort,
@@ -22,6 +23,7 @@ from vllm_vlora.plugin.engine_core import (
     load_before_add_request,
     served_tasks,
 )
+from vllm_vlora.plugin.resident import BasesReport
 
 
 class Scheduler:
@@ -57,6 +59,8 @@ class Core:
         self.workers = Workers([budget] * count, {name: [n] * count for name, n in sizes.items()})
         self.added: list[Any] = []
         self.dropped: list[str] = []
+        self.exchanged: list[int] = []
+        self.wants_bases = False
         self.pinned = {ord("a")}
         self.states: list[list[str]] = [["1", "1"], ["1", "1"]]
         self.tasks = [[("a", path_of("a"))], [("a", path_of("a"))]]
@@ -80,14 +84,32 @@ class Core:
             self.dropped += [_name(path)] * (wholly and number == 0)
 
         return SimpleNamespace(
-            bring=lambda *args: workers.bring_to(number, *args),
+            bring=lambda *args: self._bring(number, *args),
             hold=lambda request, instead_of: workers.hold(request, instead_of)[number],
             forget=forget,
             held_paths=lambda: [path_of(name) for name in workers.on[number]],
             states=lambda: tuple(self.states[number]),
             adopt=adopt,
-            vlora_store=SimpleNamespace(served=lambda: self.tasks[number], tidy=lambda: None),
+            vlora_store=SimpleNamespace(
+                served=lambda: self.tasks[number],
+                tidy=lambda: None,
+                bases=lambda in_use, awaited: self.bases(number, in_use, awaited),
+                hold_back=lambda held_back: None,
+            ),
+            exchange_bases=lambda: self.exchanged.append(number) or [path_of("a")],
         )
+
+    def _bring(self, number: int, requests: Any, hold: int, instead_of: Any) -> list[Any]:
+        said: list[Any] = self.workers.bring_to(number, requests, hold, instead_of)
+        wait = self.wants_bases and not self.exchanged
+        return [
+            None if wait and one.lora_name == "b" else told for one, told in zip(requests, said)
+        ]
+
+    def bases(self, number: int, in_use: list[str], awaited: list[str]) -> BasesReport:
+        if not self.wants_bases or number in self.exchanged:
+            return BasesReport()
+        return BasesReport(True, True, busy=path_of("a") in (*in_use, *awaited))
 
     def add_lora(self, lora_request: Any) -> bool:
         self.added.append(lora_request)
@@ -337,3 +359,44 @@ def test_a_worker_that_lags_behind_is_told_again() -> None:
     assert core.states == [["2", "2"]] * 2
     core.states = [["2", "2"], ["1", "1"]]
     assert follow(core) == "", "nothing is listed that not all of them serve"
+
+
+def test_requests_on_new_bases_wait_for_those_on_the_old_ones_and_others_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "_LINGER", 0.01)
+    monkeypatch.setattr(exchange, "_PERIOD", 0.0)
+    core: Any = OwnProcess(a=2, b=2, **dict.fromkeys("cdefghij", 0))
+    core.workers.stage(*"abcdefghij")
+    core.add_request(request("old", lora("a")))
+    core.turn()
+    assert core.added == ["old"]
+    core.wants_bases = True
+    core.states = [["1", "2"], ["1", "2"]]
+    assert follow(core, "server", "1") == "2"
+    for number in range(9):
+        core.add_request(request(f"new {number}", lora("b")))
+    for name in "cdefghij":
+        core.add_request(request(name, lora(name)))
+    for _ in range(12):
+        core.turn()
+    assert core.added == ["old", *"cdefghij"], "who waits for bases is in nobody's way"
+    core.states = [["2", "3"], ["2", "3"]]
+    assert follow(core, "server", "2") == "2", "no other state meanwhile"
+    time.sleep(0.02)
+    core.turn()
+    assert core.exchanged == []
+    del core.scheduler.requests["old"]
+    follow(core, "server", "1")
+    time.sleep(0.02)
+    core.turn()
+    assert core.exchanged == [], "an API server still lists what was before"
+    follow(core, "server", "2")
+    time.sleep(0.02)
+    core.turn()
+    assert core.exchanged == [0, 1]
+    for _ in range(2):
+        core.turn()
+    assert core.added[9:] == [f"new {number}" for number in range(9)]
+    assert path_of("a") not in core.scheduler._vlora_kinds
+    assert follow(core, "server", "2") == "3"

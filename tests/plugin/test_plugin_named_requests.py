@@ -232,7 +232,7 @@ class Core:
             FOLLOW_METHOD: opened.content_digest,
         }
 
-    async def _call_utility_async(self, method: str, *, engine: int) -> Any:
+    async def _call_utility_async(self, method: str, *arguments: str, engine: int) -> Any:
         return self._answers[method]
 
 

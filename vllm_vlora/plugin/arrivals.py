@@ -26,8 +26,10 @@ _STAGED_AT_ONCE = 8
 # step's.
 _LOOKS = 8
 
-Brought = Held | bool
-"""What a worker says of a task: whether it has read it, or what came of holding it once it had."""
+Brought = Held | bool | None
+"""What a worker says of a task: whether it has read it, or what came of holding it once it had.
+
+None where the task waits for more, and is asked for again after ``Arrivals.look_again``."""
 
 
 class Answer(Protocol):
@@ -82,6 +84,8 @@ class _Arrival:
     source: str = ""
     # All of them have read it.
     staged: bool = False
+    # They wait for bases first.
+    held_back: bool = False
 
 
 @dataclass
@@ -122,6 +126,11 @@ class Arrivals:
         return sum(len(arrival.waiters) for arrival in self._awaited.values())
 
     @property
+    def asking(self) -> bool:
+        """Whether the workers have not answered yet."""
+        return self._question is not None
+
+    @property
     def busy(self) -> bool:
         """Whether ``advance`` has anything to do."""
         return bool(self._awaited or self._question or self._dropped)
@@ -135,6 +144,15 @@ class Arrivals:
     def awaits(self, path: str) -> bool:
         """Whether somebody waits for a task; who comes later must not overtake them."""
         return path in self._awaited
+
+    def paths(self) -> set[str]:
+        """The tasks that are awaited."""
+        return set(self._awaited)
+
+    def look_again(self) -> None:
+        """Ask anew for the tasks that waited for more than to be read."""
+        for arrival in self._awaited.values():
+            arrival.held_back = False
 
     def advance(self, looks: int = 0) -> None:
         """Let in who waits for what has come, and begin what is next.
@@ -156,7 +174,8 @@ class Arrivals:
         if self._full_of is not None and self._full_of != self._residency.in_use():
             self._full_of = None
         full = self._full_of is not None
-        asked = list(islice(self._awaited.values(), _STAGED_AT_ONCE))
+        next_ones = (one for one in self._awaited.values() if not one.held_back)
+        asked = list(islice(next_ones, _STAGED_AT_ONCE))
         if full:
             asked = [one for one in asked if not one.staged]
         if not asked and not self._dropped:
@@ -179,7 +198,7 @@ class Arrivals:
             if self._awaited.get(arrival.request.lora_path) is not arrival:
                 continue
             held = [said for said in told if isinstance(said, Held)]
-            arrival.staged = all(told)
+            arrival.staged, arrival.held_back = all(told), None in told
             arrival.source = arrival.source or (HOST if arrival.staged else DISK)
             if len(held) == len(told):
                 self._let_in(arrival, held)
@@ -188,7 +207,7 @@ class Arrivals:
         try:
             nbytes = self._residency.took(arrival.request, held)
         except VLoRAError as error:
-            self._counters.refused(error)
+            self._counters.refused(error, arrival.request.lora_name)
             self._arrived(arrival)
             for waiter in arrival.waiters:
                 waiter.failed(error)
@@ -201,7 +220,8 @@ class Arrivals:
             return
         self._offer = 1
         self._arrived(arrival)
-        self._counters.loaded(arrival.source, time.monotonic() - arrival.since, nbytes)
+        seconds = time.monotonic() - arrival.since
+        self._counters.loaded(arrival.source, seconds, nbytes, arrival.request.lora_name)
         for waiter in arrival.waiters:
             waiter.ready()
 
@@ -223,7 +243,8 @@ class Arrivals:
             arrival.waiters = [waiter for waiter in arrival.waiters if waiter not in gone]
             if not arrival.waiters:
                 del self._awaited[path]
-                # One that was to give way may have stayed.
+                # One that was to give way may have stayed, and what waits for its bases may be there in
+                # another form, which requests use.
                 if path not in self._residency:
                     self._dropped[path] = None
         return found

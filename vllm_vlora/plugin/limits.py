@@ -138,7 +138,7 @@ def _refuse_above(original: Callable[..., Any], bound: int) -> Callable[..., Any
             and request.request_id not in self.scheduler.requests
             and not getattr(self.vllm_config, _ONE_CALLER, False)
         ):
-            counters_of(self).refused(TaskBusyError)
+            counters_of(self).refused(TaskBusyError, tenant)
             return refuse(self, request, TaskBusyError(_too_many(tenant, bound)))
         return original(self, request, request_wave)
 

@@ -7,6 +7,7 @@ or a newer one. Every API server asks for itself; what the engine cores adopt, t
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ class Listing:
         self._models, self._templates = models, templates
         self._listed: dict[str, LoRARequest] = {}
         self._state = ""
+        # By which the engine cores tell API servers apart.
+        self._own_name = uuid.uuid4().hex
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -75,7 +78,7 @@ class Listing:
                 _logger().warning("vllm-vlora: the list of tasks is as it was: %s", error)
 
     async def _update(self) -> None:
-        states = set(await self._ask(FOLLOW_METHOD))
+        states = set(await self._ask(FOLLOW_METHOD, self._own_name, self._state))
         # Engine cores that differ, or workers of one: some have not adopted yet.
         if len(states) > 1 or states == {self._state} or states == {""}:
             return
@@ -148,10 +151,10 @@ class Listing:
         # The workers made these paths.
         return {task: path for task, path in found.items() if path is not None}
 
-    async def _ask(self, method: str) -> list[Any]:
+    async def _ask(self, method: str, *arguments: Any) -> list[Any]:
         client = self._models.engine_client.engine_core
         return [
-            await client._call_utility_async(method, engine=engine)
+            await client._call_utility_async(method, *arguments, engine=engine)
             for engine in client.core_engines
         ]
 

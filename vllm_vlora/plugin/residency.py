@@ -152,7 +152,7 @@ class Residency:
             self._workers.forget(path)
         for path in offered[: max(gave_way)]:
             self._let_go(path)
-            self._counters.evicted()
+            self._counters.evicted(task=path)
 
     def took(self, request: Any, answers: Sequence[Held]) -> int | None:
         """Take note of what every worker said of a request's task: as ``place``, after ``settle``.
@@ -197,6 +197,11 @@ class Residency:
         """Take a task off the devices; ``wholly``: and keep nothing of it elsewhere."""
         self._workers.forget(path, wholly)
         self._let_go(path)
+
+    def lose(self, paths: Iterable[str]) -> None:
+        """Take paths out of the books that the workers gave up by themselves."""
+        for path in paths:
+            self._let_go(path)
 
     def _let_go(self, path: str) -> None:
         """Take a path out of the books; that the workers are told is the caller's business."""

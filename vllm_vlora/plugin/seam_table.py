@@ -455,6 +455,12 @@ def _called() -> Iterator[Seam]:
         accepts=("method", "engine"),
     )
     yield Seam(
+        _CLIENT,
+        "SyncMPClient.call_utility",
+        "gives an engine core a task from memory",
+        accepts=("method",),
+    )
+    yield Seam(
         "vllm.v1.engine",
         "EngineCoreRequestType.ABORT",
         "wakes an engine core's loop",
@@ -612,6 +618,8 @@ def _held() -> Iterator[Seam]:
         "vllm.v1.engine.llm_engine", "LLMEngine.engine_core", "its client of the engine core"
     )
     yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.engine_core", "its client of the engine cores")
+    yield Seam("vllm.v1.engine.llm_engine", "LLMEngine.vllm_config", "has it LoRA?")
+    yield Seam("vllm.entrypoints.llm", "LLM.llm_engine", "the engine that is given a task")
     yield Seam(_CLIENT, "MPClient.core_engines", "the engine cores that are asked for their tasks")
     yield Seam(_CLIENT, "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):

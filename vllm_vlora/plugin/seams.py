@@ -54,6 +54,17 @@ from vllm_vlora.plugin.listing import Listing, refuse_name, refuse_without_lora
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
 from vllm_vlora.plugin.named_requests import TaskRequests, name_patches
+from vllm_vlora.plugin.published import (
+    ADOPT_METHOD,
+    OFFER_METHOD,
+    UNPUBLISH_METHOD,
+    WITHDRAW_METHOD,
+    adopt,
+    offer,
+    release_first,
+    unpublish,
+    withdraw,
+)
 from vllm_vlora.plugin.refusals import raise_refusals
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
@@ -243,7 +254,7 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         if path is not None:
             with _as_the_callers_error(request):
                 self.add_lora(request)
-            _loaded_paths(self).add(str(path))
+            loaded_paths(self).add(str(path))
         elif request is not None:
             # An engine core in this process raises, which must be before the request is in the books.
             ensure_in_process(self.engine_core, request)
@@ -265,12 +276,12 @@ def _as_the_callers_error(request: Any) -> Iterator[None]:
 
 def _new_path(engine: Any, request: LoRARequest | None) -> TaskPath | None:
     """The path of a request for a task of ours that this engine was not seen to load."""
-    if request is None or request.lora_path in _loaded_paths(engine):
+    if request is None or request.lora_path in loaded_paths(engine):
         return None
     return parse_task_path(request.lora_path)
 
 
-def _loaded_paths(engine: Any) -> set[str]:
+def loaded_paths(engine: Any) -> set[str]:
     """Paths of tasks that the workers were asked to hold.
 
     One that has given way since is loaded again by the engine core; see ``residency``.
@@ -318,6 +329,11 @@ def _equal_requests(original: Callable[..., Any]) -> Callable[..., Any]:
 # --- installing ------------------------------------------------------------------------------------
 
 
+def is_installed() -> bool:
+    """Whether this process runs vLLM with the plugin."""
+    return bool(getattr(LRUCacheWorkerLoRAManager, _PATCHED, False))
+
+
 def install(
     checkpoint: str | None,
     requests: Callable[[], list[LoRARequest]],
@@ -336,7 +352,7 @@ def install(
     Raises:
         IncompatibleVLLMError: a seam is not as it was when the plugin was checked.
     """
-    if getattr(LRUCacheWorkerLoRAManager, _PATCHED, False):
+    if is_installed():
         return
     setup = Setup(checkpoint, settings or read_settings())
     patches = _patches(setup, requests)
@@ -372,7 +388,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "OutputProcessor.do_tracing": say_task,
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
-        "EngineCore.abort_requests": advance_after_abort,
+        "EngineCore.abort_requests": lambda f: release_first(advance_after_abort(f)),
         "EngineCoreProc.has_work": work_while_some_wait,
         "EngineCore.pin_lora": lambda f: keep_what_is_pinned(f, True),
         "EngineCore.remove_lora": lambda f: keep_what_is_pinned(f, False),
@@ -416,7 +432,11 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     core, finish = seams["EngineCore.add_request"], seams["Scheduler.finish_requests"]
     own = [
         # Outside of what asks the workers how a request's task runs: that one must be loaded.
-        (core.owner, core.attribute, load_before_add_request(wrapped("EngineCore.add_request"))),
+        (
+            core.owner,
+            core.attribute,
+            release_first(load_before_add_request(wrapped("EngineCore.add_request"))),
+        ),
         (
             finish.owner,
             finish.attribute,
@@ -428,6 +448,10 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (core.owner, ALIASES_METHOD, served_aliases),
         (core.owner, FOLLOW_METHOD, follow),
         (core.owner, METRICS_METHOD, metrics_snapshot),
+        (core.owner, OFFER_METHOD, offer),
+        (core.owner, ADOPT_METHOD, adopt),
+        (core.owner, WITHDRAW_METHOD, withdraw),
+        (core.owner, UNPUBLISH_METHOD, unpublish),
     ]
     names = name_patches() if setup.checkpoint is not None else []
     return limit_tasks([*patches, *scheduling, *graphs, *own, *names], setup.settings, seams)
