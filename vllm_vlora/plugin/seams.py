@@ -38,14 +38,17 @@ from vllm_vlora.plugin.engine_core import (
     FOLLOW_METHOD,
     ROUTER_METHOD,
     TASKS_METHOD,
-    advance_before_abort,
+    advance_after_abort,
     ensure_in_process,
+    finish_who_waits,
     follow,
+    keep_what_is_pinned,
     load_before_add_lora,
     load_before_add_request,
     served_aliases,
     served_router,
     served_tasks,
+    work_while_some_wait,
 )
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
@@ -395,7 +398,10 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "OutputProcessor.do_tracing": say_task,
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
-        "EngineCore.abort_requests": lambda f: release_first(advance_before_abort(f)),
+        "EngineCore.abort_requests": lambda f: release_first(advance_after_abort(f)),
+        "EngineCoreProc.has_work": work_while_some_wait,
+        "EngineCore.pin_lora": lambda f: keep_what_is_pinned(f, True),
+        "EngineCore.remove_lora": lambda f: keep_what_is_pinned(f, False),
         f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
     }
     if setup.direct:
@@ -428,11 +434,27 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     ]
     scheduling = schedule_by_kind(setup, seams) if setup.direct else []
     graphs = capture_by_kind(seams) if setup.direct else []
-    # Outside of what asks the workers how a request's task runs: that one must be loaded.
-    core = seams["EngineCore.add_request"]
-    add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
+    before = {(owner, name): new for owner, name, new in scheduling}
+
+    def wrapped(seam: str) -> Any:
+        place = seams[seam]
+        return before.get((place.owner, place.attribute), place.value)
+
+    core, finish = seams["EngineCore.add_request"], seams["Scheduler.finish_requests"]
     own = [
-        (core.owner, core.attribute, release_first(load_before_add_request(add or core.value))),
+        # Outside of what asks the workers how a request's task runs: that one must be loaded.
+        (
+            core.owner,
+            core.attribute,
+            release_first(load_before_add_request(wrapped("EngineCore.add_request"))),
+        ),
+        (
+            finish.owner,
+            finish.attribute,
+            finish_who_waits(
+                wrapped("Scheduler.finish_requests"), seams["Scheduler.add_request"].value
+            ),
+        ),
         (core.owner, TASKS_METHOD, served_tasks),
         (core.owner, ALIASES_METHOD, served_aliases),
         (core.owner, ROUTER_METHOD, served_router),
