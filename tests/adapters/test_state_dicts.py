@@ -26,8 +26,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def trained(options: dict[str, Any]) -> Any:
     torch.manual_seed(3)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     base = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
     model = get_peft_model(base, LoraConfig(**options))
     for name, parameter in model.named_parameters():

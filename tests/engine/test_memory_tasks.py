@@ -48,7 +48,7 @@ class Engine:
         from vllm import LLM
 
         self.world, self.folder = world, folder
-        self.llm = LLM(
+        self.llm: Any = LLM(
             str(world.model), enable_lora=True, max_loras=4, max_lora_rank=RANK,
             enable_prefix_caching=True, **ENGINE_ARGUMENTS,
         )  # fmt: skip

@@ -14,6 +14,8 @@ import torch
 from vllm_vlora.adapters.state_dicts import read_state_dict
 from vllm_vlora.errors import (
     AdapterError,
+    CheckpointError,
+    MemoryBudgetError,
     OptionError,
     TaskIdError,
     TaskLoadError,
@@ -27,6 +29,8 @@ from vllm_vlora.plugin import publishing
 from vllm_vlora.plugin.identity import MEMORY, parse_task_path
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint, offered, read_whole
 from vllm_vlora.plugin.published import ADOPT_METHOD, ELSEWHERE, OFFER_METHOD, WITHDRAW_METHOD
+from vllm_vlora.plugin.resident import ResidentStore
+from vllm_vlora.plugin.settings import Budget
 from vllm_vlora.quantize import pack, unpack
 
 NAMES = ("layers.0.q_proj", "layers.0.down_proj")
@@ -139,6 +143,48 @@ def test_a_value_too_large_for_the_format_is_refused() -> None:
     given[0][1][0][0, 0] = 1e6
     with pytest.raises(AdapterError, match="too large for float16"):
         next(_steps_of(given, "float16"))
+
+
+# --- in a worker ----------------------------------------------------------------------------------
+
+
+def _store(late: int, host: int = 0) -> ResidentStore:
+    store = ResidentStore(
+        torch.device("cpu"), lambda name: name, lambda *_: None, budget=Budget(0, late, host)
+    )
+    store.seal()
+    return store
+
+
+def test_a_task_comes_back_from_memory_until_it_is_discarded() -> None:
+    store = _store(late=1 << 20)
+    with offered("t", modules(), None) as offer:
+        checkpoint = OfferedCheckpoint(offer)
+    path = checkpoint.task_path
+    store.take(path, checkpoint)
+    for _ in range(2):  # The host keeps nothing of it: the second time it is read again.
+        assert store.place(path) == 0
+        task = store.held(str(path))
+        assert task is not None
+        for name, (a, b) in factors().items():
+            side_a, side_b = task.sources[name]
+            assert torch.equal(side_a.to_dense(), a)
+            assert torch.equal(side_b.to_dense(), 2 * b.T)
+        store.drop(str(path))
+        assert store.arena_used == 0
+    store.discard(str(path))
+    with pytest.raises(CheckpointError, match="published again or unpublished; use the request"):
+        store.place(path)
+
+
+def test_one_that_is_larger_than_all_room_is_refused_and_not_kept() -> None:
+    store = _store(late=2048)
+    with offered("t", modules(), None) as offer:
+        checkpoint = OfferedCheckpoint(offer)
+    with pytest.raises(MemoryBudgetError, match=r"no room for task 't': .*VLLM_VLORA_LATE_MIB"):
+        store.take(checkpoint.task_path, checkpoint)
+    with pytest.raises(CheckpointError, match="published again or unpublished"):
+        store.place(checkpoint.task_path)
 
 
 # --- what engine cores are asked ------------------------------------------------------------------
