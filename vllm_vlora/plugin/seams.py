@@ -58,6 +58,7 @@ from vllm_vlora.plugin.published import (
     UNPUBLISH_METHOD,
     WITHDRAW_METHOD,
     adopt,
+    leave_devices,
     offer,
     release_first,
     unpublish,
@@ -162,7 +163,7 @@ def _name_graphs(vllm_config: Any, manager: TaskLoRAManager) -> None:
 # --- the engine core ------------------------------------------------------------------------------
 
 
-def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+def _sleep(original: Callable[..., Any], checkpoint: str | None) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -171,10 +172,12 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
         bound.apply_defaults()
         if bound.arguments["level"] >= 2:
             # The tasks lie with the model's weights. vLLM loads those anew, and knows nothing of ours.
-            raise ModelStateError(
-                "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which keeps "
-                "them in host memory, or end the engine and start another"
-            )
+            if checkpoint is not None:
+                raise ModelStateError(
+                    "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which "
+                    "keeps them in host memory, or end the engine and start another"
+                )
+            leave_devices(self)
         return original(self, *args, **kwargs)
 
     return sleep
@@ -404,6 +407,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
         "EngineCore.abort_requests": lambda f: release_first(advance_before_abort(f)),
+        "EngineCore.sleep": lambda f: _sleep(f, setup.checkpoint),
         f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
     }
     if setup.direct:
@@ -411,7 +415,6 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         wrappers["WorkerLoRAManager.add_dummy_lora"] = _add_dummy_lora
     if setup.checkpoint is not None:
         checkpoint = setup.checkpoint
-        wrappers["EngineCore.sleep"] = _sleep
         wrappers["attach_router"] = show_in_metrics
         templates = TaskTemplates()
         load = functools.partial(templates.load, checkpoint)
