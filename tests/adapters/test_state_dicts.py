@@ -86,3 +86,9 @@ def test_other_types_are_refused() -> None:
     factors = {"q": (torch.ones(2, 8, dtype=torch.float64), torch.ones(8, 2))}
     with pytest.raises(AdapterError, match=r"dtype torch.float64; LoRA weights must be"):
         read_state_dict(factors, None, 1.0, "here")
+
+
+def test_what_has_no_values_here_is_refused() -> None:
+    factors = {"q": (torch.ones(2, 8, device="meta"), torch.ones(8, 2))}
+    with pytest.raises(AdapterError, match=r"'q' is a part of a sharded tensor.*gather it"):
+        read_state_dict(factors, None, 1.0, "here")

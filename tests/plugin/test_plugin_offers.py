@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from vllm_vlora.adapters.state_dicts import read_state_dict
+from vllm_vlora.blend_names import Term
 from vllm_vlora.errors import (
     AdapterError,
+    BlendError,
     CheckpointError,
     MemoryBudgetError,
     OptionError,
@@ -26,7 +29,8 @@ from vllm_vlora.errors import (
 pytest.importorskip("vllm")
 
 from vllm_vlora.plugin import publishing
-from vllm_vlora.plugin.identity import MEMORY, parse_task_path
+from vllm_vlora.plugin.blend_paths import blend_path
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint, offered, read_whole
 from vllm_vlora.plugin.published import ADOPT_METHOD, ELSEWHERE, OFFER_METHOD, WITHDRAW_METHOD
 from vllm_vlora.plugin.resident import ResidentStore
@@ -185,6 +189,12 @@ def test_one_that_is_larger_than_all_room_is_refused_and_not_kept() -> None:
         store.take(checkpoint.task_path, checkpoint)
     with pytest.raises(CheckpointError, match="published again or unpublished"):
         store.place(checkpoint.task_path)
+
+
+def test_blends_of_tasks_from_memory_are_refused() -> None:
+    blend = (Term("t", Decimal("0.5")),)
+    with pytest.raises(BlendError, match="tasks from memory cannot be blended"):
+        blend_path({"t": TaskPath(MEMORY, "tasks/t.safetensors", "0" * 32)}, blend)
 
 
 # --- what engine cores are asked ------------------------------------------------------------------
