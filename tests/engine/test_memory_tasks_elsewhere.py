@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_forks import start, stop
+from engine_forks import run, start, stop
 from engine_world import ENGINE_ARGUMENTS, MAX_TOKENS, PROMPTS, World, exact
+from places import ROOT
 
 pytestmark = pytest.mark.engine
 
@@ -163,3 +165,15 @@ def test_an_async_engine_goes_on_while_versions_change(world: World, kind: str) 
     assert news == world.reference["everything"]
     assert left == [[path], [bool(kind)]]
     assert "published again or unpublished" in gone
+
+
+def test_the_example_learns_from_what_its_policy_answers(world: World) -> None:
+    """Its engine's log-probabilities are those of the model that it trains, at every step."""
+    script = (ROOT / "examples" / "reinforce.py").read_text()
+    options = ["--model", str(world.model), "--steps", "10", "--wanted", "7"]
+    _, output = run(script, *options, VLLM_VLORA_CHECKPOINT="")
+    line = r"step +\d+: reward ([0-9.]+), published in [0-9.]+ ms, log-probabilities ([0-9.e+-]+) apart"
+    found = [(float(reward), float(apart)) for reward, apart in re.findall(line, output)]
+    assert len(found) == 10, output[-5000:]
+    assert max(apart for _, apart in found) < 1e-3
+    assert found[-1][0] > found[0][0] + 0.2
