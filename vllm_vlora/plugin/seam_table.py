@@ -270,7 +270,7 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.sleep",
-        "level 2, which would lose the tasks, is refused",
+        "level 2, which would lose the checkpoint's tasks, is refused; others leave the device first",
         accepts=("level",),
     )
     yield Seam(

@@ -63,6 +63,7 @@ from vllm_vlora.plugin.published import (
     UNPUBLISH_METHOD,
     WITHDRAW_METHOD,
     adopt,
+    leave_devices,
     offer,
     release_first,
     unpublish,
@@ -168,7 +169,7 @@ def _name_graphs(vllm_config: Any, manager: TaskLoRAManager) -> None:
 # --- the engine core ------------------------------------------------------------------------------
 
 
-def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+def _sleep(original: Callable[..., Any], checkpoint: str | None) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -177,10 +178,12 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
         bound.apply_defaults()
         if bound.arguments["level"] >= 2:
             # The tasks lie with the model's weights. vLLM loads those anew, and knows nothing of ours.
-            raise ModelStateError(
-                "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which keeps "
-                "them in host memory, or end the engine and start another"
-            )
+            if checkpoint is not None:
+                raise ModelStateError(
+                    "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which "
+                    "keeps them in host memory, or end the engine and start another"
+                )
+            leave_devices(self)
         return original(self, *args, **kwargs)
 
     return sleep
@@ -402,6 +405,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "EngineCoreProc.has_work": work_while_some_wait,
         "EngineCore.pin_lora": lambda f: keep_what_is_pinned(f, True),
         "EngineCore.remove_lora": lambda f: keep_what_is_pinned(f, False),
+        "EngineCore.sleep": lambda f: _sleep(f, setup.checkpoint),
         f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
     }
     if setup.direct:
@@ -409,7 +413,6 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         wrappers["WorkerLoRAManager.add_dummy_lora"] = _add_dummy_lora
     if setup.checkpoint is not None:
         checkpoint = setup.checkpoint
-        wrappers["EngineCore.sleep"] = _sleep
         wrappers["attach_router"] = show_in_metrics
         templates = TaskTemplates()
         load = functools.partial(templates.load, checkpoint)
