@@ -238,10 +238,10 @@ def print_candidates(
     """
     if len(summary["candidates"]) < 2:
         return
-    judged = any("recovered" in candidate for candidate in summary["candidates"])
+    judged = any("kl_kept" in candidate for candidate in summary["candidates"])
     table = make_table(
         ["", "Representation", "Format"],
-        ["Size", "Mean error", "Worst error", *(["Recovered"] if judged else [])],
+        ["Size", "Mean error", "Worst error", *(["KL kept"] if judged else [])],
         title=f"Measured: {chosen[0]} {chosen[1]} {'is smallest' if by_error else 'keeps most'}",
     )
     for candidate in summary["candidates"]:
@@ -253,7 +253,7 @@ def print_candidates(
             format_bytes(candidate["bytes"]),
             f"{candidate['mean_error']:.4f}",
             f"{candidate['worst_error']:.4f}",
-            *([f"{candidate['recovered']:.4f}"] if judged else []),
+            *([f"{candidate['kl_kept']:.4f}"] if judged else []),
             style="bold" if is_chosen else "",
         )
     console.print(table)
@@ -284,20 +284,21 @@ def print_curve(console: Console, predicted: dict[str, Any]) -> None:
 
 
 def print_quality(console: Console, summary: dict[str, Any]) -> None:
-    """Which tasks were given more than others, and what was recovered, where that was asked for."""
+    """What the choice went by, which tasks were given more, and what was kept, as far as it is known."""
+    line(console, f"Chosen by {summary['chosen_by']}.", style="dim")
     if summary["raised"]:
         line(console, f"Given more bytes to pass the gate: {', '.join(summary['raised'])}")
-    recovered = summary.get("recovered", {})
-    defined = {task: value for task, value in recovered.items() if value is not None}
+    kl_kept = summary.get("kl_kept", {})
+    defined = {task: value for task, value in kl_kept.items() if value is not None}
     if defined:
         worst = min(defined, key=defined.__getitem__)
         mean = sum(defined.values()) / len(defined)
-        line(console, f"Recovered: mean {mean:.3f}, worst {defined[worst]:.3f} ({worst})")
-    undefined = [task for task, value in recovered.items() if value is None]
+        line(console, f"KL kept: mean {mean:.4f}, worst {defined[worst]:.4f} ({worst})")
+    undefined = [task for task, value in kl_kept.items() if value is None]
     if undefined:
         line(
             console,
-            "Not judged, since the adapter gains nothing clear on this text: "
+            "Not judged, since the adapter changes nothing clear on this text: "
             f"{', '.join(undefined)}",
             style="yellow",
         )

@@ -22,7 +22,7 @@ from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress, predict
-from vllm_vlora.compression.quality import compress_judged
+from vllm_vlora.compression.quality import OneByOne, compress_judged
 from vllm_vlora.editing.adding import add_adapters
 from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.rebuilding import rebuild
@@ -99,7 +99,7 @@ def test_a_plan_that_ruins_a_task_gives_way_to_another(uneven: Path, tmp_path: P
     judged = compress_judged(
         opened(uneven),
         tmp_path / "ckpt",
-        lambda path: dict.fromkeys(Checkpoint.open(path).tasks, 1.0),
+        OneByOne(lambda path: dict.fromkeys(Checkpoint.open(path).tasks, 1.0)),
         CompressOptions(ratio=1.5),
     )
     assert judged.worst_error <= 1

@@ -11,6 +11,7 @@ import pytest
 from residency_world import Workers, lora, path_of
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError
+from vllm_vlora.plugin import exchange
 from vllm_vlora.plugin.admission import Admission
 from vllm_vlora.plugin.engine_core import (
     advance_before_abort,
@@ -20,6 +21,7 @@ from vllm_vlora.plugin.engine_core import (
     load_before_add_request,
     served_tasks,
 )
+from vllm_vlora.plugin.resident import BasesReport
 
 
 class Core:
@@ -30,9 +32,11 @@ class Core:
         self.staged: set[str] = set()
         self.added: list[Any] = []
         self.aborted: list[list[str]] = []
+        self.exchanged: list[int] = []
+        self.wants_bases = False
         self.states: list[list[str]] = [["1", "1"], ["1", "1"]]
         self.tasks = [[("a", path_of("a"))], [("a", path_of("a"))]]
-        self.model_executor = SimpleNamespace(collective_rpc=self._rpc)
+        self.model_executor = SimpleNamespace(collective_rpc=self._rpc, is_sleeping=False)
         self.scheduler = SimpleNamespace(requests={}, _vlora_kinds={path_of("b"): True})
 
     def _rpc(self, method: Any, args: tuple[Any, ...] = ()) -> list[Any]:
@@ -49,14 +53,29 @@ class Core:
         manager = SimpleNamespace(
             hold=lambda request, instead_of: workers.hold(request, instead_of)[number],
             forget=lambda path, wholly: workers.on[number].discard(_name(path)),
-            stage=lambda request: request.lora_name in self.staged,
+            stage=lambda request: (
+                None
+                if self.wants_bases and request.lora_name == "b" and not self.exchanged
+                else request.lora_name in self.staged
+            ),
             held_paths=lambda: [path_of(name) for name in workers.on[number]],
             states=lambda: tuple(state),
             adopt=adopt,
-            vlora_store=SimpleNamespace(served=lambda: self.tasks[number], tidy=lambda: None),
+            vlora_store=SimpleNamespace(
+                served=lambda: self.tasks[number],
+                tidy=lambda: None,
+                bases=lambda in_use, awaited: self.bases(number, in_use, awaited),
+                hold_back=lambda held_back: None,
+            ),
+            exchange_bases=lambda: self.exchanged.append(number) or [path_of("a")],
         )
         runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
         return SimpleNamespace(model_runner=runner)
+
+    def bases(self, number: int, in_use: list[str], awaited: list[str]) -> BasesReport:
+        if not self.wants_bases or number in self.exchanged:
+            return BasesReport()
+        return BasesReport(True, True, busy=path_of("a") in (*in_use, *awaited))
 
     def add_lora(self, lora_request: Any) -> bool:
         self.added.append(lora_request)
@@ -80,10 +99,15 @@ class OwnProcess(Core):
     def __init__(self, budget: int = 10, **sizes: int) -> None:
         super().__init__(budget, **sizes)
         self.input_queue: queue.Queue[Any] = queue.Queue()
-        self.refused: list[Any] = []
+        self.output_queue: queue.Queue[Any] = queue.Queue()
 
-    def _send_error_outputs_to_client(self, req_ids: list[str], client_index: int) -> None:
-        self.refused.append((req_ids, client_index))
+    def refused(self) -> list[tuple[int, str, str]]:
+        """Of every request that was: its client, its id and why."""
+        found = []
+        while not self.output_queue.empty():
+            client, outputs = self.output_queue.get_nowait()
+            found += [(client, end.request_id, end.stop_reason) for end in outputs.outputs]
+        return found
 
     def turn(self) -> None:
         """One message of the loop, as vLLM takes it."""
@@ -147,7 +171,7 @@ def test_a_task_that_cannot_be_loaded_ends_its_requests_alone() -> None:
     core.staged |= {"a", "b"}
     core.add_request(request("1", lora("a")))
     core.add_request(request("2", lora("b")))
-    assert core.refused == [(["1"], 3)]
+    assert core.refused() == [(3, "1", "vllm-vlora: CheckpointError: a is damaged")]
     assert core.added == ["2"]
     answer = core.add_lora(lora("a"))
     with pytest.raises(CheckpointError, match="a is damaged"):
@@ -228,3 +252,42 @@ def test_a_worker_that_lags_behind_is_told_again() -> None:
     assert core.states == [["2", "2"]] * 2
     core.states = [["2", "2"], ["1", "1"]]
     assert follow(core) == "", "nothing is listed that not all of them serve"
+
+
+def test_requests_on_new_bases_wait_for_those_on_the_old_ones_and_others_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "_LINGER", 0.01)
+    monkeypatch.setattr(exchange, "_PERIOD", 0.0)
+    core: Any = OwnProcess(a=2, b=2, **dict.fromkeys("cdefghij", 0))
+    core.staged |= set("abcdefghij")
+    core.add_request(request("old", lora("a")))
+    assert core.added == ["old"]
+    core.wants_bases = True
+    core.states = [["1", "2"], ["1", "2"]]
+    assert follow(core, "server", "1") == "2"
+    for number in range(9):
+        core.add_request(request(f"new {number}", lora("b")))
+    for name in "cdefghij":
+        core.add_request(request(name, lora(name)))
+    for _ in range(12):
+        core.turn()
+    assert core.added == ["old", *"cdefghij"], "who waits for bases is in nobody's way"
+    core.states = [["2", "3"], ["2", "3"]]
+    assert follow(core, "server", "2") == "2", "no other state meanwhile"
+    time.sleep(0.02)
+    core.turn()
+    assert core.exchanged == []
+    del core.scheduler.requests["old"]
+    follow(core, "server", "1")
+    time.sleep(0.02)
+    core.turn()
+    assert core.exchanged == [], "an API server still lists what was before"
+    follow(core, "server", "2")
+    time.sleep(0.02)
+    core.turn()
+    assert core.exchanged == [0, 1]
+    core.turn()
+    assert core.added[9:] == [f"new {number}" for number in range(9)]
+    assert path_of("a") not in core.scheduler._vlora_kinds
+    assert follow(core, "server", "2") == "3"

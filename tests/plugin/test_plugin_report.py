@@ -104,7 +104,7 @@ def test_a_class_or_a_module_that_is_gone_is_missing_with_all_its_seams(
         ("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter",
          lambda self, request, more: None,
          "takes ['self', 'request', 'more'], expected ['self', 'lora_request']"),
-        ("vllm.v1.engine.async_llm", "AsyncLLM.add_request",
+        ("vllm.v1.engine.llm_engine", "LLMEngine.add_request",
          lambda self, request_id: None, "has no lora_request argument"),
         ("vllm.lora.model_manager", "LoRAModelManager.lora_slots", 4, "no longer a property"),
         ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._manager_cls", dict,

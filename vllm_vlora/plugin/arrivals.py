@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from vllm_vlora.errors import VLoRAError
@@ -23,8 +24,11 @@ _STAGED_AT_ONCE = 8
 class Stage(Protocol):
     """Every worker of an engine core, asked at once."""
 
-    def __call__(self, requests: Collection[Any]) -> Iterable[bool]:
-        """Read the tasks of these requests unless that is under way; for each whether it is done."""
+    def __call__(self, requests: Collection[Any]) -> Iterable[bool | None]:
+        """Read the tasks of these requests unless that is under way; for each whether it is done.
+
+        None for one that waits for more than that, and is asked for again after ``Arrivals.look_again``.
+        """
 
 
 @dataclass
@@ -46,6 +50,7 @@ class _Arrival:
     since: float = field(default_factory=time.monotonic)
     # Where it was when the workers were first asked for it.
     source: str = ""
+    held_back: bool = False
 
 
 class Arrivals:
@@ -72,15 +77,26 @@ class Arrivals:
         """Whether somebody waits for a task; who comes later must not overtake them."""
         return path in self._awaited
 
+    def paths(self) -> set[str]:
+        """The tasks that are awaited."""
+        return set(self._awaited)
+
+    def look_again(self) -> None:
+        """Ask anew for the tasks that waited for more than to be read."""
+        for arrival in self._awaited.values():
+            arrival.held_back = False
+
     def advance(self) -> None:
         """Let in who waits for what has come, and begin what is next."""
-        first = [arrival.request for arrival in self._awaited.values()][:_STAGED_AT_ONCE]
+        next_ones = (a.request for a in self._awaited.values() if not a.held_back)
+        first = list(islice(next_ones, _STAGED_AT_ONCE))
         if not first:
             return
         answers = list(zip(first, self._stage(first)))
         for request, staged in answers:
             arrival = self._awaited[request.lora_path]
             arrival.source = arrival.source or (HOST if staged else DISK)
+            arrival.held_back = staged is None
         for request, staged in answers:
             if self._full_of is not None and self._full_of == self._residency.in_use():
                 return
@@ -92,7 +108,7 @@ class Arrivals:
         try:
             nbytes = self._residency.place(request)
         except VLoRAError as error:
-            self._counters.refused(error)
+            self._counters.refused(error, request.lora_name)
             for waiter in self._arrived(request).waiters:
                 waiter.failed(error)
             return
@@ -100,7 +116,8 @@ class Arrivals:
             self._full_of = self._residency.in_use()
             return
         arrival = self._arrived(request)
-        self._counters.loaded(arrival.source, time.monotonic() - arrival.since, nbytes)
+        seconds = time.monotonic() - arrival.since
+        self._counters.loaded(arrival.source, seconds, nbytes, request.lora_name)
         for waiter in arrival.waiters:
             waiter.ready()
 
@@ -118,4 +135,6 @@ class Arrivals:
             arrival.waiters = [w for w in arrival.waiters if w.request_id not in request_ids]
             if not arrival.waiters:
                 del self._awaited[path]
-                self._residency.forget(path, wholly=True)
+                # What waits for its bases may be there in another form, which requests use.
+                if path not in self._residency:
+                    self._residency.forget(path, wholly=True)

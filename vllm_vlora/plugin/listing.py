@@ -7,6 +7,7 @@ or a newer one. Every API server asks for itself; what the engine cores adopt, t
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -29,19 +30,19 @@ class Listing:
 
     Args:
         models: vLLM's ``OpenAIServingModels``.
-        loaded: the paths that need not be loaded before their first request; added to.
         templates: called with the paths of all tasks whenever they change.
     """
 
     def __init__(
         self,
         models: Any,
-        loaded: set[str],
         templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
     ) -> None:
-        self._models, self._loaded, self._templates = models, loaded, templates
+        self._models, self._templates = models, templates
         self._listed: dict[str, LoRARequest] = {}
         self._state = ""
+        # By which the engine cores tell API servers apart.
+        self._own_name = uuid.uuid4().hex
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -77,7 +78,7 @@ class Listing:
                 _logger().warning("vllm-vlora: the list of tasks is as it was: %s", error)
 
     async def _update(self) -> None:
-        states = set(await self._ask(FOLLOW_METHOD))
+        states = set(await self._ask(FOLLOW_METHOD, self._own_name, self._state))
         # Engine cores that differ, or workers of one: some have not adopted yet.
         if len(states) > 1 or states == {self._state} or states == {""}:
             return
@@ -118,8 +119,6 @@ class Listing:
                 wanted[name] = before
             elif shown.own(name) is None:
                 shown[name] = request
-        self._loaded.difference_update(request.lora_path for request in self._listed.values())
-        self._loaded.update(request.lora_path for request in found)
         self._listed = wanted
 
     def _refuse_name(self, request: LoRARequest) -> None:
@@ -152,10 +151,10 @@ class Listing:
         # The workers made these paths.
         return {task: path for task, path in found.items() if path is not None}
 
-    async def _ask(self, method: str) -> list[Any]:
+    async def _ask(self, method: str, *arguments: Any) -> list[Any]:
         client = self._models.engine_client.engine_core
         return [
-            await client._call_utility_async(method, engine=engine)
+            await client._call_utility_async(method, *arguments, engine=engine)
             for engine in client.core_engines
         ]
 

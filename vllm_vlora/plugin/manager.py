@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,10 +27,11 @@ from vllm.platforms import current_platform
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.checkpoint.serving import extra_obstacle
+from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE, extra_obstacle
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
+from vllm_vlora.plugin.events import facts
 from vllm_vlora.plugin.experts import (
     ExpertWriter,
     check_experts,
@@ -51,6 +53,7 @@ from vllm_vlora.plugin.layers import (
     read_layouts,
     slot_nbytes,
 )
+from vllm_vlora.plugin.polling import Poller, polled
 from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
@@ -121,6 +124,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             budget=self.setup.settings.budget(self.device),
         )
         self.follower: Follower | None = None
+        self._poller: Poller | None = None
         self._direct_models: dict[int, TaskLoRAModel] = {}
         self._direct_slots: DirectSlots | None = None
         self._routed_version = -1
@@ -233,8 +237,11 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     # --- what the engine core asks for ---
 
-    def stage(self, request: LoRARequest) -> bool:
-        """Have a task read into host memory, beside the steps; whether that is done."""
+    def stage(self, request: LoRARequest) -> bool | None:
+        """Have a task read into host memory, beside the steps; whether that is done.
+
+        None where it waits for bases that are to be exchanged first.
+        """
         return self.vlora_store.stage(_path_of(request))
 
     def hold(self, request: LoRARequest, instead_of: Iterable[str] = ()) -> Held:
@@ -277,6 +284,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """The digests of the state that is served and of the newest one that could be."""
         if self.follower is None:
             return "", ""
+        if self._poller is not None:
+            self._poller.start()
         return self.follower.served.digest, self.follower.offered()
 
     def adopt(self, digest: str) -> bool:
@@ -288,15 +297,36 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         _log_change(before, follower.served)
         return True
 
+    def exchange_bases(self) -> list[str]:
+        """Put the bases of the state that is served into the layers; what lost its place for that."""
+        store = self.vlora_store
+        assert store.state is not None
+        ended = store.ended()
+        self._remove_adapters_of(set(ended))
+        for path in ended:
+            self._forget(path, wholly=True)
+        store.exchange()
+        logger.info(
+            "vllm-vlora: the layers hold the bases of %s now, whose tasks on them run direct",
+            shown(str(store.state.checkpoint.path)),
+        )
+        return ended
+
     def forget(self, path: str, wholly: bool = False) -> None:
         """Give up a task's place on the device, and the adapters that stand for it.
 
         Args:
             wholly: with what the host keeps of it.
         """
+        self._remove_adapters_of({path})
+        self._forget(path, wholly)
+
+    def _remove_adapters_of(self, paths: set[str]) -> None:
         for adapter_id, model in list(self.list_adapters().items()):
-            if isinstance(model, TaskLoRAModel) and model.task.path == path:
+            if isinstance(model, TaskLoRAModel) and model.task.path in paths:
                 self.remove_adapter(adapter_id)
+
+    def _forget(self, path: str, wholly: bool) -> None:
         # Both are made on first use.
         for writer in (self._writer, vars(self).get("experts")):
             if writer is not None:
@@ -439,6 +469,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         assert store.state is not None
         if self.setup.settings.follow:
             self.follower = Follower(folder, store.state, store.check, logger)
+            self._poller = _make_poller(self.follower, self.setup.settings.poll_seconds)
         for task in store.tasks():
             self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
             self._prepare(task)
@@ -460,6 +491,14 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             store.nbytes / 2**20,
             store.seconds,
             store.arena_nbytes / 2**20,
+            extra=facts(
+                "start",
+                digest=store.state.digest,
+                tasks=len(checkpoint.tasks),
+                resident=len(store),
+                bytes=store.nbytes,
+                seconds=round(store.seconds, 6),
+            ),
         )
         if store.direct is not None:
             _log_direct(self, store.direct)
@@ -475,6 +514,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             device=self.device,
             dtype=self._vllm_config.model_config.dtype,
             packed_basis=self.setup.settings.packed_basis,
+            basis_rows=self.setup.settings.basis_rows,
             narrow_rows=self.setup.settings.narrow_rows,
             elsewhere=self.elsewhere,
         )
@@ -510,21 +550,38 @@ def _path_of(request: LoRARequest) -> TaskPath:
     return path
 
 
+def _make_poller(follower: Follower, seconds: int) -> Poller | None:
+    """What asks the place that the followed folder comes from, where that is asked for."""
+    where = polled(os.environ.get(CHECKPOINT_VARIABLE, "")) if seconds else None
+    if where is None:
+        return None
+    return Poller(where, seconds, follower.sound_state, follower.count_refusal, logger)
+
+
 def _log_change(before: State, now: State) -> None:
     """Say what a state that is served from now on changes."""
     old, new = before.paths, now.paths
-    changed = [task for task in new.keys() & old.keys() if new[task] != old[task]]
+    came, gone = sorted(new.keys() - old.keys()), sorted(old.keys() - new.keys())
+    changed = sorted(task for task in new.keys() & old.keys() if new[task] != old[task])
     logger.info(
         "vllm-vlora: %s was published again and is served now: %d tasks, %d of them new%s, %d changed%s; "
         "%d are gone%s",
         shown(str(now.checkpoint.path)),
         len(new),
-        len(new.keys() - old.keys()),
-        _named(sorted(new.keys() - old.keys())),
+        len(came),
+        _named(came),
         len(changed),
-        _named(sorted(changed)),
-        len(old.keys() - new.keys()),
-        _named(sorted(old.keys() - new.keys())),
+        _named(changed),
+        len(gone),
+        _named(gone),
+        extra=facts(
+            "publication",
+            digest=now.digest,
+            tasks=len(new),
+            new=len(came),
+            changed=len(changed),
+            gone=len(gone),
+        ),
     )
 
 

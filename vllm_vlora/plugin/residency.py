@@ -90,6 +90,9 @@ class Residency:
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, path: str) -> bool:
+        return path in self._held
+
     def touch(self, path: str) -> bool:
         """Whether a task is held; it then is the most recently used."""
         if path not in self._held:
@@ -145,12 +148,17 @@ class Residency:
                 )
             instead_of = [idle.pop()]
             self._let_go(instead_of[0])
-            self._counters.evicted()
+            self._counters.evicted(task=instead_of[0])
 
     def forget(self, path: str, wholly: bool = False) -> None:
         """Take a task off the devices; ``wholly``: and keep nothing of it elsewhere."""
         self._workers.forget(path, wholly)
         self._let_go(path)
+
+    def lose(self, paths: Iterable[str]) -> None:
+        """Take paths out of the books that the workers gave up by themselves."""
+        for path in paths:
+            self._let_go(path)
 
     def _let_go(self, path: str) -> None:
         """Take a path out of the books; that the workers are told is the caller's business."""
