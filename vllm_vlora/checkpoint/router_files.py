@@ -14,6 +14,7 @@ The network is that of ``model.router.TaskRouter``: logits = W_2 relu(W_1 x + b_
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -184,7 +185,7 @@ def _fault(record: RouterRecord) -> str | None:
         return f"it must know 2 to {MAX_OUTPUTS} different tasks"
     if len(ref.sha256) != 64 or set(ref.sha256) - set("0123456789abcdef"):
         return "its weights have no SHA-256"
-    if ref.file != weights_file(ref.sha256):
+    if not re.fullmatch(NETWORK_NAME, ref.file):
         return "it names a foreign file of weights"
     try:
         for task in record.tasks:

@@ -102,12 +102,15 @@ def _metrics() -> tuple[Counter, Histogram]:
     """Of this API server; with several vLLM adds them up."""
     from prometheus_client import Counter, Histogram
 
+    requests = Counter(
+        "vllm_vlora:routed_requests",
+        'Requests of model="auto", by what the router picked: a task, a blend, or the base model.',
+        ("picked",),
+    )
+    for kind in (TASK, BLEND, BASE):
+        requests.labels(kind)
     return (
-        Counter(
-            "vllm_vlora:routed_requests",
-            'Requests of model="auto", by what the router picked: a task, a blend, or the base model.',
-            ("picked",),
-        ),
+        requests,
         Histogram(
             "vllm_vlora:route_confidence",
             'The weight that the router gave what was likeliest, of each request of model="auto".',
