@@ -346,10 +346,6 @@ def _compress(
     force, least = flags.force, flags.min_kept
     with progress_bar(messages) as advance:
         jury: Jury | None
-        if flags.data or _may_judge(flags):
-            from vllm_vlora.evaluation.base_model import quieten
-
-            quieten()
         if least is None and not flags.data:
             jury = _self_judge(flags, collected, advance)
             if jury is None:

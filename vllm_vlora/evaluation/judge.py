@@ -22,6 +22,7 @@ from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.task_files import find_data
 from vllm_vlora.errors import OptionError, TaskNotFoundError, VLoRAError
+from vllm_vlora.evaluation.base_model import quieten
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
 from vllm_vlora.evaluation.fidelity import kl_kept
 from vllm_vlora.wording import some_of
@@ -73,6 +74,7 @@ def make_judge(
     base = base or common_base_model(adapters)[0]
     if base is None:
         raise OptionError("the adapters name no base model; give it with --base MODEL")
+    quieten()
     progress("load the base model", 0, 1)
     evaluator = Evaluator(base, files, EvaluationOptions(greedy_tokens=0))
     for task, adapter in adapters.items():
@@ -151,6 +153,7 @@ class SelfJudge:
             return [{} for _ in folders]
 
     def _judge_all(self, folders: Sequence[Path]) -> list[Found]:
+        quieten()
         self._progress("load the base model", 0, 1)
         evaluator = Evaluator(self._model, {}, EvaluationOptions(batch_size=8, greedy_tokens=0))
         loaded = time.monotonic()
