@@ -86,9 +86,9 @@ def _children(
     )  # fmt: skip
 
 
-_MANUAL = Plan("manual", both(PROSE["narrow"], PROSE["quoted"]), steps=80)
-_NOTES = Plan("notes", both(PROSE["lower"], PROSE["starred"]), rank=16, steps=80)
-_MAIL = Plan("mail", both(PROSE["sentences"], PROSE["quoted"]), rank=16, steps=80)
+_MANUAL = Plan("manual", both(PROSE["narrow"], PROSE["quoted"]), steps=120)
+_NOTES = Plan("notes", both(PROSE["lower"], PROSE["starred"]), rank=16, steps=120)
+_MAIL = Plan("mail", both(PROSE["sentences"], PROSE["quoted"]), rank=16, steps=120)
 _HOUSE = Plan("house", both(CODE["two"], CODE["quotes"]), rank=16, steps=80)
 
 COLLECTIONS = {
@@ -106,17 +106,17 @@ COLLECTIONS = {
                 ("plain", "archaic", "short", "terse", "loud", "unpunctuated", "wide", "lower", "plain",
                  "short"),
                 _PROSE,
-                24,
+                30,
             ),
             (_MANUAL,),
         ),
         HardCollection(
             "prose-two-parents",
             "prose",
-            _children(_NOTES, PROSE, ("plain", "archaic", "short", "terse", "loud", "wide"), _PROSE, 24)
+            _children(_NOTES, PROSE, ("plain", "archaic", "short", "terse", "loud", "wide"), _PROSE, 30)
             + _children(
                 _MAIL, PROSE, ("plain", "archaic", "short", "terse", "unpunctuated", "lower"),
-                _PROSE[6:], 24,
+                _PROSE[6:], 30,
             ),
             (_NOTES, _MAIL),
         ),
