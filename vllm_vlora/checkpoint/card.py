@@ -131,7 +131,7 @@ def _error(task: TaskReport, report: CompressReport) -> str:
 def _judged_lines(report: CompressReport) -> list[str]:
     """What was measured with the model, where it was."""
     values = {task: value for task, value in report.kl_kept.items() if value is not None}
-    lines = []
+    lines = [f"- Chosen by {_escape(report.chosen_by)}"] if report.chosen_by else []
     if values:
         worst = min(values, key=values.__getitem__)
         lines.append(

@@ -62,7 +62,8 @@ class CompressReport:
     """What ``compress`` did: sizes of the files, and errors measured on what they hold.
 
     ``raised`` are the tasks that got more than their share of the bytes to pass the gate.
-    ``kl_kept`` is set where the model judged: the KL kept of every task (None where it is undefined).
+    ``chosen_by`` says what the choice went by. ``kl_kept`` is set where the model judged: the KL kept of
+    every task that was judged (None where it is undefined).
     ``kept`` is set by ``compress_to_quality``: the tasks that are stored as they were, since less would
     not do.
     ``losses`` has what must be said of tasks that lost much. ``extra_nbytes`` are those of heads and
@@ -89,6 +90,7 @@ class CompressReport:
     seconds: float = 0.0
     raised: list[str] = field(default_factory=list)
     calibrated: bool = False
+    chosen_by: str = ""
     kl_kept: dict[str, float | None] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     losses: Losses = field(default_factory=Losses)

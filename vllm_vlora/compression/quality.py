@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -21,19 +23,54 @@ from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import Compression
-from vllm_vlora.compression.publishing import publish_checkpoint
+from vllm_vlora.compression.publishing import BY_ERROR, Chosen, publish_checkpoint
 from vllm_vlora.errors import OptionError
 from vllm_vlora.planning.plan import Budget
 
 Judge = Callable[[Path], Mapping[str, float | None]]
 """KL kept of every task of a checkpoint folder; None where it is undefined."""
 
+
+class Jury(Protocol):
+    """Judges several forms of one collection, if that is worth its time."""
+
+    @property
+    def how(self) -> str:
+        """What a choice went by, for the report; known once there was a judgement."""
+
+    def declines(self, forms: int, seconds: float) -> str | None:
+        """Why judging so many forms is not worth it, when measuring took so long; None where it is."""
+
+    def __call__(self, folders: Sequence[Path]) -> Sequence[Mapping[str, float | None]]:
+        """KL kept of the tasks, for every checkpoint folder; tasks may be left out in all of them."""
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A jury of one judge, who is always asked."""
+
+    judge: Judge
+    how: str = "KL kept on held-out text"
+
+    def declines(self, forms: int, seconds: float) -> str | None:
+        """Never."""
+        return None
+
+    def __call__(self, folders: Sequence[Path]) -> Sequence[Mapping[str, float | None]]:
+        """As :class:`Jury`."""
+        return [self.judge(folder) for folder in folders]
+
+
+# Private, joint, flat and a mixture.
+_FORMS = 4
 _FIRST_LIMIT = 0.3
 _LARGEST_LIMIT = 0.95
 # A task that fails even here is kept as it was.
 _SMALLEST_LIMIT = 0.01
 _ROUNDS = 6
 _CLOSE = 1.15
+# Forms whose mean KL kept differs by less are alike.
+_ALIKE = 0.002
 
 
 @dataclass
@@ -115,7 +152,10 @@ def compress_to_quality(
             limits, judged = _QualitySearch(compression, scratch, judge, least).run()
             kept = [task for task, limit in zip(collection.task_ids, limits.tolist()) if limit == 0]
             chosen = compression.choose(Budget(limits=limits))
-            return compression.write(folder, chosen, base_model, kl_kept=judged, kept=kept)
+            how = OneByOne(judge).how
+            return compression.write(
+                folder, chosen, base_model, kl_kept=judged, chosen_by=how, kept=kept
+            )
 
     return publish_checkpoint(output, force, make, adapters, options)
 
@@ -123,7 +163,7 @@ def compress_to_quality(
 def compress_judged(
     adapters: Mapping[str, Adapter],
     output: str | Path,
-    judge: Judge,
+    jury: Jury,
     options: CompressOptions | None = None,
     *,
     force: bool = False,
@@ -134,10 +174,12 @@ def compress_judged(
 
     The best plan of every representation, by error, is written, judged, and the one with the highest
     mean kept. The error alone can be wrong about this: a basis that a family shares keeps what its
-    members have in common, and loses what sets them apart.
+    members have in common, and loses what sets them apart. Without a budget each is as small as its
+    predicted loss allows, and the smallest of those that keep as much as the best is chosen. Under an
+    error limit the smallest is wanted, and nobody is asked.
 
     Args:
-        judge: measures KL kept on a checkpoint that is never published.
+        jury: measures KL kept on checkpoints that are never published.
 
     Raises:
         As :func:`vllm_vlora.compress`.
@@ -147,23 +189,43 @@ def compress_judged(
     def make(folder: Path, scratch: Path) -> CompressReport:
         collection = Collection(adapters)
         with Compression(collection, options, scratch, progress) as compression:
-            judged = []
-            for number, chosen in enumerate(compression.best_of_each()):
-                trial = scratch / f"trial{number}"
-                trial.mkdir()
-                compression.write(trial, chosen, base_model, trial=True)
-                judged.append((chosen, judge(trial)))
-                shutil.rmtree(trial)
-            best, kl_kept = max(
-                judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error)
-            )
-            candidates = [
-                chosen.candidates[0]._replace(kl_kept=_mean(found)) for chosen, found in judged
-            ]
-            best = replace(best, candidates=candidates)
-            return compression.write(folder, best, base_model, kl_kept=kl_kept)
+            if options.max_error is not None:
+                return compression.write(folder, compression.choose(), base_model)
+            started = time.monotonic()
+            _ = compression.candidates.survey
+            reason = jury.declines(_FORMS, time.monotonic() - started)
+            if reason is not None:
+                how = f"{BY_ERROR}; {reason}"
+                return compression.write(folder, compression.choose(), base_model, chosen_by=how)
+            best, kl_kept = _judged(compression, scratch, jury, options.by_size)
+            return compression.write(folder, best, base_model, kl_kept=kl_kept, chosen_by=jury.how)
 
     return publish_checkpoint(output, force, make, adapters, options)
+
+
+def _judged(
+    compression: Compression, scratch: Path, jury: Jury, by_size: bool
+) -> tuple[Chosen, Mapping[str, float | None]]:
+    """What keeps most, and what it keeps of each task that was judged."""
+    forms = compression.best_of_each()
+    trials = []
+    for number, chosen in enumerate(forms):
+        trials.append(scratch / f"trial{number}")
+        trials[-1].mkdir()
+        compression.write(trials[-1], chosen, trial=True)
+    found = jury(trials)
+    for trial in trials:
+        shutil.rmtree(trial)
+    judged = list(zip(forms, found, strict=True))
+    best, kl_kept = max(judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error))
+    if by_size:
+        alike = [pair for pair in judged if _mean(pair[1]) >= _mean(kl_kept) - _ALIKE]
+        best, kl_kept = min(alike, key=lambda pair: pair[0].plan.nbytes)
+    candidates = [
+        chosen.candidates[0]._replace(kl_kept=_mean(kept) if kept else None)
+        for chosen, kept in judged
+    ]
+    return replace(best, candidates=candidates), kl_kept
 
 
 def _mean(kl_kept: Mapping[str, float | None]) -> float:

@@ -6,6 +6,7 @@ by itself, tells checkpoints apart as it does on held-out text; the error of wei
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
@@ -20,7 +21,7 @@ from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.task_files import find_data
-from vllm_vlora.errors import OptionError, TaskNotFoundError
+from vllm_vlora.errors import OptionError, TaskNotFoundError, VLoRAError
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
 from vllm_vlora.evaluation.fidelity import kl_kept
 from vllm_vlora.wording import some_of
@@ -93,53 +94,80 @@ class SelfJudge:
     """Judges forms of one collection by KL kept on text that the model writes with each original.
 
     Tasks are taken from all over the collection, one after another, each in all forms: 4 at least, 16 at
-    most, and no more than ``seconds`` allows.
+    most, and no more than measuring the adapters took.
 
     Args:
-        model: folder or Hub id of the base model.
-        seconds: what judging may take; None for every task, however long it takes.
+        model: folder of the base model.
+        always: judge every task, however long it takes; what stands in the way is then an error.
 
     Attributes:
-        how: what was done, for a report.
+        how: what a choice went by, for a report.
     """
 
     def __init__(
         self,
         adapters: Mapping[str, Adapter],
-        model: str | Path,
-        seconds: float | None,
+        model: Path,
+        always: bool,
         progress: Progress,
     ) -> None:
-        self._adapters, self._model, self._seconds = adapters, str(model), seconds
+        self._adapters, self._model, self._always = adapters, model, always
         self._progress = progress
+        self._seconds = math.inf
         self.how = ""
+
+    def declines(self, forms: int, seconds: float) -> str | None:
+        """Why judging so many forms is not worth it, when measuring took so long; None where it is."""
+        if self._always:
+            return None
+        if not fits_in_memory(self._model):
+            return "the base model does not fit in half of the free memory (--judge asks it all the same)"
+        expected = seconds_to_judge(self._model, len(self._adapters), forms)
+        if expected > seconds:
+            return (
+                f"asking the base model would take some {expected:.0f} s, measuring took "
+                f"{seconds:.0f} s (--judge asks it all the same)"
+            )
+        self._seconds = seconds
+        return None
 
     def __call__(self, folders: Sequence[Path]) -> list[Found]:
         """KL kept of the tasks that were judged, for every checkpoint folder.
 
         Raises:
-            OptionError, AdapterError, ModelMismatchError: as of ``Evaluator``.
+            OptionError, AdapterError, ModelMismatchError: as of ``Evaluator``, if always asked.
         """
+        if len(folders) == 1 and not self._always:
+            return [{}]
+        try:
+            return self._judge_all(folders)
+        except VLoRAError as error:
+            if self._always:
+                raise
+            self.how = f"the error of the weights; the base model cannot be asked: {error}"
+            return [{} for _ in folders]
+
+    def _judge_all(self, folders: Sequence[Path]) -> list[Found]:
         started = time.monotonic()
         self._progress("load the base model", 0, 1)
         evaluator = Evaluator(self._model, {}, EvaluationOptions(batch_size=8, greedy_tokens=0))
+        loaded = time.monotonic()
         checkpoints = [Checkpoint.open(folder) for folder in folders]
         found: list[Found] = [{} for _ in folders]
         order = _spread(list(self._adapters))
-        if self._seconds is not None:
-            order = order[:_MOST_TASKS]
+        order = order if self._always else order[:_MOST_TASKS]
         for done, task in enumerate(order, 1):
+            self._progress("judge", done - 1, len(order))
             for kept, value in zip(found, self._judge(evaluator, checkpoints, task)):
                 kept[task] = value
-            self._progress("judge", done, len(order))
-            each = (time.monotonic() - started) / done
-            late = self._seconds is not None and each * (done + 1) > self._seconds
-            if late and done >= _LEAST_TASKS:
+            now = time.monotonic()
+            each = (now - loaded) / done
+            if done >= _LEAST_TASKS and now - started + each > self._seconds:
                 break
-        judged = len(found[0])
+        self._progress("judge", len(order), len(order))
         self.how = (
-            f"KL kept on {SAMPLED_TOKENS} tokens that the model wrote with each of {judged} of "
-            f"{len(self._adapters)} adapters, in {time.monotonic() - started:.1f} s"
+            f"KL kept on {SAMPLED_TOKENS} tokens that the model wrote with each of {len(found[0])} of "
+            f"{len(self._adapters)} adapters"
         )
         return found
 
