@@ -81,6 +81,11 @@ BENCHMARKS = {
         "publish",
         {"quick": "", "rounds": "turns of each (default: 9)", "device-note": ""},
     ),
+    "exchange": Benchmark(
+        "a changed basis: reading it, and putting it in the place of the one before",
+        "exchange",
+        {"quick": "", "rounds": "turns (default: 9)", "device-note": ""},
+    ),
     "fidelity": Benchmark(
         "what adapters keep when they are compressed: recovered fraction against bytes",
         "fidelity.program",
