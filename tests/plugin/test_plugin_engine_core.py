@@ -221,7 +221,7 @@ def test_a_task_that_cannot_be_loaded_ends_its_requests_alone() -> None:
     core.add_request(request("1", lora("a")))
     core.add_request(request("2", lora("b")))
     core.turn()
-    assert core.refused() == [(3, "1", "vllm-vlora: CheckpointError: a is damaged")]
+    assert core.refused() == [(3, "1", "vllm-vlora: CheckpointError: task 'a': a is damaged")]
     assert core.added == ["2"]
     answer = core.add_lora(lora("a"))
     core.turn()
