@@ -76,6 +76,11 @@ BENCHMARKS = {
         "residency",
         {"quick": "", "rounds": "turns of each (default: 3)", "device-note": ""},
     ),
+    "publish": Benchmark(
+        "a task from tensors in memory: until an engine has it, beside a folder and a copy",
+        "publish",
+        {"quick": "", "rounds": "turns of each (default: 9)", "device-note": ""},
+    ),
     "fidelity": Benchmark(
         "what adapters keep when they are compressed: recovered fraction against bytes",
         "fidelity.program",

@@ -60,7 +60,7 @@ class Core:
         self.added: list[Any] = []
         self.dropped: list[str] = []
         self.exchanged: list[int] = []
-        self.wants_bases = False
+        self.wants_bases = self.holds_back = False
         self.pinned = {ord("a")}
         self.states: list[list[str]] = [["1", "1"], ["1", "1"]]
         self.tasks = [[("a", path_of("a"))], [("a", path_of("a"))]]
@@ -94,17 +94,21 @@ class Core:
                 served=lambda: self.tasks[number],
                 tidy=lambda: None,
                 bases=lambda in_use, awaited: self.bases(number, in_use, awaited),
-                hold_back=lambda held_back: None,
+                hold_back=self.hold_back,
             ),
             exchange_bases=lambda: self.exchanged.append(number) or [path_of("a")],
         )
 
     def _bring(self, number: int, requests: Any, hold: int, instead_of: Any) -> list[Any]:
         said: list[Any] = self.workers.bring_to(number, requests, hold, instead_of)
-        wait = self.wants_bases and not self.exchanged
+        wait = self.holds_back and not self.exchanged
         return [
             None if wait and one.lora_name == "b" else told for one, told in zip(requests, said)
         ]
+
+    def hold_back(self, held_back: bool) -> list[str]:
+        self.holds_back = held_back
+        return [path_of("b")] if held_back and "b" in self.workers.on[0] else []
 
     def bases(self, number: int, in_use: list[str], awaited: list[str]) -> BasesReport:
         if not self.wants_bases or number in self.exchanged:
@@ -372,7 +376,7 @@ def test_requests_on_new_bases_wait_for_those_on_the_old_ones_and_others_pass(
     core.add_request(request("old", lora("a")))
     core.turn()
     assert core.added == ["old"]
-    core.wants_bases = True
+    core.wants_bases = core.holds_back = True
     core.states = [["1", "2"], ["1", "2"]]
     assert follow(core, "server", "1") == "2"
     for number in range(9):
@@ -401,3 +405,44 @@ def test_requests_on_new_bases_wait_for_those_on_the_old_ones_and_others_pass(
     assert core.added[9:] == [f"new {number}" for number in range(9)]
     assert path_of("a") not in core.scheduler._vlora_kinds
     assert follow(core, "server", "2") == "3"
+
+
+def test_a_task_that_was_materialized_meanwhile_keeps_its_requests_and_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, seconds in (("_LINGER", 0.01), ("_PERIOD", 0.0), ("_REST", 1.0)):
+        monkeypatch.setattr(exchange, name, seconds)
+    monkeypatch.setenv("VLLM_VLORA_BASIS_WAIT", "1")
+    core: Any = OwnProcess(a=2, b=2)
+    core.workers.stage("a", "b")
+    core.add_request(request("old", lora("a")))
+    core.turn()
+    core.wants_bases = core.holds_back = True
+    core.states = [["1", "2"], ["1", "2"]]
+    follow(core)
+    core.add_request(request("waits", lora("b")))
+    assert core.added == ["old"]
+
+    def turn_until(holds: Any) -> None:
+        deadline = time.monotonic() + 30
+        while not holds():
+            assert time.monotonic() < deadline
+            follow(core)
+            time.sleep(0.01)
+
+    tasks = core._vlora_tasks_held
+    turn_until(lambda: not tasks.exchange.holds_back)
+    turn_until(lambda: "waits" in core.added)
+    turn_until(lambda: tasks.exchange.holds_back)
+    core.add_request(request("later", lora("b")))
+    core.add_request(request("gone", lora("b")))
+    follow(core)
+    assert core.added == ["old", "waits"], "it is there, and to be exchanged"
+    core.abort_requests(["gone"])
+    assert core.workers.on == [{"a", "b"}] * 2, "a request that runs has it"
+    core.abort_requests(["later"])
+    assert core.workers.on == [{"a", "b"}] * 2
+    core.add_request(request("last", lora("b")))
+    core.scheduler.requests.clear()
+    turn_until(lambda: "last" in core.added)
+    assert core.exchanged == [0, 1]

@@ -103,9 +103,13 @@ def test_a_sleep_that_would_lose_the_tasks_is_refused_before_anything_else(
     patches = {(owner, name): value for owner, name, value in seams._patches(setup, list)}
     sleep = patches.get((EngineCore, "sleep"), EngineCore.sleep)
     slept: list[Any] = []
+    held = ["a", "b"]
     core = SimpleNamespace(
         pause_scheduler=lambda **kwargs: slept.append("paused"),
         model_executor=SimpleNamespace(sleep=slept.append),
+        _vlora_tasks_held=SimpleNamespace(
+            residency=SimpleNamespace(paths=lambda: held, forget=held.remove)
+        ),
     )
     sleep(core)
     sleep(core, 1, mode="wait")
@@ -114,10 +118,13 @@ def test_a_sleep_that_would_lose_the_tasks_is_refused_before_anything_else(
         if checkpoint is None:
             call()
             assert slept[-2:] == ["paused", 2]
+            # They come again from where they were brought from.
+            assert held == []
         else:
             with pytest.raises(ModelStateError, match=r"level 2 would lose.*use level 1"):
                 call()
             assert slept == ["paused", 1] * 2
+            assert held == ["a", "b"]
 
 
 # --- seams: the manager ----------------------------------------------------------------------------

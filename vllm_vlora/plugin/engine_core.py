@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from vllm_vlora.checkpoint.aliases import encode_aliases
+from vllm_vlora.checkpoint.router_files import encode_router
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError, VLoRAError
 from vllm_vlora.plugin.admission import kinds_of
 from vllm_vlora.plugin.arrivals import Answer, Arrivals, Brought, Waiter
@@ -29,6 +30,8 @@ TASKS_METHOD = "vlora_tasks"
 """The name under which an engine core answers with what it serves."""
 ALIASES_METHOD = "vlora_aliases"
 """The name under which it answers with other names for that, as ``encode_aliases`` writes them."""
+ROUTER_METHOD = "vlora_router"
+"""The name under which it says which router picks among that, as ``encode_router`` writes it, or ""."""
 FOLLOW_METHOD = "vlora_follow"
 """The name under which it looks for a published state and serves it."""
 CHANGED = (
@@ -83,6 +86,12 @@ def _aliases(worker: Any) -> str:
     return "" if state is None else encode_aliases(state.aliases).decode()
 
 
+def _router(worker: Any) -> str:
+    state = manager_of(worker).vlora_store.state
+    router = None if state is None else state.router
+    return "" if router is None else encode_router(router).decode()
+
+
 def _states(worker: Any) -> tuple[str, str]:
     return manager_of(worker).states()
 
@@ -95,8 +104,8 @@ def _bases(worker: Any, in_use: list[str], awaited: list[str]) -> BasesReport:
     return manager_of(worker).vlora_store.bases(in_use, awaited)
 
 
-def _hold_back(worker: Any, held_back: bool) -> None:
-    manager_of(worker).vlora_store.hold_back(held_back)
+def _hold_back(worker: Any, held_back: bool) -> list[str]:
+    return manager_of(worker).vlora_store.hold_back(held_back)
 
 
 def _keep_bases(worker: Any) -> None:
@@ -145,8 +154,8 @@ class _Workers:
     def bases(self, in_use: Collection[str], awaited: Collection[str]) -> list[BasesReport]:
         return self._ask(_bases, args=(list(in_use), list(awaited)))
 
-    def hold_back(self, held_back: bool) -> None:
-        self._ask(_hold_back, args=(held_back,))
+    def hold_back(self, held_back: bool) -> set[str]:
+        return set().union(*self._ask(_hold_back, args=(held_back,)))
 
     def keep_bases(self) -> None:
         self._ask(_keep_bases)
@@ -212,6 +221,8 @@ class Tasks:
         if number != lora.lora_int_id:
             lora.lora_int_id = number
         if self.arrivals.awaits(lora.lora_path):
+            return False
+        if lora.lora_path in self.exchange.waiting and not self.letting_in:
             return False
         if self.residency.touch(lora.lora_path):
             return True
@@ -443,10 +454,7 @@ def served_tasks(core: Any) -> list[tuple[str, str]]:
     Raises:
         CheckpointError: one of them read another state of the checkpoint than the others.
     """
-    first, *others = core.model_executor.collective_rpc(_served)
-    if any(other != first for other in others):
-        raise CheckpointError(CHANGED)
-    return list({**dict(first), **tasks_of(core).published}.items())
+    return list({**dict(_agreed(core, _served)), **tasks_of(core).published}.items())
 
 
 def served_aliases(core: Any) -> str:
@@ -455,7 +463,21 @@ def served_aliases(core: Any) -> str:
     Raises:
         CheckpointError: as :func:`served_tasks`.
     """
-    first, *others = core.model_executor.collective_rpc(_aliases)
+    return _agreed(core, _aliases)
+
+
+def served_router(core: Any) -> str:
+    """The router of what an engine core's workers serve, as JSON, empty for none; becomes a method of it.
+
+    Raises:
+        CheckpointError: as :func:`served_tasks`.
+    """
+    return _agreed(core, _router)
+
+
+def _agreed(core: Any, ask: Callable[[Any], Any]) -> Any:
+    """What every worker answers."""
+    first, *others = core.model_executor.collective_rpc(ask)
     if any(other != first for other in others):
         raise CheckpointError(CHANGED)
     return first

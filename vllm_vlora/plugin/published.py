@@ -109,6 +109,13 @@ def release(core: Any) -> None:
         _look_again(core, tasks)
 
 
+def leave_devices(core: Any) -> None:
+    """Take every task off the devices, whose memory will be lost; each comes when it is asked for."""
+    tasks = core.__dict__.get("_vlora_tasks_held")
+    for path in list(tasks.residency.paths()) if tasks is not None else ():
+        tasks.residency.forget(path)
+
+
 def _look_again(core: Any, tasks: Any) -> None:
     """Have an engine core that does nothing look again."""
     if tasks.looks is not None and tasks.looks.is_alive():

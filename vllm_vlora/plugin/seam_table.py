@@ -270,7 +270,7 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.sleep",
-        "level 2, which would lose the tasks, is refused",
+        "level 2, which would lose the checkpoint's tasks, is refused; others leave the device first",
         accepts=("level",),
     )
     yield Seam(
@@ -476,6 +476,12 @@ def _called() -> Iterator[Seam]:
         "where it is woken; an engine core without one is its caller's",
     )
     yield Seam(
+        "vllm.renderers.base",
+        "BaseRenderer.get_tokenizer",
+        "the text of a prompt in token ids, for a router",
+        ("self",),
+    )
+    yield Seam(
         "vllm.v1.metrics.prometheus",
         "get_prometheus_registry",
         "where vLLM's own metrics are",
@@ -613,6 +619,8 @@ def _held() -> Iterator[Seam]:
     yield Seam(_WORKER, "WorkerLoRAManager._adapter_manager", "our manager")
     for name in ("engine_client", "lora_requests"):
         yield Seam(_SERVING, f"OpenAIServingModels.{name}", "lists every task in /v1/models")
+    for name in ("base_model_paths", "renderer"):
+        yield Seam(_SERVING, f"OpenAIServingModels.{name}", "what a router's request becomes")
     yield Seam(_SCHEDULER, "Scheduler.lora_config", "slots", direct=True)
     yield Seam(_SCHEDULER, "Scheduler.requests", "requests inside")
     yield Seam(
