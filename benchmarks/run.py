@@ -105,6 +105,11 @@ BENCHMARKS = {
         "catalogue",
         {"quick": "", "device-note": ""},
     ),
+    "distortion": Benchmark(
+        "what codes of 2 to 8 bits lose, beside the rate-distortion bound",
+        "distortion.program",
+        {"quick": "", "seed": "of rows (default: 0)", "device-note": ""},
+    ),
     "roofline": Benchmark(
         "the least time of every path on a named GPU, beside what was measured",
         "roofline",

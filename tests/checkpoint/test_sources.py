@@ -117,6 +117,7 @@ def test_a_checkpoint_at_a_url_is_the_folder_byte_for_byte(
         "ckpt/vlora_config.json",
         "ckpt/attachments.json",
         "ckpt/aliases.json",
+        "ckpt/router.json",
     }
 
 

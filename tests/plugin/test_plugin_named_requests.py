@@ -231,7 +231,7 @@ class Core:
             FOLLOW_METHOD: opened.content_digest,
         }
 
-    async def _call_utility_async(self, method: str, *, engine: int) -> Any:
+    async def _call_utility_async(self, method: str, *arguments: str, engine: int) -> Any:
         return self._answers[method]
 
 
@@ -245,7 +245,7 @@ class Server:
             is_base_model=lambda name: name == "base",
             engine_client=SimpleNamespace(engine_core=self.core),
         )
-        self._listing = Listing(models, set())
+        self._listing = Listing(models)
         asyncio.run(self._listing.start())
         self.requests: TaskRequests = models.lora_requests
 

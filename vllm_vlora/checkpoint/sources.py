@@ -24,6 +24,7 @@ from vllm_vlora.checkpoint.manifest import (
     read_config,
 )
 from vllm_vlora.checkpoint.pinning import check_content, content_digest, pinned
+from vllm_vlora.checkpoint.router_files import ROUTER_FILE, read_router
 from vllm_vlora.checkpoint.task_entry import task_files
 from vllm_vlora.checkpoint.task_index import open_tasks, records_of
 from vllm_vlora.downloads import (
@@ -36,14 +37,14 @@ from vllm_vlora.downloads import (
 )
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.regular_files import JSON_BYTES
-from vllm_vlora.snapshots import fixed_ref, resolve_snapshot
+from vllm_vlora.snapshots import fixed_ref, newest_ref, resolve_snapshot
 from vllm_vlora.urls import RemoteError, RemoteFile, RemoteFolder, is_remote
 from vllm_vlora.wording import without_secrets
 
 logger = logging.getLogger(__name__)
 
 # What no manifest knows of and the digest of the content covers.
-_COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE)
+_COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE, ROUTER_FILE)
 # What goes with a checkpoint, and neither knows of.
 _BESIDE = (BASIS_INDEX_FILE, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
@@ -87,6 +88,26 @@ def checkpoint_folder(
     return resolve_snapshot(where, what="checkpoint", error=CheckpointError)
 
 
+def newest_folder(where: str, before: Path | None) -> Path:
+    """The local folder of what a Hub id or a URL has now; never of what it had when last looked.
+
+    Args:
+        before: of what it had then, which stays untouched where that is what it has now.
+
+    Raises:
+        CheckpointError: it cannot be asked, or has none. OutputError: the cache cannot be written.
+    """
+    if not is_remote(where):
+        newest = newest_ref(where, what="checkpoint", error=CheckpointError)
+        same = before is not None and fixed_ref(where, before) == newest
+        return before if before is not None and same else checkpoint_folder(newest)
+    cached = Cached(where)
+    try:
+        return asked(where, lambda remote: _newest_state(cached, remote, None, False, before))
+    except RemoteError as problem:
+        raise CheckpointError(f"checkpoint {without_secrets(where)!r}: {problem}") from None
+
+
 def fixed_checkpoint(where: str | Path, folder: Path, wanted: str | None) -> str:
     """The reference that other processes, also on other machines, find this same state by.
 
@@ -115,11 +136,17 @@ def _from_url(url: str, wanted: str | None, manifest_only: bool) -> Path:
 
 
 def _newest_state(
-    cached: Cached, remote: RemoteFolder, wanted: str | None, manifest_only: bool
+    cached: Cached,
+    remote: RemoteFolder,
+    wanted: str | None,
+    manifest_only: bool,
+    before: Path | None = None,
 ) -> Path:
     """The state that the URL has now, from the cache or fetched into it."""
     texts = {CONFIG_FILE: remote.read(CONFIG_FILE, JSON_BYTES)}
     texts |= _optional(remote, _COUNTED)
+    if before is not None and _has(before, texts):
+        return before
     for state in cached.states():
         if wanted is None and _has(state, texts):
             return cached.seen(state)
@@ -155,13 +182,15 @@ def _described(remote: RemoteFolder, texts: Mapping[str, bytes], url: str) -> _D
             tasks = open_tasks(folder, config)
             attachments = read_attachments(folder, tasks)
             aliases = read_aliases(folder, tasks)
+            router = read_router(folder)
         except CheckpointError as error:
             # The same, of the URL in place of the folder that nobody will find.
             raise type(error)(str(error).replace(str(folder), url)) from None
     kept = {ref.file: ref for refs in attachments.values() for ref in refs.values()}
     refs = [*config.basis, *task_files(tasks), *kept.values()]
+    refs += [router.weights] if router is not None else []
     files = [RemoteFile(ref.file, ref.nbytes, ref.sha256) for ref in refs]
-    return _Described(names, files, content_digest(config, attachments, aliases))
+    return _Described(names, files, content_digest(config, attachments, aliases, router))
 
 
 def _checked(remote: RemoteFolder, ref: FileRef, folder: Path) -> bytes:

@@ -22,6 +22,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_vlora._version import __version__
+from vllm_vlora.blending.text_router import RoutePolicy
 from vllm_vlora.errors import (
     CheckpointError,
     ModelStateError,
@@ -29,21 +30,25 @@ from vllm_vlora.errors import (
     TaskLoadError,
     VLoRAError,
 )
-from vllm_vlora.plugin.blend_paths import is_blend_path
 from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.core_metrics import metrics_snapshot
 from vllm_vlora.plugin.counters import METRICS_METHOD
 from vllm_vlora.plugin.engine_core import (
     ALIASES_METHOD,
     FOLLOW_METHOD,
+    ROUTER_METHOD,
     TASKS_METHOD,
-    advance_before_abort,
+    advance_after_abort,
     ensure_in_process,
+    finish_who_waits,
     follow,
+    keep_what_is_pinned,
     load_before_add_lora,
     load_before_add_request,
     served_aliases,
+    served_router,
     served_tasks,
+    work_while_some_wait,
 )
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
@@ -64,6 +69,7 @@ from vllm_vlora.plugin.published import (
     unpublish,
     withdraw,
 )
+from vllm_vlora.plugin.refusals import raise_refusals
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
@@ -191,18 +197,25 @@ def _init_static_loras(
     load_templates: Callable[[Mapping[str, TaskPath]], object] | None,
     follows: bool,
     blends: bool = True,
+    policy: RoutePolicy | None = None,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
         refuse_without_lora(self.engine_client.vllm_config.lora_config)
         self.lora_requests = TaskRequests(self.lora_requests, {}, blends)
-        listing = Listing(self, loaded_paths(self.engine_client), load_templates)
+        listing = Listing(self, load_templates, policy)
         await listing.start()
         if follows:
             listing.follow()
 
     return init
+
+
+def _policy(settings: Settings) -> RoutePolicy | None:
+    if not settings.route_terms:
+        return None
+    return RoutePolicy(settings.route_terms, settings.route_threshold)
 
 
 def _rust_frontend(
@@ -259,24 +272,6 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             # An engine core in this process raises, which must be before the request is in the books.
             ensure_in_process(self.engine_core, request)
         return original(self, *args, **kwargs)
-
-    return add_request
-
-
-def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
-        path = _new_path(self, request)
-        if path is not None:
-            with _as_the_callers_error(request):
-                await self.add_lora(request)
-            # Clients can make up any number of blends; theirs are asked for each time.
-            if not is_blend_path(path):
-                loaded_paths(self).add(str(path))
-        return await original(self, *args, **kwargs)
 
     return add_request
 
@@ -399,14 +394,17 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         f"{lru}.add_adapter": _add_adapter,
         f"{lru}._manager_cls": lambda _: TaskLoRAManager,
         "LLMEngine.add_request": _add_request,
-        "AsyncLLM.add_request": _add_request_async,
         "LoRARequest.__eq__": _equal_requests,
         "_gen_lora_extra_hash_keys": _lora_hash_keys,
         "InputProcessor._get_mm_identifier": _mm_identifier,
+        "OutputProcessor.process_outputs": raise_refusals,
         "OutputProcessor.do_tracing": say_task,
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
-        "EngineCore.abort_requests": lambda f: release_first(advance_before_abort(f)),
+        "EngineCore.abort_requests": lambda f: release_first(advance_after_abort(f)),
+        "EngineCoreProc.has_work": work_while_some_wait,
+        "EngineCore.pin_lora": lambda f: keep_what_is_pinned(f, True),
+        "EngineCore.remove_lora": lambda f: keep_what_is_pinned(f, False),
         "EngineCore.sleep": lambda f: _sleep(f, setup.checkpoint),
         f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
     }
@@ -424,6 +422,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
                 load if setup.settings.chat_templates else None,
                 setup.settings.follow,
                 setup.settings.blends,
+                _policy(setup.settings),
             )
         )
         if setup.settings.chat_templates:
@@ -438,13 +437,30 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     ]
     scheduling = schedule_by_kind(setup, seams) if setup.direct else []
     graphs = capture_by_kind(seams) if setup.direct else []
-    # Outside of what asks the workers how a request's task runs: that one must be loaded.
-    core = seams["EngineCore.add_request"]
-    add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
+    before = {(owner, name): new for owner, name, new in scheduling}
+
+    def wrapped(seam: str) -> Any:
+        place = seams[seam]
+        return before.get((place.owner, place.attribute), place.value)
+
+    core, finish = seams["EngineCore.add_request"], seams["Scheduler.finish_requests"]
     own = [
-        (core.owner, core.attribute, release_first(load_before_add_request(add or core.value))),
+        # Outside of what asks the workers how a request's task runs: that one must be loaded.
+        (
+            core.owner,
+            core.attribute,
+            release_first(load_before_add_request(wrapped("EngineCore.add_request"))),
+        ),
+        (
+            finish.owner,
+            finish.attribute,
+            finish_who_waits(
+                wrapped("Scheduler.finish_requests"), seams["Scheduler.add_request"].value
+            ),
+        ),
         (core.owner, TASKS_METHOD, served_tasks),
         (core.owner, ALIASES_METHOD, served_aliases),
+        (core.owner, ROUTER_METHOD, served_router),
         (core.owner, FOLLOW_METHOD, follow),
         (core.owner, METRICS_METHOD, metrics_snapshot),
         (core.owner, OFFER_METHOD, offer),

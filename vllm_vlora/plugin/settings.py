@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_vlora.blend_names import MAX_TERMS
 from vllm_vlora.errors import SettingError
+from vllm_vlora.plugin.events import LOG_VARIABLE, LOGS
 from vllm_vlora.strict_json import JSONError, decode
 
 if TYPE_CHECKING:
@@ -34,8 +37,17 @@ DEVICE_SHARE = 4
 HOST_VARIABLE = "VLLM_VLORA_HOST_BYTES"
 DEFAULT_HOST_BYTES = 4 << 30
 FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
+BASIS_WAIT_VARIABLE = "VLLM_VLORA_BASIS_WAIT"
+# Seconds. Most generations take less, and a client waits so long.
+DEFAULT_BASIS_WAIT = 30
+POLL_VARIABLE = "VLLM_VLORA_POLL_SECONDS"
 BASES = ("dense", "packed")
 BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
+BASIS_ROWS_VARIABLE = "VLLM_VLORA_BASIS_ROWS"
+ROUTE_VARIABLE = "VLLM_VLORA_ROUTE"
+ROUTE_THRESHOLD_VARIABLE = "VLLM_VLORA_ROUTE_THRESHOLD"
+# Between those of prompts that a router knows, which are near 1, and of others.
+DEFAULT_ROUTE_THRESHOLD = 0.5
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
 ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
@@ -62,19 +74,26 @@ class Settings:
             refuses tasks that cannot run direct, ``materialize`` writes every task into a slot.
         slots: slots for adapters that need one, when tasks run direct; ``--max-loras`` caps it.
         packed_basis: keep quantised bases packed on the device instead of in the compute dtype.
+        basis_rows: components that a layer with a shared basis has room for, where its own are fewer.
         narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
         blends: take the name of a blend for one; those that aliases name are served either way.
         late_mib: MiB on each device for tasks that are loaded after start-up, beside those that were
             loaded then.
+        route_terms: tasks of what ``model="auto"`` becomes, at most; 0 for no such name.
+        route_threshold: the weight below which the base model answers it.
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
         host_bytes: of host memory of each worker for tasks that gave way.
         follow: serve what is published into the checkpoint's folder.
+        basis_wait: seconds that requests for tasks on a newly published basis wait at most until those on
+            the one before have ended; their tasks are materialized then.
+        poll_seconds: between two questions what a Hub branch or a URL has now; 0 for none.
         task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
         task_queue: requests of one that wait; more are refused. 0 for any number.
         fair: whether the task that was served least comes first.
         weights: shares of tasks beside that of the others, which is 1.
+        log: for people as vLLM's own lines (``text``), or for programs (``keys``, ``json``).
         metrics_tasks: tasks whose requests are counted under their own name in the metrics.
         metrics_listed: tasks of each tier that the metrics name as being there.
     """
@@ -82,18 +101,24 @@ class Settings:
     mode: str = "auto"
     slots: int = DEFAULT_PEFT_SLOTS
     packed_basis: bool = False
+    basis_rows: int = 0
     late_mib: int = DEFAULT_LATE_MIB
     overlap: bool = False
     chat_templates: bool = False
     narrow_rows: bool = False
     blends: bool = True
+    route_terms: int = 1
+    route_threshold: float = DEFAULT_ROUTE_THRESHOLD
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
+    basis_wait: int = DEFAULT_BASIS_WAIT
+    poll_seconds: int = 0
     task_concurrency: int = 0
     task_queue: int = 0
     fair: bool = False
     weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    log: str = LOGS[0]
     metrics_tasks: int = DEFAULT_METRICS_TASKS
     metrics_listed: int = DEFAULT_METRICS_LISTED
 
@@ -141,22 +166,29 @@ def device_memory(device: torch.device) -> int:
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings of this process; raises SettingError that names the variable and its values."""
+    follow = _choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on"
     return Settings(
         mode=_choice(environment, MODE_VARIABLE, MODES),
         slots=_whole(environment, SLOTS_VARIABLE, DEFAULT_PEFT_SLOTS, least=1),
         packed_basis=_choice(environment, BASIS_VARIABLE, BASES) == "packed",
+        basis_rows=_whole(environment, BASIS_ROWS_VARIABLE, 0, least=0),
         late_mib=_whole(environment, LATE_VARIABLE, DEFAULT_LATE_MIB, least=0),
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
         blends=_choice(environment, BLENDS_VARIABLE, SWITCH[::-1]) == "on",
+        route_terms=_route(environment),
+        route_threshold=_share(environment, ROUTE_THRESHOLD_VARIABLE, DEFAULT_ROUTE_THRESHOLD),
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
-        follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
+        follow=follow,
+        basis_wait=_whole(environment, BASIS_WAIT_VARIABLE, DEFAULT_BASIS_WAIT, least=0),
+        poll_seconds=_poll_seconds(environment, follow),
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
         task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
         fair=_fair(environment),
         weights=_weights(environment),
+        log=_choice(environment, LOG_VARIABLE, LOGS),
         metrics_tasks=_whole(environment, METRICS_TASKS_VARIABLE, DEFAULT_METRICS_TASKS, least=0),
         metrics_listed=_whole(
             environment, METRICS_LISTED_VARIABLE, DEFAULT_METRICS_LISTED, least=0
@@ -178,8 +210,32 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int) 
     return int(text)
 
 
+def _route(environment: Mapping[str, str]) -> int:
+    value = environment.get(ROUTE_VARIABLE) or "top1"
+    named = {"top1": 1, "off": 0, **{f"blend:{n}": n for n in range(2, MAX_TERMS + 1)}}
+    if value not in named:
+        raise SettingError(
+            f"{ROUTE_VARIABLE}={value!r}: use top1, off or blend:K with K from 2 to {MAX_TERMS}"
+        )
+    return named[value]
+
+
+def _share(environment: Mapping[str, str], name: str, default: float) -> float:
+    text = environment.get(name) or str(default)
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text, re.ASCII) or not 0 <= float(text) <= 1:
+        raise SettingError(f"{name}={text!r}: use a number from 0 to 1, such as {default}")
+    return float(text)
+
+
 def _size(environment: Mapping[str, str], name: str) -> int | None:
     return _whole(environment, name, 0, least=0) if environment.get(name) else None
+
+
+def _poll_seconds(environment: Mapping[str, str], follow: bool) -> int:
+    seconds = _whole(environment, POLL_VARIABLE, 0, least=0)
+    if seconds and not follow:
+        raise SettingError(f"{POLL_VARIABLE} does nothing with {FOLLOW_VARIABLE}=off; unset one")
+    return seconds
 
 
 def _fair(environment: Mapping[str, str]) -> bool:
