@@ -23,6 +23,7 @@ class Core:
     def __init__(self, answers: list[str] | None = None, *, process: bool = False) -> None:
         self.in_use: set[str] = set()
         self.awaited: set[str] = set()
+        self.pinned: set[str] = set()
         self.left: list[str] = []
         self.discarded: list[str] = []
         self.answers = answers or [""]
@@ -32,7 +33,11 @@ class Core:
             unpublished={},
             looks=None,
             followed=False,
-            residency=SimpleNamespace(in_use=lambda: self.in_use, forget=self._forget),
+            residency=SimpleNamespace(
+                in_use=lambda: self.in_use,
+                forget=self._forget,
+                is_pinned=self.pinned.__contains__,
+            ),
             arrivals=SimpleNamespace(awaits=self.awaited.__contains__),
         )
         if process:
@@ -76,12 +81,13 @@ def test_a_version_leaves_when_no_request_needs_it() -> None:
     assert core.tasks.published == {"t": NEW}
     release(core)
     assert core.left == []
-    # It ran to its end, and another request of it waits for a device.
-    core.in_use, core.awaited = set(), core.awaited
-    core.awaited.add(OLD)
-    release(core)
-    assert core.left == []
-    core.awaited.clear()
+    # It ran to its end, and another request of it waits for a device, or somebody pinned it.
+    core.in_use = set()
+    for needs in (core.awaited, core.pinned):
+        needs.add(OLD)
+        release(core)
+        assert core.left == []
+        needs.clear()
     release(core)
     assert core.left == core.discarded == [OLD]
     release(core)

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from vllm_vlora.errors import VLoRAError
-from vllm_vlora.plugin.engine_core import manager_of, tasks_of
+from vllm_vlora.plugin.engine_core import manager_of, tasks_of, tasks_so_far
 from vllm_vlora.plugin.manager import logger
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
 from vllm_vlora.plugin.residency import GRACE
@@ -100,7 +100,7 @@ def unpublish(core: Any, task: str) -> str:
 
 
 def release(core: Any) -> None:
-    """Let go of versions that are no longer published and that no request needs."""
+    """Let go of versions that are no longer published, that no request needs and nobody pinned."""
     tasks = tasks_of(core)
     if not tasks.unpublished:
         return
@@ -108,7 +108,8 @@ def release(core: Any) -> None:
     # An API server may not have heard of it yet, and asks for it.
     grace = GRACE if tasks.followed else 0.0
     for path, since in list(tasks.unpublished.items()):
-        if path in used or tasks.arrivals.awaits(path) or now - since < grace:
+        needed = path in used or tasks.arrivals.awaits(path) or tasks.residency.is_pinned(path)
+        if needed or now - since < grace:
             continue
         del tasks.unpublished[path]
         tasks.residency.forget(path, wholly=True)
@@ -119,8 +120,10 @@ def release(core: Any) -> None:
 
 def leave_devices(core: Any) -> None:
     """Take every task off the devices, whose memory will be lost; each comes when it is asked for."""
-    tasks = core.__dict__.get("_vlora_tasks_held")
-    for path in list(tasks.residency.paths()) if tasks is not None else ():
+    tasks = tasks_so_far(core)
+    if tasks is None:
+        return
+    for path in list(tasks.residency.paths()):
         tasks.residency.forget(path)
 
 
@@ -142,7 +145,7 @@ def release_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tasks = self.__dict__.get("_vlora_tasks_held")
+        tasks = tasks_so_far(self)
         if tasks is not None and tasks.unpublished:
             release(self)
         return original(self, *args, **kwargs)
