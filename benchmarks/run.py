@@ -100,6 +100,11 @@ BENCHMARKS = {
         "catalogue",
         {"quick": "", "device-note": ""},
     ),
+    "routing": Benchmark(
+        "a router of prompts: which features are right how often, and what a pick costs",
+        "routing",
+        {"quick": "", "rounds": "routers of each (default: 3)", "device-note": ""},
+    ),
     "roofline": Benchmark(
         "the least time of every path on a named GPU, beside what was measured",
         "roofline",
