@@ -181,8 +181,6 @@ async def _ask_both_ways(
     from vllm_vlora.plugin.requests import all_requests
 
     requests = {r.lora_name: r for r in all_requests(world.checkpoint(CHECKPOINT))}
-    # An API server marks what the engine cores serve; no request then asks for its adapter first.
-    engine.__dict__["_vlora_loaded_paths"] = {r.lora_path for r in requests.values()}
     prompt = [7 * i % world.config["vocab_size"] for i in range(1, args.prompt_len + 1)]
     sampling = SamplingParams(
         temperature=0, max_tokens=args.output_len, ignore_eos=True, detokenize=False,

@@ -76,6 +76,11 @@ BENCHMARKS = {
         "residency",
         {"quick": "", "rounds": "turns of each (default: 3)", "device-note": ""},
     ),
+    "publish": Benchmark(
+        "a task from tensors in memory: until an engine has it, beside a folder and a copy",
+        "publish",
+        {"quick": "", "rounds": "turns of each (default: 9)", "device-note": ""},
+    ),
     "fidelity": Benchmark(
         "what adapters keep when they are compressed: recovered fraction against bytes",
         "fidelity.program",
@@ -104,6 +109,11 @@ BENCHMARKS = {
         "a router of prompts: which features are right how often, and what a pick costs",
         "routing",
         {"quick": "", "rounds": "routers of each (default: 3)", "device-note": ""},
+    ),
+    "distortion": Benchmark(
+        "what codes of 2 to 8 bits lose, beside the rate-distortion bound",
+        "distortion.program",
+        {"quick": "", "seed": "of rows (default: 0)", "device-note": ""},
     ),
     "roofline": Benchmark(
         "the least time of every path on a named GPU, beside what was measured",

@@ -72,7 +72,7 @@ def add(
         typer.Option(
             metavar="R",
             help="Store each new task at least R times smaller than at 16 bits. Default: the "
-            "checkpoint's ratio, and down to 3.5 for tasks that would lose far more than any in it.",
+            "checkpoint's ratio, and more bytes for tasks that would lose far more than any in it.",
             show_default=False,
         ),
     ] = None,
@@ -343,7 +343,11 @@ def _print_added(console: Console, report: AddReport, data: dict[str, Any]) -> N
             format_bytes(nbytes),
             format_ratio(task.original_nbytes, nbytes),
             f"{task.carried:.1%}",
-            error_cell(task.error, no_update=task.task_id in report.losses.no_update),
+            error_cell(
+                task.error,
+                report.losses.above.get(task.task_id, 0.0),
+                no_update=task.task_id in report.losses.no_update,
+            ),
             private,
         )
     console.print(table)

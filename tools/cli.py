@@ -313,6 +313,7 @@ def plan(
     packed_basis: Annotated[
         bool, typer.Option("--packed-basis", help="VLLM_VLORA_BASIS=packed.")
     ] = False,
+    basis_rows: Annotated[int, typer.Option(metavar="N", help="VLLM_VLORA_BASIS_ROWS.", min=0)] = 0,
     narrow_rows: Annotated[
         bool, typer.Option("--narrow-rows", help="VLLM_VLORA_ROWS=narrow.")
     ] = False,
@@ -362,6 +363,7 @@ def plan(
             target_modules=lora_target_modules,
             max_num_batched_tokens=max_num_batched_tokens,
             packed_basis=packed_basis,
+            basis_rows=basis_rows,
             narrow_rows=narrow_rows,
             memory=None if memory is None else show.gib(memory),
             cpu=cpu,

@@ -38,9 +38,12 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from vllm_vlora.adapters.collection import Progress
     from vllm_vlora.adapters.peft_folder import Adapter
     from vllm_vlora.checkpoint.report import Candidate, CompressReport
     from vllm_vlora.compression.options import CompressOptions
+    from vllm_vlora.compression.quality import Jury
+    from vllm_vlora.evaluation.judge import SelfJudge
 
 
 class Representation(str, Enum):
@@ -88,12 +91,12 @@ class CompressFlags:
             metavar="E", help="Be as small as a relative error of E in the worst task allows."
         ),
     ] = None
-    min_recovered: Annotated[
+    min_kept: Annotated[
         float | None,
         typer.Option(
             metavar="X",
-            help="Be as small as recovering X of every adapter's gain allows; runs the model, and "
-            "needs --data.",
+            help="Be as small as keeping X of every adapter allows, by KL (see `evaluate`); runs the "
+            "model, and needs --data.",
         ),
     ] = None
     num_components: Annotated[
@@ -152,14 +155,24 @@ class CompressFlags:
         int, typer.Option(metavar="N", help="Processes or Ray tasks at once; 0: one a core.")
     ] = 0
     base: Annotated[
-        str | None, base_option("adapters name", ", for --data and for calibration text")
+        str | None, base_option("adapters name", ", for judging and for calibration text")
     ] = None
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TASK=FILE",
             help="Held-out text, as for `evaluate`: the model then judges which representation "
-            "keeps most. --min-recovered needs it.",
+            "keeps most. --min-kept needs it.",
+            show_default=False,
+        ),
+    ] = None
+    judge: Annotated[
+        bool | None,
+        typer.Option(
+            "--judge/--no-judge",
+            help="Let the base model say which representation keeps most, on text that it writes with "
+            "each adapter: no data is needed. By default where the model is on this machine and that "
+            "takes less time than measuring the adapters; --judge: whatever it takes.",
             show_default=False,
         ),
     ] = None
@@ -179,7 +192,9 @@ def compress(flags: CompressFlags) -> None:
     """Compress adapters of one base model into one checkpoint.
 
     Give at most one budget: --ratio, --max-bytes, --max-error,
-    --min-recovered or --num-components; without one the ratio is 3.5.
+    --min-kept or --num-components. Without one it is as small as a
+    predicted loss of 1 % of every adapter's gain allows, and exact with
+    --quantize none.
     Adapters may differ in rank, alpha and target modules. The checkpoint
     appears only when it is whole: an interrupted run leaves an old one as it
     was.
@@ -196,7 +211,7 @@ def compress(flags: CompressFlags) -> None:
 
     vllm-vlora compress adapters/ -o ckpt --ratio 16 --data heldout/
 
-    vllm-vlora compress adapters/ -o ckpt --min-recovered 0.97 --data heldout/
+    vllm-vlora compress adapters/ -o ckpt --min-kept 0.97 --data heldout/
 
     vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
     """
@@ -225,9 +240,7 @@ def compress(flags: CompressFlags) -> None:
             show.print_left_behind(messages, show.having_companions(collected))
         print_result(
             _as_data(report, flags.output) | {"left_out": inputs.left_out},
-            lambda console, data: _print(
-                console, data, report, by_size=flags.max_error is not None
-            ),
+            lambda console, data: _print(console, data, report, by_size=options.by_size),
             flags.as_json,
         )
 
@@ -261,8 +274,44 @@ def _check_unused(flags: CompressFlags) -> None:
     from vllm_vlora.errors import OptionError
 
     gathers = flags.calibration is not None and not flags.calibration.is_dir()
-    if flags.base is not None and not flags.data and not gathers:
-        raise OptionError("--base is for --data and for calibration text; leave it out")
+    if flags.judge and (flags.data or flags.min_kept is not None):
+        raise OptionError("--judge is for where there is no held-out text; leave out --data, or it")
+    if flags.judge and not _may_judge(flags):
+        raise OptionError(
+            "--judge chooses between representations at a size; leave out --representation, "
+            "--num-components, --max-error and --plan, or it"
+        )
+    if flags.base is not None and not (flags.data or gathers or _may_judge(flags)):
+        raise OptionError("--base is for judging and for calibration text; leave it out")
+
+
+def _may_judge(flags: CompressFlags) -> bool:
+    """Whether there is a choice that the model could make by itself."""
+    free = flags.representation is Representation.auto and flags.num_components is None
+    return free and flags.max_error is None and not flags.plan and flags.judge is not False
+
+
+def _self_judge(
+    flags: CompressFlags, collected: Mapping[str, Adapter], progress: Progress
+) -> SelfJudge | None:
+    """The base model as a judge, where it may be one and is at hand."""
+    if not _may_judge(flags):
+        return None
+    from vllm_vlora.adapters.collection import common_base_model
+    from vllm_vlora.errors import OptionError
+    from vllm_vlora.evaluation.judge import SelfJudge, local_model
+
+    name = flags.base or common_base_model(collected)[0]
+    model = None if name is None else local_model(name)
+    if model is not None:
+        return SelfJudge(collected, model, flags.judge is True, progress)
+    if flags.judge or flags.base is not None:
+        raise OptionError(
+            f"the base model {name or ''} is not on this machine; give its folder with --base".replace(
+                "  ", " "
+            )
+        )
+    return None
 
 
 def _calibrated(
@@ -290,19 +339,24 @@ def _compress(
     flags: CompressFlags,
     messages: Console,
 ) -> CompressReport:
-    """By errors alone, or judged by the model where there is data, or a quality is asked for."""
+    """By errors alone, or judged by the model where it is at hand or there is data."""
     from vllm_vlora.compression.pipeline import compress as run
-    from vllm_vlora.compression.quality import compress_judged, compress_to_quality
+    from vllm_vlora.compression.quality import OneByOne, compress_judged, compress_to_quality
 
-    force, least = flags.force, flags.min_recovered
+    force, least = flags.force, flags.min_kept
     with progress_bar(messages) as advance:
+        jury: Jury | None
         if least is None and not flags.data:
-            return run(collected, output, options, force=force, progress=advance)
+            jury = _self_judge(flags, collected, advance)
+            if jury is None:
+                return run(collected, output, options, force=force, progress=advance)
+            return compress_judged(collected, output, jury, options, force=force, progress=advance)
         from vllm_vlora.evaluation.judge import make_judge
 
         judge = make_judge(collected, flags.base, flags.data or [], advance)
         if least is None:
-            return compress_judged(collected, output, judge, options, force=force, progress=advance)
+            jury = OneByOne(judge)
+            return compress_judged(collected, output, jury, options, force=force, progress=advance)
         return compress_to_quality(
             collected, output, least, judge, options, force=force, progress=advance
         )
@@ -326,14 +380,16 @@ def _as_data(report: CompressReport, output: Path) -> dict[str, Any]:
     from vllm_vlora.tools import summary as show
 
     data = show.summarize(Checkpoint.open(output), str(output))
+    data["losses"] = report.losses.to_dict()
     data["candidates"] = [_candidate(candidate) for candidate in report.candidates]
     data["seconds"] = report.seconds
     data["warnings"] = report.warnings
     data["raised"], data["kept"] = report.raised, report.kept
+    data["chosen_by"] = report.chosen_by
     if report.calibrated:
         data["seen_errors"] = {task.task_id: task.seen_error for task in report.tasks}
-    if report.recovered:
-        data["recovered"] = report.recovered
+    if report.kl_kept:
+        data["kl_kept"] = report.kl_kept
     return data
 
 
@@ -359,5 +415,5 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "bytes": candidate.nbytes,
         "mean_error": candidate.mean_error,
         "worst_error": candidate.worst_error,
-        **({} if candidate.recovered is None else {"recovered": candidate.recovered}),
+        **({} if candidate.kl_kept is None else {"kl_kept": candidate.kl_kept}),
     }

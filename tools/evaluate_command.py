@@ -64,7 +64,7 @@ def evaluate(
     fail_under: Annotated[
         float | None,
         typer.Option(
-            metavar="X", help="Exit with 1 if a task recovers less than X of its adapter's gain."
+            metavar="X", help="Exit with 1 if a task keeps less than X of its adapter (KL kept)."
         ),
     ] = None,
     html: Annotated[
@@ -92,8 +92,10 @@ def evaluate(
 ) -> None:
     """Measure what each task kept of its adapter, on held-out text.
 
-    Recovered is (loss of the base - loss of the task) / (loss of the base -
-    loss of the original adapter): 1 says that nothing was lost. Give the
+    KL kept is 1 - KL(original adapter || task) / KL(original adapter ||
+    base): 1 says that the task behaves as its adapter does, 0 that it is no
+    nearer to it than the base. Recovered is (loss of the base - loss of the
+    task) / (loss of the base - loss of the original adapter). Give the
     originals with --adapters or --adapter; without them only losses are
     reported. Needs transformers and peft.
 
@@ -120,7 +122,7 @@ def evaluate(
         files = find_data(opened, data)
         originals = find_originals(opened, adapters or [], adapter or [])
         if fail_under is not None:
-            _check_gate(files, originals)
+            _check_gate(files, originals, losses_only)
         with progress_bar() as advance:
             from vllm_vlora.evaluation.base_model import quieten
             from vllm_vlora.evaluation.evaluator import (
@@ -164,7 +166,9 @@ def _recorded_base(checkpoint: Checkpoint) -> str:
     return checkpoint.base_model
 
 
-def _check_gate(files: Mapping[str, Any], originals: Mapping[str, Any]) -> None:
+def _check_gate(files: Mapping[str, Any], originals: Mapping[str, Any], losses_only: bool) -> None:
+    if losses_only:
+        raise OptionError("--fail-under goes by KL kept, which --losses-only leaves out; drop one")
     missing = [task for task in files if task not in originals]
     if missing:
         raise OptionError(
@@ -195,18 +199,17 @@ def _command() -> str:
 def gate_failure(found: Mapping[str, Any], threshold: float) -> str | None:
     """Why a report does not pass ``--fail-under``, in one line; None if it does.
 
-    A task without a recovered fraction neither passes nor fails; a report without any fails.
+    A task whose KL kept is undefined neither passes nor fails; a report without any fails.
     """
-    judged = [task for task in found["tasks"] if task["recovered"] is not None]
+    judged = [task for task in found["tasks"] if task["kl_kept"] is not None]
     if not judged:
-        return f"no task could be judged against {threshold:g}: {found['tasks'][0]['undefined_because']}"
-    below = sorted(
-        (task for task in judged if task["recovered"] < threshold), key=lambda t: t["recovered"]
-    )
+        reason = found["tasks"][0]["kl_kept_undefined_because"]
+        return f"no task could be judged against {threshold:g}: {reason}"
+    below = sorted((t for t in judged if t["kl_kept"] < threshold), key=lambda t: t["kl_kept"])
     if not below:
         return None
-    named = some_of(f"{task['task']} {task['recovered']:.4f}" for task in below)
-    return f"{len(below)} of {len(judged)} tasks recover less than {threshold:g}: {named}"
+    named = some_of(f"{task['task']} {task['kl_kept']:.4f}" for task in below)
+    return f"{len(below)} of {len(judged)} tasks keep less than {threshold:g}: {named}"
 
 
 def _write_reports(found: Mapping[str, Any], html: Path | None, save_json: Path | None) -> None:
@@ -225,27 +228,26 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
     """The table of tasks, the figures over all, and what a reader must know beside them."""
     from rich.text import Text
 
-    from vllm_vlora.tools.html_report import MEASURED, measured_cells
+    from vllm_vlora.tools.html_report import FRACTIONS, MEASURED, measured_cells, undefined
     from vllm_vlora.tools.summary import line, make_table, print_losses
 
     table = make_table(["Task"], [*MEASURED, "Tokens"])
     for task in found["tasks"]:
         table.add_row(Text(task["task"]), *measured_cells(task, "-"), str(task["tokens"]))
     console.print(table)
-    overall = found["recovered"]
-    if overall["judged"]:
-        line(
-            console,
-            f"Recovered: mean {overall['mean']:.4f}, median {overall['median']:.4f}, worst "
-            f"{overall['worst']:.4f} ({overall['worst_task']}); {overall['judged']} of "
-            f"{len(found['tasks'])} tasks, {found['ratio']:.2f}x smaller",
-            style="bold",
-        )
-    for task in found["tasks"]:
-        if task["undefined_because"]:
+    for name, title in FRACTIONS.items():
+        overall = found[name]
+        if overall["judged"]:
             line(
-                console, f"{task['task']}: not judged: {task['undefined_because']}", style="yellow"
+                console,
+                f"{title}: mean {overall['mean']:.4f}, median {overall['median']:.4f}, worst "
+                f"{overall['worst']:.4f} ({overall['worst_task']}); {overall['judged']} of "
+                f"{len(found['tasks'])} tasks, {found['ratio']:.2f}x smaller",
+                style="bold",
             )
+    for task in found["tasks"]:
+        for text in undefined(task):
+            line(console, f"{task['task']}: {text}", style="yellow")
         if task["tokenizer"]:
             line(
                 console,
@@ -258,7 +260,8 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
         line(console, f"no data, left out: {some_of(found['not_evaluated'])}", style="yellow")
     line(
         console,
-        "Losses and KL: nats per supervised token. Greedy: first tokens that agree. Error: relative, "
-        "Frobenius. 95 %: bootstrap over examples.",
+        "KL kept: 1 - KL(adapter || task) / KL(adapter || base). Losses and KL(adapter || task): nats "
+        "per supervised token. Greedy: first tokens that agree. Error: relative, Frobenius. 95 %: "
+        "bootstrap over examples.",
         style="dim",
     )

@@ -61,7 +61,7 @@ def render_report(found: Mapping[str, Any]) -> str:
     parts = [
         *_head(found),
         *_table_of_tasks(found),
-        *_recovered_figures(found["tasks"]),
+        *_fraction_figures(found["tasks"]),
         *_error_figure(found["tasks"]),
         *_spectra_figure(found["spectra"]),
         *_similarity_figure(found),
@@ -92,24 +92,26 @@ def render_figure(plot: plots.Plot) -> str:
 
 
 def _head(found: Mapping[str, Any]) -> Iterator[str]:
-    overall, tasks = found["recovered"], found["tasks"]
+    tasks = found["tasks"]
     yield "<h1>What the tasks kept</h1>"
     yield f"<p>{escape(found['checkpoint'])} on {escape(found['base_model'])}</p>"
     yield '<div class="figures">'
-    if overall["judged"]:
-        yield _tile("worst recovered", _number(overall["worst"]), overall["worst_task"])
-        yield _tile("median", _number(overall["median"]), "")
-        yield _tile("mean", _number(overall["mean"]), f"{overall['judged']} tasks judged")
+    for name, title in FRACTIONS.items():
+        overall = found[name]
+        if overall["judged"]:
+            yield _tile(f"{title}, worst", _number(overall["worst"]), overall["worst_task"])
+            judged = f"median {_number(overall['median'])}; {overall['judged']} tasks judged"
+            yield _tile(f"{title}, mean", _number(overall["mean"]), judged)
     ratio = "-" if found["ratio"] is None else f"{found['ratio']:.2f}x"
     sizes = f"{format_bytes(found['original_bytes'])} to {format_bytes(found['bytes'])}"
     yield _tile("smaller", ratio, f"{sizes}; shared bases {format_bytes(found['basis_bytes'])}")
     yield _tile("tasks", str(len(tasks)), f"{len(found['not_evaluated'])} more without data")
     yield "</div>"
     yield (
-        "<p>Recovered is (loss of the base - loss of the task) / (loss of the base - loss of the "
-        "original adapter) on held-out text: 1 says that nothing was lost, 0 that the task does no "
-        "more than the base. It is not clipped. Intervals are 95 % bootstrap intervals over "
-        "examples, drawn in pairs.</p>"
+        "<p>KL kept is 1 - KL(adapter || task) / KL(adapter || base) on held-out text: 1 says that the "
+        "task behaves as its adapter, 0 that it is no nearer to it than the base. Recovered is (loss "
+        "of the base - loss of the task) / (loss of the base - loss of the adapter). Neither is "
+        "clipped. Intervals are 95 % bootstrap intervals over examples, drawn in pairs.</p>"
     )
 
 
@@ -141,25 +143,39 @@ def _table_of_tasks(found: Mapping[str, Any]) -> Iterator[str]:
     for text in describe_losses(found["losses"]):
         yield f'<p class="loss">{escape(text)}</p>'
     for task in tasks:
-        if task["undefined_because"]:
-            yield (
-                f"<p><b>{escape(task['task'])}</b>: no recovered fraction: "
-                f"{escape(task['undefined_because'])}</p>"
-            )
+        for text in undefined(task):
+            yield f"<p><b>{escape(task['task'])}</b>: {escape(text)}</p>"
 
 
+FRACTIONS = {"kl_kept": "KL kept", "recovered": "Recovered"}
+"""The fractions of a report, the one that gates go by first, and what they are called."""
 MEASURED = (
-    "Base", "Adapter", "Task's loss", "Recovered", "95 %", "Agree", "Greedy", "KL", "Error", "Size",
+    "Base", "Adapter", "Task's loss", "KL kept", "95 %", "Recovered", "95 %", "Agree", "Greedy", "KL",
+    "Error", "Size",
 )  # fmt: skip
+
+
+def undefined(task: Mapping[str, Any]) -> Iterator[str]:
+    """Why fractions of a task are unknown; a reason that both have is said once."""
+    reasons: dict[str, list[str]] = {}
+    for name, title in FRACTIONS.items():
+        if task[f"{name}_undefined_because"]:
+            reasons.setdefault(task[f"{name}_undefined_because"], []).append(title)
+    for reason, titles in reasons.items():
+        yield f"{' and '.join(titles)} unknown: {reason}"
 
 
 def measured_cells(task: Mapping[str, Any], between: str = " to ") -> tuple[str, ...]:
     """A task's cells under the headings :data:`MEASURED`; ``between`` an interval's ends."""
-    greedy, interval = task["greedy"], task["recovered_interval"]
+    greedy = task["greedy"]
+    intervals = {name: task[f"{name}_interval"] for name in FRACTIONS}
+    fractions = (
+        (_number(task[name]), "-" if ends is None else f"{ends[0]:.3f}{between}{ends[1]:.3f}")
+        for name, ends in intervals.items()
+    )
     return (
         *map(_number, (task["base_loss"], task["adapter_loss"], task["compressed_loss"])),
-        _number(task["recovered"]),
-        "-" if interval is None else f"{interval[0]:.3f}{between}{interval[1]:.3f}",
+        *(cell for pair in fractions for cell in pair),
         _number(task["agreement"]),
         "-" if greedy is None else f"{greedy['tokens']:.1f} of {greedy['possible']:.1f}",
         _number(task["kl"]),
@@ -168,37 +184,43 @@ def measured_cells(task: Mapping[str, Any], between: str = " to ") -> tuple[str,
     )
 
 
-def _recovered_figures(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    judged = sorted(
-        (task for task in tasks if task["recovered"] is not None), key=lambda t: t["recovered"]
-    )
-    if not judged:
-        return
-    shown = judged[:_BARS]
-    cut = f" The worst {_BARS} of {len(judged)} tasks are shown." if len(judged) > _BARS else ""
-    yield render_figure(
-        plots.Bars(
-            "Recovered fraction, worst first",
-            f"Lines are 95 % intervals; the upright line stands at 1.{cut}",
-            [task["task"] for task in shown],
-            [task["recovered"] for task in shown],
-            [task["recovered_interval"] for task in shown],
-            limit=1.0,
-        )
-    )
-    sized = [task for task in judged if task["bytes"]]
-    if sized:
+def _fraction_figures(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for name, title in FRACTIONS.items():
+        judged = sorted((t for t in tasks if t[name] is not None), key=lambda t: t[name])
+        if not judged:
+            continue
+        shown = judged[:_BARS]
+        cut = f" The worst {_BARS} of {len(judged)} tasks are shown." if len(judged) > _BARS else ""
         yield render_figure(
-            plots.Sizes(
-                "Size against recovered fraction",
-                "One point a task: bytes of its file, without its share of the shared bases.",
-                [task["task"] for task in sized],
-                [task["bytes"] for task in sized],
-                [task["recovered"] for task in sized],
-                "bytes of the task",
-                "recovered",
+            plots.Bars(
+                f"{title}, worst first",
+                f"Lines are 95 % intervals; the upright line stands at 1.{cut}",
+                [task["task"] for task in shown],
+                [task[name] for task in shown],
+                [task[f"{name}_interval"] for task in shown],
+                limit=1.0,
             )
         )
+    yield from _size_figure(tasks)
+
+
+def _size_figure(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Sizes against the first fraction that any task has."""
+    for name, title in FRACTIONS.items():
+        sized = [task for task in tasks if task[name] is not None and task["bytes"]]
+        if sized:
+            yield render_figure(
+                plots.Sizes(
+                    f"Size against {title}",
+                    "One point a task: bytes of its file, without its share of the shared bases.",
+                    [task["task"] for task in sized],
+                    [task["bytes"] for task in sized],
+                    [task[name] for task in sized],
+                    "bytes of the task",
+                    title,
+                )
+            )
+            return
 
 
 def _error_figure(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -13,7 +13,13 @@ from vllm_vlora.blend_names import blend_text
 from vllm_vlora.checkpoint.aliases import Aliases, kind_of
 from vllm_vlora.checkpoint.attachments import attached_nbytes
 from vllm_vlora.checkpoint.card import format_bytes, format_ratio
-from vllm_vlora.checkpoint.losses import Losses, describe_losses, is_noted, is_worthless
+from vllm_vlora.checkpoint.losses import (
+    NOTED_LOSS,
+    Losses,
+    describe_losses,
+    is_worthless,
+    predicted_loss,
+)
 from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import absolute_ref
 from vllm_vlora.checkpoint.report import extra_nbytes
@@ -114,6 +120,7 @@ def _summarize_task(
         "extra_bytes": entry.nbytes - size,
         "ratio": entry.original_nbytes / size if size else None,
         "error": entry.error,
+        "predicted_loss": predicted_loss(entry.error, entry.representation),
         "min_rank": entry.min_rank,
         "max_rank": entry.max_rank,
         **stored,
@@ -153,7 +160,11 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
             format_ratio(task["original_bytes"], task["bytes"]),
             format_range(task["min_rank"], task["max_rank"]),
             _stored_as(task["stored_as"]) + _mean_bits(task["nf4_rows_by_bits"]),
-            error_cell(task["error"], no_update=task["task"] in summary["losses"]["no_update"]),
+            error_cell(
+                task["error"],
+                task["predicted_loss"],
+                no_update=task["task"] in summary["losses"]["no_update"],
+            ),
         )
     more = len(summary["tasks"]) - _SHOWN_TASKS
     if more > 0:
@@ -230,10 +241,10 @@ def print_candidates(
     """
     if len(summary["candidates"]) < 2:
         return
-    judged = any("recovered" in candidate for candidate in summary["candidates"])
+    judged = any("kl_kept" in candidate for candidate in summary["candidates"])
     table = make_table(
         ["", "Representation", "Format"],
-        ["Size", "Mean error", "Worst error", *(["Recovered"] if judged else [])],
+        ["Size", "Mean error", "Worst error", *(["KL kept"] if judged else [])],
         title=f"Measured: {chosen[0]} {chosen[1]} {'is smallest' if by_error else 'keeps most'}",
     )
     for candidate in summary["candidates"]:
@@ -245,7 +256,7 @@ def print_candidates(
             format_bytes(candidate["bytes"]),
             f"{candidate['mean_error']:.4f}",
             f"{candidate['worst_error']:.4f}",
-            *([f"{candidate['recovered']:.4f}"] if judged else []),
+            *([f"{candidate['kl_kept']:.4f}"] if judged else []),
             style="bold" if is_chosen else "",
         )
     console.print(table)
@@ -261,7 +272,9 @@ def print_curve(console: Console, predicted: dict[str, Any]) -> None:
             f"{point['ratio']:g}x",
             format_bytes(point["bytes"]),
             f"{point['mean_error']:.4f}",
-            error_cell(point["worst_error"]),
+            error_cell(
+                point["worst_error"], predicted_loss(point["worst_error"], point["representation"])
+            ),
             f"{point['representation']} {point['format']}",
         )
     console.print(table)
@@ -274,20 +287,21 @@ def print_curve(console: Console, predicted: dict[str, Any]) -> None:
 
 
 def print_quality(console: Console, summary: dict[str, Any]) -> None:
-    """Which tasks were given more than others, and what was recovered, where that was asked for."""
+    """What the choice went by, which tasks were given more, and what was kept, as far as it is known."""
+    line(console, f"Chosen by {summary['chosen_by']}.", style="dim")
     if summary["raised"]:
         line(console, f"Given more bytes to pass the gate: {', '.join(summary['raised'])}")
-    recovered = summary.get("recovered", {})
-    defined = {task: value for task, value in recovered.items() if value is not None}
+    kl_kept = summary.get("kl_kept", {})
+    defined = {task: value for task, value in kl_kept.items() if value is not None}
     if defined:
         worst = min(defined, key=defined.__getitem__)
         mean = sum(defined.values()) / len(defined)
-        line(console, f"Recovered: mean {mean:.3f}, worst {defined[worst]:.3f} ({worst})")
-    undefined = [task for task, value in recovered.items() if value is None]
+        line(console, f"KL kept: mean {mean:.4f}, worst {defined[worst]:.4f} ({worst})")
+    undefined = [task for task, value in kl_kept.items() if value is None]
     if undefined:
         line(
             console,
-            "Not judged, since the adapter gains nothing clear on this text: "
+            "Not judged, since the adapter changes nothing clear on this text: "
             f"{', '.join(undefined)}",
             style="yellow",
         )
@@ -429,13 +443,13 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
         )
 
 
-def error_cell(error: float | None, *, no_update: bool = False) -> Text:
-    """A relative error: yellow from where it is named, red where the task is worse than none."""
+def error_cell(error: float | None, loss: float, *, no_update: bool = False) -> Text:
+    """A relative error: yellow where the predicted loss is named, red where it is worse than none."""
     if no_update:
         return Text("no update", style="yellow")
     if error is None:
         return Text("-")
-    style = "red" if is_worthless(error) else "yellow" if is_noted(error) else ""
+    style = "red" if is_worthless(error) else "yellow" if loss > NOTED_LOSS else ""
     return Text(f"{error:.4f}", style=style)
 
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from vllm_vlora.model.updates import LowRankUpdate, updates_of
     from vllm_vlora.model.vlora_model import VLoRAModel
     from vllm_vlora.plugin.memory import MemoryPlan, plan_memory
+    from vllm_vlora.plugin.publishing import publish, publish_async, unpublish, unpublish_async
     from vllm_vlora.plugin.requests import lora_request
     from vllm_vlora.subspace.algebra import (
         compute_svd,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         save_adapter,
     )
 
+_PUBLISHING = ("publish", "publish_async", "unpublish", "unpublish_async")
 # Module -> the public names that it is the home of.
 _NAMES = {
     "adapters.discovery": ("FoundAdapters", "find_adapters"),
@@ -106,6 +108,7 @@ _NAMES = {
     "model.updates": ("LowRankUpdate", "updates_of"),
     "model.vlora_model": ("VLoRAModel",),
     "plugin.memory": ("MemoryPlan", "plan_memory"),
+    "plugin.publishing": _PUBLISHING,
     "plugin.requests": ("lora_request",),
     "subspace.algebra": (
         "compute_svd",
@@ -180,6 +183,8 @@ __all__ = [
     "plan_memory",
     "predict",
     "project_onto_subspace",
+    "publish",
+    "publish_async",
     "pull_checkpoint",
     "push_checkpoint",
     "rebuild",
@@ -191,13 +196,15 @@ __all__ = [
     "subspace_coverage",
     "task_arithmetic",
     "ties_merge",
+    "unpublish",
+    "unpublish_async",
     "updates_of",
     "validate",
     "waiting_at_most",
 ]
-# Its home imports vLLM, which a plain install lacks: `import *` takes the others.
+# Their homes import vLLM, which a plain install lacks: `import *` takes the others.
 if not is_installed("vllm"):
-    __all__.remove("lora_request")
+    __all__ = [name for name in __all__ if name not in ("lora_request", *_PUBLISHING)]
 
 
 _HOMES = {name: f"vllm_vlora.{home}" for home, names in _NAMES.items() for name in names}

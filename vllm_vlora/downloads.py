@@ -4,6 +4,7 @@
     CACHE/NAME-KEY/files/KEY           contents; KEY.part is one that is not complete yet
     CACHE/NAME-KEY/states/DIGEST/      a complete folder; its files are links to contents
     CACHE/NAME-KEY/manifests/DIGEST/   the JSON alone of a checkpoint's state
+    CACHE/followed/NAME-KEY            a link to the state that servers follow (``checkpoint.newest``)
 
 CACHE is ``VLLM_VLORA_CACHE``, or ``vllm-vlora`` in ``XDG_CACHE_HOME`` or ``~/.cache``. A state appears
 when all of it is there and checked; the one that its URL was last seen to have is the newest by time.
@@ -88,14 +89,29 @@ def is_offline() -> bool:
     return _cache_alone.get() or os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0")
 
 
+def cache_name(where: str) -> str:
+    """The file name of what is kept of a URL or a Hub id: the same for all signatures of it."""
+    shown = _shown_url(where)
+    key = hashlib.sha256(shown.encode()).hexdigest()[:16]
+    name = re.sub(r"[^\w.-]+", "-", url_name(shown) or shown, flags=re.ASCII).strip("-.")[:40]
+    return f"{name}-{key}"
+
+
+def followed_folder(where: str) -> Path:
+    """The link to what servers follow of a URL or a Hub id, if any do (``checkpoint.newest``)."""
+    return cache_folder() / "followed" / cache_name(where)
+
+
+def _shown_url(url: str) -> str:
+    return without_secrets(url).removesuffix("?...").rstrip("/")
+
+
 class Cached:
     """What is kept of one URL; what may differ between two signatures of it is no part of its name."""
 
     def __init__(self, url: str) -> None:
-        self.url = without_secrets(url).removesuffix("?...").rstrip("/")
-        key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        name = re.sub(r"[^\w.-]+", "-", url_name(self.url), flags=re.ASCII).strip("-.")[:40]
-        self.folder = cache_folder() / f"{name}-{key}"
+        self.url = _shown_url(url)
+        self.folder = cache_folder() / cache_name(url)
 
     def state(self, digest: str, *, manifest_only: bool = False) -> Path | None:
         """The folder of a state, if it is here."""
@@ -137,7 +153,7 @@ class Cached:
             OutputError: the cache cannot be written.
         """
         _check_names(files, texts)
-        with _written(self.folder):
+        with cache_written(self.folder):
             self._begin()
             with locked(self.folder):
                 found = self.state(digest, manifest_only=manifest_only)
@@ -371,7 +387,7 @@ def _flush(descriptor: int) -> None:
 
 
 @contextmanager
-def _written(folder: Path) -> Iterator[None]:
+def cache_written(folder: Path) -> Iterator[None]:
     """Turn what the file system refuses into an OutputError that says where the cache is."""
     try:
         yield
@@ -415,22 +431,26 @@ def clean(entry: CacheEntry, *, keep_newest: bool = False) -> int:
     A server that was started from it keeps the tasks that it has loaded, and finds no others.
 
     Args:
-        keep_newest: keep the newest state, and remove the older ones and what is not complete.
+        keep_newest: keep the newest state, and one that servers follow; remove the others and what is not
+            complete.
 
     Raises:
         OutputError: it cannot be removed.
     """
     before = _disk_usage(entry.folder)
-    with _written(entry.folder), locked(entry.folder):
+    with cache_written(entry.folder), locked(entry.folder):
         newest = _newest(_states(entry.folder / _STATES)) if keep_newest else None
         if newest is None:
             shutil.rmtree(entry.folder)
             return before
+        # Servers may have refused the newest, and serve on what they followed before.
+        kept = {newest.resolve(), followed_folder(entry.url).resolve()}
         for kind in (_STATES, _MANIFESTS):
             for place in (entry.folder / kind).iterdir():
-                if place != newest:
+                if place.resolve() not in kept:
                     shutil.rmtree(place)
-        used = {path.stat().st_ino for path in newest.rglob("*") if path.is_file()}
+        files = (path for state in kept for path in state.rglob("*") if path.is_file())
+        used = {path.stat().st_ino for path in files}
         for content in (entry.folder / _FILES).iterdir():
             if content.stat().st_ino not in used:
                 content.unlink()

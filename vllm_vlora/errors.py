@@ -58,6 +58,10 @@ class OutputError(VLoRAError):
     """The output exists already, is not ours to replace, or cannot be written."""
 
 
+class LockedError(OutputError):
+    """Another run writes there."""
+
+
 class OptionError(VLoRAError, ValueError):
     """An option is out of range, unknown, or contradicts another one."""
 

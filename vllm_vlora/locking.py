@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from vllm_vlora.errors import OutputError
+from vllm_vlora.errors import LockedError, OutputError
 from vllm_vlora.strict_json import decode
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ def locked(target: Path) -> Iterator[bool]:
         Whether the lock is held; False where the file system has none.
 
     Raises:
-        OutputError: another run held it for longer than ``waiting_at_most`` allows, or nothing can
-            be written beside the target.
+        LockedError: another run held it for longer than ``waiting_at_most`` allows.
+        OutputError: nothing can be written beside the target.
     """
     key = os.getpid(), target
     if key in _held.locks:
@@ -133,7 +133,7 @@ def _take(target: Path, path: Path) -> int:
         if gone:
             continue
         if deadline is not None and time.monotonic() >= deadline:
-            raise OutputError(
+            raise LockedError(
                 f"{target} is being written by another run{holder}; wait for it, or allow more "
                 "time with --timeout (waiting_at_most in Python)"
             )

@@ -30,6 +30,7 @@ _HUB_ID = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?P<inner>(?:/[\w-][\w.-]*)*)(?:@(?P<revision>[^@\s]+))?",
     re.ASCII,
 )
+_COMMIT = re.compile("[0-9a-f]{40}")
 # A repository's folder in the Hub's cache, with snapshots/COMMIT below.
 _CACHED = re.compile(r"models--(?:.+?--)?(?P<name>.+)")
 
@@ -141,10 +142,32 @@ def fixed_ref(ref: str | Path, snapshot: Path) -> str:
     return f"{match['repo']}{match['inner']}@{commit}"
 
 
+def names_branch(ref: str | Path) -> bool:
+    """Whether a reference is a Hub id of what may become another: no folder, and no commit."""
+    match = _hub_id(ref)
+    if match is None or _existing_folder(ref) is not None:
+        return False
+    return _COMMIT.fullmatch(match["revision"] or "") is None
+
+
+def newest_ref(ref: str, *, what: str, error: type[VLoRAError]) -> str:
+    """The reference of the commit that a Hub id means now; asked of the Hub, and never of its cache.
+
+    Raises:
+        VLoRAError: of class ``error``, one line, as of ``resolve_snapshot``.
+    """
+    match = _hub_id(ref)
+    if match is None:
+        raise error(f"{what} {ref!r} is no Hub id of the form org/name")
+    try:
+        found = huggingface_hub.HfApi().repo_info(match["repo"], revision=match["revision"])
+    except Exception as problem:
+        raise error(f"{what} {ref!r}: {_explain(problem)}") from problem
+    return f"{match['repo']}{match['inner']}@{found.sha}"
+
+
 def _is_commit(folder: Path) -> bool:
-    return (
-        folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) is not None
-    )
+    return folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) is not None
 
 
 def _hub_id(ref: str | Path) -> re.Match[str] | None:

@@ -310,7 +310,7 @@ def card_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], st
 
     def make(base: str, task: str) -> str:
         report = report_contents(folder, {task: record}, opened.modules, 0)
-        report.recovered, report.kept = {task: 0.5}, [task]
+        report.kl_kept, report.kept = {task: 0.5}, [task]
         return model_card(base, report)
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,21 @@ from typer.testing import CliRunner
 from tests.support.tiny_adapters import save_tiny_adapters, tiny_adapters
 from vllm_vlora.adapters.companions import companion_files
 from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.checkpoint import manifest
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
-from vllm_vlora.compression.quality import compress_judged, compress_to_quality
+from vllm_vlora.compression.quality import OneByOne, compress_judged, compress_to_quality
 from vllm_vlora.editing.adding import add_adapters
 from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError
 from vllm_vlora.merging.blending import blend_tasks
 from vllm_vlora.plugin.chat_templates import TaskTemplates, task_template
-from vllm_vlora.plugin.identity import task_paths
+from vllm_vlora.plugin.identity import MEMORY, task_paths
 from vllm_vlora.tools.cli import app
 
 TOKENIZER = b'{"version": "1.0", "added_tokens": []}'
@@ -142,7 +144,7 @@ def test_what_is_judged_and_thrown_away_has_none(folders: list[Path], tmp_path: 
 
     tasks = {p.name: open_adapter(p) for p in folders}
     compress_to_quality(tasks, tmp_path / "quality", 0.9, judge)
-    compress_judged(tasks, tmp_path / "judged", judge, CompressOptions(ratio=0.5))
+    compress_judged(tasks, tmp_path / "judged", OneByOne(judge), CompressOptions(ratio=0.5))
     assert set(trials) == {False}
     assert list(attached(tmp_path / "quality")) == ["task_0", "task_1"]
     assert list(attached(tmp_path / "judged")) == ["task_0", "task_1"]
@@ -167,7 +169,9 @@ def test_a_damaged_file_is_found(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: index.update(version=2), "version 2"),
+        (lambda index: index.update(version=3), "version 3 is unknown"),
+        (lambda index: index.update(version=0), "version 0 is unknown"),
+        (lambda index: index.update(version=2), "Expected `int`, got `object`"),
         (lambda index: index["tasks"]["task_0"].update({"../x": _ref("a" * 64)}), "foreign"),
         (lambda index: index["tasks"]["task_0"].update({"a/b.jinja": _ref("a" * 64)}), "foreign"),
         (
@@ -188,6 +192,66 @@ def test_an_index_that_leads_astray_is_refused(checkpoint: Path, change, message
     with pytest.raises(CheckpointError, match=message):
         _ = Checkpoint.open(checkpoint).attachments
     assert len(validate(checkpoint)) == 1
+
+
+@pytest.fixture
+def many(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same tasks, as if two were very many."""
+    monkeypatch.setattr(manifest, "INDEXED_TASKS", 2)
+    compress(
+        {p.name: open_adapter(p) for p in folders}, tmp_path / "many", CompressOptions(ratio=1)
+    )
+    return tmp_path / "many"
+
+
+def test_many_tasks_name_the_set_of_files_that_they_have(checkpoint: Path, many: Path) -> None:
+    few, index = (json.loads((c / "attachments.json").read_bytes()) for c in (checkpoint, many))
+    assert few["version"] == 1
+    assert index == {
+        "version": 2,
+        "sets": [few["tasks"]["task_0"], few["tasks"]["task_1"]],
+        "tasks": {"task_0": 0, "task_1": 1},
+    }
+    opened = Checkpoint.open(many)
+    assert dict(opened.attachments) == dict(Checkpoint.open(checkpoint).attachments)
+    read = [(many / name).read_bytes() for name in ("vlora_config.json", "attachments.json")]
+    assert opened.content_digest == hashlib.sha256(b"".join(read)).hexdigest()
+    assert validate(many) == []
+    pull_checkpoint(str(many), many.with_name("copy"))
+    assert Checkpoint.open(many.with_name("copy")).content_digest == opened.content_digest
+
+
+def test_a_digest_is_of_the_version_that_is_there(
+    checkpoint: Path, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was pinned before there was a version 2, and what has become few, keep their digests."""
+    old, new = (Checkpoint.open(folder).content_digest for folder in (checkpoint, many))
+    monkeypatch.setattr(manifest, "INDEXED_TASKS", 1)
+    assert Checkpoint.open(checkpoint).content_digest == old
+    monkeypatch.setattr(manifest, "INDEXED_TASKS", 100)
+    assert Checkpoint.open(many).content_digest == new
+    remove_tasks(many, ["task_1"])
+    assert json.loads((many / "attachments.json").read_bytes())["version"] == 1
+    assert attached(many) == {"task_0": ["tokenizer.json"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index["tasks"].update(task_0=2), "has set 2, which there is not"),
+        (lambda index: index["tasks"].update(task_0=-1), "has set -1, which there is not"),
+        (lambda index: index["sets"][0].update({"../x": _ref("a" * 64)}), "foreign"),
+        (lambda index: index["sets"][0].update({"vocab.txt": _ref("../../x")}), "SHA-256"),
+        (lambda index: index.update(more=1), "more"),
+    ],
+)
+def test_an_index_of_sets_that_leads_astray_is_refused(many: Path, change, message: str) -> None:
+    file = many / "attachments.json"
+    index = json.loads(file.read_bytes())
+    change(index)
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        _ = Checkpoint.open(many).attachments
 
 
 def _ref(digest: str) -> dict[str, object]:
@@ -227,6 +291,11 @@ def test_the_template_of_a_task(
     assert task_template(Checkpoint.open(tmp_path / "out"), "t") == template
     held = task_paths(Checkpoint.open(tmp_path / "out"))
     assert TaskTemplates().load(tmp_path / "out", held) == ["t"] * (template is not None)
+    # Those from memory come beside it, and stand before one of its name, whose template is not theirs.
+    memory = replace(held["t"], checkpoint=MEMORY)
+    beside = TaskTemplates().load(tmp_path / "out", {**held, "policy": memory})
+    assert beside == ["t"] * (template is not None)
+    assert TaskTemplates().load(tmp_path / "out", {"t": memory}) == []
     with pytest.raises(CheckpointError, match="published again while the server started"):
         TaskTemplates().load(tmp_path / "out", {})
 

@@ -240,7 +240,7 @@ def test_every_task_recovers_what_was_asked_for(tmp_path: Path) -> None:
     report = compress_to_quality(adapters, tmp_path / "out", 0.95, judge)
     check(tmp_path / "out", adapters, report)
     measured = judge(tmp_path / "out")
-    assert report.recovered == pytest.approx(measured)
+    assert report.kl_kept == pytest.approx(measured)
     assert min(value for value in measured.values() if value is not None) >= 0.95
     assert report.kept == ["task4"]
     errors = {task.task_id: task.error for task in report.tasks}

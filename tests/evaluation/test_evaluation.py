@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ROOT
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -35,15 +37,18 @@ from vllm_vlora.evaluation.evaluator import (
     prompt_of,
 )
 from vllm_vlora.evaluation.fidelity import (
+    MIN_DIVERGENCE,
     MIN_GAIN,
+    Divergences,
     ExampleLosses,
     common_prefix,
     compare_weights,
-    divergence_sum,
+    divergences,
     greedy_agreement,
+    kl_kept,
     module_layer,
     recovered_fraction,
-    summarize_recovered,
+    summarize,
     total_error,
 )
 from vllm_vlora.evaluation.texts import Row
@@ -245,6 +250,8 @@ def test_an_exactly_stored_task_recovers_everything(world: World, evaluator: Eva
         assert task.recovered.interval == pytest.approx((1, 1), abs=1e-4)
         assert task.agreement == 1
         assert task.kl == pytest.approx(0, abs=1e-6)
+        assert task.kl_kept.value == pytest.approx(1, abs=1e-4)
+        assert task.kl_kept.interval == pytest.approx((1, 1), abs=1e-4)
         assert task.greedy is not None
         assert task.greedy.tokens == task.greedy.possible
         assert task.greedy.exact == 1
@@ -301,6 +308,20 @@ def test_a_lossy_task_is_judged_as_by_hand(
     divergence = float((p.exp() * (p - q)).sum(-1).mean())
     assert found.kl == pytest.approx(divergence, rel=1e-4)
     assert divergence > 1e-3
+    from_base = float((p.exp() * (p - torch.cat(base))).sum(-1).mean())
+    assert found.kl_base == pytest.approx(from_base, rel=1e-4)
+    kept = found.kl_kept
+    assert kept.value == pytest.approx(1 - divergence / from_base, rel=1e-4)
+    assert kept.interval is not None
+    assert kept.standard_error is not None
+    # Of a ratio of sums over examples, by leaving each example out (the jackknife).
+    rows = [[float((t.exp() * (t - m)).sum()) for t, m in zip(theirs, x)] for x in (ours, base)]
+    above, below = torch.tensor(rows, dtype=torch.float64)
+    left = 1 - (above.sum() - above) / (below.sum() - below)
+    count = len(left)
+    jackknife = float(((left - left.mean()).square().sum() * (count - 1) / count).sqrt())
+    assert kept.standard_error == pytest.approx(jackknife, rel=0.15)
+    assert kept.interval[0] < kept.value < kept.interval[1]
     agreed = float((p.argmax(-1) == q.argmax(-1)).double().mean())
     assert found.agreement == pytest.approx(agreed)
 
@@ -349,7 +370,8 @@ def test_the_cheap_mode_finds_the_same_fraction(
     full = evaluator.compare("sql", folder, world.adapters["sql"])
     cheap = evaluator.compare("sql", folder, world.adapters["sql"], losses_only=True)
     assert cheap.recovered.value == pytest.approx(full.recovered.value, rel=1e-5)
-    assert (cheap.kl, cheap.agreement, cheap.greedy) == (None, None, None)
+    assert (cheap.kl, cheap.kl_base, cheap.kl_kept.value) == (None, None, None)
+    assert (cheap.agreement, cheap.greedy) == (None, None)
 
 
 def test_results_do_not_depend_on_batches(world: World, evaluator: Evaluator) -> None:
@@ -467,7 +489,9 @@ def test_without_originals_only_losses_are_reported(world: World, evaluator: Eva
         assert list(task.modules.values()) == [segment.error for segment in record.segments]
     assert report.summary.judged == 0
     assert report.similarity is None
-    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["recovered"]["mean"] is None
+    assert {task.kl_kept.reason for task in report.tasks} == {"no original given"}
+    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (found["recovered"]["mean"], found["kl_kept"]["mean"]) == (None, None)
 
 
 def test_max_examples_and_max_length_cut(world: World) -> None:
@@ -615,6 +639,31 @@ def test_errors_and_intervals_cover_the_truth() -> None:
     assert sum(claimed) / 200 == pytest.approx(float(torch.tensor(spread).std()), rel=0.15)
 
 
+def test_kl_kept_by_hand_and_where_there_is_none() -> None:
+    tokens = torch.tensor([2, 2])
+    kept = kl_kept(Divergences(torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5]), tokens))
+    assert kept.value == pytest.approx(0.75)
+    worse = kl_kept(Divergences(torch.tensor([1.0]), torch.tensor([1.5]), tokens[:1]))
+    assert (worse.value, worse.interval) == (pytest.approx(-0.5), None)
+    small = torch.full((2,), 1.9 * MIN_DIVERGENCE)
+    assert "less than 0.001" in str(kl_kept(Divergences(small, small, tokens)).reason)
+    assert kl_kept(Divergences(1.1 * small, small, tokens)).value == pytest.approx(1 / 11, rel=1e-5)
+
+
+def test_kl_kept_is_greatest_for_the_adapter_itself(
+    world: World, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    """However the adapter is scaled, which a loss may reward."""
+    original = open_adapter(world.adapters["chat"])
+    kept = {}
+    for scale in (0.8, 1.0, 1.25):
+        factors = ((name, (a, scale * b)) for name, (a, b) in original.iter_factors())
+        folder = write_adapter(tmp_path / str(scale), original.config, factors)
+        kept[scale] = evaluator.compare("chat", folder, world.adapters["chat"]).kl_kept.value
+    assert kept[1.0] == pytest.approx(1, abs=1e-6)
+    assert max(kept[0.8], kept[1.25]) < 0.999
+
+
 def test_summaries_leave_undefined_tasks_out() -> None:
     base = losses([3.0, 3.0])
     found = {
@@ -623,7 +672,7 @@ def test_summaries_leave_undefined_tasks_out() -> None:
         "c": recovered_fraction(base, losses([1.0, 1.0]), losses([1.0, 1.0])),
         "d": recovered_fraction(base, base, base),
     }
-    summary = summarize_recovered(found)
+    summary = summarize(found)
     assert (summary.judged, summary.worst_task, summary.worst) == (3, "b", 0.5)
     assert (summary.median, summary.mean) == (pytest.approx(0.9), pytest.approx(0.8))
 
@@ -648,10 +697,11 @@ def test_greedy_agreement_counts_what_could_agree() -> None:
 def test_divergence_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
     expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert divergence_sum(p.log() + 3, q.log() - 1) == pytest.approx(expected, rel=1e-6)
+    assert divergences(p.log() + 3, q.log() - 1).tolist() == [pytest.approx(expected, rel=1e-6)]
     ruled_out = torch.tensor([[0.0, -math.inf]])
-    assert divergence_sum(ruled_out, ruled_out) == 0
-    assert divergence_sum(ruled_out, torch.zeros(1, 2)) == pytest.approx(math.log(2), rel=1e-6)
+    both = torch.cat([ruled_out, torch.zeros(1, 2)])
+    found = divergences(ruled_out.expand(2, 2), both)
+    assert found.tolist() == pytest.approx([0, math.log(2)], rel=1e-6)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -820,8 +870,12 @@ def test_the_command_reports_and_gates(world: World, tmp_path: Path) -> None:
     )  # fmt: skip
     found = json.loads(result.stdout)
     assert json.loads(saved.read_text()) == found
-    worst = found["recovered"]["worst_task"]
-    assert f"recover less than 0.9999: {worst} " in result.stderr
+    schema = json.loads((ROOT / "docs" / "schemas" / "evaluate.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(found)
+    for broken in ({"kl_kept": 1.0}, {"more": 1}, {"tasks": [found["tasks"][0] | {"kl": "0"}]}):
+        assert not jsonschema.Draft202012Validator(schema).is_valid(found | broken)
+    worst = found["kl_kept"]["worst_task"]
+    assert f"keep less than 0.9999: {worst} " in result.stderr
     assert [task["task"] for task in found["tasks"]] == list(TASKS)
     for task in found["tasks"]:
         fraction = (task["base_loss"] - task["compressed_loss"]) / (
@@ -829,6 +883,9 @@ def test_the_command_reports_and_gates(world: World, tmp_path: Path) -> None:
         )
         assert task["recovered"] == pytest.approx(fraction)
         assert task["recovered_interval"][0] <= fraction <= task["recovered_interval"][1]
+        assert task["kl_kept"] == pytest.approx(1 - task["kl"] / task["kl_base"])
+        assert task["kl_kept_interval"][0] <= task["kl_kept"] <= task["kl_kept_interval"][1]
+        assert f"{task['kl_kept']:.4f}" in html.read_text()
         assert task["greedy"]["limit"] == 4
         assert task["error"] == pytest.approx(
             Checkpoint.open(world.lossy).record(task["task"]).error, rel=1e-3
@@ -851,7 +908,7 @@ def test_the_command_finds_data_and_originals_in_folders(world: World, tmp_path:
         (tmp_path / f"loras/{encode_task_id(task)}").symlink_to(world.adapters[task])
     result = invoke(
         world.exact, "--base", world.model, "--data", tmp_path / "data", "--adapters",
-        tmp_path / "loras", "--losses-only", "--fail-under", "0.999",
+        tmp_path / "loras", "--greedy-tokens", "0", "--fail-under", "0.999",
     )  # fmt: skip
     assert "1.0000" in result.stdout
     assert "no data, left out: sql" in result.stdout
@@ -888,6 +945,8 @@ def test_mistakes_are_one_line_that_says_what_to_do(world: World, tmp_path: Path
     assert "no such folder" in error_line(*base, *sql, "--adapters", tmp_path / "none")
     assert "--adapter TASK=PATH" in error_line(*base, *sql, "--adapters", tmp_path)
     assert "original of every task" in error_line(*base, *sql, "--fail-under", "0.9")
+    gate = ["--adapter", f"sql={world.adapters['sql']}", "--fail-under", "0.9", "--losses-only"]
+    assert "goes by KL kept" in error_line(*base, *sql, *gate)
     assert "--max-examples" not in error_line(*base, *sql, "--max-length", "1")
     missing = tmp_path / "none/report.html"
     assert "make it first" in error_line(*base, *sql, "--html", missing)
@@ -899,12 +958,17 @@ def test_mistakes_are_one_line_that_says_what_to_do(world: World, tmp_path: Path
     assert "not the original of this task" in swapped
 
 
-def test_a_gate_without_any_fraction_does_not_pass(world: World) -> None:
-    # The original of sql on another task's data: it does harm there, so nothing can be judged.
+def test_a_gate_without_any_fraction_does_not_pass(world: World, tmp_path: Path) -> None:
+    """An adapter that changes next to nothing has nothing to keep, and nothing to gain."""
+    faint = open_adapter(world.adapters["sql"])
+    factors = ((name, (a, 1e-4 * b)) for name, (a, b) in faint.iter_factors())
+    write_adapter(tmp_path / "sql", faint.config, factors)
+    options = CompressOptions(representation="private", max_error=0.0)
+    compress({"sql": open_adapter(tmp_path / "sql")}, tmp_path / "ckpt", options)
     result = invoke(
-        world.exact, "--base", world.model, "--data", f"sql={world.data['chat']}",
-        "--adapter", f"sql={world.adapters['sql']}", "--losses-only", "--max-examples", "1",
-        "--fail-under", "0.5", code=1,
+        tmp_path / "ckpt", "--base", world.model, "--data", f"sql={world.data['sql']}",
+        "--adapter", f"sql={tmp_path / 'sql'}", "--greedy-tokens", "0", "--fail-under", "0.5", code=1,
     )  # fmt: skip
     assert "no task could be judged against 0.5" in result.stderr
-    assert "not judged" in result.stdout
+    assert "sql: KL kept unknown: the adapter's KL to the base is" in result.stdout
+    assert "sql: Recovered unknown: the adapter's loss is" in result.stdout

@@ -88,6 +88,26 @@ def nll_of(model: Any, rows: list[tuple[list[int], int]]) -> torch.Tensor:
     return torch.stack(sums)  # type: ignore[arg-type]
 
 
+@torch.no_grad()
+def kl_from_base(world: World, folder: Path, more: int, rows: list[tuple[list[int], int]]) -> float:
+    """KL(adapter || base) a token, the base resized as transformers does, one example at a time."""
+    adapted, base = with_peft(world, folder, more), load_model(world.model)
+    if more:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            base.resize_token_embeddings(base.config.vocab_size + more, mean_resizing=True)
+    total, tokens = 0.0, 0
+    for ids, prompt in rows:
+        places = slice(prompt - 1, len(ids) - 1)
+        p, q = (
+            model(torch.tensor([ids])).logits[0, places].double().log_softmax(-1)
+            for model in (adapted, base)
+        )
+        total += float((p.exp() * (p - q)).sum())
+        tokens += len(ids) - prompt
+    return total / tokens
+
+
 def with_peft(world: World, folder: Path, tokens: int) -> Any:
     return peft.PeftModel.from_pretrained(load_model(world.model, tokens), str(folder)).eval()
 
@@ -131,6 +151,10 @@ def test_the_command_judges_every_vocabulary_and_leaves_the_base(world: World) -
         assert found[name]["compressed_loss"] == pytest.approx(wanted, rel=1e-5), name
         assert found[name]["base_loss"] == pytest.approx(base, rel=1e-5), name
         assert found[name]["agreement"] == 1.0
+        assert found[name]["kl_base"] == pytest.approx(
+            kl_from_base(world, folder, more, rows), rel=1e-3
+        ), name
+        assert found[name]["kl_kept"] == pytest.approx(1, abs=1e-3), name
         assert found[name]["tokenizer"] is None
 
 

@@ -223,11 +223,12 @@ def test_materialize_is_what_the_store_holds(mixed: Checkpoint) -> None:
     assert store.nbytes == found.bases_nbytes + found.tasks_nbytes > 0
 
 
+@pytest.mark.parametrize("room", [0, 20])
 @pytest.mark.parametrize("basis", ["nf4", "nf4-dq", "int8", "bfloat16"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_direct_is_what_the_direct_path_holds(
-    tmp_path: Path, basis: str, packed: bool, tp: int
+    tmp_path: Path, basis: str, packed: bool, tp: int, room: int
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "ckpt", ["factors", "dense"], basis)
     layouts = [_layout(module, tp) for module in checkpoint.modules if module.name != HEAD]
@@ -240,10 +241,16 @@ def test_direct_is_what_the_direct_path_holds(
         device=torch.device("cpu"),
         dtype=torch.bfloat16,
         packed_basis=packed,
+        basis_rows=room,
     )
     tasks = [path.make_task(checkpoint.load_task(task)) for task in checkpoint.tasks]
     plan = plan_memory(
-        checkpoint, max_loras=5, tp=tp, packed_basis=packed, max_num_batched_tokens=64
+        checkpoint,
+        max_loras=5,
+        tp=tp,
+        packed_basis=packed,
+        basis_rows=room,
+        max_num_batched_tokens=64,
     )
     found, real = plan.mode("direct"), path.memory()
     assert (found.bases_nbytes, found.cores_nbytes, found.factors_nbytes) == (

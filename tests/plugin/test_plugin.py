@@ -409,14 +409,11 @@ def test_the_api_server_says_at_start_up_what_cannot_be_served(
 
 
 def test_the_api_server_lists_what_every_engine_core_holds() -> None:
-    from vllm_vlora.plugin.seams import _loaded_paths
-
     tasks = [("b", _path("b")), ("a", _path("a", "1"))]
     seen: list[Any] = []
     models = _init(_Client(tasks, tasks), templates=seen.append)
     listed = {name: request.lora_path for name, request in models.lora_requests.items()}
     assert listed == dict(tasks)
-    assert _loaded_paths(models.engine_client) == {_path("b"), _path("a", "1")}
     assert {task: str(path) for task, path in seen[0].items()} == dict(tasks)
     with pytest.raises(CheckpointError, match="published again while the engine started"):
         _init(_Client(tasks, [("b", _path("b")), ("a", _path("a", "2"))]))
@@ -504,28 +501,17 @@ class _SyncEngine(_Engine):
         return self.take()
 
 
-class _AsyncEngine(_Engine):
-    async def add_lora(self, request: Any) -> bool:
-        return self.load(request)
-
-    async def add_request(self, request_id: str, lora_request: Any = None) -> str:
-        return self.take()
-
-
-@pytest.mark.parametrize("kind", [_SyncEngine, _AsyncEngine])
-def test_a_task_is_loaded_before_its_first_request_is_queued(kind: type) -> None:
+def test_a_task_is_loaded_before_its_first_request_is_queued() -> None:
     """A load inside the step that fails ends the engine; before it, it is an error of the caller."""
     from vllm.lora.request import LoRARequest
 
     from vllm_vlora.plugin import seams
 
-    wrap = seams._add_request if kind is _SyncEngine else seams._add_request_async
-    add_request = wrap(kind.add_request)  # type: ignore[attr-defined]
-    engine = kind()
+    add_request = seams._add_request(_SyncEngine.add_request)
+    engine = _SyncEngine()
 
     def ask(request: Any) -> Any:
-        answer = add_request(engine, "id", lora_request=request)
-        return answer if kind is _SyncEngine else asyncio.run(answer)
+        return add_request(engine, "id", lora_request=request)
 
     good, bad = (f"/ck/tasks/x.safetensors@{digit * 32}" for digit in "10")
     for _ in range(2):
@@ -539,28 +525,28 @@ def test_a_task_is_loaded_before_its_first_request_is_queued(kind: type) -> None
 
 
 def test_a_load_that_failed_in_another_process_is_the_callers_error() -> None:
-    """vLLM's client raises a bare Exception of the text, for which the API server blames itself."""
+    """vLLM's client raises a bare Exception of the text."""
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.exceptions import EngineDeadError
 
     from vllm_vlora.plugin import seams
 
-    class Engine(_AsyncEngine):
+    class Engine(_SyncEngine):
         def __init__(self, error: Exception) -> None:
             super().__init__()
             self.error = error
 
-        async def add_lora(self, request: Any) -> bool:
+        def add_lora(self, request: Any) -> bool:
             raise self.error
 
-    add_request = seams._add_request_async(_AsyncEngine.add_request)
+    add_request = seams._add_request(_SyncEngine.add_request)
     request = LoRARequest("task", 5, f"/ck/tasks/x.safetensors@{'1' * 32}")
     for error, expected in (
         (Exception("no room"), ValueError),
         (EngineDeadError(), EngineDeadError),
     ):
         with pytest.raises(expected) as caught:
-            asyncio.run(add_request(Engine(error), "id", lora_request=request))
+            add_request(Engine(error), "id", lora_request=request)
         if expected is ValueError:
             assert isinstance(caught.value, TaskLoadError)
             assert str(caught.value) == "task 'task': no room"

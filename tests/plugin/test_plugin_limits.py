@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import queue
 from types import SimpleNamespace
@@ -45,7 +44,6 @@ def test_nothing_is_patched_unless_it_is_asked_for(limits: Any) -> None:
                 "LLMEngine.__init__",
                 "schedule",
                 "add_request",
-                "process_outputs",
                 "_maybe_get_adapters",
             },
         ),
@@ -225,13 +223,7 @@ def test_too_many_that_wait_are_refused_and_pieces_of_sessions_and_the_base_mode
     assert (client, outputs.finished_requests, core.output_queue.empty()) == (3, {"a"}, True)
     (refusal,) = outputs.outputs
     assert (refusal.request_id, refusal.finished, refusal.new_token_ids) == ("a", True, [])
-    # As it comes over the wire.
-    from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-
-    sent = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(outputs))
-    assert limits._is_refusal(sent.outputs[0])
-    assert "2 requests of 'sql' wait already (VLLM_VLORA_TASK_QUEUE)" in sent.outputs[0].stop_reason
+    assert "2 requests of 'sql' wait already (VLLM_VLORA_TASK_QUEUE)" in refusal.stop_reason
     # The offline engine's core, which says so in its configuration.
     limits._say_that_it_has_one_caller(lambda self, vllm_config: None)(None, core.vllm_config)
     add(core, request("a"))
@@ -239,110 +231,6 @@ def test_too_many_that_wait_are_refused_and_pieces_of_sessions_and_the_base_mode
 
 
 # --- the API server -------------------------------------------------------------------------------
-
-
-class Frontend:
-    """vLLM's own output processor with requests in it, patched."""
-
-    def __init__(self, limits: Any) -> None:
-        from vllm.v1.engine.output_processor import OutputProcessor
-
-        self.limits = limits
-        self.processor: Any = OutputProcessor(None, log_stats=False)
-        self.process = limits._raise_refusals(OutputProcessor.process_outputs)
-
-    def send(self, name: str, n: int = 1, pooling: bool = False, resumable: bool = False) -> Any:
-        from vllm import PoolingParams, SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine import EngineCoreRequest
-        from vllm.v1.engine.output_processor import RequestOutputCollector
-        from vllm.v1.engine.parallel_sampling import ParentRequest
-
-        sampling = SamplingParams(n=n, detokenize=False, output_kind=RequestOutputKind.DELTA)
-        fields: dict[str, Any] = {
-            "prompt_token_ids": [1, 2],
-            "mm_features": None,
-            "arrival_time": 0.0,
-            "lora_request": None,
-            "cache_salt": None,
-            "data_parallel_rank": None,
-        }
-
-        def core_request(name: str, **more: Any) -> Any:
-            params = {"sampling_params": None if pooling else sampling}
-            params["pooling_params"] = PoolingParams(task="embed") if pooling else None
-            made = EngineCoreRequest(request_id=name, **fields, **params, resumable=resumable)
-            made.external_req_id = f"external {name}"
-            return made
-
-        whole = core_request(name)
-        collector = RequestOutputCollector(sampling.output_kind, name)
-        if n == 1:
-            self.processor.add_request(whole, None, None, 0, collector)
-            return collector
-        parent = ParentRequest(whole)
-        for index in range(n):
-            child, _ = parent.get_child_info(index)
-            self.processor.add_request(core_request(child), None, parent, index, collector)
-        return collector
-
-    def refuse(self, name: str) -> Any:
-        outputs = self.limits._refusal(name, "2 wait already").outputs
-        return self.process(self.processor, outputs)
-
-
-@pytest.fixture
-def frontend(limits: Any) -> Frontend:
-    return Frontend(limits)
-
-
-@pytest.mark.parametrize("kind", [{}, {"pooling": True}, {"resumable": True}])
-def test_a_refusal_is_its_callers_error_and_leaves_nothing_behind(
-    frontend: Frontend, kind: dict[str, bool]
-) -> None:
-    refused, other = frontend.send("a", **kind), frontend.send("b")
-    done = frontend.refuse("a")
-    with pytest.raises(TaskBusyError, match=r"^2 wait already$"):
-        asyncio.run(refused.get())
-    assert other.get_nowait() is None
-    assert list(frontend.processor.request_states) == ["b"]
-    assert set(frontend.processor.external_req_ids) == {"external b"}
-    # A session may have sent another piece, which the engine core took for a new request.
-    assert done.reqs_to_abort == ["a"]
-    # One that was given up meanwhile is nobody's any more.
-    assert frontend.refuse("a").reqs_to_abort == []
-
-
-def test_a_session_that_is_refused_sends_no_more(frontend: Frontend) -> None:
-    async def session() -> None:
-        collector = frontend.send("a", resumable=True)
-        collector._input_stream_task = task = asyncio.create_task(asyncio.sleep(60))
-        await asyncio.sleep(0)
-        frontend.refuse("a")
-        await asyncio.sleep(0)
-        assert task.cancelled() or task.cancelling()
-
-    asyncio.run(session())
-
-
-def test_of_several_answers_to_one_request_all_end(frontend: Frontend) -> None:
-    collector = frontend.send("a", n=3)
-    children = list(frontend.processor.request_states)
-    assert len(children) == 3
-    done = frontend.refuse(children[1])
-    assert set(done.reqs_to_abort) >= {children[0], children[2]}
-    assert not frontend.processor.request_states
-    with pytest.raises(TaskBusyError):
-        collector.get_nowait()
-
-
-def test_other_ends_are_vllms_own(frontend: Frontend, limits: Any) -> None:
-    from vllm.v1.engine import EngineCoreOutput, FinishReason
-
-    collector = frontend.send("a")
-    end = EngineCoreOutput("a", [], finish_reason=FinishReason.STOP, stop_reason="vllm-vlora: x")
-    frontend.process(frontend.processor, [end])
-    assert collector.get_nowait().finished
 
 
 @pytest.mark.parametrize(
@@ -378,40 +266,3 @@ def test_a_stream_is_refused_at_once_where_its_servers_own_are_surely_too_many(
     assert ask("sql", stream=False) is lora
     assert ask("sql") is lora
     assert ask("base", stream=True) is None
-
-
-def test_the_error_has_status_429_wherever_vllm_answers_it(limits: Any) -> None:
-    from fastapi import FastAPI
-    from fastapi.testclient import TestClient
-    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-    from vllm.exceptions import VLLMError
-
-    error = limits._busy("2 requests of 'sql' wait already")
-    assert isinstance(error, TaskBusyError)
-    assert isinstance(error, VLLMError), "vLLM passes those on as they are"
-    app = FastAPI()
-    app.state.args = SimpleNamespace(log_error_stack=False)
-    init_exception_handler(app)
-
-    @app.get("/")
-    async def answer() -> None:
-        raise error
-
-    answered = TestClient(app).get("/")
-    assert answered.status_code == 429
-    found = answered.json()["error"]
-    assert (found["code"], found["message"]) == (429, "2 requests of 'sql' wait already")
-    assert found["type"] == "Too Many Requests"
-
-
-def test_before_vllm_has_such_errors_its_web_framework_answers(
-    limits: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import vllm.exceptions
-    from fastapi import HTTPException
-
-    monkeypatch.delattr(vllm.exceptions, "GracefulHTTPError", raising=False)
-    error = limits._busy("busy")
-    assert isinstance(error, (TaskBusyError, vllm.exceptions.VLLMClientError))
-    assert isinstance(error, HTTPException)
-    assert (error.status_code, error.detail, str(error)) == (429, "busy", "busy")

@@ -59,6 +59,8 @@ def test_every_number_that_is_counted_is_shown() -> None:
         ("budget_bytes", 100, {"tier": "device"}),
         ("unlisted_tasks", 0, {"tier": "host"}),
         ("requests_waiting_for_load", 3, {}),
+        ("direct_tasks", 2, {}),
+        ("basis_exchanges_total", 1, {}),
         ("checkpoint_info", 1, {"digest": "0123456789ab"}),
         ("requests_total", 3, {"tier": "device"}),
         ("requests_total", 1, {"tier": "disk"}),

@@ -3,73 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from plugin_world import LAYERS, MODULES, TASKS, activate_all, build, layout, layouts, make_path
+from plugin_world import (
+    LAYERS,
+    TASKS,
+    TOKENS,
+    Answer,
+    activate_all,
+    build,
+    layout,
+    layouts,
+    make_path,
+    run,
+)
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.plugin.layouts import LayerLayout, Run
 from vllm_vlora.quantize import PackedMatrix
-from vllm_vlora.representations.decode import decode
 from vllm_vlora.representations.private import encode_private
 from vllm_vlora.triton_kernels.direct import add_direct
 
 # --- the path: results -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A layer's update of a batch by the direct operation, and in float64 from the decoded weights."""
-
-    got: torch.Tensor
-    want: torch.Tensor
-
-
 def answers(
     checkpoint: Checkpoint, ranks: int, tokens: np.ndarray, **options: Any
 ) -> dict[str, Answer]:
-    """Run a batch through every layer on every rank, and put the ranks' results together."""
-    tasks = list(checkpoint.tasks)
+    """A batch through every layer on every rank, and the ranks' results together."""
     paths = [make_path(checkpoint, layouts(rank, ranks), **options) for rank in range(ranks)]
-    for path in paths:
-        activate_all(path, checkpoint, tasks).route(tokens)
-    bases = dict(checkpoint.bases())
-    generator = torch.Generator().manual_seed(7)
-    found = {}
-    for name, modules in LAYERS.items():
-        x = torch.randn(len(tokens), MODULES[modules[0]][0], generator=generator)
-        pieces = []
-        for rank, path in enumerate(paths):
-            layer = path.layers[name]
-            columns = slice(rank * layer.d_in, (rank + 1) * layer.d_in)
-            part = x if name == "qkv" else x[:, columns].contiguous()
-            y = torch.zeros(len(tokens), layer.width)
-            add_direct(y, part, layer, path.table, path.routing)
-            pieces.append(y.split([s.width for s in layer.slices], dim=1))
-        joined = [
-            torch.cat(parts, dim=1) if name == "qkv" else sum(parts) for parts in zip(*pieces)
-        ]
-        want = []
-        for module in modules:
-            wide = torch.zeros(len(tokens), MODULES[module][1], dtype=torch.float64)
-            for number, task in enumerate(tasks, 1):
-                stored = checkpoint.load_task(task).modules.get(module)
-                if stored is not None:
-                    a, b = decode(stored, bases.get(module))
-                    rows = torch.from_numpy(tokens == number)
-                    wide[rows] += x[rows].double() @ a.double().T @ b.double().T
-            want.append(wide)
-        found[name] = Answer(torch.cat(joined, dim=1), torch.cat(want, dim=1))
-    return found
-
-
-TOKENS = np.array([1, 0, 2, 2, 3, 3, 3, 0, 4, 1, 99, 2, *[3] * 12, *[1] * 9, 4, 2])
+    return run(checkpoint, paths, tokens)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -236,13 +204,13 @@ def test_a_task_that_comes_later_runs_direct_if_the_layers_are_ready_for_it(tmp_
     )
     other = build(tmp_path / "other", TASKS, seed=1)
     assert path.obstacle(other, "one") is None, "private factors need no basis"
-    assert path.obstacle(other, "joint") == "q has another basis than the engine started with"
+    assert path.obstacle(other, "joint") == "q has another basis than the layers hold"
     only_joint = make_path(build(tmp_path / "only", {"joint": {"q": ("joint", 3)}}))
     assert only_joint.obstacle(first, "one") == (
         "o has rank 2, more than the private tasks that the engine started with"
     )
     # k's basis is in the checkpoint, but the engine started without a task that uses it.
-    assert only_joint.obstacle(same, "joint") == "o has another basis than the engine started with"
+    assert only_joint.obstacle(same, "joint") == "o has another basis than the layers hold"
 
 
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:

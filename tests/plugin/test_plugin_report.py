@@ -104,7 +104,7 @@ def test_a_class_or_a_module_that_is_gone_is_missing_with_all_its_seams(
         ("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter",
          lambda self, request, more: None,
          "takes ['self', 'request', 'more'], expected ['self', 'lora_request']"),
-        ("vllm.v1.engine.async_llm", "AsyncLLM.add_request",
+        ("vllm.v1.engine.llm_engine", "LLMEngine.add_request",
          lambda self, request_id: None, "has no lora_request argument"),
         ("vllm.lora.model_manager", "LoRAModelManager.lora_slots", 4, "no longer a property"),
         ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._manager_cls", dict,
@@ -201,10 +201,10 @@ def test_the_help_explains_states_and_exit_codes(capsys: pytest.CaptureFixture[s
 def test_the_installation_checks_the_table(
     monkeypatch: pytest.MonkeyPatch, delete: Callable[[str, str], None]
 ) -> None:
-    scheduler, _ = _owner("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests")
-    monkeypatch.setattr(scheduler, "finish_requests", lambda self: None)
+    scheduler, _ = _owner("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output")
+    monkeypatch.setattr(scheduler, "update_from_output", lambda self: None)
     find_seams(direct=False)
-    with pytest.raises(IncompatibleVLLMError, match=r"Scheduler\.finish_requests takes"):
+    with pytest.raises(IncompatibleVLLMError, match=r"Scheduler\.update_from_output takes"):
         find_seams(direct=True)
     delete("vllm.v1.engine.core", "EngineCore.add_lora")
     with pytest.raises(MissingSeamError, match=r"EngineCore\.add_lora does not exist"):

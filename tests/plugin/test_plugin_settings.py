@@ -27,6 +27,8 @@ from vllm_vlora.plugin.settings import Settings, read_settings
             {"VLLM_VLORA_FAIR": "on", "VLLM_VLORA_WEIGHTS": '{"sql": 2, "é,=": 0.5}'},
             Settings(fair=True, weights={"sql": 2.0, "é,=": 0.5}),
         ),
+        ({"VLLM_VLORA_POLL_SECONDS": "60"}, Settings(poll_seconds=60)),
+        ({"VLLM_VLORA_LOG": "json"}, Settings(log="json")),
         ({"VLLM_VLORA_METRICS_TASKS": "5"}, Settings(metrics_tasks=5)),
         ({"VLLM_VLORA_METRICS_LISTED": "0"}, Settings(metrics_listed=0)),
         ({"VLLM_VLORA_ROWS": "wide"}, Settings()),
@@ -73,6 +75,11 @@ def test_weights_without_fairness_are_not_ignored() -> None:
         read_settings({"VLLM_VLORA_WEIGHTS": '{"sql": 2}'})
 
 
+def test_polling_without_following_is_not_ignored() -> None:
+    with pytest.raises(SettingError, match="does nothing with VLLM_VLORA_FOLLOW=off"):
+        read_settings({"VLLM_VLORA_FOLLOW": "off", "VLLM_VLORA_POLL_SECONDS": "60"})
+
+
 def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_VLORA_SLOTS", "3")
     monkeypatch.setenv("VLLM_VLORA_MODE", "direct")
@@ -88,8 +95,10 @@ def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> 
         ("MODE", " auto", "' auto': use one of"),
         ("BASIS", "nf4", "'nf4': use one of dense, packed"),
         ("ROWS", "3", "'3': use one of wide, narrow"),
+        ("LOG", "JSON", "'JSON': use one of text, keys, json"),
         ("FAIR", "yes", "'yes': use one of off, on"),
         ("TASK_CONCURRENCY", "-1", "'-1': use a whole number from 0 on"),
+        ("POLL_SECONDS", "0.5", "'0.5': use a whole number from 0 on"),
         ("TASK_QUEUE", "many", "'many': use a whole number from 0 on"),
         *(("LATE_MIB", bad, f"{bad!r}: use a whole number from 0 on")
           for bad in ("-1", "1.5", "1G", " 8")),

@@ -94,7 +94,7 @@ def test_a_late_task_on_another_basis_is_materialized_from_it(tmp_path: Path) ->
     later = build(tmp_path / "later", seed=1)
     task = store.task(task_path(later, "joint"))
     assert task.direct is None
-    assert task.obstacle == "q has another basis than the engine started with"
+    assert task.obstacle == "q has another basis than the layers hold"
     assert made.checked[-2:] == [([], True), (["joint"], False)]
     bases = dict(later.bases())
     for name in TASKS["joint"]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,23 @@ def _our_lines() -> Iterator[list[str]]:
     # The image's entry point stands before it.
     assert 'ENTRYPOINT ["vllm-vlora"]' in (DEPLOY / "Dockerfile").read_text()
     yield ["vllm-vlora", *COMPOSED["command"]]
+
+
+def test_ray_serves_own_schemas_take_the_config() -> None:
+    pytest.importorskip("grpc_reflection", reason="Ray Serve is not whole here")
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load((ROOT / "examples/ray_serve/llm.yaml").read_text())
+    (application,) = ServeDeploySchema.model_validate(config).applications
+    assert application.import_path == "ray.serve.llm:build_openai_app"
+    pytest.importorskip("pyarrow", reason="Ray Serve LLM is not whole here")
+    pytest.importorskip("vllm")
+    from ray.serve.llm import LLMServingArgs
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    (model,) = LLMServingArgs.model_validate(application.args).llm_configs
+    assert set(model.engine_kwargs) <= {field.name for field in fields(AsyncEngineArgs)}
+    assert model.lora_config is None
 
 
 def test_every_command_of_ours_is_one_that_takes_its_options() -> None:

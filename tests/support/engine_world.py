@@ -264,13 +264,13 @@ def make_world(root: Path) -> World:
     return World(root, model, adapters, folder / "ordinary")
 
 
-def _all_directions(world: World) -> int:
-    """Components of a basis that loses nothing of any module."""
+def all_directions(adapters: dict[str, Path]) -> int:
+    """Components of a basis of adapters that loses nothing of any module."""
     from vllm_vlora.adapters.collection import Collection
     from vllm_vlora.adapters.peft_folder import open_adapter
     from vllm_vlora.planning.survey import directions
 
-    opened = {task: open_adapter(path) for task, path in world.adapters.items()}
+    opened = {task: open_adapter(path) for task, path in adapters.items()}
     modules = Collection(opened).modules.values()
     return max(directions(module) for module in modules if module.kind == "linear")
 
@@ -281,7 +281,7 @@ def exact(world: World, representation: str) -> Path:
     if (world.root / name).exists():
         return world.root / name
     if representation == "joint":
-        options: dict = {"num_components": _all_directions(world)}
+        options: dict = {"num_components": all_directions(world.adapters)}
     else:
         options = {"ratio": 0.1}
     return world.compress(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_vlora.checkpoint.reader import Checkpoint
@@ -17,9 +18,11 @@ from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.settings import Budget
 from vllm_vlora.quantize import pack, unpack
+from vllm_vlora.representations.decode import decode
 from vllm_vlora.representations.joint import encode_joint
 from vllm_vlora.representations.private import encode_narrow, encode_private
 from vllm_vlora.representations.stored import Basis
+from vllm_vlora.triton_kernels.direct import add_direct
 
 CPU = torch.device("cpu")
 # d_in, d_out, and (k_out, k_in) of the basis, if there is one.
@@ -56,16 +59,19 @@ def build(
     private: str = "nf4",
     seed: int = 0,
     extra: dict[str, dict[str, torch.Tensor]] | None = None,
+    widths: Mapping[str, tuple[int, int]] | None = None,
 ) -> Checkpoint:
     """A checkpoint of these tasks with random weights, of which x of order 1 makes y of order 1.
 
-    ``private``: a number format, or "narrow" for rows of 4, 3 and 2 bits (``bits_of_rank``).
+    ``private``: a number format, or "narrow" for rows of 4, 3 and 2 bits (``bits_of_rank``). ``widths``:
+    of bases, in place of those of ``MODULES``.
     """
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir()
     writer = CheckpointWriter(folder, None)
     bases: dict[str, Basis] = {}
     for name, (d_in, d_out, k) in MODULES.items():
+        k = (widths or {}).get(name, k)
         if k is not None:
             u, v = (
                 torch.linalg.qr(torch.randn(d, rows, generator=generator))[0].T.contiguous()
@@ -161,3 +167,52 @@ class Store:
 
     def _check(self, checkpoint: Checkpoint, task_ids: Iterable[str], direct: bool) -> None:
         self.checked.append((list(task_ids), direct))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A layer's update of a batch by the direct operation, and in float64 from the decoded weights."""
+
+    got: torch.Tensor
+    want: torch.Tensor
+
+
+def run(checkpoint: Checkpoint, paths: list[DirectPath], tokens: np.ndarray) -> dict[str, Answer]:
+    """Run a batch through every layer of every rank's path, and put the ranks' results together.
+
+    The checkpoint's tasks have the numbers from 1 on.
+    """
+    tasks = list(checkpoint.tasks)
+    for path in paths:
+        activate_all(path, checkpoint, tasks).route(tokens)
+    bases = dict(checkpoint.bases())
+    generator = torch.Generator().manual_seed(7)
+    found = {}
+    for name, modules in LAYERS.items():
+        x = torch.randn(len(tokens), MODULES[modules[0]][0], generator=generator)
+        pieces = []
+        for rank, path in enumerate(paths):
+            layer = path.layers[name]
+            columns = slice(rank * layer.d_in, (rank + 1) * layer.d_in)
+            part = x if name == "qkv" else x[:, columns].contiguous()
+            y = torch.zeros(len(tokens), layer.width)
+            add_direct(y, part, layer, path.table, path.routing)
+            pieces.append(y.split([s.width for s in layer.slices], dim=1))
+        joined = [
+            torch.cat(parts, dim=1) if name == "qkv" else sum(parts) for parts in zip(*pieces)
+        ]
+        want = []
+        for module in modules:
+            wide = torch.zeros(len(tokens), MODULES[module][1], dtype=torch.float64)
+            for number, task in enumerate(tasks, 1):
+                stored = checkpoint.load_task(task).modules.get(module)
+                if stored is not None:
+                    a, b = decode(stored, bases.get(module))
+                    rows = torch.from_numpy(tokens == number)
+                    wide[rows] += x[rows].double() @ a.double().T @ b.double().T
+            want.append(wide)
+        found[name] = Answer(torch.cat(joined, dim=1), torch.cat(want, dim=1))
+    return found
+
+
+TOKENS = np.array([1, 0, 2, 2, 3, 3, 3, 0, 4, 1, 99, 2, *[3] * 12, *[1] * 9, 4, 2])

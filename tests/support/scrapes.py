@@ -83,4 +83,5 @@ def busy_counters() -> ServingCounters:
     counters.set_tier(HOST, 1, ["french"], nbytes=20)
     counters.set_tier(CATALOGUE, 100)
     counters.set_waiting(3)
+    counters.set_direct(2, 1)
     return counters

@@ -103,7 +103,12 @@ def make_task(name: str, recovered: float | None, **changes: Any) -> dict[str, A
         "recovered": recovered,
         "recovered_standard_error": 0.01,
         "recovered_interval": None if recovered is None else [recovered - 0.02, recovered + 0.02],
-        "undefined_because": "no gain <here>" if recovered is None else None,
+        "recovered_undefined_because": "no gain <here>" if recovered is None else None,
+        "kl_kept": 0.9,
+        "kl_kept_standard_error": 0.01,
+        "kl_kept_interval": [0.88, 0.92],
+        "kl_kept_undefined_because": None,
+        "kl_base": 0.123,
         "agreement": 0.97,
         "kl": 0.0123,
         "greedy": {"tokens": 7.5, "possible": 8.0, "exact": 0.9, "limit": 8},
@@ -131,6 +136,13 @@ def make_report(**changes: Any) -> dict[str, Any]:
         "original_bytes": 20000,
         "basis_bytes": 0,
         "ratio": 4.0,
+        "kl_kept": {
+            "judged": 5,
+            "mean": 0.9,
+            "median": 0.9,
+            "worst": 0.9,
+            "worst_task": HOSTILE[0],
+        },
         "recovered": {
             "judged": 4,
             "mean": 0.665,
@@ -140,7 +152,7 @@ def make_report(**changes: Any) -> dict[str, Any]:
         },
         "tasks": tasks,
         "losses": {
-            "noted_above": 0.5,
+            "noted_above": 0.05,
             "above": {"loud <u>": 0.75},
             "lost_modules": {},
             "no_update": ["idle <u>"],
@@ -209,17 +221,19 @@ def test_what_comes_from_outside_is_escaped() -> None:
 
 
 def test_every_task_has_its_row_and_its_marks() -> None:
-    bars, points, errors, spectra, similar = figures_of(render_report(make_report()))
-    # Four tasks are judged: a bar and a point each.
-    assert len(marks(bars)) == len(marks(points)) == 4
+    kept, bars, points, errors, spectra, similar = figures_of(render_report(make_report()))
+    # Five tasks keep something: a bar and a point each. Four recover something.
+    assert len(marks(kept)) == len(marks(points)) == 5
+    assert len(marks(bars)) == 4
     # 2 kinds x 3 layers, lm_head; 5 x 5, the diagonal warm.
     assert len(marks(errors)) == 7
     assert [style(cell)["fill"] for cell in marks(similar)].count("var(--hot)") == 5
     assert [style(cell)["fill"] for cell in marks(similar)].count("var(--data)") == 20
     for kind in ("band", "curve", "limit"):
         assert len(spectra.findall(f".//g[@class='{kind}']")) == 4
-    shown = ["".join(figure.itertext()) for figure in (bars, points, errors, similar)]
+    shown = ["".join(figure.itertext()) for figure in (bars, points, errors, similar, kept)]
     assert "a&b" not in shown[0]
+    assert "a&b: 0.9000 (0.8800 to 0.9200)" in shown[4]
     for said, figure in (
         (f"{HOSTILE[0]}: 0.9500 (0.9300 to 0.9700)", shown[0]),
         (f"{HOSTILE[1]}: 1.00 kB, 0.9000", shown[1]),
@@ -320,16 +334,23 @@ def test_a_report_without_originals_says_so() -> None:
             error=None,
             original=None,
             errors_from="checkpoint",
-            undefined_because="no original given",
+            kl_kept=None,
+            kl_kept_interval=None,
+            kl_kept_undefined_because="no original given",
+            recovered_undefined_because="no original given",
         )
         for name in HOSTILE
     ]
     nothing = {"judged": 0, "mean": None, "median": None, "worst": None, "worst_task": None}
     page = Page(
-        render_report(make_report(tasks=tasks, spectra=[], similarity=None, recovered=nothing))
+        render_report(
+            make_report(
+                tasks=tasks, spectra=[], similarity=None, recovered=nothing, kl_kept=nothing
+            )
+        )
     )
     shown = "".join(page.text)
-    assert shown.count("no recovered fraction: no original given") == 5
+    assert shown.count("KL kept and Recovered unknown: no original given") == 5
     assert "For 5 of 5 tasks as recorded at compression" in shown
     assert page.count("svg") == 1
 

@@ -254,7 +254,7 @@ def open_adapter(ref: str | Path) -> Adapter:
         raise AdapterError(f"{where}: {WEIGHTS_FILE} holds no LoRA tensors; nothing to read")
     check_targets(config, {name: (pair.kind, pair.trained) for name, pair in pairs.items()}, where)
     warnings = config_warnings(config) + check_saved_modules(config, whole, where)
-    modules = {name: _describe_module(name, pairs[name], config, where) for name in sorted(pairs)}
+    modules = {name: describe_module(name, pairs[name], config, where) for name in sorted(pairs)}
     return Adapter(
         path=folder,
         name=ref_name(folder if os.path.isfile(ref) else ref),
@@ -468,9 +468,8 @@ def _twice(first: str, second: str, where: str) -> AdapterError:
     )
 
 
-def _describe_module(
-    name: str, pair: LoRAPair, config: Mapping[str, Any], where: str
-) -> LoRAModule:
+def describe_module(name: str, pair: LoRAPair, config: Mapping[str, Any], where: str) -> LoRAModule:
+    """A module, from its tensors' headers and the config; AdapterError where they contradict."""
     dtypes = []
     for stored in pair.sides.values():
         dtype = _LORA_DTYPES.get(stored.dtype)

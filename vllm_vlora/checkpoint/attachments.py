@@ -1,12 +1,15 @@
 """Tokenizers and chat templates that travel with tasks, kept beside the weights.
 
     CKPT/attachments.json          {"version": 1, "tasks": {task id: {name: file}}}
+                                   {"version": 2, "sets": [{name: file}], "tasks": {task id: set}}
     CKPT/attachments/SHA256        each different file once, under its digest
 
 A *file* is as in the manifest: path, SHA-256, bytes. ``name`` is what the file was called in the
-adapter's folder (``adapters.companions``). Nothing of it is needed to decode a task, so the manifest
-does not know of it, and a checkpoint with attachments reads as one without to whatever does not look
-for them. Most adapters of a collection bring the same tokenizer, which is then stored once.
+adapter's folder (``adapters.companions``). Of so many tasks that the checkpoint has an index of them,
+version 2 says of each which of the *sets* it has, by its place: most have one in common. Nothing of it is
+needed to decode a task, so the manifest does not know of it, and a checkpoint with attachments reads as
+one without to whatever does not look for them. Most adapters of a collection bring the same tokenizer,
+which is then stored once.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import TypeAlias
 import msgspec
 
 from vllm_vlora.adapters.companions import is_companion
+from vllm_vlora.checkpoint import manifest
 from vllm_vlora.checkpoint.beside import VERSION, decode_beside, read_beside
 from vllm_vlora.checkpoint.manifest import FileRef, hash_file, read_checked
 from vllm_vlora.errors import CheckpointError, OutputError
@@ -36,7 +40,19 @@ class _Index(msgspec.Struct, forbid_unknown_fields=True):
     tasks: dict[str, dict[str, FileRef]]
 
 
-def read_attachments(checkpoint: Path, tasks: Iterable[str]) -> dict[str, dict[str, FileRef]]:
+class _Sets(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+    sets: list[dict[str, FileRef]]
+    tasks: dict[str, int]
+
+
+class Attachments(dict[str, dict[str, FileRef]]):
+    """Those of a checkpoint by task, in the version in which they were read, which its digest is of."""
+
+    version = VERSION
+
+
+def read_attachments(checkpoint: Path, tasks: Iterable[str]) -> Attachments:
     """The attachments of those of ``tasks`` that have any, from the checkpoint's folder.
 
     Raises:
@@ -45,17 +61,35 @@ def read_attachments(checkpoint: Path, tasks: Iterable[str]) -> dict[str, dict[s
     file = checkpoint / ATTACHMENTS_FILE
     data = read_beside(file)
     if data is None:
-        return {}
-    index = decode_beside(file, data, _Index)
+        return Attachments()
+    index = decode_beside(file, data, _Index, _Sets)
     known = set(tasks)
-    found = {task: files for task, files in index.tasks.items() if task in known}
-    for task, files in found.items():
-        for name, ref in files.items():
-            if not is_companion(name) or ref.file != f"{ATTACHMENTS_FOLDER}/{ref.sha256}":
-                raise CheckpointError(f"{file}: task {task!r} names a foreign file {name!r}")
-            if len(ref.sha256) != 64 or set(ref.sha256) - set("0123456789abcdef"):
-                raise CheckpointError(f"{file}: task {task!r}, {name!r}: no SHA-256")
-    return found
+    if isinstance(index, _Index):
+        found = {task: files for task, files in index.tasks.items() if task in known}
+        sets = list(found.items())
+    else:
+        _check_places(file, index)
+        found = {t: index.sets[place] for t, place in index.tasks.items() if t in known}
+        sets = [(f"of set {place}", files) for place, files in enumerate(index.sets)]
+    for whose, files in sets:
+        _check_files(file, whose, files)
+    attachments = Attachments(found)
+    attachments.version = index.version
+    return attachments
+
+
+def _check_places(file: Path, index: _Sets) -> None:
+    for task, place in index.tasks.items():
+        if not 0 <= place < len(index.sets):
+            raise CheckpointError(f"{file}: task {task!r} has set {place}, which there is not")
+
+
+def _check_files(file: Path, whose: str, files: Attached) -> None:
+    for name, ref in files.items():
+        if not is_companion(name) or ref.file != f"{ATTACHMENTS_FOLDER}/{ref.sha256}":
+            raise CheckpointError(f"{file}: task {whose!r} names a foreign file {name!r}")
+        if len(ref.sha256) != 64 or set(ref.sha256) - set("0123456789abcdef"):
+            raise CheckpointError(f"{file}: task {whose!r}, {name!r}: no SHA-256")
 
 
 def read_attached(checkpoint: Path, files: Attached) -> dict[str, bytes]:
@@ -68,9 +102,23 @@ def read_attached(checkpoint: Path, files: Attached) -> dict[str, bytes]:
 
 
 def encode_attachments(tasks: Mapping[str, Attached]) -> bytes:
-    """``attachments.json``, indented for people."""
-    index = _Index(VERSION, {task: dict(files) for task, files in tasks.items()})
+    """``attachments.json``, indented for people: as it was read, or in the version for so many tasks."""
+    many = len(tasks) >= manifest.INDEXED_TASKS
+    version = tasks.version if isinstance(tasks, Attachments) else VERSION + many
+    own = {task: dict(files) for task, files in tasks.items()}
+    index = _encode_sets(tasks) if version > VERSION else _Index(version, own)
     return msgspec.json.format(msgspec.json.encode(index))
+
+
+def _encode_sets(tasks: Mapping[str, Attached]) -> _Sets:
+    sets: dict[bytes, Attached] = {}
+    places: dict[bytes, int] = {}
+    found = {}
+    for task, files in tasks.items():
+        key = msgspec.json.encode(sorted(files.items()))
+        sets.setdefault(key, files)
+        found[task] = places.setdefault(key, len(places))
+    return _Sets(VERSION + 1, [dict(files) for files in sets.values()], found)
 
 
 def attached_nbytes(attachments: Mapping[str, Attached]) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any
+
+import msgspec
 
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.links import refuse_link_out
@@ -11,14 +14,11 @@ from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.strict_json import JSONError, decode_typed
 
 VERSION = 1
-"""The one version of each of them so far."""
+"""The first version of each of them."""
 
 
-class _Versioned(Protocol):
+class _Versioned(msgspec.Struct):
     version: int
-
-
-_File = TypeVar("_File", bound=_Versioned)
 
 
 def read_beside(file: Path) -> bytes | None:
@@ -36,16 +36,22 @@ def read_beside(file: Path) -> bytes | None:
         raise CheckpointError(f"{file}: {error.strerror}") from error
 
 
-def decode_beside(file: Path, data: bytes, kind: type[_File]) -> _File:
+def decode_beside(file: Path, data: bytes, *kinds: Any) -> Any:
     """The content of such a file.
+
+    Args:
+        kinds: what version 1 of it is, and the later ones.
 
     Raises:
         CheckpointError: it is damaged or newer.
     """
+    version = 1
+    # What is no such JSON is refused below, in words.
+    with suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        version = msgspec.json.decode(data, type=_Versioned).version
+    if not 1 <= version <= len(kinds):
+        raise CheckpointError(f"{file}: version {version!r} is unknown; upgrade vllm-vlora")
     try:
-        found = decode_typed(data, kind)
+        return decode_typed(data, kinds[version - 1])
     except JSONError as error:
         raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from error
-    if found.version != VERSION:
-        raise CheckpointError(f"{file}: version {found.version!r} is unknown; upgrade vllm-vlora")
-    return found

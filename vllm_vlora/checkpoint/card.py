@@ -64,7 +64,7 @@ def model_card(base_model: str | None, report: CompressReport) -> str:
         *_extra_lines(report),
         f"- Relative error of the weights: mean {report.mean_error:.4f}, worst "
         f"{report.worst_error:.4f}",
-        *_recovered_lines(report),
+        *_judged_lines(report),
         *(f"- **{_escape(line)}**" for line in describe_losses(report.losses.to_dict())),
         "",
         "## Tasks",
@@ -128,15 +128,15 @@ def _error(task: TaskReport, report: CompressReport) -> str:
     return f"**{shown}**" if task.task_id in report.losses.above else shown
 
 
-def _recovered_lines(report: CompressReport) -> list[str]:
+def _judged_lines(report: CompressReport) -> list[str]:
     """What was measured with the model, where it was."""
-    values = {task: value for task, value in report.recovered.items() if value is not None}
-    lines = []
+    values = {task: value for task, value in report.kl_kept.items() if value is not None}
+    lines = [f"- Chosen by {_escape(report.chosen_by)}"] if report.chosen_by else []
     if values:
         worst = min(values, key=values.__getitem__)
         lines.append(
-            "- Recovered of what the adapters gain on held-out text: mean "
-            f"{sum(values.values()) / len(values):.3f}, worst {values[worst]:.3f} ({_escape(worst)})"
+            "- KL kept, 1 - KL(adapter \\|\\| task) / KL(adapter \\|\\| base): mean "
+            f"{sum(values.values()) / len(values):.4f}, worst {values[worst]:.4f} ({_escape(worst)})"
         )
     if report.kept:
         lines.append(f"- Kept as they were: {', '.join(map(_escape, report.kept))}")

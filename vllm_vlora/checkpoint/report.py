@@ -19,7 +19,7 @@ class Candidate(NamedTuple):
 
     ``format`` is that of private factors or of the bases: a number format, ``own`` where adapters
     of several dtypes each keep theirs, or ``mixed`` where every module has the one that suits it.
-    ``recovered`` is the mean recovered fraction, where the model was asked.
+    ``kl_kept`` is the mean KL kept (``evaluation.fidelity``), where the model was asked.
     """
 
     representation: str
@@ -27,7 +27,7 @@ class Candidate(NamedTuple):
     nbytes: int
     mean_error: float
     worst_error: float
-    recovered: float | None = None
+    kl_kept: float | None = None
 
 
 class CurvePoint(NamedTuple):
@@ -62,8 +62,10 @@ class CompressReport:
     """What ``compress`` did: sizes of the files, and errors measured on what they hold.
 
     ``raised`` are the tasks that got more than their share of the bytes to pass the gate.
-    ``recovered`` and ``kept`` are set by ``compress_to_quality``: the recovered fraction of every task
-    (None where it is undefined), and the tasks that are stored as they were, since less would not do.
+    ``chosen_by`` says what the choice went by. ``kl_kept`` is set where the model judged: the KL kept of
+    every task that was judged (None where it is undefined).
+    ``kept`` is set by ``compress_to_quality``: the tasks that are stored as they were, since less would
+    not do.
     ``losses`` has what must be said of tasks that lost much. ``extra_nbytes`` are those of heads and
     other tensors beside the LoRA weights, which ``nbytes`` leaves out.
 
@@ -88,7 +90,8 @@ class CompressReport:
     seconds: float = 0.0
     raised: list[str] = field(default_factory=list)
     calibrated: bool = False
-    recovered: dict[str, float | None] = field(default_factory=dict)
+    chosen_by: str = ""
+    kl_kept: dict[str, float | None] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     losses: Losses = field(default_factory=Losses)
     extra_nbytes: int = 0

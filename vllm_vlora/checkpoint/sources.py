@@ -37,7 +37,7 @@ from vllm_vlora.downloads import (
 )
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.regular_files import JSON_BYTES
-from vllm_vlora.snapshots import fixed_ref, resolve_snapshot
+from vllm_vlora.snapshots import fixed_ref, newest_ref, resolve_snapshot
 from vllm_vlora.urls import RemoteError, RemoteFile, RemoteFolder, is_remote
 from vllm_vlora.wording import without_secrets
 
@@ -88,6 +88,26 @@ def checkpoint_folder(
     return resolve_snapshot(where, what="checkpoint", error=CheckpointError)
 
 
+def newest_folder(where: str, before: Path | None) -> Path:
+    """The local folder of what a Hub id or a URL has now; never of what it had when last looked.
+
+    Args:
+        before: of what it had then, which stays untouched where that is what it has now.
+
+    Raises:
+        CheckpointError: it cannot be asked, or has none. OutputError: the cache cannot be written.
+    """
+    if not is_remote(where):
+        newest = newest_ref(where, what="checkpoint", error=CheckpointError)
+        same = before is not None and fixed_ref(where, before) == newest
+        return before if before is not None and same else checkpoint_folder(newest)
+    cached = Cached(where)
+    try:
+        return asked(where, lambda remote: _newest_state(cached, remote, None, False, before))
+    except RemoteError as problem:
+        raise CheckpointError(f"checkpoint {without_secrets(where)!r}: {problem}") from None
+
+
 def fixed_checkpoint(where: str | Path, folder: Path, wanted: str | None) -> str:
     """The reference that other processes, also on other machines, find this same state by.
 
@@ -116,11 +136,17 @@ def _from_url(url: str, wanted: str | None, manifest_only: bool) -> Path:
 
 
 def _newest_state(
-    cached: Cached, remote: RemoteFolder, wanted: str | None, manifest_only: bool
+    cached: Cached,
+    remote: RemoteFolder,
+    wanted: str | None,
+    manifest_only: bool,
+    before: Path | None = None,
 ) -> Path:
     """The state that the URL has now, from the cache or fetched into it."""
     texts = {CONFIG_FILE: remote.read(CONFIG_FILE, JSON_BYTES)}
     texts |= _optional(remote, _COUNTED)
+    if before is not None and _has(before, texts):
+        return before
     for state in cached.states():
         if wanted is None and _has(state, texts):
             return cached.seen(state)

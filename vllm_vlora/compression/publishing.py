@@ -29,6 +29,9 @@ from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.planning.plan import Plan
 from vllm_vlora.planning.scratch import CoreSpool
 
+BY_ERROR = "the error of the weights"
+"""What a choice goes by where the model is not asked."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -74,17 +77,20 @@ def write_checkpoint(
     encoder: Encoder,
     base_model: str | None = None,
     *,
-    recovered: Mapping[str, float | None] | None = None,
+    kl_kept: Mapping[str, float | None] | None = None,
+    chosen_by: str = "",
     kept: Sequence[str] = (),
     allow_large_error: bool = False,
     tokenizers: bool = True,
+    warnings: Sequence[str] = (),
 ) -> CompressReport:
     """Write a chosen plan as a checkpoint into an existing folder; the manifest comes last.
 
     Args:
-        recovered, kept: of the report, where the model was run.
+        kl_kept, chosen_by, kept: of the report, where the model was run.
         allow_large_error: store tasks that are worse than none.
         tokenizers: keep what lies beside the adapters' weights.
+        warnings: of the report, before those about the adapters.
 
     Raises:
         BudgetError: a task is worse than none, and that is not allowed.
@@ -102,6 +108,7 @@ def write_checkpoint(
         tasks.append(_write_task(writer, collection, task, encoded, tokenizers))
         encoder.progress("write", len(tasks), len(collection.task_ids))
     bases = basis_nbytes(writer.modules)
+    seen = {task.task_id: task.seen_error for task in tasks}
     report = CompressReport(
         path=folder,
         tasks=tasks,
@@ -111,12 +118,17 @@ def write_checkpoint(
         nbytes=bases + sum(task.nbytes for task in tasks),
         basis_nbytes=bases,
         candidates=chosen.candidates,
-        warnings=[*([] if warning is None else [warning]), *reading_warnings(adapters)],
+        warnings=[
+            *warnings,
+            *([] if warning is None else [warning]),
+            *reading_warnings(adapters),
+        ],
         raised=[collection.task_ids[task] for task in chosen.plan.raised],
         calibrated=encoder.settings.calibration is not None,
-        recovered=dict(recovered or {}),
+        kl_kept=dict(kl_kept or {}),
+        chosen_by=chosen_by or BY_ERROR,
         kept=list(kept),
-        losses=Losses.of(writer.tasks, writer.modules),
+        losses=Losses.of(writer.tasks, writer.modules, seen),
         extra_nbytes=extra_nbytes(writer.tasks),
     )
     writer.finish(model_card(base_model or common, report))

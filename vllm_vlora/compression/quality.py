@@ -1,7 +1,7 @@
-"""Compress to a quality instead of a size: every task keeps a part of what its adapter gained.
+"""Compress to a quality instead of a size: every task keeps a part of what its adapter changed.
 
-How much of a task's gain survives an error of its delta_W differs from task to task and is only known
-by running the model. So each task has an error limit of its own, searched for by bisection: all tasks
+How much of a task survives an error of its delta_W differs from task to task and is only known by
+running the model. So each task has an error limit of its own, searched for by bisection: all tasks
 are compressed to their limits, judged, and the limits moved. Tasks that fail at every limit are
 kept as they were.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -21,19 +23,54 @@ from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import Compression
-from vllm_vlora.compression.publishing import publish_checkpoint
+from vllm_vlora.compression.publishing import BY_ERROR, Chosen, publish_checkpoint
 from vllm_vlora.errors import OptionError
 from vllm_vlora.planning.plan import Budget
 
 Judge = Callable[[Path], Mapping[str, float | None]]
-"""Recovered fraction of every task of a checkpoint folder; None where it is undefined."""
+"""KL kept of every task of a checkpoint folder; None where it is undefined."""
 
+
+class Jury(Protocol):
+    """Judges several forms of one collection, if that is worth its time."""
+
+    @property
+    def how(self) -> str:
+        """What a choice went by, for the report; known once there was a judgement."""
+
+    def declines(self, forms: int, seconds: float) -> str | None:
+        """Why judging so many forms is not worth it, when measuring took so long; None where it is."""
+
+    def __call__(self, folders: Sequence[Path]) -> Sequence[Mapping[str, float | None]]:
+        """KL kept of the tasks, for every checkpoint folder; tasks may be left out in all of them."""
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A jury of one judge, who is always asked."""
+
+    judge: Judge
+    how: str = "KL kept on held-out text"
+
+    def declines(self, forms: int, seconds: float) -> str | None:
+        """Never."""
+        return None
+
+    def __call__(self, folders: Sequence[Path]) -> Sequence[Mapping[str, float | None]]:
+        """As :class:`Jury`."""
+        return [self.judge(folder) for folder in folders]
+
+
+# Private, joint, flat and a mixture.
+_FORMS = 4
 _FIRST_LIMIT = 0.3
 _LARGEST_LIMIT = 0.95
 # A task that fails even here is kept as it was.
 _SMALLEST_LIMIT = 0.01
 _ROUNDS = 6
 _CLOSE = 1.15
+# Forms whose mean KL kept differs by less are alike.
+_ALIKE = 0.002
 
 
 @dataclass
@@ -75,18 +112,17 @@ def compress_to_quality(
     base_model: str | None = None,
     progress: Progress | None = None,
 ) -> CompressReport:
-    """Compress so that every task recovers at least ``least``, in as few bytes as that takes.
+    """Compress so that every task keeps at least ``least``, in as few bytes as that takes.
 
     The adapters are measured once; each round plans, encodes and judges a checkpoint.
 
     Args:
-        least: of (loss of the base - loss of the task) / (loss of the base - loss of the adapter),
-            between 0 and 1.
+        least: of KL kept, 1 - KL(adapter || task) / KL(adapter || base), between 0 and 1.
         judge: measures it on a checkpoint that is never published.
         options: as of ``compress``, without a budget of their own.
 
     Returns:
-        The report, with the fractions measured on what was written in ``recovered`` and the tasks that
+        The report, with the fractions measured on what was written in ``kl_kept`` and the tasks that
         failed at every limit, which are stored as they were, in ``kept``.
 
     Raises:
@@ -98,25 +134,28 @@ def compress_to_quality(
         ...     records = Checkpoint.open(path).tasks
         ...     return {task: 1 - record.error**2 for task, record in records.items()}
         >>> report = compress_to_quality(tasks, folder / "checkpoint", 0.9, judge)
-        >>> min(report.recovered.values()) >= 0.9
+        >>> min(report.kl_kept.values()) >= 0.9
         True
     """
     options = options or CompressOptions()
     if not 0 < least <= 1:
-        raise OptionError(f"min_recovered must be above 0 and at most 1, got {least}")
+        raise OptionError(f"min_kept must be above 0 and at most 1, got {least}")
     if options.has_budget:
         raise OptionError(
-            "min_recovered finds the size by itself; leave out ratio, max_bytes, max_error, gate "
+            "min_kept finds the size by itself; leave out ratio, max_bytes, max_error, gate "
             "and num_components"
         )
 
     def make(folder: Path, scratch: Path) -> CompressReport:
         collection = Collection(adapters)
         with Compression(collection, options, scratch, progress, bounded=False) as compression:
-            limits, recovered = _QualitySearch(compression, scratch, judge, least).run()
+            limits, judged = _QualitySearch(compression, scratch, judge, least).run()
             kept = [task for task, limit in zip(collection.task_ids, limits.tolist()) if limit == 0]
             chosen = compression.choose(Budget(limits=limits))
-            return compression.write(folder, chosen, base_model, recovered=recovered, kept=kept)
+            how = OneByOne(judge).how
+            return compression.write(
+                folder, chosen, base_model, kl_kept=judged, chosen_by=how, kept=kept
+            )
 
     return publish_checkpoint(output, force, make, adapters, options)
 
@@ -124,21 +163,23 @@ def compress_to_quality(
 def compress_judged(
     adapters: Mapping[str, Adapter],
     output: str | Path,
-    judge: Judge,
+    jury: Jury,
     options: CompressOptions | None = None,
     *,
     force: bool = False,
     base_model: str | None = None,
     progress: Progress | None = None,
 ) -> CompressReport:
-    """Compress to a budget; the representation is chosen by what the tasks recover, not by error.
+    """Compress to a budget; the representation is chosen by what the tasks keep, not by error.
 
     The best plan of every representation, by error, is written, judged, and the one with the highest
     mean kept. The error alone can be wrong about this: a basis that a family shares keeps what its
-    members have in common, and loses what sets them apart.
+    members have in common, and loses what sets them apart. Without a budget each is as small as its
+    predicted loss allows, and the smallest of those that keep as much as the best is chosen. Under an
+    error limit the smallest is wanted, and nobody is asked.
 
     Args:
-        judge: measures recovered fractions on a checkpoint that is never published.
+        jury: measures KL kept on checkpoints that are never published.
 
     Raises:
         As :func:`vllm_vlora.compress`.
@@ -148,28 +189,48 @@ def compress_judged(
     def make(folder: Path, scratch: Path) -> CompressReport:
         collection = Collection(adapters)
         with Compression(collection, options, scratch, progress) as compression:
-            judged = []
-            for number, chosen in enumerate(compression.best_of_each()):
-                trial = scratch / f"trial{number}"
-                trial.mkdir()
-                compression.write(trial, chosen, base_model, trial=True)
-                judged.append((chosen, judge(trial)))
-                shutil.rmtree(trial)
-            best, recovered = max(
-                judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error)
-            )
-            candidates = [
-                chosen.candidates[0]._replace(recovered=_mean(found)) for chosen, found in judged
-            ]
-            best = replace(best, candidates=candidates)
-            return compression.write(folder, best, base_model, recovered=recovered)
+            if options.max_error is not None:
+                return compression.write(folder, compression.choose(), base_model)
+            started = time.monotonic()
+            _ = compression.candidates.survey
+            reason = jury.declines(_FORMS, time.monotonic() - started)
+            if reason is not None:
+                how = f"{BY_ERROR}; {reason}"
+                return compression.write(folder, compression.choose(), base_model, chosen_by=how)
+            best, kl_kept = _judged(compression, scratch, jury, options.by_size)
+            return compression.write(folder, best, base_model, kl_kept=kl_kept, chosen_by=jury.how)
 
     return publish_checkpoint(output, force, make, adapters, options)
 
 
-def _mean(recovered: Mapping[str, float | None]) -> float:
+def _judged(
+    compression: Compression, scratch: Path, jury: Jury, by_size: bool
+) -> tuple[Chosen, Mapping[str, float | None]]:
+    """What keeps most, and what it keeps of each task that was judged."""
+    forms = compression.best_of_each()
+    trials = []
+    for number, chosen in enumerate(forms):
+        trials.append(scratch / f"trial{number}")
+        trials[-1].mkdir()
+        compression.write(trials[-1], chosen, trial=True)
+    found = jury(trials)
+    for trial in trials:
+        shutil.rmtree(trial)
+    judged = list(zip(forms, found, strict=True))
+    best, kl_kept = max(judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error))
+    if by_size:
+        alike = [pair for pair in judged if _mean(pair[1]) >= _mean(kl_kept) - _ALIKE]
+        best, kl_kept = min(alike, key=lambda pair: pair[0].plan.nbytes)
+    candidates = [
+        chosen.candidates[0]._replace(kl_kept=_mean(kept) if kept else None)
+        for chosen, kept in judged
+    ]
+    return replace(best, candidates=candidates), kl_kept
+
+
+def _mean(kl_kept: Mapping[str, float | None]) -> float:
     """Of the fractions that are defined; zero where none is, so that the error decides."""
-    values = [value for value in recovered.values() if value is not None]
+    values = [value for value in kl_kept.values() if value is not None]
     return sum(values) / len(values) if values else 0.0
 
 
@@ -180,19 +241,17 @@ class _QualitySearch:
         self._tasks = compression.collection.task_ids
 
     def run(self) -> tuple[torch.Tensor, Mapping[str, float | None]]:
-        """Limits of the losses at which every judged task passes, and what it then recovers."""
+        """Limits of the losses at which every judged task passes, and what it then keeps."""
         searches = [_Search() for _ in self._tasks]
         best: tuple[int, torch.Tensor, Mapping[str, float | None]] | None = None
         # Tasks share bases, so a task may fail at a limit that it passed beside others: after the
         # bisection the limits only shrink, until all pass; at zero they pass by being unchanged.
         for number in range(3 * _ROUNDS):
             limits = self._limits(searches, final=number >= _ROUNDS)
-            nbytes, recovered = self._try(limits, number)
-            failing = [
-                task for task, name in enumerate(self._tasks) if self._fails(recovered, name)
-            ]
+            nbytes, judged = self._try(limits, number)
+            failing = [task for task, name in enumerate(self._tasks) if self._fails(judged, name)]
             if not failing and (best is None or nbytes < best[0]):
-                best = nbytes, limits, recovered
+                best = nbytes, limits, judged
             if number >= _ROUNDS and not failing:
                 break
             for task, search in enumerate(searches):
@@ -218,10 +277,10 @@ class _QualitySearch:
         folder.mkdir()
         chosen = self.compression.choose(Budget(limits=limits))
         report = self.compression.write(folder, chosen, trial=True)
-        recovered = self._judge(folder)
+        judged = self._judge(folder)
         shutil.rmtree(folder)
-        return report.nbytes, recovered
+        return report.nbytes, judged
 
-    def _fails(self, recovered: Mapping[str, float | None], task: str) -> bool:
-        value = recovered.get(task)
+    def _fails(self, judged: Mapping[str, float | None], task: str) -> bool:
+        value = judged.get(task)
         return value is not None and value < self._least

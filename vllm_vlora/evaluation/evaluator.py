@@ -7,12 +7,13 @@ with PEFT, as its original is. One base model is in memory; adapters are added t
 from __future__ import annotations
 
 import inspect
+import math
 import platform
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,14 +32,16 @@ from vllm_vlora.errors import AdapterError, ModelMismatchError, OptionError
 from vllm_vlora.evaluation.base_model import check_dtype, first_line, load_base_model, resolve
 from vllm_vlora.evaluation.fidelity import (
     NO_ORIGINAL,
+    Divergences,
     EvaluationReport,
     ExampleLosses,
+    Fraction,
     GreedyAgreement,
-    Recovered,
     TaskFidelity,
     compare_weights,
-    divergence_sum,
+    divergences,
     greedy_agreement,
+    kl_kept,
     recovered_fraction,
     total_error,
 )
@@ -68,6 +71,9 @@ SIMILARITY_LIMIT = 100
 _EXPORTED_AT_ONCE = 16
 # Logits are turned to probabilities in float32 so many at a time.
 _LOGITS_AT_ONCE = 1 << 24
+# A text that ends early leaves room for others, so many times.
+_SAMPLED_ROUNDS = 4
+LOSSES_ONLY = "not asked for: losses only"
 
 
 @dataclass(frozen=True)
@@ -123,10 +129,56 @@ class Comparison:
     base: ExampleLosses
     original: ExampleLosses | None
     compressed: ExampleLosses
-    recovered: Recovered
+    recovered: Fraction
+    kl_kept: Fraction
     agreement: float | None = None
-    kl: float | None = None
+    divergences: Divergences | None = None
     greedy: GreedyAgreement | None = None
+
+    @property
+    def kl(self) -> float | None:
+        """KL(original || compressed) in nats per supervised token."""
+        return None if self.divergences is None else self.divergences.kl
+
+    @property
+    def kl_base(self) -> float | None:
+        """KL(original || base) in nats per supervised token."""
+        return None if self.divergences is None else self.divergences.kl_base
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Adapters on the model.
+
+    Attributes:
+        use: makes one of them active, by name.
+        as_base: a context in which the model is the base, without any.
+    """
+
+    use: Callable[[str], None]
+    as_base: Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One batch: logits before each supervised token (tokens, vocabulary), and these tokens."""
+
+    batch: Batch
+    targets: torch.Tensor
+    owners: torch.Tensor
+    theirs: torch.Tensor
+    ours: Mapping[str, torch.Tensor]
+    base: torch.Tensor | None
+
+    def divergences(self, others: torch.Tensor) -> torch.Tensor:
+        """KL(original || others) of every token."""
+        pairs = zip(_in_chunks(self.theirs), _in_chunks(others))
+        return torch.cat([divergences(*pair) for pair in pairs])
+
+    def agreed(self, others: torch.Tensor) -> int:
+        """Tokens that the original and another find most likely alike."""
+        pairs = zip(_in_chunks(self.theirs), _in_chunks(others))
+        return sum(int((first.argmax(-1) == second.argmax(-1)).sum()) for first, second in pairs)
 
 
 class Evaluator:
@@ -165,6 +217,7 @@ class Evaluator:
             "logits_to_keep" in inspect.signature(self._model.forward).parameters
         )
         self._pad_id = padding_id(tokenizer)
+        self._start_id: int | None = tokenizer.bos_token_id
         # Beyond its positions a model fails, or answers nonsense.
         self._positions: int = getattr(self._model.config, "max_position_embeddings", 1 << 62)
         chosen = {path: found[: self.options.max_examples] for path, found in examples.items()}
@@ -174,6 +227,7 @@ class Evaluator:
         self._texts: dict[str, TaskText] = {}
         self._base: dict[tuple[Path, Path | None], ExampleLosses] = {}
         self._scores: dict[tuple[str, Path], TaskScores] = {}
+        self._from_base: dict[tuple[str, Path], torch.Tensor] = {}
 
     def choose_tokenizer(self, task: str, *folders: str | Path) -> Path | None:
         """Read a task's data as its adapter does, and the base model's losses on it too.
@@ -258,11 +312,13 @@ class Evaluator:
         base = self.base(task)
         if original is None:
             losses = self.adapter(task, compressed, losses_only=True).losses
-            return Comparison(base, None, losses, Recovered(None, reason=NO_ORIGINAL))
+            unknown = Fraction(None, reason=NO_ORIGINAL)
+            return Comparison(base, None, losses, unknown, unknown)
         if losses_only:
             theirs = self._original(task, Path(original)).losses
             losses = self.adapter(task, compressed, losses_only=True).losses
-            return Comparison(base, theirs, losses, recovered_fraction(base, theirs, losses))
+            recovered = recovered_fraction(base, theirs, losses)
+            return Comparison(base, theirs, losses, recovered, Fraction(None, reason=LOSSES_ONLY))
         return self._compare_tokens(task, base, Path(compressed), Path(original))
 
     def files(self, task: str) -> tuple[Path, ...]:
@@ -327,14 +383,16 @@ class Evaluator:
         return self._texts.get(task, self._text)
 
     @contextmanager
-    def _wide_enough(self, rows: Sequence[Row], text: TaskText) -> Iterator[None]:
-        """The base model with rows for all tokens of the text."""
+    def _wide_enough(self, rows: Sequence[Row], text: TaskText, least: int = 0) -> Iterator[None]:
+        """The base model with rows for all tokens of the text, and for ``least`` at least."""
         highest = max(max(row.input_ids) for row in rows)
-        if highest < tokens_of(self._model):
+        wanted = max(highest + 1, len(text.tokenizer)) if highest >= tokens_of(self._model) else 0
+        wanted = max(wanted, least)
+        if wanted <= tokens_of(self._model):
             yield
             return
         with kept(self._model):
-            resize_vocabulary(self._model, max(highest + 1, len(text.tokenizer)), mean=True)
+            resize_vocabulary(self._model, wanted, mean=True)
             yield
 
     def _check_tokens(self, rows: Sequence[Row], where: str) -> None:
@@ -351,39 +409,123 @@ class Evaluator:
             self._scores[key] = self.adapter(task, folder, losses_only=True)
         return self._scores[key]
 
+    def sample(self, folder: str | Path, tokens: int, length: int, seed: int = 0) -> list[Row]:
+        """Text that the model writes with an adapter, from nothing, at temperature 1.
+
+        Args:
+            folder: of PEFT. tokens: to be scored, about so many in all. length: the most of a text.
+
+        Raises:
+            As :meth:`adapter`.
+        """
+        length = min(length, self._positions)
+        rows: list[Row] = []
+        with self._loaded({"only": Path(folder)}), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # Texts that end early are made up for; a model that ends at once writes nothing.
+            for _ in range(_SAMPLED_ROUNDS):
+                missing = tokens - sum(row.supervised for row in rows)
+                if missing <= 0:
+                    break
+                rows += self._samples(math.ceil(missing / (length - 1)), length)
+        return rows
+
+    def _samples(self, count: int, length: int) -> list[Row]:
+        config = self._model.generation_config
+        ends = config.eos_token_id or []
+        start = self._start_id if self._start_id is not None else next(iter(ends), 0)
+        texts = self._generate([[start]] * count, set(ends), length - 1, do_sample=True, top_k=0)
+        return [Row([start, *text], [start, *text]) for text in texts]
+
+    def distances(
+        self, rows: Sequence[Row], original: str | Path, compressed: Sequence[str | Path]
+    ) -> list[Divergences]:
+        """How far forms of a task, and the base, are from its original on some text.
+
+        Args:
+            rows: every label counts that is not IGNORED.
+            compressed: PEFT folders.
+
+        Raises:
+            As :meth:`adapter`.
+        """
+        forms = {str(number): Path(folder) for number, folder in enumerate(compressed)}
+        base, sums = _Sums(rows), {name: _Sums(rows) for name in forms}
+        with self._loaded({"original": Path(original), **forms}) as loaded:
+            for seen in self._side_by_side(loaded, rows, self._text, list(forms)):
+                assert seen.base is not None
+                base.add(seen.batch, seen.owners, seen.divergences(seen.base))
+                for name, ours in seen.ours.items():
+                    sums[name].add(seen.batch, seen.owners, seen.divergences(ours))
+        known = base.finish(f"{original} beside the base")
+        return [
+            Divergences(known.nll, sums[name].finish(str(folder)).nll, known.tokens)
+            for name, folder in forms.items()
+        ]
+
     def _compare_tokens(
         self, task: str, base: ExampleLosses, compressed: Path, original: Path
     ) -> Comparison:
-        """Original and compressed side by side, batch by batch: no logits outlive their batch."""
-        rows = self._rows(task)
-        sums = [_Sums(rows), _Sums(rows)]
-        agreed, divergence = 0, 0.0
-        with self._loaded({"original": original, "compressed": compressed}) as use:
+        rows, text, key = self._rows(task), self._text_of(task), (task, original.absolute())
+        losses = {"original": _Sums(rows), "compressed": _Sums(rows)}
+        distances = {"base": _Sums(rows), "compressed": _Sums(rows)}
+        agreed, greedy = 0, None
+        with self._loaded({"original": original, "compressed": compressed}) as loaded:
             self._check_tokens(rows, str(original))
-            for batch in self._batches(rows):
-                use("original")
-                theirs, targets, owners = self._scored_logits(batch)
-                use("compressed")
-                ours, _, _ = self._scored_logits(batch)
-                sums[0].add(batch, theirs, targets, owners)
-                sums[1].add(batch, ours, targets, owners)
-                for first, second in zip(_in_chunks(theirs), _in_chunks(ours)):
-                    agreed += int((first.argmax(-1) == second.argmax(-1)).sum())
-                    divergence += divergence_sum(first, second)
-            greedy = self._compare_answers(use, rows, task) if self.options.greedy_tokens else None
-        theirs_losses = sums[0].finish(str(original))
-        ours_losses = sums[1].finish(str(compressed))
-        self._scores[task, original.absolute()] = TaskScores(theirs_losses)
-        count = int(base.tokens.sum())
+            with_base = key not in self._from_base
+            for seen in self._side_by_side(loaded, rows, text, ["compressed"], with_base):
+                batch, owners, ours = seen.batch, seen.owners, seen.ours["compressed"]
+                losses["original"].add(batch, owners, _nll(seen.theirs, seen.targets))
+                losses["compressed"].add(batch, owners, _nll(ours, seen.targets))
+                distances["compressed"].add(batch, owners, seen.divergences(ours))
+                if seen.base is not None:
+                    distances["base"].add(batch, owners, seen.divergences(seen.base))
+                agreed += seen.agreed(ours)
+            if self.options.greedy_tokens:
+                greedy = self._compare_answers(loaded.use, rows, task)
+        theirs_losses = losses["original"].finish(str(original))
+        ours_losses = losses["compressed"].finish(str(compressed))
+        self._scores[key] = TaskScores(theirs_losses)
+        if key not in self._from_base:
+            self._from_base[key] = distances["base"].finish(f"{original} beside the base").nll
+        apart = Divergences(
+            self._from_base[key],
+            distances["compressed"].finish(str(compressed)).nll,
+            theirs_losses.tokens,
+        )
         return Comparison(
             base,
             theirs_losses,
             ours_losses,
             recovered_fraction(base, theirs_losses, ours_losses),
-            agreed / count,
-            divergence / count,
+            kl_kept(apart),
+            agreed / int(base.tokens.sum()),
+            apart,
             greedy,
         )
+
+    def _side_by_side(
+        self,
+        loaded: _Loaded,
+        rows: Sequence[Row],
+        text: TaskText,
+        forms: Sequence[str],
+        with_base: bool = True,
+    ) -> Iterator[_Seen]:
+        """Original, compressed forms and base batch by batch: no logits outlive their batch."""
+        tokens = tokens_of(self._model)
+        for batch in self._batches(rows):
+            loaded.use("original")
+            theirs, targets, owners = self._scored_logits(batch)
+            ours = {}
+            for name in forms:
+                loaded.use(name)
+                ours[name] = self._scored_logits(batch)[0]
+            base = None
+            if with_base:
+                with loaded.as_base(), self._wide_enough(rows, text, tokens):
+                    base = self._scored_logits(batch)[0][:, : theirs.shape[-1]]
+            yield _Seen(batch, targets, owners, theirs, ours, base)
 
     def _compare_answers(
         self, use: Callable[[str], None], rows: Sequence[Row], task: str
@@ -394,19 +536,19 @@ class Evaluator:
         return greedy_agreement(theirs, self._answers(rows, task), self.options.greedy_tokens)
 
     @contextmanager
-    def _loaded(self, folders: Mapping[str, Path]) -> Iterator[Callable[[str], None]]:
-        """Adapters on the model, the first one active; yields the function that makes one active."""
+    def _loaded(self, folders: Mapping[str, Path]) -> Iterator[_Loaded]:
+        """Adapters on the model, the first one active."""
         layers = [name for name, _ in self._model.named_modules()]
         with tempfile.TemporaryDirectory(prefix="vllm-vlora-") as scratch:
             named = {
                 name: under_model_names(folder, layers, Path(scratch) / str(number))
                 for number, (name, folder) in enumerate(folders.items())
             }
-            with self._on_model(named) as use:
-                yield use
+            with self._on_model(named) as loaded:
+                yield loaded
 
     @contextmanager
-    def _on_model(self, folders: Mapping[str, Path]) -> Iterator[Callable[[str], None]]:
+    def _on_model(self, folders: Mapping[str, Path]) -> Iterator[_Loaded]:
         adapters = {name: open_adapter(folder) for name, folder in folders.items()}
         _check_base_weights(list(adapters.values()))
         saved = [
@@ -416,14 +558,14 @@ class Evaluator:
             if not tensor.whole
         ]
         # PEFT leaves its layers behind where loading fails, and base weights that a file brings always.
-        with kept(self._model, saved):
+        with kept(self._model, saved) as as_it_was:
             for adapter in adapters.values():
                 self._check_adapter(adapter)
             fit_vocabulary(self._model, list(adapters.values()))
             use = self._add(adapters)
             use(next(iter(adapters)))
             self._model.eval()
-            yield use
+            yield _Loaded(use, as_it_was)
 
     def _add(self, adapters: Mapping[str, Adapter]) -> Callable[[str], None]:
         """Put PEFT's layers into the model; returns the function that makes an adapter active."""
@@ -466,7 +608,8 @@ class Evaluator:
     def _losses(self, rows: Sequence[Row], what: str) -> ExampleLosses:
         sums = _Sums(rows)
         for batch in self._batches(rows):
-            sums.add(batch, *self._scored_logits(batch))
+            logits, targets, owners = self._scored_logits(batch)
+            sums.add(batch, owners, _nll(logits, targets))
         return sums.finish(what)
 
     @torch.no_grad()
@@ -495,19 +638,23 @@ class Evaluator:
         order = sorted(range(len(rows)), key=lambda index: -len(prompts[index]))
         for start in range(0, len(order), self.options.batch_size):
             chosen = order[start : start + self.options.batch_size]
-            generated = self._generate([prompts[index] for index in chosen], ends)
+            asked = [prompts[index] for index in chosen]
+            generated = self._generate(asked, ends, self.options.greedy_tokens)
             answers.update(zip(chosen, generated, strict=True))
         return tuple(answers[index] for index in range(len(rows)))
 
-    def _generate(self, prompts: Sequence[Sequence[int]], ends: set[int]) -> list[tuple[int, ...]]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], ends: set[int], tokens: int, **how: Any
+    ) -> list[tuple[int, ...]]:
         longest = max(map(len, prompts))
         padded = [[self._pad_id] * (longest - len(p)) + list(p) for p in prompts]
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
         out = self._model.generate(
             input_ids=torch.tensor(padded, device=self.device),
             attention_mask=torch.tensor(mask, device=self.device),
-            max_new_tokens=self.options.greedy_tokens,
+            max_new_tokens=tokens,
             eos_token_id=sorted(ends) or None,
+            **how,
         )
         return [_until(row[longest:].tolist(), ends) for row in out]
 
@@ -545,21 +692,15 @@ def _check_base_weights(adapters: Sequence[Adapter]) -> None:
 
 
 class _Sums:
-    """Losses summed by example while batches come in any order."""
+    """What each scored token costs, summed by example while batches come in any order."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._nll = torch.zeros(len(rows), dtype=torch.float64)
         self._tokens = torch.tensor([row.supervised for row in rows])
 
-    def add(
-        self, batch: Batch, logits: torch.Tensor, targets: torch.Tensor, owners: torch.Tensor
-    ) -> None:
+    def add(self, batch: Batch, owners: torch.Tensor, costs: torch.Tensor) -> None:
         places = torch.tensor(batch.indices)[owners.cpu()]
-        parts = [
-            torch.nn.functional.cross_entropy(chunk.float(), wanted, reduction="none")
-            for chunk, wanted in zip(_in_chunks(logits), targets.split(_chunk_rows(logits)))
-        ]
-        self._nll.index_add_(0, places, torch.cat(parts).double().cpu())
+        self._nll.index_add_(0, places, costs.double().cpu())
 
     def finish(self, what: str) -> ExampleLosses:
         if not is_finite(self._nll):
@@ -568,6 +709,15 @@ class _Sums:
                 "weights if that does not help"
             )
         return ExampleLosses(self._nll, self._tokens)
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p of each target, (tokens,), in nats."""
+    parts = [
+        torch.nn.functional.cross_entropy(chunk.float(), wanted, reduction="none")
+        for chunk, wanted in zip(_in_chunks(logits), targets.split(_chunk_rows(logits)))
+    ]
+    return torch.cat(parts)
 
 
 def prompt_of(row: Row) -> list[int]:
@@ -719,9 +869,11 @@ def _judge(
         base_loss=found.base.loss,
         adapter_loss=None if found.original is None else found.original.loss,
         compressed_loss=found.compressed.loss,
+        kl_kept=found.kl_kept,
         recovered=found.recovered,
         agreement=found.agreement,
         kl=found.kl,
+        kl_base=found.kl_base,
         greedy=found.greedy,
         modules=errors,
         error=error,

@@ -1,13 +1,19 @@
 """What a compressed task lost: the figures of a fidelity report and their arithmetic.
 
-The honest figure is the *recovered fraction* of a task on held-out text,
+The figure that gates and choices go by is *KL kept* on some text,
+
+    1 - KL(adapter || compressed) / KL(adapter || base)
+
+with divergences in nats per supervised token: 1 says that the compressed task behaves as its adapter
+does, 0 that it is as far from it as the base model. Beside it stands the *recovered fraction*,
 
     (loss_base - loss_compressed) / (loss_base - loss_adapter)
 
-with losses in nats per supervised token: 1 says that the compressed task does all the good that its
-adapter did, 0 that it does none. It is not clipped: a little noise may carry it above 1, and a task
-that does harm is below 0. It is undefined where the adapter itself does not clearly improve on the
-base model: the denominator would be noise.
+with losses in nats per supervised token: of the good that the adapter did, how much is left. An adapter
+that was not trained to the end gains by being scaled up, and so recovers less when it is scaled down,
+however faithful it is; KL kept has its greatest value where nothing is changed. Neither is clipped: a
+task that does harm is below 0. They are undefined where the adapter does not change, or not clearly
+improve on, the base model: the denominator would be noise.
 
 Nothing here runs a model; ``vllm_vlora.evaluation.evaluator`` does and hands over sums per example.
 """
@@ -15,14 +21,15 @@ Nothing here runs a model; ``vllm_vlora.evaluation.evaluator`` does and hands ov
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors
-from vllm_vlora.checkpoint.losses import Losses
+from vllm_vlora.checkpoint.losses import Losses, predicted_loss
+from vllm_vlora.checkpoint.task_entry import common
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.merging.spectra import (
     SPECTRUM_QUANTILES,
@@ -37,6 +44,8 @@ MIN_GAIN = 0.01
 """Nats per token by which an adapter must improve on the base before a fraction means anything."""
 MIN_GAIN_ERRORS = 2.0
 """Standard errors by which it must do so: less is no gain that these examples can show."""
+MIN_DIVERGENCE = 1e-3
+"""Nats per token by which an adapter must change the model before keeping that means anything."""
 NO_ORIGINAL = "no original given"
 
 _RESAMPLES = 2000
@@ -67,8 +76,33 @@ class ExampleLosses:
 
 
 @dataclass(frozen=True)
-class Recovered:
-    """A recovered fraction, or why there is none.
+class Divergences:
+    """How far models are from an adapter on one data set.
+
+    Attributes:
+        base, compressed: (examples,) float64, KL(adapter || base) and KL(adapter || compressed task), in
+            nats, summed over an example's supervised tokens.
+        tokens: (examples,) int64, their number.
+    """
+
+    base: torch.Tensor
+    compressed: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def kl_base(self) -> float:
+        """KL(adapter || base), mean per supervised token over all examples."""
+        return float(self.base.sum() / self.tokens.sum())
+
+    @property
+    def kl(self) -> float:
+        """KL(adapter || compressed), mean per supervised token over all examples."""
+        return float(self.compressed.sum() / self.tokens.sum())
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """KL kept or a recovered fraction, or why there is none.
 
     Attributes:
         value: the fraction; None where it is undefined.
@@ -90,7 +124,7 @@ def recovered_fraction(
     *,
     resamples: int = _RESAMPLES,
     seed: int = 0,
-) -> Recovered:
+) -> Fraction:
     """The recovered fraction of one task, with its uncertainty over examples.
 
     With N_i and D_i the gains (base's nll less the model's) of the compressed task and of the adapter
@@ -108,14 +142,29 @@ def recovered_fraction(
     assert torch.equal(base.tokens, compressed.tokens), "losses of different examples"
     reason = _why_undefined(base, original)
     if reason is not None:
-        return Recovered(None, reason=reason)
-    kept, gained = base.nll - compressed.nll, base.nll - original.nll
-    value = float(kept.sum() / gained.sum())
-    if len(kept) < 2:
-        return Recovered(value)
-    error = _ratio_error(kept, gained, value)
-    interval = _bootstrap(kept, gained, resamples, seed) if resamples else None
-    return Recovered(value, error, interval)
+        return Fraction(None, reason=reason)
+    return _fraction(base.nll - compressed.nll, base.nll - original.nll, resamples, seed)
+
+
+def kl_kept(found: Divergences, *, resamples: int = _RESAMPLES, seed: int = 0) -> Fraction:
+    """KL kept by one task, with its uncertainty over examples, as of :func:`recovered_fraction`.
+
+    Args:
+        resamples: draws of the bootstrap; 0 for none.
+        seed: of the bootstrap, so that a report repeats.
+    """
+    if found.kl_base < MIN_DIVERGENCE:
+        reason = f"the adapter's KL to the base is {found.kl_base:.2g}, less than {MIN_DIVERGENCE}"
+        return Fraction(None, reason=reason)
+    return _fraction(found.base - found.compressed, found.base, resamples, seed)
+
+
+def _fraction(top: torch.Tensor, bottom: torch.Tensor, resamples: int, seed: int) -> Fraction:
+    value = float(top.sum() / bottom.sum())
+    if len(top) < 2:
+        return Fraction(value)
+    interval = _bootstrap(top, bottom, resamples, seed) if resamples else None
+    return Fraction(value, _ratio_error(top, bottom, value), interval)
 
 
 def _why_undefined(base: ExampleLosses, original: ExampleLosses) -> str | None:
@@ -209,8 +258,8 @@ def greedy_agreement(
     )
 
 
-def divergence_sum(original: torch.Tensor, compressed: torch.Tensor) -> float:
-    """Sum over rows of KL(softmax(original) || softmax(compressed)), in nats.
+def divergences(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(original) || softmax(compressed)) of every row, (tokens,) float64, in nats.
 
     Args:
         original, compressed: (tokens, vocabulary) logits of the same positions.
@@ -219,7 +268,7 @@ def divergence_sum(original: torch.Tensor, compressed: torch.Tensor) -> float:
     log_q = compressed.float().log_softmax(-1)
     # A token that the original rules out (-inf) adds nothing; 0 * inf would be NaN.
     terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
-    return float(terms.sum(-1, dtype=torch.float64).sum())
+    return terms.sum(-1, dtype=torch.float64)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -304,8 +353,9 @@ class TaskFidelity:
     Attributes:
         data: the data files; ``data_digest`` is over their contents.
         examples, tokens: how many were scored; ``left_out`` examples had no supervised token.
+        kl_kept: 1 - ``kl`` / ``kl_base``.
         agreement: share of supervised positions with the same most likely token as the original.
-        kl: KL(original || compressed) in nats per supervised token.
+        kl, kl_base: KL(original || compressed) and KL(original || base) in nats per supervised token.
         greedy: of free-running answers; None if not asked for.
         modules: relative errors by module; from the original's weights, or without an original as the
             checkpoint recorded them.
@@ -326,9 +376,11 @@ class TaskFidelity:
     base_loss: float
     adapter_loss: float | None
     compressed_loss: float
-    recovered: Recovered
+    kl_kept: Fraction
+    recovered: Fraction
     agreement: float | None
     kl: float | None
+    kl_base: float | None
     greedy: GreedyAgreement | None
     modules: Mapping[str, float | None]
     error: float | None
@@ -339,10 +391,16 @@ class TaskFidelity:
     no_update: bool = False
     tokenizer: str | None = None
 
+    @property
+    def predicted_loss(self) -> float | None:
+        """What ``error`` alone lets one expect to be lost of the gain; None without an error."""
+        kinds = {name.split(" ")[0] for name in self.stored_as}
+        return None if self.error is None else predicted_loss(self.error, common(kinds))
+
 
 @dataclass(frozen=True)
 class FidelitySummary:
-    """Over the tasks whose recovered fraction is defined; None where there are none."""
+    """Over the tasks whose fraction is defined; None where there are none."""
 
     judged: int
     mean: float | None
@@ -376,22 +434,25 @@ class EvaluationReport:
 
     @property
     def summary(self) -> FidelitySummary:
+        """Mean, median and worst KL kept."""
+        return summarize({task.task_id: task.kl_kept for task in self.tasks})
+
+    @property
+    def recovered(self) -> FidelitySummary:
         """Mean, median and worst recovered fraction."""
-        return summarize_recovered({task.task_id: task.recovered for task in self.tasks})
+        return summarize({task.task_id: task.recovered for task in self.tasks})
 
     def below(self, threshold: float) -> list[TaskFidelity]:
-        """Tasks whose recovered fraction is defined and under ``threshold``, worst first."""
-        failing = [(value, task) for value, task in self._judged() if value < threshold]
-        return [task for _, task in sorted(failing, key=lambda pair: pair[0])]
-
-    def _judged(self) -> Iterator[tuple[float, TaskFidelity]]:
-        for task in self.tasks:
-            if task.recovered.value is not None:
-                yield task.recovered.value, task
+        """Tasks whose KL kept is defined and under ``threshold``, worst first."""
+        failing = [
+            (task.kl_kept.value, task) for task in self.tasks if task.kl_kept.value is not None
+        ]
+        return [
+            task for value, task in sorted(failing, key=lambda pair: pair[0]) if value < threshold
+        ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON data: sizes in bytes, losses in nats per token, None for unknown."""
-        summary = self.summary
+        """The report as JSON data, see ``figures.ReportFigures``."""
         return {
             "checkpoint": self.checkpoint,
             "base_model": self.base_model,
@@ -399,16 +460,11 @@ class EvaluationReport:
             "original_bytes": self.original_nbytes,
             "basis_bytes": self.basis_nbytes,
             "ratio": self.original_nbytes / self.nbytes if self.nbytes else None,
-            "recovered": {
-                "judged": summary.judged,
-                "mean": summary.mean,
-                "median": summary.median,
-                "worst": summary.worst,
-                "worst_task": summary.worst_task,
-            },
+            "kl_kept": asdict(self.summary),
+            "recovered": asdict(self.recovered),
             "tasks": [_task_data(task) for task in self.tasks],
             "losses": Losses.measured(
-                {task.task_id: task.error for task in self.tasks},
+                {task.task_id: task.predicted_loss for task in self.tasks},
                 {task.task_id: task.modules for task in self.tasks},
                 [task.task_id for task in self.tasks if task.no_update],
             ).to_dict(),
@@ -435,9 +491,9 @@ class EvaluationReport:
         }
 
 
-def summarize_recovered(recovered: Mapping[str, Recovered]) -> FidelitySummary:
+def summarize(fractions: Mapping[str, Fraction]) -> FidelitySummary:
     """Mean, median and worst of the fractions that are defined."""
-    values = {task: r.value for task, r in recovered.items() if r.value is not None}
+    values = {task: found.value for task, found in fractions.items() if found.value is not None}
     if not values:
         return FidelitySummary(0, None, None, None, None)
     worst = min(values, key=lambda task: values[task])
@@ -451,7 +507,7 @@ def summarize_recovered(recovered: Mapping[str, Recovered]) -> FidelitySummary:
 
 
 def _task_data(task: TaskFidelity) -> dict[str, Any]:
-    recovered, greedy = task.recovered, task.greedy
+    greedy = task.greedy
     return {
         "task": task.task_id,
         "data": list(task.data),
@@ -462,12 +518,11 @@ def _task_data(task: TaskFidelity) -> dict[str, Any]:
         "base_loss": task.base_loss,
         "adapter_loss": task.adapter_loss,
         "compressed_loss": task.compressed_loss,
-        "recovered": recovered.value,
-        "recovered_standard_error": recovered.standard_error,
-        "recovered_interval": recovered.interval and list(recovered.interval),
-        "undefined_because": recovered.reason,
+        **_fraction_data("kl_kept", task.kl_kept),
+        **_fraction_data("recovered", task.recovered),
         "agreement": task.agreement,
         "kl": task.kl,
+        "kl_base": task.kl_base,
         "greedy": greedy
         and {
             "tokens": greedy.tokens,
@@ -484,4 +539,13 @@ def _task_data(task: TaskFidelity) -> dict[str, Any]:
         "ratio": task.original_nbytes / task.nbytes if task.nbytes else None,
         "stored_as": dict(task.stored_as),
         "tokenizer": task.tokenizer,
+    }
+
+
+def _fraction_data(name: str, fraction: Fraction) -> dict[str, Any]:
+    return {
+        name: fraction.value,
+        f"{name}_standard_error": fraction.standard_error,
+        f"{name}_interval": fraction.interval and list(fraction.interval),
+        f"{name}_undefined_because": fraction.reason,
     }

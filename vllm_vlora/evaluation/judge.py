@@ -1,9 +1,16 @@
-"""Judges a compressed checkpoint by running the base model on held-out text."""
+"""Judges compressed checkpoints by running the base model: on held-out text, or on text of its own.
+
+Where there is no data, the model writes some with each original adapter: KL to it, on what it says
+by itself, tells checkpoints apart as it does on held-out text; the error of weights does not.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +21,21 @@ from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.task_files import find_data
-from vllm_vlora.errors import OptionError, TaskNotFoundError
+from vllm_vlora.errors import OptionError, TaskNotFoundError, VLoRAError
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
+from vllm_vlora.evaluation.fidelity import kl_kept
 from vllm_vlora.wording import some_of
+
+Found = dict[str, float | None]
+"""Task -> KL kept; None where it is undefined."""
+
+SAMPLED_TOKENS, SAMPLED_LENGTH = 256, 48
+"""Tokens that the model writes for a task, and the most in one text."""
+_LEAST_TASKS, _MOST_TASKS = 4, 16
+# Of a large matrix product's speed, what a model reaches on short texts.
+_EFFICIENCY = 0.3
+# Writing a token takes a pass of its own, which costs more than the token's share of a long one.
+_WRITING_PASSES = 4
 
 
 @dataclass(frozen=True)
@@ -35,8 +54,8 @@ class _Given:
 
 def make_judge(
     adapters: Mapping[str, Adapter], base: str | None, data: list[str], progress: Progress
-) -> Callable[[Path], dict[str, float | None]]:
-    """A function that gives the recovered fraction of every task of a checkpoint folder.
+) -> Callable[[Path], Found]:
+    """A function that gives the KL kept of every task of a checkpoint folder, on held-out text.
 
     Raises:
         OptionError: no base model is named, or a task has no data.
@@ -56,14 +75,185 @@ def make_judge(
     for task, adapter in adapters.items():
         evaluator.choose_tokenizer(task, adapter.path)
 
-    def judge(folder: Path) -> dict[str, float | None]:
-        checkpoint, found = Checkpoint.open(folder), dict[str, float | None]()
+    def judge(folder: Path) -> Found:
+        checkpoint, found = Checkpoint.open(folder), Found()
         for done, (task, adapter) in enumerate(adapters.items(), 1):
             with tempfile.TemporaryDirectory(prefix="vllm-vlora-") as root:
                 exported = export_task(checkpoint, task, Path(root) / "task", dtype=torch.float32)
-                compared = evaluator.compare(task, exported, adapter.path, losses_only=True)
-            found[task] = compared.recovered.value
+                found[task] = evaluator.compare(task, exported, adapter.path).kl_kept.value
             progress("judge", done, len(adapters))
         return found
 
     return judge
+
+
+# --- without data ---------------------------------------------------------------------------------
+
+
+class SelfJudge:
+    """Judges forms of one collection by KL kept on text that the model writes with each original.
+
+    Tasks are taken from all over the collection, one after another, each in all forms: 4 at least, 16 at
+    most, and no more than measuring the adapters took.
+
+    Args:
+        model: folder of the base model.
+        always: judge every task, however long it takes; what stands in the way is then an error.
+
+    Attributes:
+        how: what a choice went by, for a report.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Adapter],
+        model: Path,
+        always: bool,
+        progress: Progress,
+    ) -> None:
+        self._adapters, self._model, self._always = adapters, model, always
+        self._progress = progress
+        self._seconds = math.inf
+        self.how = ""
+
+    def declines(self, forms: int, seconds: float) -> str | None:
+        """Why judging so many forms is not worth it, when measuring took so long; None where it is."""
+        if self._always:
+            return None
+        if not fits_in_memory(self._model):
+            return "the base model does not fit in half of the free memory (--judge asks it all the same)"
+        expected = seconds_to_judge(self._model, len(self._adapters), forms)
+        if expected > seconds:
+            return (
+                f"asking the base model would take some {expected:.0f} s, measuring took "
+                f"{seconds:.0f} s (--judge asks it all the same)"
+            )
+        self._seconds = seconds
+        return None
+
+    def __call__(self, folders: Sequence[Path]) -> list[Found]:
+        """KL kept of the tasks that were judged, for every checkpoint folder.
+
+        Raises:
+            OptionError, AdapterError, ModelMismatchError: as of ``Evaluator``, if always asked.
+        """
+        if len(folders) == 1 and not self._always:
+            return [{}]
+        try:
+            return self._judge_all(folders)
+        except VLoRAError as error:
+            if self._always:
+                raise
+            self.how = f"the error of the weights; the base model cannot be asked: {error}"
+            return [{} for _ in folders]
+
+    def _judge_all(self, folders: Sequence[Path]) -> list[Found]:
+        started = time.monotonic()
+        self._progress("load the base model", 0, 1)
+        evaluator = Evaluator(self._model, {}, EvaluationOptions(batch_size=8, greedy_tokens=0))
+        loaded = time.monotonic()
+        checkpoints = [Checkpoint.open(folder) for folder in folders]
+        found: list[Found] = [{} for _ in folders]
+        order = _spread(list(self._adapters))
+        order = order if self._always else order[:_MOST_TASKS]
+        for done, task in enumerate(order, 1):
+            self._progress("judge", done - 1, len(order))
+            for kept, value in zip(found, self._judge(evaluator, checkpoints, task)):
+                kept[task] = value
+            now = time.monotonic()
+            each = (now - loaded) / done
+            if done >= _LEAST_TASKS and now - started + each > self._seconds:
+                break
+        self._progress("judge", len(order), len(order))
+        self.how = (
+            f"KL kept on {SAMPLED_TOKENS} tokens that the model wrote with each of {len(found[0])} of "
+            f"{len(self._adapters)} adapters"
+        )
+        return found
+
+    def _judge(
+        self, evaluator: Evaluator, checkpoints: Sequence[Checkpoint], task: str
+    ) -> list[float | None]:
+        original = self._adapters[task].path
+        rows = evaluator.sample(original, SAMPLED_TOKENS, SAMPLED_LENGTH)
+        if not any(row.supervised for row in rows):
+            return [None] * len(checkpoints)
+        with tempfile.TemporaryDirectory(prefix="vllm-vlora-") as root:
+            folders = [
+                export_task(checkpoint, task, Path(root) / str(number), dtype=torch.float32)
+                for number, checkpoint in enumerate(checkpoints)
+            ]
+            apart = evaluator.distances(rows, original, folders)
+        return [kl_kept(divergences, resamples=0).value for divergences in apart]
+
+
+def _spread(tasks: list[str]) -> list[str]:
+    """All tasks, such that the first few stand far apart: families are often listed together."""
+    order: list[str] = []
+    step = len(tasks)
+    while step:
+        order += [task for task in tasks[::step] if task not in order]
+        step //= 2
+    return order
+
+
+def seconds_to_judge(model: Path, tasks: int, forms: int) -> float:
+    """About how long ``SelfJudge`` takes on this machine, from the model's size and a matrix product.
+
+    Args:
+        model: its folder. tasks: of the collection. forms: checkpoints that are compared.
+    """
+    passes = 2 + forms + _WRITING_PASSES
+    tokens = min(tasks, _LEAST_TASKS) * SAMPLED_TOKENS * passes
+    return 2 * _parameters(model) * tokens / (_EFFICIENCY * _flops())
+
+
+def fits_in_memory(model: Path) -> bool:
+    """Whether the model, in float32 on a CPU, takes no more than half of the memory that is free."""
+    if torch.cuda.is_available():
+        return 2 * _parameters(model) < torch.cuda.mem_get_info()[0] / 2
+    try:
+        text = Path("/proc/meminfo").read_text()
+    # Elsewhere than on Linux it is not known.
+    except OSError:
+        return True
+    free = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.M)
+    return free is None or 4 * _parameters(model) < int(free[1]) * 1024 / 2
+
+
+def _parameters(model: Path) -> float:
+    """At 16 bits each; of a model that is stored in 32 bits twice as many as there are."""
+    return sum(file.stat().st_size for file in _weights(model)) / 2
+
+
+def _weights(model: Path) -> list[Path]:
+    return [*model.glob("*.safetensors")] or [*model.glob("pytorch_model*.bin")]
+
+
+def _flops() -> float:
+    """Floating-point operations a second of a matrix product, on the device that a model would get."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    square = torch.rand(768, 768, device=device)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        float((square @ square)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2 * 768**3 / best
+
+
+def local_model(name: str) -> Path | None:
+    """The folder of a model on this machine, also in the Hub's cache; None where it is not here.
+
+    Nothing is downloaded.
+    """
+    import huggingface_hub
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        # Not a Hub id, or nothing of it in the cache: the errors differ between versions.
+        except (ValueError, OSError):
+            return None
+    return folder if (folder / "config.json").is_file() and _weights(folder) else None

@@ -52,8 +52,8 @@ def fit_flat(
 ) -> FlatFit:
     """Fit means and k = min(num_components, adapters - 1, rank d_in, rank d_out) components a side.
 
-    Up to ``num_components + oversample`` adapters are held together and give the components exactly;
-    more are streamed through the randomised block Krylov method of
+    Up to twice ``num_components + oversample`` adapters are held together and give the components
+    exactly; more are streamed through the randomised block Krylov method of
     :mod:`vllm_vlora.fitting.shared_basis`, in about 24 rank (d_in + d_out) (num_components + oversample)
     bytes whatever their number.
 
@@ -74,9 +74,11 @@ def fit_flat(
             f"num_components and passes must be positive, got {num_components} and {passes}"
         )
     width = num_components + oversample
-    mean_a, mean_b, count, held = _read_means(read, rank, d_in, d_out, width)
+    # As many as the two blocks of the streaming fit have.
+    mean_a, mean_b, count, held = _read_means(read, rank, d_in, d_out, 2 * width)
     if held is not None:
-        a, b = (leading_directions([x]) for x in _centred(held, rank, mean_a, mean_b))
+        k = min(num_components, count - 1)
+        a, b = (leading_directions([x], k) for x in _centred(held, rank, mean_a, mean_b))
     else:
         generator = torch.Generator().manual_seed(seed)
         side_a, side_b = (

@@ -27,7 +27,7 @@ from itertools import chain
 
 import torch
 
-from vllm_vlora.representations.factors import ReadFactors, ScaledFactors, balanced_svd
+from vllm_vlora.representations.factors import ReadFactors, ScaledFactors, stacked_svd
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def fit_bases(
     """Fit the bases of one module: (U transposed (k_out, d_out), V (k_in, d_in)), float32.
 
     Every adapter counts alike, whatever its norm; one whose delta_W is zero counts nothing. Where
-    the ranks of all adapters together fit into ``num_components + oversample``, their stacked
+    the ranks of all adapters together fit into twice ``num_components + oversample``, their stacked
     singular vectors give the bases exactly; otherwise a randomised block Krylov method does, in about
     24 (d_in + d_out) (num_components + oversample) bytes and one adapter, whatever the number of
     adapters, and as well in any order of them.
@@ -109,11 +109,12 @@ def fit_bases(
         )
     width = num_components + oversample
     adapters = iter(read())
-    held, total_rank = _take(adapters, width)
+    # As many rows as the two blocks of the streaming fit have.
+    held, total_rank = _take(adapters, 2 * width)
     if not total_rank:
         raise ValueError("there are no adapters to fit")
-    if total_rank <= width:
-        u, v = _fit_exact(held)
+    if total_rank <= 2 * width:
+        u, v = _fit_exact(held, num_components)
     else:
         first = chain(_drain(held), adapters)
         u, v = _fit_streaming(first, read, d_in, d_out, width, passes, seed)
@@ -138,40 +139,70 @@ def _drain(held: deque[ScaledFactors]) -> Iterator[ScaledFactors]:
         yield held.popleft()
 
 
-def _fit_exact(adapters: Iterable[ScaledFactors]) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_exact(adapters: Iterable[ScaledFactors], most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """U and V from the stacked singular vectors.
 
-    Besides being cheaper this avoids the squares in M, which in floating point lose every direction
-    weaker than the square root of the machine precision.
+    ``most`` are wanted of each.
     """
     rows_a, rows_b = zip(*(_weighted_rows(*adapter) for adapter in adapters))
-    return leading_directions(rows_b), leading_directions(rows_a)
+    return leading_directions(rows_b, most), leading_directions(rows_a, most)
 
 
 def _weighted_rows(
     a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right and left singular vectors of W as rows, times their singular values; float64."""
+    """Right and left singular vectors of W as rows, times their singular values; float32."""
     normed = _unit_factors(a, b, scale)
     if normed is None:
         rank = _effective_rank(a, b)
-        empty_a = torch.zeros(rank, a.shape[1], dtype=torch.float64)
-        return empty_a, torch.zeros(rank, b.shape[0], dtype=torch.float64)
-    right, left, sigma = balanced_svd(normed[0], normed[1], 1.0 / normed[2])
-    root = sigma.double().sqrt()
-    return root[:, None] * right.double(), (left.double() * root).T
+        return torch.zeros(rank, a.shape[1]), torch.zeros(rank, b.shape[0])
+    inverse = torch.tensor([1.0 / normed[2]], dtype=torch.float64)
+    right, left, _ = stacked_svd(normed[0][None], normed[1].T[None], inverse)
+    # Rows of norm sqrt(sigma) become rows of norm sigma.
+    return tuple(rows[0] * rows[0].norm(dim=1, keepdim=True) for rows in (right, left))
 
 
-def leading_directions(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+# From this many on, both ways, a Gram matrix' eigenvectors cost a fraction of a QR decomposition.
+_MANY = 64
+# Directions whose part of the energy is below this are not told from rounding by a Gram matrix.
+_WEAK = 1e-8
+_COLUMNS_AT_ONCE = 2048
+
+
+def leading_directions(rows: Sequence[torch.Tensor], most: int | None = None) -> torch.Tensor:
     """Right singular vectors of the stacked rows as columns, by falling singular value.
 
     Args:
-        rows: matrices (n_i, d). Returns (d, min(d, sum of n_i)), orthonormal also where rows depend
-            on each other, in the dtype of the rows.
+        rows: matrices (n_i, d), float32. most: how many are wanted.
+
+    Returns:
+        (d, n) float32 with n = min(most, d, sum of n_i), orthonormal also where rows depend on each
+        other.
     """
-    q, r = torch.linalg.qr(torch.cat(tuple(rows)).T)
+    stacked = torch.cat(tuple(rows))
+    count = min(*stacked.shape, len(stacked) if most is None else most)
+    found = _by_gram(stacked, count) if min(stacked.shape) >= _MANY else None
+    if found is not None:
+        return found
+    q, r = torch.linalg.qr(stacked.double().T)
     left, _, _ = torch.linalg.svd(r, full_matrices=False)
-    return q @ left
+    return (q @ left)[:, :count].float()
+
+
+def _by_gram(stacked: torch.Tensor, count: int) -> torch.Tensor | None:
+    """``leading_directions`` by eigenvectors of the smaller Gram matrix; None if it is singular."""
+    short = stacked if stacked.shape[0] <= stacked.shape[1] else stacked.T
+    gram = torch.zeros(len(short), len(short), dtype=torch.float64)
+    for part in short.split(_COLUMNS_AT_ONCE, dim=1):
+        wide = part.double()
+        gram.addmm_(wide, wide.T)
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+    if not float(values[-1]) > _WEAK * float(values[0]):
+        return None
+    if short is not stacked:
+        return vectors.float()
+    return stacked.T @ (vectors * values.rsqrt()).float()
 
 
 def _fit_streaming(

@@ -2,7 +2,7 @@
 
 Rows are packed independently, so quantising the balanced SVD factors once at full rank gives the error
 of every truncation, and of every spread of 4, 3 and 2 bits over the singular directions, from small
-Gram matrices.
+Gram matrices. Tasks of one shape are measured together.
 
 Losses are squared norms in the module's ``Metric``: Frobenius, or as the model sees them.
 """
@@ -10,16 +10,18 @@ Losses are squared norms in the module's ``Metric``: Frobenius, or as the model 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.allocation import Point, pareto_front
 from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT
-from vllm_vlora.quantize import narrow_row_nbytes, pack, pack_narrow, row_nbytes, unpack
-from vllm_vlora.representations.factors import balanced_svd, squared_norm
+from vllm_vlora.quantize import as_stored, as_stored_narrow, narrow_row_nbytes, row_nbytes
+from vllm_vlora.representations.factors import ScaledFactors, squared_norm, stacked_svd
 
 # Every cut between 4, 3 and 2 bits up to this rank, about as many cuts above it.
 _NARROW_CUTS = 20
@@ -136,108 +138,218 @@ def leading_factors(
     The first t rows of both are the best approximation of rank t that the metric knows (Eckart-Young
     on S_out^T delta_W S_in, taken back).
     """
-    white_a, white_b_t = metric.factors(a, b, torch.float32)
-    svd_a, svd_b, _ = balanced_svd(white_a, white_b_t.T, scale)
-    return metric.unwhiten_a(svd_a), metric.unwhiten_b_t(svd_b.T.contiguous())
+    rows_a, rows_b, _ = _leading(a[None], b.T[None], torch.tensor([scale]).double(), metric)
+    return rows_a[0], rows_b[0]
+
+
+def _leading(
+    a: torch.Tensor, b_t: torch.Tensor, scales: torch.Tensor, metric: Metric
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``leading_factors`` of (n, r, d) stacks, and ||scale * B A||^2 in the metric."""
+    if metric == FROBENIUS:
+        return stacked_svd(a, b_t, scales)
+    svd_a, svd_b_t, norms = stacked_svd(
+        by_rows(metric.a, a.float()), by_rows(metric.b_t, b_t.float()), scales
+    )
+    return by_rows(metric.unwhiten_a, svd_a), by_rows(metric.unwhiten_b_t, svd_b_t), norms
+
+
+def by_rows(apply: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
+    """What works on rows, applied to those of a whole stack (n, r, d)."""
+    return apply(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
+
+
+class Measured(NamedTuple):
+    """What storing one module of one task privately loses; ``norm`` is ||delta_W||^2 in the metric."""
+
+    curves: list[Curve]
+    norm: float
 
 
 def measure_private(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
+    factors: Sequence[ScaledFactors],
     formats: Sequence[str],
     own_format: str,
     metric: Metric = FROBENIUS,
-) -> list[Curve]:
-    """Measure every rank in every format.
+) -> list[Measured]:
+    """Measure every rank in every format, of several tasks at once.
 
     Args:
-        a: (r, d_in). b: (d_out, r). scale: of B A.
+        factors: (A (r, d_in), B (d_out, r), scale) of each task, all of one shape.
         formats: the number formats to try, and ``NARROW``.
-        own_format: the one in which the adapter's own factors lose nothing.
+        own_format: the one in which the adapters' own factors lose nothing.
 
     Raises:
         ValueError: a value does not fit a format.
     """
-    factors = _Factors(a, b, scale, metric)
-    curves: list[Curve] = []
+    stack = _Stack(factors, metric)
+    by_format: list[Sequence[Curve]] = []
     for format in formats:
         if format == NARROW:
-            curves.append(_measure_narrow(factors))
+            by_format.append(_measure_narrow(stack))
         else:
-            curves.append(_measure_format(factors, format, own_format))
-    return curves
+            by_format.append(_measure_format(stack, format, own_format))
+    return [
+        Measured([curves[task] for curves in by_format], norm)
+        for task, norm in enumerate(stack.norms.tolist())
+    ]
 
 
-class _Factors:
-    """One delta_W: its own factors, its leading ones, and what packed rows capture of it."""
+class _Stack:
+    """Updates of one shape: their own factors, and the leading ones with what rounding them changes."""
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> None:
-        self.a, self.b_t, self.scale, self.metric = a, b.T.contiguous(), scale, metric
-        self.svd_a, self.svd_b_t = leading_factors(a, b, scale, metric)
-        # Of rows that lie as such: how they lie decides in which order a product sums.
-        self._white_a, white_b_t = metric.factors(a, self.b_t.T)
-        self._white_b_t = white_b_t * scale
-        grams = (self._white_a @ self._white_a.T) * (self._white_b_t @ self._white_b_t.T)
-        self.norm = max(float(grams.sum()), 0.0)
+    def __init__(self, factors: Sequence[ScaledFactors], metric: Metric) -> None:
+        self.a = torch.stack([a for a, _, _ in factors])
+        self.b_t = torch.stack([b.T for _, b, _ in factors])
+        self.scales = torch.tensor([scale for _, _, scale in factors], dtype=torch.float64)
+        self._metric = metric
+        self.svd_a, self.svd_b_t, self.norms = _leading(self.a, self.b_t, self.scales, metric)
         self._rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rounded(self, format: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The leading factors as a format stores them."""
         if format not in self._rounded:
             self._rounded[format] = (
-                unpack(pack(self.svd_a, format)),
-                unpack(pack(self.svd_b_t, format)),
+                by_rows(lambda rows: as_stored(rows, format), self.svd_a),
+                by_rows(lambda rows: as_stored(rows, format), self.svd_b_t),
             )
         return self._rounded[format]
 
-    def grams(
-        self, rows_a: torch.Tensor, rows_b_t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For the rank-one terms of these rows: their product with delta_W, and with each other."""
-        white_a, white_b_t = self.metric.factors(rows_a, rows_b_t.T)
-        cross = ((white_b_t @ self._white_b_t.T) * (white_a @ self._white_a.T)).sum(dim=1)
-        return cross, (white_b_t @ white_b_t.T) * (white_a @ white_a.T)
+    def narrow(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The leading factors with 4, 3 and 2 bits, one after another: (n, 3 q, d)."""
+        found = []
+        for wide, rows in zip(self.rounded(NARROW_FORMAT), (self.svd_a, self.svd_b_t)):
+            flat = as_stored_narrow(rows.flatten(0, 1))
+            found.append(torch.cat([wide, *(x.unflatten(0, rows.shape[:2]) for x in flat)], dim=1))
+        return found[0], found[1]
+
+    def changes(self, stored: tuple[torch.Tensor, torch.Tensor]) -> Changes:
+        """What storing does to the leading rank-one terms; stored are one or more rows of each."""
+        return _changes((self.svd_a, self.svd_b_t), self.leading_grams, stored, self._metric)
+
+    @cached_property
+    def leading_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Products of the leading factors' rows in the metric."""
+        return _grams((self.svd_a, self.svd_b_t), self._metric)
+
+    def own_changes(self, format: str) -> Changes:
+        """What a format does to the terms of the own factors."""
+        rows = self.a.float(), self.b_t.float()
+        stored = tuple(by_rows(lambda r: as_stored(r, format), side) for side in rows)
+        return _changes(rows, self.own_grams, stored, self._metric)
+
+    @cached_property
+    def own_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Products of the own factors' rows in the metric."""
+        return _grams((self.a.float(), self.b_t.float()), self._metric)
 
 
-def _measure_format(factors: _Factors, format: str, own_format: str) -> PrivateCurve:
-    cross, gram = factors.grams(*factors.rounded(format))
-    squares = gram.cumsum(0).cumsum(1).diagonal()
-    losses = (factors.norm - 2 * cross.cumsum(0) + squares).clamp(min=0).tolist()
-    own_loss = 0.0 if format == own_format else _own_loss(factors, format)
-    rank, d_in, d_out = *factors.a.shape, factors.b_t.shape[1]
+_Sides = tuple[torch.Tensor, ...]
+
+
+def _grams(rows: _Sides, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
+    a, b_t = by_rows(metric.a, rows[0]), by_rows(metric.b_t, rows[1])
+    return _product(a, a), _product(b_t, b_t)
+
+
+def _changes(rows: _Sides, grams: _Sides, stored: _Sides, metric: Metric) -> Changes:
+    times = stored[0].shape[1] // rows[0].shape[1]
+    products = []
+    for side, whiten in enumerate((metric.a, metric.b_t)):
+        own = rows[side]
+        change = by_rows(whiten, stored[side] - (own if times == 1 else own.repeat(1, times, 1)))
+        beside = _product(by_rows(whiten, own), change).repeat(1, times, 1)
+        products.append((grams[side].repeat(1, times, times), beside, _product(change, change)))
+    (a, a_e, e), (b, b_f, f) = products
+    return Changes.of(a, b, a_e, b_f, e, f)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left @ right.mT).double()
+
+
+class Changes(NamedTuple):
+    """Rank-one terms t_i = b_i a_i^T, and what storing changes in each, D_i; (n, terms, terms) float64.
+
+    Products of the small changes themselves, taken in float32, where a difference of the products of
+    large rows would need float64.
+
+    Attributes:
+        terms: <t_i, t_j>. cross: <D_i, t_j>. inner: <D_i, D_j>.
+    """
+
+    terms: torch.Tensor
+    cross: torch.Tensor
+    inner: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        a_e: torch.Tensor,
+        b_f: torch.Tensor,
+        e: torch.Tensor,
+        f: torch.Tensor,
+    ) -> Changes:
+        """D_i = b_i e_i^T + f_i a_i^T + f_i e_i^T, from the products of rows a, b, e and f."""
+        mixed = b_f * a_e.mT + b_f * e + f * a_e
+        inner = b * e + f * a + f * e + mixed + mixed.mT
+        return cls(a * b, b * a_e.mT + b_f.mT * a + b_f.mT * a_e.mT, inner)
+
+
+def _measure_format(stack: _Stack, format: str, own_format: str) -> list[Curve]:
+    terms, cross, inner = stack.changes(stack.rounded(format))
+    # With the first t terms stored: the rest's norm, less its products with the changes, plus theirs.
+    rest = terms.flip(1, 2).cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2).flip(1)
+    rest = torch.nn.functional.pad(rest[:, 1:], (0, 1))
+    beside = cross.flip(2).cumsum(2).flip(2)
+    beside = torch.nn.functional.pad(beside[:, :, 1:], (0, 1)).cumsum(1)
+    products = beside.diagonal(dim1=1, dim2=2)
+    squares = inner.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
+    losses = (rest - 2 * products + squares).clamp(min=0).tolist()
+    own_losses = [0.0] * len(losses) if format == own_format else _own_losses(stack, format)
+    (_, rank, d_in), d_out = stack.a.shape, stack.b_t.shape[2]
     row = row_nbytes(format, d_in) + row_nbytes(format, d_out)
-    return PrivateCurve(format, row, array("d", losses), rank, own_loss)
+    return [
+        PrivateCurve(format, row, array("d", found), rank, own)
+        for found, own in zip(losses, own_losses)
+    ]
 
 
-def _own_loss(factors: _Factors, format: str) -> float:
-    rows_a = unpack(pack(factors.a.float(), format))
-    rows_b_t = unpack(pack(factors.b_t.float(), format)).double() * factors.scale
-    cross, gram = factors.grams(rows_a, rows_b_t)
-    return max(factors.norm - 2 * float(cross.sum()) + float(gram.sum()), 0.0)
+def _own_losses(stack: _Stack, format: str) -> list[float]:
+    lost = stack.own_changes(format).inner.sum((1, 2)).clamp(min=0)
+    return (lost * stack.scales.square()).tolist()
 
 
-def _measure_narrow(factors: _Factors) -> NarrowCurve:
-    rank = factors.svd_a.shape[0]
-    rows_a, rows_b_t = (
-        torch.cat([wide, *(unpack(pack_narrow(rows, bits)) for bits in (3, 2))])
-        for wide, rows in zip(factors.rounded(NARROW_FORMAT), (factors.svd_a, factors.svd_b_t))
-    )
-    cross, gram = factors.grams(rows_a, rows_b_t)
+def _measure_narrow(stack: _Stack) -> list[Curve]:
+    rank = stack.svd_a.shape[1]
+    terms, cross, inner = stack.changes(stack.narrow())
     cuts = _cuts(rank)
-    losses = (
-        factors.norm - 2 * _cut_sums(cross, cuts, rank) + _cut_squares(gram, cuts, rank)
-    ).clamp(min=0)
-    d_in, d_out = factors.svd_a.shape[1], factors.svd_b_t.shape[1]
+    d_in, d_out = stack.svd_a.shape[2], stack.svd_b_t.shape[2]
     rows = [narrow_row_nbytes(d_in, bits) + narrow_row_nbytes(d_out, bits) for bits in (4, 3, 2)]
     counts = torch.stack([cuts[:, 0], cuts[:, 1] - cuts[:, 0], cuts[:, 2] - cuts[:, 1]], dim=1)
     nbytes = (counts * torch.tensor(rows)).sum(dim=1).tolist()
-    front = pareto_front(list(zip(nbytes, losses.tolist())), _NARROW_POINTS)
-    return NarrowCurve(
-        array("q", [nbytes[i] for i in front]),
-        array("d", losses[front].tolist()),
-        array("H", counts[front].flatten().tolist()),
+    # What the chosen rows' changes have in common with all terms, less that with the chosen ones.
+    with_all = cross[:, :, :rank].sum(2)
+    between = inner + cross + cross.mT
+    left = torch.nn.functional.pad(
+        terms[:, :rank, :rank].flip(1, 2).cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2).flip(1),
+        (0, 1),
     )
+    losses = left[:, cuts[:, 2]] - 2 * _cut_sums(with_all, cuts, rank)
+    losses = (losses + _cut_squares(between, cuts, rank)).clamp(min=0)
+    curves: list[Curve] = []
+    for found in losses:
+        front = pareto_front(list(zip(nbytes, found.tolist())), _NARROW_POINTS)
+        curves.append(
+            NarrowCurve(
+                array("q", [nbytes[i] for i in front]),
+                array("d", found[front].tolist()),
+                array("H", counts[front].flatten().tolist()),
+            )
+        )
+    return curves
 
 
 def _cuts(rank: int) -> torch.Tensor:
@@ -263,15 +375,17 @@ def _bounds(cuts: torch.Tensor, rank: int) -> list[tuple[torch.Tensor, torch.Ten
 
 
 def _cut_sums(values: torch.Tensor, cuts: torch.Tensor, rank: int) -> torch.Tensor:
-    sums = torch.nn.functional.pad(values.cumsum(0), (1, 0))
-    return sum((sums[stop] - sums[start] for start, stop in _bounds(cuts, rank)), torch.zeros(1))
+    sums = torch.nn.functional.pad(values.cumsum(1), (1, 0))
+    bounds = _bounds(cuts, rank)
+    return sum((sums[:, stop] - sums[:, start] for start, stop in bounds), torch.zeros(1))
 
 
 def _cut_squares(gram: torch.Tensor, cuts: torch.Tensor, rank: int) -> torch.Tensor:
-    sums = torch.nn.functional.pad(gram.cumsum(0).cumsum(1), (1, 0, 1, 0))
-    bounds = _bounds(cuts, rank)
-    total = torch.zeros(len(cuts), dtype=gram.dtype)
+    sums = torch.nn.functional.pad(gram.cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
+    width, bounds = 3 * rank + 1, _bounds(cuts, rank)
+    total = torch.zeros(len(gram), len(cuts), dtype=gram.dtype)
     for top, bottom in bounds:
         for left, right in bounds:
-            total += sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+            total += sums[:, bottom * width + right] - sums[:, top * width + right]
+            total += sums[:, top * width + left] - sums[:, bottom * width + left]
     return total

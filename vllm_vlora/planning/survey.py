@@ -5,6 +5,7 @@ One job a module reads its factors of all adapters and returns numbers; fitted b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,6 +35,10 @@ _SHARE_SLACK = 4
 # Cost grows with the width, and a core on so many rows hardly saves bytes: at 4096 columns it has a
 # quarter of the numbers of the factors.
 _MOST_COMPONENTS = 1024
+# Numbers of several tasks that are measured at once: more gain nothing, and leave a core's cache.
+_BATCH_ELEMENTS = 1 << 19
+# A wide basis is read from memory for each batch.
+_METER_ELEMENTS = 1 << 22
 # Each component of a flat basis is as large as an adapter, and all are held at once.
 _MOST_FLAT = 64
 
@@ -248,18 +253,38 @@ class Surveyor:
     def _private(
         self, module: Module, metric: Metric
     ) -> Iterator[tuple[int, dict[str, Curve], float]]:
-        formats = self.settings.formats
-        for task, (a, b, scale) in zip(module.tasks, self.collection.read_module(module)):
-            dtype = self.collection.adapters[task].modules[module.name].dtype
-            by_label = formats.private_of(dtype)
+        """(task number, format label -> curve, ||delta_W||^2), of tasks of one shape together."""
+        for dtype, batch in self._alike(module, module.tasks):
+            by_label = self.settings.formats.private_of(dtype)
             distinct = list(dict.fromkeys(by_label))
-            with self.collection.naming(task, module.name):
-                curves = measure_private(a, b, scale, distinct, FORMAT_OF_DTYPE[dtype], metric)
-            by_format = dict(zip(distinct, curves))
-            labelled = {
-                label: by_format[format] for label, format in zip(formats.private_labels, by_label)
-            }
-            yield task, labelled, seen_squared_norm(a, b, scale, metric)
+            own = FORMAT_OF_DTYPE[dtype]
+            try:
+                found = measure_private([f for _, f in batch], distinct, own, metric)
+            except ValueError:
+                # One of them; which one, is worth a second measurement.
+                for task, factors in batch:
+                    with self.collection.naming(task, module.name):
+                        measure_private([factors], distinct, own, metric)
+                raise
+            for (task, _), (curves, norm) in zip(batch, found):
+                by_format = dict(zip(distinct, curves))
+                labels = zip(self.settings.formats.private_labels, by_label)
+                yield task, {label: by_format[format] for label, format in labels}, norm
+
+    def _alike(
+        self, module: Module, tasks: Sequence[int], elements: int = _BATCH_ELEMENTS
+    ) -> Iterator[tuple[torch.dtype, list[tuple[int, ScaledFactors]]]]:
+        """Neighbouring tasks of one rank and dtype, with so many elements at once at most."""
+        parts = [self.collection.adapters[task].modules[module.name] for task in tasks]
+        kinds = [(part.dtype, part.rank) for part in parts]
+        factors = zip(tasks, self.collection.read_module(module, tasks))
+        for (dtype, rank), run in itertools.groupby(kinds):
+            most = max(elements // (rank * (module.d_in + module.d_out)), 1)
+            left = len(list(run))
+            while left:
+                batch = list(itertools.islice(factors, min(most, left)))
+                left -= len(batch)
+                yield dtype, batch
 
     def _group(
         self, module: Module, tasks: tuple[int, ...], metric: Metric, groups: int
@@ -310,10 +335,12 @@ class Surveyor:
             return [(u_t.shape[0], v.shape[0])]
         meter = JointMeter(pack(u_t, "float32"), pack(v, "float32"), metric)
         total = torch.zeros(u_t.shape[0], v.shape[0], dtype=torch.float64)
-        for a, b, scale in self.collection.read_module(module, tasks):
-            norm = seen_squared_norm(a, b, scale, metric)
-            if norm > 0:
-                total += meter.energy(a, b, scale) / norm
+        for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
+            factors = [found for _, found in batch]
+            for found, energy in zip(factors, meter.energy(factors)):
+                norm = seen_squared_norm(*found, metric)
+                if norm > 0:
+                    total += energy / norm
         total = total.cumsum(0).cumsum(1)
         format = min(
             self.settings.formats.of(module.dtype),
@@ -337,10 +364,15 @@ class Surveyor:
         meters = {f: JointMeter(pack(u_t, f), pack(v, f), metric) for f in dict.fromkeys(by_label)}
         captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
         norms = torch.zeros(len(tasks), dtype=torch.float64)
-        for place, (a, b, scale) in enumerate(self.collection.read_module(module, tasks)):
-            norms[place] = seen_squared_norm(a, b, scale, metric)
+        place = 0
+        for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
+            factors = [found for _, found in batch]
+            rows = slice(place, place + len(batch))
+            found_norms = [seen_squared_norm(*found, metric) for found in factors]
+            norms[rows] = torch.tensor(found_norms, dtype=torch.float64)
             for format, meter in meters.items():
-                captured[format][place] = meter.captured_at(a, b, scale, widths)
+                captured[format][rows] = meter.captured_at(factors, widths).float()
+            place = rows.stop
         return {
             label: JointCurve([BasisSpec(*w, format) for w in widths], captured[format], norms)
             for label, format in zip(self.settings.formats.labels, by_label)

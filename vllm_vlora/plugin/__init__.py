@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE
 from vllm_vlora.errors import IncompatibleVLLMError
+from vllm_vlora.plugin import events
 from vllm_vlora.plugin.settings import MODE_VARIABLE, Settings, read_settings
 
 UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
@@ -31,7 +32,8 @@ def register() -> None:
     try:
         found = check_version()
         settings = read_settings()
-        folder = _checkpoint_folder()
+        events.install(settings.log)
+        folder = _checkpoint_folder(settings.poll_seconds)
         _install(folder, settings)
     except IncompatibleVLLMError as error:
         logger.error("vllm-vlora: not installed, vLLM runs without it: %s", error)
@@ -75,17 +77,25 @@ def _vllm_version() -> str:
     return vllm.__version__
 
 
-def _checkpoint_folder() -> str | None:
+def _checkpoint_folder(poll_seconds: int = 0) -> str | None:
     """The checkpoint's folder, with the content that it must have where one is asked for."""
     reference = os.environ.get(CHECKPOINT_VARIABLE)
     if not reference:
         return None
     from vllm_vlora.checkpoint.pinning import pinned, split_pin
     from vllm_vlora.checkpoint.sources import checkpoint_folder, fixed_checkpoint
+    from vllm_vlora.plugin import polling
 
     where, digest = split_pin(reference)
     folder = checkpoint_folder(where, digest)
+    polled = polling.polled(reference) if poll_seconds else None
+    if polled is not None:
+        return str(polling.join(polled, folder))
     fixed = fixed_checkpoint(where, folder, digest)
+    if poll_seconds:
+        link = polling.begin(str(where), digest, folder, fixed)
+        os.environ[CHECKPOINT_VARIABLE] = fixed
+        return str(link)
     found = pinned(folder, split_pin(fixed)[1])
     if digest is not None:
         from vllm_vlora.checkpoint.reader import Checkpoint

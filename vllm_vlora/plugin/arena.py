@@ -52,6 +52,11 @@ class Arena:
         """Bytes of all chunks."""
         return sum(chunk.nbytes for chunk in self._chunks)
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest block that it could ever give."""
+        return max((chunk.nbytes for chunk in self._chunks), default=0)
+
     def grow(self, nbytes: int) -> bool:
         """Take a chunk of so many bytes from the device; False where the limit forbids it."""
         nbytes = aligned(nbytes)

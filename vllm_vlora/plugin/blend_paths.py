@@ -21,7 +21,7 @@ from vllm_vlora.blending.blended import BlendedCheckpoint
 from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import BlendError, CheckpointError
-from vllm_vlora.plugin.identity import TaskPath
+from vllm_vlora.plugin.identity import MEMORY, TaskPath
 
 _PREFIX = f"{TASKS_FOLDER}/~~blend_"
 _SUFFIX = ".safetensors"
@@ -38,12 +38,14 @@ def blend_path(paths: Mapping[str, TaskPath], blend: Blend) -> TaskPath:
     """The path of a blend of tasks, whose own paths these are.
 
     Raises:
-        BlendError: the tasks are of different checkpoints.
+        BlendError: the tasks are of different checkpoints, or of none.
     """
     terms = sorted(
         (_id(task), weight_text(weight), paths[task].digest, task) for task, weight in blend
     )
     checkpoints = {paths[task].checkpoint for task, _ in blend}
+    if MEMORY in checkpoints:
+        raise BlendError("tasks from memory cannot be blended; put them into the checkpoint")
     if len(checkpoints) > 1:
         raise BlendError("tasks of different checkpoints cannot be blended; put them into one")
     file = "_".join(f"{name}x{weight}" for name, weight, _, _ in terms)

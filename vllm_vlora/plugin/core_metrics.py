@@ -28,6 +28,7 @@ class _Report(NamedTuple):
     catalogue: int
     state: str
     refused: list[str]
+    direct_tasks: int
 
 
 def _report(worker: Any, paths: list[str], listed: int) -> _Report:
@@ -47,6 +48,7 @@ def _report(worker: Any, paths: list[str], listed: int) -> _Report:
         0 if store.state is None else len(store.state.paths),
         "" if store.state is None else store.state.digest,
         [] if follower is None else follower.take_refusals(),
+        store.direct_tasks,
     )
 
 
@@ -79,4 +81,5 @@ def metrics_snapshot(core: Any, seen: int = -1) -> dict[str, Any]:
         counters.state_refused(reason)
     counters.set_state(first.state)
     counters.set_waiting(len(tasks.arrivals))
+    counters.set_direct(first.direct_tasks, tasks.exchange.count)
     return counters.snapshot(seen)

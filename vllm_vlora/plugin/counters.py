@@ -21,6 +21,7 @@ from vllm_vlora.errors import (
     TaskLoadError,
     VLoRAError,
 )
+from vllm_vlora.plugin.events import happened
 from vllm_vlora.plugin.settings import read_settings
 
 METRICS_METHOD = "vlora_metrics"
@@ -156,6 +157,7 @@ class ServingCounters:
         self._reload_refusals: Counter[str] = Counter(dict.fromkeys(words, 0))
         self._state = ""
         self._waiting = 0
+        self._direct_tasks = self._basis_exchanges = 0
         self._tiers: dict[str, dict[str, int | None]] = {}
         self._residents: dict[str, list[tuple[str, bool]]] = {}
         self._version = 0
@@ -167,7 +169,7 @@ class ServingCounters:
         self._requests[tier] += 1
         self._busiest.count(task)
 
-    def loaded(self, source: str, seconds: float, nbytes: int = 0) -> None:
+    def loaded(self, source: str, seconds: float, nbytes: int = 0, task: str = "") -> None:
         """A task was brought to the device from ``HOST`` or ``DISK``, or into host memory from ``DISK``.
 
         Raises:
@@ -175,14 +177,18 @@ class ServingCounters:
         """
         self._load_seconds[source].observe(seconds)
         self._loaded_bytes[source] += nbytes
+        happened("load", task=task, source=source, seconds=round(seconds, 6), bytes=nbytes)
 
-    def evicted(self, tier: str = DEVICE) -> None:
+    def evicted(self, tier: str = DEVICE, task: str = "") -> None:
         """A task gave way there to another one."""
         self._evictions[tier] += 1
+        happened("eviction", task=task, tier=tier)
 
-    def refused(self, reason: BaseException | type[BaseException] | str) -> None:
+    def refused(self, reason: BaseException | type[BaseException] | str, task: str = "") -> None:
         """A request was refused for its task: the error, its class, or a word of the code's own."""
-        _count_reason(self._refusals, reason)
+        word = _count_reason(self._refusals, reason)
+        why = str(reason) if isinstance(reason, BaseException) else word
+        happened("refusal", task=task, reason=word, why=why)
 
     def adopted(self, state: str) -> None:
         """The engine serves another published state of the checkpoint, whose digest this is."""
@@ -229,6 +235,10 @@ class ServingCounters:
         """Requests that wait for their task to be loaded."""
         self._waiting = requests
 
+    def set_direct(self, tasks: int, exchanges: int) -> None:
+        """Tasks on the device that run direct, and how often the layers' bases were exchanged."""
+        self._direct_tasks, self._basis_exchanges = tasks, exchanges
+
     def snapshot(self, seen: int = -1) -> dict[str, Any]:
         """All of it, of numbers, strings, lists and dictionaries.
 
@@ -255,17 +265,21 @@ class ServingCounters:
             "reloads": self._reloads,
             "reload_refusals": dict(self._reload_refusals),
             "waiting": self._waiting,
+            "direct_tasks": self._direct_tasks,
+            "basis_exchanges": self._basis_exchanges,
         }
 
     def _named(self) -> dict[str, list[list[Any]]]:
         return {tier: [list(name) for name in names] for tier, names in self._residents.items()}
 
 
-def _count_reason(counts: Counter[str], reason: BaseException | type[BaseException] | str) -> None:
+def _count_reason(counts: Counter[str], reason: BaseException | type[BaseException] | str) -> str:
+    """Count a reason under its word, which is returned."""
     word = reason if isinstance(reason, str) else reason_of(reason)
     if word not in counts and len(counts) >= _MOST_REASONS:
         word = OTHER
     counts[word] += 1
+    return word
 
 
 def reason_of(error: BaseException | type[BaseException]) -> str:

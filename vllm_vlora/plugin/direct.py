@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.narrow_rows import NARROW_FORMAT
-from vllm_vlora.plugin.held_bases import HeldBases
+from vllm_vlora.plugin.held_bases import Bases, HeldBases
+from vllm_vlora.plugin.images import Image, make_image
 from vllm_vlora.plugin.layouts import LayerLayout, Run, SliceLayout
 from vllm_vlora.plugin.memory import direct_obstacle
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, NF4_BLOCK, PackedMatrix, unpack
@@ -39,6 +40,7 @@ from vllm_vlora.triton_kernels.direct import (
 EngineName = Callable[[str], str]
 # Bytes: addresses of packed parts are multiples of it.
 _ALIGNMENT = 16
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ def task_memory(task: DirectTask) -> DirectMemory:
 class DirectPath:
     """Everything that direct tasks need on one rank.
 
-    Made once, with the checkpoint that the engine starts with: its bases are the ones the layers hold,
-    and whether it has private tasks decides whether the layers look for any, since a captured graph
-    cannot change afterwards. Tasks that come later run direct if they fit that, and are materialized
-    otherwise.
+    Made once, with the checkpoint that the engine starts with: whether it has private tasks decides
+    whether the layers look for any, and how wide their bases are stays, since a captured graph cannot
+    change afterwards. Bases that are no wider can be put in the place of those that the layers hold.
+    Tasks that come later run direct if they fit all that, and are materialized otherwise.
 
     Args:
         checkpoint: the checkpoint.
@@ -93,6 +95,7 @@ class DirectPath:
         max_tokens: the longest batch, padding included.
         device, dtype: of the layers' inputs.
         packed_basis: keep quantised bases packed where a rank's share can be cut from them.
+        basis_rows: components that a layer with a basis has room for, where its own are fewer.
         narrow_rows: hold private rows of 3 and 2 bits with no more; done where a task has such rows.
         elsewhere: modules of the other pipeline-parallel ranks -> whether they have a direct form there.
             How a task runs is decided from all of its modules, and so alike on every rank.
@@ -109,11 +112,11 @@ class DirectPath:
         device: torch.device,
         dtype: torch.dtype,
         packed_basis: bool = False,
+        basis_rows: int = 0,
         narrow_rows: bool = False,
         elsewhere: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
         self.dtype, self.device = dtype, device
-        self.basis_digest = checkpoint.basis_digest
         self._engine_name = engine_name
         self._elsewhere = elsewhere
         self._layouts = list(layouts)
@@ -124,14 +127,14 @@ class DirectPath:
                 self._slices.setdefault(part.name, []).append((count, part))
                 count += 1
         self._count = count
-        self._held = HeldBases(engine_name)
-        users = _users(checkpoint, self._segments_obstacle, self._held)
+        self.bases = Bases(checkpoint.basis_digest, HeldBases(engine_name))
+        users = _users(checkpoint, self._segments_obstacle, self.bases.held)
         # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
         self._max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
         # Known now: captured graphs have one kernel for all tasks, with one body where it can be.
         self.narrow_rows = narrow_rows and any(segment.bits is not None for segment, _ in users)
         self._formats = _formats(users, self.narrow_rows)
-        bases = _load_bases(self, checkpoint, packed_basis)
+        bases = _load_bases(self, checkpoint, packed_basis, basis_rows)
         limits = _Limits(self._max_rank, self._formats, dtype)
         self.layers = _make_layers(self._layouts, bases, limits)
         self._by_slice = {
@@ -150,14 +153,21 @@ class DirectPath:
 
     # --- tasks ---
 
-    def obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
-        """Why a task cannot run direct here, or None when it can."""
+    def obstacle(
+        self, checkpoint: Checkpoint, task_id: str, bases: Bases | None = None
+    ) -> str | None:
+        """Why a task cannot run direct here, or None when it can.
+
+        Args:
+            bases: as if the layers held these; by default those that they hold.
+        """
         reason = self._task_obstacle(checkpoint, task_id)
         if reason is not None:
             return reason
+        held = (bases or self.bases).of(checkpoint)
         for segment in checkpoint.record(task_id).segments:
             module = checkpoint.modules[segment.module]
-            reason = self._segment_obstacle(segment, module.name, checkpoint.basis_digest)
+            reason = self._segment_obstacle(segment, module.name, held)
             if reason is not None:
                 return reason
         return None
@@ -191,6 +201,101 @@ class DirectPath:
         slots = self.table.records.nbytes + self.table.codebook.nbytes
         return DirectMemory(bases=bases, table=slots + self.routing.nbytes) + self._tasks
 
+    # --- other bases ---
+
+    def other_bases(self, checkpoint: Checkpoint) -> Bases | None:
+        """What the layers would hold for a checkpoint on other bases; None where it needs no others."""
+        bases = Bases(checkpoint.basis_digest, HeldBases(self._engine_name))
+        if bases.digest == self.bases.digest:
+            return None
+        users = _users(checkpoint, self._segments_obstacle, bases.held)
+        return bases if any(segment.is_joint for segment, _ in users) else None
+
+    def misfit(self, checkpoint: Checkpoint, bases: Bases) -> str | None:
+        """Why the layers of this rank have no room for a checkpoint's bases; None where they have."""
+        for module in checkpoint.modules:
+            place = self._place_of(module.name, bases)
+            if place is None or module.basis is None:
+                continue
+            number, layout = place
+            found = self._targets(number)
+            if found is None:
+                return f"the layer of {module.name} holds no basis"
+            u, v = found
+            if module.basis.k_out > u.rows or module.basis.k_in > v.rows:
+                return (
+                    f"{module.name} has {module.basis.k_out} and {module.basis.k_in} components, its "
+                    f"layer has room for {u.rows} and {v.rows}"
+                )
+            for target, run, width in (
+                (u, layout.runs_b[0], module.d_out),
+                (v, layout.runs_a[0], module.d_in),
+            ):
+                stored = _cut_format(module.basis.format, run, width)
+                if target.format not in FLOAT_DTYPES and stored != target.format:
+                    return f"{module.name} is stored {stored}, its layer holds {target.format}"
+        return None
+
+    def read_bases(self, checkpoint: Checkpoint, bases: Bases) -> Image[dict[int, Basis]]:
+        """This rank's share of bases that fit, in host memory, as ``exchange`` takes it.
+
+        Raises:
+            CheckpointError: a file of them is damaged.
+        """
+        shares: dict[int, Basis] = {}
+        for module, basis in checkpoint.bases():
+            place = self._place_of(module, bases)
+            if place is None:
+                continue
+            number, layout = place
+            targets = self._targets(number)
+            assert targets is not None
+            pairs = zip((basis.u, basis.v), (layout.runs_b[0], layout.runs_a[0]), targets)
+            shares[number] = Basis(
+                *(
+                    _share(matrix, run, target.format not in FLOAT_DTYPES, self.dtype, _HOST)
+                    for matrix, run, target in pairs
+                )
+            )
+        return make_image(shares, pin=self.device.type == "cuda")
+
+    def exchange(self, bases: Bases, shares: Mapping[int, Basis]) -> None:
+        """Put other bases in the place of those that the layers hold, on the current stream.
+
+        In place, since captured graphs have the addresses. Tasks on the bases of before must not be
+        routed to afterwards.
+        """
+        for number, basis in shares.items():
+            targets = self._targets(number)
+            assert targets is not None
+            for target, matrix in zip(targets, (basis.u, basis.v)):
+                for name, part in target.parts.items():
+                    part[: matrix.rows].copy_(matrix.parts[name], non_blocking=True)
+                    # No core reaches these rows; they are zeros lest an infinity does.
+                    part[matrix.rows :].zero_()
+        self.bases = bases
+
+    def _place_of(self, module: str, bases: Bases) -> tuple[int, SliceLayout] | None:
+        """The slice on this rank whose layer is to hold a module's basis."""
+        name = self._engine_name(module)
+        if not bases.held.holds(module) or name in self._elsewhere:
+            return None
+        (place, *others) = self._slices[name]
+        assert not others, f"{name} stands in several layers"
+        return place
+
+    def _targets(self, number: int) -> tuple[PackedMatrix, PackedMatrix] | None:
+        """U and V of a slice, as views of what its layer holds; None where that is no basis."""
+        layer = self._by_slice.get(number)
+        if layer is None or layer.v is None:
+            return None
+        place = number - layer.index
+        u, k_in = layer.slices[place].u, layer.slices[place].k_in
+        first = sum(part.k_in for part in layer.slices[:place])
+        return None if u is None else (u, layer.v.row_slice(first, first + k_in))
+
+    # --- why a task cannot run direct ---
+
     def _task_obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
         record = checkpoint.record(task_id)
         reason = direct_obstacle(record.segments, checkpoint.modules)
@@ -216,12 +321,14 @@ class DirectPath:
                 return f"{module.name} is cut into several pieces on a tensor-parallel rank"
         return None
 
-    def _segment_obstacle(self, segment: Segment, module: str, basis: str) -> str | None:
-        """Why the layers, as they were made, cannot take a segment."""
+    def _segment_obstacle(
+        self, segment: Segment, module: str, held: HeldBases | None
+    ) -> str | None:
+        """Why the layers, as they were made, cannot take a segment; ``held``: its checkpoint's bases."""
         if segment.is_joint:
-            if basis != self.basis_digest or self._held.holder(module) is None:
-                return f"{module} has another basis than the engine started with"
-            return self._held.obstacle(module)
+            if held is None or held.holder(module) is None:
+                return f"{module} has another basis than the layers hold"
+            return held.obstacle(module)
         if segment.rank > self._max_rank:
             return (
                 f"{module} has rank {segment.rank}, more than the private tasks that the engine "
@@ -342,19 +449,37 @@ def _start(run: Run, full: int) -> int:
     return 0 if run.width == full else run.source % NF4_BLOCK
 
 
-def _load_bases(path: DirectPath, checkpoint: Checkpoint, packed: bool) -> dict[str, Basis]:
-    """This rank's share of every wanted basis by the engine's name; host copies are not kept."""
+def _load_bases(
+    path: DirectPath, checkpoint: Checkpoint, packed: bool, least: int
+) -> dict[str, Basis]:
+    """This rank's share of every wanted basis by the engine's name; host copies are not kept.
+
+    ``least``: rows of each, zeros behind its own.
+    """
     bases: dict[str, Basis] = {}
     for module, basis in checkpoint.bases():
-        name = path._engine_name(module)
-        if not path._held.holds(module) or name in path._elsewhere:
+        place = path._place_of(module, path.bases)
+        if place is None:
             continue
-        (_, layout), *others = path._slices[name]
-        assert not others, f"{name} stands in several layers"
+        _, layout = place
         u = _share(basis.u, layout.runs_b[0], packed, path.dtype, path.device)
         v = _share(basis.v, layout.runs_a[0], packed, path.dtype, path.device)
-        bases[name] = Basis(u, v)
+        bases[layout.name] = Basis(_with_room(u, least), _with_room(v, least))
     return bases
+
+
+def _with_room(matrix: PackedMatrix, rows: int) -> PackedMatrix:
+    if rows <= matrix.rows:
+        return matrix
+    parts = {n: part.new_zeros(rows, *part.shape[1:]) for n, part in matrix.parts.items()}
+    for name, part in parts.items():
+        part[: matrix.rows].copy_(matrix.parts[name])
+    return PackedMatrix(matrix.format, rows, matrix.cols, parts)
+
+
+def _cut_format(format: str, run: Run, width: int) -> str:
+    """The format of a rank's share of a packed matrix."""
+    return "nf4" if format == "nf4-dq" and run.width < width else format
 
 
 def _share(
@@ -422,15 +547,18 @@ def _place_cores(
 def _core(module: StoredModule, k_out: int, k_in: int) -> tuple[torch.Tensor, int]:
     """(core, its rank or 0 when dense) as ``SliceTask`` holds them, in float32.
 
-    A core on some rows of the basis becomes one on all ``k_out`` and ``k_in`` of them, with zeros: the
-    layer's passes over the basis are the same for every task, whatever rows it uses.
+    A core on some rows of the basis, or on all of one that is narrower than what its layer has room for,
+    becomes one on all ``k_out`` and ``k_in`` of them, with zeros: the layer's passes over the basis are
+    the same for every task, whatever rows it uses.
     """
-    u_start, u_stop, v_start, v_stop = module.rows or (0, k_out, 0, k_in)
+    own_out, own_in = _core_widths(module)
+    u_start, u_stop, v_start, v_stop = module.rows or (0, own_out, 0, own_in)
+    is_whole = (own_out, own_in) == (k_out, k_in)
     dense_is_smaller = k_out * k_in <= module.rank * (k_out + k_in)
     if module.core == "dense":
         core = unpack(module.matrices["C"])
         if dense_keeps_rank(module.format, module.rank, core.shape) and (
-            module.rows is None or dense_is_smaller
+            is_whole or dense_is_smaller
         ):
             padding = (v_start, k_in - v_stop, u_start, k_out - u_stop)
             return F.pad(core * module.scale, padding), 0
@@ -442,3 +570,11 @@ def _core(module: StoredModule, k_out: int, k_in: int) -> tuple[torch.Tensor, in
     if dense_is_smaller:
         return b.T @ a, 0
     return torch.cat([a, b], dim=1), module.rank
+
+
+def _core_widths(module: StoredModule) -> tuple[int, int]:
+    """Components of U and of V that a stored core is on."""
+    matrices = module.matrices
+    if module.core == "dense":
+        return matrices["C"].rows, matrices["C"].cols
+    return matrices["B"].cols, matrices["A"].cols

@@ -17,12 +17,14 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE
+from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked, task_file
 from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.router_files import ROUTER_FILE, read_router_weights
 from vllm_vlora.errors import CheckpointError, VLoRAError
 from vllm_vlora.plugin.counters import reason_of
+from vllm_vlora.plugin.events import facts
 from vllm_vlora.plugin.identity import task_paths
 
 PERIOD = 0.25
@@ -32,6 +34,8 @@ _TRY_AGAIN = 2.0
 # What is new is read once before it is served, up to so many bytes, about two seconds' worth; beyond
 # them a file's size must do until it is loaded, which then fails for its own requests alone.
 READ_NBYTES = 2 << 30
+# What changes with a publication, the manifest first.
+_WATCHED = (CONFIG_FILE, ALIASES_FILE, ATTACHMENTS_FILE, ROUTER_FILE)
 # Refusals that nobody asked for yet.
 _MOST_REFUSALS = 100
 
@@ -113,7 +117,7 @@ class Follower:
             return
         self._seen, self._read_again = found, float("inf")
         try:
-            self._offered = self._sound_state()
+            self._offered = self.sound_state(self._folder)
             self._said = ""
         except VLoRAError as error:
             self._refuse(error, str(error))
@@ -124,17 +128,28 @@ class Follower:
         """Why states were not offered since this was asked last, a word each."""
         return [self._refused.popleft() for _ in range(len(self._refused))]
 
+    def count_refusal(self, error: Exception) -> None:
+        """Have ``take_refusals`` tell of a state that was not offered."""
+        self._refused.append(reason_of(error))
+
     def _refuse(self, error: Exception, why: str) -> None:
         self._read_again = time.monotonic() + _TRY_AGAIN
         if why != self._said:
             self._logger.error(
-                "vllm-vlora: what was published is not served, the state before it is: %s", why
+                "vllm-vlora: what was published is not served, the state before it is: %s",
+                why,
+                extra=facts("publication_refused", reason=reason_of(error)),
             )
-            self._refused.append(reason_of(error))
+            self.count_refusal(error)
         self._said = why
 
-    def _sound_state(self) -> State:
-        checkpoint = Checkpoint.open(self._folder)
+    def sound_state(self, folder: Path) -> State:
+        """The state that a folder has, read and held against the model as far as it is new.
+
+        Raises:
+            VLoRAError: it cannot be served.
+        """
+        checkpoint = Checkpoint.open(folder)
         for known in (self.served, self._offered):
             if known.digest == checkpoint.content_digest:
                 return known
@@ -168,15 +183,13 @@ def _new_files(
 
 def folder_identity(checkpoint: str | Path) -> tuple[int, ...] | None:
     """What differs between two publications of a checkpoint's manifest, and between two versions of its
-    aliases and its router, which are written beside it; None where there is no manifest.
+    aliases, its attachments and its router, which are written beside it; None where there is no manifest.
     """
     folder, _ = split_pin(checkpoint)
-    manifest, *beside = (
-        _file_identity(Path(folder, name)) for name in (CONFIG_FILE, ALIASES_FILE, ROUTER_FILE)
-    )
-    # Each in its place, so that one that goes and another that comes are not the same.
-    parts = (number for found in beside for number in found or (0, 0, 0, 0))
-    return None if manifest is None else (*manifest, *parts)
+    manifest, *beside = (_file_identity(Path(folder, name)) for name in _WATCHED)
+    # Zeros keep what is beside it apart.
+    numbers = (number for found in beside for number in (found or (0,) * 4))
+    return None if manifest is None else (*manifest, *numbers)
 
 
 def _file_identity(file: Path) -> tuple[int, ...] | None:

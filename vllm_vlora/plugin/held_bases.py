@@ -9,8 +9,13 @@ that needs another one cannot run direct.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm_vlora.representations.spec import ModuleSpec, Segment
+
+if TYPE_CHECKING:
+    from vllm_vlora.checkpoint.reader import Checkpoint
 
 
 class HeldBases:
@@ -51,3 +56,15 @@ class HeldBases:
                 return reason
         self._holders.update((self._layer(module), module) for module in needed)
         return None
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The bases of one state of a checkpoint: the digest of all of them, and whose each layer holds."""
+
+    digest: str
+    held: HeldBases
+
+    def of(self, checkpoint: Checkpoint) -> HeldBases | None:
+        """Whose bases the layers hold of a checkpoint; None where theirs are another one's."""
+        return self.held if self.digest == checkpoint.basis_digest else None

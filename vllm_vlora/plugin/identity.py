@@ -19,6 +19,8 @@ _DIGEST_LENGTH = 32
 # int32, so they end below 2**31.
 FIRST_ID = 1 << 20
 ID_SPAN = (1 << 31) - FIRST_ID - 1
+MEMORY = Path("/dev/null/vllm_vlora.publish")
+"""In the path of a task that is in no file the place of the checkpoint; nothing can lie there."""
 
 
 @dataclass(frozen=True)

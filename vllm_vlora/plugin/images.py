@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -22,6 +23,8 @@ from vllm_vlora.plugin.arena import aligned
 Tree = TypeVar("Tree")
 # What kernels read at once: an address stays what it is modulo this.
 _WIDEST = 16
+# What trees hold beside tensors; most of what is in them, and quickly told apart.
+_PLAIN = (str, int, float, type(None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +36,77 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor of an image lies in its block, and what it is; ``stride`` None where contiguous."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...] | None
+
+    def within(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor there."""
+        flat = memory[self.start : self.stop].view(self.dtype)
+        if self.stride is None:
+            return flat.view(self.shape)
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+
+
+class _Later(Mapping[Any, Any]):
+    """A mapping whose values are made once they are read: kernels read addresses, and most never are."""
+
+    def __init__(self, values: Mapping[Any, Any], leaf: Callable[[Any], torch.Tensor]) -> None:
+        self._values, self._leaf = values, leaf
+        self._made: dict[Any, Any] = {}
+
+    def __getitem__(self, name: Any) -> Any:
+        if name not in self._made:
+            self._made[name] = _mapped(self._values[name], self._leaf, later=True)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclasses.dataclass(frozen=True)
 class Image(Generic[Tree]):
     """What lies in a block of host memory.
 
     Attributes:
-        tree: tensors in dataclasses, mappings and tuples; those of the image are views of ``block``.
+        places: the tree, with the place in ``block`` instead of each tensor of the image.
         block: uint8; pinned where there is a GPU, so that the copy to it need not wait.
         nbytes: bytes of what lies in it, without the gaps.
         records: a part of the tree, and of the block: int64, among them addresses. None for none.
         targets: like ``records``: for an address how far from the block's start it points, else -1.
     """
 
-    tree: Tree
+    places: Tree
     block: torch.Tensor
     nbytes: int
     records: torch.Tensor | None = None
     targets: np.ndarray | None = None
     _copied: list[torch.cuda.Event] = dataclasses.field(default_factory=list)
+
+    @property
+    def tree(self) -> Tree:
+        """Tensors in dataclasses, mappings and tuples; those of the image are views of ``block``."""
+        return self._over(self.block, ())
+
+    def _over(self, memory: torch.Tensor, shared: Sequence[Span]) -> Tree:
+        ordered = sorted(shared, key=lambda span: span.start)
+        starts = [span.start for span in ordered]
+
+        def leaf(found: Any) -> torch.Tensor:
+            if isinstance(found, _Place):
+                return found.within(memory)
+            return _moved(found, starts, ordered)
+
+        # What is made later must not keep what others share on the host.
+        return _mapped(self.places, leaf, later=not ordered)
 
     def on(self, memory: torch.Tensor, shared: Iterable[Span] = ()) -> Tree:
         """Copy the block to ``memory``; the tree over it.
@@ -68,7 +125,7 @@ class Image(Generic[Tree]):
         memory.copy_(self.block, non_blocking=pinned)
         if pinned:
             self._copied.append(torch.cuda.current_stream().record_event())
-        return relocated(self.tree, [Span(self.block.data_ptr(), memory), *shared])
+        return self._over(memory, list(shared))
 
 
 def make_image(
@@ -97,18 +154,31 @@ def make_image(
         starts.append(end + first % _WIDEST)
         end = aligned(starts[-1] + stop - first)
     block = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
-    spans = []
     for (first, stop), start in zip(runs, starts):
-        memory = block[start : start + stop - first]
-        ctypes.memmove(memory.data_ptr(), first, stop - first)
-        spans.append(Span(first, memory))
-    moved = relocated(tree, spans)
+        ctypes.memmove(block.data_ptr() + start, first, stop - first)
+
+    def place(tensor: torch.Tensor) -> Any:
+        return _place(tensor, runs, starts)
+
+    places = _mapped(tree, place)
     nbytes = sum(stop - first for first, stop in runs)
     if records is None:
-        return Image(moved, block, nbytes)
+        return Image(places, block, nbytes)
     table, fields = records
     targets = _targets(table.numpy(), fields, runs, starts)
-    return Image(moved, block, nbytes, relocated(table, spans), targets)
+    return Image(places, block, nbytes, place(table).within(block), targets)
+
+
+def _place(tensor: torch.Tensor, runs: list[tuple[int, int]], starts: list[int]) -> Any:
+    """Where a tensor will lie; itself where it is no part of the image."""
+    address = tensor.data_ptr()
+    run = bisect_right(runs, (address, sys.maxsize)) - 1
+    extent = _extent(tensor) if tensor.numel() else 0
+    if not extent or run < 0 or address + extent > runs[run][1]:
+        return tensor
+    start = starts[run] + address - runs[run][0]
+    stride = None if tensor.is_contiguous() else tensor.stride()
+    return _Place(start, start + extent, tensor.dtype, tensor.shape, stride)
 
 
 def _targets(
@@ -123,25 +193,24 @@ def _targets(
     return targets
 
 
-def relocated(tree: Any, spans: Iterable[Span]) -> Any:
-    """A tree whose tensors lie where the spans say; what lies in none stays where it is."""
-    ordered = sorted(spans, key=lambda span: span.start)
-    return _relocated(tree, [span.start for span in ordered], ordered)
-
-
-def _relocated(tree: Any, starts: list[int], spans: list[Span]) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return _moved(tree, starts, spans)
+def _mapped(tree: Any, leaf: Callable[[Any], Any], later: bool = False) -> Any:
+    """A tree with something else in place of each tensor; ``later``: in mappings once they are read."""
+    if isinstance(tree, _PLAIN):
+        return tree
+    if isinstance(tree, (torch.Tensor, _Place)):
+        return leaf(tree)
     if isinstance(tree, Mapping):
-        return {name: _relocated(value, starts, spans) for name, value in tree.items()}
+        if later:
+            return _Later(tree, leaf)
+        return {name: _mapped(value, leaf) for name, value in tree.items()}
     if isinstance(tree, tuple):
-        return tuple(_relocated(value, starts, spans) for value in tree)
+        return tuple(_mapped(value, leaf, later) for value in tree)
     if not dataclasses.is_dataclass(tree):
         return tree
     # Not ``replace``: what is checked when one is made was checked.
     found = copy.copy(tree)
     for name, value in vars(tree).items():
-        object.__setattr__(found, name, _relocated(value, starts, spans))
+        object.__setattr__(found, name, _mapped(value, leaf, later))
     return found
 
 

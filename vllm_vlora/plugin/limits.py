@@ -2,25 +2,21 @@
 
 Nothing of it is in place unless a setting asks for it. What waits, waits in the scheduler's own queue,
 which is exchanged for one that knows tenants. A request of a task of which too many wait already is
-refused by the engine core, which alone sees those of every API server. The refusal travels as other ends
-of requests do, and becomes its caller's error in the API server: HTTP status 429.
+refused by the engine core, which alone sees those of every API server: HTTP status 429; see ``refusals``.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from http import HTTPStatus
 from typing import Any
 
-import vllm.exceptions
-from vllm.exceptions import VLLMClientError
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from vllm_vlora.errors import TaskBusyError
 from vllm_vlora.plugin.counters import counters_of
 from vllm_vlora.plugin.fair_queue import Tenant, Tenants
+from vllm_vlora.plugin.refusals import callers_error, refuse
 from vllm_vlora.plugin.seam_table import Place
 from vllm_vlora.plugin.settings import QUEUE_VARIABLE, Settings
 
@@ -29,7 +25,6 @@ Patch = tuple[Any, str, Any]
 # What tokens of the prompt and of the answer count, as in the paper of ``fair_queue``.
 PROMPT_TOKEN, ANSWER_TOKEN = 1, 2
 
-_REFUSED = "vllm-vlora: "
 _TENANTS = "_vlora_tenants"
 _ONE_CALLER = "_vlora_one_caller"
 
@@ -51,7 +46,6 @@ def limit_tasks(
         wrappers["Scheduler.update_from_output"] = _count_answers
     if settings.task_queue:
         wrappers["EngineCore.add_request"] = lambda f: _refuse_above(f, settings.task_queue)
-        wrappers["OutputProcessor.process_outputs"] = _raise_refusals
         wrappers["LLMEngine.__init__"] = _say_that_it_has_one_caller
         wrappers["BaseServing._maybe_get_adapters"] = lambda f: _refuse_streams(f, settings)
     before = {(owner, name): value for owner, name, value in patches}
@@ -144,10 +138,8 @@ def _refuse_above(original: Callable[..., Any], bound: int) -> Callable[..., Any
             and request.request_id not in self.scheduler.requests
             and not getattr(self.vllm_config, _ONE_CALLER, False)
         ):
-            counters_of(self).refused(TaskBusyError)
-            end = _refusal(request.request_id, _too_many(tenant, bound))
-            self.output_queue.put_nowait((request.client_index, end))
-            return None
+            counters_of(self).refused(TaskBusyError, tenant)
+            return refuse(self, request, TaskBusyError(_too_many(tenant, bound)))
         return original(self, request, request_wave)
 
     return add_request
@@ -168,41 +160,7 @@ def _too_many(tenant: str, bound: int) -> str:
     return f"{bound} requests of {tenant!r} wait already ({QUEUE_VARIABLE}); ask again later"
 
 
-def _refusal(request_id: str, message: str) -> EngineCoreOutputs:
-    end = EngineCoreOutput(
-        request_id=request_id,
-        new_token_ids=[],
-        finish_reason=FinishReason.ERROR,
-        stop_reason=_REFUSED + message,
-    )
-    return EngineCoreOutputs(outputs=[end], finished_requests={request_id})
-
-
 # --- the API server -------------------------------------------------------------------------------
-
-
-def _raise_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def process_outputs(
-        self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        # A refusal comes alone.
-        if len(engine_core_outputs) != 1 or not _is_refusal(engine_core_outputs[0]):
-            return original(self, engine_core_outputs, *args, **kwargs)
-        (refusal,) = engine_core_outputs
-        state = self.request_states.get(refusal.request_id)
-        if state is None:
-            return original(self, engine_core_outputs, *args, **kwargs)
-        # What came with it under one request, and pieces of a session that were sent meanwhile.
-        whole = state.parent_req.request_id if state.parent_req else refusal.request_id
-        state.queue.close()
-        others = self.abort_requests([whole], internal=True)
-        state.queue.put(_busy(refusal.stop_reason.removeprefix(_REFUSED)))
-        done = original(self, [], *args, **kwargs)
-        done.reqs_to_abort.extend(others)
-        return done
-
-    return process_outputs
 
 
 def _refuse_streams(original: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
@@ -225,30 +183,7 @@ def _refuse_streams(original: Callable[..., Any], settings: Settings) -> Callabl
             if len(states) >= most and most <= sum(
                 state.lora_name == lora.lora_name for state in states.values()
             ):
-                raise _busy(_too_many(lora.lora_name, settings.task_queue))
+                raise callers_error(TaskBusyError, _too_many(lora.lora_name, settings.task_queue))
         return lora
 
     return adapters
-
-
-def _is_refusal(output: Any) -> bool:
-    return (
-        output.finish_reason == FinishReason.ERROR
-        and isinstance(output.stop_reason, str)
-        and output.stop_reason.startswith(_REFUSED)
-    )
-
-
-def _busy(message: str) -> Exception:
-    """A TaskBusyError that vLLM answers with status 429 and passes on as it is."""
-    graceful = getattr(vllm.exceptions, "GracefulHTTPError", None)
-    if graceful is not None:
-        kind = type(TaskBusyError.__name__, (TaskBusyError, graceful), {})
-        return kind(message, HTTPStatus.TOO_MANY_REQUESTS)
-    # vLLM before 0.30 has no such error, but its web framework.
-    from fastapi import HTTPException
-
-    kind = type(TaskBusyError.__name__, (TaskBusyError, HTTPException, VLLMClientError), {})
-    error: Exception = kind(HTTPStatus.TOO_MANY_REQUESTS.value, message)
-    error.args = (message,)
-    return error

@@ -7,6 +7,7 @@ or a newer one. Every API server asks for itself; what the engine cores adopt, t
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from vllm_vlora.plugin.engine_core import (
     ROUTER_METHOD,
     TASKS_METHOD,
 )
-from vllm_vlora.plugin.identity import TaskPath, parse_task_path
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
 from vllm_vlora.plugin.named_requests import TaskRequests
 from vllm_vlora.plugin.prompt_routing import Routing
 from vllm_vlora.plugin.requests import requests_for
@@ -38,7 +39,6 @@ class Listing:
 
     Args:
         models: vLLM's ``OpenAIServingModels``.
-        loaded: the paths that need not be loaded before their first request; added to.
         templates: called with the paths of all tasks whenever they change.
         policy: how a router's weights become an answer; None to route nothing.
     """
@@ -46,14 +46,15 @@ class Listing:
     def __init__(
         self,
         models: Any,
-        loaded: set[str],
         templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
         policy: RoutePolicy | None = None,
     ) -> None:
-        self._models, self._loaded, self._templates = models, loaded, templates
+        self._models, self._templates = models, templates
         self._policy = policy
         self._listed: dict[str, LoRARequest] = {}
         self._state = ""
+        # By which the engine cores tell API servers apart.
+        self._own_name = uuid.uuid4().hex
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -90,7 +91,7 @@ class Listing:
                 _logger().warning("vllm-vlora: the list of tasks is as it was: %s", error)
 
     async def _update(self) -> None:
-        states = set(await self._ask(FOLLOW_METHOD))
+        states = set(await self._ask(FOLLOW_METHOD, self._own_name, self._state))
         # Engine cores that differ, or workers of one: some have not adopted yet.
         if len(states) > 1 or states == {self._state} or states == {""}:
             return
@@ -133,8 +134,6 @@ class Listing:
                 wanted[name] = before
             elif shown.own(name) is None:
                 shown[name] = request
-        self._loaded.difference_update(request.lora_path for request in self._listed.values())
-        self._loaded.update(request.lora_path for request in found)
         self._listed = wanted
 
     def _refuse_name(self, request: LoRARequest) -> None:
@@ -161,7 +160,9 @@ class Listing:
         Raises:
             CheckpointError: it is not there: the folder has another state by now.
         """
-        if not paths or self._policy is None or self._models.is_base_model(AUTO):
+        folders = (path.checkpoint for path in paths.values() if path.checkpoint != MEMORY)
+        folder = next(folders, None)
+        if folder is None or self._policy is None or self._models.is_base_model(AUTO):
             return None
         text = await self._agreed(ROUTER_METHOD)
         if not text:
@@ -169,7 +170,6 @@ class Listing:
         record, held = decode_router(text.encode()), self._models.lora_requests.routing
         if held is not None and held.record == record:
             return held
-        folder = next(iter(paths.values())).checkpoint
         return await asyncio.to_thread(Routing.read, folder, record, self._policy)
 
     async def _served(self) -> dict[str, TaskPath]:
@@ -186,10 +186,10 @@ class Listing:
             raise CheckpointError(CHANGED)
         return answers[0]
 
-    async def _ask(self, method: str) -> list[Any]:
+    async def _ask(self, method: str, *arguments: Any) -> list[Any]:
         client = self._models.engine_client.engine_core
         return [
-            await client._call_utility_async(method, engine=engine)
+            await client._call_utility_async(method, *arguments, engine=engine)
             for engine in client.core_engines
         ]
 

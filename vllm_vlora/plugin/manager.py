@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -26,10 +27,11 @@ from vllm.platforms import current_platform
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.checkpoint.serving import extra_obstacle
+from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE, extra_obstacle
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
+from vllm_vlora.plugin.events import facts
 from vllm_vlora.plugin.experts import (
     ExpertWriter,
     check_experts,
@@ -51,6 +53,7 @@ from vllm_vlora.plugin.layers import (
     read_layouts,
     slot_nbytes,
 )
+from vllm_vlora.plugin.polling import Poller, polled
 from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
@@ -121,6 +124,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             budget=self.setup.settings.budget(self.device),
         )
         self.follower: Follower | None = None
+        self._poller: Poller | None = None
         self._direct_models: dict[int, TaskLoRAModel] = {}
         self._direct_slots: DirectSlots | None = None
         self._routed_version = -1
@@ -233,35 +237,61 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     # --- what the engine core asks for ---
 
-    def stage(self, request: LoRARequest) -> bool:
-        """Have a task read into host memory, beside the steps; whether that is done."""
-        return self.vlora_store.stage(_path_of(request))
+    def bring(
+        self, requests: Sequence[LoRARequest], hold: int, instead_of: Sequence[str] = ()
+    ) -> list[Held | bool | None]:
+        """Have tasks read into host memory, beside the steps, and on the device once that is done.
 
-    def hold(self, request: LoRARequest, instead_of: Iterable[str] = ()) -> Held:
+        Args:
+            hold: how many of them, the first, may come to the device.
+            instead_of: paths of tasks whose places there may be given up for them, the first first.
+
+        Returns:
+            For each what ``hold`` says of it; or whether it is read, where it may not or need not yet;
+            None for one that waits for bases that are to be exchanged first.
+        """
+        left = list(instead_of)
+        answers: list[Held | bool | None] = []
+        for number, request in enumerate(requests):
+            staged = self.vlora_store.stage(_path_of(request))
+            if not staged or number >= hold:
+                answers.append(staged)
+                continue
+            held = self.hold(request, left)
+            answers.append(held)
+            del left[: held.gave_way]
+            if held.over:
+                hold = 0  # Who comes later must not take its place.
+        return answers
+
+    def hold(self, request: LoRARequest, instead_of: Sequence[str] = ()) -> Held:
         """Have a task on the device; an error is in the answer.
 
         Nothing is raised: with several workers, each must answer.
 
         Args:
-            instead_of: paths of tasks whose places there are given up before.
+            instead_of: paths of tasks whose places there may be given up for it, the first first.
         """
+        gave_way = 0
         try:
-            for path in instead_of:
-                self.forget(path)
             before = self.vlora_store.held(request.lora_path)
-            over = self.vlora_store.place(_path_of(request))
-            if over:
-                return Held(over=over)
+            while over := self.vlora_store.place(_path_of(request)):
+                if gave_way == len(instead_of):
+                    return Held(over=over, gave_way=gave_way)
+                self.forget(instead_of[gave_way])
+                gave_way += 1
             self._prepare(self.task_model(request).task)
         except torch.OutOfMemoryError:
-            return Held(over=_ALL)
+            return Held(over=_ALL, gave_way=gave_way)
         except VLoRAError as error:
-            return Held(error=error)
+            return Held(error=error, gave_way=gave_way)
         except Exception as error:
             logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
-            return Held(error=TaskLoadError(f"{request.lora_path}: {error}"))
+            told = TaskLoadError(f"{request.lora_path}: {error}")
+            return Held(error=told, gave_way=gave_way)
         nbytes = self.vlora_store.nbytes_of(request.lora_path)
-        return Held(nbytes=nbytes if before is None else 0, direct=self.runs_direct(request))
+        direct = self.runs_direct(request)
+        return Held(nbytes=nbytes if before is None else 0, direct=direct, gave_way=gave_way)
 
     def _prepare(self, task: ResidentTask) -> None:
         """Arrange a task's writes now and not in its first step."""
@@ -277,6 +307,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """The digests of the state that is served and of the newest one that could be."""
         if self.follower is None:
             return "", ""
+        if self._poller is not None:
+            self._poller.start()
         return self.follower.served.digest, self.follower.offered()
 
     def adopt(self, digest: str) -> bool:
@@ -288,15 +320,36 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         _log_change(before, follower.served)
         return True
 
+    def exchange_bases(self) -> list[str]:
+        """Put the bases of the state that is served into the layers; what lost its place for that."""
+        store = self.vlora_store
+        assert store.state is not None
+        ended = store.ended()
+        self._remove_adapters_of(set(ended))
+        for path in ended:
+            self._forget(path, wholly=True)
+        store.exchange()
+        logger.info(
+            "vllm-vlora: the layers hold the bases of %s now, whose tasks on them run direct",
+            shown(str(store.state.checkpoint.path)),
+        )
+        return ended
+
     def forget(self, path: str, wholly: bool = False) -> None:
         """Give up a task's place on the device, and the adapters that stand for it.
 
         Args:
             wholly: with what the host keeps of it.
         """
+        self._remove_adapters_of({path})
+        self._forget(path, wholly)
+
+    def _remove_adapters_of(self, paths: set[str]) -> None:
         for adapter_id, model in list(self.list_adapters().items()):
-            if isinstance(model, TaskLoRAModel) and model.task.path == path:
+            if isinstance(model, TaskLoRAModel) and model.task.path in paths:
                 self.remove_adapter(adapter_id)
+
+    def _forget(self, path: str, wholly: bool) -> None:
         # Both are made on first use.
         for writer in (self._writer, vars(self).get("experts")):
             if writer is not None:
@@ -439,6 +492,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         assert store.state is not None
         if self.setup.settings.follow:
             self.follower = Follower(folder, store.state, store.check, logger)
+            self._poller = _make_poller(self.follower, self.setup.settings.poll_seconds)
         for task in store.tasks():
             self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
             self._prepare(task)
@@ -460,6 +514,14 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             store.nbytes / 2**20,
             store.seconds,
             store.arena_nbytes / 2**20,
+            extra=facts(
+                "start",
+                digest=store.state.digest,
+                tasks=len(checkpoint.tasks),
+                resident=len(store),
+                bytes=store.nbytes,
+                seconds=round(store.seconds, 6),
+            ),
         )
         if store.direct is not None:
             _log_direct(self, store.direct)
@@ -475,6 +537,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             device=self.device,
             dtype=self._vllm_config.model_config.dtype,
             packed_basis=self.setup.settings.packed_basis,
+            basis_rows=self.setup.settings.basis_rows,
             narrow_rows=self.setup.settings.narrow_rows,
             elsewhere=self.elsewhere,
         )
@@ -498,10 +561,14 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
         writer.check(checkpoint, task_ids, self._engine_name)
-        absorbed = read_absorbed(self)
         for task_id in task_ids:
             _check_extra(checkpoint, task_id, self)
-            _check_absorbed(checkpoint, task_id, absorbed, self._engine_name)
+            _check_absorbed(checkpoint, task_id, self._absorbed, self._engine_name)
+
+    @functools.cached_property
+    def _absorbed(self) -> set[str]:
+        """A look at every module of the model, which stays as it is."""
+        return read_absorbed(self)
 
 
 def _path_of(request: LoRARequest) -> TaskPath:
@@ -510,21 +577,38 @@ def _path_of(request: LoRARequest) -> TaskPath:
     return path
 
 
+def _make_poller(follower: Follower, seconds: int) -> Poller | None:
+    """What asks the place that the followed folder comes from, where that is asked for."""
+    where = polled(os.environ.get(CHECKPOINT_VARIABLE, "")) if seconds else None
+    if where is None:
+        return None
+    return Poller(where, seconds, follower.sound_state, follower.count_refusal, logger)
+
+
 def _log_change(before: State, now: State) -> None:
     """Say what a state that is served from now on changes."""
     old, new = before.paths, now.paths
-    changed = [task for task in new.keys() & old.keys() if new[task] != old[task]]
+    came, gone = sorted(new.keys() - old.keys()), sorted(old.keys() - new.keys())
+    changed = sorted(task for task in new.keys() & old.keys() if new[task] != old[task])
     logger.info(
         "vllm-vlora: %s was published again and is served now: %d tasks, %d of them new%s, %d changed%s; "
         "%d are gone%s",
         shown(str(now.checkpoint.path)),
         len(new),
-        len(new.keys() - old.keys()),
-        _named(sorted(new.keys() - old.keys())),
+        len(came),
+        _named(came),
         len(changed),
-        _named(sorted(changed)),
-        len(old.keys() - new.keys()),
-        _named(sorted(old.keys() - new.keys())),
+        _named(changed),
+        len(gone),
+        _named(gone),
+        extra=facts(
+            "publication",
+            digest=now.digest,
+            tasks=len(new),
+            new=len(came),
+            changed=len(changed),
+            gone=len(gone),
+        ),
     )
 
 

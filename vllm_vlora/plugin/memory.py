@@ -9,7 +9,7 @@ columns:
   vLLM and ``materialize`` have ``max_loras`` slots; ``direct`` and ``auto`` have at most ``peft_slots``,
   for ordinary adapters and for tasks that cannot run direct.
 * bases: to materialize, as stored and whole; to run direct, ``s * (k_in w_in + k_out w_out)``, or
-  quantised ones packed.
+  quantised ones packed. With ``basis_rows`` no k is less than that.
 * cores: to materialize, float32 factors, ``4 rank (k_in + k_out)`` of the rows of the basis that a
   task uses; to run direct, ``s * min(k_out k_in, rank (k_in + k_out))`` of all its rows, each rounded
   up to 8 elements.
@@ -244,6 +244,7 @@ def plan_memory(
     target_modules: Sequence[str] | None = None,
     max_num_batched_tokens: int = DEFAULT_BATCHED_TOKENS,
     packed_basis: bool = False,
+    basis_rows: int = 0,
     narrow_rows: bool = False,
     memory: int | None = None,
     cpu: bool = False,
@@ -261,6 +262,7 @@ def plan_memory(
         target_modules: vLLM's ``--lora-target-modules``.
         max_num_batched_tokens: vLLM's option of that name.
         packed_basis: ``VLLM_VLORA_BASIS=packed``: quantised bases stay packed to run direct too.
+        basis_rows: ``VLLM_VLORA_BASIS_ROWS``: layers have room for a basis of so many components.
         narrow_rows: ``VLLM_VLORA_ROWS=narrow``: rows of 3 and 2 bits take no more on the device.
         memory: bytes for adapters on one device, to say what they hold.
         cpu: vLLM's CPU build, where the plugin takes one slot more.
@@ -294,8 +296,8 @@ def plan_memory(
     counter = _Counter(
         slot_row=itemsize * sum(sum(item.widths(tp)) for item in slices),
         direct_slices=sum(item.side != "whole" for item in slices),
-        tasks=_count_tasks(checkpoint, fillers, tp, itemsize, narrow_rows),
-        bases=_count_bases(checkpoint.modules, fillers, tp, itemsize, packed_basis),
+        tasks=_count_tasks(checkpoint, fillers, tp, itemsize, narrow_rows, basis_rows),
+        bases=_count_bases(checkpoint.modules, fillers, tp, itemsize, packed_basis, basis_rows),
         rank=_slot_rank(checkpoint, max_lora_rank),
         stock_rank=_stock_rank(checkpoint, max_lora_rank),
         peft_slots=peft_slots,
@@ -500,6 +502,7 @@ def _count_tasks(
     tp: int,
     itemsize: int,
     narrow_rows: bool,
+    basis_rows: int,
 ) -> list[_Task]:
     widths = [item.widths(tp) for item in fillers]
     tasks, modules = checkpoint.tasks, checkpoint.modules
@@ -516,7 +519,16 @@ def _count_tasks(
         for task in tasks
     }
     return [
-        _count_task(task_id, record, modules, widths, itemsize, narrow[task_id], obstacles[task_id])
+        _count_task(
+            task_id,
+            record,
+            modules,
+            widths,
+            itemsize,
+            narrow[task_id],
+            obstacles[task_id],
+            basis_rows,
+        )
         for task_id, record in checkpoint.tasks.items()
     ]
 
@@ -529,6 +541,7 @@ def _count_task(
     itemsize: int,
     narrow: _Narrow,
     obstacle: str | None,
+    basis_rows: int,
 ) -> _Task:
     direct = sources = _FormBytes()
     read = adapter = 0
@@ -544,7 +557,8 @@ def _count_task(
             pair = segment.rank * (rows_in + rows_out) * _SIDE_ITEMSIZE
             sources += _FormBytes(cores=pair)
             if module.basis is not None and segment.is_joint:
-                direct += _FormBytes(cores=_core_elements(segment, module.basis) * itemsize)
+                elements = _core_elements(segment, module.basis, basis_rows)
+                direct += _FormBytes(cores=elements * itemsize)
             read += pair + rows_in * _row(format, width_in) + rows_out * _row(format, width_out)
         else:
             sources += _FormBytes(
@@ -597,12 +611,14 @@ def _task_obstacle(record: TaskRecord, modules: Sequence[ModuleSpec]) -> str | N
     return direct_obstacle(record.segments, modules)
 
 
-def _core_elements(segment: Segment, basis: BasisSpec) -> int:
+def _core_elements(segment: Segment, basis: BasisSpec, basis_rows: int) -> int:
     """Elements of a core as the direct path holds it: dense unless factors are smaller."""
-    elements = basis.k_in * basis.k_out
-    keeps = dense_keeps_rank(segment.format, segment.rank, core_widths(segment, basis))
-    if segment.core != "dense" or segment.rows is not None or not keeps:
-        elements = min(elements, segment.rank * (basis.k_in + basis.k_out))
+    k_in, k_out = max(basis.k_in, basis_rows), max(basis.k_out, basis_rows)
+    elements = k_in * k_out
+    own = core_widths(segment, basis)
+    keeps = dense_keeps_rank(segment.format, segment.rank, own)
+    if segment.core != "dense" or own != (k_out, k_in) or not keeps:
+        elements = min(elements, segment.rank * (k_in + k_out))
     return -(-elements // CORE_ALIGNMENT) * CORE_ALIGNMENT
 
 
@@ -628,6 +644,7 @@ def _count_bases(
     tp: int,
     itemsize: int,
     packed_basis: bool,
+    basis_rows: int,
 ) -> dict[tuple[int, str], _BasisBytes]:
     found: dict[tuple[int, str], _BasisBytes] = {}
     for index, (module, item) in enumerate(zip(modules, fillers)):
@@ -636,7 +653,8 @@ def _count_bases(
             key = index, "flat" if side.startswith("flat") else "joint"
             width = width_in if side.endswith("V") else width_out
             kept = _cut_row(format, cols, width, itemsize)
-            direct = rows * (kept if packed_basis else width * itemsize)
+            held = max(rows, basis_rows)
+            direct = held * (kept if packed_basis else width * itemsize)
             found[key] = found.get(key, _NO_BASIS) + _BasisBytes(direct, rows * _row(format, cols))
     return found
 

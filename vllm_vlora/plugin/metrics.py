@@ -263,6 +263,11 @@ FAMILIES: tuple[Family, ...] = (
         ("tier",),
     ),
     Family(
+        "vllm_vlora:direct_tasks",
+        "Tasks on the device that run direct; the others there stand in slots when they run.",
+        _single("direct_tasks"),
+    ),
+    Family(
         "vllm_vlora:requests_waiting_for_load",
         "Requests that wait for their task to be loaded.",
         _single("waiting"),
@@ -319,6 +324,12 @@ FAMILIES: tuple[Family, ...] = (
         "vllm_vlora:checkpoint_reloads",
         "Published states of the checkpoint that were taken.",
         _single("reloads"),
+        counts=True,
+    ),
+    Family(
+        "vllm_vlora:basis_exchanges",
+        "Published states whose shared bases took the place of those that the layers held.",
+        _single("basis_exchanges"),
         counts=True,
     ),
     Family(

@@ -15,7 +15,6 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -25,10 +24,9 @@ from vllm_vlora.blend_names import Blend, blend_text, is_alone
 from vllm_vlora.blending.resolving import resolve
 from vllm_vlora.blending.text_router import AUTO
 from vllm_vlora.checkpoint.aliases import Aliases
-from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import BlendError
 from vllm_vlora.plugin.blend_paths import blend_path
-from vllm_vlora.plugin.identity import FIRST_ID, ID_SPAN, TaskPath, parse_task_path, task_paths
+from vllm_vlora.plugin.identity import FIRST_ID, ID_SPAN, TaskPath, parse_task_path
 from vllm_vlora.plugin.prompt_routing import Routing
 from vllm_vlora.plugin.seam_table import NAME_SEAMS
 from vllm_vlora.plugin.settings import BLENDS_VARIABLE, ROUTE_VARIABLE
@@ -245,20 +243,12 @@ class _Tasks:
         return isinstance(name, str) and self._requests._path(name) is not None
 
 
-def named_request(checkpoint: str | Path | Checkpoint, name: str, key: str = "") -> LoRARequest:
-    """A request for a task, a blend or an alias of a checkpoint, for ``vllm.LLM``.
-
-    Args:
-        key: of the client, for canaries.
+def meaning_for(key: str, name: str, requests: TaskRequests) -> LoRARequest:
+    """What a name stands for to a client with this key.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read. BlendError: the name means nothing there.
+        BlendError: none.
     """
-    from vllm_vlora.plugin.requests import requests_for
-
-    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    listed = {r.lora_name: r for r in requests_for(task_paths(opened))}
-    requests = TaskRequests(listed, opened.aliases)
     token = _asked.set(Asked(key))
     try:
         return requests.own(name) or requests.meaning(name)

@@ -26,14 +26,20 @@ from vllm_vlora.blending.blended import with_named_blends
 from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
-from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelMismatchError
+from vllm_vlora.errors import (
+    CheckpointError,
+    MemoryBudgetError,
+    ModelMismatchError,
+    TaskLoadError,
+)
 from vllm_vlora.plugin.arena import Arena, Block
 from vllm_vlora.plugin.blend_paths import blended_checkpoint
 from vllm_vlora.plugin.direct import DirectMemory, DirectPath, task_memory
 from vllm_vlora.plugin.following import State
-from vllm_vlora.plugin.identity import TaskPath, parse_task_path, task_path
+from vllm_vlora.plugin.held_bases import Bases
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path, task_path
 from vllm_vlora.plugin.images import Image, Span, make_image
-from vllm_vlora.plugin.settings import Budget
+from vllm_vlora.plugin.settings import LATE_VARIABLE, Budget
 from vllm_vlora.quantize import PackedMatrix
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
@@ -77,12 +83,15 @@ class _Staged:
         bases: what of the bases it needs, all of which it keeps from being given up.
         brought: those of them that the device did not have.
         memory: of a direct task.
+        stands_on: digest of the bases that the layers must hold where it runs direct; of a task that is
+            materialized, those on which it will run direct. Empty where it needs none, or never will.
     """
 
     image: Image[ResidentTask]
     bases: frozenset[BasisKey]
     brought: dict[BasisKey, Image[Basis]]
     memory: DirectMemory | None
+    stands_on: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,46 @@ class _Placed:
     nbytes: int
     bases: frozenset[BasisKey]
     memory: DirectMemory | None
+    stands_on: str
+
+
+@dataclass
+class _NextBases:
+    """Bases of the state that is served, which the layers do not hold yet.
+
+    Attributes:
+        found: what they are and this rank's share of them, once it is read; why they have no room as an
+            error; None where no task needs any.
+        held_back: tasks that need them wait for them; otherwise they are materialized meanwhile.
+    """
+
+    digest: str
+    found: Future[tuple[Bases, Image[dict[int, Basis]]] | None]
+    held_back: bool = True
+
+    @property
+    def bases(self) -> Bases | None:
+        """What they are, where that is known and they have room."""
+        if not self.found.done() or self.found.exception() is not None:
+            return None
+        found = self.found.result()
+        return None if found is None else found[0]
+
+
+@dataclass(frozen=True)
+class BasesReport:
+    """How far a worker is with the bases of the state that is served.
+
+    Attributes:
+        wanted: they are others than its layers hold. ready: they are read.
+        refused: why they cannot be exchanged; empty where they can.
+        busy: of what was asked about something would lose its place by the exchange.
+    """
+
+    wanted: bool = False
+    ready: bool = False
+    refused: str = ""
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +230,9 @@ class ResidentStore:
         self._images = _HostImages(0 if budget is None else budget.host)
         self._staging: dict[str, Future[_Staged]] = {}
         self._readers = ThreadPoolExecutor(_READERS, "vlora-stage")
+        self._next: _NextBases | None = None
+        # Tasks that are in no file, by path.
+        self._in_memory: dict[str, Checkpoint] = {}
         self._pin: str | None = None
         self.seconds = 0.0
 
@@ -238,31 +290,198 @@ class ResidentStore:
             ModelMismatchError: the served model cannot take them.
         """
         speak = _speakers(checkpoint, set(task_ids))
-        self._obstacles(checkpoint, [task for task in task_ids if task in speak])
+        bases = self._fitting(checkpoint) if self._only_direct else None
+        self._obstacles(checkpoint, [task for task in task_ids if task in speak], bases)
 
     def serve(self, state: State) -> None:
-        """Take another state's tasks as what is served; what is held of the one before stays."""
-        self.state = state
+        """Take another state's tasks as what is served; what is held of the one before stays.
+
+        Where it has other bases they are read, beside everything, to be exchanged; see ``bases``.
+        """
+        self.state, self._next = state, None
+        checkpoint = state.checkpoint
+        if self.direct is not None and checkpoint.basis_digest != self.direct.bases.digest:
+            # A thread of its own: tasks that need no bases are read meanwhile.
+            reader = ThreadPoolExecutor(1, "vlora-bases")
+            found = reader.submit(self._read_next, checkpoint)
+            reader.shutdown(wait=False)
+            self._next = _NextBases(checkpoint.basis_digest, found)
 
     def served(self) -> list[tuple[str, str]]:
         """(task id, path) of what is served, in the checkpoint's order."""
         return [] if self.state is None else list(self.state.paths.items())
 
+    # --- the bases of another state ---
+
+    def bases(self, in_use: Collection[str], awaited: Collection[str]) -> BasesReport:
+        """How far it is with the bases of the state that is served.
+
+        Args:
+            in_use: paths of tasks of requests that run. awaited: of requests that wait for them.
+        """
+        following = self._next
+        if following is None:
+            return BasesReport()
+        found = following.found
+        if not found.done():
+            return BasesReport(wanted=True)
+        error = found.exception()
+        if error is not None:
+            return BasesReport(wanted=True, refused=str(error) or type(error).__name__)
+        if found.result() is None:
+            self._next = None
+            return BasesReport()
+        # Who waits for a task that is materialized until then waits for the exchange.
+        busy = any(self._is_ended(self._find(path)) for path in in_use) or any(
+            self._is_ended(self._find(path)) and not self._is_held_back(self._find(path))
+            for path in awaited
+        )
+        return BasesReport(wanted=True, ready=True, busy=busy)
+
+    def ended(self) -> list[str]:
+        """Paths of the tasks whose form the exchange ends, on the device or the host."""
+        known = {*self._placed, *self._images.held, *self._staging}
+        return [path for path in known if self._is_ended(self._find(path))]
+
+    def hold_back(self, held_back: bool) -> list[str]:
+        """Whether tasks on the bases to come wait for them; otherwise they are materialized.
+
+        Returns:
+            Paths of those that are materialized on the device already, and whose requests wait as well.
+        """
+        if self._next is None:
+            return []
+        self._next.held_back = held_back
+        return [path for path, task in self._placed.items() if self._is_held_back(task)]
+
+    def keep_bases(self) -> None:
+        """Give the exchange up: what stands on other bases than the layers hold is materialized."""
+        self._next = None
+
+    def exchange(self) -> None:
+        """Put the bases of the state that is served into the layers.
+
+        What is ``ended`` by it must have been dropped.
+        """
+        assert self._next is not None
+        assert self.direct is not None
+        found = self._next.found.result()
+        assert found is not None
+        bases, shares = found
+        self.direct.exchange(bases, shares.tree)
+        self._next = None
+
+    def _read_next(self, checkpoint: Checkpoint) -> tuple[Bases, Image[dict[int, Basis]]] | None:
+        assert self.direct is not None
+        bases = self.direct.other_bases(checkpoint)
+        if bases is None:
+            return None
+        why = self.direct.misfit(checkpoint, bases)
+        if why is not None:
+            raise ModelMismatchError(why)
+        return bases, self.direct.read_bases(checkpoint, bases)
+
+    def _fitting(self, checkpoint: Checkpoint) -> Bases | None:
+        """A checkpoint's bases, where they are others than the layers hold and have room there."""
+        bases = None if self.direct is None else self.direct.other_bases(checkpoint)
+        if bases is None or self.direct is None:
+            return None
+        return bases if self.direct.misfit(checkpoint, bases) is None else None
+
+    def _find(self, path: str) -> _Staged | _Placed | None:
+        """A task where it is, the device first."""
+        return (
+            self._placed.get(path)
+            or self._images.held.get(path)
+            or _result(self._staging.get(path))
+        )
+
+    def _is_ended(self, task: _Staged | _Placed | None) -> bool:
+        """Whether a task runs direct on what the layers hold, or is materialized until the exchange."""
+        if task is None or not task.stands_on or self._next is None:
+            return False
+        return (task.stands_on == self._next.digest) == (task.memory is None)
+
+    def _is_held_back(self, task: _Staged | _Placed | None) -> bool:
+        following = self._next
+        return (
+            task is not None
+            and following is not None
+            and following.held_back
+            and task.stands_on == following.digest
+        )
+
+    def _is_stale(self, staged: _Staged) -> bool:
+        """Whether a task was read in a form that it is not to have, as the bases are by now."""
+        if not staged.stands_on or self.direct is None:
+            return False
+        runs_direct = staged.memory is not None
+        if staged.stands_on == self.direct.bases.digest:
+            return not runs_direct
+        if self._next is not None and staged.stands_on == self._next.digest:
+            return runs_direct != self._next.held_back
+        return runs_direct
+
+    def _waits_for_bases(self, path: TaskPath) -> bool:
+        """Whether how a task is to be read depends on bases that are still being read."""
+        following, state = self._next, self.state
+        if following is None or state is None or following.found.done():
+            return False
+        task_id = state.tasks.get(str(path))
+        if task_id is None:
+            # A blend, most likely.
+            return path.checkpoint == state.checkpoint.path.absolute()
+        return any(not s.is_private for s in state.checkpoint.record(task_id).segments)
+
     # --- staging ---
 
-    def stage(self, path: TaskPath) -> bool:
+    def stage(self, path: TaskPath) -> bool | None:
         """Have a task read into host memory beside everything else; whether that is done.
 
-        What went wrong is raised by ``place``.
+        None where it waits for bases that are to be exchanged first. What went wrong is raised by
+        ``place``.
         """
         name = str(path)
-        if name in self._placed or name in self._images.held:
-            return True
+        placed = self._placed.get(name)
+        if placed is not None:
+            return None if self._is_held_back(placed) else True
+        staged = self._images.held.get(name) or _result(self._staging.get(name))
+        if staged is not None and self._is_stale(staged):
+            self._discard(name)
+            staged = None
+        if staged is not None:
+            return None if self._is_held_back(staged) else True
         future = self._staging.get(name)
         if future is None:
+            if self._waits_for_bases(path):
+                return None
             self._sweep()
             future = self._staging[name] = self._readers.submit(self._read_path, path)
-        return future.done()
+        # Not True where it was read just now: in which form is seen at the next question.
+        return future.done() and future.exception() is not None
+
+    def take(self, path: TaskPath, checkpoint: Checkpoint) -> None:
+        """Have a task from a checkpoint in memory, which is kept until ``discard``, and stage it.
+
+        Raises:
+            ModelMismatchError: the served model cannot take it.
+            MemoryBudgetError: the device has no room for it, whatever gives way.
+        """
+        ((task_id, why),) = self._obstacles(checkpoint, checkpoint.tasks).items()
+        nbytes = checkpoint.record(task_id).nbytes
+        # What a rank keeps of a direct task is known once it is laid out.
+        if why is not None and not self._growing and nbytes > self._arena.largest:
+            raise MemoryBudgetError(
+                f"no room for task {task_id!r}: it takes {nbytes} bytes, more than tasks that come later "
+                f"may take on a device; set {LATE_VARIABLE} higher"
+            )
+        self._in_memory[str(path)] = checkpoint
+        self.stage(path)
+
+    def discard(self, path: str) -> None:
+        """Let go of a task from memory."""
+        self._in_memory.pop(path, None)
+        self.drop(path)
 
     def _sweep(self) -> None:
         """Put aside what was staged and is not asked for any more."""
@@ -294,6 +513,9 @@ class ResidentStore:
             except BaseException:
                 del self._staging[name]
                 raise
+        if self._is_stale(staged) or self._is_held_back(staged):
+            self._discard(name)
+            raise TaskLoadError(f"{path}: its basis is being exchanged; ask again")
         if not self._place(name, staged):
             return staged.image.block.nbytes
         self._staging.pop(name, None)
@@ -326,6 +548,10 @@ class ResidentStore:
     def drop(self, path: str) -> None:
         """Give up a task's place on the device and what is staged or kept of it on the host."""
         self.forget(path)
+        self._discard(path)
+
+    def _discard(self, path: str) -> None:
+        """Give up what is staged or kept of a task on the host."""
         for image in self._images.pop(path):
             self._let_go(image.bases)
         future = self._staging.get(path)
@@ -355,6 +581,11 @@ class ResidentStore:
         """Bytes of every tensor held on the device; what several share is counted once."""
         direct = 0 if self.direct is None else self.direct.memory().total
         return direct + self.materialized_nbytes
+
+    @property
+    def direct_tasks(self) -> int:
+        """Tasks on the device that run direct."""
+        return sum(placed.memory is not None for placed in self._placed.values())
 
     def nbytes_of(self, path: str) -> int:
         """Bytes of a task on the device, without what it shares."""
@@ -396,7 +627,15 @@ class ResidentStore:
     # --- from disk to host ---
 
     def _read_path(self, path: TaskPath) -> _Staged:
-        """Read a task, from the state that is served or whatever its folder holds; in any thread."""
+        """Read a task, from memory, the served state or whatever its folder holds; in any thread."""
+        in_memory = self._in_memory.get(str(path))
+        if in_memory is not None:
+            return self._read_checked(in_memory, next(iter(in_memory.tasks)))
+        if path.checkpoint == MEMORY:
+            raise CheckpointError(
+                f"{path}: this version of the task was published again or unpublished; use the request "
+                "that vllm_vlora.publish returned last"
+            )
         state = self.state
         task_id = None if state is None else state.tasks.get(str(path))
         if state is not None and task_id is not None:
@@ -425,20 +664,32 @@ class ResidentStore:
         )
 
     def _read_checked(self, checkpoint: Checkpoint, task_id: str) -> _Staged:
-        return self._read(checkpoint, task_id, self._obstacles(checkpoint, [task_id])[task_id])
+        bases, awaited = None, self._next
+        if awaited is not None and awaited.digest == checkpoint.basis_digest and awaited.held_back:
+            bases = awaited.bases
+        obstacles = self._obstacles(checkpoint, [task_id], bases)
+        return self._read(checkpoint, task_id, obstacles[task_id])
 
-    def _obstacles(self, checkpoint: Checkpoint, task_ids: Iterable[str]) -> dict[str, str | None]:
-        """Task id -> why it is materialized, None when it runs direct; checked against the model."""
-        obstacles = {task_id: self._obstacle(checkpoint, task_id) for task_id in task_ids}
+    def _obstacles(
+        self, checkpoint: Checkpoint, task_ids: Iterable[str], bases: Bases | None = None
+    ) -> dict[str, str | None]:
+        """Task id -> why it is materialized, None when it runs direct; checked against the model.
+
+        Args:
+            bases: as if the layers held these.
+        """
+        obstacles = {task_id: self._obstacle(checkpoint, task_id, bases) for task_id in task_ids}
         for runs_direct in (True, False):
             chosen = [task for task, why in obstacles.items() if (why is None) == runs_direct]
             self._check(checkpoint, chosen, runs_direct)
         return obstacles
 
-    def _obstacle(self, checkpoint: Checkpoint, task_id: str) -> str | None:
+    def _obstacle(
+        self, checkpoint: Checkpoint, task_id: str, bases: Bases | None = None
+    ) -> str | None:
         if self.direct is None:
             return "direct mode is off"
-        why = self.direct.obstacle(checkpoint, task_id)
+        why = self.direct.obstacle(checkpoint, task_id, bases)
         if why is not None and self._only_direct:
             raise ModelMismatchError(
                 f"{checkpoint.path}: task {task_id!r} cannot run direct: {why}; use "
@@ -465,7 +716,9 @@ class ResidentStore:
         memory = task_memory(direct)
         task = self._resident(checkpoint, task_id, {}, {}, direct)
         image = make_image(task, (), (direct.records, ADDRESS_FIELDS), self._pins)
-        return _Staged(image, frozenset(), {}, memory)
+        joint = any(segment.is_joint for segment in checkpoint.record(task_id).segments)
+        stands_on = checkpoint.basis_digest if joint else ""
+        return _Staged(image, frozenset(), {}, memory, stands_on)
 
     def _read_sources(
         self, checkpoint: Checkpoint, task_id: str, obstacle: str, bases: frozenset[BasisKey]
@@ -486,7 +739,17 @@ class ResidentStore:
         extra = {name: t for name, t in stored.extra.items() if not is_base_copy(name)}
         task = self._resident(checkpoint, task_id, sources, extra, None, obstacle)
         leave = [*extra.values(), *(t for basis in held.values() for t in _basis_tensors(basis))]
-        return _Staged(make_image(task, leave, pin=self._pins), bases, brought, None)
+        image = make_image(task, leave, pin=self._pins)
+        return _Staged(image, bases, brought, None, self._to_stand_on(checkpoint, task_id))
+
+    def _to_stand_on(self, checkpoint: Checkpoint, task_id: str) -> str:
+        """Digest of the bases to come, if a task that is materialized is to run direct on them."""
+        following = self._next
+        if self.direct is None or following is None or following.bases is None:
+            return ""
+        if self.direct.obstacle(checkpoint, task_id, following.bases) is not None:
+            return ""
+        return following.digest
 
     def _resident(self, checkpoint: Checkpoint, task_id: str, *parts: Any) -> ResidentTask:
         record = checkpoint.record(task_id)
@@ -566,7 +829,12 @@ class ResidentStore:
             self.direct.count(staged.memory)
         self._use(staged.bases)
         self._placed[path] = _Placed(
-            task, blocks[-1], staged.image.nbytes, staged.bases, staged.memory
+            task,
+            blocks[-1],
+            staged.image.nbytes,
+            staged.bases,
+            staged.memory,
+            staged.stands_on,
         )
         return True
 
@@ -600,6 +868,13 @@ def _speakers(checkpoint: Checkpoint, tasks: set[str]) -> set[str]:
         found.update(asked[:1])
         found.update(task for task in asked if checkpoint.entry(task).carries)
     return found
+
+
+def _result(future: Future[_Staged] | None) -> _Staged | None:
+    """What was read, if that is done and went well."""
+    if future is None or not future.done() or future.exception() is not None:
+        return None
+    return future.result()
 
 
 def _basis_tensors(basis: Basis) -> Iterable[torch.Tensor]:

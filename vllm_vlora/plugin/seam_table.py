@@ -219,13 +219,12 @@ def _replaced() -> Iterator[Seam]:
         ("self", "lora_request", "rank"),
     )
     within = "adapters that need a slot stay within the slots"
-    yield Seam(_SCHEDULER, "Scheduler.add_request", within, ("self", "request"), direct=True)
+    yield Seam(_SCHEDULER, "Scheduler.add_request", within, ("self", "request"))
     yield Seam(
         _SCHEDULER,
         "Scheduler.finish_requests",
-        within,
+        f"{within}; ends requests whose task is on its way too",
         ("self", "request_ids", "finished_status"),
-        direct=True,
     )
     yield Seam(
         _SCHEDULER,
@@ -249,9 +248,19 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.abort_requests",
-        "knows of requests whose task is on its way, and lets them in when it has come",
+        "lets requests in whose task has come: it is what wakes the loop",
         ("self", "request_ids"),
     )
+    yield Seam(
+        _CORE,
+        "EngineCoreProc.has_work",
+        "an engine core that is told to end serves those whose task is on its way",
+        ("self",),
+    )
+    for name in ("pin_lora", "remove_lora"):
+        yield Seam(
+            _CORE, f"EngineCore.{name}", "a pinned task does not give way", ("self", "lora_id")
+        )
     yield Seam(
         "vllm.v1.engine.input_processor",
         "InputProcessor._get_mm_identifier",
@@ -261,7 +270,7 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.sleep",
-        "level 2, which would lose the tasks, is refused",
+        "level 2, which would lose the checkpoint's tasks, is refused; others leave the device first",
         accepts=("level",),
     )
     yield Seam(
@@ -315,14 +324,12 @@ def _replaced() -> Iterator[Seam]:
         accepts=("args",),
     )
     # Inside the step a bad checkpoint would be the end of the engine.
-    outside = "a new task is loaded outside the step, where a bad checkpoint is its caller's error"
-    for module, owner in (("llm_engine", "LLMEngine"), ("async_llm", "AsyncLLM")):
-        yield Seam(
-            f"vllm.v1.engine.{module}",
-            f"{owner}.add_request",
-            outside,
-            accepts=("lora_request",),
-        )
+    yield Seam(
+        "vllm.v1.engine.llm_engine",
+        "LLMEngine.add_request",
+        "a new task is loaded outside the step, where a bad checkpoint is its caller's error",
+        accepts=("lora_request",),
+    )
     # A batch's requests are a set, so that two states of one task ended the engine with a KeyError.
     yield Seam(
         _REQUEST,
@@ -435,8 +442,8 @@ def _called() -> Iterator[Seam]:
     yield Seam(
         "vllm.v1.executor.abstract",
         "Executor.collective_rpc",
-        "asks the workers",
-        accepts=("method", "args"),
+        "asks the workers; for a task nobody waits for the answer while steps go on",
+        accepts=("method", "args", "non_block"),
     )
     yield Seam(
         "vllm.v1.engine.exceptions", "EngineDeadError", "is not taken for a load that failed"
@@ -448,20 +455,24 @@ def _called() -> Iterator[Seam]:
         accepts=("method", "engine"),
     )
     yield Seam(
+        _CLIENT,
+        "SyncMPClient.call_utility",
+        "gives an engine core a task from memory",
+        accepts=("method",),
+    )
+    yield Seam(
         "vllm.v1.engine",
         "EngineCoreRequestType.ABORT",
         "wakes an engine core's loop",
     )
+    yield Seam(_CORE, "EngineCoreProc.is_running", "does it accept requests, or end?", ("self",))
+    yield Seam("vllm.v1.executor.abstract", "Executor.is_sleeping", "is there memory for tasks?")
+    yield Seam(_CORE, "EngineCore.batch_queue", "do steps go on?")
+    yield Seam(_SCHEDULER, "Scheduler.has_requests", "do steps go on?", ("self",))
     yield Seam(
         _CORE,
         "EngineCoreProc.input_queue",
         "where it is woken; an engine core without one is its caller's",
-    )
-    yield Seam(
-        _CORE,
-        "EngineCoreProc._send_error_outputs_to_client",
-        "the end of a request whose task cannot be loaded again",
-        ("self", "req_ids", "client_index"),
     )
     yield Seam(
         "vllm.renderers.base",
@@ -615,6 +626,8 @@ def _held() -> Iterator[Seam]:
         "vllm.v1.engine.llm_engine", "LLMEngine.engine_core", "its client of the engine core"
     )
     yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.engine_core", "its client of the engine cores")
+    yield Seam("vllm.v1.engine.llm_engine", "LLMEngine.vllm_config", "has it LoRA?")
+    yield Seam("vllm.entrypoints.llm", "LLM.llm_engine", "the engine that is given a task")
     yield Seam(_CLIENT, "MPClient.core_engines", "the engine cores that are asked for their tasks")
     yield Seam(_CLIENT, "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):
@@ -751,6 +764,49 @@ def _steps() -> Iterator[Seam]:
         )
 
 
+def _refusals() -> Iterator[Seam]:
+    """How a request is refused with a reason; see ``refusals``."""
+    yield Seam(_CORE, "EngineCoreProc.output_queue", "a refusal, to its client")
+    engine = "vllm.v1.engine"
+    yield Seam(
+        engine,
+        "EngineCoreOutput",
+        "a refusal",
+        accepts=("request_id", "new_token_ids", "finish_reason", "stop_reason"),
+    )
+    yield Seam(engine, "EngineCoreOutputs", "a refusal", accepts=("outputs", "finished_requests"))
+    yield Seam(engine, "FinishReason.ERROR", "a refusal")
+    processor = "vllm.v1.engine.output_processor"
+    yield Seam(
+        processor,
+        "OutputProcessor.process_outputs",
+        "a refusal becomes its caller's error",
+        accepts=("engine_core_outputs",),
+    )
+    yield Seam(
+        processor,
+        "OutputProcessor.abort_requests",
+        "a refused request and those that came with it are forgotten",
+        ("self", "request_ids", "internal"),
+    )
+    yield Seam(processor, "OutputProcessor.request_states", "whose refusal it is")
+    for name in ("queue", "parent_req", "detokenizer"):
+        yield Seam(processor, f"RequestState.{name}", "whose refusal it is")
+    yield Seam(processor, "OutputProcessorOutput.reqs_to_abort", "ends the others")
+    for name, takes in {"put": ("self", "output"), "close": ("self",)}.items():
+        yield Seam(
+            processor, f"RequestOutputCollector.{name}", "a refusal, to its caller", takes
+        )  # fmt: skip
+    yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's")
+    yield Seam(
+        "vllm.exceptions",
+        "GracefulHTTPError",
+        "one with a status of its own; from 0.29 or 0.30 on",
+        accepts=("message", "http_status"),
+        optional=True,
+    )
+
+
 def _limits() -> Iterator[Seam]:
     """What limits tasks and shares the engine among them; see ``limits``."""
     why = "its queue of waiting requests becomes one that knows tenants"
@@ -798,7 +854,6 @@ def _limits() -> Iterator[Seam]:
         yield Seam("vllm.v1.request", f"Request.{name}", "a request's price and rank", limits=True)
     for name in ("WAITING", "PREEMPTED"):
         yield Seam("vllm.v1.request", f"RequestStatus.{name}", "can it begin?", limits=True)
-    yield Seam(_CORE, "EngineCoreProc.output_queue", "a refusal, to its client", limits=True)
     yield Seam(_CORE, "EngineCore.vllm_config", "has it one caller?", limits=True)
     yield Seam(
         "vllm.v1.engine.llm_engine",
@@ -807,43 +862,6 @@ def _limits() -> Iterator[Seam]:
         accepts=("vllm_config",),
         limits=True,
     )
-    engine = "vllm.v1.engine"
-    yield Seam(
-        engine,
-        "EngineCoreOutput",
-        "a refusal",
-        accepts=("request_id", "new_token_ids", "finish_reason", "stop_reason"),
-        limits=True,
-    )
-    yield Seam(
-        engine, "EngineCoreOutputs", "a refusal", accepts=("outputs", "finished_requests"),
-        limits=True,
-    )  # fmt: skip
-    yield Seam(engine, "FinishReason.ERROR", "a refusal", limits=True)
-    processor = "vllm.v1.engine.output_processor"
-    yield Seam(
-        processor,
-        "OutputProcessor.process_outputs",
-        "a refusal becomes its caller's error",
-        accepts=("engine_core_outputs",),
-        limits=True,
-    )
-    yield Seam(
-        processor,
-        "OutputProcessor.abort_requests",
-        "a refused request and those that came with it are forgotten",
-        ("self", "request_ids", "internal"),
-        limits=True,
-    )
-    yield Seam(processor, "OutputProcessor.request_states", "whose refusal it is", limits=True)
-    for name in ("queue", "parent_req"):
-        yield Seam(processor, f"RequestState.{name}", "whose refusal it is", limits=True)
-    yield Seam(processor, "OutputProcessorOutput.reqs_to_abort", "ends the others", limits=True)
-    for name, takes in {"put": ("self", "output"), "close": ("self",)}.items():
-        yield Seam(
-            processor, f"RequestOutputCollector.{name}", "a refusal, to its caller", takes,
-            limits=True,
-        )  # fmt: skip
     serving = "vllm.entrypoints.serve.engine.serving"
     why = "a stream is refused before it is answered"
     yield Seam(
@@ -851,20 +869,13 @@ def _limits() -> Iterator[Seam]:
     )  # fmt: skip
     yield Seam(serving, "BaseServing.models", why, limits=True)
     yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.output_processor", why, limits=True)
-    yield Seam(processor, "RequestState.lora_name", why, limits=True)
+    output_processor = "vllm.v1.engine.output_processor"
+    yield Seam(output_processor, "RequestState.lora_name", why, limits=True)
     for owner, name in {
         "SchedulerConfig": "max_num_seqs",
         "ParallelConfig": "data_parallel_size",
     }.items():
         yield Seam("vllm.config", f"{owner}.{name}", why, limits=True)
-    yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's", limits=True)
-    yield Seam(
-        "vllm.exceptions",
-        "GracefulHTTPError",
-        "one with a status of its own; from 0.29 or 0.30 on",
-        accepts=("message", "http_status"),
-        optional=True,
-    )
 
 
 RUNNER_SEAMS: dict[str, tuple[Seam, ...]] = {"v1": tuple(_runner_v1()), "v2": tuple(_runner_v2())}
@@ -904,6 +915,7 @@ GROUPS: dict[str, tuple[Seam, ...]] = {
     "called": tuple(_called()),
     "layers": tuple(_layers()),
     "read": tuple(_held()),
+    "refusals": tuple(_refusals()),
     "limits": tuple(_limits()),
     "steps": STEP_SEAMS,
     "graphs": RUNNER_SEAMS["v1"] + RUNNER_SEAMS["v2"],

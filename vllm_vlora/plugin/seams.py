@@ -30,7 +30,6 @@ from vllm_vlora.errors import (
     TaskLoadError,
     VLoRAError,
 )
-from vllm_vlora.plugin.blend_paths import is_blend_path
 from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.core_metrics import metrics_snapshot
 from vllm_vlora.plugin.counters import METRICS_METHOD
@@ -39,14 +38,17 @@ from vllm_vlora.plugin.engine_core import (
     FOLLOW_METHOD,
     ROUTER_METHOD,
     TASKS_METHOD,
-    advance_before_abort,
+    advance_after_abort,
     ensure_in_process,
+    finish_who_waits,
     follow,
+    keep_what_is_pinned,
     load_before_add_lora,
     load_before_add_request,
     served_aliases,
     served_router,
     served_tasks,
+    work_while_some_wait,
 )
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
@@ -55,6 +57,19 @@ from vllm_vlora.plugin.listing import Listing, refuse_name, refuse_without_lora
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
 from vllm_vlora.plugin.named_requests import TaskRequests, name_patches
+from vllm_vlora.plugin.published import (
+    ADOPT_METHOD,
+    OFFER_METHOD,
+    UNPUBLISH_METHOD,
+    WITHDRAW_METHOD,
+    adopt,
+    leave_devices,
+    offer,
+    release_first,
+    unpublish,
+    withdraw,
+)
+from vllm_vlora.plugin.refusals import raise_refusals
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
@@ -154,7 +169,7 @@ def _name_graphs(vllm_config: Any, manager: TaskLoRAManager) -> None:
 # --- the engine core ------------------------------------------------------------------------------
 
 
-def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+def _sleep(original: Callable[..., Any], checkpoint: str | None) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -163,10 +178,12 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
         bound.apply_defaults()
         if bound.arguments["level"] >= 2:
             # The tasks lie with the model's weights. vLLM loads those anew, and knows nothing of ours.
-            raise ModelStateError(
-                "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which keeps "
-                "them in host memory, or end the engine and start another"
-            )
+            if checkpoint is not None:
+                raise ModelStateError(
+                    "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which "
+                    "keeps them in host memory, or end the engine and start another"
+                )
+            leave_devices(self)
         return original(self, *args, **kwargs)
 
     return sleep
@@ -187,7 +204,7 @@ def _init_static_loras(
         await original(self)
         refuse_without_lora(self.engine_client.vllm_config.lora_config)
         self.lora_requests = TaskRequests(self.lora_requests, {}, blends)
-        listing = Listing(self, _loaded_paths(self.engine_client), load_templates, policy)
+        listing = Listing(self, load_templates, policy)
         await listing.start()
         if follows:
             listing.follow()
@@ -250,29 +267,11 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         if path is not None:
             with _as_the_callers_error(request):
                 self.add_lora(request)
-            _loaded_paths(self).add(str(path))
+            loaded_paths(self).add(str(path))
         elif request is not None:
             # An engine core in this process raises, which must be before the request is in the books.
             ensure_in_process(self.engine_core, request)
         return original(self, *args, **kwargs)
-
-    return add_request
-
-
-def _add_request_async(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
-        path = _new_path(self, request)
-        if path is not None:
-            with _as_the_callers_error(request):
-                await self.add_lora(request)
-            # Clients can make up any number of blends; theirs are asked for each time.
-            if not is_blend_path(path):
-                _loaded_paths(self).add(str(path))
-        return await original(self, *args, **kwargs)
 
     return add_request
 
@@ -290,12 +289,12 @@ def _as_the_callers_error(request: Any) -> Iterator[None]:
 
 def _new_path(engine: Any, request: LoRARequest | None) -> TaskPath | None:
     """The path of a request for a task of ours that this engine was not seen to load."""
-    if request is None or request.lora_path in _loaded_paths(engine):
+    if request is None or request.lora_path in loaded_paths(engine):
         return None
     return parse_task_path(request.lora_path)
 
 
-def _loaded_paths(engine: Any) -> set[str]:
+def loaded_paths(engine: Any) -> set[str]:
     """Paths of tasks that the workers were asked to hold.
 
     One that has given way since is loaded again by the engine core; see ``residency``.
@@ -343,6 +342,11 @@ def _equal_requests(original: Callable[..., Any]) -> Callable[..., Any]:
 # --- installing ------------------------------------------------------------------------------------
 
 
+def is_installed() -> bool:
+    """Whether this process runs vLLM with the plugin."""
+    return bool(getattr(LRUCacheWorkerLoRAManager, _PATCHED, False))
+
+
 def install(
     checkpoint: str | None,
     requests: Callable[[], list[LoRARequest]],
@@ -361,7 +365,7 @@ def install(
     Raises:
         IncompatibleVLLMError: a seam is not as it was when the plugin was checked.
     """
-    if getattr(LRUCacheWorkerLoRAManager, _PATCHED, False):
+    if is_installed():
         return
     setup = Setup(checkpoint, settings or read_settings())
     patches = _patches(setup, requests)
@@ -390,14 +394,18 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         f"{lru}.add_adapter": _add_adapter,
         f"{lru}._manager_cls": lambda _: TaskLoRAManager,
         "LLMEngine.add_request": _add_request,
-        "AsyncLLM.add_request": _add_request_async,
         "LoRARequest.__eq__": _equal_requests,
         "_gen_lora_extra_hash_keys": _lora_hash_keys,
         "InputProcessor._get_mm_identifier": _mm_identifier,
+        "OutputProcessor.process_outputs": raise_refusals,
         "OutputProcessor.do_tracing": say_task,
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
-        "EngineCore.abort_requests": advance_before_abort,
+        "EngineCore.abort_requests": lambda f: release_first(advance_after_abort(f)),
+        "EngineCoreProc.has_work": work_while_some_wait,
+        "EngineCore.pin_lora": lambda f: keep_what_is_pinned(f, True),
+        "EngineCore.remove_lora": lambda f: keep_what_is_pinned(f, False),
+        "EngineCore.sleep": lambda f: _sleep(f, setup.checkpoint),
         f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
     }
     if setup.direct:
@@ -405,7 +413,6 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         wrappers["WorkerLoRAManager.add_dummy_lora"] = _add_dummy_lora
     if setup.checkpoint is not None:
         checkpoint = setup.checkpoint
-        wrappers["EngineCore.sleep"] = _sleep
         wrappers["attach_router"] = show_in_metrics
         templates = TaskTemplates()
         load = functools.partial(templates.load, checkpoint)
@@ -430,16 +437,36 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     ]
     scheduling = schedule_by_kind(setup, seams) if setup.direct else []
     graphs = capture_by_kind(seams) if setup.direct else []
-    # Outside of what asks the workers how a request's task runs: that one must be loaded.
-    core = seams["EngineCore.add_request"]
-    add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
+    before = {(owner, name): new for owner, name, new in scheduling}
+
+    def wrapped(seam: str) -> Any:
+        place = seams[seam]
+        return before.get((place.owner, place.attribute), place.value)
+
+    core, finish = seams["EngineCore.add_request"], seams["Scheduler.finish_requests"]
     own = [
-        (core.owner, core.attribute, load_before_add_request(add or core.value)),
+        # Outside of what asks the workers how a request's task runs: that one must be loaded.
+        (
+            core.owner,
+            core.attribute,
+            release_first(load_before_add_request(wrapped("EngineCore.add_request"))),
+        ),
+        (
+            finish.owner,
+            finish.attribute,
+            finish_who_waits(
+                wrapped("Scheduler.finish_requests"), seams["Scheduler.add_request"].value
+            ),
+        ),
         (core.owner, TASKS_METHOD, served_tasks),
         (core.owner, ALIASES_METHOD, served_aliases),
         (core.owner, ROUTER_METHOD, served_router),
         (core.owner, FOLLOW_METHOD, follow),
         (core.owner, METRICS_METHOD, metrics_snapshot),
+        (core.owner, OFFER_METHOD, offer),
+        (core.owner, ADOPT_METHOD, adopt),
+        (core.owner, WITHDRAW_METHOD, withdraw),
+        (core.owner, UNPUBLISH_METHOD, unpublish),
     ]
     names = name_patches() if setup.checkpoint is not None else []
     return limit_tasks([*patches, *scheduling, *graphs, *own, *names], setup.settings, seams)

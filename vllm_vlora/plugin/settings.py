@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm_vlora.blend_names import MAX_TERMS
 from vllm_vlora.errors import SettingError
+from vllm_vlora.plugin.events import LOG_VARIABLE, LOGS
 from vllm_vlora.strict_json import JSONError, decode
 
 if TYPE_CHECKING:
@@ -36,8 +37,13 @@ DEVICE_SHARE = 4
 HOST_VARIABLE = "VLLM_VLORA_HOST_BYTES"
 DEFAULT_HOST_BYTES = 4 << 30
 FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
+BASIS_WAIT_VARIABLE = "VLLM_VLORA_BASIS_WAIT"
+# Seconds. Most generations take less, and a client waits so long.
+DEFAULT_BASIS_WAIT = 30
+POLL_VARIABLE = "VLLM_VLORA_POLL_SECONDS"
 BASES = ("dense", "packed")
 BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
+BASIS_ROWS_VARIABLE = "VLLM_VLORA_BASIS_ROWS"
 ROUTE_VARIABLE = "VLLM_VLORA_ROUTE"
 ROUTE_THRESHOLD_VARIABLE = "VLLM_VLORA_ROUTE_THRESHOLD"
 # Between those of prompts that a router knows, which are near 1, and of others.
@@ -68,6 +74,7 @@ class Settings:
             refuses tasks that cannot run direct, ``materialize`` writes every task into a slot.
         slots: slots for adapters that need one, when tasks run direct; ``--max-loras`` caps it.
         packed_basis: keep quantised bases packed on the device instead of in the compute dtype.
+        basis_rows: components that a layer with a shared basis has room for, where its own are fewer.
         narrow_rows: hold private rows of 3 and 2 bits as they are stored instead of with 4.
         overlap: in CUDA graphs, run what a layer's direct tasks need of its input beside the base layer.
         chat_templates: render chats with the template that their task brought along.
@@ -79,10 +86,14 @@ class Settings:
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
         host_bytes: of host memory of each worker for tasks that gave way.
         follow: serve what is published into the checkpoint's folder.
+        basis_wait: seconds that requests for tasks on a newly published basis wait at most until those on
+            the one before have ended; their tasks are materialized then.
+        poll_seconds: between two questions what a Hub branch or a URL has now; 0 for none.
         task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
         task_queue: requests of one that wait; more are refused. 0 for any number.
         fair: whether the task that was served least comes first.
         weights: shares of tasks beside that of the others, which is 1.
+        log: for people as vLLM's own lines (``text``), or for programs (``keys``, ``json``).
         metrics_tasks: tasks whose requests are counted under their own name in the metrics.
         metrics_listed: tasks of each tier that the metrics name as being there.
     """
@@ -90,6 +101,7 @@ class Settings:
     mode: str = "auto"
     slots: int = DEFAULT_PEFT_SLOTS
     packed_basis: bool = False
+    basis_rows: int = 0
     late_mib: int = DEFAULT_LATE_MIB
     overlap: bool = False
     chat_templates: bool = False
@@ -100,10 +112,13 @@ class Settings:
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
+    basis_wait: int = DEFAULT_BASIS_WAIT
+    poll_seconds: int = 0
     task_concurrency: int = 0
     task_queue: int = 0
     fair: bool = False
     weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    log: str = LOGS[0]
     metrics_tasks: int = DEFAULT_METRICS_TASKS
     metrics_listed: int = DEFAULT_METRICS_LISTED
 
@@ -151,10 +166,12 @@ def device_memory(device: torch.device) -> int:
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings of this process; raises SettingError that names the variable and its values."""
+    follow = _choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on"
     return Settings(
         mode=_choice(environment, MODE_VARIABLE, MODES),
         slots=_whole(environment, SLOTS_VARIABLE, DEFAULT_PEFT_SLOTS, least=1),
         packed_basis=_choice(environment, BASIS_VARIABLE, BASES) == "packed",
+        basis_rows=_whole(environment, BASIS_ROWS_VARIABLE, 0, least=0),
         late_mib=_whole(environment, LATE_VARIABLE, DEFAULT_LATE_MIB, least=0),
         overlap=_choice(environment, OVERLAP_VARIABLE, SWITCH) == "on",
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
@@ -164,11 +181,14 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         route_threshold=_share(environment, ROUTE_THRESHOLD_VARIABLE, DEFAULT_ROUTE_THRESHOLD),
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
-        follow=_choice(environment, FOLLOW_VARIABLE, SWITCH[::-1]) == "on",
+        follow=follow,
+        basis_wait=_whole(environment, BASIS_WAIT_VARIABLE, DEFAULT_BASIS_WAIT, least=0),
+        poll_seconds=_poll_seconds(environment, follow),
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
         task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
         fair=_fair(environment),
         weights=_weights(environment),
+        log=_choice(environment, LOG_VARIABLE, LOGS),
         metrics_tasks=_whole(environment, METRICS_TASKS_VARIABLE, DEFAULT_METRICS_TASKS, least=0),
         metrics_listed=_whole(
             environment, METRICS_LISTED_VARIABLE, DEFAULT_METRICS_LISTED, least=0
@@ -209,6 +229,13 @@ def _share(environment: Mapping[str, str], name: str, default: float) -> float:
 
 def _size(environment: Mapping[str, str], name: str) -> int | None:
     return _whole(environment, name, 0, least=0) if environment.get(name) else None
+
+
+def _poll_seconds(environment: Mapping[str, str], follow: bool) -> int:
+    seconds = _whole(environment, POLL_VARIABLE, 0, least=0)
+    if seconds and not follow:
+        raise SettingError(f"{POLL_VARIABLE} does nothing with {FOLLOW_VARIABLE}=off; unset one")
+    return seconds
 
 
 def _fair(environment: Mapping[str, str]) -> bool:

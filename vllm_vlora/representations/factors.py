@@ -32,6 +32,53 @@ def balanced_svd(
     return a_out.float(), b_out.float(), sigma[:count].float()
 
 
+# Below this ratio of a Gram matrix' eigenvalues, its rounding would reach the leading factors.
+_SOUND = 1e-8
+
+
+def stacked_svd(
+    a: torch.Tensor, b_t: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``balanced_svd`` of many updates of one shape, by their Gram matrices in float64.
+
+    Of well-conditioned factors, which nearly all are: others go through ``balanced_svd`` one by one. A
+    tenth of the time of a QR decomposition of each, which reads its tall matrix rank times.
+
+    Args:
+        a: (n, r, d_in). b_t: B transposed, (n, r, d_out). scales: (n,) float64, of each B A.
+
+    Returns:
+        (A', B' transposed, norms): (n, q, d_in) and (n, q, d_out) float32; ||scale * B A||^2, (n,)
+        float64.
+    """
+    wide_a, wide_b = a.double(), b_t.double()
+    grams = [wide_a @ wide_a.mT, wide_b @ wide_b.mT]
+    norms = (grams[0] * grams[1]).sum((1, 2)).clamp(min=0) * scales.square()
+    (values_a, vectors_a), (values_b, vectors_b) = map(torch.linalg.eigh, grams)
+    sound = (norms > 0) & (a.shape[1] <= min(a.shape[2], b_t.shape[2]))
+    for values in (values_a, values_b):
+        sound &= values[:, 0] > _SOUND * values[:, -1]
+    roots_a, roots_b = (
+        torch.where(sound[:, None], values, 1.0).sqrt() for values in (values_a, values_b)
+    )
+    core = roots_b[:, :, None] * (vectors_b.mT @ vectors_a) * roots_a[:, None, :]
+    left, sigma, right = torch.linalg.svd(core * scales[:, None, None])
+    root = sigma.sqrt()[:, :, None]
+    svd_a = (root * right @ (vectors_a / roots_a[:, None, :]).mT @ wide_a).float()
+    svd_b = (root * left.mT @ (vectors_b / roots_b[:, None, :]).mT @ wide_b).float()
+    if not bool(sound.all()):
+        count = min(a.shape[1], a.shape[2], b_t.shape[2])
+        svd_a, svd_b = svd_a[:, :count], svd_b[:, :count]
+        for place in torch.nonzero(~sound).flatten().tolist():
+            one_a, one_b, _ = balanced_svd(a[place], b_t[place].T, float(scales[place]))
+            svd_a[place], svd_b[place] = one_a, one_b.T
+    # NF4 rounds x and -x differently: a term has one sign, however many updates are taken at once.
+    first = svd_a[:, :, :64]
+    greatest = first.gather(2, first.abs().argmax(2, keepdim=True))
+    signs = torch.where(greatest < 0, -1.0, 1.0)
+    return svd_a.mul_(signs), svd_b.mul_(signs), norms
+
+
 def small_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """A matrix of at most (r, r) with the singular values of B A: A (r, d_in), B (d_out, r)."""
     r_a = torch.linalg.qr(a.T, mode="r").R

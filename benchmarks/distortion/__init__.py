@@ -1,0 +1,1 @@
+"""How far the codes of stored rows are from the rate-distortion bound."""

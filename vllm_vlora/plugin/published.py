@@ -1,0 +1,142 @@
+"""Tasks from memory in an engine core and its workers: taken by all of them or by none.
+
+An engine core is first asked whether all its workers can take a task (*offer*), which changes nothing
+that is served, and then told to serve it under its name (*adopt*), or to let it go (*withdraw*). With
+several engine cores the second comes when all have said yes to the first. What had the name before stays
+as long as requests ask for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from vllm_vlora.errors import VLoRAError
+from vllm_vlora.plugin.engine_core import manager_of, tasks_of
+from vllm_vlora.plugin.manager import logger
+from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
+from vllm_vlora.plugin.residency import GRACE
+
+OFFER_METHOD, ADOPT_METHOD = "vlora_offer", "vlora_adopt"
+WITHDRAW_METHOD, UNPUBLISH_METHOD = "vlora_withdraw", "vlora_unpublish"
+ELSEWHERE = "elsewhere"
+"""What an engine core answers to an offer whose memory a worker of it cannot map."""
+# Seconds until it is looked again whether the last request of an old version has ended.
+_LOOK_AGAIN = 0.25
+
+
+# --- what the workers are asked -------------------------------------------------------------------
+
+
+def _take(worker: Any, offer: bytes, content: bytes | None) -> str:
+    """Have a worker check a task and keep it; why it does not, or nothing."""
+    try:
+        checkpoint = OfferedCheckpoint(msgspec.json.decode(offer, type=Offer), content)
+        manager_of(worker).vlora_store.take(checkpoint.task_path, checkpoint)
+    except ElsewhereError:
+        return ELSEWHERE
+    except VLoRAError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - with several workers, each must answer
+        logger.exception("vllm-vlora: a task from memory cannot be taken")
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _discard(worker: Any, path: str) -> None:
+    manager_of(worker).vlora_store.discard(path)
+
+
+# --- an engine core's methods ---------------------------------------------------------------------
+
+
+def offer(core: Any, offer: bytes, content: bytes | None = None) -> str:
+    """Ask all workers to take a task; why one does not, or nothing."""
+    answers = core.model_executor.collective_rpc(_take, args=(bytes(offer), content))
+    # One that cannot map the memory is asked again.
+    return next((a for a in answers if a and a != ELSEWHERE), next(filter(None, answers), ""))
+
+
+def adopt(core: Any, task: str, path: str) -> str:
+    """Serve an offered task under its name; the path of what was published under it, or nothing."""
+    tasks = tasks_of(core)
+    before = tasks.published.get(task, "")
+    tasks.published[task] = path
+    tasks.unpublished.pop(path, None)
+    if before not in ("", path):
+        tasks.unpublished[before] = time.monotonic()
+    release(core)
+    return before
+
+
+def withdraw(core: Any, path: str) -> None:
+    """Let an offered task go, unless its very content is published."""
+    tasks = tasks_of(core)
+    if path not in tasks.published.values() and path not in tasks.unpublished:
+        core.model_executor.collective_rpc(_discard, args=(path,))
+
+
+def unpublish(core: Any, task: str) -> str:
+    """Serve no task from memory under a name any more; its path, or nothing where there is none."""
+    tasks = tasks_of(core)
+    path = tasks.published.pop(task, "")
+    if path:
+        tasks.unpublished[path] = time.monotonic()
+        release(core)
+    return path
+
+
+def release(core: Any) -> None:
+    """Let go of versions that are no longer published and that no request needs."""
+    tasks = tasks_of(core)
+    if not tasks.unpublished:
+        return
+    used, now = tasks.residency.in_use(), time.monotonic()
+    # An API server may not have heard of it yet, and asks for it.
+    grace = GRACE if tasks.followed else 0.0
+    for path, since in list(tasks.unpublished.items()):
+        if path in used or tasks.arrivals.awaits(path) or now - since < grace:
+            continue
+        del tasks.unpublished[path]
+        tasks.residency.forget(path, wholly=True)
+        core.model_executor.collective_rpc(_discard, args=(path,))
+    if tasks.unpublished and hasattr(core, "input_queue"):
+        _look_again(core, tasks)
+
+
+def leave_devices(core: Any) -> None:
+    """Take every task off the devices, whose memory will be lost; each comes when it is asked for."""
+    tasks = core.__dict__.get("_vlora_tasks_held")
+    for path in list(tasks.residency.paths()) if tasks is not None else ():
+        tasks.residency.forget(path)
+
+
+def _look_again(core: Any, tasks: Any) -> None:
+    """Have an engine core that does nothing look again."""
+    if tasks.looks is not None and tasks.looks.is_alive():
+        return
+    from vllm.v1.engine import EngineCoreRequestType
+
+    # As ``engine_core`` wakes it.
+    message = EngineCoreRequestType.ABORT, list[str]()
+    tasks.looks = threading.Timer(_LOOK_AGAIN, core.input_queue.put_nowait, (message,))
+    tasks.looks.daemon = True
+    tasks.looks.start()
+
+
+def release_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of ``EngineCore`` before which old versions are let go."""
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tasks = self.__dict__.get("_vlora_tasks_held")
+        if tasks is not None and tasks.unpublished:
+            release(self)
+        return original(self, *args, **kwargs)
+
+    return method

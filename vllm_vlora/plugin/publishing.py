@@ -1,0 +1,217 @@
+"""Tasks from tensors in memory, for loops that train and generate: ``publish`` and ``unpublish``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from typing import Any, TypeVar
+
+import msgspec
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from vllm_vlora.adapters.state_dicts import LoRATensors, read_state_dict
+from vllm_vlora.errors import ModelStateError, OptionError, TaskLoadError, TaskNotFoundError
+from vllm_vlora.plugin.identity import parse_task_path
+from vllm_vlora.plugin.offers import offered, read_whole
+from vllm_vlora.plugin.published import (
+    ADOPT_METHOD,
+    ELSEWHERE,
+    OFFER_METHOD,
+    UNPUBLISH_METHOD,
+    WITHDRAW_METHOD,
+)
+from vllm_vlora.plugin.requests import requests_for
+from vllm_vlora.plugin.seams import is_installed, loaded_paths
+from vllm_vlora.quantize import FORMATS
+from vllm_vlora.task_ids import validate_task_id
+
+_Found = TypeVar("_Found")
+_Question = tuple[Any, ...]
+"""A method of engine cores, and its arguments."""
+_Steps = Generator[_Question, list[Any], _Found]
+"""Asks every engine core a question and is sent their answers, again and again."""
+
+
+def publish(
+    llm: Any,
+    task: str,
+    tensors: LoRATensors,
+    *,
+    alpha: float | None = None,
+    config: Any = None,
+    quantize: str | None = None,
+) -> LoRARequest:
+    """Give a running ``vllm.LLM`` a task from tensors in memory, without a file.
+
+        request = vllm_vlora.publish(llm, "policy", get_peft_model_state_dict(model), config=config)
+        llm.generate(prompts, sampling, lora_request=request)
+
+    The task is new, or takes the place of the one that was published under its name before: requests in
+    flight finish on the weights they began with, and those weights are freed after the last of them. It
+    stands in front of a task of ``VLLM_VLORA_CHECKPOINT`` of the same name, whatever is published into
+    that folder, until :func:`unpublish`. The tensors may be changed as soon as this returns.
+
+    All workers take it or none: with an error nothing has changed.
+
+    Args:
+        llm: ``vllm.LLM`` or ``LLMEngine``; of an ``AsyncLLM`` see :func:`publish_async`.
+        task: its name.
+        tensors: LoRA factors under PEFT's names (``get_peft_model_state_dict``), or module ->
+            (A [r, d_in], B [d_out, r]); float32, float16 or bfloat16, on any device.
+        alpha: alpha of every module, whose scale is alpha / r.
+        config: in its place PEFT's ``LoraConfig``, or a mapping of its options.
+        quantize: a number format to hold the factors in, ``nf4``, ``nf4-dq`` or ``int8``; by default they
+            are held as they are.
+
+    Returns:
+        What to generate with. It names the content: one of an earlier version is not answered from this.
+
+    Raises:
+        AdapterError: the tensors are no plain LoRA, contradict each other, or hold NaN.
+        TaskLoadError: the served model cannot take them, or there is no room.
+        ModelStateError: the engine runs without LoRA or without this plugin.
+        OptionError: an unknown number format. TaskIdError: the name cannot be a task's.
+    """
+    engine = _engine(llm)
+    return _answered(engine, _publishing(engine, task, tensors, alpha, config, quantize))
+
+
+async def publish_async(
+    engine: AsyncLLM,
+    task: str,
+    tensors: LoRATensors,
+    *,
+    alpha: float | None = None,
+    config: Any = None,
+    quantize: str | None = None,
+) -> LoRARequest:
+    """:func:`publish` for an ``AsyncLLM``: the event loop goes on while tensors are written.
+
+    API servers of that engine list the task within a second.
+    """
+    _check(engine, AsyncLLM, "publish_async is for AsyncLLM; call publish")
+    steps = _publishing(engine, task, tensors, alpha, config, quantize)
+    return await _answered_async(engine, steps)
+
+
+def unpublish(llm: Any, task: str) -> None:
+    """Take a task from memory away; a task of the checkpoint of that name answers again.
+
+    Requests in flight finish.
+
+    Args:
+        llm, task: as :func:`publish` has them.
+
+    Raises:
+        TaskNotFoundError: no task was published under this name.
+    """
+    engine = _engine(llm)
+    _answered(engine, _unpublishing(engine, task))
+
+
+async def unpublish_async(engine: AsyncLLM, task: str) -> None:
+    """:func:`unpublish` for an ``AsyncLLM``."""
+    _check(engine, AsyncLLM, "unpublish_async is for AsyncLLM; call unpublish")
+    await _answered_async(engine, _unpublishing(engine, task))
+
+
+# --- what is asked --------------------------------------------------------------------------------
+
+
+def _publishing(
+    engine: Any,
+    task: str,
+    tensors: LoRATensors,
+    alpha: float | None,
+    config: Any,
+    quantize: str | None,
+) -> _Steps[LoRARequest]:
+    validate_task_id(task)
+    if quantize is not None and quantize not in FORMATS:
+        raise OptionError(f"quantize={quantize!r}: use one of {', '.join(FORMATS)}, or None")
+    modules = read_state_dict(tensors, config, alpha, f"task {task!r}")
+    with offered(task, modules, quantize) as offer:
+        described = msgspec.json.encode(offer)
+        answers = yield OFFER_METHOD, described
+        if ELSEWHERE in answers:
+            answers = yield OFFER_METHOD, described, read_whole(offer)
+        refusal = next(filter(None, answers), None)
+        if refusal is not None:
+            yield WITHDRAW_METHOD, offer.path
+            raise TaskLoadError(f"task {task!r} is not published: {refusal}")
+        before = yield ADOPT_METHOD, task, offer.path
+    # What an engine has seen loaded is not asked for again.
+    loaded_paths(engine).difference_update(before)
+    loaded_paths(engine).add(offer.path)
+    path = parse_task_path(offer.path)
+    assert path is not None
+    (request,) = requests_for({task: path})
+    return request
+
+
+def _unpublishing(engine: Any, task: str) -> _Steps[None]:
+    paths = yield UNPUBLISH_METHOD, task
+    if not any(paths):
+        raise TaskNotFoundError(f"no task was published as {task!r}; give the name of one that was")
+    loaded_paths(engine).difference_update(paths)
+
+
+# --- who is asked ---------------------------------------------------------------------------------
+
+
+def _engine(llm: Any) -> Any:
+    engine = getattr(llm, "llm_engine", llm)
+    advice = "publish is for vllm.LLM; with AsyncLLM use `await publish_async(...)`"
+    _check(engine, LLMEngine, advice)
+    return engine
+
+
+def _check(engine: Any, kind: type[LLMEngine | AsyncLLM], advice: str) -> None:
+    if not isinstance(engine, kind):
+        raise OptionError(f"{type(engine).__name__} was given: {advice}")
+    if engine.vllm_config.lora_config is None:
+        raise ModelStateError("the engine runs without LoRA; start it with enable_lora=True")
+    if not is_installed():
+        raise ModelStateError(
+            "the engine runs without this plugin; start it with VLLM_PLUGINS unset, or with vlora in it"
+        )
+
+
+def _answered(engine: Any, steps: _Steps[_Found]) -> _Found:
+    """What steps come to, when an engine core answers."""
+    client = engine.engine_core
+    core = getattr(client, "engine_core", None)
+    try:
+        method, *args = next(steps)
+        while True:
+            answer = (
+                getattr(core, method)(*args)
+                if core is not None
+                else client.call_utility(method, *args)
+            )
+            method, *args = steps.send([answer])
+    except StopIteration as done:
+        return done.value
+    finally:
+        steps.close()
+
+
+async def _answered_async(engine: Any, steps: _Steps[_Found]) -> _Found:
+    client = engine.engine_core
+    try:
+        # Reads and writes all tensors.
+        method, *args = await asyncio.to_thread(next, steps)
+        while True:
+            answers = await asyncio.gather(
+                *(
+                    client._call_utility_async(method, *args, engine=core)
+                    for core in client.core_engines
+                )
+            )
+            method, *args = steps.send(answers)
+    except StopIteration as done:
+        return done.value
+    finally:
+        steps.close()
