@@ -110,6 +110,11 @@ BENCHMARKS = {
         "catalogue",
         {"quick": "", "device-note": ""},
     ),
+    "routing": Benchmark(
+        "a router of prompts: which features are right how often, and what a pick costs",
+        "routing",
+        {"quick": "", "rounds": "routers of each (default: 3)", "device-note": ""},
+    ),
     "distortion": Benchmark(
         "what codes of 2 to 8 bits lose, beside the rate-distortion bound",
         "distortion.program",
