@@ -301,7 +301,11 @@ def test_the_text_of_a_request() -> None:
     assert text(prompt=[1, 2]) == "w1 w2"
     assert text(prompt=[[1], [2, 3]]) == "w1\nw2 w3"
     assert text(token_ids=[4]) == "w4"
-    assert len(text(prompt=list(range(100_000))).split()) == 8192
+    many = text(prompt=list(range(100_000))).split()
+    assert (len(many), many[0], many[-1]) == (2048, "w0", "w99999")
+    # However many there are, few of them are decoded.
+    many = text(prompt=[[number] for number in range(100_000)]).split("\n")
+    assert (len(many), many[0], many[-1]) == (16, "w0", "w99999")
     assert text(prompt=None, prompt_embeds=b"x") == ""
     assert text(messages=[{"role": "user", "content": None}]) == ""
     models = SimpleNamespace(renderer=SimpleNamespace())

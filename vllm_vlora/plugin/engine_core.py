@@ -296,6 +296,11 @@ def tasks_of(core: Any) -> Tasks:
     return held
 
 
+def tasks_so_far(core: Any) -> Tasks | None:
+    """The engine core's own, where any was used yet."""
+    return core.__dict__.get(_TASKS)
+
+
 def _paths_in_use(scheduler: Any) -> set[str]:
     """The adapters' paths of the requests that the scheduler holds and of those that wait for a slot."""
     outside = scheduler.__dict__.get("_vlora_admission")
