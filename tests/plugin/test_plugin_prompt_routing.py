@@ -98,7 +98,7 @@ class Server:
             renderer=SimpleNamespace(get_tokenizer=Tokenizer),
             engine_client=SimpleNamespace(engine_core=self),
         )
-        self.listing = Listing(self.models, set(), None, policy)
+        self.listing = Listing(self.models, None, policy)
         asyncio.run(self.listing.start())
         self.requests: TaskRequests = self.models.lora_requests
 
@@ -112,7 +112,7 @@ class Server:
             FOLLOW_METHOD: opened.content_digest,
         }
 
-    async def _call_utility_async(self, method: str, *, engine: int) -> Any:
+    async def _call_utility_async(self, method: str, *_args: Any, engine: int) -> Any:
         return self._answers[method]
 
     def follow(self, checkpoint: Path) -> None:
