@@ -34,7 +34,7 @@ from vllm_vlora.plugin.engine_core import (
     TASKS_METHOD,
 )
 from vllm_vlora.plugin.following import State, folder_identity
-from vllm_vlora.plugin.identity import task_paths
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, task_paths
 from vllm_vlora.plugin.listing import Listing
 from vllm_vlora.plugin.named_requests import NameHeaders, TaskRequests
 from vllm_vlora.plugin.prompt_routing import prompt_text
@@ -106,7 +106,11 @@ class Server:
         opened = Checkpoint.open(checkpoint)
         router = opened.router
         self._answers = {
-            TASKS_METHOD: [[task, str(path)] for task, path in task_paths(opened).items()],
+            # The first is one from memory, in place of the folder's.
+            TASKS_METHOD: [
+                [task, str(path if number else TaskPath(MEMORY, path.file, path.digest))]
+                for number, (task, path) in enumerate(task_paths(opened).items())
+            ],
             ALIASES_METHOD: encode_aliases(opened.aliases).decode(),
             ROUTER_METHOD: "" if router is None else encode_router(router).decode(),
             FOLLOW_METHOD: opened.content_digest,
