@@ -192,7 +192,9 @@ def compress(flags: CompressFlags) -> None:
     """Compress adapters of one base model into one checkpoint.
 
     Give at most one budget: --ratio, --max-bytes, --max-error,
-    --min-kept or --num-components; without one the ratio is 3.5.
+    --min-kept or --num-components. Without one it is as small as a
+    predicted loss of 1 % of every adapter's gain allows, and exact with
+    --quantize none.
     Adapters may differ in rank, alpha and target modules. The checkpoint
     appears only when it is whole: an interrupted run leaves an old one as it
     was.
@@ -238,9 +240,7 @@ def compress(flags: CompressFlags) -> None:
             show.print_left_behind(messages, show.having_companions(collected))
         print_result(
             _as_data(report, flags.output) | {"left_out": inputs.left_out},
-            lambda console, data: _print(
-                console, data, report, by_size=flags.max_error is not None
-            ),
+            lambda console, data: _print(console, data, report, by_size=options.by_size),
             flags.as_json,
         )
 
@@ -380,6 +380,7 @@ def _as_data(report: CompressReport, output: Path) -> dict[str, Any]:
     from vllm_vlora.tools import summary as show
 
     data = show.summarize(Checkpoint.open(output), str(output))
+    data["losses"] = report.losses.to_dict()
     data["candidates"] = [_candidate(candidate) for candidate in report.candidates]
     data["seconds"] = report.seconds
     data["warnings"] = report.warnings

@@ -13,10 +13,17 @@ from vllm_vlora.blend_names import blend_text
 from vllm_vlora.checkpoint.aliases import Aliases, kind_of
 from vllm_vlora.checkpoint.attachments import attached_nbytes
 from vllm_vlora.checkpoint.card import format_bytes, format_ratio
-from vllm_vlora.checkpoint.losses import Losses, describe_losses, is_noted, is_worthless
+from vllm_vlora.checkpoint.losses import (
+    NOTED_LOSS,
+    Losses,
+    describe_losses,
+    is_worthless,
+    predicted_loss,
+)
 from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import absolute_ref
 from vllm_vlora.checkpoint.report import extra_nbytes
+from vllm_vlora.checkpoint.router_files import router_fit
 from vllm_vlora.checkpoint.serving import remove_line, serve_command, serving_rank
 from vllm_vlora.checkpoint.task_entry import entries
 from vllm_vlora.plugin.memory import serving_obstacles
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
 
     from vllm_vlora.adapters.peft_folder import Adapter
     from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.checkpoint.router_files import Measured
     from vllm_vlora.checkpoint.task_entry import TaskEntry
     from vllm_vlora.representations.spec import Segment
 
@@ -62,6 +70,7 @@ def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
         "ratio": checkpoint.original_nbytes / checkpoint.nbytes if checkpoint.nbytes else None,
         "attached_bytes": attached_nbytes(checkpoint.attachments),
         "aliases": describe_aliases(checkpoint.aliases),
+        "router": describe_router(checkpoint),
         "mean_error": sum(errors) / len(errors) if errors else None,
         "worst_error": max(errors, default=None),
         "max_rank": checkpoint.max_rank,
@@ -111,6 +120,7 @@ def _summarize_task(
         "extra_bytes": entry.nbytes - size,
         "ratio": entry.original_nbytes / size if size else None,
         "error": entry.error,
+        "predicted_loss": predicted_loss(entry.error, entry.representation),
         "min_rank": entry.min_rank,
         "max_rank": entry.max_rank,
         **stored,
@@ -150,7 +160,11 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
             format_ratio(task["original_bytes"], task["bytes"]),
             format_range(task["min_rank"], task["max_rank"]),
             _stored_as(task["stored_as"]) + _mean_bits(task["nf4_rows_by_bits"]),
-            error_cell(task["error"], no_update=task["task"] in summary["losses"]["no_update"]),
+            error_cell(
+                task["error"],
+                task["predicted_loss"],
+                no_update=task["task"] in summary["losses"]["no_update"],
+            ),
         )
     more = len(summary["tasks"]) - _SHOWN_TASKS
     if more > 0:
@@ -258,7 +272,9 @@ def print_curve(console: Console, predicted: dict[str, Any]) -> None:
             f"{point['ratio']:g}x",
             format_bytes(point["bytes"]),
             f"{point['mean_error']:.4f}",
-            error_cell(point["worst_error"]),
+            error_cell(
+                point["worst_error"], predicted_loss(point["worst_error"], point["representation"])
+            ),
             f"{point['representation']} {point['format']}",
         )
     console.print(table)
@@ -336,6 +352,63 @@ def print_aliases(console: Console, aliases: Sequence[Mapping[str, Any]]) -> Non
         line(console, f"Alias          {alias['alias']} -> {', '.join(targets)} ({alias['kind']})")
 
 
+def describe_router(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """A checkpoint's router as JSON data; None where it has none. Text of no task is the task ""."""
+    record = checkpoint.router
+    if record is None:
+        return None
+    fit = router_fit(record, checkpoint.tasks)
+    return {
+        "tasks": record.tasks,
+        "others": record.others,
+        "bytes": record.weights.nbytes,
+        "measured": measured_rows(record.measured),
+        "unknown_tasks": fit.unknown,
+        "gone_tasks": fit.gone,
+    }
+
+
+def measured_rows(measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """How often a router was right, a row for each task."""
+    return [
+        {
+            "task": task,
+            "trained": found.trained,
+            "held_out": found.held_out,
+            "right": found.right,
+            "accuracy": found.right / found.held_out if found.held_out else None,
+        }
+        for task, found in measured.items()
+    ]
+
+
+def print_router(console: Console, router: Mapping[str, Any] | None) -> None:
+    """What a checkpoint's router picks from, and with which tasks it has nothing in common."""
+    if router is None:
+        return
+    held_out = sum(row["held_out"] for row in router["measured"])
+    right = sum(row["right"] for row in router["measured"])
+    sure = f", {right / held_out:.4f} of held-out prompts right" if held_out else ""
+    line(console, f"Router         model=auto, {count_of(len(router['tasks']), 'task')}{sure}")
+    print_router_fit(console, router)
+
+
+def print_router_fit(console: Console, router: Mapping[str, Any] | None) -> None:
+    """The tasks that a router and its checkpoint do not have in common."""
+    if router is None:
+        return
+    if router["unknown_tasks"]:
+        named = some_of(router["unknown_tasks"], _NAMED_TASKS)
+        text = f"The router never picks {named}: train it again with their prompts"
+        line(console, text, style="yellow")
+    if router["gone_tasks"]:
+        named = some_of(router["gone_tasks"], _NAMED_TASKS)
+        text = (
+            f"The router knows {named}, gone since: the base model answers for them; train it again"
+        )
+        line(console, text, style="yellow")
+
+
 def having_companions(adapters: Mapping[str, Adapter]) -> list[str]:
     """The tasks with tokenizer files or a chat template beside their adapter."""
     return [task for task, adapter in adapters.items() if adapter.companions]
@@ -370,13 +443,13 @@ def print_overview(console: Console, summary: dict[str, Any]) -> None:
         )
 
 
-def error_cell(error: float | None, *, no_update: bool = False) -> Text:
-    """A relative error: yellow from where it is named, red where the task is worse than none."""
+def error_cell(error: float | None, loss: float, *, no_update: bool = False) -> Text:
+    """A relative error: yellow where the predicted loss is named, red where it is worse than none."""
     if no_update:
         return Text("no update", style="yellow")
     if error is None:
         return Text("-")
-    style = "red" if is_worthless(error) else "yellow" if is_noted(error) else ""
+    style = "red" if is_worthless(error) else "yellow" if loss > NOTED_LOSS else ""
     return Text(f"{error:.4f}", style=style)
 
 

@@ -14,19 +14,18 @@ from safetensors.torch import load_file, save_file
 from synthetic import SHAPES, check, family, run, save
 
 from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.checkpoint.losses import SHARED_LOSS
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import AdapterError, BudgetError, OptionError, OutputError, TaskIdError
 from vllm_vlora.planning import joint_curves
-from vllm_vlora.planning.sharing import SHARED_LOSS
 
 
 @pytest.mark.parametrize("related", [True, False])
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"ratio": 4.2},
         {"ratio": 2.0, "quantize": "none"},
         {"ratio": 3.0, "quantize": "nf4", "double_quantize": False},
@@ -40,7 +39,7 @@ def test_ratio_is_met_by_the_files(tmp_path: Path, related: bool, options: dict[
     adapters = family(tmp_path / "in", 10, related=related)
     report = run(adapters, tmp_path / "out", **options)
     check(tmp_path / "out", adapters, report)
-    wanted = options.get("ratio", 3.5)
+    wanted = options["ratio"]
     assert report.ratio >= wanted
     # What is allowed is used, unless another plan needs less for a smaller error.
     assert report.ratio < wanted * 1.6
@@ -117,15 +116,18 @@ def test_auto_keeps_the_better(
 
 
 @pytest.mark.parametrize(("representation", "most"), [("joint", 18), ("factored", 18), ("flat", 3)])
-def test_more_components_than_there_are_are_refused(
+def test_where_more_components_are_asked_for_than_there_are_all_are_kept(
     tmp_path: Path, representation: str, most: int
 ) -> None:
     related = representation == "flat"
     adapters = family(tmp_path / "in", 4, related=related, dtype=torch.float32)
-    options: dict[str, Any] = {"representation": representation, "num_components": most + 1}
-    with pytest.raises(OptionError, match=f"only {most} .* at most {most}"):
-        run(adapters, tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
+    options: dict[str, Any] = {"representation": representation}
+    report = run(adapters, tmp_path / "out", **options, num_components=40)
+    assert [f"is 40, but there are only {most} " in line for line in report.warnings] == [True]
+    check(tmp_path / "out", adapters, report)
+    assert report.worst_error < 1e-5
+    same = run(adapters, tmp_path / "same", **options, num_components=most)
+    assert (same.nbytes, same.warnings) == (report.nbytes, [])
 
 
 def test_joint_is_exact_with_enough_components(tmp_path: Path) -> None:

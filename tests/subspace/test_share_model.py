@@ -182,7 +182,6 @@ def test_adapters_that_cannot_be_read_are_errors_or_left_out(
         ({"num_components": "many"}, "num_components"),
         ({"num_components": 2.5}, "num_components"),
         ({"num_components": True}, "num_components"),
-        ({"num_components": 97}, "no module has more than 96 dimensions"),
         ({"variance_threshold": 0.0}, "variance_threshold"),
         ({"variance_threshold": 1.5}, "variance_threshold"),
         ({"device": "gpu"}, "device"),
@@ -204,13 +203,22 @@ def test_one_path_is_no_list(related: dict[str, Adapter]) -> None:
         SHAREModel.from_adapters(paths(related)[0])
 
 
+@pytest.mark.parametrize("asked", [32, 97])
 def test_more_components_than_directions_are_said_and_lose_nothing(
-    related: dict[str, Adapter],
+    related: dict[str, Adapter], asked: int
 ) -> None:
-    with pytest.warns(UserWarning, match="num_components is 32, but .* 9 directions") as caught:
-        share = SHAREModel.from_adapters(paths(related)[:2])
+    said = f"num_components is {asked}, but .* 9 directions"
+    with pytest.warns(UserWarning, match=said) as caught:
+        share = SHAREModel.from_adapters(paths(related)[:2], num_components=asked)
     assert Path(caught[0].filename).name == Path(__file__).name
     assert share.num_components == 9
+
+
+def test_what_adapters_lose_is_said(related: dict[str, Adapter]) -> None:
+    said = r"Predicted to lose more than 5% .*: task\d \d+%.*; give a larger num_components"
+    with pytest.warns(UserWarning, match=said) as caught:
+        SHAREModel.from_adapters(paths(related), num_components=1)
+    assert Path(caught[0].filename).name == Path(__file__).name
 
 
 def test_bounds_on_memory_do_not_change_the_result(related: dict[str, Adapter]) -> None:

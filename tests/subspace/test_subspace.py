@@ -211,11 +211,43 @@ def test_a_layer_may_have_a_rank_of_its_own_in_flat() -> None:
 
 
 @pytest.mark.parametrize(("representation", "most"), [("flat", 3), ("joint", 8)])
-def test_components_that_do_not_exist_are_refused(representation: str, most: int) -> None:
-    with pytest.raises(OptionError, match=f"at most {most}"):
-        fitted(tiny_adapters(), representation, most + 1)
+def test_where_there_are_fewer_components_than_asked_for_all_are_kept(
+    representation: str, most: int
+) -> None:
+    adapters = tiny_adapters(6)
+    with pytest.warns(UserWarning, match=f"num_components is 16, but there are only {most} "):
+        subspace = fitted(adapters[:4], representation, 16)
+    assert max(subspace.layers[Q].widths) == most
+    # What was asked for holds for what comes.
+    subspace.absorb(adapters[4], "task_4")
+    subspace.absorb_incremental(adapters[5], "task_5")
+    for task, weights in zip(subspace.tasks, adapters, strict=True):
+        assert task_error(subspace, task, weights) < 1e-5
     with pytest.raises(OptionError, match="at least 1"):
         fitted(tiny_adapters(), representation, 0)
+
+
+def test_a_k_that_nobody_gave_is_not_silent_about_what_it_loses(tmp_path: Path) -> None:
+    adapters = tiny_adapters(6)
+    lost = r"Predicted to lose more than 5% .*: task_\d \d+%.*; give"
+    with pytest.warns(UserWarning, match=lost + " num_components, or a variance_threshold"):
+        fitted(adapters)
+    folders = save_tiny_adapters(tmp_path, adapters)
+    with pytest.warns(UserWarning, match=lost + " a larger num_components"):
+        SharedSubspace.from_adapters_streaming(folders)
+    for absorb in ("absorb", "absorb_incremental"):
+        subspace = fitted(adapters[:4], k=3)
+        with pytest.warns(UserWarning, match=lost + " a larger num_components") as caught:
+            getattr(subspace, absorb)(adapters[4], "task_4")
+        assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
+    with pytest.warns(UserWarning, match=r": new \d+%; absorb\(\) the adapter"):
+        fitted(adapters[:4], k=3).project(adapters[5], "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = fitted(adapters, variance_threshold=1.0)
+        whole.project(adapters[0], "again")
+        fitted(adapters, k=2)
+        fitted(adapters[:4], k=3).absorb(adapters[4], "new", num_components=3)
 
 
 @pytest.mark.parametrize("representation", ["flat", "joint"])
@@ -312,9 +344,9 @@ def test_streaming_takes_as_many_components_as_there_are_by_default(tmp_path: Pa
     folders = save_tiny_adapters(tmp_path, tiny_adapters(7))
     stream = SharedSubspace.from_adapters_streaming
     assert stream(folders).num_components == 4
-    assert stream(folders[:3]).num_components == 2
-    with pytest.raises(OptionError, match="at most 2"):
-        stream(folders[:3], num_components=4)
+    assert stream(folders[:3]).layers[Q].widths == (2, 2)
+    with pytest.warns(UserWarning, match="there are only 2"):
+        assert stream(folders[:3], num_components=4).layers[Q].widths == (2, 2)
 
 
 # --- what bad input gets --------------------------------------------------------------------------
@@ -388,7 +420,7 @@ def test_errors_are_caught_as_in_code_written_for_vlora() -> None:
         "the subspace has no task 'nobody'; it has: task_0, task_1, task_2, task_3"
     )
     assert isinstance(missing.value, TaskNotFoundError)
-    for call in (lambda: subspace.quantize(bits=5), lambda: fitted([tiny_weights(0)], k=9)):
+    for call in (lambda: subspace.quantize(bits=5), lambda: fitted([tiny_weights(0)], k=0)):
         with pytest.raises(ValueError, match=r"bits|num_components") as error:
             call()
         assert isinstance(error.value, VLoRAError)

@@ -25,7 +25,7 @@ from vllm_vlora.checkpoint.card import format_bytes
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.serving import serving_rank
-from vllm_vlora.compression.options import DEFAULT_RATIO
+from vllm_vlora.compression.options import DEFAULT_LOSS
 from vllm_vlora.errors import OptionError
 from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.task_ids import encode_task_id
@@ -152,8 +152,11 @@ def test_help_teaches_by_example_and_fits(
     assert any(line.startswith(f"vllm-vlora {command}".strip()) for line in lines[start:])
 
 
-def test_help_states_the_default_ratio() -> None:
-    assert f"without one the ratio is {DEFAULT_RATIO}." in invoke("compress", "--help").stdout
+def test_help_states_the_default_quality() -> None:
+    text = " ".join(invoke("compress", "--help").stdout.split())
+    assert (
+        f"predicted loss of {DEFAULT_LOSS:.0%} of every adapter's gain".replace("%", " %") in text
+    )
 
 
 def test_help_is_quick_since_it_imports_neither_torch_nor_vllm() -> None:

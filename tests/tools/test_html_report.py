@@ -152,7 +152,7 @@ def make_report(**changes: Any) -> dict[str, Any]:
         },
         "tasks": tasks,
         "losses": {
-            "noted_above": 0.5,
+            "noted_above": 0.05,
             "above": {"loud <u>": 0.75},
             "lost_modules": {},
             "no_update": ["idle <u>"],

@@ -7,7 +7,7 @@ import math
 import torch
 
 from vllm_vlora.adapters.collection import Collection
-from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.options import DEFAULT_LOSS, CompressOptions
 from vllm_vlora.planning.plan import Budget
 
 # Planned errors equal measured ones up to float64 rounding; the margin keeps a promise exact.
@@ -21,6 +21,8 @@ def gate_of(options: CompressOptions, collection: Collection) -> torch.Tensor | 
 
 def budget_of(options: CompressOptions, collection: Collection) -> Budget:
     """What the options ask for."""
+    if not options.has_budget:
+        return _default(options, collection)
     if options.max_error is not None:
         return Budget(limits=_limits(options.max_error, collection))
     gate = gate_of(options, collection)
@@ -31,9 +33,25 @@ def budget_of(options: CompressOptions, collection: Collection) -> Budget:
     return Budget(math.floor(collection.original_nbytes / options.wanted_ratio), gate)
 
 
+def _default(options: CompressOptions, collection: Collection) -> Budget:
+    """What may be lost when nothing is said of it: nothing that matters; unquantised, nothing."""
+    if options.quantize == "none":
+        return Budget()
+    limits = _limits(math.sqrt(DEFAULT_LOSS), collection)
+    return Budget(limits=limits, of_gain=True)
+
+
 def _limits(error: float, collection: Collection) -> torch.Tensor:
     limit = (error * (1 - MARGIN)) ** 2
     return torch.full((len(collection.adapters),), limit, dtype=torch.float64)
+
+
+def default_unreachable(options: CompressOptions) -> str:
+    """What is said where the least that can be lost is still more than is lost by default."""
+    return (
+        f"no {options.shares} plan with quantize {options.quantize} keeps every task within a predicted "
+        f"loss of {DEFAULT_LOSS:.0%} of its gain; this is the one that loses the least"
+    )
 
 
 def out_of_reach(

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress
+from vllm_vlora.checkpoint.losses import SHARED_LOSS
+from vllm_vlora.checkpoint.task_entry import MIXED
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.errors import OptionError
 from vllm_vlora.fitting.clusters import cluster_tasks
@@ -25,7 +27,7 @@ from vllm_vlora.planning.problem import (
 )
 from vllm_vlora.planning.scratch import FittedBases
 from vllm_vlora.planning.screening import bases_can_pay, flat_can_pay, sample
-from vllm_vlora.planning.sharing import SHARED_LOSS, Sharing, decide_sharing
+from vllm_vlora.planning.sharing import Sharing, decide_sharing
 from vllm_vlora.planning.survey import (
     FittedGroup,
     Group,
@@ -77,7 +79,6 @@ class Candidates:
         self._executor = executor
         self._progress = progress
         self._shareable = _modules_to_share(collection, options)
-        _check_components(self._shareable, options)
         self._refits: dict[tuple[str, tuple[tuple[int, ...], ...]], dict[int, FittedGroup]] = {}
         self._numbers = itertools.count(1001)
 
@@ -264,13 +265,15 @@ class Candidates:
         alone = () if budget.limits is None else torch.nonzero(budget.limits < _EXACT).flatten()
         private = frozenset(int(task) for task in alone)
         # Under error limits the error itself is what counts.
-        counted = 1.0 if budget.by_size else SHARED_LOSS
+        counted = 1.0 if budget.by_size and not budget.of_gain else SHARED_LOSS
         sharing = decide_sharing(survey, self._formats, nbytes, private, counted)
         if not sharing.sharers:
             return None
         survey = self._refitted(survey, sharing)
         sharing = decide_sharing(survey, self._formats, nbytes, private, counted)
-        return mixed_problem(survey, sharing).solve(budget) if sharing.sharers else None
+        if not sharing.sharers:
+            return None
+        return mixed_problem(survey, sharing).solve(budget.of_kind(MIXED))
 
     def _refitted(self, survey: Survey, sharing: Sharing) -> Survey:
         """Bases that only some of their tasks turned out to share, fitted again to these.
@@ -327,16 +330,15 @@ def _modules_to_share(collection: Collection, options: CompressOptions) -> list[
     return chosen
 
 
-def _check_components(modules: Sequence[Module], options: CompressOptions) -> None:
-    """Refuse more components than any module has; modules that have fewer keep all of theirs."""
-    wanted = options.num_components
+def too_many_components(collection: Collection, options: CompressOptions) -> str | None:
+    """What is said where more components are asked for than any module has: all of them are kept."""
+    wanted, modules = options.num_components, _modules_to_share(collection, options)
     if wanted is None or not modules:
-        return
+        return None
     if options.shares == "flat":
         most, what = max(len(m.tasks) for m in modules) - 1, "components beside the adapters' mean"
     else:
         most, what = max(map(directions, modules)), "directions in any module"
-    if wanted > most:
-        raise OptionError(
-            f"num_components is {wanted}, but there are only {most} {what}; ask for at most {most}"
-        )
+    if wanted <= most:
+        return None
+    return f"num_components is {wanted}, but there are only {most} {what}; all of them are kept"

@@ -11,8 +11,9 @@ from vllm_vlora.quantize import FLOAT_DTYPES
 
 REPRESENTATION_CHOICES = ("auto", "joint", "factored", "flat", "private")
 QUANTIZE_CHOICES = ("auto", "none", "int8", "nf4")
-DEFAULT_RATIO = 3.5
-"""The ratio when nothing is asked for: NF4 at full rank, 4.5 bits for 16, fits with its headers."""
+DEFAULT_LOSS = 0.01
+"""What a task may be predicted to lose of its gain when nothing is asked for (``losses``)."""
+_GATED_RATIO = 3.5
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,20 @@ class CompressOptions:
             factor form only, ``flat`` shares the principal components of flattened factors (vlora),
             ``private`` shares nothing. ``auto`` plans joint, flat, private, and bases that only some
             tasks share, measures them and keeps the best: the lowest root-mean-square error of the
-            tasks, with what shared bases lose counted ``planning.sharing.SHARED_LOSS`` times, or under
+            tasks, with what shared bases lose counted ``checkpoint.losses.SHARED_LOSS`` times, or under
             ``max_error`` the fewest bytes.
         ratio: the originals' LoRA weights at 16 bits each over all bytes of the checkpoint's
             safetensors files (without classifier heads and the like) is to be at least this. One or
-            less sets no limit. Default 3.5, unless one of the others is given.
+            less sets no limit. Without any of the four, as few bytes as a predicted loss
+            (``checkpoint.losses``) of 1 % of the gain allows in every task; with ``quantize`` none
+            nothing is lost. What cannot keep that loses the least that it can, with a warning.
         max_bytes: the safetensors files are to take at most this.
         max_error: ||delta_W' - delta_W|| / ||delta_W|| of the worst task is to be at most this, in as
             few bytes as possible.
         num_components: k of every shared basis, cut to what a module can have; implies ``joint``.
             Sets no limit on bytes, so that ``quantize`` auto then means none.
-        gate: with ``ratio`` or ``max_bytes``, the largest error that a task may have: those above it
-            get more of the bytes, up to their own factors untouched, and the others less.
+        gate: with ``ratio`` (3.5 by default) or ``max_bytes``, the largest error that a task may have:
+            those above it get more of the bytes, up to their own factors untouched, and the others less.
         quantize: number format of factors, bases and cores. ``none`` is the adapters' own
             dtype; ``auto`` chooses by measured error among that, bfloat16, int8 and NF4.
         double_quantize: NF4 may store its scales in 8 bits.
@@ -143,6 +146,11 @@ class CompressOptions:
         return any(value is not None for value in wanted)
 
     @property
+    def by_size(self) -> bool:
+        """Whether the smallest that meets the budget is chosen, and not the one that keeps most."""
+        return self.max_error is not None or not (self.has_budget or self.quantize == "none")
+
+    @property
     def shares(self) -> str:
         """The representation, with what ``num_components`` implies."""
         if self.num_components is not None and self.representation == "auto":
@@ -163,8 +171,8 @@ class CompressOptions:
 
     @property
     def wanted_ratio(self) -> float:
-        """The ratio, or the default one."""
-        return DEFAULT_RATIO if self.ratio is None else self.ratio
+        """The ratio, or the one beside a gate."""
+        return _GATED_RATIO if self.ratio is None else self.ratio
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

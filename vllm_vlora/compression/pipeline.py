@@ -8,11 +8,12 @@ holds one module of one adapter at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 
@@ -20,8 +21,13 @@ from vllm_vlora.adapters.collection import Collection, Progress
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.losses import is_worthless, worthless_error
 from vllm_vlora.checkpoint.report import Candidate, CompressReport, CurvePoint
-from vllm_vlora.compression.budgets import budget_of, gate_of, out_of_reach
-from vllm_vlora.compression.candidates import Candidates
+from vllm_vlora.compression.budgets import (
+    budget_of,
+    default_unreachable,
+    gate_of,
+    out_of_reach,
+)
+from vllm_vlora.compression.candidates import Candidates, too_many_components
 from vllm_vlora.compression.encoding import Encoder
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.publishing import Chosen, publish_checkpoint, write_checkpoint
@@ -32,6 +38,7 @@ from vllm_vlora.planning.plan import Budget, Plan
 from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import SurveySettings, check_calibration
 
+_Found = TypeVar("_Found")
 _CURVE_RATIOS = (2, 3, 3.5, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -144,9 +151,10 @@ class Compression:
         self._options = options
         self._scratch = scratch
         self._progress = progress or (lambda *_: None)
-        limit = self.budget().nbytes
+        budget = self.budget()
+        limit = budget.nbytes
         # Under an error limit a joint plan is only wanted if it is smaller than the originals.
-        if options.max_error is not None or not bounded:
+        if budget.by_size or not bounded:
             limit = collection.original_nbytes
         formats = formats_to_try(
             collection, options.number_format, options.dtype, options.double_quantize
@@ -161,6 +169,8 @@ class Compression:
         )
         check_calibration(options.calibration, collection)
         self._encodings = 0
+        few = too_many_components(collection, options)
+        self.warnings = [] if few is None else [few]
 
     def __enter__(self) -> Compression:
         """All passes within the block have the same processes."""
@@ -177,10 +187,26 @@ class Compression:
     def choose(self, budget: Budget | None = None) -> Chosen:
         """The best plan within a budget, by default the options', with its cores encoded.
 
+        Where nothing meets a budget that nobody asked for, the one that loses the least.
+
         Raises:
             BudgetError: nothing meets the budget.
         """
-        budget = budget or self.budget()
+        if budget is not None:
+            return self._choose(budget)
+        return self._or_best(self._choose)
+
+    def _or_best(self, choose: Callable[[Budget], _Found]) -> _Found:
+        """What is chosen within the options' budget; without one that was asked for, or else the best."""
+        try:
+            return choose(self.budget())
+        except BudgetError:
+            if self._options.has_budget:
+                raise
+            self.warnings.append(default_unreachable(self._options))
+            return choose(Budget())
+
+    def _choose(self, budget: Budget) -> Chosen:
         plans, misses = self.candidates.plans(budget)
         order = sorted(range(len(plans)), key=lambda i: budget.order(plans[i]))
         best, cores = None, None
@@ -209,7 +235,9 @@ class Compression:
         Raises:
             BudgetError: nothing meets the budget.
         """
-        budget = self.budget()
+        return self._or_best(self._best_of_each)
+
+    def _best_of_each(self, budget: Budget) -> list[Chosen]:
         plans, misses = self.candidates.plans(budget)
         found: dict[str, tuple[Plan, CoreSpool | None]] = {}
         worthless: Plan | None = None
@@ -245,6 +273,7 @@ class Compression:
         self, plan: Plan, budget: Budget, misses: list[float]
     ) -> tuple[Plan, CoreSpool | None] | None:
         """The plan with measured losses, and its cores; None, and a miss more, if it breaks a promise."""
+        budget = budget.of_kind(plan.representation)
         if not plan.joint and not plan.flat:
             return plan, None
         measured, cores = self._encode(plan, budget)
@@ -306,6 +335,7 @@ class Compression:
             kept=kept,
             allow_large_error=self._options.allow_large_error,
             tokenizers=self._options.tokenizers and not trial,
+            warnings=self.warnings,
         )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from vllm_vlora.adapters.collection import Collection, common_base_model, reading_warnings
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.atomic import check_apart, publish_folder
-from vllm_vlora.checkpoint.aliases import keep_aliases
 from vllm_vlora.checkpoint.card import model_card
+from vllm_vlora.checkpoint.carried import keep_beside
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.own_files import checkpoint_files
@@ -60,12 +60,12 @@ def publish_checkpoint(
     check_apart(output, [*read, *([options.calibration] if options.calibration else [])])
     with publish_folder(output, force=force, owned=checkpoint_files) as folder:
         # Now, and not after the work; others may change them meanwhile.
-        keep_aliases(Path(output).expanduser(), folder, adapters)
+        keep_beside(Path(output).expanduser(), folder, adapters)
         scratch = folder / ".scratch"
         scratch.mkdir()
         report = make(folder, scratch)
         shutil.rmtree(scratch)
-        keep_aliases(Path(output).expanduser(), folder, adapters)
+        keep_beside(Path(output).expanduser(), folder, adapters)
     report.path = Path(output)
     report.seconds = time.monotonic() - started
     return report
@@ -82,6 +82,7 @@ def write_checkpoint(
     kept: Sequence[str] = (),
     allow_large_error: bool = False,
     tokenizers: bool = True,
+    warnings: Sequence[str] = (),
 ) -> CompressReport:
     """Write a chosen plan as a checkpoint into an existing folder; the manifest comes last.
 
@@ -89,6 +90,7 @@ def write_checkpoint(
         kl_kept, chosen_by, kept: of the report, where the model was run.
         allow_large_error: store tasks that are worse than none.
         tokenizers: keep what lies beside the adapters' weights.
+        warnings: of the report, before those about the adapters.
 
     Raises:
         BudgetError: a task is worse than none, and that is not allowed.
@@ -106,6 +108,7 @@ def write_checkpoint(
         tasks.append(_write_task(writer, collection, task, encoded, tokenizers))
         encoder.progress("write", len(tasks), len(collection.task_ids))
     bases = basis_nbytes(writer.modules)
+    seen = {task.task_id: task.seen_error for task in tasks}
     report = CompressReport(
         path=folder,
         tasks=tasks,
@@ -115,13 +118,17 @@ def write_checkpoint(
         nbytes=bases + sum(task.nbytes for task in tasks),
         basis_nbytes=bases,
         candidates=chosen.candidates,
-        warnings=[*([] if warning is None else [warning]), *reading_warnings(adapters)],
+        warnings=[
+            *warnings,
+            *([] if warning is None else [warning]),
+            *reading_warnings(adapters),
+        ],
         raised=[collection.task_ids[task] for task in chosen.plan.raised],
         calibrated=encoder.settings.calibration is not None,
         kl_kept=dict(kl_kept or {}),
         chosen_by=chosen_by or BY_ERROR,
         kept=list(kept),
-        losses=Losses.of(writer.tasks, writer.modules),
+        losses=Losses.of(writer.tasks, writer.modules, seen),
         extra_nbytes=extra_nbytes(writer.tasks),
     )
     writer.finish(model_card(base_model or common, report))

@@ -69,6 +69,8 @@ _LARGEST_LIMIT = 0.95
 _SMALLEST_LIMIT = 0.01
 _ROUNDS = 6
 _CLOSE = 1.15
+# Forms whose mean KL kept differs by less are alike.
+_ALIKE = 0.002
 
 
 @dataclass
@@ -172,8 +174,9 @@ def compress_judged(
 
     The best plan of every representation, by error, is written, judged, and the one with the highest
     mean kept. The error alone can be wrong about this: a basis that a family shares keeps what its
-    members have in common, and loses what sets them apart. Under an error limit the smallest is wanted,
-    and nobody is asked.
+    members have in common, and loses what sets them apart. Without a budget each is as small as its
+    predicted loss allows, and the smallest of those that keep as much as the best is chosen. Under an
+    error limit the smallest is wanted, and nobody is asked.
 
     Args:
         jury: measures KL kept on checkpoints that are never published.
@@ -186,7 +189,7 @@ def compress_judged(
     def make(folder: Path, scratch: Path) -> CompressReport:
         collection = Collection(adapters)
         with Compression(collection, options, scratch, progress) as compression:
-            if compression.budget().by_size:
+            if options.max_error is not None:
                 return compression.write(folder, compression.choose(), base_model)
             started = time.monotonic()
             _ = compression.candidates.survey
@@ -194,14 +197,14 @@ def compress_judged(
             if reason is not None:
                 how = f"{BY_ERROR}; {reason}"
                 return compression.write(folder, compression.choose(), base_model, chosen_by=how)
-            best, kl_kept = _judged(compression, scratch, jury)
+            best, kl_kept = _judged(compression, scratch, jury, options.by_size)
             return compression.write(folder, best, base_model, kl_kept=kl_kept, chosen_by=jury.how)
 
     return publish_checkpoint(output, force, make, adapters, options)
 
 
 def _judged(
-    compression: Compression, scratch: Path, jury: Jury
+    compression: Compression, scratch: Path, jury: Jury, by_size: bool
 ) -> tuple[Chosen, Mapping[str, float | None]]:
     """What keeps most, and what it keeps of each task that was judged."""
     forms = compression.best_of_each()
@@ -215,6 +218,9 @@ def _judged(
         shutil.rmtree(trial)
     judged = list(zip(forms, found, strict=True))
     best, kl_kept = max(judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error))
+    if by_size:
+        alike = [pair for pair in judged if _mean(pair[1]) >= _mean(kl_kept) - _ALIKE]
+        best, kl_kept = min(alike, key=lambda pair: pair[0].plan.nbytes)
     candidates = [
         chosen.candidates[0]._replace(kl_kept=_mean(kept) if kept else None)
         for chosen, kept in judged

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress
+from vllm_vlora.checkpoint.losses import predicted_loss
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.checkpoint.task_entry import column
+from vllm_vlora.checkpoint.task_entry import column, entries
 from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.projection import (
     BlockMeter,
@@ -127,3 +128,9 @@ class NewTasks:
     def worst_error(self) -> float:
         """Of the tasks that the checkpoint has."""
         return max(column(self.checkpoint.tasks, "error"), default=math.inf)
+
+    @property
+    def worst_predicted(self) -> float:
+        """The greatest predicted loss of a task that the checkpoint has."""
+        found = (task for _, task in entries(self.checkpoint.tasks))
+        return max((predicted_loss(t.error, t.representation) for t in found), default=0.0)

@@ -18,8 +18,9 @@ class AddOptions:
         ratio: a new adapter's LoRA weights at 16 bits each over the bytes of its file (and of its
             share of the rows by which bases grow) is to be at least this; one or less sets no limit.
             Default: the checkpoint's ratio, bases counted, so that adding keeps it; a task that would
-            lose more than 1.5 times what any of the checkpoint's does gets more bytes, until it does
-            not or has a ratio of 3.5.
+            lose more than 1.5 times what any of the checkpoint's does, or more than a predicted 1 % of
+            its gain where all of these lose less, gets as many bytes as it takes not to. With
+            ``quantize`` none nothing is lost.
         max_bytes: all new tasks together, divided by the sizes of their originals.
         max_error: as of ``CompressOptions``, of the new tasks.
         quantize, double_quantize, dtype, calibration, allow_large_error, tokenizers: as of

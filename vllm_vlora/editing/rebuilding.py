@@ -29,7 +29,8 @@ def rebuild(
 
     Args:
         adapters: every task of the checkpoint, and new ones.
-        options: of the whole collection; by default the checkpoint's own ratio.
+        options: of the whole collection; by default the checkpoint's own ratio, and with ``quantize``
+            none no loss.
 
     Raises:
         AdapterError: a task of the checkpoint has no adapter here.
@@ -76,7 +77,7 @@ def _rebuild(
 def _options(checkpoint: Checkpoint, options: AddOptions) -> CompressOptions:
     given = (options.ratio, options.max_bytes, options.max_error)
     ratio = options.ratio
-    if all(value is None for value in given):
+    if all(value is None for value in given) and options.quantize != "none":
         ratio = max(checkpoint.ratio, 1.0)
     return CompressOptions(
         ratio=ratio,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from vllm_vlora.checkpoint.losses import SHARED_LOSS
 from vllm_vlora.compression.budgets import MARGIN
-from vllm_vlora.compression.options import DEFAULT_RATIO
+from vllm_vlora.compression.options import DEFAULT_LOSS
 from vllm_vlora.editing.new_tasks import NewTasks
 from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.projection import Target, TaskPlan, TaskPlanner
@@ -29,6 +30,8 @@ def targets(
         total = sum(sizes)
         shares = [options.max_bytes * size // total for size in sizes]
         return [Target(share) for share in shares], f"{options.max_bytes} bytes together"
+    if options.ratio is None and options.quantize == "none":
+        return [Target()] * len(sizes), "what is exact"
     ratio = new.checkpoint.ratio if options.ratio is None else options.ratio
     if ratio <= 1:
         return [Target()] * len(sizes), "no limit of bytes"
@@ -36,26 +39,32 @@ def targets(
         return [Target(math.floor(size / ratio)) for size in sizes], f"{ratio:g}x"
     found = [_default(new, planner, size) for planner, size in zip(planners, sizes)]
     words = f"{ratio:.2f}x, the checkpoint's ratio, bases counted"
-    if ratio > DEFAULT_RATIO:
-        words += f"; up to {DEFAULT_RATIO}x for tasks that would lose far more than those it has"
+    if any(target.nbytes is None for target in found):
+        words += "; more for tasks that would lose far more than those it has"
     return found, words
 
 
 def _default(new: NewTasks, planner: TaskPlanner, size: int) -> Target:
-    """The checkpoint's ratio; more bytes, up to the default ratio, for a task that is too poor.
+    """The checkpoint's ratio; more bytes, as many as it takes, for a task that would be too poor.
 
-    Whoever compressed relatives to a small part of their size wants no stranger at that ratio.
+    Whoever compressed relatives to a small part of their size wants no stranger at that ratio. Where
+    hardly anything was lost so far, hardly anything is.
     """
     target = Target(math.floor(size / new.checkpoint.ratio))
-    most = Target(math.floor(size / DEFAULT_RATIO))
-    assert target.nbytes is not None
-    assert most.nbytes is not None
     plan = planner.best(target)
-    limit = (new.worst_error * POOR) ** 2
-    if (plan is not None and plan.loss <= limit) or most.nbytes <= target.nbytes:
+    limit = _bearable(new, planner)
+    if plan is not None and plan.loss <= limit:
         return target
-    enough = planner.best(Target(loss=limit))
-    return most if enough is None or enough.nbytes > most.nbytes else Target(enough.nbytes)
+    return Target() if planner.best(Target(loss=limit)) is None else Target(loss=limit)
+
+
+def _bearable(new: NewTasks, planner: TaskPlanner) -> float:
+    """The squared error that a new task may have when nothing is said of it."""
+    if new.worst_predicted > DEFAULT_LOSS:
+        return (new.worst_error * POOR) ** 2
+    limit = DEFAULT_LOSS * (1 - MARGIN)
+    plan = planner.best(Target(loss=limit))
+    return limit / SHARED_LOSS if plan is None or plan.cores else limit
 
 
 def plan_within(

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from vllm_vlora.adapters.peft_folder import Adapter, Factors
-from vllm_vlora.checkpoint.losses import Losses
+from vllm_vlora.checkpoint.losses import Losses, predicted_loss
+from vllm_vlora.checkpoint.task_entry import common
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.merging.spectra import (
     SPECTRUM_QUANTILES,
@@ -390,6 +391,12 @@ class TaskFidelity:
     no_update: bool = False
     tokenizer: str | None = None
 
+    @property
+    def predicted_loss(self) -> float | None:
+        """What ``error`` alone lets one expect to be lost of the gain; None without an error."""
+        kinds = {name.split(" ")[0] for name in self.stored_as}
+        return None if self.error is None else predicted_loss(self.error, common(kinds))
+
 
 @dataclass(frozen=True)
 class FidelitySummary:
@@ -445,7 +452,7 @@ class EvaluationReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON data: sizes in bytes, losses in nats per token, None for unknown."""
+        """The report as JSON data, see ``figures.ReportFigures``."""
         return {
             "checkpoint": self.checkpoint,
             "base_model": self.base_model,
@@ -457,7 +464,7 @@ class EvaluationReport:
             "recovered": asdict(self.recovered),
             "tasks": [_task_data(task) for task in self.tasks],
             "losses": Losses.measured(
-                {task.task_id: task.error for task in self.tasks},
+                {task.task_id: task.predicted_loss for task in self.tasks},
                 {task.task_id: task.modules for task in self.tasks},
                 [task.task_id for task in self.tasks if task.no_update],
             ).to_dict(),

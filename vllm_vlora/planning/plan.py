@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
+from vllm_vlora.checkpoint.losses import SHARED_LOSS, loss_counts
 from vllm_vlora.planning.private_curves import PrivateOption
-from vllm_vlora.planning.sharing import SHARED_LOSS
 from vllm_vlora.planning.survey import Group
 from vllm_vlora.representations.spec import BasisSpec, FlatSpec
 
@@ -125,10 +125,19 @@ class Budget:
         nbytes: of all files; None for as few as possible within ``limits``, or, without these, for
             no limit.
         limits: of each task, its largest ||delta_W' - delta_W||^2 / ||delta_W||^2.
+        of_gain: limits are of the predicted loss of the task's gain, in which that counts as often as
+            ``losses.loss_counts`` says.
     """
 
     nbytes: int | None = None
     limits: torch.Tensor | None = None
+    of_gain: bool = False
+
+    def of_kind(self, representation: str) -> Budget:
+        """The budget for plans of a representation, with limits of the squared error."""
+        if not self.of_gain or self.limits is None:
+            return self
+        return replace(self, limits=self.limits / loss_counts(representation), of_gain=False)
 
     @property
     def by_size(self) -> bool:

@@ -404,9 +404,10 @@ def make_plans(problems: Iterable[Problem], budget: Budget) -> tuple[list[Plan],
     plans: list[Plan] = []
     misses: list[float] = []
     for problem in problems:
-        plan = problem.solve(budget)
+        own = budget.of_kind(problem.representation)
+        plan = problem.solve(own)
         if plan is not None:
             plans.append(plan)
         elif not plans:
-            misses.append(problem.nearest(budget))
+            misses.append(problem.nearest(own))
     return plans, [] if plans else misses

@@ -16,20 +16,12 @@ import numpy as np
 import torch
 
 from vllm_vlora.adapters.collection import Module
+from vllm_vlora.checkpoint.losses import SHARED_LOSS
 from vllm_vlora.planning.allocation import bisect_price, lower_hull
 from vllm_vlora.planning.joint_curves import JointCurve, core_nbytes, rows_nbytes
 from vllm_vlora.planning.number_formats import Formats
 from vllm_vlora.planning.survey import Group, Survey
 from vllm_vlora.representations.spec import BasisSpec
-
-SHARED_LOSS = 2.5
-"""How much more a loss of a shared basis costs a task than one of its own factors.
-
-What a basis drops is what sets a task apart from the others. Measured on a family of eight adapters
-(examples/collections): at 16, 32 and 64 times smaller, the recovered fraction that was lost for each
-unit of squared error was 3.4, 2.4 and 2.3 times as large with a joint basis as with private factors; on
-eight unrelated adapters it was the same.
-"""
 
 # A decision is taken with a grid of widths; the plan chooses among all of them.
 _WIDTHS = 24

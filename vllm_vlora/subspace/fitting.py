@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,21 +86,27 @@ def fit_layers(
     return {name: layer.cut(*found[name]) for name, layer in layers.items()}
 
 
-def check_components(members: Sequence[Member], representation: str, choice: Choice) -> None:
-    """Refuse more components than any layer of these adapters has.
+def warn_of_few(
+    members: Sequence[Member], representation: str, num_components: int, stacklevel: int
+) -> None:
+    """Say where more components are asked for than any layer of these adapters has.
+
+    Args:
+        stacklevel: of the caller's caller, as of ``warnings.warn`` in the caller.
 
     Raises:
-        OptionError: there are fewer, or an unknown representation.
+        OptionError: an unknown representation.
     """
     holders = _holders(members, representation)
     fitter = _FITTERS[representation]
     most = max(
         fitter.most([member.shapes[name] for member in having]) for name, having in holders.items()
     )
-    if choice.num_components is not None and choice.num_components > most:
-        raise OptionError(
-            f"num_components is {choice.num_components}, but there are only {most} "
-            f"({fitter.limit}); give at most {most}"
+    if num_components > most:
+        warnings.warn(
+            f"num_components is {num_components}, but there are only {most} ({fitter.limit}); all of "
+            "them are kept",
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -11,7 +11,6 @@ from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.subspace.fitting import (
     Choice,
-    check_components,
     check_fits,
     core_rank,
     difference,
@@ -19,6 +18,7 @@ from vllm_vlora.subspace.fitting import (
     project_member,
     relative,
     take_in,
+    warn_of_few,
     with_spectra,
 )
 from vllm_vlora.subspace.layers import FlatLayer, Layer, Loadings
@@ -31,12 +31,16 @@ from vllm_vlora.subspace.members import (
     share_layers,
 )
 from vllm_vlora.subspace.state import SubspaceState
-from vllm_vlora.subspace.tasks import TaskProjection, with_loadings
+from vllm_vlora.subspace.tasks import TaskProjection, warn_of_losses, with_loadings
 from vllm_vlora.subspace.weights import LayerShape
 from vllm_vlora.wording import shown
 
 if TYPE_CHECKING:
     from typing import Self
+
+
+# A task whose error is this many times what it was before an absorption has lost by it.
+_DRIFTED = 1.05
 
 
 class FittedState(SubspaceState):
@@ -52,6 +56,7 @@ class FittedState(SubspaceState):
             with_spectra(layers, tasks.values()),
             tasks,
             rank=max(shape.rank for member in members for shape in member.shapes.values()),
+            num_components=choice.num_components if choice.threshold is None else None,
             adaptive_k=choice.adaptive,
         )
 
@@ -65,6 +70,7 @@ class FittedState(SubspaceState):
     ) -> None:
         """``SharedSubspace.absorb``."""
         self._check_free(new_task_id)
+        before = dict(self.tasks)
         for task_id in originals:
             self._task(task_id)
         members = [
@@ -80,7 +86,7 @@ class FittedState(SubspaceState):
         )
         choice = self._choice(num_components)
         if num_components is not None:
-            check_components(members, self.representation, choice)
+            warn_of_few(members, self.representation, num_components, stacklevel=3)
         new = self._fitted(members, self.representation, choice, exact=True)
         for task_id, old in self.tasks.items():
             if task_id not in originals:
@@ -93,6 +99,7 @@ class FittedState(SubspaceState):
         self._rounded = None
         self.rank = max(self.rank, new.rank)
         self.num_components = self._kept_components(num_components)
+        self._warn_of_drifts(before, num_components)
 
     def _grow(
         self,
@@ -103,6 +110,7 @@ class FittedState(SubspaceState):
     ) -> None:
         """``SharedSubspace.absorb_incremental``."""
         self._check_free(new_task_id)
+        before = dict(self.tasks)
         if self.quantization is not None:
             raise OptionError("the subspace is quantised; absorb() it, or absorb before quantize()")
         choice = self._choice(num_components)
@@ -134,6 +142,23 @@ class FittedState(SubspaceState):
         self.layers, self.tasks = with_spectra(grown.layers, grown.tasks.values()), grown.tasks
         self.rank = max(self.rank, *(shape.rank for shape in member.shapes.values()))
         self.num_components = self._kept_components(num_components)
+        self._warn_of_drifts(before, num_components)
+
+    def _warn_of_losses(self, advice: str, stacklevel: int) -> None:
+        warn_of_losses(self.tasks.values(), self.representation, advice, stacklevel + 1)
+
+    def _warn_of_drifts(
+        self, before: Mapping[str, TaskProjection], num_components: int | None
+    ) -> None:
+        """Name what an absorption that chose k by itself lost: the new task, and old ones, much more."""
+        if num_components is not None:
+            return
+        lost = [
+            task
+            for name, task in self.tasks.items()
+            if name not in before or task.origin.error > before[name].origin.error * _DRIFTED
+        ]
+        warn_of_losses(lost, self.representation, "give a larger num_components", stacklevel=4)
 
     def _stored_member(self, task_id: str) -> Member:
         """A task as it is stored, to be fitted again."""

@@ -34,6 +34,7 @@ from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.card import format_bytes
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
+from vllm_vlora.checkpoint.losses import Losses, describe_losses
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.successor import Successor, edited
@@ -117,7 +118,9 @@ class SHAREModel:
                 Without names an adapter is called after its folder; a name that is taken gets a number.
             num_components: k, or "auto": the least k that holds ``variance_threshold`` of every
                 module's ||delta_W||^2, averaged over the adapters. A module has no more components
-                than its adapters have directions.
+                than its adapters have directions; where k is more than that everywhere, all are kept,
+                with a warning. Another one names adapters that are predicted to lose over 5 % of their
+                gain.
             variance_threshold: of "auto", in (0, 1]; kept for :meth:`add_adapter`.
             device: None, "auto" or "cpu". The fit runs on the CPU; "cuda" is accepted with a warning.
             layer_by_layer, chunk_size: bounds on memory in lorashare. The fit always goes module by
@@ -128,7 +131,7 @@ class SHAREModel:
         Raises:
             AdapterError: an adapter cannot be read, or fewer than two remain; base models or shapes
                 differ.
-            OptionError: a value out of range, or more components than any module has dimensions.
+            OptionError: a value out of range.
             TaskIdError: a name that no task may have.
         """
         _check_memory_options(device, layer_by_layer, chunk_size)
@@ -150,7 +153,15 @@ class SHAREModel:
         _fit(opened, path, num_components, threshold)
         share = cls(Checkpoint.open(path))
         share._home, share._originals, share._wanted = home, opened, num_components
+        share._warn_of_losses(stacklevel=3)
         return share
+
+    def _warn_of_losses(self, stacklevel: int) -> None:
+        """Name the adapters that are predicted to lose much, if there are any."""
+        losses = Losses.of(self.checkpoint.tasks, self.checkpoint.modules)
+        above = Losses(losses.above).to_dict()
+        for line in describe_losses(above, "give a larger num_components or variance_threshold"):
+            warnings.warn(shown(line), stacklevel=stacklevel + 1)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> SHAREModel:
@@ -487,6 +498,7 @@ class SHAREModel:
                     "mean_explained_variance": sum(explained) / len(explained),
                 }
         self._refit(new, opened, threshold)
+        self._warn_of_losses(stacklevel=2)
         return {"method": "recompute", "adapter_name": new}
 
     def remove_adapter(self, adapter_name: str) -> None:
@@ -742,13 +754,7 @@ def _fit(
 
 
 def _existing(k: int, modules: Sequence[Module]) -> int:
-    """k, or all components that there are where it is more; OptionError above every dimension."""
-    widest = max(max(module.d_in, module.d_out) for module in modules)
-    if k > widest:
-        raise OptionError(
-            f"num_components is {k}, but no module has more than {widest} dimensions; ask for at "
-            "most that, or 'auto'"
-        )
+    """k, or all components that there are where it is more."""
     most = max(map(directions, modules))
     if k > most:
         warnings.warn(

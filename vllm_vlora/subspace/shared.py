@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from vllm_vlora.adapters.module_names import renamed
+from vllm_vlora.checkpoint.losses import is_worthless
 from vllm_vlora.errors import OptionError
 from vllm_vlora.snapshots import ref_name
-from vllm_vlora.subspace.fitting import Choice, check_components, project_member
+from vllm_vlora.subspace.fitting import Choice, project_member, warn_of_few
 from vllm_vlora.subspace.layers import PARAMETERS
 from vllm_vlora.subspace.members import AnyAdapter, as_member, as_members, share_layers
 from vllm_vlora.subspace.refitting import FittedState
@@ -27,13 +28,15 @@ from vllm_vlora.subspace.rounding import (
 )
 from vllm_vlora.subspace.sizes import CompressionStats, compression_stats, full_stack_stats
 from vllm_vlora.subspace.storage import read_subspace, write_subspace
-from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection, with_loadings
+from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection, warn_of_losses, with_loadings
 from vllm_vlora.subspace.weights import LoRAWeights, own_rank_options
 from vllm_vlora.task_ids import validate_task_id
+from vllm_vlora.wording import some_of
 
 __all__ = ["CompressionStats", "SharedSubspace", "TaskOrigin", "TaskProjection"]
 
 _STREAMED_COMPONENTS = 4
+_MORE_VARIANCE = "give num_components, or a variance_threshold nearer to 1"
 
 
 class SharedSubspace(FittedState):
@@ -85,10 +88,11 @@ class SharedSubspace(FittedState):
             task_ids: by default "task_0", "task_1", ...
             variance_threshold: without ``num_components``, k is the least number that holds this share of
                 the variance on either side of every layer.
-            num_components: k. Flat: at most one less than adapters, for the mean is kept beside the
-                components and N points span N - 1 directions about it (vlora counts an N-th of zero
-                variance); a single adapter has one component. Joint: at most the adapters' ranks
-                together, or what a layer's size allows.
+            num_components: k. Where there are fewer, all are kept, which loses nothing, with a warning;
+                :meth:`absorb` then takes up to k with every adapter that comes. Flat has one less than
+                adapters, for the mean is kept beside the components and N points span N - 1 directions
+                about it (vlora counts an N-th of zero variance); a single adapter has one component.
+                Joint has as many as the adapters' ranks together, or what a layer's size allows.
             adaptive_k: choose k by ``variance_threshold`` for each layer and side; ``num_components`` is
                 then the most.
             representation: "flat" or "joint".
@@ -97,7 +101,7 @@ class SharedSubspace(FittedState):
 
         Raises:
             AdapterError: an adapter cannot be read; flat, and ranks differ; or a layer is missing.
-            OptionError: an option is out of range, or more components than there are.
+            OptionError: an option is out of range.
             TaskIdError: a task id twice, or one that is not allowed.
 
         Examples:
@@ -107,10 +111,12 @@ class SharedSubspace(FittedState):
         by_variance = adaptive_k or num_components is None
         choice = Choice(num_components, variance_threshold if by_variance else None, adaptive_k)
         members = share_layers(as_members(adapters, task_ids), missing)
-        if not by_variance:
-            check_components(members, representation, choice)
+        if num_components is not None and not adaptive_k:
+            warn_of_few(members, representation, num_components, stacklevel=2)
         subspace = cls._fitted(members, representation, choice, exact=True)
         subspace.variance_threshold = variance_threshold
+        if num_components is None:
+            subspace._warn_of_losses(_MORE_VARIANCE, stacklevel=2)
         return subspace
 
     @classmethod
@@ -144,8 +150,11 @@ class SharedSubspace(FittedState):
         members = share_layers(as_members(adapter_paths, names), missing)
         choice = Choice(_STREAMED_COMPONENTS if num_components is None else num_components)
         if num_components is not None:
-            check_components(members, representation, choice)
-        return cls._fitted(members, representation, choice, exact=False)
+            warn_of_few(members, representation, num_components, stacklevel=2)
+        subspace = cls._fitted(members, representation, choice, exact=False)
+        if num_components is None:
+            subspace._warn_of_losses("give a larger num_components", stacklevel=2)
+        return subspace
 
     # --- tasks -----------------------------------------------------------------------------------
 
@@ -160,7 +169,8 @@ class SharedSubspace(FittedState):
         """The point of the subspace that is nearest to an adapter; it is not added.
 
         Args:
-            warn_threshold: warn where 1 - ||delta_W' - delta_W|| / ||delta_W|| is below this.
+            warn_threshold: warn where 1 - ||delta_W' - delta_W|| / ||delta_W|| is below this; by default
+                where more than 5 % of the adapter's gain is predicted to be lost (``checkpoint.losses``).
             missing: as of :meth:`from_adapters`. A layer that the subspace lacks is an error unless it is
                 "common". By default "zero" where some task of the subspace lacks a layer, else "error".
 
@@ -177,7 +187,10 @@ class SharedSubspace(FittedState):
         member = self._fitting_member(as_member(adapter, task_id), missing)
         projection = project_member(self.layers, member)
         coverage = 1.0 - projection.origin.error
-        if warn_threshold is not None and coverage < warn_threshold:
+        if warn_threshold is None:
+            advice = "absorb() the adapter to widen the basis"
+            warn_of_losses([projection], self.representation, advice, stacklevel=2)
+        elif coverage < warn_threshold:
             warnings.warn(
                 f"the subspace holds {max(coverage, 0.0):.1%} of adapter {task_id!r}; absorb() it to "
                 "widen the basis",
@@ -502,19 +515,20 @@ class SharedSubspace(FittedState):
     # --- files -----------------------------------------------------------------------------------
 
     def save(
-        self, path: str | Path, *, force: bool = False, allow_large_error: bool = False
+        self, path: str | Path, *, force: bool = False, allow_large_error: bool | None = None
     ) -> Path:
         """Write a checkpoint, atomically, that ``vllm serve`` and the command line take too.
 
         Args:
             force: replace a checkpoint at ``path``.
-            allow_large_error: write tasks with a relative error above 1 too.
+            allow_large_error: write tasks with a relative error above 1, which leaving them out would
+                not lose. By default they are written, as vlora does, with a warning; False refuses them.
 
         Returns:
             The folder's absolute path.
 
         Raises:
-            BudgetError: a task has a relative error above 1: leaving it out would lose less.
+            BudgetError: a task has a relative error above 1, and ``allow_large_error`` is False.
             OptionError: there are no tasks, or a dtype that cannot be stored (float64).
             OutputError: the folder exists and may not be replaced, or cannot be written.
 
@@ -525,9 +539,16 @@ class SharedSubspace(FittedState):
         for task_id, task in self.tasks.items():
             validate_task_id(task_id)
             self._placed(task)
-        return write_subspace(
-            path, self._stored(), force=force, allow_large_error=allow_large_error
-        )
+        allowed = allow_large_error is not False
+        written = write_subspace(path, self._stored(), force=force, allow_large_error=allowed)
+        worthless = [task for task, held in self.tasks.items() if is_worthless(held.origin.error)]
+        if worthless and allow_large_error is None:
+            warnings.warn(
+                f"saved, but worse than left out: {some_of(map(repr, worthless))}; absorb() the "
+                "adapters, or remove_task() these",
+                stacklevel=2,
+            )
+        return written
 
     def save_quantized(
         self,
@@ -536,7 +557,7 @@ class SharedSubspace(FittedState):
         *,
         double_quant: bool = False,
         force: bool = False,
-        allow_large_error: bool = False,
+        allow_large_error: bool | None = None,
     ) -> Path:
         """Write a checkpoint in NF4, as ``quantize(method="nf4")`` and :meth:`save` would.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from vllm_vlora.checkpoint.losses import Losses, describe_losses, predicted_loss
 from vllm_vlora.errors import OptionError
 from vllm_vlora.quantize import PackedMatrix
 from vllm_vlora.subspace.layers import Loadings
+from vllm_vlora.wording import shown
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,19 @@ class TaskProjection:
         if self.loadings_b:
             raise OptionError(f"task {self.task_id!r} is flat and has no cores; see loadings_a")
         return self.loadings_a
+
+
+def warn_of_losses(
+    tasks: Iterable[TaskProjection], representation: str, advice: str, stacklevel: int
+) -> None:
+    """Name the tasks that are predicted to lose much of what their adapters gain, if there are any.
+
+    Args:
+        advice: what keeps more. stacklevel: as of ``warnings.warn`` in the caller.
+    """
+    predicted = {t.task_id: predicted_loss(t.origin.error, representation) for t in tasks}
+    for line in describe_losses(Losses.measured(predicted, {}, []).to_dict(), advice):
+        warnings.warn(shown(line), stacklevel=stacklevel + 1)
 
 
 def with_loadings(
