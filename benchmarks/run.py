@@ -100,6 +100,11 @@ BENCHMARKS = {
         "fitbench.program",
         {"quick": "", "rounds": "turns of each (default: 2)", "device-note": "", "plot": ""},
     ),
+    "compress": Benchmark(
+        "compressing adapters of an 8B model and very many tiny ones: CPU time, the floor",
+        "field",
+        {"quick": "", "rounds": "turns of each (default: 2)", "device-note": ""},
+    ),
     "scale": Benchmark(
         "compressing very many adapters: seconds a module, memory, reads, the floor",
         "scale",

@@ -120,11 +120,13 @@ class Candidates:
         """The survey with bases of all modules, or of none where those tried can never pay."""
         limit = self._settings.byte_limit
         whole = self._collection.original_nbytes
-        # Within an error limit no size is known.
-        parts = (
-            _ALL_PARTS if limit is None or limit >= whole else [x * limit / whole for x in _NEAR]
-        )
-        joint = bases_can_pay(survey, self._formats, self._tried, parts, _COUNTED_AT_LEAST)
+        parts: Sequence[float]
+        if limit is None or limit >= whole:
+            # Within an error limit no size is known, and the error itself may be what counts.
+            parts, counted = _ALL_PARTS, 1.0
+        else:
+            parts, counted = [part * limit / whole for part in _NEAR], _COUNTED_AT_LEAST
+        joint = bases_can_pay(survey, self._formats, self._tried, parts, counted)
         if not joint and survey.affinity is not None:
             joint = len(cluster_tasks(survey.affinity, self._options.clusters)) > 1
         flat = flat_can_pay(survey, self._tried, parts)

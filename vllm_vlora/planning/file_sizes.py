@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -45,31 +47,50 @@ def plan_nbytes(collection: Collection, plan: Plan) -> int:
         for task in block.shared.tasks
     }
     spec_of = {spec.name: spec for spec in specs}
+    # Of small tasks many are stored alike.
+    known: dict[tuple[_Kind, ...], int] = {}
     for task, adapter in enumerate(collection.adapters):
-        sizes: dict[str, tuple[torch.dtype, int]] = {}
+        kinds: list[_Kind] = []
         for name, module in adapter.modules.items():
             spec, block = spec_of[name], block_of.get((task, name))
-            shape = (module.d_in, module.d_out, spec.basis, spec.flat)
+            shape = (module.d_in, module.d_out)
             if spec.flat is not None:
-                found = _sizes(*shape, "flat", plan.flat[name].loadings_format, spec.flat.rank)
+                own = plan.flat[name].loadings_format, spec.flat.rank
+                kinds.append((*shape, spec.basis, spec.flat, "flat", *own))
             elif block is not None:
                 shared = block.shared
                 core, rank, _ = core_shape(
                     module.rank, shared.spec.k_out, shared.spec.k_in, shared.factored
                 )
                 rows = plan.stored_rows(block)
-                found = _sizes(*shape, "joint", shared.core_format, rank, None, core, rows)
+                own = shared.core_format, rank
+                kinds.append((*shape, spec.basis, spec.flat, "joint", *own, None, core, rows))
             else:
                 option = plan.private[task, name]
+                own = option.format, option.rank
                 # Nearly all are private, and of few kinds: whatever the module's basis is.
-                found = _sizes(
-                    *shape[:2], None, None, "private", option.format, option.rank, option.bits
-                )
-            for part, (dtype, count) in found.items():
-                have = sizes.get(part)
-                sizes[part] = dtype, count if have is None else have[1] + count
-        total += file_nbytes(sizes, adapter.extra)
+                kinds.append((*shape, None, None, "private", *own, option.bits))
+        key = tuple(kinds)
+        if adapter.extra:
+            total += file_nbytes(_together(key), adapter.extra)
+            continue
+        if key not in known:
+            known[key] = file_nbytes(_together(key))
+        total += known[key]
     return total
+
+
+# The arguments of ``_sizes``.
+_Kind = tuple[Any, ...]
+
+
+def _together(kinds: Sequence[_Kind]) -> dict[str, tuple[torch.dtype, int]]:
+    sizes: dict[str, tuple[torch.dtype, int]] = {}
+    for kind in kinds:
+        for part, (dtype, count) in _sizes(*kind).items():
+            have = sizes.get(part)
+            sizes[part] = dtype, count if have is None else have[1] + count
+    return sizes
 
 
 @lru_cache(maxsize=1 << 16)
