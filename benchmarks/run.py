@@ -76,6 +76,16 @@ BENCHMARKS = {
         "residency",
         {"quick": "", "rounds": "turns of each (default: 3)", "device-note": ""},
     ),
+    "publish": Benchmark(
+        "a task from tensors in memory: until an engine has it, beside a folder and a copy",
+        "publish",
+        {"quick": "", "rounds": "turns of each (default: 9)", "device-note": ""},
+    ),
+    "exchange": Benchmark(
+        "a changed basis: reading it, and putting it in the place of the one before",
+        "exchange",
+        {"quick": "", "rounds": "turns (default: 9)", "device-note": ""},
+    ),
     "fidelity": Benchmark(
         "what adapters keep when they are compressed: recovered fraction against bytes",
         "fidelity.program",
@@ -99,6 +109,11 @@ BENCHMARKS = {
         "opening checkpoints of very many tasks: seconds and memory, as JSON and as an index",
         "catalogue",
         {"quick": "", "device-note": ""},
+    ),
+    "routing": Benchmark(
+        "a router of prompts: which features are right how often, and what a pick costs",
+        "routing",
+        {"quick": "", "rounds": "routers of each (default: 3)", "device-note": ""},
     ),
     "distortion": Benchmark(
         "what codes of 2 to 8 bits lose, beside the rate-distortion bound",

@@ -1,4 +1,5 @@
-"""Writes ``docs/schemas``: JSON Schemas of a checkpoint's two JSON files, as ``docs/format.md`` has them.
+"""Writes ``docs/schemas``: JSON Schemas of a checkpoint's two JSON files, as ``docs/format.md`` has them,
+and of the report that ``evaluate`` prints, as ``vllm_vlora.evaluation.figures`` has it.
 
     python docs/json_schemas.py
 
@@ -19,6 +20,7 @@ from typing import Any
 import msgspec
 
 from vllm_vlora.checkpoint import manifest
+from vllm_vlora.evaluation import figures
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS
 from vllm_vlora.representations.registry import REPRESENTATIONS
 from vllm_vlora.task_ids import MAX_TASK_ID_LENGTH
@@ -29,6 +31,7 @@ _PAGE = Path(__file__).with_name("format.md")
 _TABLES = {"vlora_config.json": ("Config", "ModuleSpec"), "tasks.json": ("TaskRecord", "Segment")}
 _ROW = re.compile(r"^\| (?P<names>`\w+`(?:, `\w+`)*)[^|]*\|[^|]*\| (?P<meaning>.*) \|$")
 
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SOME = {"minimum": 1}
 _COUNT = {"minimum": 0}
 _FORMAT = {"enum": list(FORMATS)}
@@ -78,8 +81,21 @@ def make_schemas() -> dict[str, bytes]:
     segment["allOf"] = list(_between_fields())
     return {
         f"{Path(name).stem}.schema.json": json.dumps(schema, indent=2).encode() + b"\n"
-        for name, schema in (("vlora_config.json", config), ("tasks.json", tasks))
+        for name, schema in (
+            ("vlora_config.json", config),
+            ("tasks.json", tasks),
+            ("evaluate.json", _report_schema()),
+        )
     }
+
+
+def _report_schema() -> dict[str, Any]:
+    schema = msgspec.json.schema(figures.ReportFigures)
+    for definition in schema["$defs"].values():
+        definition["description"] = inspect.cleandoc(definition["description"])
+        definition["additionalProperties"] = False
+    title = "What vllm-vlora evaluate --json prints"
+    return {"$schema": _DIALECT, "title": title, **schema}
 
 
 def _schema(kind: Any, name: str) -> dict[str, Any]:
@@ -93,7 +109,7 @@ def _schema(kind: Any, name: str) -> dict[str, Any]:
             content |= {"description": meaning} if meaning else {}
             content |= _LIMITS[struct].get(field, {})
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": _DIALECT,
         "title": f"{name} of a vllm-vlora checkpoint, formats 1 to {last}",
         **schema,
     }

@@ -167,7 +167,7 @@ def add(
                 rebuilt, before = _rebuild(target, collected, originals, options, replace)
             data = _rebuilt_json(rebuilt, before, list(collected), target.name)
             print_result(
-                data | {"left_out": inputs.left_out} | _not_served(target),
+                data | {"left_out": inputs.left_out} | _not_served(target) | _router(target),
                 lambda console, data: _print_rebuilt(console, rebuilt, before, data),
                 as_json,
             )
@@ -186,7 +186,10 @@ def add(
                 progress=advance,
             )
         print_result(
-            _added_json(report, target.name) | {"left_out": inputs.left_out} | _not_served(target),
+            _added_json(report, target.name)
+            | {"left_out": inputs.left_out}
+            | _not_served(target)
+            | _router(target),
             lambda console, data: _print_added(console, report, data),
             as_json,
         )
@@ -219,7 +222,7 @@ def remove(
             "removed": list(dict.fromkeys(tasks)),
             "freed_bytes": freed,
         }
-        print_result(data, _print_removed, as_json)
+        print_result(data | _router(_Target(checkpoint, output, force)), _print_removed, as_json)
 
 
 def _only(adapters: list[str] | None, name: list[str] | None) -> str:
@@ -279,15 +282,24 @@ def _not_served(target: _Target) -> dict[str, dict[str, str]]:
     return {"not_served": serving_obstacles(Checkpoint.open(target.name))}
 
 
+def _router(target: _Target) -> dict[str, Any]:
+    """The checkpoint's router, which may not know what was added, or know what was removed."""
+    from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.tools.summary import describe_router
+
+    return {"router": describe_router(Checkpoint.open(target.name))}
+
+
 # --- showing -------------------------------------------------------------------------------------
 
 
 def _print_removed(console: Console, data: dict[str, Any]) -> None:
     from vllm_vlora.checkpoint.card import format_bytes
-    from vllm_vlora.tools.summary import line
+    from vllm_vlora.tools.summary import line, print_router_fit
 
     count, freed = count_of(len(data["removed"]), "task"), format_bytes(data["freed_bytes"])
     line(console, f"Removed {count} ({freed}) from {data['checkpoint']}.")
+    print_router_fit(console, data["router"])
 
 
 def _added_json(report: AddReport, target: str) -> dict[str, Any]:
@@ -355,6 +367,7 @@ def _print_added(console: Console, report: AddReport, data: dict[str, Any]) -> N
         f"{format_bytes(report.nbytes)} now ({report.ratio:.2f}x), in {report.seconds:.1f} s.",
     )
     show.print_not_served(console, data["not_served"], target)
+    show.print_router_fit(console, data["router"])
 
 
 def _rebuilt_json(
@@ -380,7 +393,13 @@ def _print_rebuilt(
     console: Console, report: CompressReport, before: int, data: dict[str, Any]
 ) -> None:
     from vllm_vlora.checkpoint.card import format_bytes
-    from vllm_vlora.tools.summary import line, print_losses, print_not_served, print_warnings
+    from vllm_vlora.tools.summary import (
+        line,
+        print_losses,
+        print_not_served,
+        print_router_fit,
+        print_warnings,
+    )
 
     target = data["checkpoint"]
     print_warnings(console, report.warnings)
@@ -393,3 +412,4 @@ def _print_rebuilt(
         f"{report.seconds:.1f} s.",
     )
     print_not_served(console, data["not_served"], target)
+    print_router_fit(console, data["router"])

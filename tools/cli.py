@@ -30,6 +30,7 @@ from vllm_vlora.tools.hub_command import pull, push
 from vllm_vlora.tools.merge_command import merge
 from vllm_vlora.tools.ready_command import ready
 from vllm_vlora.tools.reconstruct_command import reconstruct
+from vllm_vlora.tools.router_command import router
 from vllm_vlora.tools.serve_command import SERVE_SETTINGS, serve
 from vllm_vlora.tools.terminal import (
     EXIT_CHECK_FAILED,
@@ -146,6 +147,7 @@ def _print_info(console: Console, data: dict[str, Any]) -> None:
     show.print_overview(console, data)
     show.print_attachments(console, data)
     show.print_aliases(console, data["aliases"])
+    show.print_router(console, data["router"])
     show.print_modules(console, data)
     show.print_tasks(console, data)
     show.print_losses(console, data["losses"])
@@ -374,6 +376,7 @@ def plan(
 app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
 app.command(rich_help_panel=_SERVE)(ready)
 app.command(rich_help_panel=_SERVE)(top)
+app.add_typer(router, name="router", rich_help_panel=_MAKE)
 
 for panel, commands in (
     (_MAKE, (add, remove, alias, calibrate, convert)),

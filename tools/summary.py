@@ -23,6 +23,7 @@ from vllm_vlora.checkpoint.losses import (
 from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import absolute_ref
 from vllm_vlora.checkpoint.report import extra_nbytes
+from vllm_vlora.checkpoint.router_files import router_fit
 from vllm_vlora.checkpoint.serving import remove_line, serve_command, serving_rank
 from vllm_vlora.checkpoint.task_entry import entries
 from vllm_vlora.plugin.memory import serving_obstacles
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from vllm_vlora.adapters.peft_folder import Adapter
     from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.checkpoint.router_files import Measured
     from vllm_vlora.checkpoint.task_entry import TaskEntry
     from vllm_vlora.representations.spec import Segment
 
@@ -68,6 +70,7 @@ def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
         "ratio": checkpoint.original_nbytes / checkpoint.nbytes if checkpoint.nbytes else None,
         "attached_bytes": attached_nbytes(checkpoint.attachments),
         "aliases": describe_aliases(checkpoint.aliases),
+        "router": describe_router(checkpoint),
         "mean_error": sum(errors) / len(errors) if errors else None,
         "worst_error": max(errors, default=None),
         "max_rank": checkpoint.max_rank,
@@ -347,6 +350,63 @@ def print_aliases(console: Console, aliases: Sequence[Mapping[str, Any]]) -> Non
             for target in alias["targets"]
         ]
         line(console, f"Alias          {alias['alias']} -> {', '.join(targets)} ({alias['kind']})")
+
+
+def describe_router(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """A checkpoint's router as JSON data; None where it has none. Text of no task is the task ""."""
+    record = checkpoint.router
+    if record is None:
+        return None
+    fit = router_fit(record, checkpoint.tasks)
+    return {
+        "tasks": record.tasks,
+        "others": record.others,
+        "bytes": record.weights.nbytes,
+        "measured": measured_rows(record.measured),
+        "unknown_tasks": fit.unknown,
+        "gone_tasks": fit.gone,
+    }
+
+
+def measured_rows(measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """How often a router was right, a row for each task."""
+    return [
+        {
+            "task": task,
+            "trained": found.trained,
+            "held_out": found.held_out,
+            "right": found.right,
+            "accuracy": found.right / found.held_out if found.held_out else None,
+        }
+        for task, found in measured.items()
+    ]
+
+
+def print_router(console: Console, router: Mapping[str, Any] | None) -> None:
+    """What a checkpoint's router picks from, and with which tasks it has nothing in common."""
+    if router is None:
+        return
+    held_out = sum(row["held_out"] for row in router["measured"])
+    right = sum(row["right"] for row in router["measured"])
+    sure = f", {right / held_out:.4f} of held-out prompts right" if held_out else ""
+    line(console, f"Router         model=auto, {count_of(len(router['tasks']), 'task')}{sure}")
+    print_router_fit(console, router)
+
+
+def print_router_fit(console: Console, router: Mapping[str, Any] | None) -> None:
+    """The tasks that a router and its checkpoint do not have in common."""
+    if router is None:
+        return
+    if router["unknown_tasks"]:
+        named = some_of(router["unknown_tasks"], _NAMED_TASKS)
+        text = f"The router never picks {named}: train it again with their prompts"
+        line(console, text, style="yellow")
+    if router["gone_tasks"]:
+        named = some_of(router["gone_tasks"], _NAMED_TASKS)
+        text = (
+            f"The router knows {named}, gone since: the base model answers for them; train it again"
+        )
+        line(console, text, style="yellow")
 
 
 def having_companions(adapters: Mapping[str, Adapter]) -> list[str]:

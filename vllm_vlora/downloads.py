@@ -97,6 +97,11 @@ def cache_name(where: str) -> str:
     return f"{name}-{key}"
 
 
+def followed_folder(where: str) -> Path:
+    """The link to what servers follow of a URL or a Hub id, if any do (``checkpoint.newest``)."""
+    return cache_folder() / "followed" / cache_name(where)
+
+
 def _shown_url(url: str) -> str:
     return without_secrets(url).removesuffix("?...").rstrip("/")
 
@@ -426,7 +431,8 @@ def clean(entry: CacheEntry, *, keep_newest: bool = False) -> int:
     A server that was started from it keeps the tasks that it has loaded, and finds no others.
 
     Args:
-        keep_newest: keep the newest state, and remove the older ones and what is not complete.
+        keep_newest: keep the newest state, and one that servers follow; remove the others and what is not
+            complete.
 
     Raises:
         OutputError: it cannot be removed.
@@ -437,11 +443,14 @@ def clean(entry: CacheEntry, *, keep_newest: bool = False) -> int:
         if newest is None:
             shutil.rmtree(entry.folder)
             return before
+        # Servers may have refused the newest, and serve on what they followed before.
+        kept = {newest.resolve(), followed_folder(entry.url).resolve()}
         for kind in (_STATES, _MANIFESTS):
             for place in (entry.folder / kind).iterdir():
-                if place != newest:
+                if place.resolve() not in kept:
                     shutil.rmtree(place)
-        used = {path.stat().st_ino for path in newest.rglob("*") if path.is_file()}
+        files = (path for state in kept for path in state.rglob("*") if path.is_file())
+        used = {path.stat().st_ino for path in files}
         for content in (entry.folder / _FILES).iterdir():
             if content.stat().st_ino not in used:
                 content.unlink()

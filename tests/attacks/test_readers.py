@@ -32,10 +32,13 @@ from safetensors.torch import load_file, save_file
 from vllm_vlora.adapters.discovery import find_adapters
 from vllm_vlora.adapters.fused_experts import split_experts
 from vllm_vlora.adapters.peft_folder import as_peft_folder, open_adapter
+from vllm_vlora.blending.text_router import RoutePolicy, TextRouter
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
+from vllm_vlora.checkpoint.router_files import Measured, read_router_weights
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.editing.routing import attach_router
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.evaluation.texts import read_examples
 from vllm_vlora.fitting.calibration import (
@@ -49,6 +52,7 @@ from vllm_vlora.fitting.moments import FullMoment, LowRankMoment
 from vllm_vlora.foreign.convert import convert
 from vllm_vlora.representations.factors import balanced_svd, squared_norm
 from vllm_vlora.subspace.storage import read_subspace
+from vllm_vlora.tools.summary import describe_router
 
 GIGABYTES = 2
 SECONDS = 20
@@ -148,6 +152,20 @@ def with_attachments(folder: Path) -> None:
     (folder / "attachments.json").write_text(json.dumps(index))
 
 
+def with_router(folder: Path) -> None:
+    stored("format3")(folder)
+    tasks = list(json.loads((folder / "tasks.json").read_bytes()))
+    weights = {
+        "idf": torch.ones(8),
+        "net.0.weight": torch.ones(3, 8),
+        "net.0.bias": torch.ones(3),
+        "net.2.weight": torch.ones(len(tasks) + 1, 3),
+        "net.2.bias": torch.ones(len(tasks) + 1),
+    }
+    measured = {task: Measured(8, 2, 1) for task in [*tasks, ""]}
+    attach_router(folder, tasks, weights, others=True, measured=measured)
+
+
 def calibration(folder: Path) -> None:
     settings = Settings(None, 64, 2, True, 2048, 2, "float32")
     source = Source("tiny", ["data.jsonl"], "0" * 64, 2, 20, 10, settings, {"torch": "2"})
@@ -204,6 +222,19 @@ def read_checkpoint(folder: Path, out: Path) -> None:
         read_subspace(folder)
 
 
+def read_routed(folder: Path, out: Path) -> None:
+    validate(folder)
+    opened = Checkpoint.open(folder)
+    describe_router(opened)
+    record = opened.router
+    if record is not None:
+        weights = read_router_weights(folder, record)
+        router = TextRouter(record.tasks, record.temperature, weights)
+        for text in ("", "a", "some text of a prompt"):
+            pick = router.pick(text, opened.tasks, RoutePolicy(3, 0.0))
+            assert 0 <= pick.confidence <= 1 + 1e-9
+
+
 def read_foreign(folder: Path, out: Path) -> None:
     with contextlib.suppress(VLoRAError):
         read_subspace(folder)
@@ -237,6 +268,7 @@ READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path, Path], None]]
     "a checkpoint of format 2": (stored("format2"), read_checkpoint),
     "a checkpoint of format 4": (stored("format4"), read_checkpoint),
     "a checkpoint with attachments": (with_attachments, read_checkpoint),
+    "a checkpoint with a router": (with_router, read_routed),
     "vlora's files": (stored("seeds/vlora-1.0.0-float"), read_foreign),
     "vlora's packed files": (stored("seeds/vlora-1.0.0-nf4"), read_foreign),
     "lorashare's files": (stored("seeds/lorashare-0.1.3-heads"), read_foreign),
@@ -440,10 +472,13 @@ def test_configs_that_ended_in_a_traceback(
         open_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tasks.json", "attachments.json", "vlora_config.json"])
+@pytest.mark.parametrize(
+    "name", ["tasks.json", "attachments.json", "router.json", "vlora_config.json"]
+)
 def test_a_key_that_stands_twice_in_a_manifest(name: str, tmp_path: Path) -> None:
     """Which of the two counts would be chance; also in the compact form that msgspec writes itself."""
     with_attachments(tmp_path)
+    with_router(tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
     text = mutations.dumped(json.loads(files[name]))
     key = next(iter(json.loads(text)))
@@ -452,7 +487,7 @@ def test_a_key_that_stands_twice_in_a_manifest(name: str, tmp_path: Path) -> Non
     for file, data in files.items():
         (tmp_path / file).write_bytes(data)
     with pytest.raises(VLoRAError, match=f"key '{key}' stands twice"):
-        _ = Checkpoint.open(tmp_path).attachments
+        _ = Checkpoint.open(tmp_path).content_digest
 
 
 def test_sixty_thousand_names(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError
 from vllm_vlora.merging.blending import blend_tasks
 from vllm_vlora.plugin.chat_templates import TaskTemplates, task_template
-from vllm_vlora.plugin.identity import task_paths
+from vllm_vlora.plugin.identity import MEMORY, task_paths
 from vllm_vlora.tools.cli import app
 
 TOKENIZER = b'{"version": "1.0", "added_tokens": []}'
@@ -290,6 +291,11 @@ def test_the_template_of_a_task(
     assert task_template(Checkpoint.open(tmp_path / "out"), "t") == template
     held = task_paths(Checkpoint.open(tmp_path / "out"))
     assert TaskTemplates().load(tmp_path / "out", held) == ["t"] * (template is not None)
+    # Those from memory come beside it, and stand before one of its name, whose template is not theirs.
+    memory = replace(held["t"], checkpoint=MEMORY)
+    beside = TaskTemplates().load(tmp_path / "out", {**held, "policy": memory})
+    assert beside == ["t"] * (template is not None)
+    assert TaskTemplates().load(tmp_path / "out", {"t": memory}) == []
     with pytest.raises(CheckpointError, match="published again while the server started"):
         TaskTemplates().load(tmp_path / "out", {})
 

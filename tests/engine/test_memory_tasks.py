@@ -48,7 +48,7 @@ class Engine:
         from vllm import LLM
 
         self.world, self.folder = world, folder
-        self.llm = LLM(
+        self.llm: Any = LLM(
             str(world.model), enable_lora=True, max_loras=4, max_lora_rank=RANK,
             enable_prefix_caching=True, **ENGINE_ARGUMENTS,
         )  # fmt: skip
@@ -200,10 +200,13 @@ def test_it_stands_before_the_checkpoints_task_until_it_is_taken_away(
         pytest.skip("there is no checkpoint")
     # No API server asks here, for whose sake what is gone would be held for a while.
     monkeypatch.setattr(tasks_of(engine.core), "followed", False)
+    state = engine.core.vlora_follow()
     engine.publish(TAKEN, "everything")
     served = dict(engine.core.vlora_tasks())
     assert list(served) == list(ADAPTERS)
     assert "publish" in served[TAKEN]
+    # What API servers ask for says that the list is another.
+    assert engine.core.vlora_follow() != state
     state = engine.core.vlora_follow()
     # The folder is published again; its workers look at it in threads of their own.
     again = engine.world.compress("again", {TAKEN: engine.world.ordinary}, ratio=0.1)

@@ -158,7 +158,7 @@ def test_ray_serve_llm_serves_the_tasks(world: World) -> None:
             "model": str(world.model),
             "variables": {**ENGINE_ENVIRONMENT, "VLLM_VLORA_CHECKPOINT": str(checkpoint)},
             "engine": {"dtype": "float32", "max_model_len": 256, "enforce_eager": True,
-                       "max_loras": 3, "skip_tokenizer_init": False},
+                       "max_loras": 3},
             "port": port,
         }  # fmt: skip
         url = start(

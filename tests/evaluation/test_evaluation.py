@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ROOT
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -868,6 +870,10 @@ def test_the_command_reports_and_gates(world: World, tmp_path: Path) -> None:
     )  # fmt: skip
     found = json.loads(result.stdout)
     assert json.loads(saved.read_text()) == found
+    schema = json.loads((ROOT / "docs" / "schemas" / "evaluate.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(found)
+    for broken in ({"kl_kept": 1.0}, {"more": 1}, {"tasks": [found["tasks"][0] | {"kl": "0"}]}):
+        assert not jsonschema.Draft202012Validator(schema).is_valid(found | broken)
     worst = found["kl_kept"]["worst_task"]
     assert f"keep less than 0.9999: {worst} " in result.stderr
     assert [task["task"] for task in found["tasks"]] == list(TASKS)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import queue
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from plugin_world import CPU, build
-from residency_world import Workers, lora, path_of
+from residency_world import Executor, Workers, lora, path_of
 
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.plugin.arrivals import Arrivals, Waiter
@@ -18,7 +19,7 @@ from vllm_vlora.plugin.core_metrics import metrics_snapshot
 from vllm_vlora.plugin.counters import ServingCounters, counters_of
 from vllm_vlora.plugin.engine_core import load_before_add_request, tasks_of
 from vllm_vlora.plugin.identity import parse_task_path
-from vllm_vlora.plugin.residency import Held, Residency
+from vllm_vlora.plugin.residency import Residency
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.settings import Budget
 
@@ -32,18 +33,18 @@ class World:
         self.residency = Residency(
             self.workers, lambda: set(map(path_of, self.workers.used)), counters=self.counters
         )
-        self.staged: set[str] = set()
-        self.arrivals = Arrivals(
-            self.residency,
-            lambda requests: [request.lora_name in self.staged for request in requests],
-            self.counters,
-        )
+        self.arrivals = Arrivals(self.residency, self._bring, self.counters)
         self._numbers = itertools.count()
+
+    def _bring(self, requests: Any, hold: int, instead_of: Any, drop: Any) -> Any:
+        promise: Future[Any] = Future()
+        promise.set_result([self.workers.bring_to(0, requests, hold, instead_of)])
+        return promise
 
     def ask(self, *names: str, request: bool = True) -> None:
         for name in names:
-            number = str(next(self._numbers)) if request else None
-            self.arrivals.wait(lora(name), Waiter(lambda: None, lambda error: None, number))
+            asking = SimpleNamespace(request_id=str(next(self._numbers))) if request else None
+            self.arrivals.wait(lora(name), Waiter(lambda: None, lambda error: None, asking))
         self.arrivals.advance()
 
     @property
@@ -55,7 +56,7 @@ def test_a_load_is_counted_once_and_every_request_with_where_its_task_was() -> N
     world = World({"a": 4, "b": 4})
     world.ask("a", "a")
     assert sum(world.counted["requests"].values()) == 0, "not before it is known"
-    world.staged.add("a")
+    world.workers.stage("a")
     world.arrivals.advance()
     counted = world.counted
     assert counted["requests"] == {"device": 0, "host": 0, "disk": 2}
@@ -64,7 +65,7 @@ def test_a_load_is_counted_once_and_every_request_with_where_its_task_was() -> N
     assert counted["load_seconds"]["disk"]["sum"] > 0
     assert counted["evictions"]["device"] == 0
     # Its image is still on the host when it comes back.
-    world.staged.add("b")
+    world.workers.stage("b")
     world.ask("b")
     world.ask("a")
     counted = world.counted
@@ -75,7 +76,7 @@ def test_a_load_is_counted_once_and_every_request_with_where_its_task_was() -> N
 
 def test_who_is_no_request_is_not_counted_as_one() -> None:
     world = World({"a": 4})
-    world.staged.add("a")
+    world.workers.stage("a")
     world.ask("a", request=False)
     assert sum(world.counted["requests"].values()) == 0
     assert sum(world.counted["load_seconds"]["host"]["counts"]) == 1
@@ -83,7 +84,7 @@ def test_who_is_no_request_is_not_counted_as_one() -> None:
 
 def test_what_cannot_be_loaded_is_refused_with_its_reason() -> None:
     world = World({"a": 4, "c": 40})
-    world.staged |= {"a", "c"}
+    world.workers.stage("a", "c")
     world.workers.broken.add("a")
     world.ask("a", "a", "c")
     counted = world.counted
@@ -96,24 +97,16 @@ def test_what_cannot_be_loaded_is_refused_with_its_reason() -> None:
 
 def test_a_request_that_waited_is_counted_once() -> None:
     pytest.importorskip("vllm")
-    staged: set[str] = set()
-    manager = SimpleNamespace(
-        held_paths=list,
-        stage=lambda request: request.lora_name in staged,
-        hold=lambda request, instead_of: Held(),
-    )
-    worker = SimpleNamespace(
-        model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
-    )
+    workers = Workers([4], {"a": [4]})
+    manager = SimpleNamespace(held_paths=list, bring=lambda *args: workers.bring_to(0, *args))
     entered: list[str] = []
 
     class Core:
         def __init__(self) -> None:
             self.input_queue: Any = queue.Queue()
-            self.scheduler = SimpleNamespace(requests={})
-            self.model_executor = SimpleNamespace(
-                collective_rpc=lambda method, args=(): [method(worker, *args)]
-            )
+            self.scheduler = SimpleNamespace(requests={}, has_requests=lambda: False)
+            self.batch_queue = None
+            self.model_executor = Executor([manager])
 
         def add_request(self, request: Any, request_wave: int = 0) -> None:
             entered.append(request.request_id)
@@ -124,7 +117,7 @@ def test_a_request_that_waited_is_counted_once() -> None:
     for name in ("1", "2"):
         core.add_request(SimpleNamespace(request_id=name, lora_request=lora("a")))
     assert entered == []
-    staged.add("a")
+    workers.stage("a")
     tasks_of(core).advance()
     core.add_request(SimpleNamespace(request_id="3", lora_request=lora("a")))
     assert entered == ["1", "2", "3"]
@@ -155,25 +148,12 @@ class Core:
             )
             for store in self.stores
         ]
-        self.model_executor = SimpleNamespace(collective_rpc=self._rpc)
+        self.model_executor = Executor(self.managers)
         self.scheduler = SimpleNamespace(requests={})
 
     def _take_refusals(self) -> list[str]:
         taken, self.refused = self.refused, []
         return taken
-
-    def _rpc(self, method: Any, args: tuple[Any, ...] = ()) -> list[Any]:
-        return [
-            method(
-                SimpleNamespace(
-                    model_runner=SimpleNamespace(
-                        lora_manager=SimpleNamespace(_adapter_manager=manager)
-                    )
-                ),
-                *args,
-            )
-            for manager in self.managers
-        ]
 
 
 def test_tiers_are_what_the_workers_have_at_that_moment(tmp_path: Path) -> None:
@@ -185,9 +165,19 @@ def test_tiers_are_what_the_workers_have_at_that_moment(tmp_path: Path) -> None:
     assert tiers["device"]["budget"] == store.arena_nbytes
     assert tiers["host"] == {"tasks": 0, "bytes": 0, "budget": 1 << 20}
     assert {name for name, _ in taken["residents"]["device"]} == set(core.checkpoint.tasks)
+    assert not any(pinned for _, pinned in taken["residents"]["device"])
     assert taken["state"] == core.checkpoint.content_digest
     assert taken["reload_refusals"]["checkpoint"] == 1
     assert metrics_snapshot(core)["reload_refusals"]["checkpoint"] == 1, "told once"
+
+
+def test_tasks_that_are_pinned_are_marked(tmp_path: Path) -> None:
+    core = Core(tmp_path / "c", device=1 << 30)
+    first, *_ = core.stores[0].tasks()
+    residency = tasks_of(core).residency
+    residency.pin(residency.number(first.path, 7))
+    pinned = [name for name, marked in metrics_snapshot(core)["residents"]["device"] if marked]
+    assert pinned == [first.task_id]
 
 
 def test_tasks_in_host_memory_alone_are_named_there(tmp_path: Path) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import queue
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from residency_world import Workers, lora, path_of
+from residency_world import Executor, Workers, lora, path_of
 
-from vllm_vlora.errors import CheckpointError, MemoryBudgetError
+from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError
 from vllm_vlora.plugin import exchange
 from vllm_vlora.plugin.admission import Admission
 from vllm_vlora.plugin.engine_core import (
-    advance_before_abort,
+    advance_after_abort,
     ensure_in_process,
+    finish_who_waits,
     follow,
+    keep_what_is_pinned,
     load_before_add_lora,
     load_before_add_request,
     served_tasks,
@@ -24,53 +26,89 @@ from vllm_vlora.plugin.engine_core import (
 from vllm_vlora.plugin.resident import BasesReport
 
 
+class Scheduler:
+    """The part of vLLM's scheduler that is patched and read."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+        self.finished: list[str] = []
+        self._vlora_kinds = {path_of("b"): True}
+
+    def add_request(self, request: Any) -> None:
+        self.requests[request.request_id] = request
+
+    def has_requests(self) -> bool:
+        return bool(self.requests)
+
+    def finish_requests(self, request_ids: Any, finished_status: Any) -> list[Any]:
+        ids = list(self.requests) if request_ids is None else request_ids
+        done = [self.requests.pop(name) for name in ids if name in self.requests]
+        self.finished += [request.request_id for request in done]
+        return done
+
+    finish_requests = finish_who_waits(finish_requests, add_request)  # type: ignore[assignment]
+
+
 class Core:
     """The part of vLLM's engine core that is patched and read; two workers of one budget."""
 
+    workers_count = 2
+
     def __init__(self, budget: int = 10, **sizes: int) -> None:
-        self.workers = Workers([budget, budget], {name: [n, n] for name, n in sizes.items()})
-        self.staged: set[str] = set()
+        count = self.workers_count
+        self.workers = Workers([budget] * count, {name: [n] * count for name, n in sizes.items()})
         self.added: list[Any] = []
-        self.aborted: list[list[str]] = []
+        self.dropped: list[str] = []
         self.exchanged: list[int] = []
-        self.wants_bases = False
+        self.wants_bases = self.holds_back = False
+        self.pinned = {ord("a")}
         self.states: list[list[str]] = [["1", "1"], ["1", "1"]]
         self.tasks = [[("a", path_of("a"))], [("a", path_of("a"))]]
-        self.model_executor = SimpleNamespace(collective_rpc=self._rpc, is_sleeping=False)
-        self.scheduler = SimpleNamespace(requests={}, _vlora_kinds={path_of("b"): True})
+        self.model_executor = Executor(
+            [self._manager(number) for number in range(self.workers_count)]
+        )
+        self.batch_queue = None
+        self.scheduler = Scheduler()
 
-    def _rpc(self, method: Any, args: tuple[Any, ...] = ()) -> list[Any]:
-        return [method(self._worker(number), *args) for number in range(2)]
-
-    def _worker(self, number: int) -> Any:
-        workers, state = self.workers, self.states[number]
+    def _manager(self, number: int) -> Any:
+        workers = self.workers
 
         def adopt(digest: str) -> bool:
+            state = self.states[number]
             if state[1] == digest:
                 state[0] = digest
             return state[0] == digest
 
-        manager = SimpleNamespace(
+        def forget(path: str, wholly: bool) -> None:
+            workers.on[number].discard(_name(path))
+            self.dropped += [_name(path)] * (wholly and number == 0)
+
+        return SimpleNamespace(
+            bring=lambda *args: self._bring(number, *args),
             hold=lambda request, instead_of: workers.hold(request, instead_of)[number],
-            forget=lambda path, wholly: workers.on[number].discard(_name(path)),
-            stage=lambda request: (
-                None
-                if self.wants_bases and request.lora_name == "b" and not self.exchanged
-                else request.lora_name in self.staged
-            ),
+            forget=forget,
             held_paths=lambda: [path_of(name) for name in workers.on[number]],
-            states=lambda: tuple(state),
+            states=lambda: tuple(self.states[number]),
             adopt=adopt,
             vlora_store=SimpleNamespace(
                 served=lambda: self.tasks[number],
                 tidy=lambda: None,
                 bases=lambda in_use, awaited: self.bases(number, in_use, awaited),
-                hold_back=lambda held_back: None,
+                hold_back=self.hold_back,
             ),
             exchange_bases=lambda: self.exchanged.append(number) or [path_of("a")],
         )
-        runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
-        return SimpleNamespace(model_runner=runner)
+
+    def _bring(self, number: int, requests: Any, hold: int, instead_of: Any) -> list[Any]:
+        said: list[Any] = self.workers.bring_to(number, requests, hold, instead_of)
+        wait = self.holds_back and not self.exchanged
+        return [
+            None if wait and one.lora_name == "b" else told for one, told in zip(requests, said)
+        ]
+
+    def hold_back(self, held_back: bool) -> list[str]:
+        self.holds_back = held_back
+        return [path_of("b")] if held_back and "b" in self.workers.on[0] else []
 
     def bases(self, number: int, in_use: list[str], awaited: list[str]) -> BasesReport:
         if not self.wants_bases or number in self.exchanged:
@@ -86,11 +124,19 @@ class Core:
         self.scheduler.requests[request.request_id] = request
 
     def abort_requests(self, request_ids: list[str]) -> None:
-        self.aborted.append(request_ids)
+        self.scheduler.finish_requests(request_ids, "aborted")
+
+    def pin_lora(self, lora_id: int) -> bool:
+        return lora_id in self.pinned
+
+    def remove_lora(self, lora_id: int) -> bool:
+        return lora_id in self.pinned
 
     add_lora = load_before_add_lora(add_lora)  # type: ignore[assignment]
     add_request = load_before_add_request(add_request)  # type: ignore[assignment]
-    abort_requests = advance_before_abort(abort_requests)  # type: ignore[assignment]
+    abort_requests = advance_after_abort(abort_requests)  # type: ignore[assignment]
+    pin_lora = keep_what_is_pinned(pin_lora, True)  # type: ignore[assignment]
+    remove_lora = keep_what_is_pinned(remove_lora, False)  # type: ignore[assignment]
 
 
 class OwnProcess(Core):
@@ -113,6 +159,12 @@ class OwnProcess(Core):
         """One message of the loop, as vLLM takes it."""
         _, payload = self.input_queue.get(timeout=10)
         self.abort_requests(payload)
+
+
+class OneWorker(OwnProcess):
+    """One with a single worker."""
+
+    workers_count = 1
 
 
 def _name(path: str) -> str:
@@ -152,8 +204,9 @@ def test_in_its_own_process_a_request_waits_and_others_go_on() -> None:
     for _ in range(3):
         core.turn()
     assert core.added == ["2"]
-    core.staged.add("a")
-    core.turn()
+    core.workers.stage("a")
+    for _ in range(2):  # One worker may have read it before the other.
+        core.turn()
     assert core.added == ["2", "1", "3"]
     core.add_request(request("4", lora("a")), 1)
     assert core.added[-1] == "4"
@@ -168,12 +221,14 @@ def test_in_its_own_process_a_request_waits_and_others_go_on() -> None:
 def test_a_task_that_cannot_be_loaded_ends_its_requests_alone() -> None:
     core: Any = OwnProcess(a=4, b=4)
     core.workers.broken.add("a")
-    core.staged |= {"a", "b"}
+    core.workers.stage("a", "b")
     core.add_request(request("1", lora("a")))
     core.add_request(request("2", lora("b")))
-    assert core.refused() == [(3, "1", "vllm-vlora: CheckpointError: a is damaged")]
+    core.turn()
+    assert core.refused() == [(3, "1", "vllm-vlora: CheckpointError: task 'a': a is damaged")]
     assert core.added == ["2"]
     answer = core.add_lora(lora("a"))
+    core.turn()
     with pytest.raises(CheckpointError, match="a is damaged"):
         answer.result(0)
     answer = core.add_lora(lora("b"))
@@ -186,8 +241,9 @@ def test_an_adapter_is_made_when_its_task_has_come() -> None:
     answer = core.add_lora(wanted)
     assert not answer.done()
     core.turn()
-    core.staged.add("a")
-    core.turn()
+    core.workers.stage("a")
+    for _ in range(2):
+        core.turn()
     assert answer.result(0) is True
     assert core.added == [wanted]
 
@@ -197,10 +253,66 @@ def test_aborted_requests_that_wait_never_enter() -> None:
     core.add_request(request("1", lora("a")))
     core.add_request(request("2", lora("a")))
     core.abort_requests(["1"])
-    core.staged.add("a")
-    core.turn()
+    assert core.scheduler.finished == ["1"], "as any other, with what others keep for it"
+    core.workers.stage("a")
+    for _ in range(2):
+        core.turn()
     assert core.added == ["2"]
-    assert ["1"] in core.aborted
+    # What nobody waits for is told with the next question, and the loop may sleep.
+    core.add_request(request("3", lora("b")))
+    assert core.scheduler.finish_requests(None, "aborted")
+    assert core.scheduler.finished == ["1", "2", "3"]
+    core.turn()
+    assert core.dropped == ["b"]
+    time.sleep(0.05)
+    while not core.input_queue.empty():
+        core.turn()
+    time.sleep(0.05)
+    assert core.input_queue.empty()
+
+
+def test_questions_that_a_task_costs() -> None:
+    """Each waits for the step that the workers are at, in an executor with processes of its own."""
+    core: Any = OwnProcess(a=4)
+    alone, ray = cast("list[Any]", [OneWorker(a=4), OneWorker(a=4)])
+    ray.model_executor.uses_ray = True
+    for one, questions in ((core, 2), (alone, 1), (ray, 1)):
+        one.workers.stage("a")
+        one.add_request(request("1", lora("a")))
+        asked = ["_held"] + ["_bring"] * questions
+        for _ in range(questions - 1):
+            one.turn()
+        assert one.added == ["1"]
+        assert one.model_executor.asked == asked
+        one.add_request(request("2", lora("a")))
+        assert one.model_executor.asked == asked, "what is there costs none"
+
+
+def test_asleep_nothing_is_brought() -> None:
+    core: Any = OneWorker(a=4)
+    core.workers.stage("a")
+    core.model_executor.is_sleeping = True
+    core.add_request(request("1", lora("a")))
+    core.turn()
+    assert core.model_executor.asked == ["_held"]
+    core.model_executor.is_sleeping = False
+    core.turn()
+    assert core.added == ["1"]
+    offline: Any = Core(a=4)
+    offline.model_executor.is_sleeping = True
+    with pytest.raises(ModelStateError, match="'a' is not on the device, and the engine sleeps"):
+        offline.add_request(request("1", lora("a")))
+
+
+def test_a_pinned_task_stays_until_it_is_removed() -> None:
+    core: Any = Core(budget=4, a=4, b=4)
+    core.add_lora(lora("a"))
+    assert core.pin_lora(ord("a"))
+    assert not core.pin_lora(ord("b"))
+    with pytest.raises(MemoryBudgetError, match="beside 1 that are pinned"):
+        core.add_lora(lora("b"))
+    assert core.remove_lora(ord("a"))
+    assert core.add_lora(lora("b"))
 
 
 def test_requests_that_wait_for_a_slot_keep_their_tasks() -> None:
@@ -260,10 +372,11 @@ def test_requests_on_new_bases_wait_for_those_on_the_old_ones_and_others_pass(
     monkeypatch.setattr(exchange, "_LINGER", 0.01)
     monkeypatch.setattr(exchange, "_PERIOD", 0.0)
     core: Any = OwnProcess(a=2, b=2, **dict.fromkeys("cdefghij", 0))
-    core.staged |= set("abcdefghij")
+    core.workers.stage(*"abcdefghij")
     core.add_request(request("old", lora("a")))
+    core.turn()
     assert core.added == ["old"]
-    core.wants_bases = True
+    core.wants_bases = core.holds_back = True
     core.states = [["1", "2"], ["1", "2"]]
     assert follow(core, "server", "1") == "2"
     for number in range(9):
@@ -287,7 +400,49 @@ def test_requests_on_new_bases_wait_for_those_on_the_old_ones_and_others_pass(
     time.sleep(0.02)
     core.turn()
     assert core.exchanged == [0, 1]
-    core.turn()
+    for _ in range(2):
+        core.turn()
     assert core.added[9:] == [f"new {number}" for number in range(9)]
     assert path_of("a") not in core.scheduler._vlora_kinds
     assert follow(core, "server", "2") == "3"
+
+
+def test_a_task_that_was_materialized_meanwhile_keeps_its_requests_and_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, seconds in (("_LINGER", 0.01), ("_PERIOD", 0.0), ("_REST", 1.0)):
+        monkeypatch.setattr(exchange, name, seconds)
+    monkeypatch.setenv("VLLM_VLORA_BASIS_WAIT", "1")
+    core: Any = OwnProcess(a=2, b=2)
+    core.workers.stage("a", "b")
+    core.add_request(request("old", lora("a")))
+    core.turn()
+    core.wants_bases = core.holds_back = True
+    core.states = [["1", "2"], ["1", "2"]]
+    follow(core)
+    core.add_request(request("waits", lora("b")))
+    assert core.added == ["old"]
+
+    def turn_until(holds: Any) -> None:
+        deadline = time.monotonic() + 30
+        while not holds():
+            assert time.monotonic() < deadline
+            follow(core)
+            time.sleep(0.01)
+
+    tasks = core._vlora_tasks_held
+    turn_until(lambda: not tasks.exchange.holds_back)
+    turn_until(lambda: "waits" in core.added)
+    turn_until(lambda: tasks.exchange.holds_back)
+    core.add_request(request("later", lora("b")))
+    core.add_request(request("gone", lora("b")))
+    follow(core)
+    assert core.added == ["old", "waits"], "it is there, and to be exchanged"
+    core.abort_requests(["gone"])
+    assert core.workers.on == [{"a", "b"}] * 2, "a request that runs has it"
+    core.abort_requests(["later"])
+    assert core.workers.on == [{"a", "b"}] * 2
+    core.add_request(request("last", lora("b")))
+    core.scheduler.requests.clear()
+    turn_until(lambda: "last" in core.added)
+    assert core.exchanged == [0, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.config
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +146,20 @@ def test_a_refused_publication_says_why(lines, tmp_path: Path) -> None:
         "checkpoint",
     )
     assert "no such folder" in line["message"]
+
+
+def test_vllm_may_set_its_logging_up_again(lines) -> None:
+    """As it does in each process, after the plugin is there."""
+    events.install(JSON)
+    vllms = {
+        "formatters": {},
+        "handlers": {},
+        "loggers": {"vllm": {"level": "INFO", "handlers": []}},
+    }
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, **vllms})
+    LOGGER.info("still there")
+    happened("load", task="sql")
+    assert [line["event"] for line in lines()] == ["message", "load"]
 
 
 def test_installing_twice_writes_once(lines) -> None:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from plugin_world import STORED, TASKS, TOKENS, Store, build, layouts, make_path, run
+from plugin_world import (
+    LAYERS,
+    MODULES,
+    STORED,
+    TASKS,
+    TOKENS,
+    Store,
+    build,
+    layouts,
+    make_path,
+    run,
+)
 
 from vllm_vlora.blend_names import parse_blend
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.direct import DirectPath
+from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.exchange import BasisExchange, Books
 from vllm_vlora.plugin.following import State
-from vllm_vlora.plugin.identity import TaskPath, task_path, task_paths
+from vllm_vlora.plugin.identity import TaskPath, parse_task_path, task_path, task_paths
 from vllm_vlora.plugin.resident import BasesReport, ResidentStore
+from vllm_vlora.plugin.settings import Budget
+from vllm_vlora.representations.decode import decode
+from vllm_vlora.triton_kernels.direct import add_direct
 
 NARROWER = {"q": (4, 5), "k": (1, 2), "o": (7, 3)}
 WIDER = {"q": (6, 6)}
@@ -234,7 +253,7 @@ def test_who_waited_long_enough_gets_a_task_that_is_materialized_until_then(
     served = Served(tmp_path)
     store = served.publish()
     assert served.stage("joint") is None
-    store.hold_back(False)
+    assert store.hold_back(False) == []
     assert served.stage("joint") is True
     path = served.path("joint")
     task = store.task(path)
@@ -242,7 +261,7 @@ def test_who_waited_long_enough_gets_a_task_that_is_materialized_until_then(
     assert task.obstacle == "q has another basis than the layers hold"
     assert served.report((str(path),)).busy, "the exchange would take its form"
     # A second wait: who comes now waits, though the task is there.
-    store.hold_back(True)
+    assert store.hold_back(True) == [str(path)]
     assert store.stage(path) is None
     assert served.report((str(path),)).busy
     assert not served.report((), (str(path),)).busy, "it waits for the exchange itself"
@@ -302,6 +321,127 @@ def test_a_state_on_the_bases_that_the_layers_hold_waits_for_nothing(tmp_path: P
     until(lambda: not served.report().wanted)
 
 
+class Walk:
+    """A random walk through states, waits and exchanges, with requests that use tasks meanwhile."""
+
+    def __init__(self, root: Path, seed: int, host: int) -> None:
+        widths = (None, NARROWER, WIDER, None)
+        self.checkpoints = [
+            build(root / str(n), STORED, seed=n, widths=w) for n, w in enumerate(widths)
+        ]
+        # Two states on one basis: some of the tasks of the first.
+        shutil.copytree(root / "0", root / "copy")
+        self.checkpoints.append(Checkpoint.open(root / "copy"))
+        self.of_path = {
+            str(task_path(ck, task)): (ck, task) for ck in self.checkpoints for task in STORED
+        }
+        self.random = Random(seed)
+        self.used: set[str] = set()
+        self.waiting: list[str] = []
+        self.seen: Counter[str] = Counter()
+        self.store = Store(budget=Budget(device=0, late=1 << 20, host=host)).store
+        self.store.preload(self.checkpoints[0].path, make_path)
+
+    def step(self) -> None:
+        events = (self.publish, self.settle, self.hold_back, self.end, self.evict, self.request)
+        (event,) = self.random.choices(events, (6, 5, 5, 15, 20, 50))
+        event()
+
+    def publish(self) -> None:
+        self.store.serve(State(self.random.choice(self.checkpoints)))
+
+    def hold_back(self) -> None:
+        self.store.hold_back(self.random.random() < 0.5)
+
+    def end(self) -> None:
+        for path in self.random.sample(sorted(self.used), len(self.used) // 2):
+            self.used.discard(path)
+        if self.random.random() < 0.2:
+            self.used.clear()
+
+    def evict(self) -> None:
+        idle = [task.path for task in self.store.tasks() if task.path not in self.used]
+        for path in self.random.sample(idle, len(idle) // 2):
+            self.store.forget(path)
+
+    def request(self) -> None:
+        state = self.store.state
+        assert state is not None
+        joint = [path for task, path in state.paths.items() if task in JOINT]
+        asked = self.random.choice([joint, joint, list(self.of_path), self.waiting])
+        self.ask(self.random.choice(asked or joint))
+
+    def settle(self) -> None:
+        """What an engine core does that looks at the workers."""
+        report = self.store.bases(self.used, ())
+        if report.refused:
+            self.store.keep_bases()
+            self.seen["refused"] += 1
+        elif report.ready and not report.busy:
+            for path in self.store.ended():
+                assert path not in self.used
+                self.store.drop(path)
+            self.store.exchange()
+            self.seen["exchanged"] += 1
+
+    def ask(self, path: str) -> None:
+        parsed = parse_task_path(path)
+        assert parsed is not None
+        staged: bool | None = False
+        deadline = time.monotonic() + 30
+        while staged is False:
+            assert time.monotonic() < deadline
+            staged = self.store.stage(parsed)
+        if staged is None:
+            self.seen["waits"] += 1
+            self.waiting = [*self.waiting[-4:], path]
+            return
+        assert self.store.place(parsed) == 0
+        self.used.add(path)
+
+    def check(self) -> None:
+        """Every task on the device adds what its own checkpoint says, in the layers as they are."""
+        path = self.store.direct
+        assert path is not None
+        for task in self.store.tasks():
+            checkpoint, name = self.of_path[task.path]
+            stored, bases = checkpoint.load_task(name).modules, dict(checkpoint.bases())
+            wanted = {m: decode(s, bases.get(m)) for m, s in stored.items()}
+            if task.direct is None:
+                self.seen["materialized"] += 1
+                for module, (source_a, source_b) in task.sources.items():
+                    a, b = wanted[module]
+                    torch.testing.assert_close(source_b.to_dense().T @ source_a.to_dense(), b @ a)
+                continue
+            self.seen["direct"] += 1
+            slots = DirectSlots(path)
+            slots.activate(1, task.direct)
+            slots.route(np.ones(3, dtype=np.int64))
+            for layer, modules in LAYERS.items():
+                x = torch.randn(3, MODULES[modules[0]][0])
+                y = torch.zeros(3, path.layers[layer].width)
+                add_direct(y, x, path.layers[layer], path.table, path.routing)
+                parts = y.split([MODULES[module][1] for module in modules], dim=1)
+                for module, part in zip(modules, parts):
+                    a, b = wanted.get(module, (torch.zeros(1, x.shape[1]), torch.zeros(1, 1)))
+                    torch.testing.assert_close(
+                        part, (x @ a.T @ b.T).expand_as(part), rtol=1e-4, atol=1e-4
+                    )
+
+
+@pytest.mark.parametrize(("seed", "host"), [(0, 0), (1, 1 << 20)])
+def test_whatever_is_published_a_task_on_the_device_adds_its_own_weights(
+    tmp_path: Path, seed: int, host: int
+) -> None:
+    walk = Walk(tmp_path, seed, host)
+    for number in range(1000):
+        walk.step()
+        if number % 20 == 0:
+            walk.check()
+    for kind in ("exchanged", "refused", "waits", "materialized", "direct"):
+        assert walk.seen[kind] > 0, (kind, walk.seen)
+
+
 # --- when it is done -------------------------------------------------------------------------------
 
 
@@ -336,8 +476,9 @@ class Engine:
     def _look(self) -> None:
         self.looks += 1
 
-    def hold_back(self, held_back: bool) -> None:
+    def hold_back(self, held_back: bool) -> set[str]:
         self.told.append(held_back)
+        return {"meanwhile"} if held_back else set()
 
     def keep_bases(self) -> None:
         self.told.append("keep")
@@ -408,9 +549,11 @@ def test_nobody_waits_longer_than_was_asked_for_and_it_is_tried_again() -> None:
     engine.run(41)
     assert engine.told == [False, True]
     assert engine.exchange.holds_back
+    assert engine.exchange.waiting == {"meanwhile"}
     engine.used = set()
     engine.run(1)
     assert engine.told[2:] == ["exchange"]
+    assert not engine.exchange.waiting
 
 
 def test_without_patience_nobody_waits_and_in_mode_direct_everybody_does() -> None:

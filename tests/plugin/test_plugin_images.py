@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_vlora.plugin.arena import ALIGNMENT, LEAST_CHUNK, Arena, Block
-from vllm_vlora.plugin.images import Span, make_image, relocated
+from vllm_vlora.plugin.images import Span, make_image
 
 CPU = torch.device("cpu")
 
@@ -103,11 +104,29 @@ def test_what_tasks_share_takes_a_place_of_its_own() -> None:
 
 def test_what_lies_in_no_span_stays() -> None:
     a = torch.randn(4)
-    assert relocated(a, []) is a
+    image = make_image(Tree("n", 1, (a,), {"a": a}), [a])
+    memory = torch.zeros(image.block.nbytes, dtype=torch.uint8)
     beside = Span(a.data_ptr() - 64, torch.zeros(64, dtype=torch.uint8))
-    assert relocated(a, [beside]) is a
     short = Span(a.data_ptr(), torch.zeros(15, dtype=torch.uint8))
-    assert relocated(a, [short]) is a
+    for shared in ([], [beside], [short]):
+        placed = image.on(memory, shared)
+        assert placed.pair[0] is a
+        assert placed.parts["a"] is a
+
+
+def test_what_is_read_later_is_the_devices_and_keeps_no_host_memory() -> None:
+    image = make_image(Tree("n", 1, (), tensors()))
+    memory = torch.zeros(image.block.nbytes, dtype=torch.uint8)
+    placed, block = image.on(memory), weakref.ref(image.block)
+    del image
+    assert block() is None
+    assert list(placed.parts) == list(tensors())
+    assert len(placed.parts) == len(tensors())
+    found = placed.parts["a"]
+    assert placed.parts["a"] is found, "made once"
+    assert torch.equal(found, torch.arange(40.0).view(4, 10))
+    memory.zero_()
+    assert not found.any()
 
 
 @settings(max_examples=200)

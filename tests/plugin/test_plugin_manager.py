@@ -103,9 +103,13 @@ def test_a_sleep_that_would_lose_the_tasks_is_refused_before_anything_else(
     patches = {(owner, name): value for owner, name, value in seams._patches(setup, list)}
     sleep = patches.get((EngineCore, "sleep"), EngineCore.sleep)
     slept: list[Any] = []
+    held = ["a", "b"]
     core = SimpleNamespace(
         pause_scheduler=lambda **kwargs: slept.append("paused"),
         model_executor=SimpleNamespace(sleep=slept.append),
+        _vlora_tasks_held=SimpleNamespace(
+            residency=SimpleNamespace(paths=lambda: held, forget=held.remove)
+        ),
     )
     sleep(core)
     sleep(core, 1, mode="wait")
@@ -114,10 +118,13 @@ def test_a_sleep_that_would_lose_the_tasks_is_refused_before_anything_else(
         if checkpoint is None:
             call()
             assert slept[-2:] == ["paused", 2]
+            # They come again from where they were brought from.
+            assert held == []
         else:
             with pytest.raises(ModelStateError, match=r"level 2 would lose.*use level 1"):
                 call()
             assert slept == ["paused", 1] * 2
+            assert held == ["a", "b"]
 
 
 # --- seams: the manager ----------------------------------------------------------------------------
@@ -303,7 +310,7 @@ def test_a_late_task_is_held_and_forgotten_with_its_adapters_and_slot(
     assert manager.hold(worker.request("joint", 11)) == managing.Held(direct=True)
     later = build(tmp_path / "later", seed=1)
     late = LoRARequest("one", 21, str(task_path(later, "one")))
-    while not manager.stage(late):
+    while manager.bring([late], 0) != [True]:
         time.sleep(0.001)
     assert store.nbytes == before
     assert manager.hold(late).nbytes > 0
@@ -319,6 +326,32 @@ def test_a_late_task_is_held_and_forgotten_with_its_adapters_and_slot(
     assert manager.list_adapters() == {}
     assert task not in store.direct.table.tasks, "its tensors would live on"
     assert store.nbytes == before
+
+
+def test_tasks_that_come_take_no_more_places_than_they_need_and_keep_their_order(
+    managing: Any, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task takes one of so many places; who may give way does so one after the other."""
+    from vllm.lora.request import LoRARequest
+
+    manager, store = worker.manager, worker.manager.vlora_store
+    tasks = [build(tmp_path / name, seed=seed) for seed, name in enumerate("abcd", 1)]
+    late = [LoRARequest("one", 30 + i, str(task_path(one, "one"))) for i, one in enumerate(tasks)]
+    held = manager.held_paths()
+    place, places = store.place, len(held) + 1
+    monkeypatch.setattr(
+        store,
+        "place",
+        lambda path: place(path) if len(store) < places or store.held(str(path)) else 7,
+    )
+    while manager.bring(late, 0) != [True] * 4:
+        time.sleep(0.001)
+    first, second, third, fourth = manager.bring(late, 4, held[:1])
+    assert (first.over, first.gave_way, first.nbytes > 0) == (0, 0, True)
+    assert (second.over, second.gave_way) == (0, 1)
+    assert (third.over, third.gave_way) == (7, 0)
+    assert fourth is True, "it must not take the place of one that came before it"
+    assert manager.held_paths() == [*held[1:], late[0].lora_path, late[1].lora_path]
 
 
 def test_what_fails_in_a_worker_is_its_answer(

@@ -19,7 +19,7 @@ from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.editing.aliasing import remove_alias, set_alias
 from vllm_vlora.editing.removing import remove_tasks
-from vllm_vlora.errors import BlendError, CheckpointError
+from vllm_vlora.errors import BlendError, CheckpointError, TaskNotFoundError
 from vllm_vlora.merging.blending import blend_tasks
 from vllm_vlora.plugin import named_requests
 from vllm_vlora.plugin.blend_paths import blend_of
@@ -31,9 +31,8 @@ from vllm_vlora.plugin.named_requests import (
     NameHeaders,
     TaskRequests,
     answering,
-    named_request,
 )
-from vllm_vlora.plugin.requests import all_requests
+from vllm_vlora.plugin.requests import all_requests, lora_request
 
 ORDINARY = LoRARequest("ordinary", 1, "/adapters/ordinary")
 
@@ -323,11 +322,13 @@ def test_a_state_reads_its_aliases_at_once(checkpoint: Path) -> None:
 
 def test_names_for_the_offline_engine(checkpoint: Path) -> None:
     tasks = {request.lora_name: request for request in all_requests(checkpoint)}
-    assert named_request(checkpoint, "joint") == tasks["joint"]
-    assert named_request(checkpoint, "prod") == tasks["joint"]
-    both = {named_request(checkpoint, "canary", str(n)).lora_name for n in range(20)}
+    assert lora_request(checkpoint, "joint") == tasks["joint"]
+    assert lora_request(checkpoint, "prod") == tasks["joint"]
+    both = {lora_request(checkpoint, "canary", str(n)).lora_name for n in range(20)}
     assert both == {"joint", "private"}
-    assert named_request(checkpoint, "canary", "k") == named_request(checkpoint, "canary", "k")
-    assert named_request(checkpoint, "joint+private*0.5").lora_name == "joint+private*0.5"
-    with pytest.raises(BlendError, match="no task is called 'nobody'"):
-        named_request(checkpoint, "nobody")
+    assert lora_request(checkpoint, "canary", "k") == lora_request(checkpoint, "canary", "k")
+    assert lora_request(checkpoint, "joint+private*0.5").lora_name == "joint+private*0.5"
+    with pytest.raises(TaskNotFoundError, match=r"no task 'nobody'; it has: .*joint"):
+        lora_request(checkpoint, "nobody")
+    with pytest.raises(BlendError, match="nobody' is none"):
+        lora_request(checkpoint, "joint+nobody")

@@ -20,7 +20,7 @@ from plugin_world import TASKS, build
 from vllm_vlora import downloads
 from vllm_vlora.checkpoint import newest
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE
-from vllm_vlora.checkpoint.newest import followed_folder, state_of
+from vllm_vlora.checkpoint.newest import state_of
 from vllm_vlora.checkpoint.pinning import pinned
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.editing.aliasing import set_alias
@@ -122,7 +122,7 @@ def test_nothing_but_the_manifest_is_asked_for_while_nothing_changes(world: Worl
     world.server.asked.clear()
     for _ in range(3):
         assert worker.look() == world.first
-    beside = {"ck/attachments.json", "ck/aliases.json"}
+    beside = {"ck/attachments.json", "ck/aliases.json", "ck/router.json"}
     assert set(world.server.asked) == {f"ck/{CONFIG_FILE}", *beside}
     assert state.stat().st_ctime_ns == stamp, "who reads a state would take it for another"
 
@@ -199,6 +199,24 @@ def test_what_the_model_cannot_take_is_not_followed(
     assert worker.look() == third
 
 
+def test_the_state_that_is_followed_is_not_cleaned_away(world: World) -> None:
+    worker = Worker(world.folder, world.url)
+    old = state_of(Path(world.folder))
+    assert old is not None
+    world.publish({"one": TASKS["one"]}, seed=1)
+    middle = worker.look()
+    worker.cannot_take = "new"
+    world.publish()
+    worker.look()
+    (entry,) = downloads.cache_entries()
+    assert entry.states == 3
+    downloads.clean(entry, keep_newest=True)
+    served = state_of(Path(world.folder))
+    assert served is not None
+    assert (served.name, old.exists()) == (middle, False)
+    assert Checkpoint.open(world.folder).load_task("one").modules
+
+
 def test_what_is_damaged_is_fetched_by_nobody(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -250,10 +268,10 @@ def test_processes_that_start_later_follow_the_same_folder(world: World) -> None
     fixed = os.environ["VLLM_VLORA_CHECKPOINT"]
     assert fixed == pinned(world.url, world.first)
     # On another machine, whose cache has nothing: asked for, it has the newest; else the first.
-    followed_folder(world.url).unlink()
+    downloads.followed_folder(world.url).unlink()
     second = world.publish()
     assert Checkpoint.open(world.start()).content_digest == second
-    followed_folder(world.url).unlink()
+    downloads.followed_folder(world.url).unlink()
     world.server.status = 503
     assert Checkpoint.open(world.start()).content_digest == world.first
     # Another reference in the same process has nothing to do with it.

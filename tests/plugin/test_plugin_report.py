@@ -201,10 +201,10 @@ def test_the_help_explains_states_and_exit_codes(capsys: pytest.CaptureFixture[s
 def test_the_installation_checks_the_table(
     monkeypatch: pytest.MonkeyPatch, delete: Callable[[str, str], None]
 ) -> None:
-    scheduler, _ = _owner("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests")
-    monkeypatch.setattr(scheduler, "finish_requests", lambda self: None)
+    scheduler, _ = _owner("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output")
+    monkeypatch.setattr(scheduler, "update_from_output", lambda self: None)
     find_seams(direct=False)
-    with pytest.raises(IncompatibleVLLMError, match=r"Scheduler\.finish_requests takes"):
+    with pytest.raises(IncompatibleVLLMError, match=r"Scheduler\.update_from_output takes"):
         find_seams(direct=True)
     delete("vllm.v1.engine.core", "EngineCore.add_lora")
     with pytest.raises(MissingSeamError, match=r"EngineCore\.add_lora does not exist"):

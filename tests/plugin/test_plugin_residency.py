@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from residency_world import Workers, lora, path_of
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
-from vllm_vlora.plugin.arrivals import Arrivals, Waiter
+from vllm_vlora.plugin.arrivals import Arrivals, Brought, Waiter
 from vllm_vlora.plugin.residency import GRACE
 
 NAMES = list("abcdef")
@@ -126,20 +128,59 @@ def test_two_tasks_in_use_never_have_one_number() -> None:
 # --- who waits --------------------------------------------------------------------------------------
 
 
+class Asked:
+    """A question to the workers, answered when ``answer`` is called, or when it is waited for."""
+
+    def __init__(self, answer: Callable[[], list[list[Brought]]]) -> None:
+        self._answer = answer
+        self._found: list[list[Brought]] = []
+        self.waited = False
+
+    def done(self) -> bool:
+        return bool(self._found)
+
+    def answer(self) -> None:
+        self._found = self._answer()
+
+    def result(self) -> list[list[Brought]]:
+        if not self._found:
+            self.waited = True
+            self.answer()
+        return self._found
+
+
 class World:
     """Workers, what has been staged, and who was let in or turned away."""
 
-    def __init__(self, budget: int, sizes: dict[str, int]) -> None:
-        self.workers = Workers([budget], {name: [size] for name, size in sizes.items()})
-        self.staged: set[str] = set()
-        self.asked: list[list[str]] = []
+    def __init__(self, budget: int, sizes: dict[str, int], workers: int = 1) -> None:
+        self.workers = Workers(
+            [budget] * workers, {n: [size] * workers for n, size in sizes.items()}
+        )
+        self.questions: list[Asked] = []
+        self.asked: list[str] = []
         self.entered: list[str] = []
         self.failed: list[tuple[str, VLoRAError]] = []
-        self.arrivals = Arrivals(self.workers.residency, self._stage)
+        self.steps_go_on = False
+        self.arrivals = Arrivals(
+            self.workers.residency,
+            self._bring,
+            steps_go_on=lambda: self.steps_go_on,
+            alone=workers == 1,
+        )
 
-    def _stage(self, requests: Any) -> list[bool]:
-        self.asked.append([request.lora_name for request in requests])
-        return [request.lora_name in self.staged for request in requests]
+    def _bring(self, requests: Any, hold: int, instead_of: Any, drop: Any) -> Any:
+        self.asked.append("".join(request.lora_name for request in requests))
+
+        def answer() -> list[list[Brought]]:
+            for path in drop:
+                self.workers.forget(path, wholly=True)
+            return [
+                self.workers.bring_to(worker, requests, hold, instead_of)
+                for worker in range(len(self.workers.staged))
+            ]
+
+        self.questions.append(Asked(answer))
+        return self.questions[-1]
 
     def wait(self, request_id: str) -> None:
         """A request for the task of its first letter."""
@@ -149,7 +190,11 @@ class World:
             self.entered.append(request_id)
             self.workers.used.add(name)
 
-        waiter = Waiter(ready, lambda error: self.failed.append((request_id, error)), request_id)
+        waiter = Waiter(
+            ready,
+            lambda error: self.failed.append((request_id, error)),
+            SimpleNamespace(request_id=request_id),
+        )
         self.arrivals.wait(lora(name), waiter)
 
 
@@ -158,13 +203,13 @@ def test_who_waits_is_let_in_when_the_task_has_come_and_nobody_else_is_kept() ->
     for request_id in ("a1", "b1", "a2"):
         world.wait(request_id)
     world.arrivals.advance()
-    assert (world.entered, world.asked) == ([], [["a", "b"]])
-    world.staged.add("b")
+    assert (world.entered, world.asked) == ([], ["ab"])
+    world.workers.stage("b")
     world.arrivals.advance()
     assert world.entered == ["b1"]
     assert world.arrivals.awaits(path_of("a"))
     assert not world.arrivals.awaits(path_of("b"))
-    world.staged.add("a")
+    world.workers.stage("a")
     world.arrivals.advance()
     assert world.entered == ["b1", "a1", "a2"]
     assert len(world.arrivals) == 0
@@ -173,7 +218,7 @@ def test_who_waits_is_let_in_when_the_task_has_come_and_nobody_else_is_kept() ->
 def test_what_fails_is_told_to_all_who_wait_for_it_and_to_no_other() -> None:
     world = World(10, {"a": 4, "b": 4, "c": 40})
     world.workers.broken.add("a")
-    world.staged |= {"a", "b", "c"}
+    world.workers.stage("a", "b", "c")
     for request_id in ("a1", "b1", "a2"):
         world.wait(request_id)
     world.arrivals.advance()
@@ -189,14 +234,14 @@ def test_what_fails_is_told_to_all_who_wait_for_it_and_to_no_other() -> None:
 
 def test_without_room_they_wait_for_others_to_end_and_workers_are_not_asked_in_vain() -> None:
     world = World(4, {"a": 4, "b": 4})
-    world.staged |= {"a", "b"}
+    world.workers.stage("a", "b")
     for request_id in ("a1", "b1"):
         world.wait(request_id)
         world.arrivals.advance()
     for _ in range(5):
         world.arrivals.advance()
     assert world.entered == ["a1"]
-    assert world.workers.told == ["a", "b"]
+    assert world.asked == ["a", "b"]
     world.workers.used.clear()
     world.arrivals.advance()
     assert world.entered == ["a1", "b1"]
@@ -207,10 +252,11 @@ def test_who_hangs_up_is_not_let_in_and_nothing_is_kept_for_nobody() -> None:
     world = World(10, {"a": 4, "b": 4})
     for request_id in ("a1", "a2", "b1"):
         world.wait(request_id)
-    world.arrivals.withdraw({"a1", "b1", "unknown"})
-    assert world.workers.dropped == ["b"]
-    world.staged |= {"a", "b"}
+    gone = world.arrivals.withdraw({"a1", "b1", "unknown"})
+    assert sorted(request.request_id for request in gone) == ["a1", "b1"]
+    world.workers.stage("a", "b")
     world.arrivals.advance()
+    assert world.workers.dropped == ["b"]
     assert world.entered == ["a2"]
     assert world.workers.on == [{"a"}]
 
@@ -221,8 +267,147 @@ def test_few_are_staged_at_once() -> None:
     for name in letters:
         world.wait(name)
     world.arrivals.advance()
-    assert world.asked == [list("abcdefgh")]
-    world.staged |= set(letters)
+    assert world.asked == ["abcdefgh"]
+    world.workers.stage(*letters)
     world.arrivals.advance()
     world.arrivals.advance()
     assert world.entered == list(letters)
+
+
+def test_nobody_waits_for_an_answer_while_steps_go_on() -> None:
+    world = World(10, {"a": 4})
+    world.workers.stage("a")
+    world.steps_go_on = True
+    world.wait("a1")
+    for _ in range(3):
+        world.arrivals.advance(1)
+    assert (world.entered, len(world.questions)) == ([], 1)
+    world.questions[0].answer()
+    world.arrivals.advance(1)
+    assert world.entered == ["a1"]
+    assert not world.questions[0].waited
+    assert not world.arrivals.busy
+
+
+def test_an_executor_that_brings_no_answers_is_waited_for_in_the_end() -> None:
+    world = World(10, {"a": 4})
+    world.workers.stage("a")
+    world.steps_go_on = True
+    world.wait("a1")
+    for _ in range(50):
+        world.arrivals.advance()
+    assert world.entered == [], "no step went on meanwhile"
+    for _ in range(50):
+        world.arrivals.advance(1)
+    assert world.entered == ["a1"]
+    assert world.questions[0].waited
+
+
+def test_a_task_that_has_been_read_comes_with_one_question() -> None:
+    world = World(8, dict.fromkeys("abcd", 4))
+    world.workers.stage(*"abcd")
+    for name in "abcd":
+        world.wait(f"{name}1")
+        world.arrivals.advance()
+        world.workers.used.clear()
+    assert world.asked == list("abcd")
+    assert world.entered == ["a1", "b1", "c1", "d1"]
+    assert world.workers.on == [{"c", "d"}]
+
+
+def test_of_several_workers_none_holds_what_another_has_not_read() -> None:
+    world = World(8, dict.fromkeys("abc", 4), workers=2)
+    for name in "ab":
+        world.workers.residency.place(lora(name))
+    world.workers.staged[0].add("c")
+    world.wait("c1")
+    for _ in range(3):
+        world.arrivals.advance()
+    assert world.workers.on == [{"a", "b"}] * 2
+    world.workers.staged[1].add("c")
+    world.arrivals.advance()
+    world.arrivals.advance()
+    assert world.entered == ["c1"]
+    assert world.workers.on == [{"b", "c"}] * 2
+
+
+def test_who_may_give_way_is_counted_on_by_nobody_until_it_has_stayed() -> None:
+    world = World(8, dict.fromkeys("abc", 4))
+    for name in "ab":
+        world.workers.residency.place(lora(name))
+    world.steps_go_on = True
+    world.wait("c1")
+    world.arrivals.advance()
+    assert not world.workers.residency.touch(path_of("a"))
+    assert world.workers.residency.touch(path_of("b"))
+    # A request for it waits too, and hangs up.
+    world.wait("a1")
+    world.arrivals.withdraw({"a1"})
+    world.questions[0].answer()
+    world.arrivals.advance(1)
+    assert world.workers.residency.touch(path_of("a")), "c was not read yet"
+    world.steps_go_on = False
+    world.workers.stage("c")
+    world.arrivals.advance()
+    assert world.entered == ["c1"]
+    assert world.workers.on == [{"a", "c"}], "a was used last"
+    assert world.workers.dropped == []
+
+
+def test_a_large_task_takes_the_place_of_many_small_ones() -> None:
+    letters = "abcdefghij"
+    world = World(10, dict.fromkeys(letters, 1) | {"z": 7})
+    for name in letters:
+        world.workers.residency.place(lora(name))
+    world.workers.used = {"a"}
+    world.workers.stage("z")
+    world.wait("z1")
+    for _ in range(4):
+        world.arrivals.advance()
+    assert world.entered == ["z1"]
+    assert world.workers.on == [{"a", "i", "j", "z"}]
+
+
+def test_what_nobody_waits_for_is_dropped_even_if_it_came_meanwhile() -> None:
+    world = World(10, {"a": 4})
+    world.steps_go_on = True
+    world.workers.stage("a")
+    world.wait("a1")
+    world.arrivals.advance()
+    assert len(world.arrivals.withdraw(None)) == 1
+    world.questions[0].answer()
+    assert world.workers.on == [{"a"}]
+    world.arrivals.advance(1)
+    assert world.arrivals.busy
+    world.steps_go_on = False
+    world.arrivals.advance()
+    assert (world.workers.on, world.entered) == ([set()], [])
+    assert not world.arrivals.busy
+    # Asked for again before that was told, it is not dropped.
+    world.wait("a2")
+    world.arrivals.withdraw(None)
+    world.wait("a3")
+    world.arrivals.advance()
+    assert world.entered == ["a3"]
+    assert world.workers.on == [{"a"}]
+
+
+def test_pinned_tasks_never_give_way() -> None:
+    workers = Workers([8], {name: [4] for name in "abcd"} | {"l": [8]})
+    residency = workers.residency
+    for number, name in enumerate("ab", 1):
+        assert residency.number(path_of(name), number) == number
+        residency.place(lora(name))
+    residency.pin(1)
+    for name in "cdbc":
+        assert residency.place(lora(name)) is not None
+        assert "a" in workers.on[0]
+    with pytest.raises(MemoryBudgetError, match="on a device beside 1 that are pinned"):
+        residency.place(lora("l"))
+    residency.retire([])
+    workers.now = 3 * GRACE
+    residency.release()
+    assert workers.on == [{"a"}], "nor when another state is served"
+    residency.pin(1, False)
+    assert residency.place(lora("l")) == 8
+    residency.pin(77)

@@ -9,25 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from real_scheduler import ROOM, a_model, a_request, a_scheduler
 
 from vllm_vlora.plugin.seam_table import Place, find_seams
 from vllm_vlora.plugin.settings import Settings
 
-ROOM, BLOCK = 4, 16
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder that says which model it would be."""
-    from transformers import LlamaConfig
-
-    folder = tmp_path_factory.mktemp("model")
-    LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
-    return str(folder)
+    return a_model(tmp_path_factory.mktemp("model"))
 
 
 class Engine:
@@ -40,22 +30,7 @@ class Engine:
         self.most: Counter[Any] = Counter()
         self.preempted = 0
 
-    def request(
-        self, name: str, task: str | None, prompt: int = 20, answer: int = 5, **more: Any
-    ) -> Any:
-        from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
-        from vllm.v1.request import Request
-
-        number = sum(map(ord, task or "")) + 1
-        return Request(
-            request_id=name,
-            prompt_token_ids=[7] * prompt,
-            sampling_params=SamplingParams(max_tokens=answer, ignore_eos=True),
-            pooling_params=None,
-            lora_request=LoRARequest(task, number, f"/{task}") if task else None,
-            **more,
-        )
+    request = staticmethod(a_request)
 
     def send(self, *requests: Any) -> None:
         for request in requests:
@@ -106,28 +81,8 @@ def make(model: str) -> Callable[..., Engine]:
     limits = importlib.import_module("vllm_vlora.plugin.limits")
 
     def make(settings: Settings, policy: str = "fcfs", blocks: int = 1000) -> Engine:
-        import torch
-        from vllm.config import CacheConfig, LoRAConfig, ModelConfig, SchedulerConfig, VllmConfig
         from vllm.v1.core.sched.scheduler import Scheduler
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-        from vllm.v1.structured_output import StructuredOutputManager
 
-        config = VllmConfig(
-            model_config=ModelConfig(
-                model=model, dtype="float32", max_model_len=256, skip_tokenizer_init=True
-            ),
-            cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=False),
-            scheduler_config=SchedulerConfig(
-                max_num_seqs=ROOM, max_num_batched_tokens=64, max_model_len=256, policy=policy,
-                enable_chunked_prefill=True, is_encoder_decoder=False,
-            ),
-            lora_config=LoRAConfig(max_loras=3, max_lora_rank=16),
-        )  # fmt: skip
-        config.cache_config.num_gpu_blocks = blocks
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-        cache = KVCacheConfig(
-            num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)]
-        )
         patched = type("Scheduler", (Scheduler,), {})
         places = find_seams(direct=True, limits=True)
         own = {
@@ -138,15 +93,7 @@ def make(model: str) -> Callable[..., Engine]:
         for owner, name, value in limits.limit_tasks([], settings, places | own):
             if owner is patched:
                 setattr(owner, name, value)
-        return Engine(
-            patched(
-                vllm_config=config,
-                kv_cache_config=cache,
-                structured_output_manager=StructuredOutputManager(config),
-                block_size=BLOCK,
-                log_stats=True,
-            )
-        )
+        return Engine(a_scheduler(patched, model, policy, blocks))
 
     return make
 

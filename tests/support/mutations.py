@@ -108,7 +108,8 @@ def refit(files: Files, keep: str | None = None) -> None:
             KeyError, ValueError, RecursionError, RuntimeError, SafetensorError
         ):
             _refit_index(files)
-    for holder in ("tasks.json", "attachments.json", "vlora_config.json", "calibration.json"):
+    for holder in ("tasks.json", "attachments.json", "router.json", "vlora_config.json",
+                   "calibration.json"):  # fmt: skip
         if holder == keep:
             continue
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.plugin.arrivals import Brought
 from vllm_vlora.plugin.residency import Held, Residency
 
 DIGEST = "0123456789abcdef" * 2
@@ -32,6 +34,7 @@ class Workers:
     ) -> None:
         self.budgets, self.sizes = budgets, sizes
         self.on: list[set[str]] = [set(start) for _ in budgets]
+        self.staged: list[set[str]] = [set() for _ in budgets]
         self.start = start
         self.broken: set[str] = set()
         self.told: list[str] = []
@@ -48,21 +51,43 @@ class Workers:
         return [path_of(name) for name in self.start]
 
     def hold(self, request: Any, instead_of: Sequence[str] = ()) -> list[Held]:
-        for path in instead_of:
-            self.forget(path)
-        name = request.lora_name
-        self.told.append(name)
-        answers = []
-        for worker, budget in enumerate(self.budgets):
-            if name in self.broken and worker == len(self.budgets) - 1:
-                answers.append(Held(error=CheckpointError(f"{name} is damaged")))
+        self.told.append(request.lora_name)
+        return [self.hold_on(worker, request, instead_of) for worker in range(len(self.budgets))]
+
+    def hold_on(self, worker: int, request: Any, instead_of: Sequence[str]) -> Held:
+        """What one of them does and says."""
+        name, here, budget = request.lora_name, self.on[worker], self.budgets[worker]
+        if name in self.broken and worker == len(self.budgets) - 1:
+            return Held(error=CheckpointError(f"{name} is damaged"))
+        size = 0 if name in here else self.sizes[name][worker]
+        gave_way = 0
+        while (over := self.nbytes(worker) + size - budget) > 0:
+            if gave_way == len(instead_of):
+                return Held(over=over, gave_way=gave_way)
+            here.discard(name_of(instead_of[gave_way]))
+            gave_way += 1
+        here.add(name)
+        return Held(nbytes=size, gave_way=gave_way)
+
+    def stage(self, *names: str) -> None:
+        """Let all of them have read these tasks."""
+        for staged in self.staged:
+            staged |= set(names)
+
+    def bring_to(
+        self, worker: int, requests: Sequence[Any], hold: int, instead_of: Sequence[str]
+    ) -> list[Brought]:
+        """What one of them does and says, as ``TaskLoRAManager.bring``."""
+        left, said = list(instead_of), list[Brought]()
+        for number, request in enumerate(requests):
+            if request.lora_name not in self.staged[worker] or number >= hold:
+                said.append(request.lora_name in self.staged[worker])
                 continue
-            size = 0 if name in self.on[worker] else self.sizes[name][worker]
-            over = max(0, self.nbytes(worker) + size - budget)
-            if not over:
-                self.on[worker].add(name)
-            answers.append(Held(over=over, nbytes=size))
-        return answers
+            held = self.hold_on(worker, request, left)
+            said.append(held)
+            del left[: held.gave_way]
+            hold = 0 if held.over else hold
+        return said
 
     def forget(self, path: str, wholly: bool = False) -> None:
         if wholly:
@@ -72,3 +97,36 @@ class Workers:
 
     def tidy(self) -> None:
         self.tidied += 1
+
+
+class Executor:
+    """vLLM's executor over these managers of tasks, a worker each, that answers at once."""
+
+    is_sleeping = False
+    uses_ray = False
+
+    def __init__(self, managers: Sequence[Any]) -> None:
+        self._workers = [
+            SimpleNamespace(
+                model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+            )
+            for manager in managers
+        ]
+        self.asked: list[str] = []
+
+    def collective_rpc(
+        self,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+    ) -> Any:
+        self.asked.append(method.__name__)
+        answers = [method(worker, *args) for worker in self._workers]
+        if not non_block:
+            return answers
+        assert not self.uses_ray, "vLLM's promise would fail"
+        promise: Future[Any] = Future()
+        promise.set_result(answers)
+        return promise

@@ -77,7 +77,7 @@ def _flat(tensors: LoRATensors, where: str) -> Iterator[tuple[str, torch.Tensor]
     """Every tensor under PEFT's name."""
     for name, value in tensors.items():
         if isinstance(value, torch.Tensor):
-            yield name, value.detach()
+            yield name, _whole(value, name, where)
             continue
         sides = tuple(value) if isinstance(value, Sequence) else ()
         if len(sides) != 2 or not all(isinstance(side, torch.Tensor) for side in sides):
@@ -86,7 +86,20 @@ def _flat(tensors: LoRATensors, where: str) -> Iterator[tuple[str, torch.Tensor]
                 "module's two factors (A, B)"
             )
         for side, tensor in zip("AB", sides):
-            yield f"{PREFIX}{name.removeprefix(PREFIX)}.lora_{side}.weight", tensor.detach()
+            yield (
+                f"{PREFIX}{name.removeprefix(PREFIX)}.lora_{side}.weight",
+                _whole(tensor, name, where),
+            )
+
+
+def _whole(tensor: torch.Tensor, name: str, where: str) -> torch.Tensor:
+    """A tensor that has all its values here."""
+    if hasattr(tensor, "full_tensor") or tensor.is_meta:
+        raise AdapterError(
+            f"{where}: {name!r} is a part of a sharded tensor, or has no values here; gather it on all "
+            "ranks first (full_tensor())"
+        )
+    return tensor.detach()
 
 
 def _options(config: Any, where: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.pinning import check_content
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
+from vllm_vlora.checkpoint.router_files import ROUTER_FILE
 from vllm_vlora.checkpoint.task_entry import task_files
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
@@ -227,8 +228,9 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
     """
     refs = [*checkpoint.files, *task_files(checkpoint.tasks)]
     refs += [ref for refs in checkpoint.attachments.values() for ref in refs.values()]
+    refs += [checkpoint.router.weights] if checkpoint.router is not None else []
     files = {CONFIG_FILE: JSON_BYTES, **{ref.file: ref.nbytes for ref in refs}}
-    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, ALIASES_FILE, _CARD_FILE]
+    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, ALIASES_FILE, ROUTER_FILE, _CARD_FILE]
     beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
     files |= {name: JSON_BYTES for name in beside if (checkpoint.path / name).is_file()}
     for name in files:

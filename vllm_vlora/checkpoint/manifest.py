@@ -7,6 +7,7 @@
     CKPT/tasks/*.safetensors     one file a task, named by ``task_ids.encode_task_id``
     CKPT/attachments*            tokenizers that travel with tasks; see ``attachments``
     CKPT/aliases.json            other names for tasks and blends; see ``aliases``
+    CKPT/router*                 picks tasks by prompts; see ``router_files``
     CKPT/README.md               a Hub model card
 
 A *segment* is one module of one task. Its matrices are packed row by row (``quantize``) and lie one

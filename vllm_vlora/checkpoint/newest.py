@@ -15,14 +15,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from vllm_vlora.checkpoint.sources import newest_folder
-from vllm_vlora.downloads import cache_folder, cache_name, cache_written
+from vllm_vlora.downloads import cache_written, followed_folder
 from vllm_vlora.errors import LockedError
 from vllm_vlora.locking import beside, locked, waiting_at_most
-
-
-def followed_folder(where: str) -> Path:
-    """The link to the newest state of a Hub id or a URL; it need not exist."""
-    return cache_folder() / "followed" / cache_name(where)
 
 
 def follow_state(where: str, state: Path) -> Path:
@@ -67,9 +62,9 @@ def look(where: str, seconds: float, check: Callable[[Path], object]) -> None:
     with _held_alone(link) as alone:
         if not alone or _age(link) < seconds:
             return
-        # For the others, whatever comes of it.
+        # For the others, whatever comes of it; by the clock that they read.
         with suppress(OSError):
-            os.utime(link, follow_symlinks=False)
+            os.utime(link, (time.time(),) * 2, follow_symlinks=False)
         before = state_of(link)
         found = newest_folder(where, before)
         if found != before:

@@ -22,6 +22,7 @@ from vllm_vlora.checkpoint.manifest import (
     read_config,
     task_file,
 )
+from vllm_vlora.checkpoint.router_files import NETWORK_NAME, ROUTER_FILE
 from vllm_vlora.checkpoint.task_index import read_ids
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
@@ -31,7 +32,7 @@ CARD_FILE = "README.md"
 # What this package calls its files; where what names them is damaged or newer, that must do.
 _NAMES = re.compile(
     rf"basis(-\d{{5}}-of-\d{{5}})?\.safetensors|{TASKS_FOLDER}/[^/]+\.safetensors"
-    rf"|{ATTACHMENTS_FOLDER}/[0-9a-f]{{64}}"
+    rf"|{ATTACHMENTS_FOLDER}/[0-9a-f]{{64}}|{NETWORK_NAME}"
 )
 _FILE = re.compile(rb'"file"\s*:\s*("(?:[^"\\]|\\.)*")')
 
@@ -44,8 +45,8 @@ def checkpoint_files(path: Path) -> set[str] | None:
     if not is_checkpoint(path):
         return None
     own = {CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, CARD_FILE}
-    own |= {ALIASES_FILE, INDEX_FILE, RECORDS_FILE}
-    for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE):
+    own |= {ALIASES_FILE, ROUTER_FILE, INDEX_FILE, RECORDS_FILE}
+    for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE, ROUTER_FILE):
         with suppress(OSError):
             own.update(_named(read_regular(path / name, JSON_BYTES)))
     with suppress(CheckpointError):

@@ -2,13 +2,14 @@
 
     FOLDER@sha256:HEX    org/name@sha256:HEX    org/name@revision@sha256:HEX    s3://...@sha256:HEX
 
-HEX is the SHA-256 of ``vlora_config.json`` and, where there are such, ``attachments.json`` and
-``aliases.json`` behind it, as ``encode_config``, ``encode_attachments`` and ``encode_aliases`` write
-them. The manifest names the digest of every file with tensors, by way of ``tasks.json`` or
-``tasks.index``, the second that of every tokenizer and chat template, and the third says what names mean,
-so that nothing that is served can differ while the digest is the same. The card and the index of the
-shards, which no reader uses, are not part of it. What is digested is what was decoded, not the file
-once more: between two reads a file may be another one.
+HEX is the SHA-256 of ``vlora_config.json`` and, where there are such, ``attachments.json``,
+``aliases.json`` and ``router.json`` behind it, as ``encode_config``, ``encode_attachments``,
+``encode_aliases`` and ``encode_router`` write them. The manifest names the digest of every file with
+tensors, by way of ``tasks.json`` or ``tasks.index``, the second that of every tokenizer and template, the
+third says what names mean, and the fourth names the digest of the network that picks tasks, so that
+nothing that is served can differ while the digest is the same. The card and the index of the shards,
+which no reader uses, are not part of it. What is digested is what was decoded, not the file once more:
+between two reads a file may be another one.
 """
 
 from __future__ import annotations
@@ -24,19 +25,29 @@ import msgspec
 from vllm_vlora.checkpoint.aliases import Aliases, encode_aliases
 from vllm_vlora.checkpoint.attachments import Attached, encode_attachments
 from vllm_vlora.checkpoint.manifest import Config, FileRef, encode_config, plain
+from vllm_vlora.checkpoint.router_files import RouterRecord, encode_router
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 
 _MARK = "@sha256:"
 
 
-def content_digest(config: Config, attachments: Mapping[str, Attached], aliases: Aliases) -> str:
-    """SHA-256, in hex, of a manifest, of the index of what is kept with its tasks, and of the aliases."""
+def content_digest(
+    config: Config,
+    attachments: Mapping[str, Attached],
+    aliases: Aliases,
+    router: RouterRecord | None,
+) -> str:
+    """SHA-256, in hex, of a manifest, of the index of what is kept with its tasks, of the aliases and of
+    the router.
+    """
     digest = hashlib.sha256(encode_config(config))
     if attachments:
         digest.update(encode_attachments(attachments))
     if aliases:
         digest.update(encode_aliases(aliases))
+    if router is not None:
+        digest.update(encode_router(router))
     return digest.hexdigest()
 
 

@@ -42,6 +42,7 @@ from vllm_vlora.checkpoint.pinning import (
     stands_on_basis,
     task_digest,
 )
+from vllm_vlora.checkpoint.router_files import RouterRecord, read_router
 from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.task_entry import TaskEntry, column, entry
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage, open_tasks
@@ -189,13 +190,23 @@ class Checkpoint:
         return read_aliases(self.path, self.tasks)
 
     @cached_property
+    def router(self) -> RouterRecord | None:
+        """What is said of the router that is kept with the checkpoint, read when first asked for.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        return read_router(self.path)
+
+    @cached_property
     def content_digest(self) -> str:
         """SHA-256, in hex, of all that is served of this checkpoint (see ``pinning``).
 
         Raises:
-            CheckpointError: the index of what is kept with tasks, or of aliases, is damaged.
+            CheckpointError: the index of what is kept with tasks, or the file of aliases or of the
+                router, is damaged.
         """
-        return content_digest(self.config, self.attachments, self.aliases)
+        return content_digest(self.config, self.attachments, self.aliases, self.router)
 
     @property
     def files(self) -> list[FileRef]:

@@ -24,6 +24,7 @@ from vllm_vlora.checkpoint.manifest import (
     read_config,
 )
 from vllm_vlora.checkpoint.pinning import check_content, content_digest, pinned
+from vllm_vlora.checkpoint.router_files import ROUTER_FILE, read_router
 from vllm_vlora.checkpoint.task_entry import task_files
 from vllm_vlora.checkpoint.task_index import open_tasks, records_of
 from vllm_vlora.downloads import (
@@ -43,7 +44,7 @@ from vllm_vlora.wording import without_secrets
 logger = logging.getLogger(__name__)
 
 # What no manifest knows of and the digest of the content covers.
-_COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE)
+_COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE, ROUTER_FILE)
 # What goes with a checkpoint, and neither knows of.
 _BESIDE = (BASIS_INDEX_FILE, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
@@ -181,13 +182,15 @@ def _described(remote: RemoteFolder, texts: Mapping[str, bytes], url: str) -> _D
             tasks = open_tasks(folder, config)
             attachments = read_attachments(folder, tasks)
             aliases = read_aliases(folder, tasks)
+            router = read_router(folder)
         except CheckpointError as error:
             # The same, of the URL in place of the folder that nobody will find.
             raise type(error)(str(error).replace(str(folder), url)) from None
     kept = {ref.file: ref for refs in attachments.values() for ref in refs.values()}
     refs = [*config.basis, *task_files(tasks), *kept.values()]
+    refs += [router.weights] if router is not None else []
     files = [RemoteFile(ref.file, ref.nbytes, ref.sha256) for ref in refs]
-    return _Described(names, files, content_digest(config, attachments, aliases))
+    return _Described(names, files, content_digest(config, attachments, aliases, router))
 
 
 def _checked(remote: RemoteFolder, ref: FileRef, folder: Path) -> bytes:

@@ -35,6 +35,7 @@ from vllm_vlora.checkpoint.manifest import (
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport, report_contents
+from vllm_vlora.checkpoint.router_files import keep_router
 from vllm_vlora.checkpoint.writer import CheckpointWriter, basis_file
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
@@ -168,6 +169,7 @@ class Successor(CheckpointWriter):
         refuse_fault(self.aliases, self.tasks, self._old.path)
         bases = basis_nbytes(self.modules) if self._kept is None else self._old.basis_nbytes
         report = report_contents(self.folder, self.tasks, self.modules, bases)
+        keep_router(self._old.path, self.folder)
         self.finish(model_card(self.base_model, report))
         return report
 

@@ -13,6 +13,7 @@ from vllm_vlora.checkpoint.attachments import Attached, read_attached
 from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE, hash_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
+from vllm_vlora.checkpoint.router_files import read_router_weights
 from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, CheckpointVersionError
@@ -94,6 +95,12 @@ def _inspect(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
         problems.append(str(error))
     try:
         read_aliases(checkpoint.path, checkpoint.tasks)
+    except CheckpointError as error:
+        problems.append(str(error))
+    try:
+        router = checkpoint.router
+        if router is not None:
+            read_router_weights(checkpoint.path, router)
     except CheckpointError as error:
         problems.append(str(error))
     yield "bases", problems

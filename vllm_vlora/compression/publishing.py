@@ -11,8 +11,8 @@ from pathlib import Path
 from vllm_vlora.adapters.collection import Collection, common_base_model, reading_warnings
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.atomic import check_apart, publish_folder
-from vllm_vlora.checkpoint.aliases import keep_aliases
 from vllm_vlora.checkpoint.card import model_card
+from vllm_vlora.checkpoint.carried import keep_beside
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.own_files import checkpoint_files
@@ -60,12 +60,12 @@ def publish_checkpoint(
     check_apart(output, [*read, *([options.calibration] if options.calibration else [])])
     with publish_folder(output, force=force, owned=checkpoint_files) as folder:
         # Now, and not after the work; others may change them meanwhile.
-        keep_aliases(Path(output).expanduser(), folder, adapters)
+        keep_beside(Path(output).expanduser(), folder, adapters)
         scratch = folder / ".scratch"
         scratch.mkdir()
         report = make(folder, scratch)
         shutil.rmtree(scratch)
-        keep_aliases(Path(output).expanduser(), folder, adapters)
+        keep_beside(Path(output).expanduser(), folder, adapters)
     report.path = Path(output)
     report.seconds = time.monotonic() - started
     return report

@@ -452,7 +452,7 @@ class EvaluationReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON data: sizes in bytes, losses in nats per token, None for unknown."""
+        """The report as JSON data, see ``figures.ReportFigures``."""
         return {
             "checkpoint": self.checkpoint,
             "base_model": self.base_model,

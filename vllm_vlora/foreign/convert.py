@@ -25,8 +25,8 @@ import torch
 from vllm_vlora.adapters.collection import Progress
 from vllm_vlora.adapters.peft_config import rank_options
 from vllm_vlora.atomic import check_apart, publish_folder
-from vllm_vlora.checkpoint.aliases import keep_aliases
 from vllm_vlora.checkpoint.card import format_bytes, model_card
+from vllm_vlora.checkpoint.carried import keep_beside
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import is_checkpoint
@@ -137,7 +137,7 @@ def convert(
             target, writer.tasks, writer.modules, basis_nbytes(writer.modules)
         )
         writer.finish(model_card(writer.base_model, contents) + _card_note(kind))
-        keep_aliases(Path(output).expanduser(), target, writer.tasks)
+        keep_beside(Path(output).expanduser(), target, writer.tasks)
     return ConvertReport(
         kind,
         Path(output),

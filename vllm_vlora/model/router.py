@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 
 ROUTED = "__routed__"
 """The task id of a blend of loadings."""
+
+
+class FeatureRows(Protocol):
+    """Features of many rows that do not exist all at once."""
+
+    device: torch.device
+
+    def __len__(self) -> int:
+        """How many rows."""
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, input_dim) finite features, on the device."""
 
 
 class TaskRouter(nn.Module):
@@ -185,7 +197,7 @@ class TaskRouter(nn.Module):
 
     def fit(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | FeatureRows,
         task_ids: Sequence[str],
         *,
         epochs: int = 100,
@@ -193,13 +205,15 @@ class TaskRouter(nn.Module):
         batch_size: int = 64,
         weight_decay: float = 0.0,
         seed: int = 0,
+        advance: Callable[[int, int], object] | None = None,
     ) -> list[float]:
         """Learn which task each row belongs to: cross-entropy, with AdamW.
 
         Args:
-            x: (rows, input_dim) features. task_ids: the right task of each row.
+            x: (rows, input_dim) features, or anything that makes them of rows as they are asked for.
+                task_ids: the right task of each row.
             epochs: passes over the rows. lr, weight_decay: of AdamW. batch_size: rows a step.
-            seed: draws the order of the rows.
+            seed: draws the order of the rows. advance: called with (epochs done, all epochs).
 
         Returns:
             The mean loss of each epoch.
@@ -225,14 +239,15 @@ class TaskRouter(nn.Module):
         for _ in range(epochs):
             total = 0.0
             for rows in torch.randperm(len(x), generator=generator).split(batch_size):
-                loss = F.cross_entropy(
-                    self._logits(x[rows.to(x.device)]), labels[rows.to(x.device)]
-                )
+                rows = rows.to(x.device)
+                loss = F.cross_entropy(self._logits(x[rows]), labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 total += loss.item() * len(rows)
             losses.append(total / len(x))
+            if advance is not None:
+                advance(len(losses), epochs)
         return losses
 
     @property
@@ -249,7 +264,7 @@ class TaskRouter(nn.Module):
         logits: torch.Tensor = self.net(x)
         return logits / self.temperature
 
-    def _labels(self, x: torch.Tensor, task_ids: Sequence[str]) -> torch.Tensor:
+    def _labels(self, x: torch.Tensor | FeatureRows, task_ids: Sequence[str]) -> torch.Tensor:
         unknown = [task for task in task_ids if task not in self.task_ids]
         if unknown:
             raise OptionError(
@@ -259,7 +274,7 @@ class TaskRouter(nn.Module):
             raise OptionError(
                 f"{len(x)} rows of features and {len(task_ids)} tasks; give one for each"
             )
-        if not is_finite(x):
+        if isinstance(x, torch.Tensor) and not is_finite(x):
             raise OptionError("the features hold NaN or infinity; check what made them")
         return torch.tensor([self.task_ids.index(task) for task in task_ids], device=x.device)
 

@@ -2,32 +2,58 @@
 
 The workers read a task in threads of their own (*staging*), while steps go on; what is left to do
 between two steps is a copy to the device. Who waits is let in as soon as all workers have the task.
+
+The workers are asked by a message that they answer between two steps. While steps go on nobody waits for
+that answer, which comes with the step's: an engine core that waits for it keeps the device waiting.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.plugin.counters import DISK, HOST, ServingCounters
-from vllm_vlora.plugin.residency import Residency
+from vllm_vlora.plugin.residency import Held, Residency
 
 # Tasks that are staged at once. More would hold more host memory, and the first not sooner.
 _STAGED_AT_ONCE = 8
+# Looks for an answer, while steps go on, before it is waited for: not every executor brings it with a
+# step's.
+_LOOKS = 8
+
+Brought = Held | bool | None
+"""What a worker says of a task: whether it has read it, or what came of holding it once it had.
+
+None where the task waits for more, and is asked for again after ``Arrivals.look_again``."""
 
 
-class Stage(Protocol):
+class Answer(Protocol):
+    """An executor's promise of what every worker says: for each of them a list, of the tasks in order."""
+
+    def done(self) -> bool:
+        """Whether it is here."""
+
+    def result(self) -> list[list[Brought]]:
+        """It, which is waited for."""
+
+
+class Bring(Protocol):
     """Every worker of an engine core, asked at once."""
 
-    def __call__(self, requests: Collection[Any]) -> Iterable[bool | None]:
-        """Read the tasks of these requests unless that is under way; for each whether it is done.
+    def __call__(
+        self, requests: Sequence[Any], hold: int, instead_of: Sequence[str], drop: Sequence[str]
+    ) -> Answer:
+        """Read the tasks of these requests, unless that is under way, and hold them once they are read.
 
-        None for one that waits for more than that, and is asked for again after ``Arrivals.look_again``.
+        Args:
+            hold: how many of them, the first, may be held.
+            instead_of: tasks that may give way to them, the first first.
+            drop: what nobody waits for any more; nothing is kept of it.
         """
 
 
@@ -35,41 +61,83 @@ class Stage(Protocol):
 class Waiter:
     """Someone who waits for a task: what to call once it is there, or with why it will not be.
 
-    ``request_id`` is None for who is no request and cannot be withdrawn.
+    ``request`` is None for who is none and cannot be withdrawn.
     """
 
     ready: Callable[[], None]
     failed: Callable[[VLoRAError], None]
-    request_id: str | None = None
+    request: Any = None
+
+    def is_among(self, request_ids: Collection[str] | None) -> bool:
+        """Whether it is one of these requests, or any where they are None."""
+        if self.request is None:
+            return False
+        return request_ids is None or self.request.request_id in request_ids
 
 
-@dataclass
+@dataclass(eq=False)
 class _Arrival:
     request: Any
     waiters: list[Waiter] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
     # Where it was when the workers were first asked for it.
     source: str = ""
+    # All of them have read it.
+    staged: bool = False
+    # They wait for bases first.
     held_back: bool = False
 
 
+@dataclass
+class _Question:
+    arrivals: list[_Arrival]
+    answer: Answer
+    looks: int = 0
+
+
 class Arrivals:
-    """The tasks that are awaited, in the order in which they were asked for."""
+    """The tasks that are awaited, in the order in which they were asked for.
+
+    Args:
+        steps_go_on: whether steps of the engine are under way, which bring answers with theirs.
+        alone: there is one worker, which need not hear whether others have read a task too.
+    """
 
     def __init__(
-        self, residency: Residency, stage: Stage, counters: ServingCounters | None = None
+        self,
+        residency: Residency,
+        bring: Bring,
+        counters: ServingCounters | None = None,
+        steps_go_on: Callable[[], bool] = lambda: False,
+        alone: bool = True,
     ) -> None:
-        self._residency, self._stage = residency, stage
+        self._residency, self._bring, self._alone = residency, bring, alone
+        self._steps_go_on = steps_go_on
         self._counters = counters or ServingCounters(0, 0)
         self._awaited: OrderedDict[str, _Arrival] = OrderedDict()
+        self._question: _Question | None = None
+        self._dropped: dict[str, None] = {}
+        # Tasks that may give way to one; more where those that did were too small.
+        self._offer = 1
         # The tasks in use when there was no room; until others are, asking again is in vain.
         self._full_of: set[str] | None = None
 
     def __len__(self) -> int:
         return sum(len(arrival.waiters) for arrival in self._awaited.values())
 
+    @property
+    def asking(self) -> bool:
+        """Whether the workers have not answered yet."""
+        return self._question is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether ``advance`` has anything to do."""
+        return bool(self._awaited or self._question or self._dropped)
+
     def wait(self, lora: Any, waiter: Waiter) -> None:
         """Wait for the task of an adapter request."""
+        self._dropped.pop(lora.lora_path, None)
         arrival = self._awaited.setdefault(lora.lora_path, _Arrival(lora))
         arrival.waiters.append(waiter)
 
@@ -86,55 +154,102 @@ class Arrivals:
         for arrival in self._awaited.values():
             arrival.held_back = False
 
-    def advance(self) -> None:
-        """Let in who waits for what has come, and begin what is next."""
-        next_ones = (a.request for a in self._awaited.values() if not a.held_back)
-        first = list(islice(next_ones, _STAGED_AT_ONCE))
-        if not first:
-            return
-        answers = list(zip(first, self._stage(first)))
-        for request, staged in answers:
-            arrival = self._awaited[request.lora_path]
-            arrival.source = arrival.source or (HOST if staged else DISK)
-            arrival.held_back = staged is None
-        for request, staged in answers:
-            if self._full_of is not None and self._full_of == self._residency.in_use():
-                return
-            self._full_of = None
-            if staged:
-                self._let_in(request)
+    def advance(self, looks: int = 0) -> None:
+        """Let in who waits for what has come, and begin what is next.
 
-    def _let_in(self, request: Any) -> None:
+        Args:
+            looks: 1 where steps may have gone on since the last time.
+        """
+        if self._question is None:
+            self._ask()
+        question = self._question
+        if question is None:
+            return
+        question.looks += looks
+        if question.answer.done() or question.looks > _LOOKS or not self._steps_go_on():
+            self._question = None
+            self._hear(question)
+
+    def _ask(self) -> None:
+        if self._full_of is not None and self._full_of != self._residency.in_use():
+            self._full_of = None
+        full = self._full_of is not None
+        next_ones = (one for one in self._awaited.values() if not one.held_back)
+        asked = list(islice(next_ones, _STAGED_AT_ONCE))
+        if full:
+            asked = [one for one in asked if not one.staged]
+        if not asked and not self._dropped:
+            return
+        # Those that all workers have read come first, and keep their order.
+        asked.sort(key=lambda one: not one.staged)
+        ready = 0 if full else sum(one.staged or self._alone for one in asked)
+        # What was not read when it was asked for last is seldom read by now.
+        likely = sum(one.staged or not one.source for one in asked[:ready])
+        offered = self._residency.offer(self._offer * max(likely, min(ready, 1)))
+        answer = self._bring([one.request for one in asked], ready, offered, list(self._dropped))
+        self._question = _Question(asked, answer)
+        self._dropped.clear()
+
+    def _hear(self, question: _Question) -> None:
+        answers = question.answer.result()
+        self._residency.settle([_gave_way(told) for told in answers])
+        for arrival, told in zip(question.arrivals, zip(*answers)):
+            # Who waited may have gone, and others may have come for it since.
+            if self._awaited.get(arrival.request.lora_path) is not arrival:
+                continue
+            held = [said for said in told if isinstance(said, Held)]
+            arrival.staged, arrival.held_back = all(told), None in told
+            arrival.source = arrival.source or (HOST if arrival.staged else DISK)
+            if len(held) == len(told):
+                self._let_in(arrival, held)
+
+    def _let_in(self, arrival: _Arrival, held: list[Held]) -> None:
         try:
-            nbytes = self._residency.place(request)
+            nbytes = self._residency.took(arrival.request, held)
         except VLoRAError as error:
-            self._counters.refused(error, request.lora_name)
-            for waiter in self._arrived(request).waiters:
+            self._counters.refused(error, arrival.request.lora_name)
+            self._arrived(arrival)
+            for waiter in arrival.waiters:
                 waiter.failed(error)
             return
         if nbytes is None:
-            self._full_of = self._residency.in_use()
+            if self._residency.can_offer():
+                self._offer *= 2
+            else:
+                self._full_of = self._residency.in_use()
             return
-        arrival = self._arrived(request)
+        self._offer = 1
+        self._arrived(arrival)
         seconds = time.monotonic() - arrival.since
-        self._counters.loaded(arrival.source, seconds, nbytes, request.lora_name)
+        self._counters.loaded(arrival.source, seconds, nbytes, arrival.request.lora_name)
         for waiter in arrival.waiters:
             waiter.ready()
 
-    def _arrived(self, request: Any) -> _Arrival:
-        """Whoever waited for a task, counted and no longer waiting."""
-        arrival = self._awaited.pop(request.lora_path)
+    def _arrived(self, arrival: _Arrival) -> None:
+        """Take note that nobody waits for a task any more."""
+        del self._awaited[arrival.request.lora_path]
         for waiter in arrival.waiters:
-            if waiter.request_id is not None:
-                self._counters.requested(request.lora_name, arrival.source)
-        return arrival
+            if waiter.request is not None:
+                self._counters.requested(arrival.request.lora_name, arrival.source)
 
-    def withdraw(self, request_ids: Collection[str]) -> None:
-        """Take these requests out of the waiting ones."""
+    def withdraw(self, request_ids: Collection[str] | None) -> list[Any]:
+        """Take these requests, or all, out of the waiting ones."""
+        found = []
         for path, arrival in list(self._awaited.items()):
-            arrival.waiters = [w for w in arrival.waiters if w.request_id not in request_ids]
+            gone = [waiter for waiter in arrival.waiters if waiter.is_among(request_ids)]
+            if not gone:
+                continue
+            found += [waiter.request for waiter in gone]
+            arrival.waiters = [waiter for waiter in arrival.waiters if waiter not in gone]
             if not arrival.waiters:
                 del self._awaited[path]
-                # What waits for its bases may be there in another form, which requests use.
+                # One that was to give way may have stayed, and what waits for its bases may be there in
+                # another form, which requests use.
                 if path not in self._residency:
-                    self._residency.forget(path, wholly=True)
+                    self._dropped[path] = None
+        return found
+
+
+def _gave_way(told: Sequence[Brought]) -> int:
+    """How many tasks a worker took off its device for those that it was asked for."""
+    return sum(said.gave_way for said in told if isinstance(said, Held))

@@ -15,7 +15,7 @@ from typing import Any
 from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError
-from vllm_vlora.plugin.identity import TaskPath, task_paths
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, task_paths
 from vllm_vlora.plugin.named_requests import answering
 from vllm_vlora.strict_json import decode
 
@@ -39,11 +39,17 @@ class TaskTemplates:
                 not its tasks.
         """
         checkpoint = Checkpoint.open(ref)
-        if task_paths(checkpoint) != held:
+        # A task from memory brought no template, and stands before the checkpoint's of its name.
+        own = {task: path for task, path in held.items() if path.checkpoint != MEMORY}
+        hidden = held.keys() - own.keys()
+        there = task_paths(checkpoint).items()
+        if {task: path for task, path in there if task not in hidden} != own:
             raise CheckpointError(
                 f"{checkpoint.path} was published again while the server started; start it again"
             )
-        found = {task: task_template(checkpoint, task) for task in checkpoint.attachments}
+        found = {
+            task: task_template(checkpoint, task) for task in checkpoint.attachments if task in own
+        }
         self._templates = {task: text for task, text in found.items() if text is not None}
         return list(self._templates)
 

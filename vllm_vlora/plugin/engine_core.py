@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from vllm_vlora.checkpoint.aliases import encode_aliases
-from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
+from vllm_vlora.checkpoint.router_files import encode_router
+from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError, VLoRAError
 from vllm_vlora.plugin.admission import kinds_of
-from vllm_vlora.plugin.arrivals import Arrivals, Waiter
+from vllm_vlora.plugin.arrivals import Answer, Arrivals, Brought, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
 from vllm_vlora.plugin.exchange import BasisExchange, Books
 from vllm_vlora.plugin.identity import parse_task_path
@@ -28,12 +30,16 @@ TASKS_METHOD = "vlora_tasks"
 """The name under which an engine core answers with what it serves."""
 ALIASES_METHOD = "vlora_aliases"
 """The name under which it answers with other names for that, as ``encode_aliases`` writes them."""
+ROUTER_METHOD = "vlora_router"
+"""The name under which it says which router picks among that, as ``encode_router`` writes it, or ""."""
 FOLLOW_METHOD = "vlora_follow"
 """The name under which it looks for a published state and serves it."""
 CHANGED = (
     "VLLM_VLORA_CHECKPOINT was published again while the engine started, and its workers do not hold the "
     "same state of it; start it again"
 )
+# Where an engine core keeps its own, and its scheduler who waits.
+_TASKS, _ARRIVALS = "_vlora_tasks_held", "_vlora_arrivals"
 # Seconds between two looks at what is being staged, when no step comes between.
 _TICK = 0.002
 
@@ -50,8 +56,13 @@ def _hold(worker: Any, request: Any, instead_of: list[str]) -> Held:
     return manager_of(worker).hold(request, instead_of)
 
 
-def _stage(worker: Any, requests: list[Any]) -> list[bool | None]:
-    return [manager_of(worker).stage(request) for request in requests]
+def _bring(
+    worker: Any, requests: list[Any], hold: int, instead_of: list[str], drop: list[str]
+) -> list[Brought]:
+    manager = manager_of(worker)
+    for path in drop:
+        manager.forget(path, wholly=True)
+    return manager.bring(requests, hold, instead_of)
 
 
 def _forget(worker: Any, path: str, wholly: bool) -> None:
@@ -75,6 +86,12 @@ def _aliases(worker: Any) -> str:
     return "" if state is None else encode_aliases(state.aliases).decode()
 
 
+def _router(worker: Any) -> str:
+    state = manager_of(worker).vlora_store.state
+    router = None if state is None else state.router
+    return "" if router is None else encode_router(router).decode()
+
+
 def _states(worker: Any) -> tuple[str, str]:
     return manager_of(worker).states()
 
@@ -87,8 +104,8 @@ def _bases(worker: Any, in_use: list[str], awaited: list[str]) -> BasesReport:
     return manager_of(worker).vlora_store.bases(in_use, awaited)
 
 
-def _hold_back(worker: Any, held_back: bool) -> None:
-    manager_of(worker).vlora_store.hold_back(held_back)
+def _hold_back(worker: Any, held_back: bool) -> list[str]:
+    return manager_of(worker).vlora_store.hold_back(held_back)
 
 
 def _keep_bases(worker: Any) -> None:
@@ -103,50 +120,48 @@ class _Workers:
     """The workers of an engine core."""
 
     def __init__(self, core: Any) -> None:
-        self._core = core
         self._ask = core.model_executor.collective_rpc
+        # vLLM's promise of what Ray's workers say takes it for a step's output and fails.
+        self._promises = not core.model_executor.uses_ray
+        self.count = 0
 
     def held(self) -> Iterable[str]:
         first, *others = self._ask(_held)
+        self.count = 1 + len(others)
         everywhere = set(first).intersection(*others)
         return [path for path in first if path in everywhere]
 
-    def hold(self, request: Any, instead_of: Sequence[str] = ()) -> list[Held]:
-        answers = self._ask(_hold, args=(request, list(instead_of)))
-        kinds = kinds_of(self._core.scheduler)
-        for path in instead_of:
-            kinds.pop(path, None)
-        if all(answer.over <= 0 and answer.error is None for answer in answers):
-            # What the scheduler would ask for next.
-            kinds[request.lora_path] = all(answer.direct for answer in answers)
-        return answers
+    def hold(self, request: Any, instead_of: Sequence[str]) -> list[Held]:
+        return self._ask(_hold, args=(request, list(instead_of)))
 
     def forget(self, path: str, wholly: bool = False) -> None:
         self._ask(_forget, args=(path, wholly))
-        # How it runs is asked anew when it comes back.
-        kinds_of(self._core.scheduler).pop(path, None)
 
     def tidy(self) -> None:
         self._ask(_tidy)
 
-    def stage(self, requests: Collection[Any]) -> list[bool | None]:
-        answers = self._ask(_stage, args=(list(requests),))
-        return [None if None in done else all(done) for done in zip(*answers)]
+    def bring(
+        self, requests: Sequence[Any], hold: int, instead_of: Sequence[str], drop: Sequence[str]
+    ) -> Answer:
+        """As ``arrivals`` wants it. Not a question that is waited for: steps may be under way."""
+        arguments = (list(requests), hold, list(instead_of), list(drop))
+        if self._promises:
+            return self._ask(_bring, args=arguments, non_block=True)
+        kept: Future[list[list[Brought]]] = Future()
+        kept.set_result(self._ask(_bring, args=arguments))
+        return kept
 
     def bases(self, in_use: Collection[str], awaited: Collection[str]) -> list[BasesReport]:
         return self._ask(_bases, args=(list(in_use), list(awaited)))
 
-    def hold_back(self, held_back: bool) -> None:
-        self._ask(_hold_back, args=(held_back,))
+    def hold_back(self, held_back: bool) -> set[str]:
+        return set().union(*self._ask(_hold_back, args=(held_back,)))
 
     def keep_bases(self) -> None:
         self._ask(_keep_bases)
 
     def exchange_bases(self) -> set[str]:
-        ended = set().union(*self._ask(_exchange_bases))
-        for path in ended:
-            kinds_of(self._core.scheduler).pop(path, None)
-        return ended
+        return set().union(*self._ask(_exchange_bases))
 
 
 # --- one engine core's own ---------------------------------------------------------------------------
@@ -158,9 +173,20 @@ class Tasks:
     def __init__(self, core: Any) -> None:
         workers, counters = _Workers(core), counters_of(core)
         self.residency = Residency(
-            workers, lambda: _paths_in_use(core.scheduler), counters=counters
+            workers,
+            lambda: _paths_in_use(core.scheduler),
+            counters=counters,
+            kinds=kinds_of(core.scheduler),
         )
-        self.arrivals = Arrivals(self.residency, workers.stage, counters)
+        self.arrivals = Arrivals(
+            self.residency,
+            workers.bring,
+            counters,
+            steps_go_on=lambda: core.scheduler.has_requests() or bool(core.batch_queue),
+            alone=workers.count == 1,
+        )
+        core.scheduler.__dict__[_ARRIVALS] = self.arrivals
+        self._executor = core.model_executor
         settings = read_settings()
         self.exchange = BasisExchange(
             workers,
@@ -196,10 +222,16 @@ class Tasks:
             lora.lora_int_id = number
         if self.arrivals.awaits(lora.lora_path):
             return False
+        if lora.lora_path in self.exchange.waiting and not self.letting_in:
+            return False
         if self.residency.touch(lora.lora_path):
             return True
         if self._ticker is not None:
             return False
+        if self._executor.is_sleeping:
+            raise ModelStateError(
+                f"task {lora.lora_name!r} is not on the device, and the engine sleeps; wake it up first"
+            )
         if self.residency.place(lora) is None:
             raise MemoryBudgetError(
                 f"no room for task {lora.lora_name!r} beside the tasks that requests in flight use; ask "
@@ -212,12 +244,16 @@ class Tasks:
         self.arrivals.wait(lora, waiter)
         self.advance()
 
-    def advance(self) -> None:
-        """Let in whose task has come."""
-        self.exchange.advance()
-        self.arrivals.advance()
+    def advance(self, looks: int = 0) -> None:
+        """Let in whose task has come; ``looks`` as of ``Arrivals``."""
+        # What the workers have not answered yet they say of the bases that are there now.
+        if not self.arrivals.asking:
+            self.exchange.advance()
+        # Asleep, the device has no memory for them.
+        if not self._executor.is_sleeping:
+            self.arrivals.advance(looks)
         if self._ticker is not None:
-            self._ticker.run(len(self.arrivals) > 0)
+            self._ticker.run(self.arrivals.busy)
 
 
 class _Ticker:
@@ -254,10 +290,15 @@ class _Ticker:
 
 def tasks_of(core: Any) -> Tasks:
     """The engine core's own, made on first use."""
-    held = core.__dict__.get("_vlora_tasks_held")
+    held = core.__dict__.get(_TASKS)
     if held is None:
-        held = core.__dict__["_vlora_tasks_held"] = Tasks(core)
+        held = core.__dict__[_TASKS] = Tasks(core)
     return held
+
+
+def tasks_so_far(core: Any) -> Tasks | None:
+    """The engine core's own, where any was used yet."""
+    return core.__dict__.get(_TASKS)
 
 
 def _paths_in_use(scheduler: Any) -> set[str]:
@@ -329,7 +370,7 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
                 tasks.letting_in = False
 
         failed = functools.partial(_refuse, self, request)
-        return tasks.wait(lora, Waiter(enter, failed, request.request_id))
+        return tasks.wait(lora, Waiter(enter, failed, request))
 
     return add_request
 
@@ -340,19 +381,71 @@ def _refuse(core: Any, request: Any, error: VLoRAError) -> None:
     refuse(core, request, error)
 
 
-def advance_before_abort(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``EngineCore.abort_requests`` that knows of those that wait, and the ticker's hand."""
+def advance_after_abort(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.abort_requests`` that is the ticker's hand."""
 
     @functools.wraps(original)
     def abort_requests(self: Any, request_ids: list[str]) -> Any:
-        tasks = self.__dict__.get("_vlora_tasks_held")
-        if tasks is not None and len(tasks.arrivals):
-            # The scheduler never heard of them.
-            tasks.arrivals.withdraw(set(request_ids))
-            tasks.advance()
-        return original(self, request_ids)
+        done = original(self, request_ids)
+        tasks = self.__dict__.get(_TASKS)
+        if tasks is not None and tasks.arrivals.busy:
+            tasks.advance(looks=not request_ids)
+        return done
 
     return abort_requests
+
+
+def finish_who_waits(
+    original: Callable[..., Any], add: Callable[[Any, Any], Any]
+) -> Callable[..., Any]:
+    """``Scheduler.finish_requests`` that ends requests whose task is on its way as it ends others.
+
+    Args:
+        add: ``Scheduler.add_request``: only what the scheduler holds is ended properly, with what
+            others keep for it.
+    """
+
+    @functools.wraps(original)
+    def finish_requests(self: Any, request_ids: Any, finished_status: Any) -> Any:
+        arrivals = self.__dict__.get(_ARRIVALS)
+        if arrivals is not None and len(arrivals):
+            request_ids = [request_ids] if isinstance(request_ids, str) else request_ids
+            request_ids = None if request_ids is None else list(request_ids)
+            for request in arrivals.withdraw(request_ids and set(request_ids)):
+                add(self, request)
+        return original(self, request_ids, finished_status)
+
+    return finish_requests
+
+
+def work_while_some_wait(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCoreProc.has_work``: an engine core that is told to end first serves who waits."""
+
+    @functools.wraps(original)
+    def has_work(self: Any) -> bool:
+        if original(self):
+            return True
+        tasks = self.__dict__.get(_TASKS)
+        if self.is_running() or tasks is None or not len(tasks.arrivals):
+            return False
+        # Its loop no longer sleeps, and would keep the threads that read from working.
+        time.sleep(_TICK)
+        return True
+
+    return has_work
+
+
+def keep_what_is_pinned(original: Callable[..., Any], pinned: bool) -> Callable[..., Any]:
+    """``EngineCore.pin_lora``, or ``remove_lora``, whose task never gives way or may again."""
+
+    @functools.wraps(original)
+    def pin_or_remove(self: Any, lora_id: int) -> Any:
+        done = original(self, lora_id)
+        if done:
+            tasks_of(self).residency.pin(lora_id, pinned)
+        return done
+
+    return pin_or_remove
 
 
 # --- what is served ---------------------------------------------------------------------------------
@@ -366,10 +459,7 @@ def served_tasks(core: Any) -> list[tuple[str, str]]:
     Raises:
         CheckpointError: one of them read another state of the checkpoint than the others.
     """
-    first, *others = core.model_executor.collective_rpc(_served)
-    if any(other != first for other in others):
-        raise CheckpointError(CHANGED)
-    return list({**dict(first), **tasks_of(core).published}.items())
+    return list({**dict(_agreed(core, _served)), **tasks_of(core).published}.items())
 
 
 def served_aliases(core: Any) -> str:
@@ -378,7 +468,21 @@ def served_aliases(core: Any) -> str:
     Raises:
         CheckpointError: as :func:`served_tasks`.
     """
-    first, *others = core.model_executor.collective_rpc(_aliases)
+    return _agreed(core, _aliases)
+
+
+def served_router(core: Any) -> str:
+    """The router of what an engine core's workers serve, as JSON, empty for none; becomes a method of it.
+
+    Raises:
+        CheckpointError: as :func:`served_tasks`.
+    """
+    return _agreed(core, _router)
+
+
+def _agreed(core: Any, ask: Callable[[Any], Any]) -> Any:
+    """What every worker answers."""
+    first, *others = core.model_executor.collective_rpc(ask)
     if any(other != first for other in others):
         raise CheckpointError(CHANGED)
     return first

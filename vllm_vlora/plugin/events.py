@@ -29,10 +29,11 @@ EVENTS = (
 )
 """Every ``event``; ``message`` is of the lines that have no facts."""
 
-# The plugin's, and the library's under it, which has no handler in vLLM's processes.
-_LOGGERS = ("vllm.plugins.vlora", "vllm_vlora")
+_OURS = ("vllm.plugins.vlora", "vllm.plugins.vlora.events")
+# Has no handler in vLLM's processes.
+_LIBRARY = "vllm_vlora"
 _PLAIN = re.compile(r"[^\s\"=\\]+")
-_events = logging.getLogger("vllm.plugins.vlora.events")
+_events = logging.getLogger(_OURS[1])
 
 
 def facts(event: str, **fields: Any) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def facts(event: str, **fields: Any) -> dict[str, Any]:
 
 def happened(event: str, **fields: Any) -> None:
     """Log what happened to one task or request; people see it at level DEBUG alone."""
-    level = logging.INFO if _handler() else logging.DEBUG
+    level = logging.INFO if _lines() else logging.DEBUG
     if _events.isEnabledFor(level):
         words = " ".join(f"{name}={_quoted(value)}" for name, value in fields.items())
         _events.log(level, "vllm-vlora: %s %s", event, words, extra=facts(event, **fields))
@@ -50,20 +51,21 @@ def happened(event: str, **fields: Any) -> None:
 
 def install(log: str) -> None:
     """Log as a program reads it from now on in this process; ``text`` undoes that."""
-    before = _handler()
-    for name in _LOGGERS:
-        logger = logging.getLogger(name)
-        if before is not None:
-            logger.removeHandler(before)
-        logger.propagate = True
+    before, library = _lines(), logging.getLogger(_LIBRARY)
+    if before is not None:
+        library.removeHandler(before)
+        library.propagate = True
+        for name in _OURS:
+            logging.getLogger(name).removeFilter(before.take)
     if log == TEXT:
         return
-    handler = _Lines()
-    handler.setFormatter(LineFormatter(log))
-    for name in _LOGGERS:
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.propagate = False
+    lines = _Lines()
+    lines.setFormatter(LineFormatter(log))
+    library.addHandler(lines)
+    library.propagate = False
+    # vLLM takes the handlers of loggers below its own away whenever it sets its logging up.
+    for name in _OURS:
+        logging.getLogger(name).addFilter(lines.take)
 
 
 class _Lines(logging.StreamHandler[Any]):
@@ -74,10 +76,15 @@ class _Lines(logging.StreamHandler[Any]):
             open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         )
 
+    def take(self, record: logging.LogRecord) -> bool:
+        """As a filter: write a record, and let nobody else have it."""
+        self.handle(record)
+        return False
 
-def _handler() -> _Lines | None:
-    handlers = logging.getLogger(_LOGGERS[0]).handlers
-    return next((handler for handler in handlers if isinstance(handler, _Lines)), None)
+
+def _lines() -> _Lines | None:
+    found = logging.getLogger(_LIBRARY).handlers
+    return next((handler for handler in found if isinstance(handler, _Lines)), None)
 
 
 class LineFormatter(logging.Formatter):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vllm_vlora.plugin.resident import BasesReport
 from vllm_vlora.plugin.settings import BASIS_WAIT_VARIABLE
 
 # Seconds between two questions to the workers.
@@ -27,27 +28,14 @@ _SILENCE = 10.0
 _REST = 10.0
 
 
-class Report(Protocol):
-    """See ``resident.BasesReport``."""
-
-    @property
-    def wanted(self) -> bool: ...
-    @property
-    def ready(self) -> bool: ...
-    @property
-    def refused(self) -> str: ...
-    @property
-    def busy(self) -> bool: ...
-
-
 class BasisWorkers(Protocol):
     """Every worker of an engine core, asked at once."""
 
-    def bases(self, in_use: Collection[str], awaited: Collection[str]) -> Sequence[Report]:
+    def bases(self, in_use: Collection[str], awaited: Collection[str]) -> Sequence[BasesReport]:
         """How far each is with the bases of the state that is served."""
 
-    def hold_back(self, held_back: bool) -> None:
-        """Tell each whether tasks on the bases to come wait for them."""
+    def hold_back(self, held_back: bool) -> Collection[str]:
+        """Tell each whether tasks on the bases to come wait for them; those that are there already."""
 
     def keep_bases(self) -> None:
         """Tell each that they will not come."""
@@ -94,6 +82,10 @@ class BasisExchange:
         patience: seconds that requests wait before their tasks are materialized; None for any time.
         log: takes a line and what it is of.
         clock: seconds that only grow.
+
+    Attributes:
+        waiting: tasks that are there, and whose requests must wait nevertheless.
+        count: exchanges that there were.
     """
 
     def __init__(
@@ -111,6 +103,7 @@ class BasisExchange:
         self._held_back, self._ready = True, False
         # Since when tasks wait, or since when they do not; since when nothing was in the way.
         self._since = self._quiet_since = self._asked_at = 0.0
+        self.waiting: Collection[str] = ()
         self.count = 0
 
     @property
@@ -127,6 +120,7 @@ class BasisExchange:
         """A state is served from now on; whether it has other bases the workers know."""
         now = self._clock()
         self._state, self._held_back, self._ready = state, True, False
+        self.waiting = ()
         self._since = self._quiet_since = now
         self._asked_at = -_PERIOD
 
@@ -155,7 +149,7 @@ class BasisExchange:
             self._watch_patience(now, self._patience)
 
     def _end(self, refused: str) -> None:
-        self._state = None
+        self._state, self.waiting = None, ()
         if refused:
             self._workers.keep_bases()
             self._log(
@@ -174,7 +168,7 @@ class BasisExchange:
             now - self._since,
             len(lost),
         )
-        self._state = None
+        self._state, self.waiting = None, ()
         self.count += 1
         self._books.look_again()
 
@@ -184,7 +178,7 @@ class BasisExchange:
         if now - self._since < patience * (1 if self._held_back else _REST):
             return
         self._held_back, self._since = not self._held_back, now
-        self._workers.hold_back(self._held_back)
+        self.waiting = self._workers.hold_back(self._held_back)
         if not self._held_back:
             self._log(
                 "vllm-vlora: requests on the bases of before run for more than %g s (%s); the published "

@@ -21,6 +21,7 @@ from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked, task_file
 from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.router_files import ROUTER_FILE, read_router_weights
 from vllm_vlora.errors import CheckpointError, VLoRAError
 from vllm_vlora.plugin.counters import reason_of
 from vllm_vlora.plugin.events import facts
@@ -34,7 +35,7 @@ _TRY_AGAIN = 2.0
 # them a file's size must do until it is loaded, which then fails for its own requests alone.
 READ_NBYTES = 2 << 30
 # What changes with a publication, the manifest first.
-_WATCHED = (CONFIG_FILE, ALIASES_FILE, ATTACHMENTS_FILE)
+_WATCHED = (CONFIG_FILE, ALIASES_FILE, ATTACHMENTS_FILE, ROUTER_FILE)
 # Refusals that nobody asked for yet.
 _MOST_REFUSALS = 100
 
@@ -49,7 +50,8 @@ class State:
         self.tasks: dict[str, str] = {path: task for task, path in self.paths.items()}
         # Now, as what lies there later may be another state's. The digest is of all that is served,
         # and equal for equal states on every machine.
-        self.aliases, self.digest = checkpoint.aliases, checkpoint.content_digest
+        self.aliases, self.router = checkpoint.aliases, checkpoint.router
+        self.digest = checkpoint.content_digest
 
 
 class Follower:
@@ -162,6 +164,8 @@ class Follower:
             else:
                 left -= ref.nbytes
                 read_checked(file, ref)
+        if found.router is not None and found.router != served.router:
+            read_router_weights(checkpoint.path, found.router)
         if checkpoint.was_replaced:
             raise CheckpointError(f"{checkpoint.path} was published again while it was read")
         return found
@@ -179,7 +183,7 @@ def _new_files(
 
 def folder_identity(checkpoint: str | Path) -> tuple[int, ...] | None:
     """What differs between two publications of a checkpoint's manifest, and between two versions of its
-    aliases and attachments, which are written beside it; None where there is no manifest.
+    aliases, its attachments and its router, which are written beside it; None where there is no manifest.
     """
     folder, _ = split_pin(checkpoint)
     manifest, *beside = (_file_identity(Path(folder, name)) for name in _WATCHED)

@@ -11,7 +11,7 @@ import copy
 import ctypes
 import dataclasses
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -22,6 +22,8 @@ from vllm_vlora.plugin.arena import aligned
 Tree = TypeVar("Tree")
 # What kernels read at once: an address stays what it is modulo this.
 _WIDEST = 16
+# What trees hold beside tensors; most of what is in them, and quickly told apart.
+_PLAIN = (str, int, float, type(None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +34,79 @@ class Span:
     memory: torch.Tensor
 
 
+class _Place:
+    """Where a tensor of an image lies in its block, and what it is; ``stride`` None where contiguous."""
+
+    __slots__ = ("dtype", "extent", "shape", "start", "stride")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.start = 0
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+        self.stride = None if tensor.is_contiguous() else tensor.stride()
+        self.extent = tensor.nbytes if self.stride is None else _extent(tensor)
+
+    def within(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor there."""
+        flat = memory[self.start : self.start + self.extent].view(self.dtype)
+        if self.stride is None:
+            return flat.view(self.shape)
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+
+
+class _Later(Mapping[Any, Any]):
+    """A mapping whose values are made once they are read: kernels read addresses, and most never are."""
+
+    def __init__(self, values: Mapping[Any, Any], leaf: Callable[[Any], torch.Tensor]) -> None:
+        self._values, self._leaf = values, leaf
+        self._made: dict[Any, Any] = {}
+
+    def __getitem__(self, name: Any) -> Any:
+        if name not in self._made:
+            self._made[name] = _mapped(self._values[name], self._leaf, later=True)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 @dataclasses.dataclass(frozen=True)
 class Image(Generic[Tree]):
     """What lies in a block of host memory.
 
     Attributes:
-        tree: tensors in dataclasses, mappings and tuples; those of the image are views of ``block``.
+        places: the tree, with the place in ``block`` instead of each tensor of the image.
         block: uint8; pinned where there is a GPU, so that the copy to it need not wait.
         nbytes: bytes of what lies in it, without the gaps.
         records: a part of the tree, and of the block: int64, among them addresses. None for none.
         targets: like ``records``: for an address how far from the block's start it points, else -1.
     """
 
-    tree: Tree
+    places: Tree
     block: torch.Tensor
     nbytes: int
     records: torch.Tensor | None = None
     targets: np.ndarray | None = None
     _copied: list[torch.cuda.Event] = dataclasses.field(default_factory=list)
+
+    @property
+    def tree(self) -> Tree:
+        """Tensors in dataclasses, mappings and tuples; those of the image are views of ``block``."""
+        return self._over(self.block, ())
+
+    def _over(self, memory: torch.Tensor, shared: Sequence[Span]) -> Tree:
+        ordered = sorted(shared, key=lambda span: span.start)
+        starts = [span.start for span in ordered]
+
+        def leaf(found: Any) -> torch.Tensor:
+            if isinstance(found, _Place):
+                return found.within(memory)
+            return _moved(found, starts, ordered)
+
+        # What is made later must not keep what others share on the host.
+        return _mapped(self.places, leaf, later=not ordered)
 
     def on(self, memory: torch.Tensor, shared: Iterable[Span] = ()) -> Tree:
         """Copy the block to ``memory``; the tree over it.
@@ -68,7 +125,7 @@ class Image(Generic[Tree]):
         memory.copy_(self.block, non_blocking=pinned)
         if pinned:
             self._copied.append(torch.cuda.current_stream().record_event())
-        return relocated(self.tree, [Span(self.block.data_ptr(), memory), *shared])
+        return self._over(memory, list(shared))
 
 
 def make_image(
@@ -86,29 +143,41 @@ def make_image(
         pin: pin its memory.
     """
     left = {tensor.untyped_storage().data_ptr() for tensor in leave}
-    extents = [
-        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor))
-        for tensor in _tensors(tree)
-        if tensor.numel() and tensor.untyped_storage().data_ptr() not in left
-    ]
-    runs = _merged(extents)
+    found: list[tuple[int, _Place]] = []
+
+    def leaf(tensor: torch.Tensor) -> Any:
+        if not tensor.numel() or (left and tensor.untyped_storage().data_ptr() in left):
+            return tensor
+        place = _Place(tensor)
+        found.append((tensor.data_ptr(), place))
+        return place
+
+    places = _mapped(tree, leaf)
+    runs = _merged([(address, address + place.extent) for address, place in found])
     starts, end = [], 0
     for first, stop in runs:
         starts.append(end + first % _WIDEST)
         end = aligned(starts[-1] + stop - first)
     block = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
-    spans = []
     for (first, stop), start in zip(runs, starts):
-        memory = block[start : start + stop - first]
-        ctypes.memmove(memory.data_ptr(), first, stop - first)
-        spans.append(Span(first, memory))
-    moved = relocated(tree, spans)
+        ctypes.memmove(block.data_ptr() + start, first, stop - first)
+
+    firsts = [first for first, _ in runs]
+
+    def start_of(address: int) -> int:
+        run = bisect_right(firsts, address) - 1
+        return starts[run] + address - firsts[run]
+
+    for address, place in found:
+        place.start = start_of(address)
     nbytes = sum(stop - first for first, stop in runs)
     if records is None:
-        return Image(moved, block, nbytes)
+        return Image(places, block, nbytes)
     table, fields = records
     targets = _targets(table.numpy(), fields, runs, starts)
-    return Image(moved, block, nbytes, relocated(table, spans), targets)
+    own = _Place(table)
+    own.start = start_of(table.data_ptr())
+    return Image(places, block, nbytes, own.within(block), targets)
 
 
 def _targets(
@@ -123,25 +192,24 @@ def _targets(
     return targets
 
 
-def relocated(tree: Any, spans: Iterable[Span]) -> Any:
-    """A tree whose tensors lie where the spans say; what lies in none stays where it is."""
-    ordered = sorted(spans, key=lambda span: span.start)
-    return _relocated(tree, [span.start for span in ordered], ordered)
-
-
-def _relocated(tree: Any, starts: list[int], spans: list[Span]) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return _moved(tree, starts, spans)
+def _mapped(tree: Any, leaf: Callable[[Any], Any], later: bool = False) -> Any:
+    """A tree with something else in place of each tensor; ``later``: in mappings once they are read."""
+    if isinstance(tree, _PLAIN):
+        return tree
+    if isinstance(tree, (torch.Tensor, _Place)):
+        return leaf(tree)
     if isinstance(tree, Mapping):
-        return {name: _relocated(value, starts, spans) for name, value in tree.items()}
+        if later:
+            return _Later(tree, leaf)
+        return {name: _mapped(value, leaf) for name, value in tree.items()}
     if isinstance(tree, tuple):
-        return tuple(_relocated(value, starts, spans) for value in tree)
+        return tuple(_mapped(value, leaf, later) for value in tree)
     if not dataclasses.is_dataclass(tree):
         return tree
     # Not ``replace``: what is checked when one is made was checked.
     found = copy.copy(tree)
     for name, value in vars(tree).items():
-        object.__setattr__(found, name, _relocated(value, starts, spans))
+        object.__setattr__(found, name, _mapped(value, leaf, later))
     return found
 
 
@@ -175,17 +243,3 @@ def _merged(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             runs.append((first, stop))
     return runs
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, tuple):
-        for value in tree:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(tree):
-        for value in vars(tree).values():
-            yield from _tensors(value)

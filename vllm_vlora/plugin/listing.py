@@ -14,11 +14,20 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_vlora.blending.text_router import AUTO, RoutePolicy
 from vllm_vlora.checkpoint.aliases import Route, decode_aliases
+from vllm_vlora.checkpoint.router_files import decode_router
 from vllm_vlora.errors import CheckpointError
-from vllm_vlora.plugin.engine_core import ALIASES_METHOD, CHANGED, FOLLOW_METHOD, TASKS_METHOD
-from vllm_vlora.plugin.identity import TaskPath, parse_task_path
+from vllm_vlora.plugin.engine_core import (
+    ALIASES_METHOD,
+    CHANGED,
+    FOLLOW_METHOD,
+    ROUTER_METHOD,
+    TASKS_METHOD,
+)
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
 from vllm_vlora.plugin.named_requests import TaskRequests
+from vllm_vlora.plugin.prompt_routing import Routing
 from vllm_vlora.plugin.requests import requests_for
 
 PERIOD = 0.5
@@ -31,14 +40,17 @@ class Listing:
     Args:
         models: vLLM's ``OpenAIServingModels``.
         templates: called with the paths of all tasks whenever they change.
+        policy: how a router's weights become an answer; None to route nothing.
     """
 
     def __init__(
         self,
         models: Any,
         templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
+        policy: RoutePolicy | None = None,
     ) -> None:
         self._models, self._templates = models, templates
+        self._policy = policy
         self._listed: dict[str, LoRARequest] = {}
         self._state = ""
         # By which the engine cores tell API servers apart.
@@ -60,6 +72,7 @@ class Listing:
         for name in aliases:
             self._refuse_alias(name)
         self._models.lora_requests.aliases = aliases
+        self._models.lora_requests.routing = await self._routing(paths)
         if self._templates is not None:
             self._templates(paths)
 
@@ -98,10 +111,12 @@ class Listing:
             except CheckpointError as error:
                 _logger().error("vllm-vlora: %s; it is not served", error)
                 del aliases[name]
+        routing = await self._routing(paths)
         if self._templates is not None:
             await asyncio.to_thread(self._templates, paths)
         self._show(found)
         self._models.lora_requests.aliases = aliases
+        self._models.lora_requests.routing = routing
         (self._state,) = states
 
     def _show(self, found: list[LoRARequest]) -> None:
@@ -137,19 +152,39 @@ class Listing:
 
     async def _aliases(self) -> dict[str, tuple[Route, ...]]:
         """Other names of what every engine core serves."""
-        answers = await self._ask(ALIASES_METHOD)
-        if any(other != answers[0] for other in answers):
-            raise CheckpointError(CHANGED)
-        return decode_aliases(answers[0].encode())
+        return decode_aliases((await self._agreed(ALIASES_METHOD)).encode())
+
+    async def _routing(self, paths: Mapping[str, TaskPath]) -> Routing | None:
+        """The router of what every engine core serves, whose network lies in this checkpoint's folder.
+
+        Raises:
+            CheckpointError: it is not there: the folder has another state by now.
+        """
+        folders = (path.checkpoint for path in paths.values() if path.checkpoint != MEMORY)
+        folder = next(folders, None)
+        if folder is None or self._policy is None or self._models.is_base_model(AUTO):
+            return None
+        text = await self._agreed(ROUTER_METHOD)
+        if not text:
+            return None
+        record, held = decode_router(text.encode()), self._models.lora_requests.routing
+        if held is not None and held.record == record:
+            return held
+        return await asyncio.to_thread(Routing.read, folder, record, self._policy)
 
     async def _served(self) -> dict[str, TaskPath]:
         """What every engine core serves: task id -> path, in that order."""
-        answers = await self._ask(TASKS_METHOD)
-        if any(other != answers[0] for other in answers):
-            raise CheckpointError(CHANGED)
-        found = {task: parse_task_path(path) for task, path in answers[0]}
+        answer = await self._agreed(TASKS_METHOD)
+        found = {task: parse_task_path(path) for task, path in answer}
         # The workers made these paths.
         return {task: path for task, path in found.items() if path is not None}
+
+    async def _agreed(self, method: str) -> Any:
+        """What every engine core answers."""
+        answers = await self._ask(method)
+        if any(other != answers[0] for other in answers):
+            raise CheckpointError(CHANGED)
+        return answers[0]
 
     async def _ask(self, method: str, *arguments: Any) -> list[Any]:
         client = self._models.engine_client.engine_core

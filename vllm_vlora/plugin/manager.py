@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -237,38 +237,61 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     # --- what the engine core asks for ---
 
-    def stage(self, request: LoRARequest) -> bool | None:
-        """Have a task read into host memory, beside the steps; whether that is done.
+    def bring(
+        self, requests: Sequence[LoRARequest], hold: int, instead_of: Sequence[str] = ()
+    ) -> list[Held | bool | None]:
+        """Have tasks read into host memory, beside the steps, and on the device once that is done.
 
-        None where it waits for bases that are to be exchanged first.
+        Args:
+            hold: how many of them, the first, may come to the device.
+            instead_of: paths of tasks whose places there may be given up for them, the first first.
+
+        Returns:
+            For each what ``hold`` says of it; or whether it is read, where it may not or need not yet;
+            None for one that waits for bases that are to be exchanged first.
         """
-        return self.vlora_store.stage(_path_of(request))
+        left = list(instead_of)
+        answers: list[Held | bool | None] = []
+        for number, request in enumerate(requests):
+            staged = self.vlora_store.stage(_path_of(request))
+            if not staged or number >= hold:
+                answers.append(staged)
+                continue
+            held = self.hold(request, left)
+            answers.append(held)
+            del left[: held.gave_way]
+            if held.over:
+                hold = 0  # Who comes later must not take its place.
+        return answers
 
-    def hold(self, request: LoRARequest, instead_of: Iterable[str] = ()) -> Held:
+    def hold(self, request: LoRARequest, instead_of: Sequence[str] = ()) -> Held:
         """Have a task on the device; an error is in the answer.
 
         Nothing is raised: with several workers, each must answer.
 
         Args:
-            instead_of: paths of tasks whose places there are given up before.
+            instead_of: paths of tasks whose places there may be given up for it, the first first.
         """
+        gave_way = 0
         try:
-            for path in instead_of:
-                self.forget(path)
             before = self.vlora_store.held(request.lora_path)
-            over = self.vlora_store.place(_path_of(request))
-            if over:
-                return Held(over=over)
+            while over := self.vlora_store.place(_path_of(request)):
+                if gave_way == len(instead_of):
+                    return Held(over=over, gave_way=gave_way)
+                self.forget(instead_of[gave_way])
+                gave_way += 1
             self._prepare(self.task_model(request).task)
         except torch.OutOfMemoryError:
-            return Held(over=_ALL)
+            return Held(over=_ALL, gave_way=gave_way)
         except VLoRAError as error:
-            return Held(error=error)
+            return Held(error=error, gave_way=gave_way)
         except Exception as error:
             logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
-            return Held(error=TaskLoadError(f"{request.lora_path}: {error}"))
+            told = TaskLoadError(f"{request.lora_path}: {error}")
+            return Held(error=told, gave_way=gave_way)
         nbytes = self.vlora_store.nbytes_of(request.lora_path)
-        return Held(nbytes=nbytes if before is None else 0, direct=self.runs_direct(request))
+        direct = self.runs_direct(request)
+        return Held(nbytes=nbytes if before is None else 0, direct=direct, gave_way=gave_way)
 
     def _prepare(self, task: ResidentTask) -> None:
         """Arrange a task's writes now and not in its first step."""
@@ -538,10 +561,14 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         # A direct task has its own rank, whatever --max-lora-rank is.
         writer = replace(self.writer, max_rank=sys.maxsize) if direct else self.writer
         writer.check(checkpoint, task_ids, self._engine_name)
-        absorbed = read_absorbed(self)
         for task_id in task_ids:
             _check_extra(checkpoint, task_id, self)
-            _check_absorbed(checkpoint, task_id, absorbed, self._engine_name)
+            _check_absorbed(checkpoint, task_id, self._absorbed, self._engine_name)
+
+    @functools.cached_property
+    def _absorbed(self) -> set[str]:
+        """A look at every module of the model, which stays as it is."""
+        return read_absorbed(self)
 
 
 def _path_of(request: LoRARequest) -> TaskPath:

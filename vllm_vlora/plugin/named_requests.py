@@ -4,7 +4,8 @@
 depend on the client (a canary), and who asks must be told which tasks answered: the ``Asked`` of a
 request has both, from the headers to the lookup and back. vLLM answers with the name in the
 ``LoRARequest``, which is the task's, or the blend's in its one form; ``X-VLora-Tasks`` says it where
-another name was asked for.
+another name was asked for. A request of ``auto`` becomes one of what its router picks before vLLM looks
+the name up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -22,17 +22,22 @@ from vllm.lora.request import LoRARequest
 
 from vllm_vlora.blend_names import Blend, blend_text, is_alone
 from vllm_vlora.blending.resolving import resolve
+from vllm_vlora.blending.text_router import AUTO
 from vllm_vlora.checkpoint.aliases import Aliases
-from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import BlendError
 from vllm_vlora.plugin.blend_paths import blend_path
-from vllm_vlora.plugin.identity import FIRST_ID, ID_SPAN, TaskPath, parse_task_path, task_paths
+from vllm_vlora.plugin.identity import FIRST_ID, ID_SPAN, TaskPath, parse_task_path
+from vllm_vlora.plugin.prompt_routing import Routing
 from vllm_vlora.plugin.seam_table import NAME_SEAMS
-from vllm_vlora.plugin.settings import BLENDS_VARIABLE
+from vllm_vlora.plugin.settings import BLENDS_VARIABLE, ROUTE_VARIABLE
 
 KEY_HEADER, TASKS_HEADER = b"x-vlora-key", b"x-vlora-tasks"
+CONFIDENCE_HEADER = b"x-vlora-confidence"
 # Blends that a server remembers. One more forgets the least recently asked for; making it anew is cheap.
 _MOST_BLENDS = 256
+_NO_ROUTER = (
+    f"The served checkpoint has no router (`vllm-vlora router train`), or {ROUTE_VARIABLE} is off."
+)
 # Of a key, which clients choose: more of it would only be hashed.
 _KEY_LENGTH = 256
 
@@ -45,11 +50,25 @@ class Asked:
         self.user: str | None = None
         self._random = secrets.token_hex(8)
         self.answered: dict[str, LoRARequest] = {}
+        # Of a routed one: how sure the router was, and the base model's name, where that answers.
+        self.confidence: float | None = None
+        self.base: str | None = None
 
     @property
     def key(self) -> str:
         """The header, else the body's ``user``, else one that no other request has."""
         return (self._header or self.user or self._random)[:_KEY_LENGTH]
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What its client is told beside the answer."""
+        names = [request.lora_name for request in self.answered.values()]
+        names += [] if self.base is None else [self.base]
+        if not names:
+            return []
+        value = ",".join(quote(name, safe="*+-./ ") for name in dict.fromkeys(names))
+        sure = [] if self.confidence is None else [(CONFIDENCE_HEADER, b"%.3f" % self.confidence)]
+        return [(TASKS_HEADER, value.encode()), *sure]
 
 
 _asked: ContextVar[Asked | None] = ContextVar("vlora_asked", default=None)
@@ -58,8 +77,11 @@ _asked: ContextVar[Asked | None] = ContextVar("vlora_asked", default=None)
 class TaskRequests(dict[str, LoRARequest]):
     """Name -> request, where a name may also be an alias or a blend.
 
-    Iteration, ``len`` and ``values`` have tasks, ordinary adapters and aliases; an alias stands there
-    under its own name, and is looked up as what it stands for.
+    Iteration, ``len`` and ``values`` have tasks, ordinary adapters, aliases and ``auto``; an alias stands
+    there under its own name, and is looked up as what it stands for.
+
+    Attributes:
+        routing: what picks a task for ``auto``, where nothing else is called so; None for nothing.
 
     Args:
         requests: of tasks and ordinary adapters.
@@ -74,6 +96,18 @@ class TaskRequests(dict[str, LoRARequest]):
         self._takes_blends = blends
         self._blends: OrderedDict[str, LoRARequest] = OrderedDict()
         self.aliases: Aliases = aliases
+        self.routing: Routing | None = None
+
+    @property
+    def routes(self) -> bool:
+        """Whether ``auto`` has a task picked, and is no name of something."""
+        return self.routing is not None and self.own(AUTO) is None and AUTO not in self.aliases
+
+    def route(self, models: Any, request: Any) -> tuple[LoRARequest | None, float]:
+        """What is to answer a request of ``auto``, None being the base model, and how sure that is."""
+        assert self.routing is not None
+        blend, confidence = self.routing.pick(models, request, _Tasks(self))
+        return None if blend is None else self._request(blend), confidence
 
     def own(self, name: str) -> LoRARequest | None:
         """The request that a name has itself: a task's or an ordinary adapter's."""
@@ -163,12 +197,14 @@ class TaskRequests(dict[str, LoRARequest]):
     def __iter__(self) -> Iterator[str]:
         yield from super().__iter__()
         yield from (name for name in self.aliases if self._stands(name))
+        if self.routes:
+            yield AUTO
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def keys(self) -> Any:
-        """Names of tasks, ordinary adapters and aliases."""
+        """Names of tasks, ordinary adapters and aliases, and ``auto``."""
         return list(self)
 
     def items(self) -> Any:
@@ -188,6 +224,9 @@ class TaskRequests(dict[str, LoRARequest]):
     def _card(self, name: str) -> LoRARequest:
         if super().__contains__(name):
             return dict.__getitem__(self, name)
+        if name == AUTO and self.routes:
+            assert self.routing is not None
+            return LoRARequest(AUTO, FIRST_ID, str(self.routing.file))
         # What a canary answers with most; listed, and not looked up.
         most = max(self.aliases[name], key=lambda route: route.share).blend
         target = self._request(most)
@@ -204,20 +243,12 @@ class _Tasks:
         return isinstance(name, str) and self._requests._path(name) is not None
 
 
-def named_request(checkpoint: str | Path | Checkpoint, name: str, key: str = "") -> LoRARequest:
-    """A request for a task, a blend or an alias of a checkpoint, for ``vllm.LLM``.
-
-    Args:
-        key: of the client, for canaries.
+def meaning_for(key: str, name: str, requests: TaskRequests) -> LoRARequest:
+    """What a name stands for to a client with this key.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read. BlendError: the name means nothing there.
+        BlendError: none.
     """
-    from vllm_vlora.plugin.requests import requests_for
-
-    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    listed = {r.lora_name: r for r in requests_for(task_paths(opened))}
-    requests = TaskRequests(listed, opened.aliases)
     token = _asked.set(Asked(key))
     try:
         return requests.own(name) or requests.meaning(name)
@@ -250,10 +281,8 @@ class NameHeaders:
         asked = Asked(None if header is None else header.decode("latin-1"))
 
         async def with_tasks(message: Any) -> None:
-            if message["type"] == "http.response.start" and asked.answered:
-                names = dict.fromkeys(request.lora_name for request in asked.answered.values())
-                value = ",".join(quote(name, safe="*+-./ ") for name in names).encode()
-                message = {**message, "headers": [*message["headers"], (TASKS_HEADER, value)]}
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *asked.headers]}
             await send(message)
 
         token = _asked.set(asked)
@@ -269,6 +298,7 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
         asked = _asked.get()
         if asked is not None and isinstance(user := getattr(request, "user", None), str):
             asked.user = user
+        _route(self.models, request, asked)
         refused = await original(self, request)
         requests = self.models.lora_requests
         if refused is not None and isinstance(requests, TaskRequests):
@@ -278,8 +308,26 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return check
 
 
+def _route(models: Any, request: Any, asked: Asked | None) -> None:
+    """Make a request of ``auto`` one of what is to answer it."""
+    requests = getattr(models, "lora_requests", None)
+    if request.model != AUTO or not isinstance(requests, TaskRequests) or not requests.routes:
+        return
+    found, confidence = requests.route(models, request)
+    request.model = models.base_model_paths[0].name if found is None else found.lora_name
+    if asked is not None:
+        asked.confidence = confidence
+        if found is None:
+            asked.base = request.model
+        else:
+            asked.answered[found.lora_name] = found
+
+
 def _explain(refused: Any, name: str, requests: TaskRequests) -> None:
-    """Say in a 404 what is wrong with a blend, where a name begins like one."""
+    """Say in a 404 what is wrong with a blend, where a name begins like one, and what ``auto`` needs."""
+    if name == AUTO:
+        refused.error.message = f"{refused.error.message} {_NO_ROUTER}"
+        return
     try:
         requests.meaning(name)
     except BlendError as error:

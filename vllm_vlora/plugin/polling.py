@@ -15,7 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from vllm_vlora.checkpoint.newest import follow_state, followed_folder, look, state_of
+from vllm_vlora.checkpoint.newest import follow_state, look, state_of
+from vllm_vlora.downloads import followed_folder
 from vllm_vlora.errors import SettingError, VLoRAError
 from vllm_vlora.plugin.counters import reason_of
 from vllm_vlora.plugin.events import facts

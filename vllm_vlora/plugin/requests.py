@@ -14,39 +14,48 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import VLoRAError
+from vllm_vlora.errors import BlendError, VLoRAError
 from vllm_vlora.plugin.following import folder_identity
 from vllm_vlora.plugin.identity import TaskPath, task_ids_to_int, task_paths
+from vllm_vlora.plugin.named_requests import TaskRequests, meaning_for
 
 # Seconds until a manifest that could not be read is read again; what it names may come later.
 _TRY_AGAIN = 2.0
 
 
-def lora_request(checkpoint: str | Path | Checkpoint, task: str) -> LoRARequest:
-    """A vLLM request for one task of a checkpoint.
+def lora_request(checkpoint: str | Path | Checkpoint, task: str, key: str = "") -> LoRARequest:
+    """A vLLM request for one task of a checkpoint, or for what an alias or a blend of tasks stands for.
 
         llm = vllm.LLM(model, enable_lora=True)
         llm.generate(prompt, lora_request=vllm_vlora.lora_request("my-checkpoint", "sql"))
 
     The request names this state of the checkpoint by its content: after a task is published again,
-    make a new request for it.
+    make a new request for it. For tasks from memory ``vllm_vlora.publish`` returns one.
 
     Args:
         checkpoint: a folder, a Hub id, or an open ``Checkpoint``.
-        task: the task's id.
+        task: the task's id, an alias, or a blend such as ``sql*0.7+french*0.3``.
+        key: of the client, for canaries: one key has one target.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
         TaskNotFoundError: it has no such task.
+        BlendError: the name reads as a blend, and is none of its tasks.
 
     Examples:
         >>> lora_request(checkpoint, "task_1").lora_name
         'task_1'
+        >>> lora_request(checkpoint, "task_1*0.5+task_2*0.50").lora_name
+        'task_1*0.5+task_2*0.5'
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    opened.record(task)
-    paths = task_paths(opened)
-    return LoRARequest(task, task_ids_to_int(paths)[task], str(paths[task]))
+    listed = {request.lora_name: request for request in requests_for(task_paths(opened))}
+    try:
+        return meaning_for(key, task, TaskRequests(listed, opened.aliases))
+    except BlendError as error:
+        if "no task is called" in str(error):
+            opened.record(task)  # Which says what tasks there are.
+        raise
 
 
 def all_requests(checkpoint: str | Path) -> list[LoRARequest]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from vllm_vlora.errors import MemoryBudgetError, VLoRAError
@@ -32,12 +33,14 @@ class Held(NamedTuple):
         over: bytes by which its tasks would be above the budget with it; above 0 it does not hold it.
         error: why it could not be loaded; the worker then holds nothing of it.
         nbytes: that were copied to its device. direct: whether the task runs direct.
+        gave_way: how many of the tasks that might give way it took off its device, the first first.
     """
 
     over: int = 0
     error: VLoRAError | None = None
     nbytes: int = 0
     direct: bool = False
+    gave_way: int = 0
 
 
 class Workers(Protocol):
@@ -46,8 +49,8 @@ class Workers(Protocol):
     def held(self) -> Iterable[str]:
         """The paths that all of them hold, in the order in which they may give way."""
 
-    def hold(self, request: Any, instead_of: Sequence[str] = ()) -> list[Held]:
-        """Tell each to have a request's task on its device, after it took these paths off it."""
+    def hold(self, request: Any, instead_of: Sequence[str]) -> list[Held]:
+        """Tell each to have a request's task on its device, for which these may give way."""
 
     def forget(self, path: str, wholly: bool = False) -> None:
         """Tell each to take a path off its device; ``wholly``: and to keep nothing of it elsewhere."""
@@ -64,6 +67,7 @@ class Residency:
         in_use: the paths that requests in the engine ask for.
         clock: seconds that only grow.
         counters: where it is counted that a task gave way.
+        kinds: path -> whether the task runs direct, kept for those that are held.
     """
 
     def __init__(
@@ -72,11 +76,16 @@ class Residency:
         in_use: Callable[[], set[str]],
         clock: Callable[[], float] = time.monotonic,
         counters: ServingCounters | None = None,
+        kinds: dict[str, bool] | None = None,
     ) -> None:
         self._workers, self._clock = workers, clock
         self._counters = counters or ServingCounters(0, 0)
+        self._kinds = {} if kinds is None else kinds
         self.in_use = in_use
         self._held: OrderedDict[str, None] = OrderedDict.fromkeys(workers.held())
+        # What may give way to tasks that the workers were asked for and have not answered.
+        self._offered: list[str] = []
+        self._pinned: set[str] = set()
         self._retired: dict[str, float] = {}
         # When what is kept beside the devices is to be looked through; None for never.
         self._tidy_at: float | None = None
@@ -94,11 +103,13 @@ class Residency:
         return path in self._held
 
     def touch(self, path: str) -> bool:
-        """Whether a task is held; it then is the most recently used."""
-        if path not in self._held:
+        """Whether a task is held and stays; it then is the most recently used."""
+        if path not in self._held or path in self._offered:
             return False
         self._held.move_to_end(path)
         return True
+
+    # --- who comes and who gives way -----------------------------------------------------------------
 
     def place(self, request: Any) -> int | None:
         """Have a request's task held by every worker; None where tasks in use leave no room now.
@@ -110,45 +121,77 @@ class Residency:
             MemoryBudgetError: there is no room for it, whatever gives way.
             VLoRAError: it cannot be loaded.
         """
-        path = request.lora_path
-        if self.touch(path):
+        if self.touch(request.lora_path):
             return 0
-        try:
-            answers = self._make_room_for(request)
-        except BaseException:
-            self._workers.forget(path, wholly=True)
-            raise
-        if not answers:
-            # Some of the workers may have had room.
-            self._workers.forget(path)
-            return None
-        self._held[path] = None
-        return max(answer.nbytes for answer in answers)
-
-    def _make_room_for(self, request: Any) -> list[Held]:
-        """What the workers said when all of them held the task; nothing where there is no room now."""
-        idle: list[str] | None = None
-        instead_of: list[str] = []
+        most = 1
         while True:
-            answers = self._workers.hold(request, instead_of)
-            error = next((answer.error for answer in answers if answer.error), None)
-            if error is not None:
-                raise error
-            if max(answer.over for answer in answers) <= 0:
-                return answers
-            if idle is None:
-                used = self.in_use()
-                idle = [path for path in reversed(self._held) if path not in used]
-            if not idle and self._held:
-                return []
-            if not idle:
-                raise MemoryBudgetError(
-                    f"no room for task {request.lora_name!r}: it is larger than all that tasks may take "
-                    f"on a device; set {LATE_VARIABLE} higher"
-                )
-            instead_of = [idle.pop()]
-            self._let_go(instead_of[0])
-            self._counters.evicted(task=instead_of[0])
+            answers = self._workers.hold(request, self.offer(most))
+            self.settle([answer.gave_way for answer in answers])
+            nbytes = self.took(request, answers)
+            if nbytes is not None or not self.can_offer():
+                return nbytes
+            most *= 2
+
+    def offer(self, most: int) -> list[str]:
+        """Tasks that may give way, the first first. Until ``settle`` no request counts on them."""
+        self._offered = list(islice(self._idle(), most))
+        return self._offered
+
+    def can_offer(self) -> bool:
+        """Whether any task may give way."""
+        return next(iter(self._idle()), None) is not None
+
+    def _idle(self) -> Iterable[str]:
+        kept = self.in_use() | self._pinned
+        return (path for path in self._held if path not in kept)
+
+    def settle(self, gave_way: Sequence[int]) -> None:
+        """Of what was offered so many gave way, by worker. What one gave up, none keeps."""
+        offered, self._offered = self._offered, []
+        for path in offered[min(gave_way) : max(gave_way)]:
+            self._workers.forget(path)
+        for path in offered[: max(gave_way)]:
+            self._let_go(path)
+            self._counters.evicted(task=path)
+
+    def took(self, request: Any, answers: Sequence[Held]) -> int | None:
+        """Take note of what every worker said of a request's task: as ``place``, after ``settle``.
+
+        Where there is no room and yet something that may give way, it is to be asked for again.
+        """
+        path = request.lora_path
+        error = next((answer.error for answer in answers if answer.error), None)
+        if error is not None:
+            self._workers.forget(path, wholly=True)
+            raise error
+        if max(answer.over for answer in answers) <= 0:
+            self._held[path] = None
+            self._kinds[path] = all(answer.direct for answer in answers)
+            return max(answer.nbytes for answer in answers)
+        if min(answer.over for answer in answers) <= 0:
+            self._workers.forget(path)
+        if not self.can_offer() and self.in_use().isdisjoint(self._held):
+            self._workers.forget(path, wholly=True)
+            raise MemoryBudgetError(
+                f"no room for task {request.lora_name!r}: it is larger than all that tasks may take on a "
+                f"device{self._beside_pinned()}; set {LATE_VARIABLE} higher"
+            )
+        return None
+
+    def _beside_pinned(self) -> str:
+        return f" beside {len(self._pinned)} that are pinned" if self._pinned else ""
+
+    def pin(self, number: int, pinned: bool = True) -> None:
+        """Never have the task that goes by a number give way, or, with ``pinned`` off, again."""
+        path = self._numbers.get(number)
+        if path is not None and pinned:
+            self._pinned.add(path)
+        elif path is not None:
+            self._pinned.discard(path)
+
+    def is_pinned(self, path: str) -> bool:
+        """Whether a task never gives way."""
+        return path in self._pinned
 
     def forget(self, path: str, wholly: bool = False) -> None:
         """Take a task off the devices; ``wholly``: and keep nothing of it elsewhere."""
@@ -163,7 +206,9 @@ class Residency:
     def _let_go(self, path: str) -> None:
         """Take a path out of the books; that the workers are told is the caller's business."""
         self._held.pop(path, None)
+        self._kinds.pop(path, None)
         self._retired.pop(path, None)
+        self._pinned.discard(path)
         self._numbers.pop(self._renumbered.pop(path, 0), None)
 
     # --- what is no longer in the checkpoint -------------------------------------------------------
@@ -179,7 +224,7 @@ class Residency:
         """Let go of retired tasks that no request has needed for ``GRACE`` seconds."""
         if self._tidy_at is None:
             return
-        now, used = self._clock(), self.in_use()
+        now, used = self._clock(), self.in_use() | self._pinned
         for path, since in list(self._retired.items()):
             if path in used:
                 self._retired[path] = now

@@ -343,10 +343,16 @@ class ResidentStore:
         known = {*self._placed, *self._images.held, *self._staging}
         return [path for path in known if self._is_ended(self._find(path))]
 
-    def hold_back(self, held_back: bool) -> None:
-        """Whether tasks on the bases to come wait for them; otherwise they are materialized."""
-        if self._next is not None:
-            self._next.held_back = held_back
+    def hold_back(self, held_back: bool) -> list[str]:
+        """Whether tasks on the bases to come wait for them; otherwise they are materialized.
+
+        Returns:
+            Paths of those that are materialized on the device already, and whose requests wait as well.
+        """
+        if self._next is None:
+            return []
+        self._next.held_back = held_back
+        return [path for path, task in self._placed.items() if self._is_held_back(task)]
 
     def keep_bases(self) -> None:
         """Give the exchange up: what stands on other bases than the layers hold is materialized."""

@@ -219,13 +219,12 @@ def _replaced() -> Iterator[Seam]:
         ("self", "lora_request", "rank"),
     )
     within = "adapters that need a slot stay within the slots"
-    yield Seam(_SCHEDULER, "Scheduler.add_request", within, ("self", "request"), direct=True)
+    yield Seam(_SCHEDULER, "Scheduler.add_request", within, ("self", "request"))
     yield Seam(
         _SCHEDULER,
         "Scheduler.finish_requests",
-        within,
+        f"{within}; ends requests whose task is on its way too",
         ("self", "request_ids", "finished_status"),
-        direct=True,
     )
     yield Seam(
         _SCHEDULER,
@@ -249,9 +248,19 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.abort_requests",
-        "knows of requests whose task is on its way, and lets them in when it has come",
+        "lets requests in whose task has come: it is what wakes the loop",
         ("self", "request_ids"),
     )
+    yield Seam(
+        _CORE,
+        "EngineCoreProc.has_work",
+        "an engine core that is told to end serves those whose task is on its way",
+        ("self",),
+    )
+    for name in ("pin_lora", "remove_lora"):
+        yield Seam(
+            _CORE, f"EngineCore.{name}", "a pinned task does not give way", ("self", "lora_id")
+        )
     yield Seam(
         "vllm.v1.engine.input_processor",
         "InputProcessor._get_mm_identifier",
@@ -261,7 +270,7 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.sleep",
-        "level 2, which would lose the tasks, is refused",
+        "level 2, which would lose the checkpoint's tasks, is refused; others leave the device first",
         accepts=("level",),
     )
     yield Seam(
@@ -433,8 +442,8 @@ def _called() -> Iterator[Seam]:
     yield Seam(
         "vllm.v1.executor.abstract",
         "Executor.collective_rpc",
-        "asks the workers",
-        accepts=("method", "args"),
+        "asks the workers; for a task nobody waits for the answer while steps go on",
+        accepts=("method", "args", "non_block"),
     )
     yield Seam(
         "vllm.v1.engine.exceptions", "EngineDeadError", "is not taken for a load that failed"
@@ -456,10 +465,21 @@ def _called() -> Iterator[Seam]:
         "EngineCoreRequestType.ABORT",
         "wakes an engine core's loop",
     )
+    yield Seam(_CORE, "EngineCoreProc.is_running", "does it accept requests, or end?", ("self",))
+    yield Seam("vllm.v1.executor.abstract", "Executor.is_sleeping", "is there memory for tasks?")
+    yield Seam("vllm.v1.executor.abstract", "Executor.uses_ray", "does it keep its promises?")
+    yield Seam(_CORE, "EngineCore.batch_queue", "do steps go on?")
+    yield Seam(_SCHEDULER, "Scheduler.has_requests", "do steps go on?", ("self",))
     yield Seam(
         _CORE,
         "EngineCoreProc.input_queue",
         "where it is woken; an engine core without one is its caller's",
+    )
+    yield Seam(
+        "vllm.renderers.base",
+        "BaseRenderer.get_tokenizer",
+        "the text of a prompt in token ids, for a router",
+        ("self",),
     )
     yield Seam(
         "vllm.v1.metrics.prometheus",
@@ -599,6 +619,8 @@ def _held() -> Iterator[Seam]:
     yield Seam(_WORKER, "WorkerLoRAManager._adapter_manager", "our manager")
     for name in ("engine_client", "lora_requests"):
         yield Seam(_SERVING, f"OpenAIServingModels.{name}", "lists every task in /v1/models")
+    for name in ("base_model_paths", "renderer"):
+        yield Seam(_SERVING, f"OpenAIServingModels.{name}", "what a router's request becomes")
     yield Seam(_SCHEDULER, "Scheduler.lora_config", "slots", direct=True)
     yield Seam(_SCHEDULER, "Scheduler.requests", "requests inside")
     yield Seam(
@@ -611,12 +633,6 @@ def _held() -> Iterator[Seam]:
     yield Seam(_CLIENT, "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):
         yield Seam(_CORE, f"EngineCore.{name}", "asks the workers")
-    yield Seam(
-        "vllm.v1.executor.abstract",
-        "Executor.is_sleeping",
-        "bases are not exchanged then",
-        direct=True,
-    )
     yield Seam("vllm.v1.engine.output_processor", "RequestState.lora_request", "whose span it is")
     for name in ("request_id", "lora_request", "client_index"):
         yield Seam("vllm.v1.request", f"Request.{name}", "whose request it is")

@@ -22,6 +22,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_vlora._version import __version__
+from vllm_vlora.blending.text_router import RoutePolicy
 from vllm_vlora.errors import (
     CheckpointError,
     ModelStateError,
@@ -35,14 +36,19 @@ from vllm_vlora.plugin.counters import METRICS_METHOD
 from vllm_vlora.plugin.engine_core import (
     ALIASES_METHOD,
     FOLLOW_METHOD,
+    ROUTER_METHOD,
     TASKS_METHOD,
-    advance_before_abort,
+    advance_after_abort,
     ensure_in_process,
+    finish_who_waits,
     follow,
+    keep_what_is_pinned,
     load_before_add_lora,
     load_before_add_request,
     served_aliases,
+    served_router,
     served_tasks,
+    work_while_some_wait,
 )
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
@@ -57,6 +63,7 @@ from vllm_vlora.plugin.published import (
     UNPUBLISH_METHOD,
     WITHDRAW_METHOD,
     adopt,
+    leave_devices,
     offer,
     release_first,
     unpublish,
@@ -162,7 +169,7 @@ def _name_graphs(vllm_config: Any, manager: TaskLoRAManager) -> None:
 # --- the engine core ------------------------------------------------------------------------------
 
 
-def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+def _sleep(original: Callable[..., Any], checkpoint: str | None) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -171,10 +178,12 @@ def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
         bound.apply_defaults()
         if bound.arguments["level"] >= 2:
             # The tasks lie with the model's weights. vLLM loads those anew, and knows nothing of ours.
-            raise ModelStateError(
-                "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which keeps "
-                "them in host memory, or end the engine and start another"
-            )
+            if checkpoint is not None:
+                raise ModelStateError(
+                    "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which "
+                    "keeps them in host memory, or end the engine and start another"
+                )
+            leave_devices(self)
         return original(self, *args, **kwargs)
 
     return sleep
@@ -188,18 +197,25 @@ def _init_static_loras(
     load_templates: Callable[[Mapping[str, TaskPath]], object] | None,
     follows: bool,
     blends: bool = True,
+    policy: RoutePolicy | None = None,
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
         await original(self)
         refuse_without_lora(self.engine_client.vllm_config.lora_config)
         self.lora_requests = TaskRequests(self.lora_requests, {}, blends)
-        listing = Listing(self, load_templates)
+        listing = Listing(self, load_templates, policy)
         await listing.start()
         if follows:
             listing.follow()
 
     return init
+
+
+def _policy(settings: Settings) -> RoutePolicy | None:
+    if not settings.route_terms:
+        return None
+    return RoutePolicy(settings.route_terms, settings.route_threshold)
 
 
 def _rust_frontend(
@@ -385,7 +401,11 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "OutputProcessor.do_tracing": say_task,
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
-        "EngineCore.abort_requests": lambda f: release_first(advance_before_abort(f)),
+        "EngineCore.abort_requests": lambda f: release_first(advance_after_abort(f)),
+        "EngineCoreProc.has_work": work_while_some_wait,
+        "EngineCore.pin_lora": lambda f: keep_what_is_pinned(f, True),
+        "EngineCore.remove_lora": lambda f: keep_what_is_pinned(f, False),
+        "EngineCore.sleep": lambda f: _sleep(f, setup.checkpoint),
         f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
     }
     if setup.direct:
@@ -393,7 +413,6 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         wrappers["WorkerLoRAManager.add_dummy_lora"] = _add_dummy_lora
     if setup.checkpoint is not None:
         checkpoint = setup.checkpoint
-        wrappers["EngineCore.sleep"] = _sleep
         wrappers["attach_router"] = show_in_metrics
         templates = TaskTemplates()
         load = functools.partial(templates.load, checkpoint)
@@ -403,6 +422,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
                 load if setup.settings.chat_templates else None,
                 setup.settings.follow,
                 setup.settings.blends,
+                _policy(setup.settings),
             )
         )
         if setup.settings.chat_templates:
@@ -417,13 +437,30 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     ]
     scheduling = schedule_by_kind(setup, seams) if setup.direct else []
     graphs = capture_by_kind(seams) if setup.direct else []
-    # Outside of what asks the workers how a request's task runs: that one must be loaded.
-    core = seams["EngineCore.add_request"]
-    add = {(o, name): new for o, name, new in scheduling}.get((core.owner, core.attribute))
+    before = {(owner, name): new for owner, name, new in scheduling}
+
+    def wrapped(seam: str) -> Any:
+        place = seams[seam]
+        return before.get((place.owner, place.attribute), place.value)
+
+    core, finish = seams["EngineCore.add_request"], seams["Scheduler.finish_requests"]
     own = [
-        (core.owner, core.attribute, release_first(load_before_add_request(add or core.value))),
+        # Outside of what asks the workers how a request's task runs: that one must be loaded.
+        (
+            core.owner,
+            core.attribute,
+            release_first(load_before_add_request(wrapped("EngineCore.add_request"))),
+        ),
+        (
+            finish.owner,
+            finish.attribute,
+            finish_who_waits(
+                wrapped("Scheduler.finish_requests"), seams["Scheduler.add_request"].value
+            ),
+        ),
         (core.owner, TASKS_METHOD, served_tasks),
         (core.owner, ALIASES_METHOD, served_aliases),
+        (core.owner, ROUTER_METHOD, served_router),
         (core.owner, FOLLOW_METHOD, follow),
         (core.owner, METRICS_METHOD, metrics_snapshot),
         (core.owner, OFFER_METHOD, offer),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_vlora.blend_names import MAX_TERMS
 from vllm_vlora.errors import SettingError
 from vllm_vlora.plugin.events import LOG_VARIABLE, LOGS
 from vllm_vlora.strict_json import JSONError, decode
@@ -42,6 +44,10 @@ POLL_VARIABLE = "VLLM_VLORA_POLL_SECONDS"
 BASES = ("dense", "packed")
 BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
 BASIS_ROWS_VARIABLE = "VLLM_VLORA_BASIS_ROWS"
+ROUTE_VARIABLE = "VLLM_VLORA_ROUTE"
+ROUTE_THRESHOLD_VARIABLE = "VLLM_VLORA_ROUTE_THRESHOLD"
+# Between those of prompts that a router knows, which are near 1, and of others.
+DEFAULT_ROUTE_THRESHOLD = 0.5
 ROWS_VARIABLE = "VLLM_VLORA_ROWS"
 ROWS = ("wide", "narrow")
 OVERLAP_VARIABLE = "VLLM_VLORA_OVERLAP"
@@ -75,6 +81,8 @@ class Settings:
         blends: take the name of a blend for one; those that aliases name are served either way.
         late_mib: MiB on each device for tasks that are loaded after start-up, beside those that were
             loaded then.
+        route_terms: tasks of what ``model="auto"`` becomes, at most; 0 for no such name.
+        route_threshold: the weight below which the base model answers it.
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
         host_bytes: of host memory of each worker for tasks that gave way.
         follow: serve what is published into the checkpoint's folder.
@@ -99,6 +107,8 @@ class Settings:
     chat_templates: bool = False
     narrow_rows: bool = False
     blends: bool = True
+    route_terms: int = 1
+    route_threshold: float = DEFAULT_ROUTE_THRESHOLD
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
@@ -167,6 +177,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         chat_templates=_choice(environment, TEMPLATES_VARIABLE, SWITCH) == "on",
         narrow_rows=_choice(environment, ROWS_VARIABLE, ROWS) == "narrow",
         blends=_choice(environment, BLENDS_VARIABLE, SWITCH[::-1]) == "on",
+        route_terms=_route(environment),
+        route_threshold=_share(environment, ROUTE_THRESHOLD_VARIABLE, DEFAULT_ROUTE_THRESHOLD),
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
         follow=follow,
@@ -196,6 +208,23 @@ def _whole(environment: Mapping[str, str], name: str, default: int, least: int) 
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise SettingError(f"{name}={text!r}: use a whole number from {least} on")
     return int(text)
+
+
+def _route(environment: Mapping[str, str]) -> int:
+    value = environment.get(ROUTE_VARIABLE) or "top1"
+    named = {"top1": 1, "off": 0, **{f"blend:{n}": n for n in range(2, MAX_TERMS + 1)}}
+    if value not in named:
+        raise SettingError(
+            f"{ROUTE_VARIABLE}={value!r}: use top1, off or blend:K with K from 2 to {MAX_TERMS}"
+        )
+    return named[value]
+
+
+def _share(environment: Mapping[str, str], name: str, default: float) -> float:
+    text = environment.get(name) or str(default)
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", text, re.ASCII) or not 0 <= float(text) <= 1:
+        raise SettingError(f"{name}={text!r}: use a number from 0 to 1, such as {default}")
+    return float(text)
 
 
 def _size(environment: Mapping[str, str], name: str) -> int | None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vllm_vlora.adapters.peft_config import lora_rank
 from vllm_vlora.atomic import publish_folder
-from vllm_vlora.checkpoint.aliases import keep_aliases
 from vllm_vlora.checkpoint.card import model_card
+from vllm_vlora.checkpoint.carried import keep_beside
 from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
 from vllm_vlora.checkpoint.manifest import TaskRecord, is_checkpoint
 from vllm_vlora.checkpoint.own_files import checkpoint_files
@@ -86,7 +86,7 @@ def write_subspace(
             folder, writer.tasks, writer.modules, basis_nbytes(writer.modules)
         )
         writer.finish(model_card(base_model, contents))
-        keep_aliases(Path(path).expanduser(), folder, writer.tasks)
+        keep_beside(Path(path).expanduser(), folder, writer.tasks)
     return Path(path).absolute()
 
 

@@ -1,0 +1,149 @@
+"""Which models and which adapters there are: everything that ``train`` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fidelity.hard import corpus
+from fidelity.hard.corpus import Passage
+from fidelity.hard.styles import CODE, PROSE, Style, both
+
+
+@dataclass(frozen=True)
+class Model:
+    """A small Llama, trained from nothing on the ``base`` part of a corpus."""
+
+    name: str
+    passages: Callable[[], tuple[Passage, ...]]
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    steps: int
+
+
+MODELS = {
+    "prose": Model("prose", corpus.prose, 1024, 128, 4, 4, 700),
+    "code": Model("code", corpus.code, 768, 160, 3, 5, 400),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One adapter: text of some sources (of all, where none is named) in a style."""
+
+    name: str
+    style: Style
+    sources: tuple[str, ...] = ()
+    rank: int = 8
+    steps: int = 60
+    parent: str | None = None
+    in_basis: bool = True
+
+
+@dataclass(frozen=True)
+class HardCollection:
+    """Adapters of one model; parents are no tasks themselves."""
+
+    name: str
+    model: str
+    tasks: tuple[Plan, ...]
+    parents: tuple[Plan, ...] = field(default=())
+
+
+_PROSE = ("tkinter", "idlelib", "email", "asyncio", "logging", "readme", "http", "unittest", "xml",
+          "typing", "importlib", "_pydecimal")  # fmt: skip
+_CODE = ("tkinter", "idlelib", "email", "asyncio", "distutils", "multiprocessing", "http", "unittest",
+         "xml", "turtle", "importlib", "_pydecimal")  # fmt: skip
+_PROSE_STYLES = ("lower", "comment", "narrow", "wide", "numbered", "archaic", "starred", "short", "loud",
+                 "terse")  # fmt: skip
+_CODE_STYLES = ("tabs", "quotes", "camel", "this", "spaced", "two", "semicolons", "walrus", "short",
+                "tight")  # fmt: skip
+
+
+def _unrelated(styles: dict[str, Style], names: tuple[str, ...], sources: tuple[str, ...],
+               ranks: tuple[int, ...], steps: int) -> tuple[Plan, ...]:  # fmt: skip
+    return tuple(
+        Plan(f"{source}-{name}", styles[name], (source,), ranks[place % len(ranks)], steps,
+             in_basis=place < len(names) - 2)
+        for place, (name, source) in enumerate(zip(names, sources))
+    )  # fmt: skip
+
+
+def _children(
+    parent: Plan,
+    styles: dict[str, Style],
+    names: tuple[str, ...],
+    sources: tuple[str, ...],
+    steps: int,
+) -> tuple[Plan, ...]:
+    """What one parent goes on to learn: each its own style on top of the parent's, on its own text."""
+    return tuple(
+        Plan(f"{parent.name}-{source}-{name}", both(styles[name], parent.style), (source,), parent.rank,
+             steps, parent.name, in_basis=place < len(names) - (2 if len(names) > 8 else 1))
+        for place, (name, source) in enumerate(zip(names, sources))
+    )  # fmt: skip
+
+
+_MANUAL = Plan("manual", both(PROSE["narrow"], PROSE["quoted"]), steps=80)
+_NOTES = Plan("notes", both(PROSE["lower"], PROSE["starred"]), rank=16, steps=80)
+_MAIL = Plan("mail", both(PROSE["sentences"], PROSE["quoted"]), rank=16, steps=80)
+_HOUSE = Plan("house", both(CODE["two"], CODE["quotes"]), rank=16, steps=80)
+
+COLLECTIONS = {
+    found.name: found
+    for found in (
+        HardCollection(
+            "prose-unrelated", "prose", _unrelated(PROSE, _PROSE_STYLES, _PROSE, (8,), 60)
+        ),
+        HardCollection(
+            "prose-family",
+            "prose",
+            _children(
+                _MANUAL,
+                PROSE,
+                ("plain", "archaic", "short", "terse", "loud", "unpunctuated", "wide", "lower", "plain",
+                 "short"),
+                _PROSE,
+                24,
+            ),
+            (_MANUAL,),
+        ),
+        HardCollection(
+            "prose-two-parents",
+            "prose",
+            _children(_NOTES, PROSE, ("plain", "archaic", "short", "terse", "loud", "wide"), _PROSE, 24)
+            + _children(
+                _MAIL, PROSE, ("plain", "archaic", "short", "terse", "unpunctuated", "lower"),
+                _PROSE[6:], 24,
+            ),
+            (_NOTES, _MAIL),
+        ),
+        HardCollection(
+            "code-ranks", "code", _unrelated(CODE, _CODE_STYLES, _CODE, (4, 8, 16, 32, 64), 40)
+        ),
+        HardCollection(
+            "code-family",
+            "code",
+            _children(
+                _HOUSE,
+                CODE,
+                ("plain", "camel", "this", "spaced", "walrus", "short", "tight", "uncommented", "plain",
+                 "semicolons"),
+                _CODE,
+                20,
+            ),
+            (_HOUSE,),
+        ),
+        HardCollection(
+            "code-many",
+            "code",
+            tuple(
+                Plan(f"{source}-{name}", CODE[name], (source,), 4, 12, in_basis=place + row < 14)
+                for row, source in enumerate(_CODE[:8])
+                for place, name in enumerate(_CODE_STYLES[:8])
+            ),
+        ),
+    )
+}  # fmt: skip
