@@ -64,18 +64,21 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and write."""
     report = record(args, cpu_name(), "vllm", "torch")
     print_record(report)
+    report["samples"], report["summary"] = {}, {}
+
+    def take(place: str, work: Callable[..., Any], *given: Any) -> None:
+        say(place)
+        samples = report["samples"][place] = in_another_process(work, args, *given)
+        report["summary"][place] = _summary(samples)
+        _print(place, report["summary"][place])
+
     if args.shapes:
-        found = {"true shapes": in_another_process(_shapes, args)}
+        take("true shapes", _shapes)
     else:
         with tempfile.TemporaryDirectory(prefix="bench-publish-") as folder:
             in_another_process(_make_model, Path(folder), 2 if args.quick else LAYERS)
-            found = {}
             for place in PLACES:
-                say(place)
-                found[place] = in_another_process(_engine, args, Path(folder), place)
-    report["samples"] = found
-    report["summary"] = {place: _summary(samples) for place, samples in found.items()}
-    _print(report["summary"])
+                take(place, _engine, Path(folder), place)
     end_record(report)
     write_json(args.json, report)
     return 0
@@ -196,6 +199,9 @@ def _engine(args: argparse.Namespace, model: Path, place: str) -> dict[str, Any]
     os.environ.update(ENVIRONMENT | CPU_ENVIRONMENT)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = PLACES[place]
     os.environ["VLLM_VLORA_CHECKPOINT"] = ""
+    os.environ.setdefault(
+        "VLLM_LOGGING_LEVEL", "WARNING"
+    )  # A line for every publication otherwise.
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -252,6 +258,7 @@ def _engine(args: argparse.Namespace, model: Path, place: str) -> dict[str, Any]
                 samples.add("copy", wall=wall, cpu=cpu)
     finally:
         shutil.rmtree(scratch)
+        llm.llm_engine.engine_core.shutdown()
     return samples
 
 
@@ -269,20 +276,19 @@ def _summary(samples: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _print(summary: dict[str, Any]) -> None:
+def _print(place: str, found: dict[str, Any]) -> None:
     head = ("", "wall, ms", "CPU of the caller, ms", "then, ms", "of a copy")
-    for place, found in summary.items():
-        floor = found["copy"]["wall"][0]
-        rows = [
-            (
-                name,
-                *(
-                    f"{value[0]:.1f} ({value[1]:.1f} to {value[2]:.1f})" if value else ""
-                    for value in (times.get(what) for what in ("wall", "cpu", "then"))
-                ),
-                f"{times['wall'][0] / floor:.1f}",
-            )
-            for name, times in found.items()
-        ]
-        print(f"\n{place}")
-        print(table(head, rows))
+    floor = found["copy"]["wall"][0]
+    rows = [
+        (
+            name,
+            *(
+                f"{value[0]:.1f} ({value[1]:.1f} to {value[2]:.1f})" if value else ""
+                for value in (times.get(what) for what in ("wall", "cpu", "then"))
+            ),
+            f"{times['wall'][0] / floor:.1f}",
+        )
+        for name, times in found.items()
+    ]
+    print(f"\n{place}")
+    print(table(head, rows), flush=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -251,6 +253,32 @@ def test_what_goes_wrong_on_the_way_leaves_no_memory() -> None:
     with pytest.raises(RuntimeError, match="the engine died"):
         asked.throw(RuntimeError("the engine died"))
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_who_is_cancelled_leaves_no_engine_core_half_told() -> None:
+    asked: list[tuple[str, bytes]] = []
+
+    class Client:
+        core_engines = (b"0", b"1")
+
+        async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> str:
+            await asyncio.sleep(0.05)
+            asked.append((method, engine))
+            return ""
+
+    async def cancel() -> None:
+        engine = SimpleNamespace(engine_core=Client())
+        caller = asyncio.create_task(publishing._answered_async(engine, steps()))
+        while not asked:
+            await asyncio.sleep(0.001)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        await asyncio.sleep(0.5)
+
+    asyncio.run(cancel())
+    wanted = [(method, core) for method in (OFFER_METHOD, ADOPT_METHOD) for core in (b"0", b"1")]
+    assert sorted(asked) == sorted(wanted)
 
 
 @pytest.mark.parametrize(

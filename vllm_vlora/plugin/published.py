@@ -17,10 +17,11 @@ from typing import Any
 import msgspec
 
 from vllm_vlora.errors import VLoRAError
-from vllm_vlora.plugin.engine_core import manager_of, tasks_of
+from vllm_vlora.plugin.engine_core import manager_of, tasks_of, tasks_so_far
 from vllm_vlora.plugin.manager import logger
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
 from vllm_vlora.plugin.residency import GRACE
+from vllm_vlora.wording import shown
 
 OFFER_METHOD, ADOPT_METHOD = "vlora_offer", "vlora_adopt"
 WITHDRAW_METHOD, UNPUBLISH_METHOD = "vlora_withdraw", "vlora_unpublish"
@@ -33,10 +34,10 @@ _LOOK_AGAIN = 0.25
 # --- what the workers are asked -------------------------------------------------------------------
 
 
-def _take(worker: Any, offer: bytes, content: bytes | None) -> str:
+def _take(worker: Any, described: bytes, content: bytes | None) -> str:
     """Have a worker check a task and keep it; why it does not, or nothing."""
     try:
-        checkpoint = OfferedCheckpoint(msgspec.json.decode(offer, type=Offer), content)
+        checkpoint = OfferedCheckpoint(msgspec.json.decode(described, type=Offer), content)
         manager_of(worker).vlora_store.take(checkpoint.task_path, checkpoint)
     except ElsewhereError:
         return ELSEWHERE
@@ -55,9 +56,13 @@ def _discard(worker: Any, path: str) -> None:
 # --- an engine core's methods ---------------------------------------------------------------------
 
 
-def offer(core: Any, offer: bytes, content: bytes | None = None) -> str:
-    """Ask all workers to take a task; why one does not, or nothing."""
-    answers = core.model_executor.collective_rpc(_take, args=(bytes(offer), content))
+def offer(core: Any, described: bytes, content: bytes | None = None) -> str:
+    """Ask all workers to take a task; why one does not, or nothing.
+
+    Args:
+        described: the ``Offer`` as JSON. content: its memory's bytes, where a worker cannot map them.
+    """
+    answers = core.model_executor.collective_rpc(_take, args=(bytes(described), content))
     # One that cannot map the memory is asked again.
     return next((a for a in answers if a and a != ELSEWHERE), next(filter(None, answers), ""))
 
@@ -71,6 +76,8 @@ def adopt(core: Any, task: str, path: str) -> str:
     if before not in ("", path):
         tasks.unpublished[before] = time.monotonic()
     release(core)
+    again = " in place of the version before" if before else ""
+    logger.info("vllm-vlora: task %s is served from memory%s", shown(repr(task)), again)
     return before
 
 
@@ -88,11 +95,12 @@ def unpublish(core: Any, task: str) -> str:
     if path:
         tasks.unpublished[path] = time.monotonic()
         release(core)
+        logger.info("vllm-vlora: task %s is served from memory no more", shown(repr(task)))
     return path
 
 
 def release(core: Any) -> None:
-    """Let go of versions that are no longer published and that no request needs."""
+    """Let go of versions that are no longer published, that no request needs and nobody pinned."""
     tasks = tasks_of(core)
     if not tasks.unpublished:
         return
@@ -100,7 +108,8 @@ def release(core: Any) -> None:
     # An API server may not have heard of it yet, and asks for it.
     grace = GRACE if tasks.followed else 0.0
     for path, since in list(tasks.unpublished.items()):
-        if path in used or tasks.arrivals.awaits(path) or now - since < grace:
+        needed = path in used or tasks.arrivals.awaits(path) or tasks.residency.is_pinned(path)
+        if needed or now - since < grace:
             continue
         del tasks.unpublished[path]
         tasks.residency.forget(path, wholly=True)
@@ -111,8 +120,10 @@ def release(core: Any) -> None:
 
 def leave_devices(core: Any) -> None:
     """Take every task off the devices, whose memory will be lost; each comes when it is asked for."""
-    tasks = core.__dict__.get("_vlora_tasks_held")
-    for path in list(tasks.residency.paths()) if tasks is not None else ():
+    tasks = tasks_so_far(core)
+    if tasks is None:
+        return
+    for path in list(tasks.residency.paths()):
         tasks.residency.forget(path)
 
 
@@ -134,7 +145,7 @@ def release_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tasks = self.__dict__.get("_vlora_tasks_held")
+        tasks = tasks_so_far(self)
         if tasks is not None and tasks.unpublished:
             release(self)
         return original(self, *args, **kwargs)

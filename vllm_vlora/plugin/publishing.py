@@ -199,7 +199,11 @@ def _answered(engine: Any, steps: _Steps[_Found]) -> _Found:
 
 
 async def _answered_async(engine: Any, steps: _Steps[_Found]) -> _Found:
-    client = engine.engine_core
+    """The same of all engine cores, to the end: who is cancelled must not leave them half told."""
+    return await asyncio.shield(asyncio.ensure_future(_asked_async(engine.engine_core, steps)))
+
+
+async def _asked_async(client: Any, steps: _Steps[_Found]) -> _Found:
     try:
         # Reads and writes all tensors.
         method, *args = await asyncio.to_thread(next, steps)

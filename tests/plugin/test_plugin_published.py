@@ -1,0 +1,144 @@
+"""What an engine core does with tasks from memory: names, versions that leave, what workers say."""
+
+from __future__ import annotations
+
+import queue
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_vlora.plugin import published
+from vllm_vlora.plugin.published import ELSEWHERE, adopt, offer, release, unpublish, withdraw
+
+OLD, NEW, OTHER = (f"/dev/null/vllm_vlora.publish/tasks/t.safetensors@{n}" for n in "abc")
+
+
+class Core:
+    """An engine core whose workers say what a test has them say."""
+
+    def __init__(self, answers: list[str] | None = None, *, process: bool = False) -> None:
+        self.in_use: set[str] = set()
+        self.awaited: set[str] = set()
+        self.pinned: set[str] = set()
+        self.left: list[str] = []
+        self.discarded: list[str] = []
+        self.answers = answers or [""]
+        self.model_executor = SimpleNamespace(collective_rpc=self._ask)
+        self._vlora_tasks_held = SimpleNamespace(
+            published={},
+            unpublished={},
+            looks=None,
+            followed=False,
+            residency=SimpleNamespace(
+                in_use=lambda: self.in_use,
+                forget=self._forget,
+                is_pinned=self.pinned.__contains__,
+            ),
+            arrivals=SimpleNamespace(awaits=self.awaited.__contains__),
+        )
+        if process:
+            self.input_queue: queue.Queue[Any] = queue.Queue()
+
+    @property
+    def tasks(self) -> Any:
+        return self._vlora_tasks_held
+
+    def _ask(self, asked: Any, args: tuple[Any, ...]) -> list[str]:
+        if asked is published._discard:
+            self.discarded += args
+        return self.answers
+
+    def _forget(self, path: str, wholly: bool) -> None:
+        assert wholly
+        self.left.append(path)
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (["", ""], ""),
+        (["", "too high a rank"], "too high a rank"),
+        (["", ELSEWHERE], ELSEWHERE),
+        # What is wrong with a task stays wrong when it is sent again.
+        ([ELSEWHERE, "too high a rank"], "too high a rank"),
+    ],
+)
+def test_an_offer_is_answered_with_what_a_worker_has_against_it(
+    answers: list[str], said: str
+) -> None:
+    assert offer(Core(answers), b"{}") == said
+
+
+def test_a_version_leaves_when_no_request_needs_it() -> None:
+    core = Core()
+    assert adopt(core, "t", OLD) == ""
+    core.in_use = {OLD}
+    assert adopt(core, "t", NEW) == OLD
+    assert core.tasks.published == {"t": NEW}
+    release(core)
+    assert core.left == []
+    # It ran to its end, and another request of it waits for a device, or somebody pinned it.
+    core.in_use = set()
+    for needs in (core.awaited, core.pinned):
+        needs.add(OLD)
+        release(core)
+        assert core.left == []
+        needs.clear()
+    release(core)
+    assert core.left == core.discarded == [OLD]
+    release(core)
+    assert core.left == [OLD]
+
+
+def test_api_servers_are_given_time_to_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = Core()
+    core.tasks.followed = True
+    adopt(core, "t", OLD)
+    assert unpublish(core, "t") == OLD
+    assert core.left == []
+    later = time.monotonic() + published.GRACE + 1
+    monkeypatch.setattr(published, "time", SimpleNamespace(monotonic=lambda: later))
+    release(core)
+    assert core.left == [OLD]
+
+
+def test_what_is_published_again_stays() -> None:
+    core = Core()
+    adopt(core, "t", OLD)
+    core.in_use = {OLD}
+    adopt(core, "t", NEW)
+    assert adopt(core, "t", OLD) == NEW
+    assert core.tasks.unpublished == {}
+    assert core.left == [NEW]
+    assert adopt(core, "t", OLD) == OLD
+    assert core.left == [NEW]
+
+
+def test_a_refused_offer_takes_nothing_away_that_is_served() -> None:
+    core = Core()
+    adopt(core, "t", OLD)
+    withdraw(core, OLD)
+    assert core.discarded == []
+    withdraw(core, NEW)
+    assert core.discarded == [NEW]
+    assert unpublish(core, "another") == ""
+
+
+def test_an_engine_core_that_does_nothing_is_woken_to_look_again() -> None:
+    core = Core(process=True)
+    adopt(core, "t", OLD)
+    core.in_use = {OLD}
+    unpublish(core, "t")
+    kind, requests = core.input_queue.get(timeout=10)
+    assert (kind.name, requests) == ("ABORT", [])
+    core.in_use = set()
+    aborted: list[Any] = []
+    published.release_first(lambda _, ids: aborted.append(ids))(core, requests)
+    assert aborted == [[]]
+    assert core.left == [OLD]
+    with pytest.raises(queue.Empty):
+        core.input_queue.get(timeout=2 * published._LOOK_AGAIN)
