@@ -146,6 +146,8 @@ def evaluate(
                 "--batch-size": batch_size != _BATCH_SIZE,
             }
             _refuse_beside("--metric", unused)
+            unused = {"--max-new-tokens": max_new_tokens is not None}
+            _refuse_beside("--metric loss", unused if metric is Metric.loss else {})
         else:
             _refuse_beside("no --metric", {"--max-new-tokens": max_new_tokens is not None})
         for target in (html, save_json):
@@ -168,7 +170,12 @@ def evaluate(
                 base or _recorded_base(opened),
                 (files, originals),
                 metric.value,
-                (max_length, max_new_tokens or _NEW_TOKENS, max_examples, dtype),
+                (
+                    max_length,
+                    _NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+                    max_examples,
+                    dtype,
+                ),
                 save_json,
                 fail_under,
                 as_json,
@@ -222,7 +229,7 @@ def _answer(
     from vllm_vlora.tools.answers_report import answer, answers_failure, print_answers
 
     max_length, max_new_tokens, max_examples, dtype = limits
-    if max_new_tokens >= max_length or max_new_tokens < 1:
+    if metric != Metric.loss.value and not 1 <= max_new_tokens < max_length:
         raise OptionError(
             f"--max-new-tokens {max_new_tokens} leaves no room in --max-length {max_length}"
         )

@@ -482,9 +482,10 @@ def test_growing_again(tmp_path: Path) -> None:
     second = others(tmp_path)
     third = renamed(family(tmp_path / "third", 6, related=True, shapes=SHAPES, seed=21), "third-")
     everything = adapters | second | third
-    assert add_adapters(path, second, expand=True).grown == 2
+    options = AddOptions(ratio=3.5)
+    assert add_adapters(path, second, options, expand=True).grown == 2
     known = {task_id: decoded(Checkpoint.open(path), task_id) for task_id in adapters | second}
-    assert add_adapters(path, third, expand=True).grown == 2
+    assert add_adapters(path, third, options, expand=True).grown == 2
     checkpoint = Checkpoint.open(path)
     assert list(checkpoint.tasks) == list(everything)
     for task_id, factors in known.items():

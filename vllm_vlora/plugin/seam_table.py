@@ -629,6 +629,9 @@ def _held() -> Iterator[Seam]:
     yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.engine_core", "its client of the engine cores")
     yield Seam("vllm.v1.engine.llm_engine", "LLMEngine.vllm_config", "has it LoRA?")
     yield Seam("vllm.entrypoints.llm", "LLM.llm_engine", "the engine that is given a task")
+    yield Seam(
+        _CLIENT, "EngineCoreClient.shutdown", "ends one that has answered", ("self", "timeout")
+    )
     yield Seam(_CLIENT, "MPClient.core_engines", "the engine cores that are asked for their tasks")
     yield Seam(_CLIENT, "InprocClient.engine_core", "an engine core in process")
     for name in ("scheduler", "model_executor"):
