@@ -127,7 +127,7 @@ class Published:
         for (name, weights), text in zip(wanted.items(), texts):
             assert ids(text) == words(self.world.reference[weights][0]), name
 
-    def long(self, name: str, tokens: int = 200) -> list[str]:
+    def long(self, name: str, tokens: int = 240) -> list[str]:
         done = self.server.client.completions.create(
             model=name, prompt=PROMPTS[1], max_tokens=tokens, temperature=0,
             extra_body={"ignore_eos": True, "skip_special_tokens": False},
@@ -183,12 +183,13 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
     published.make(SECOND)
     cached = {name: published.cached(name) for name in "ab"}
     assert cached["a"] != cached["b"]
-    with ThreadPoolExecutor(40) as pool:
+    with ThreadPoolExecutor(80) as pool:
         # In flight while the basis changes, some of them waiting for a place in a batch.
-        running = [(name, pool.submit(published.long, name)) for name in "ab" for _ in range(20)]
+        running = [(name, pool.submit(published.long, name)) for name in "ab" for _ in range(40)]
         time.sleep(0.3)
         published.publish(SECOND)
-        published.until_taken(1)
+        # The metrics lag a second behind.
+        published.until(lambda: "is served now" in published.log())
         assert not all(future.done() for _, future in running)
         published.until_served(SECOND, 1)
         published.check(SECOND)
