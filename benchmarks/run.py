@@ -81,6 +81,11 @@ BENCHMARKS = {
         "publish",
         {"quick": "", "rounds": "turns of each (default: 9)", "device-note": ""},
     ),
+    "exchange": Benchmark(
+        "a changed basis: reading it, and putting it in the place of the one before",
+        "exchange",
+        {"quick": "", "rounds": "turns (default: 9)", "device-note": ""},
+    ),
     "fidelity": Benchmark(
         "what adapters keep when they are compressed: recovered fraction against bytes",
         "fidelity.program",
@@ -95,6 +100,11 @@ BENCHMARKS = {
         "fitbench.program",
         {"quick": "", "rounds": "turns of each (default: 2)", "device-note": "", "plot": ""},
     ),
+    "compress": Benchmark(
+        "compressing adapters of an 8B model and very many tiny ones: CPU time, the floor",
+        "field",
+        {"quick": "", "rounds": "turns of each (default: 2)", "device-note": ""},
+    ),
     "scale": Benchmark(
         "compressing very many adapters: seconds a module, memory, reads, the floor",
         "scale",
@@ -104,6 +114,11 @@ BENCHMARKS = {
         "opening checkpoints of very many tasks: seconds and memory, as JSON and as an index",
         "catalogue",
         {"quick": "", "device-note": ""},
+    ),
+    "routing": Benchmark(
+        "a router of prompts: which features are right how often, and what a pick costs",
+        "routing",
+        {"quick": "", "rounds": "routers of each (default: 3)", "device-note": ""},
     ),
     "distortion": Benchmark(
         "what codes of 2 to 8 bits lose, beside the rate-distortion bound",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 
 # Tasks that one line names at most.
 _NAMED_TASKS = 5
+_BATCH_SIZE, _GREEDY_TOKENS, _NEW_TOKENS = 4, 16, 128
+
+
+class Metric(str, Enum):
+    """What answers are judged by."""
+
+    rouge_l = "rouge-l"
+    exact_match = "exact-match"
+    loss = "loss"
 
 
 def evaluate(
@@ -75,7 +85,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Write what --json prints to a file.")
     ] = None,
     max_length: Annotated[int, typer.Option(metavar="N", help="Cut examples to N tokens.")] = 1024,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = _BATCH_SIZE,
     max_examples: Annotated[
         int | None, typer.Option(metavar="N", help="Use the first N examples of each file.")
     ] = None,
@@ -83,10 +93,26 @@ def evaluate(
     dtype: ModelDtype = None,
     greedy_tokens: Annotated[
         int, typer.Option(metavar="N", help="Compare N greedily generated tokens; 0: none.")
-    ] = 16,
+    ] = _GREEDY_TOKENS,
     losses_only: Annotated[
         bool, typer.Option("--losses-only", help="No KL and no agreement: quicker.")
     ] = False,
+    metric: Annotated[
+        Metric | None,
+        typer.Option(
+            help="Judge answers that vLLM generates, relative to the uncompressed adapter, in place "
+            "of the figures above. Data needs prompt and completion, or chats.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --metric: tokens of an answer at most. Default: 128.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -107,8 +133,21 @@ def evaluate(
     --adapter sql=runs/sql --html report.html
 
     vllm-vlora evaluate ckpt --data heldout/ --adapters loras/ --fail-under 0.95
+
+    vllm-vlora evaluate ckpt --data heldout/ --adapters loras/ --metric rouge-l
     """
     with reported(verbose):
+        if metric is not None:
+            unused = {
+                "--html": html is not None,
+                "--losses-only": losses_only,
+                "--device": device is not None,
+                "--greedy-tokens": greedy_tokens != _GREEDY_TOKENS,
+                "--batch-size": batch_size != _BATCH_SIZE,
+            }
+            _refuse_beside("--metric", unused)
+        else:
+            _refuse_beside("no --metric", {"--max-new-tokens": max_new_tokens is not None})
         for target in (html, save_json):
             _check_target(target)
         if html is not None:
@@ -123,6 +162,18 @@ def evaluate(
         originals = find_originals(opened, adapters or [], adapter or [])
         if fail_under is not None:
             _check_gate(files, originals, losses_only)
+        if metric is not None:
+            _answer(
+                opened,
+                base or _recorded_base(opened),
+                (files, originals),
+                metric.value,
+                (max_length, max_new_tokens or _NEW_TOKENS, max_examples, dtype),
+                save_json,
+                fail_under,
+                as_json,
+            )
+            return
         with progress_bar() as advance:
             from vllm_vlora.evaluation.base_model import quieten
             from vllm_vlora.evaluation.evaluator import (
@@ -155,6 +206,53 @@ def evaluate(
             if failure is not None:
                 open_console(stderr=True).print(failure, style="red", soft_wrap=True)
                 raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _answer(
+    opened: Checkpoint,
+    base: str,
+    given: tuple[Mapping[str, Any], Mapping[str, Any]],
+    metric: str,
+    limits: tuple[int, int, int | None, str | None],
+    save_json: Path | None,
+    fail_under: float | None,
+    as_json: bool,
+) -> None:
+    """``--metric``: what vLLM generates, judged."""
+    from vllm_vlora.tools.answers_report import answer, answers_failure, print_answers
+
+    max_length, max_new_tokens, max_examples, dtype = limits
+    if max_new_tokens >= max_length or max_new_tokens < 1:
+        raise OptionError(
+            f"--max-new-tokens {max_new_tokens} leaves no room in --max-length {max_length}"
+        )
+    with progress_bar() as advance:
+        report = answer(
+            opened,
+            base,
+            given[0],
+            given[1],
+            metric,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            max_examples=max_examples,
+            dtype=None if dtype is None else str(getattr(dtype, "value", dtype)),
+            progress=advance,
+        )
+    found = report.to_dict() | {"command": _command()}
+    _write_reports(found, None, save_json)
+    print_result(found, print_answers, as_json)
+    if fail_under is not None:
+        failure = answers_failure(found, fail_under)
+        if failure is not None:
+            open_console(stderr=True).print(failure, style="red", soft_wrap=True)
+            raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _refuse_beside(what: str, given: Mapping[str, bool]) -> None:
+    for option, is_given in given.items():
+        if is_given:
+            raise OptionError(f"{option} says nothing with {what}; leave it out")
 
 
 # --- what is evaluated ----------------------------------------------------------------------------

@@ -653,8 +653,11 @@ def _pack_narrow_rows(matrix: torch.Tensor, bits: int) -> PackedMatrix:
 def _narrow_row_codes(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """The NF4 codes of narrow rows for the scales that are stored, uint8 like ``blocks``."""
     scales = scales.unsqueeze(2)
-    # A scale of zero: the product is zero whatever the code, and +0.0 with one that is not negative.
-    units = torch.where(scales > 0, blocks / scales, 1.0).clamp_(-1, 1)
+    used = scales > 0
+    units = (blocks / torch.where(used, scales, 1.0)).clamp_(-1, 1)
+    if not bool(used.all()):
+        # The product is zero whatever the code, and +0.0 with one that is not negative.
+        units = torch.where(used, units, 1.0)
     index = _count_above(units, _narrow_thresholds(bits))
     kept = torch.tensor(NARROW_CODES[bits], dtype=torch.uint8, device=blocks.device)
     return torch.index_select(kept, 0, index.flatten().int()).view(blocks.shape)

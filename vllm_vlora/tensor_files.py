@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import io
 import math
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
@@ -54,6 +55,10 @@ class TensorEntry(NamedTuple):
     stop: int
 
 
+Stamp = tuple[int, ...]
+"""Device, inode, size and times of a file: the same as long as nobody writes to it or replaces it."""
+
+
 class ShardIndex(msgspec.Struct):
     """The Hub's index beside several files: tensor name -> file name."""
 
@@ -69,17 +74,28 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 class TensorFile:
     """An opened file and its header; a context manager.
 
+    Args:
+        known: the stamp of a file whose header was read before. Of that very file it is not read again:
+            ``read_entry`` takes what it said.
+
     Attributes:
-        entries: name -> what the header says, in the order of the data.
+        entries: name -> what the header says, in the order of the data; empty where it is known.
+        stamp: of the file.
 
     Raises:
         OSError: it cannot be opened or is no regular file. DamagedFileError: it is not whole.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: Stamp | None = None) -> None:
         self._file = open_regular(path)
         try:
-            self.entries = _read_header(self._file, size_of(self._file))
+            found = os.fstat(self._file.fileno())
+            self.stamp: Stamp = (
+                found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+            )  # fmt: skip
+            self.entries: dict[str, TensorEntry] = {}
+            if self.stamp != known:
+                self.entries = _read_header(self._file, found.st_size)
         except BaseException:
             self._file.close()
             raise
@@ -109,7 +125,10 @@ class TensorFile:
         """
         if name not in self.entries:
             raise DamagedFileError("the tensor is missing")
-        entry = self.entries[name]
+        return self.read_entry(self.entries[name])
+
+    def read_entry(self, entry: TensorEntry) -> torch.Tensor:
+        """The same by what the header says of it."""
         # Compared first, so that a cut file does not cost the memory of what it was.
         if size_of(self._file) < entry.stop:
             raise DamagedFileError(_CUT)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from edited_world import World
+from routers import network
 from safetensors.torch import load_file, save_file
 
 from vllm_vlora.atomic import publish_folder
-from vllm_vlora.checkpoint.hub import _files
+from vllm_vlora.checkpoint.hub import _files, pull_checkpoint
 from vllm_vlora.checkpoint.manifest import hash_file
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.pinning import pinned
@@ -31,21 +32,6 @@ from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.editing.routing import attach_router, remove_router
 from vllm_vlora.errors import CheckpointError, OptionError
-
-
-def network(outputs: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return {
-        "idf": draw(64).abs(),
-        "net.0.weight": draw(5, 64),
-        "net.0.bias": draw(5),
-        "net.2.weight": draw(outputs, 5),
-        "net.2.bias": draw(outputs),
-    }
 
 
 @pytest.fixture
@@ -104,7 +90,8 @@ def test_edits_keep_it_and_say_what_does_not_fit(routed: Path, tmp_path: Path) -
     gone, *kept = opened.tasks
     remove_tasks(routed, [gone], output=tmp_path / "elsewhere")
     remove_tasks(routed, [gone])
-    for folder in (routed, tmp_path / "elsewhere"):
+    pulled = pull_checkpoint(str(tmp_path / "elsewhere"), tmp_path / "pulled").path
+    for folder in (routed, tmp_path / "elsewhere", pulled):
         after = Checkpoint.open(folder)
         assert after.router == opened.router
         assert after.router is not None

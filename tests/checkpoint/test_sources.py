@@ -24,6 +24,7 @@ from edited_world import NEW, OLD, World
 from file_server import FileServer, file_server
 from places import ROOT
 from rich.console import Console
+from routers import network
 from typer.testing import CliRunner
 
 from vllm_vlora import downloads
@@ -36,6 +37,7 @@ from vllm_vlora.checkpoint.sources import checkpoint_folder, fixed_checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.editing.aliasing import set_alias
 from vllm_vlora.editing.removing import remove_tasks
+from vllm_vlora.editing.routing import attach_router
 from vllm_vlora.errors import AdapterError, CheckpointError, OutputError, VLoRAError
 from vllm_vlora.plugin import _checkpoint_folder
 from vllm_vlora.tools.cli import app
@@ -53,6 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
     writer.attach(OLD[0], {template.name: template})
     writer.finish()
     set_alias(world.checkpoint, "prod", OLD[0])
+    attach_router(world.checkpoint, OLD, network(len(OLD)))
     return world
 
 
@@ -108,6 +111,8 @@ def test_a_checkpoint_at_a_url_is_the_folder_byte_for_byte(
     assert opened.content_digest == Checkpoint.open(world.checkpoint).content_digest
     assert opened.path.name == opened.content_digest
     assert opened.attachments[OLD[0]]
+    assert opened.router is not None
+    assert opened.router.tasks == list(OLD)
     assert opened.aliases["prod"][0].blend[0].task == OLD[0]
     assert validate(f"{server.url}/ckpt") == []
     asked = dict(server.asked)

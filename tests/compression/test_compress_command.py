@@ -16,7 +16,7 @@ from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.quality import compress_judged
 from vllm_vlora.errors import OptionError
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
-from vllm_vlora.evaluation.judge import SelfJudge, _spread, local_model
+from vllm_vlora.evaluation.judge import SelfJudge, _is_clear, _spread, local_model
 from vllm_vlora.fitting.calibration import Calibration
 from vllm_vlora.tools.cli import app
 
@@ -242,6 +242,26 @@ def test_a_model_that_is_not_here_is_not_downloaded(
     assert local_model(str(tmp_path)) is None
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert local_model(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("ahead", "clear"),
+    [([0.1, 0.11, 0.09, 0.1], True), ([0.1, -0.02, 0.05, 0.2], False), ([0.1, 0.1, 0.1], False)],
+)
+def test_judging_ends_where_one_form_is_ahead_in_every_task(
+    ahead: list[float], clear: bool
+) -> None:
+    tasks = [f"t{number}" for number in range(len(ahead))]
+    first = dict(zip(tasks, (0.9 + 0.01 * number for number in range(len(ahead)))))
+    second = {task: first[task] - gap for task, gap in zip(tasks, ahead)}
+    assert _is_clear([first, second]) == clear
+    assert _is_clear([second, first]) == clear
+    third = {
+        task: value + 0.001 * (-1) ** place for place, (task, value) in enumerate(first.items())
+    }
+    assert not _is_clear([first, second, third])
+    unknown = [kept | {"t0": None} for kept in (first, second)]
+    assert not _is_clear(unknown)
 
 
 def test_the_first_tasks_that_are_judged_stand_far_apart() -> None:

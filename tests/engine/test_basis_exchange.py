@@ -43,7 +43,7 @@ CPUWorker.determine_available_memory = profile_first
 
 @dataclass
 class Published:
-    """A server, and the folder that it follows."""
+    """A server, and the folder that it follows: a link, which is moved to whole checkpoints."""
 
     world: World
     options: tuple[str, ...] = ()
@@ -51,18 +51,32 @@ class Published:
     script: str = FORKED
 
     def __post_init__(self) -> None:
-        self.folder = self.publish(FIRST)
-        log = self.world.root / f"exchange-{time.monotonic_ns()}.log"
+        self.own = self.world.root / f"exchange-{time.monotonic_ns()}"
+        self.folder, log = self.own / "followed", self.own / "log"
+        self.made: dict[str, Path] = {}
+        self.publish(FIRST)
         self.server = Server(
             self.world, log, self.folder, self.script, self.options, **self.environment
         )
         assert self.server.wait(), self.log()
 
-    def publish(self, tasks: dict[str, str]) -> Path:
+    def publish(self, tasks: dict[str, str]) -> None:
+        link = self.own / "next"
+        link.symlink_to(self.make(tasks))
+        link.replace(self.folder)
+
+    def make(self, tasks: dict[str, str]) -> Path:
+        """A checkpoint that loses nothing, made once."""
+        if str(tasks) not in self.made:
+            name = f"{self.own.name}/{len(self.made)}"
+            self.made[str(tasks)] = self.compress(name, tasks)
+        return self.made[str(tasks)]
+
+    def compress(self, name: str, tasks: dict[str, str]) -> Path:
         adapters = {**self.world.adapters, "ordinary": self.world.ordinary}
         chosen = {task: adapters[weights] for task, weights in tasks.items()}
         return self.world.compress(
-            "exchanged",
+            name,
             chosen,
             force=True,
             representation="joint",
@@ -71,7 +85,8 @@ class Published:
         )
 
     def log(self) -> str:
-        return self.server.log.read_text()
+        lines = self.server.log.read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if '"GET /' not in line)
 
     def value(self, name: str, **labels: str) -> float:
         """Of a metric, added up over engine cores; of the last second."""
@@ -121,11 +136,19 @@ class Published:
 
     def cached(self, name: str) -> list[str]:
         """An answer to the long prompt, whose first block the second request finds in the cache."""
-        hits = self.value("vllm:prefix_cache_hits_total")
-        first, second = (ids(self.server.text(name, LONG_PROMPT)) for _ in range(2))
-        assert first == second
-        self.until(lambda: self.value("vllm:prefix_cache_hits_total") > hits)
-        return first
+        first, second = (
+            self.server.client.completions.create(
+                model=name, prompt=LONG_PROMPT, max_tokens=20, temperature=0,
+                extra_body={"ignore_eos": True, "skip_special_tokens": False},
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        assert first.choices[0].text == second.choices[0].text
+        usage = second.usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == 128
+        return ids(first.choices[0].text)
 
     def exchanges(self) -> float:
         return self.value("vllm_vlora:basis_exchanges_total")
@@ -139,7 +162,12 @@ def published(world: World, request: pytest.FixtureRequest) -> Iterator[Publishe
     servers = 2 if request.param == "auto" else 1
     made = Published(
         world,
-        ("--api-server-count", str(servers), "--enable-prefix-caching"),
+        (
+            "--api-server-count",
+            str(servers),
+            "--enable-prefix-caching",
+            "--enable-prompt-tokens-details",
+        ),
         {"VLLM_VLORA_MODE": request.param},
     )
     yield made
@@ -152,6 +180,7 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
     published.check(FIRST)
     published.until(lambda: published.all_direct(FIRST))
     before = {name: published.long(name) for name in "ab"}
+    published.make(SECOND)
     cached = {name: published.cached(name) for name in "ab"}
     assert cached["a"] != cached["b"]
     with ThreadPoolExecutor(40) as pool:
@@ -179,8 +208,8 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
     assert {name: published.long(name) for name in "ab"} == before
     published.until(lambda: published.exchanges() == 2)
     published.until(lambda: published.all_direct(FIRST))
-    # Wider than the layers have room for.
-    published.publish(WIDER)
+    # Wider than the layers have room for, and by the command that users give.
+    published.compress(f"{published.own.name}/followed", WIDER)
     if published.environment["VLLM_VLORA_MODE"] == "direct":
         published.until(lambda: "has another basis than the layers hold" in published.log())
         published.check(FIRST)
@@ -203,6 +232,7 @@ def test_every_rank_exchanges_its_share_in_one_step(world: World, parallel: str)
     try:
         published.check(FIRST)
         before = published.long("b")
+        published.make(SECOND)
         with ThreadPoolExecutor(8) as pool:
             running = [pool.submit(published.long, "b") for _ in range(6)]
             time.sleep(0.3)

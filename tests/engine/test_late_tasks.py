@@ -36,6 +36,10 @@ def _held(worker: Any) -> tuple[int, int]:
     return store.arena_nbytes, sum("late" in task.path for task in store.tasks())
 
 
+def _paths(worker: Any) -> list[str]:
+    return worker.model_runner.lora_manager._adapter_manager.held_paths()
+
+
 class Engine:
     """An engine in this process."""
 
@@ -62,6 +66,11 @@ class Engine:
     def answer(self, name: str) -> list[int]:
         """Stock vLLM's."""
         return self.world.reference[COPIES.get(name, name)][0]
+
+    def paths(self) -> list[str]:
+        core = self.llm.llm_engine.engine_core.engine_core
+        (found,) = core.model_executor.collective_rpc(_paths)
+        return found
 
     def held(self) -> tuple[int, int]:
         core = self.llm.llm_engine.engine_core.engine_core
@@ -97,6 +106,21 @@ def test_the_least_recently_used_give_way_and_come_back(engine: Engine) -> None:
             assert engine.ask([lora_request(engine.late, name)]) == [engine.answer(name)]
             most = max(most, engine.held()[1])
     assert 6 < most < len(COPIES)
+
+
+def test_a_pinned_task_does_not_give_way(engine: Engine) -> None:
+    from vllm_vlora import lora_request
+
+    pinned = lora_request(engine.late, "late-4")
+    assert engine.llm.llm_engine.add_lora(pinned)
+    assert engine.llm.llm_engine.pin_lora(pinned.lora_int_id)
+    for name in COPIES:
+        assert engine.ask([lora_request(engine.late, name)]) == [engine.answer(name)]
+        assert pinned.lora_path in engine.paths()
+    assert engine.llm.llm_engine.remove_lora(pinned.lora_int_id)
+    for name in COPIES:
+        engine.ask([lora_request(engine.late, name)])
+    assert engine.ask([pinned]) == [engine.answer("late-4")]
 
 
 def test_what_does_not_fit_beside_the_tasks_in_use_is_its_callers_error(engine: Engine) -> None:

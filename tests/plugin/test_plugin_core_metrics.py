@@ -165,9 +165,19 @@ def test_tiers_are_what_the_workers_have_at_that_moment(tmp_path: Path) -> None:
     assert tiers["device"]["budget"] == store.arena_nbytes
     assert tiers["host"] == {"tasks": 0, "bytes": 0, "budget": 1 << 20}
     assert {name for name, _ in taken["residents"]["device"]} == set(core.checkpoint.tasks)
+    assert not any(pinned for _, pinned in taken["residents"]["device"])
     assert taken["state"] == core.checkpoint.content_digest
     assert taken["reload_refusals"]["checkpoint"] == 1
     assert metrics_snapshot(core)["reload_refusals"]["checkpoint"] == 1, "told once"
+
+
+def test_tasks_that_are_pinned_are_marked(tmp_path: Path) -> None:
+    core = Core(tmp_path / "c", device=1 << 30)
+    first, *_ = core.stores[0].tasks()
+    residency = tasks_of(core).residency
+    residency.pin(residency.number(first.path, 7))
+    pinned = [name for name, marked in metrics_snapshot(core)["residents"]["device"] if marked]
+    assert pinned == [first.task_id]
 
 
 def test_tasks_in_host_memory_alone_are_named_there(tmp_path: Path) -> None:

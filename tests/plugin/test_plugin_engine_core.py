@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from residency_world import Executor, Workers, lora, path_of
@@ -225,7 +225,7 @@ def test_a_task_that_cannot_be_loaded_ends_its_requests_alone() -> None:
     core.add_request(request("1", lora("a")))
     core.add_request(request("2", lora("b")))
     core.turn()
-    assert core.refused() == [(3, "1", "vllm-vlora: CheckpointError: a is damaged")]
+    assert core.refused() == [(3, "1", "vllm-vlora: CheckpointError: task 'a': a is damaged")]
     assert core.added == ["2"]
     answer = core.add_lora(lora("a"))
     core.turn()
@@ -274,8 +274,9 @@ def test_aborted_requests_that_wait_never_enter() -> None:
 def test_questions_that_a_task_costs() -> None:
     """Each waits for the step that the workers are at, in an executor with processes of its own."""
     core: Any = OwnProcess(a=4)
-    alone: Any = OneWorker(a=4, b=40)
-    for one, questions in ((core, 2), (alone, 1)):
+    alone, ray = cast("list[Any]", [OneWorker(a=4), OneWorker(a=4)])
+    ray.model_executor.uses_ray = True
+    for one, questions in ((core, 2), (alone, 1), (ray, 1)):
         one.workers.stage("a")
         one.add_request(request("1", lora("a")))
         asked = ["_held"] + ["_bring"] * questions

@@ -337,28 +337,39 @@ class Walk:
         }
         self.random = Random(seed)
         self.used: set[str] = set()
+        self.waiting: list[str] = []
         self.seen: Counter[str] = Counter()
         self.store = Store(budget=Budget(device=0, late=1 << 20, host=host)).store
         self.store.preload(self.checkpoints[0].path, make_path)
 
     def step(self) -> None:
-        # Requests are what there is most of.
-        chance = self.random.random()
-        if chance < 0.05:
-            self.store.serve(State(self.random.choice(self.checkpoints)))
-        elif chance < 0.2:
-            self.settle()
-        elif chance < 0.23:
-            self.store.hold_back(self.random.random() < 0.7)
-        elif chance < 0.3 and self.used:
-            self.used.discard(self.random.choice(sorted(self.used)))
-        elif chance < 0.35:
+        events = (self.publish, self.settle, self.hold_back, self.end, self.evict, self.request)
+        (event,) = self.random.choices(events, (6, 5, 5, 15, 20, 50))
+        event()
+
+    def publish(self) -> None:
+        self.store.serve(State(self.random.choice(self.checkpoints)))
+
+    def hold_back(self) -> None:
+        self.store.hold_back(self.random.random() < 0.5)
+
+    def end(self) -> None:
+        for path in self.random.sample(sorted(self.used), len(self.used) // 2):
+            self.used.discard(path)
+        if self.random.random() < 0.2:
             self.used.clear()
-        else:
-            state = self.store.state
-            assert state is not None
-            served = list(state.tasks) if self.random.random() < 0.5 else list(self.of_path)
-            self.ask(self.random.choice(served))
+
+    def evict(self) -> None:
+        idle = [task.path for task in self.store.tasks() if task.path not in self.used]
+        for path in self.random.sample(idle, len(idle) // 2):
+            self.store.forget(path)
+
+    def request(self) -> None:
+        state = self.store.state
+        assert state is not None
+        joint = [path for task, path in state.paths.items() if task in JOINT]
+        asked = self.random.choice([joint, joint, list(self.of_path), self.waiting])
+        self.ask(self.random.choice(asked or joint))
 
     def settle(self) -> None:
         """What an engine core does that looks at the workers."""
@@ -383,6 +394,7 @@ class Walk:
             staged = self.store.stage(parsed)
         if staged is None:
             self.seen["waits"] += 1
+            self.waiting = [*self.waiting[-4:], path]
             return
         assert self.store.place(parsed) == 0
         self.used.add(path)
@@ -422,7 +434,7 @@ def test_whatever_is_published_a_task_on_the_device_adds_its_own_weights(
     tmp_path: Path, seed: int, host: int
 ) -> None:
     walk = Walk(tmp_path, seed, host)
-    for number in range(500):
+    for number in range(1000):
         walk.step()
         if number % 20 == 0:
             walk.check()

@@ -34,7 +34,7 @@ from vllm_vlora.plugin.engine_core import (
     TASKS_METHOD,
 )
 from vllm_vlora.plugin.following import State, folder_identity
-from vllm_vlora.plugin.identity import task_paths
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, task_paths
 from vllm_vlora.plugin.listing import Listing
 from vllm_vlora.plugin.named_requests import NameHeaders, TaskRequests
 from vllm_vlora.plugin.prompt_routing import prompt_text
@@ -98,7 +98,7 @@ class Server:
             renderer=SimpleNamespace(get_tokenizer=Tokenizer),
             engine_client=SimpleNamespace(engine_core=self),
         )
-        self.listing = Listing(self.models, set(), None, policy)
+        self.listing = Listing(self.models, None, policy)
         asyncio.run(self.listing.start())
         self.requests: TaskRequests = self.models.lora_requests
 
@@ -106,13 +106,17 @@ class Server:
         opened = Checkpoint.open(checkpoint)
         router = opened.router
         self._answers = {
-            TASKS_METHOD: [[task, str(path)] for task, path in task_paths(opened).items()],
+            # The first is one from memory, in place of the folder's.
+            TASKS_METHOD: [
+                [task, str(path if number else TaskPath(MEMORY, path.file, path.digest))]
+                for number, (task, path) in enumerate(task_paths(opened).items())
+            ],
             ALIASES_METHOD: encode_aliases(opened.aliases).decode(),
             ROUTER_METHOD: "" if router is None else encode_router(router).decode(),
             FOLLOW_METHOD: opened.content_digest,
         }
 
-    async def _call_utility_async(self, method: str, *, engine: int) -> Any:
+    async def _call_utility_async(self, method: str, *_args: Any, engine: int) -> Any:
         return self._answers[method]
 
     def follow(self, checkpoint: Path) -> None:
@@ -301,7 +305,11 @@ def test_the_text_of_a_request() -> None:
     assert text(prompt=[1, 2]) == "w1 w2"
     assert text(prompt=[[1], [2, 3]]) == "w1\nw2 w3"
     assert text(token_ids=[4]) == "w4"
-    assert len(text(prompt=list(range(100_000))).split()) == 8192
+    many = text(prompt=list(range(100_000))).split()
+    assert (len(many), many[0], many[-1]) == (2048, "w0", "w99999")
+    # However many there are, few of them are decoded.
+    many = text(prompt=[[number] for number in range(100_000)]).split("\n")
+    assert (len(many), many[0], many[-1]) == (16, "w0", "w99999")
     assert text(prompt=None, prompt_embeds=b"x") == ""
     assert text(messages=[{"role": "user", "content": None}]) == ""
     models = SimpleNamespace(renderer=SimpleNamespace())

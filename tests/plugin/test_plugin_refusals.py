@@ -34,12 +34,18 @@ def over_the_wire(outputs: Any) -> Any:
 
 def test_an_engine_core_answers_the_server_that_asked() -> None:
     core = SimpleNamespace(output_queue=queue.Queue())
-    refuse(core, SimpleNamespace(request_id="a", client_index=3), CheckpointError("it is gone"))
+    lora = SimpleNamespace(lora_name="sql")
+    asked = SimpleNamespace(request_id="a", client_index=3, lora_request=lora)
+    refuse(core, asked, CheckpointError("/ck/tasks/sql.safetensors: it is gone"))
     client, outputs = core.output_queue.get_nowait()
     assert (client, outputs.finished_requests) == (3, {"a"})
     (end,) = over_the_wire(outputs).outputs
     assert (end.request_id, end.finished, end.new_token_ids) == ("a", True, [])
-    assert end.stop_reason == "vllm-vlora: CheckpointError: it is gone"
+    gone = "/ck/tasks/sql.safetensors: it is gone"
+    assert end.stop_reason == f"vllm-vlora: CheckpointError: task 'sql': {gone}"
+    refuse(core, asked, MemoryBudgetError("no room for task 'sql'"))
+    _, outputs = core.output_queue.get_nowait()
+    assert outputs.outputs[0].stop_reason == "vllm-vlora: MemoryBudgetError: no room for task 'sql'"
 
 
 class Frontend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -123,6 +124,20 @@ def test_two_tasks_in_use_never_have_one_number() -> None:
     workers.residency.forget(path_of("b"))
     workers.used = {"c"}
     assert number(path_of("b"), 7) == 7, "nobody uses a's any more"
+
+
+def test_nothing_is_remembered_of_what_came_and_went() -> None:
+    """Clients can make up any number of blends, each a task of its own."""
+    names = [chr(0x4E00 + i) for i in range(300)]
+    workers = Workers([4], {name: [4] for name in names})
+    workers.broken = set(names[::3])
+    residency = workers.residency
+    for number, name in enumerate(names, 1):
+        residency.number(path_of(name), number)
+        with contextlib.suppress(CheckpointError):
+            residency.place(lora(name))
+    sizes = {k: len(v) for k, v in vars(residency).items() if isinstance(v, (dict, set, list))}
+    assert max(sizes.values()) <= 7, sizes
 
 
 # --- who waits --------------------------------------------------------------------------------------

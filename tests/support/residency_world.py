@@ -103,6 +103,7 @@ class Executor:
     """vLLM's executor over these managers of tasks, a worker each, that answers at once."""
 
     is_sleeping = False
+    uses_ray = False
 
     def __init__(self, managers: Sequence[Any]) -> None:
         self._workers = [
@@ -125,6 +126,7 @@ class Executor:
         answers = [method(worker, *args) for worker in self._workers]
         if not non_block:
             return answers
+        assert not self.uses_ray, "vLLM's promise would fail"
         promise: Future[Any] = Future()
         promise.set_result(answers)
         return promise

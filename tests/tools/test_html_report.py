@@ -213,7 +213,7 @@ def test_what_comes_from_outside_is_escaped() -> None:
         "held<out>.jsonl",
         "/loras/own<tokenizer>",
         "no gain <here>",
-        "above 0.5: loud <u> 0.75;",
+        "more than 5% of what the adapter gains: loud <u> 75%;",
         "No update, the LoRA weights are zero: idle <u>;",
         "evaluate '<x>'",
     ):

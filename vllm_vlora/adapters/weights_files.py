@@ -15,7 +15,7 @@ from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.strict_json import JSONError, decode
-from vllm_vlora.tensor_files import DamagedFileError, ShardIndex, TensorFile
+from vllm_vlora.tensor_files import DamagedFileError, ShardIndex, Stamp, TensorEntry, TensorFile
 from vllm_vlora.wording import some_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -29,6 +29,7 @@ class StoredTensor:
     Attributes:
         dtype: safetensors' name, "BF16". shape: as it is read, so after ``transposed``.
         file, key: the file and its name there. transposed: whether the file has the transpose.
+        stamp, entry: of the file, and what its header said, so that it need not be read again.
     """
 
     dtype: str
@@ -36,6 +37,8 @@ class StoredTensor:
     file: Path
     key: str
     transposed: bool = False
+    stamp: Stamp | None = None
+    entry: TensorEntry | None = None
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -63,7 +66,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one file, by name."""
     with open_weights(path) as file:
         return {
-            key: StoredTensor(entry.dtype, entry.shape, path, key)
+            key: StoredTensor(entry.dtype, entry.shape, path, key, stamp=file.stamp, entry=entry)
             for key, entry in file.entries.items()
         }
 
@@ -84,11 +87,20 @@ def _is_file_name(name: str) -> bool:
     return Path(name).name == name and name.isprintable() and len(name.encode()) <= 255
 
 
-def open_weights(path: Path) -> TensorFile:
-    """The opened weights file; AdapterError when it is missing, damaged or a link out of its folder."""
-    refuse_link_out(path, path.parent, AdapterError)
+def open_weights(path: Path, known: Stamp | None = None) -> TensorFile:
+    """The opened weights file; AdapterError when it is missing, damaged or a link out of its folder.
+
+    Args:
+        known: as of ``TensorFile``; such a file was also found not to lie behind a link out.
+    """
+    if known is None:
+        refuse_link_out(path, path.parent, AdapterError)
     try:
-        return TensorFile(path)
+        opened = TensorFile(path, known)
+        if known in (None, opened.stamp):
+            return opened
+        opened.close()
+        return open_weights(path)
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent}: {_missing(path)}") from error
     except (DamagedFileError, OSError) as error:
@@ -136,9 +148,14 @@ class WeightsReader:
             AdapterError: a value is NaN or infinite, or the file changed since its header was read.
         """
         if stored.file not in self._files:
-            self._files[stored.file] = self._stack.enter_context(open_weights(stored.file))
+            opened = open_weights(stored.file, stored.stamp)
+            self._files[stored.file] = self._stack.enter_context(opened)
+        file = self._files[stored.file]
         try:
-            tensor = self._files[stored.file].read(stored.key)
+            if stored.entry is not None and file.stamp == stored.stamp:
+                tensor = file.read_entry(stored.entry)
+            else:
+                tensor = file.read(stored.key)
         except (DamagedFileError, OSError) as error:
             raise AdapterError(
                 f"{self._where}: cannot read tensor {stored.key!r}: {error}"

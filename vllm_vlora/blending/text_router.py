@@ -64,7 +64,7 @@ class TextRouter:
     """
 
     def __init__(self, tasks: Sequence[str], temperature: float, weights: Weights) -> None:
-        self._tasks, self._temperature = list(tasks), temperature
+        self.tasks, self._temperature = list(tasks), temperature
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
         self._idf = arrays["idf"]
         # A text's columns as rows, each in one piece of memory.
@@ -112,7 +112,7 @@ class TextRouter:
 
     def _task(self, output: int) -> str | None:
         """The task of an output; None for that of no task."""
-        return self._tasks[output] if output < len(self._tasks) else None
+        return self.tasks[output] if output < len(self.tasks) else None
 
 
 def _blend(chosen: list[tuple[str, float]]) -> Blend:

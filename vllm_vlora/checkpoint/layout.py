@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -75,19 +76,25 @@ def task_tensor_sizes(
 
 def safetensors_nbytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
     """Bytes of a safetensors file with these tensors: length word, padded JSON header, data."""
-    header, offset = {}, 0
+    text, offset = 2 + max(len(tensors) - 1, 0), 0
     for name, (dtype, shape) in sorted(
         tensors.items(), key=lambda item: (_DTYPE_ORDER[item[1][0]], item[0])
     ):
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+        stop = offset + math.prod(shape) * dtype.itemsize
+        sizes = ",".join(map(str, shape))
+        # "name":{"dtype":"F32","shape":[4,2],"data_offsets":[0,32]}
+        text += _json_nbytes(name) + len(SAFETENSORS_DTYPES[dtype]) + len(sizes)
+        text += len(f"{offset}{stop}") + _ENTRY_NBYTES
+        offset = stop
     return 8 + (text + 7) // 8 * 8 + offset
+
+
+_ENTRY_NBYTES = len(':{"dtype":"","shape":[],"data_offsets":[,]}')
+
+
+@lru_cache(maxsize=1 << 14)
+def _json_nbytes(text: str) -> int:
+    return len(json.dumps(text, ensure_ascii=False).encode())
 
 
 def task_nbytes(

@@ -26,6 +26,7 @@ from vllm_vlora.planning.problem import (
     private_problems,
 )
 from vllm_vlora.planning.scratch import FittedBases
+from vllm_vlora.planning.screening import bases_can_pay, flat_can_pay, sample
 from vllm_vlora.planning.sharing import Sharing, decide_sharing
 from vllm_vlora.planning.survey import (
     FittedGroup,
@@ -42,6 +43,11 @@ _ALONE_ENTRIES = 20_000
 _FLAT_ADAPTERS = 128
 # Under an error limit: the sizes, of the best plan so far, at which sharing is decided.
 _SIZES = (0.9, 0.6, 0.35)
+# Sizes at which bases of some modules are tried before all are fitted: of the originals', and of the
+# budget. A shared basis' loss counts less than it does in the end, so that little is passed over.
+_ALL_PARTS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+_NEAR = (0.5, 1.0, 2.0)
+_COUNTED_AT_LEAST = 1.5
 # Losses below this are the very numbers, which no basis gives.
 _EXACT = 1e-5
 
@@ -83,20 +89,63 @@ class Candidates:
         flat = self._tries_flat()
         shared = {module.name for module in self._shareable}
         sketch, only_flat = self._may_cluster(), options.shares == "flat"
+        tried = self._tried
+        on_basis = {module.name for module in tried}
         jobs = [
             SurveyJob(
                 module.name,
                 private=not (only_shared and module.name in shared),
-                groups=((0, module.tasks),) if module.name in shared and not only_flat else (),
-                flat=flat and module.name in shared,
-                sketch=sketch and module.name in shared,
+                groups=((0, module.tasks),) if module.name in on_basis and not only_flat else (),
+                flat=flat and module.name in on_basis,
+                sketch=sketch and module.name in on_basis,
             )
             for module in self._collection.modules.values()
         ]
         survey = self._run(Survey(self._collection), jobs, "measure")
+        if len(tried) < len(self._shareable):
+            survey = self._completed(survey)
         if only_shared and options.clusters != "auto" and int(options.clusters) > 1:
             survey = self._clustered(survey) or survey
         return survey
+
+    @cached_property
+    def _tried(self) -> list[Module]:
+        """Modules whose bases show whether the others' are worth fitting."""
+        options = self._options
+        if options.shares != "auto" or options.num_components is not None:
+            return self._shareable
+        return sample(self._shareable)
+
+    def _completed(self, survey: Survey) -> Survey:
+        """The survey with bases of all modules, or of none where those tried can never pay."""
+        limit = self._settings.byte_limit
+        whole = self._collection.original_nbytes
+        parts: Sequence[float]
+        if limit is None or limit >= whole:
+            # Within an error limit no size is known, and the error itself may be what counts.
+            parts, counted = _ALL_PARTS, 1.0
+        else:
+            parts, counted = [part * limit / whole for part in _NEAR], _COUNTED_AT_LEAST
+        joint = bases_can_pay(survey, self._formats, self._tried, parts, counted)
+        if not joint and survey.affinity is not None:
+            joint = len(cluster_tasks(survey.affinity, self._options.clusters)) > 1
+        flat = flat_can_pay(survey, self._tried, parts)
+        survey = replace(
+            survey, joint=survey.joint if joint else {}, flat=survey.flat if flat else {}
+        )
+        tried = {module.name for module in self._tried}
+        jobs = [
+            SurveyJob(
+                module.name,
+                private=False,
+                groups=((0, module.tasks),) if joint else (),
+                sketch=joint and survey.affinity is not None,
+                flat=flat,
+            )
+            for module in self._shareable
+            if module.name not in tried
+        ]
+        return self._run(survey, jobs, "fit") if joint or flat else survey
 
     def _tries_flat(self) -> bool:
         if self._options.shares == "flat":

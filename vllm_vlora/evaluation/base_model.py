@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from typing import Any
@@ -71,6 +72,8 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> tupl
 def quieten() -> None:
     """Hugging Face's own bars and notes would stand beside ours."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # PEFT imports it where it is there; on a CPU it warns of kernels that nothing here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Without transformers there is nothing to quieten; loading says what to install.
     with suppress(ImportError):
         import transformers

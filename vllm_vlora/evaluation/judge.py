@@ -22,6 +22,7 @@ from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.task_files import find_data
 from vllm_vlora.errors import OptionError, TaskNotFoundError, VLoRAError
+from vllm_vlora.evaluation.base_model import quieten
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
 from vllm_vlora.evaluation.fidelity import kl_kept
 from vllm_vlora.wording import some_of
@@ -31,7 +32,10 @@ Found = dict[str, float | None]
 
 SAMPLED_TOKENS, SAMPLED_LENGTH = 256, 48
 """Tokens that the model writes for a task, and the most in one text."""
-_LEAST_TASKS, _MOST_TASKS = 4, 16
+# Tasks differ in what a form does to them by more than tokens do: of four, the wrong form may keep most.
+_LEAST_TASKS, _MOST_TASKS = 8, 16
+# No more tasks are asked when the first form is ahead by so many standard errors over so many tasks.
+_CLEARLY, _CLEARLY_TASKS = 4.0, 4
 # Of a large matrix product's speed, what a model reaches on short texts.
 _EFFICIENCY = 0.3
 # Writing a token takes a pass of its own, which costs more than the token's share of a long one.
@@ -70,6 +74,7 @@ def make_judge(
     base = base or common_base_model(adapters)[0]
     if base is None:
         raise OptionError("the adapters name no base model; give it with --base MODEL")
+    quieten()
     progress("load the base model", 0, 1)
     evaluator = Evaluator(base, files, EvaluationOptions(greedy_tokens=0))
     for task, adapter in adapters.items():
@@ -93,8 +98,8 @@ def make_judge(
 class SelfJudge:
     """Judges forms of one collection by KL kept on text that the model writes with each original.
 
-    Tasks are taken from all over the collection, one after another, each in all forms: 4 at least, 16 at
-    most, and no more than measuring the adapters took.
+    Tasks are taken from all over the collection, one after another, each in all forms, until one form is
+    clearly ahead: 8 at least otherwise, 16 at most, and no longer than measuring the adapters took.
 
     Args:
         model: folder of the base model.
@@ -148,7 +153,7 @@ class SelfJudge:
             return [{} for _ in folders]
 
     def _judge_all(self, folders: Sequence[Path]) -> list[Found]:
-        started = time.monotonic()
+        quieten()
         self._progress("load the base model", 0, 1)
         evaluator = Evaluator(self._model, {}, EvaluationOptions(batch_size=8, greedy_tokens=0))
         loaded = time.monotonic()
@@ -160,9 +165,8 @@ class SelfJudge:
             self._progress("judge", done - 1, len(order))
             for kept, value in zip(found, self._judge(evaluator, checkpoints, task)):
                 kept[task] = value
-            now = time.monotonic()
-            each = (now - loaded) / done
-            if done >= _LEAST_TASKS and now - started + each > self._seconds:
+            late = (time.monotonic() - loaded) * (1 + 1 / done) > self._seconds
+            if not self._always and (_is_clear(found) or (late and done >= _LEAST_TASKS)):
                 break
         self._progress("judge", len(order), len(order))
         self.how = (
@@ -185,6 +189,20 @@ class SelfJudge:
             ]
             apart = evaluator.distances(rows, original, folders)
         return [kl_kept(divergences, resamples=0).value for divergences in apart]
+
+
+def _is_clear(found: Sequence[Found]) -> bool:
+    """Whether one form is ahead of all others by far more than tasks differ in."""
+    values = [list(kept.values()) for kept in found]
+    judged = [row for row in zip(*values) if None not in row]
+    if len(judged) < _CLEARLY_TASKS:
+        return False
+    table = torch.tensor(judged, dtype=torch.float64)
+    best = int(table.mean(0).argmax())
+    ahead = table[:, best, None] - table
+    others = [form for form in range(len(found)) if form != best]
+    error = ahead.std(0) / math.sqrt(len(judged))
+    return bool((ahead.mean(0)[others] > _CLEARLY * error[others]).all())
 
 
 def _spread(tasks: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ A file is one of two kinds, known by the end of its name.
 - ``{"messages": [{"role": ..., "content": ...}, ...]}``: a chat, rendered by the tokenizer's chat
   template; the assistant's turns carry the loss, and what follows the last of them is left out;
 - ``{"prompt": ..., "completion": ...}``: taken as they stand; the completion, closed by the
-  end-of-sequence token, carries the loss;
+  end-of-sequence token, carries the loss; ``"references": [...]`` are other right completions;
 - ``{"text": ...}``: taken as it stands; every token carries the loss.
 
 ``.txt``: paragraphs separated by blank lines; each is a text of its own.
@@ -51,12 +51,14 @@ class Example:
         messages: the turns of a chat; empty for the other forms.
         prompt: what precedes ``text`` and carries no loss; None for a plain text.
         text: the completion, or the plain text.
+        references: other completions that are right as well; only answers are judged by them.
     """
 
     place: str
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
     text: str = ""
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,14 @@ def _parse_turn(place: str, turn: Any) -> Message:
 
 
 def _parse_completion(place: str, data: dict[str, Any]) -> Example:
+    references = data.get("references", [])
+    if not isinstance(references, list) or not all(isinstance(one, str) for one in references):
+        raise DataError(f"{place}: references is not a list of texts; give other right completions")
     return Example(
-        place, prompt=_field(place, data, "prompt"), text=_field(place, data, "completion")
+        place,
+        prompt=_field(place, data, "prompt"),
+        text=_field(place, data, "completion"),
+        references=tuple(references),
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from vllm_vlora.adapters.peft_folder import Adapter, Factors
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.quantize import is_finite
-from vllm_vlora.representations.factors import small_product
+from vllm_vlora.representations.factors import small_product, stacked_singular_values
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer
 from vllm_vlora.subspace.weights import LoRAWeights, Update, under_shared_names
 
@@ -142,7 +142,7 @@ def adapter_diff(adapter_a: Update, adapter_b: Update) -> dict[str, LayerDiffere
     """
     return {
         name: _difference(*(dict(pairs).get(place) for place in (0, 1)))
-        for name, pairs in _by_layer([adapter_a, adapter_b])
+        for name, pairs in by_layer([adapter_a, adapter_b])
     }
 
 
@@ -222,7 +222,12 @@ def find_outliers(adapters: Sequence[Update], threshold: float = 2.0) -> list[Ou
             f"of {count} adapters none can be {threshold:g} standard deviations away; give a "
             f"threshold below {math.floor(most * 100) / 100:g}, or more adapters"
         )
-    distances = centroid_distances(inner_products(adapters))
+    return outliers_of(inner_products(adapters), threshold)
+
+
+def outliers_of(products: torch.Tensor, threshold: float = 2.0) -> list[Outlier]:
+    """``find_outliers`` from (N, N) inner products of at least three adapters."""
+    distances = centroid_distances(products)
     spread, middle = float(distances.std()), float(distances.mean())
     if spread <= 1e-7 * max(middle, 1e-30):
         return []
@@ -246,16 +251,21 @@ def inner_products(adapters: Sequence[Update]) -> torch.Tensor:
         AdapterError: a layer has different shapes in two adapters.
     """
     products = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
-    for _, pairs in _by_layer(adapters):
-        owners = torch.tensor([place for place, (a, _) in pairs for _ in range(len(a))])
-        rows_a = torch.cat([a for _, (a, _) in pairs])
-        rows_b = torch.cat([b.T for _, (_, b) in pairs])
-        for chunk in torch.arange(len(owners)).split(_ROWS_AT_ONCE):
-            gram = _chunked_gram(rows_a, chunk) * _chunked_gram(rows_b, chunk)
-            by_column = torch.zeros(len(chunk), len(adapters), dtype=torch.float64)
-            by_column.index_add_(1, owners, gram)
-            products.index_add_(0, owners[chunk], by_column)
+    for _, pairs in by_layer(adapters):
+        add_products(products, pairs)
     return (products + products.T) / 2
+
+
+def add_products(products: torch.Tensor, pairs: Sequence[tuple[int, Factors]]) -> None:
+    """Add one layer's inner products to (N, N) float64 sums; symmetric but for rounding."""
+    owners = torch.tensor([place for place, (a, _) in pairs for _ in range(len(a))])
+    rows_a = torch.cat([a for _, (a, _) in pairs])
+    rows_b = torch.cat([b.T for _, (_, b) in pairs])
+    for chunk in torch.arange(len(owners)).split(_ROWS_AT_ONCE):
+        gram = _chunked_gram(rows_a, chunk) * _chunked_gram(rows_b, chunk)
+        by_column = torch.zeros(len(chunk), len(products), dtype=torch.float64)
+        by_column.index_add_(1, owners, gram)
+        products.index_add_(0, owners[chunk], by_column)
 
 
 def cosines(products: torch.Tensor) -> torch.Tensor:
@@ -282,6 +292,19 @@ def update_norm(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(singular_values(a, b).square().sum().sqrt())
 
 
+def layer_singular_values(
+    pairs: Sequence[tuple[int, Factors]],
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(place, (r,) float64 singular values, descending) of one layer of each adapter, by rank."""
+    by_rank: dict[int, list[tuple[int, Factors]]] = {}
+    for pair in pairs:
+        by_rank.setdefault(len(pair[1][0]), []).append(pair)
+    for alike in by_rank.values():
+        a = torch.stack([a for _, (a, _) in alike])
+        b_t = torch.stack([b.T for _, (_, b) in alike])
+        yield from zip([place for place, _ in alike], stacked_singular_values(a, b_t))
+
+
 def effective_rank(sigma: torch.Tensor) -> float:
     """exp of the entropy of sigma^2 / sum sigma^2: how many directions share the energy; 0 for zero.
 
@@ -305,7 +328,7 @@ def scaled_layers(adapter: Update) -> Iterator[tuple[str, Factors]]:
             yield name, adapter.scaled(name)
 
 
-def _by_layer(adapters: Sequence[Update]) -> Iterator[tuple[str, list[tuple[int, Factors]]]]:
+def by_layer(adapters: Sequence[Update]) -> Iterator[tuple[str, list[tuple[int, Factors]]]]:
     """Yield (layer name, [(adapter's place, (A, s B) in float32)]) for every layer of any adapter."""
     adapters = under_shared_names(adapters)
     owned = [

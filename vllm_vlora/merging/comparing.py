@@ -6,16 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from vllm_vlora.adapters.collection import Progress
 from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.errors import OptionError
 from vllm_vlora.merging.analysis import (
     adapter_diff,
+    add_products,
+    by_layer,
     compute_similarity_matrix,
+    cosines,
     effective_rank,
     find_clusters,
-    find_outliers,
+    layer_singular_values,
+    outliers_of,
     scaled_layers,
-    singular_values,
     update_norm,
 )
 from vllm_vlora.merging.spectra import ModuleFidelity, Spectrum, SpectrumCollector
@@ -31,18 +37,29 @@ def analyze_adapters(
         threshold: the cosine from which two adapters are in one cluster.
     """
     names, opened = list(adapters), list(adapters.values())
-    progress("compare", 0, 1)
-    similarity = compute_similarity_matrix(opened)
-    clusters = [[names[place] for place in group] for group in find_clusters(similarity, threshold)]
-    outliers = find_outliers(opened) if _can_stand_out(len(opened)) else None
-    collector, described = SpectrumCollector(), []
-    for done, (name, adapter) in enumerate(adapters.items(), 1):
-        modules, ranks = [], {}
-        for module, factors in scaled_layers(adapter):
-            sigma = singular_values(*factors)
+    if len(opened) < 2:
+        raise OptionError(f"{len(opened)} adapters given; this needs at least 2")
+    products = torch.zeros(len(opened), len(opened), dtype=torch.float64)
+    found: list[list[ModuleFidelity]] = [[] for _ in opened]
+    # Every weight is read once: a layer gives its products and its singular values.
+    most = len(set().union(*(adapter.modules for adapter in opened)))
+    for done, (module, pairs) in enumerate(by_layer(opened)):
+        progress("compare", done, most)
+        add_products(products, pairs)
+        for place, sigma in layer_singular_values(pairs):
             squared = float(sigma.square().sum())
-            modules.append(ModuleFidelity(module, 0.0, squared, tuple(sigma.tolist())))
-            ranks[module] = effective_rank(sigma)
+            found[place].append(ModuleFidelity(module, 0.0, squared, tuple(sigma.tolist())))
+    progress("compare", most, most)
+    products = (products + products.T) / 2
+    similarity = cosines(products).float()
+    clusters = [[names[place] for place in group] for group in find_clusters(similarity, threshold)]
+    outliers = outliers_of(products) if _can_stand_out(len(opened)) else None
+    collector, described = SpectrumCollector(), []
+    for name, adapter, modules in zip(names, opened, found):
+        ranks = {
+            m.name: effective_rank(torch.tensor(m.singular_values, dtype=torch.float64))
+            for m in modules
+        }
         collector.add(modules, {module: round(rank) for module, rank in ranks.items()})
         described.append(
             {
@@ -53,7 +70,6 @@ def analyze_adapters(
                 "norm": math.sqrt(sum(module.norm_squared for module in modules)),
             }
         )
-        progress("spectra", done, len(adapters))
     rows = similarity.tolist()
     data: dict[str, Any] = {
         "similarity_matrix": {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from vllm_vlora.checkpoint.layout import (
 )
 from vllm_vlora.planning.plan import Plan
 from vllm_vlora.representations.joint import core_shape
-from vllm_vlora.representations.spec import FlatSpec, ModuleSpec, Segment
+from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
 
 
 def _flat_spec(plan: Plan, name: str) -> FlatSpec | None:
@@ -44,39 +46,67 @@ def plan_nbytes(collection: Collection, plan: Plan) -> int:
         for block in blocks
         for task in block.shared.tasks
     }
+    spec_of = {spec.name: spec for spec in specs}
+    # Of small tasks many are stored alike.
+    known: dict[tuple[_Kind, ...], int] = {}
     for task, adapter in enumerate(collection.adapters):
-        private: dict[str, tuple[torch.dtype, int]] = {}
-        segments = []
+        kinds: list[_Kind] = []
         for name, module in adapter.modules.items():
-            index = collection.modules[name].index
-            block, flat = block_of.get((task, name)), plan.flat.get(name)
-            if flat is not None:
-                segments.append(Segment(index, "flat", flat.loadings_format, flat.spec.rank))
-                continue
-            if block is not None:
+            spec, block = spec_of[name], block_of.get((task, name))
+            shape = (module.d_in, module.d_out)
+            if spec.flat is not None:
+                own = plan.flat[name].loadings_format, spec.flat.rank
+                kinds.append((*shape, spec.basis, spec.flat, "flat", *own))
+            elif block is not None:
                 shared = block.shared
                 core, rank, _ = core_shape(
                     module.rank, shared.spec.k_out, shared.spec.k_in, shared.factored
                 )
                 rows = plan.stored_rows(block)
-                segments.append(
-                    Segment(index, "joint", shared.core_format, rank, core=core, rows=rows)
-                )
-                continue
-            option = plan.private[task, name]
-            parts = _private_sizes(
-                module.d_in, module.d_out, option.format, option.rank, option.bits
-            )
-            for part, (dtype, count) in parts.items():
-                private[part] = dtype, private.get(part, (dtype, 0))[1] + count
-        total += file_nbytes(private | task_tensor_sizes(segments, specs), adapter.extra)
+                own = shared.core_format, rank
+                kinds.append((*shape, spec.basis, spec.flat, "joint", *own, None, core, rows))
+            else:
+                option = plan.private[task, name]
+                own = option.format, option.rank
+                # Nearly all are private, and of few kinds: whatever the module's basis is.
+                kinds.append((*shape, None, None, "private", *own, option.bits))
+        key = tuple(kinds)
+        if adapter.extra:
+            total += file_nbytes(_together(key), adapter.extra)
+            continue
+        if key not in known:
+            known[key] = file_nbytes(_together(key))
+        total += known[key]
     return total
 
 
+# The arguments of ``_sizes``.
+_Kind = tuple[Any, ...]
+
+
+def _together(kinds: Sequence[_Kind]) -> dict[str, tuple[torch.dtype, int]]:
+    sizes: dict[str, tuple[torch.dtype, int]] = {}
+    for kind in kinds:
+        for part, (dtype, count) in _sizes(*kind).items():
+            have = sizes.get(part)
+            sizes[part] = dtype, count if have is None else have[1] + count
+    return sizes
+
+
 @lru_cache(maxsize=1 << 16)
-def _private_sizes(
-    d_in: int, d_out: int, format: str, rank: int, bits: tuple[int, int, int] | None
+def _sizes(
+    d_in: int,
+    d_out: int,
+    basis: BasisSpec | None,
+    flat: FlatSpec | None,
+    representation: str,
+    format: str,
+    rank: int,
+    bits: tuple[int, int, int] | None = None,
+    core: str | None = None,
+    rows: tuple[int, int, int, int] | None = None,
 ) -> dict[str, tuple[torch.dtype, int]]:
-    # Nearly all segments are private, and of few kinds.
-    segment = Segment(0, "private", format, rank, bits=bits)
-    return task_tensor_sizes([segment], [ModuleSpec("", d_in, d_out)])
+    """Tensor name -> (dtype, elements) of one segment; not to be changed."""
+    segment = Segment(0, representation, format, rank, core=core, bits=bits, rows=rows)
+    module = ModuleSpec("", d_in, d_out, "linear", basis, flat)
+    return task_tensor_sizes([segment], [module])

@@ -257,7 +257,8 @@ def _changes(rows: _Sides, grams: _Sides, stored: _Sides, metric: Metric) -> Cha
     products = []
     for side, whiten in enumerate((metric.a, metric.b_t)):
         own = rows[side]
-        change = by_rows(whiten, stored[side] - (own if times == 1 else own.repeat(1, times, 1)))
+        change = (stored[side].unflatten(1, (times, -1)) - own[:, None]).flatten(1, 2)
+        change = by_rows(whiten, change)
         beside = _product(by_rows(whiten, own), change).repeat(1, times, 1)
         products.append((grams[side].repeat(1, times, times), beside, _product(change, change)))
     (a, a_e, e), (b, b_f, f) = products

@@ -40,16 +40,18 @@ def decide_sharing(
     nbytes: int,
     private: Set[int] = frozenset(),
     shared_loss: float = SHARED_LOSS,
+    names: Sequence[str] | None = None,
 ) -> Sharing:
     """The sharers at the price at which everything together takes about ``nbytes`` bytes.
 
     Args:
         private: numbers of tasks that share nothing.
         shared_loss: how much a loss of a shared basis counts.
+        names: of the modules that there are; None for all.
     """
     modules = [
         _PricedModule(survey, name, formats, private, shared_loss)
-        for name in survey.collection.modules
+        for name in (survey.collection.modules if names is None else names)
     ]
 
     def enough(price: float) -> bool:

@@ -37,6 +37,8 @@ _SHARE_SLACK = 4
 _MOST_COMPONENTS = 1024
 # Numbers of several tasks that are measured at once: more gain nothing, and leave a core's cache.
 _BATCH_ELEMENTS = 1 << 19
+# Factors of one module that wait in memory for the next pass; more are read again.
+_HELD_BYTES = 64 << 20
 # A wide basis is read from memory for each batch.
 _METER_ELEMENTS = 1 << 22
 # Each component of a flat basis is as large as an adapter, and all are held at once.
@@ -175,6 +177,7 @@ class Surveyor:
     collection: Collection
     settings: SurveySettings
     _calibration: Calibration | None = None
+    _held: dict[int, ScaledFactors] = field(default_factory=dict)
 
     def __call__(self, job: SurveyJob) -> ModuleSurvey:
         """Measure one module.
@@ -183,6 +186,27 @@ class Surveyor:
             AdapterError: a value cannot be packed.
         """
         module = self.collection.modules[job.module]
+        self._hold(module, job)
+        try:
+            return self._measured(module, job)
+        finally:
+            self._held = {}
+
+    def _hold(self, module: Module, job: SurveyJob) -> None:
+        """Keep a module's factors from one pass to the next, unless they are many."""
+        tasks = module.tasks
+        if not (job.private or job.sketch or job.flat):
+            tasks = tuple(task for _, group in job.groups for task in group)
+        nbytes = module.dtype.itemsize * (module.d_in + module.d_out) * sum(_ranks(module, tasks))
+        if nbytes <= _HELD_BYTES:
+            self._held = dict(zip(tasks, self.collection.read_module(module, tasks)))
+
+    def _read(self, module: Module, tasks: Sequence[int]) -> Iterator[ScaledFactors]:
+        if self._held:
+            return (self._held[task] for task in tasks)
+        return self.collection.read_module(module, tasks)
+
+    def _measured(self, module: Module, job: SurveyJob) -> ModuleSurvey:
         metric = self.metric(job.module)
         norms, private = {}, {}
         if job.private:
@@ -195,7 +219,7 @@ class Surveyor:
         affinity = self._affinity(module) if job.sketch else None
         flat = self._flat(module, metric) if job.flat else None
         if flat is not None:
-            factors = self.collection.read_module(module)
+            factors = self._read(module, module.tasks)
             norms.update((t, seen_squared_norm(*f, metric)) for t, f in zip(module.tasks, factors))
         return ModuleSurvey(norms, private, joint, bases, affinity, flat)
 
@@ -220,7 +244,7 @@ class Surveyor:
         return Metric(weight=weights[len(weights) // 2])
 
     def _affinity(self, module: Module) -> torch.Tensor:
-        factors = self.collection.read_module(module)
+        factors = self._read(module, module.tasks)
         return affinities(torch.stack([sketch_task(*f, seed=module.index) for f in factors]))
 
     def _flat(self, module: Module, metric: Metric) -> tuple[FlatGroup, torch.Tensor, torch.Tensor]:
@@ -230,7 +254,7 @@ class Surveyor:
         if self.settings.num_components is not None:
             most = min(most, self.settings.num_components)
         fit = fit_flat(
-            lambda: self.collection.read_module(module),
+            lambda: self._read(module, module.tasks),
             rank,
             module.d_in,
             module.d_out,
@@ -244,7 +268,7 @@ class Surveyor:
         for label, format in zip(formats.labels, formats.of(module.dtype)):
             specs = [FlatSpec(rank, k, k, format) for k in widths]
             own = formats.cores(format)[0]
-            factors = self.collection.read_module(module)
+            factors = self._read(module, module.tasks)
             curve = measure_flat(factors, u, v, specs, own, metric)
             if curve is not None:
                 curves[label] = curve
@@ -277,7 +301,7 @@ class Surveyor:
         """Neighbouring tasks of one rank and dtype, with so many elements at once at most."""
         parts = [self.collection.adapters[task].modules[module.name] for task in tasks]
         kinds = [(part.dtype, part.rank) for part in parts]
-        factors = zip(tasks, self.collection.read_module(module, tasks))
+        factors = zip(tasks, self._read(module, tasks))
         for (dtype, rank), run in itertools.groupby(kinds):
             most = max(elements // (rank * (module.d_in + module.d_out)), 1)
             left = len(list(run))
@@ -292,7 +316,7 @@ class Surveyor:
         """Fit a basis, as wide as it could be wanted, and measure every width."""
 
         def read() -> Iterator[ScaledFactors]:
-            for a, b, scale in self.collection.read_module(module, tasks):
+            for a, b, scale in self._read(module, tasks):
                 white_a, white_b_t = metric.factors(a, b, torch.float32)
                 yield white_a, white_b_t.T, scale
 

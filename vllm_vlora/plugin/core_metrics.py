@@ -13,12 +13,14 @@ class _Report(NamedTuple):
     """What a worker knows of its tasks: sizes are in bytes.
 
     Attributes:
-        device_names: names of the tasks that were asked about.
+        device_names: names of the tasks that were asked about. pinned_names: of those that never give
+            way.
         host_names: names of tasks in host memory alone, the last used first.
         refused: why published states were not taken since it was asked last.
     """
 
     device_names: list[str]
+    pinned_names: list[str]
     device_used: int
     device_budget: int
     host_names: list[str]
@@ -31,7 +33,7 @@ class _Report(NamedTuple):
     direct_tasks: int
 
 
-def _report(worker: Any, paths: list[str], listed: int) -> _Report:
+def _report(worker: Any, paths: list[str], pinned: list[str], listed: int) -> _Report:
     manager = manager_of(worker)
     store = manager.vlora_store
     held = [task for path in paths if (task := store.held(path)) is not None]
@@ -39,6 +41,7 @@ def _report(worker: Any, paths: list[str], listed: int) -> _Report:
     follower = manager.follower
     return _Report(
         [task.task_id for task in held],
+        [task.task_id for task in held if task.path in pinned],
         store.arena_used,
         store.arena_nbytes,
         host_names,
@@ -56,15 +59,19 @@ def metrics_snapshot(core: Any, seen: int = -1) -> dict[str, Any]:
     """An engine core's ``ServingCounters.snapshot``, its tiers as they are now; a method of it."""
     counters, tasks = counters_of(core), tasks_of(core)
     paths = list(islice(tasks.residency.paths(), counters.listed))
+    pinned = [path for path in paths if tasks.residency.is_pinned(path)]
     answers = [
         _Report(*answer)
-        for answer in core.model_executor.collective_rpc(_report, args=(paths, counters.listed))
+        for answer in core.model_executor.collective_rpc(
+            _report, args=(paths, pinned, counters.listed)
+        )
     ]
     first = answers[0]
     counters.set_tier(
         DEVICE,
         len(tasks.residency),
         first.device_names,
+        pinned=first.pinned_names,
         nbytes=max(answer.device_used for answer in answers),
         budget=first.device_budget,
     )

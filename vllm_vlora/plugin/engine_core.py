@@ -121,6 +121,8 @@ class _Workers:
 
     def __init__(self, core: Any) -> None:
         self._ask = core.model_executor.collective_rpc
+        # vLLM's promise of what Ray's workers say takes it for a step's output and fails.
+        self._promises = not core.model_executor.uses_ray
         self.count = 0
 
     def held(self) -> Iterable[str]:
@@ -143,7 +145,11 @@ class _Workers:
     ) -> Answer:
         """As ``arrivals`` wants it. Not a question that is waited for: steps may be under way."""
         arguments = (list(requests), hold, list(instead_of), list(drop))
-        return self._ask(_bring, args=arguments, non_block=True)
+        if self._promises:
+            return self._ask(_bring, args=arguments, non_block=True)
+        kept: Future[list[list[Brought]]] = Future()
+        kept.set_result(self._ask(_bring, args=arguments))
+        return kept
 
     def bases(self, in_use: Collection[str], awaited: Collection[str]) -> list[BasesReport]:
         return self._ask(_bases, args=(list(in_use), list(awaited)))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vllm_vlora.plugin.resident import BasesReport
 from vllm_vlora.plugin.settings import BASIS_WAIT_VARIABLE
 
 # Seconds between two questions to the workers.
@@ -27,23 +28,10 @@ _SILENCE = 10.0
 _REST = 10.0
 
 
-class Report(Protocol):
-    """See ``resident.BasesReport``."""
-
-    @property
-    def wanted(self) -> bool: ...
-    @property
-    def ready(self) -> bool: ...
-    @property
-    def refused(self) -> str: ...
-    @property
-    def busy(self) -> bool: ...
-
-
 class BasisWorkers(Protocol):
     """Every worker of an engine core, asked at once."""
 
-    def bases(self, in_use: Collection[str], awaited: Collection[str]) -> Sequence[Report]:
+    def bases(self, in_use: Collection[str], awaited: Collection[str]) -> Sequence[BasesReport]:
         """How far each is with the bases of the state that is served."""
 
     def hold_back(self, held_back: bool) -> Collection[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -35,19 +34,20 @@ class Span:
     memory: torch.Tensor
 
 
-@dataclasses.dataclass(frozen=True)
 class _Place:
     """Where a tensor of an image lies in its block, and what it is; ``stride`` None where contiguous."""
 
-    start: int
-    stop: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...] | None
+    __slots__ = ("dtype", "extent", "shape", "start", "stride")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.start = 0
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+        self.stride = None if tensor.is_contiguous() else tensor.stride()
+        self.extent = tensor.nbytes if self.stride is None else _extent(tensor)
 
     def within(self, memory: torch.Tensor) -> torch.Tensor:
         """The tensor there."""
-        flat = memory[self.start : self.stop].view(self.dtype)
+        flat = memory[self.start : self.start + self.extent].view(self.dtype)
         if self.stride is None:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
@@ -143,12 +143,17 @@ def make_image(
         pin: pin its memory.
     """
     left = {tensor.untyped_storage().data_ptr() for tensor in leave}
-    extents = [
-        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor))
-        for tensor in _tensors(tree)
-        if tensor.numel() and tensor.untyped_storage().data_ptr() not in left
-    ]
-    runs = _merged(extents)
+    found: list[tuple[int, _Place]] = []
+
+    def leaf(tensor: torch.Tensor) -> Any:
+        if not tensor.numel() or (left and tensor.untyped_storage().data_ptr() in left):
+            return tensor
+        place = _Place(tensor)
+        found.append((tensor.data_ptr(), place))
+        return place
+
+    places = _mapped(tree, leaf)
+    runs = _merged([(address, address + place.extent) for address, place in found])
     starts, end = [], 0
     for first, stop in runs:
         starts.append(end + first % _WIDEST)
@@ -157,28 +162,22 @@ def make_image(
     for (first, stop), start in zip(runs, starts):
         ctypes.memmove(block.data_ptr() + start, first, stop - first)
 
-    def place(tensor: torch.Tensor) -> Any:
-        return _place(tensor, runs, starts)
+    firsts = [first for first, _ in runs]
 
-    places = _mapped(tree, place)
+    def start_of(address: int) -> int:
+        run = bisect_right(firsts, address) - 1
+        return starts[run] + address - firsts[run]
+
+    for address, place in found:
+        place.start = start_of(address)
     nbytes = sum(stop - first for first, stop in runs)
     if records is None:
         return Image(places, block, nbytes)
     table, fields = records
     targets = _targets(table.numpy(), fields, runs, starts)
-    return Image(places, block, nbytes, place(table).within(block), targets)
-
-
-def _place(tensor: torch.Tensor, runs: list[tuple[int, int]], starts: list[int]) -> Any:
-    """Where a tensor will lie; itself where it is no part of the image."""
-    address = tensor.data_ptr()
-    run = bisect_right(runs, (address, sys.maxsize)) - 1
-    extent = _extent(tensor) if tensor.numel() else 0
-    if not extent or run < 0 or address + extent > runs[run][1]:
-        return tensor
-    start = starts[run] + address - runs[run][0]
-    stride = None if tensor.is_contiguous() else tensor.stride()
-    return _Place(start, start + extent, tensor.dtype, tensor.shape, stride)
+    own = _Place(table)
+    own.start = start_of(table.data_ptr())
+    return Image(places, block, nbytes, own.within(block), targets)
 
 
 def _targets(
@@ -244,17 +243,3 @@ def _merged(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             runs.append((first, stop))
     return runs
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, tuple):
-        for value in tree:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(tree):
-        for value in vars(tree).values():
-            yield from _tensors(value)

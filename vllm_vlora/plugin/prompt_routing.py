@@ -7,11 +7,10 @@ prompt. Token ids are decoded with the server's tokenizer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_vlora.blending.prompt_features import MOST_CHARACTERS
 from vllm_vlora.blending.text_router import Pick, RoutePolicy, TextRouter
 from vllm_vlora.checkpoint.router_files import ROUTER_FILE, RouterRecord, read_router_weights
 
@@ -20,8 +19,11 @@ if TYPE_CHECKING:
 
 # Where the kinds of requests have what is asked.
 _FIELDS = ("messages", "prompt", "input", "token_ids")
-# Of a longer prompt in token ids, so many from each end: no text of them is looked at further in.
-_MOST_TOKENS = MOST_CHARACTERS // 2
+# So many from each end of longer ones, since no client is to wait for another's text to be decoded: of a
+# prompt in token ids about as much as is looked at, and of prompts, messages and their parts.
+_TOKENS = 1024
+_PARTS = 8
+_Item = TypeVar("_Item")
 TASK, BLEND, BASE = "task", "blend", "base"
 
 
@@ -75,7 +77,7 @@ def _texts(models: Any, found: Any) -> Iterator[str]:
         else:
             # Of a chat what the user says; who sends no such message means all of it.
             said = [item for item in found if _field(item, "role") == "user"]
-            for item in said or found:
+            for item in _ends(said or found, _PARTS):
                 yield from _texts(models, item)
     elif (content := _field(found, "content")) is not None:
         yield from _texts(models, content)
@@ -87,11 +89,14 @@ def _field(item: Any, name: str) -> Any:
     return item.get(name) if isinstance(item, dict) else getattr(item, name, None)
 
 
-def _decoded(models: Any, tokens: list[int] | tuple[int, ...]) -> str:
-    if len(tokens) > 2 * _MOST_TOKENS:
-        tokens = [*tokens[:_MOST_TOKENS], *tokens[-_MOST_TOKENS:]]
+def _ends(found: Sequence[_Item], most: int) -> Sequence[_Item]:
+    """What is at most so far from one of the ends."""
+    return found if len(found) <= 2 * most else [*found[:most], *found[-most:]]
+
+
+def _decoded(models: Any, tokens: Sequence[int]) -> str:
     try:
-        return models.renderer.get_tokenizer().decode(list(tokens))
+        return models.renderer.get_tokenizer().decode([*_ends(tokens, _TOKENS)])
     except (AttributeError, ValueError, OverflowError, IndexError):
         # No tokenizer (--skip-tokenizer-init), or no tokens of it, which vLLM refuses next.
         return ""

@@ -31,7 +31,11 @@ _STATUSES: tuple[tuple[type[VLoRAError], HTTPStatus], ...] = (
 
 
 def refuse(core: Any, request: Any, error: VLoRAError) -> None:
-    """End a request with an error, in an engine core with a process of its own."""
+    """End a request for a task with an error, in an engine core with a process of its own."""
+    task = repr(request.lora_request.lora_name)
+    if task not in str(error):
+        # vLLM takes paths out of what it answers, and with them the task.
+        error = _kind_of(error)(f"task {task}: {error}")
     core.output_queue.put_nowait((request.client_index, refusal(request.request_id, error)))
 
 

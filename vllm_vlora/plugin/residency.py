@@ -90,6 +90,7 @@ class Residency:
         # When what is kept beside the devices is to be looked through; None for never.
         self._tidy_at: float | None = None
         self._numbers: dict[int, str] = {}
+        self._given: dict[str, set[int]] = {}
         self._renumbered: dict[str, int] = {}
 
     def paths(self) -> Iterable[str]:
@@ -162,7 +163,7 @@ class Residency:
         path = request.lora_path
         error = next((answer.error for answer in answers if answer.error), None)
         if error is not None:
-            self._workers.forget(path, wholly=True)
+            self.forget(path, wholly=True)
             raise error
         if max(answer.over for answer in answers) <= 0:
             self._held[path] = None
@@ -171,7 +172,7 @@ class Residency:
         if min(answer.over for answer in answers) <= 0:
             self._workers.forget(path)
         if not self.can_offer() and self.in_use().isdisjoint(self._held):
-            self._workers.forget(path, wholly=True)
+            self.forget(path, wholly=True)
             raise MemoryBudgetError(
                 f"no room for task {request.lora_name!r}: it is larger than all that tasks may take on a "
                 f"device{self._beside_pinned()}; set {LATE_VARIABLE} higher"
@@ -209,7 +210,10 @@ class Residency:
         self._kinds.pop(path, None)
         self._retired.pop(path, None)
         self._pinned.discard(path)
-        self._numbers.pop(self._renumbered.pop(path, 0), None)
+        self._renumbered.pop(path, None)
+        for number in self._given.pop(path, ()):
+            if self._numbers.get(number) == path:
+                del self._numbers[number]
 
     # --- what is no longer in the checkpoint -------------------------------------------------------
 
@@ -248,4 +252,5 @@ class Residency:
             asked = next(n for n in range(_FIRST_SPARE, 0, -1) if n not in self._numbers)
             self._renumbered[path] = asked
         self._numbers[asked] = path
+        self._given.setdefault(path, set()).add(asked)
         return asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -51,21 +52,13 @@ def stacked_svd(
         (A', B' transposed, norms): (n, q, d_in) and (n, q, d_out) float32; ||scale * B A||^2, (n,)
         float64.
     """
-    wide_a, wide_b = a.double(), b_t.double()
-    grams = [wide_a @ wide_a.mT, wide_b @ wide_b.mT]
-    norms = (grams[0] * grams[1]).sum((1, 2)).clamp(min=0) * scales.square()
-    (values_a, vectors_a), (values_b, vectors_b) = map(torch.linalg.eigh, grams)
-    sound = (norms > 0) & (a.shape[1] <= min(a.shape[2], b_t.shape[2]))
-    for values in (values_a, values_b):
-        sound &= values[:, 0] > _SOUND * values[:, -1]
-    roots_a, roots_b = (
-        torch.where(sound[:, None], values, 1.0).sqrt() for values in (values_a, values_b)
-    )
-    core = roots_b[:, :, None] * (vectors_b.mT @ vectors_a) * roots_a[:, None, :]
-    left, sigma, right = torch.linalg.svd(core * scales[:, None, None])
+    small = _Small.of(a, b_t)
+    norms = small.norms * scales.square()
+    sound = small.sound & (norms > 0)
+    left, sigma, right = torch.linalg.svd(small.core * scales[:, None, None])
     root = sigma.sqrt()[:, :, None]
-    svd_a = (root * right @ (vectors_a / roots_a[:, None, :]).mT @ wide_a).float()
-    svd_b = (root * left.mT @ (vectors_b / roots_b[:, None, :]).mT @ wide_b).float()
+    svd_a = (root * right @ small.to_core_a @ a.double()).float()
+    svd_b = (root * left.mT @ small.to_core_b @ b_t.double()).float()
     if not bool(sound.all()):
         count = min(a.shape[1], a.shape[2], b_t.shape[2])
         svd_a, svd_b = svd_a[:, :count], svd_b[:, :count]
@@ -77,6 +70,50 @@ def stacked_svd(
     greatest = first.gather(2, first.abs().argmax(2, keepdim=True))
     signs = torch.where(greatest < 0, -1.0, 1.0)
     return svd_a.mul_(signs), svd_b.mul_(signs), norms
+
+
+def stacked_singular_values(a: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
+    """(n, r) float64 singular values of each B A, descending; arguments as of ``stacked_svd``."""
+    small = _Small.of(a, b_t)
+    values = torch.linalg.svdvals(small.core)
+    for place in torch.nonzero(~small.sound).flatten().tolist():
+        found = torch.linalg.svdvals(small_product(a[place].double(), b_t[place].double().T))
+        values[place] = 0.0
+        values[place, : len(found)] = found
+    return values
+
+
+class _Small(NamedTuple):
+    """Matrices (n, r, r) with the singular values of B A, and what takes A and B to them.
+
+    Attributes:
+        core: Q_b^T (B A) Q_a. to_core_a, to_core_b: T with orthonormal rows T A and T B^T.
+        norms: ||B A||^2. sound: where Gram matrices say all that with float64's precision, nearly;
+            elsewhere the others mean nothing.
+    """
+
+    core: torch.Tensor
+    to_core_a: torch.Tensor
+    to_core_b: torch.Tensor
+    norms: torch.Tensor
+    sound: torch.Tensor
+
+    @classmethod
+    def of(cls, a: torch.Tensor, b_t: torch.Tensor) -> _Small:
+        wide_a, wide_b = a.double(), b_t.double()
+        gram_a, gram_b = wide_a @ wide_a.mT, wide_b @ wide_b.mT
+        norms = (gram_a * gram_b).sum((1, 2)).clamp(min=0)
+        (values_a, vectors_a), (values_b, vectors_b) = map(torch.linalg.eigh, (gram_a, gram_b))
+        small = torch.tensor(a.shape[1] <= min(a.shape[2], b_t.shape[2]), device=a.device)
+        sound = small.expand(len(a))
+        for values in (values_a, values_b):
+            sound = sound & (values[:, 0] > _SOUND * values[:, -1])
+        roots_a, roots_b = (
+            torch.where(sound[:, None], values, 1.0).sqrt() for values in (values_a, values_b)
+        )
+        core = roots_b[:, :, None] * (vectors_b.mT @ vectors_a) * roots_a[:, None, :]
+        to_a = (vectors_a / roots_a[:, None, :]).mT
+        return cls(core, to_a, (vectors_b / roots_b[:, None, :]).mT, norms, sound)
 
 
 def small_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,10 @@
     python benchmarks/fidelity/hard/table.py                         all that ``train.py`` made
     python benchmarks/fidelity/hard/table.py prose-family --ratios 8 16
 
-The adapters are measured once. At every size the best plan of each representation is written and judged on
-held-out text, which no choice sees. ``auto`` is what the base model chooses by itself, on text that it writes
-with the adapters; beside it stands what the error of the weights would choose. Nothing is fitted to any
-collection, so that each is left out of what its choice goes by. In brackets: KL kept less the best one's.
+The adapters are measured once. At every size the best plan of each representation is written and judged
+on held-out text, which no choice sees. ``auto`` is what the base model chooses by itself, on text that it
+writes with the adapters; beside it stands what the error of the weights would choose. Nothing is fitted
+to a collection: each is left out of what its choice goes by. In brackets: KL kept less the best one's.
 """
 
 from __future__ import annotations
