@@ -87,9 +87,12 @@ class Server:
         checkpoint: Path,
         policy: RoutePolicy | None = TOP1,
         base: str = "base",
+        memory: str = "",
         **more: LoRARequest,
     ) -> None:
         self.core_engines = range(2)
+        # The task that is served from memory, in place of the folder's.
+        self.memory = memory
         self.show(checkpoint)
         self.models = SimpleNamespace(
             lora_requests=TaskRequests(more, {}),
@@ -104,13 +107,11 @@ class Server:
 
     def show(self, checkpoint: Path) -> None:
         opened = Checkpoint.open(checkpoint)
-        router = opened.router
+        router, paths = opened.router, task_paths(opened)
+        if self.memory:
+            paths[self.memory] = TaskPath(MEMORY, paths[self.memory].file, "0" * 32)
         self._answers = {
-            # The first is one from memory, in place of the folder's.
-            TASKS_METHOD: [
-                [task, str(path if number else TaskPath(MEMORY, path.file, path.digest))]
-                for number, (task, path) in enumerate(task_paths(opened).items())
-            ],
+            TASKS_METHOD: [[task, str(path)] for task, path in paths.items()],
             ALIASES_METHOD: encode_aliases(opened.aliases).decode(),
             ROUTER_METHOD: "" if router is None else encode_router(router).decode(),
             FOLLOW_METHOD: opened.content_digest,
@@ -215,6 +216,15 @@ def test_a_prompt_of_two_tasks_may_be_a_blend(built: Path) -> None:
     # Also where clients may write none: it is the operator who asked for it.
     server.requests._takes_blends = False
     assert server.ask(prompt=BOTH)[0] is found
+
+
+def test_a_task_from_memory_is_picked_and_in_no_blend(built: Path) -> None:
+    server = Server(built, RoutePolicy(2, 0.5), memory="joint")
+    found, headers = server.ask(prompt=ASKED["joint"])
+    assert found.lora_path.startswith(str(MEMORY))
+    found, headers = server.ask(prompt=BOTH)
+    assert found.lora_name in ("joint", "private")
+    assert headers[b"x-vlora-tasks"].decode() == found.lora_name
 
 
 def test_auto_is_listed_where_there_is_a_router(checkpoint: Path) -> None:

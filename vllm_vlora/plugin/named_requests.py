@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from vllm.lora.request import LoRARequest
 
-from vllm_vlora.blend_names import Blend, blend_text, is_alone
+from vllm_vlora.blend_names import Blend, blend_text, is_alone, task_alone
 from vllm_vlora.blending.resolving import resolve
 from vllm_vlora.blending.text_router import AUTO
 from vllm_vlora.checkpoint.aliases import Aliases
@@ -107,7 +107,13 @@ class TaskRequests(dict[str, LoRARequest]):
         """What is to answer a request of ``auto``, None being the base model, and how sure that is."""
         assert self.routing is not None
         blend, confidence = self.routing.pick(models, request, _Tasks(self))
-        return None if blend is None else self._request(blend), confidence
+        if blend is None:
+            return None, confidence
+        try:
+            return self._request(blend), confidence
+        except BlendError:
+            # One of them is from memory, or of another checkpoint; the first is the likeliest.
+            return self._request(task_alone(blend[0].task)), confidence
 
     def own(self, name: str) -> LoRARequest | None:
         """The request that a name has itself: a task's or an ordinary adapter's."""
