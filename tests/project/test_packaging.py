@@ -26,7 +26,7 @@ FILES = sorted(
 )
 # What files import at once though the package installs without it: the plugin and the kernels run
 # inside vLLM, which brings these, and this file says in its own words what it needs.
-INSIDE_VLLM = {"vllm", "triton", "fastapi", "starlette"}
+INSIDE_VLLM = {"vllm", "triton", "fastapi", "starlette", "blake3"}
 SAYS_WHAT_IT_NEEDS = {PACKAGE / "integrations" / "huggingface.py": {"transformers"}}
 
 
