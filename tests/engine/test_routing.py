@@ -88,10 +88,14 @@ def test_prompts_go_to_their_tasks(server: Server, world: World) -> None:
     with ThreadPoolExecutor(len(items) + 1) as pool:
         other = pool.submit(complete, server, ELSEWHERE)
         answers = list(pool.map(lambda item: complete(server, item[2]), items))
-    for (task, number, _), answer in zip(items, answers):
+    for (task, number, prompt), answer in zip(items, answers):
         assert answer.json()["model"] == answer.headers["x-vlora-tasks"] == task
         assert 0.5 < float(answer.headers["x-vlora-confidence"]) <= 1
-        assert answered(answer) == words(world.reference[task][number])
+        if isinstance(prompt, list):
+            assert answered(answer) == words(world.reference[task][number]), task
+        else:
+            # Words of special tokens are none of a text's, which then is another prompt.
+            assert answered(answer) == answered(complete(server, prompt, task)), task
     base = other.result()
     assert base.json()["model"] == base.headers["x-vlora-tasks"] == "base"
     assert answered(base) == answered(complete(server, ELSEWHERE, "base"))
