@@ -65,9 +65,17 @@ def _quoted(word: str) -> str:
         return shlex.quote(word)
     escaped = (
         chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
-        for byte in word.encode("utf-8", "surrogateescape")
+        for byte in _bytes(word)
     )
     return "$'" + "".join(escaped) + "'"
+
+
+def _bytes(word: str) -> bytes:
+    """Of a file's name those that it has; other lone surrogates, which no name has, as they are."""
+    try:
+        return word.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return word.encode("utf-8", "surrogatepass")
 
 
 def some_of(names: Iterable[object], most: int = 5) -> str:

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 import torch
 from attacking import scaled
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.progress import Progress
@@ -352,6 +352,7 @@ def test_a_page_has_the_same_elements_whatever_the_names(name: str) -> None:
 
 
 @settings(max_examples=scaled(100), deadline=None)
+@example(base="0", where="\ud800")
 @given(base=nasty_text, where=nasty_text)
 def test_the_serve_line_gains_no_option(base: str, where: str) -> None:
     line = serve_command(where, base, 8, 2)

@@ -14,6 +14,7 @@ import torch
 from vllm_vlora.adapters.peft_folder import Adapter, Factors, open_adapter, write_adapter
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
+from vllm_vlora.planning import survey
 
 SHAPES = {"l.0.q_proj": (96, 80), "l.0.v_proj": (96, 40)}
 RANK = 4
@@ -91,26 +92,36 @@ def watched(
 
 
 @pytest.mark.parametrize(
-    ("options", "most_reads"),
+    ("options", "most_reads", "most_held"),
     [
-        # Measured, then written.
-        (CompressOptions("private", ratio=3, executor="serial"), 2),
+        # Measured, then written. Held: a stack and the one before.
+        (CompressOptions("private", ratio=3, executor="serial"), 2, 16),
         # Whether it can be fitted at once, three passes, curves, cores; then written.
-        (CompressOptions("joint", num_components=6, executor="serial"), 7),
-        # The same, and the widths.
-        (CompressOptions("joint", ratio=8, executor="serial"), 8),
+        (CompressOptions("joint", num_components=6, executor="serial"), 7, 20),
+        # The same, and the widths. A basis of k components is exact up to 2 (k + 8) rows, which are held.
+        (CompressOptions("joint", ratio=8, executor="serial"), 8, 2 * (72 + 8) // RANK),
     ],
     ids=["private", "components", "joint"],
 )
 def test_reads_and_what_is_held_do_not_grow_with_the_adapters(
-    options: CompressOptions, most_reads: int, adapters: dict[str, Adapter], tmp_path: Path
+    options: CompressOptions,
+    most_reads: int,
+    most_held: int,
+    adapters: dict[str, Adapter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A module whose factors are few is read once; these are small, and are to be as many would.
+    monkeypatch.setattr(survey, "_HELD_BYTES", 0)
+    elements = 8 * RANK * min(map(sum, SHAPES.values()))
+    monkeypatch.setattr(survey.Surveyor._alike, "__defaults__", (elements,))
+    monkeypatch.setattr(survey, "_METER_ELEMENTS", elements)
     few = watched(adapters, 24, tmp_path, options)
     many = watched(adapters, 48, tmp_path, options)
     assert len(many.reads) == 48 * len(SHAPES)
-    assert max(many.reads.values()) <= max(few.reads.values()) <= most_reads
-    # Up to 16 are multiplied at once, and some more give narrow bases exactly.
-    assert many.most <= 20
+    # Of few, a basis is exact after two passes.
+    assert max(few.reads.values()) <= max(many.reads.values()) <= most_reads
+    assert many.most <= most_held
     assert many.alive == 0
 
 

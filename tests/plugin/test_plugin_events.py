@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.config
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,18 +148,25 @@ def test_a_refused_publication_says_why(lines, tmp_path: Path) -> None:
     assert "no such folder" in line["message"]
 
 
-def test_vllm_may_set_its_logging_up_again(lines) -> None:
-    """As it does in each process, after the plugin is there."""
-    events.install(JSON)
-    vllms = {
-        "formatters": {},
-        "handlers": {},
-        "loggers": {"vllm": {"level": "INFO", "handlers": []}},
-    }
-    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, **vllms})
-    LOGGER.info("still there")
-    happened("load", task="sql")
-    assert [line["event"] for line in lines()] == ["message", "load"]
+def test_vllm_may_set_its_logging_up_again() -> None:
+    """As it does in each process, after the plugin is there; it closes every handler of the process."""
+    program = """
+import logging, logging.config
+from vllm_vlora.plugin import events
+
+logger = logging.getLogger("vllm.plugins.vlora")
+logger.setLevel(logging.INFO)
+events.install(events.JSON)
+vllms = {"vllm": {"level": "INFO", "handlers": []}}
+logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "loggers": vllms})
+logger.info("still there")
+events.happened("load", task="sql")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in lines] == ["message", "load"]
 
 
 def test_installing_twice_writes_once(lines) -> None:

@@ -1,6 +1,6 @@
 """The code on the pages of vlora and lorashare, and small real adapters under the names that it reads.
 
-``tests/data/seeds/pages`` has the code as it stands there. The adapters are trained and saved by
+``tests/data/seed_pages`` has the code as it stands there. The adapters are trained and saved by
 PEFT, each on a task of its own, of a Llama that was trained before.
 """
 
@@ -21,7 +21,7 @@ _BLOCK = re.compile(r"^## ([^\n]+)\n\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.D
 
 def snippets(page: str, language: str) -> dict[str, str]:
     """Heading -> code, of a page's blocks in one language, with the imports as they are here."""
-    text = (DATA / "seeds" / "pages" / f"{page}.md").read_text(encoding="utf-8")
+    text = (DATA / "seed_pages" / f"{page}.md").read_text(encoding="utf-8")
     found = {title: code for title, kind, code in _BLOCK.findall(text) if kind == language}
     return {title: renamed(code) for title, code in found.items()}
 
