@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,31 +115,5 @@ def test_an_embedding_whose_task_is_gone_ends_no_other(
             _check_errors(server, "embeddings", {"input": [PROMPTS[0]]})
         assert _post(server, "embeddings", "t1", input=[PROMPTS[0]]).json()["data"] == before
         assert _post(server, "embeddings", GONE, input=[PROMPTS[0]]).status_code == 200
-    finally:
-        server.stop()
-
-
-def test_a_server_that_ends_serves_first_who_waits_for_a_task(
-    world: World, checkpoint: Path, tmp_path: Path
-) -> None:
-    """There is room for a few at once, so that most wait when it is told to end."""
-    server = _serve(world, checkpoint, tmp_path / "log", "--shutdown-timeout", "60")
-    body = TEXT | {
-        "max_tokens": 220, "temperature": 0, "ignore_eos": True, "skip_special_tokens": False
-    }  # fmt: skip
-    try:
-        with ThreadPoolExecutor(len(TASKS)) as pool:
-            asked = {n: pool.submit(_post, server, "completions", n, **body) for n in TASKS}
-            # By then all have come to the engine core, which refuses what comes later.
-            wait(asked.values(), return_when=FIRST_COMPLETED)
-            assert sum(answer.done() for answer in asked.values()) < len(TASKS) - HELD
-            assert server.process.pid is not None
-            os.kill(server.process.pid, signal.SIGTERM)
-            for name, answer in asked.items():
-                (choice,) = answer.result().json()["choices"]
-                right = words(world.reference[TASKS[name]][0])
-                assert ids(choice["text"])[: len(right)] == right, name
-        server.process.join(60)
-        assert not server.process.is_alive()
     finally:
         server.stop()

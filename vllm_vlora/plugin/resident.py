@@ -197,6 +197,7 @@ class ResidentStore:
             for them is left out.
         narrow_rows: hold rows of 3 and 2 bits with no more, in tasks that are materialized.
         budget: what all of it may take; anything where it is None.
+        exchanges: whether bases of another state take the place of those that the layers hold.
     """
 
     def __init__(
@@ -208,8 +209,9 @@ class ResidentStore:
         elsewhere: Collection[str] = (),
         narrow_rows: bool = False,
         budget: Budget | None = None,
+        exchanges: bool = True,
     ) -> None:
-        self._device = device
+        self._device, self._exchanges = device, exchanges
         self._engine_name = engine_name
         self._check = check
         self._only_direct = only_direct
@@ -290,7 +292,7 @@ class ResidentStore:
             ModelMismatchError: the served model cannot take them.
         """
         speak = _speakers(checkpoint, set(task_ids))
-        bases = self._fitting(checkpoint) if self._only_direct else None
+        bases = self._fitting(checkpoint) if self._only_direct and self._exchanges else None
         self._obstacles(checkpoint, [task for task in task_ids if task in speak], bases)
 
     def serve(self, state: State) -> None:
@@ -300,7 +302,11 @@ class ResidentStore:
         """
         self.state, self._next = state, None
         checkpoint = state.checkpoint
-        if self.direct is not None and checkpoint.basis_digest != self.direct.bases.digest:
+        if (
+            self._exchanges
+            and self.direct is not None
+            and checkpoint.basis_digest != self.direct.bases.digest
+        ):
             # A thread of its own: tasks that need no bases are read meanwhile.
             reader = ThreadPoolExecutor(1, "vlora-bases")
             found = reader.submit(self._read_next, checkpoint)

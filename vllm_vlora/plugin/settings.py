@@ -37,6 +37,7 @@ DEVICE_SHARE = 4
 HOST_VARIABLE = "VLLM_VLORA_HOST_BYTES"
 DEFAULT_HOST_BYTES = 4 << 30
 FOLLOW_VARIABLE = "VLLM_VLORA_FOLLOW"
+EXCHANGE_VARIABLE = "VLLM_VLORA_EXCHANGE"
 BASIS_WAIT_VARIABLE = "VLLM_VLORA_BASIS_WAIT"
 # Seconds. Most generations take less, and a client waits so long.
 DEFAULT_BASIS_WAIT = 30
@@ -86,6 +87,7 @@ class Settings:
         device_bytes: on each device for the tasks of the checkpoint, at most; None for a quarter of it.
         host_bytes: of host memory of each worker for tasks that gave way.
         follow: serve what is published into the checkpoint's folder.
+        exchange: whether a published state's shared bases take the place of those before.
         basis_wait: seconds that requests for tasks on a newly published basis wait at most until those on
             the one before have ended; their tasks are materialized then.
         poll_seconds: between two questions what a Hub branch or a URL has now; 0 for none.
@@ -112,6 +114,7 @@ class Settings:
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
+    exchange: bool = False
     basis_wait: int = DEFAULT_BASIS_WAIT
     poll_seconds: int = 0
     task_concurrency: int = 0
@@ -182,6 +185,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
         follow=follow,
+        exchange=_choice(environment, EXCHANGE_VARIABLE, SWITCH) == "on",
         basis_wait=_whole(environment, BASIS_WAIT_VARIABLE, DEFAULT_BASIS_WAIT, least=0),
         poll_seconds=_poll_seconds(environment, follow),
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
