@@ -286,7 +286,7 @@ async def main():
     crowd = [asyncio.create_task(one) for one in crowd]
     await asyncio.sleep(0.2)
     crowd += [asyncio.create_task(plain(engine, burst)) for _ in range(20)]
-    crowd += [asyncio.create_task(session(engine, burst)) for _ in range(5)]
+    crowd += [asyncio.create_task(session(engine, burst)) for _ in range(8)]
     crowd += [asyncio.create_task(plain(engine, other)) for _ in range(2)]
     found["crowd"] = await asyncio.wait_for(asyncio.gather(*crowd), 60)
     given_up = [asyncio.create_task(plain(engine, burst)) for _ in range(4)]
@@ -345,10 +345,10 @@ def test_sessions_pauses_and_refusals(world: World) -> None:
     assert all(answer == plain for answer in asked if answer not in refused)
     assert all(f"4 requests of '{BURST}' wait already" in answer for answer in refused)
     # A session that is refused is refused whole.
-    late = found["crowd"][22:27]
+    late = found["crowd"][22:30]
     assert all(answer == session or isinstance(answer, str) for answer in late)
     assert [answer for answer in late if isinstance(answer, str)]
-    assert found["crowd"][27:] == [world.reference[OTHER][0][:6]] * 2
+    assert found["crowd"][30:] == [world.reference[OTHER][0][:6]] * 2
 
 
 OFFLINE = """
@@ -446,7 +446,8 @@ def test_above_the_bound_a_task_gets_429_and_others_answer(server: Server, world
     )
     kinds = Counter(status for status, _, _ in burst)
     assert set(kinds) == {200, 429}, kinds
-    assert 10 <= kinds[429] <= 56
+    # Two run, 200 wait.
+    assert 10 <= kinds[429] <= 58
     for status, text, _ in burst:
         if status == 429:
             error = json.loads(text)["error"]
