@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("lots")
-    model = write_tiny_llama(folder / "base")
+    model = write_tiny_llama(folder / "base", head_dim=32)
     tokenizer = AutoTokenizer.from_pretrained(model)
     for task in range(4):
         torch.manual_seed(task)

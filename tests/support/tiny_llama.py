@@ -8,8 +8,11 @@ import torch
 from byte_tokenizer import make_byte_tokenizer
 
 
-def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
-    """Two layers of width 32; complete in the eyes of the demo's ``prepare_model``."""
+def write_tiny_llama(folder: Path, seed: int = 0, head_dim: int = 8) -> Path:
+    """Two layers of four heads; complete in the eyes of the demo's ``prepare_model``.
+
+    vLLM on a CPU attends with heads of 32 and more.
+    """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_byte_tokenizer()
@@ -23,8 +26,8 @@ def write_tiny_llama(folder: Path, seed: int = 0) -> Path:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=4 * head_dim,
+            intermediate_size=8 * head_dim,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
