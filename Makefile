@@ -42,7 +42,7 @@ test-slow: $(VENV)/.ready ## The long tests; records the sources that they passe
 
 test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
 	# Two processes of one thread. A file, and so its engine, stays in one; the longest files come first.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=40 -m engine tests/engine tests/attacks
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=40 -m engine tests/engine tests/attacks tests/benchmarks
 
 architectures: $(VENV)/.ready ## An engine of every model class that is tried, beside PEFT or stock vLLM; prints the table
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m architectures tests/engine/test_architectures.py

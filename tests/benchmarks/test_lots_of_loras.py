@@ -50,8 +50,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(task)
         config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
         adapted = get_peft_model(LlamaForCausalLM.from_pretrained(model), config)
-        optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
-        for _ in range(25):
+        optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=3e-3)
+        for _ in range(60):
             loss = torch.zeros(())
             for row in rows(task)[:2]:
                 given = tokenizer(f"[INST] {row['input']} [/INST]")["input_ids"]
