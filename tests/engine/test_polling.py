@@ -20,7 +20,13 @@ from published_world import FIRST, SECOND, publish, wrong
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.engine,
+    # Several servers at once keep both cores of a small machine busy for minutes.
+    pytest.mark.skipif(
+        "VLORA_SEVERAL_SERVERS" not in os.environ, reason="set VLORA_SEVERAL_SERVERS=1"
+    ),
+]
 
 SECONDS = 30.0
 STAYS = "the state that is served stays"

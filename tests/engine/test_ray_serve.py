@@ -27,7 +27,13 @@ pytest.importorskip(
     "grpc_reflection", reason="Ray Serve is not whole here: pip install 'ray[serve]'"
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.engine,
+    # Several servers at once keep both cores of a small machine busy for minutes.
+    pytest.mark.skipif(
+        "VLORA_SEVERAL_SERVERS" not in os.environ, reason="set VLORA_SEVERAL_SERVERS=1"
+    ),
+]
 
 APP = ROOT / "examples" / "ray_serve" / "app.py"
 
