@@ -170,7 +170,8 @@ def test_what_cannot_be_had_or_served_is_a_line_and_the_state_answers(
         assert time.monotonic() - began < SECONDS
         time.sleep(0.1)
     time.sleep(2.5)
-    assert lines < said(servers, STAYS)
+    # Each worker asks now and then, and says it once.
+    assert lines < said(servers, STAYS) <= lines + len(servers)
     settle(servers, world, SECOND)
     assert said(servers, "Traceback") == 0
     store.web.status = None
