@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +14,7 @@ from engine_server import FORKED, Server, ids, words
 from engine_world import PROMPTS, World, all_directions
 from prometheus_client.parser import text_string_to_metric_families
 
-pytestmark = [
-    pytest.mark.engine,
-    # Two of four gave a wrong answer once, on a machine with a load of 15; the cause is not found.
-    pytest.mark.skipif(
-        "VLORA_EXCHANGE_TESTS" not in os.environ, reason="set VLORA_EXCHANGE_TESTS=1"
-    ),
-]
+pytestmark = pytest.mark.engine
 
 # Weights by the name of the adapter that has them. The second collection's basis is narrower in every
 # layer, the third's is wider in some.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,14 @@ from vllm_vlora import snapshots
 from vllm_vlora.checkpoint.pinning import pinned
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelMismatchError
+from vllm_vlora.plugin import resident
 from vllm_vlora.plugin.identity import task_path
+from vllm_vlora.plugin.images import make_image
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.settings import Budget
 from vllm_vlora.quantize import unpack
 from vllm_vlora.representations.decode import decode
+from vllm_vlora.representations.stored import Basis
 from vllm_vlora.triton_kernels.direct import ADDRESS_FIELDS, SliceTask
 
 
@@ -308,6 +312,56 @@ def test_bases_stay_while_what_is_staged_needs_them(tmp_path: Path) -> None:
     assert _numbers(store)["b"] == full["b"]
     store.forget(str(paths["b"]))
     assert store.arena_used == 0
+
+
+@pytest.mark.parametrize("basis", ["nf4", "float32"])
+def test_tasks_that_are_read_side_by_side_share_one_basis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, basis: str
+) -> None:
+    """Each brings what no device has yet, wherever in memory it was read to, and one of it is kept."""
+    names = ("a", "b", "c")
+    checkpoint = build(tmp_path / "ck", dict.fromkeys(names, TASKS["joint"]), basis=basis)
+    orders = itertools.cycle([1, -1])
+
+    def image_of_moved(tree: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(tree, Basis):
+            tree = _laid_out(tree, next(orders))
+        return make_image(tree, *args, **kwargs)
+
+    monkeypatch.setattr(resident, "make_image", image_of_moved)
+    store = Store(budget=Budget(device=0, late=1 << 20, host=1 << 20)).store
+    store.preload(checkpoint.path)
+    paths = [task_path(checkpoint, name) for name in names]
+    # Then from the host's images, of which the last one's basis is now the first to come.
+    for order in (paths, paths[::-1]):
+        while sum(store.stage(path) is True for path in paths) < len(paths):
+            time.sleep(0.001)
+        for path in order:
+            assert store.place(path) == 0
+        bases = dict(checkpoint.bases())
+        for task in store.tasks():
+            for name, module in checkpoint.load_task(task.task_id).modules.items():
+                a, b = decode(module, bases[name])
+                source_a, source_b = task.sources[name]
+                torch.testing.assert_close(source_b.to_dense().T @ source_a.to_dense(), b @ a)
+        for path in paths:
+            store.forget(str(path))
+
+
+def _laid_out(basis: Basis, order: int) -> Basis:
+    """The same basis, with its tensors one behind the other in this order."""
+    parts = [p for matrix in (basis.u, basis.v) for p in matrix.parts.values()][::order]
+    room = torch.empty(sum(-(-p.nbytes // 16) * 16 for p in parts), dtype=torch.uint8)
+    moved, end = {}, 0
+    for part in parts:
+        moved[part.data_ptr()] = room[end : end + part.nbytes].view(part.dtype).view(part.shape)
+        moved[part.data_ptr()].copy_(part)
+        end += -(-part.nbytes // 16) * 16
+    u, v = (
+        replace(m, parts={n: moved[p.data_ptr()] for n, p in m.parts.items()})
+        for m in (basis.u, basis.v)
+    )
+    return replace(basis, u=u, v=v)
 
 
 def test_a_load_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:

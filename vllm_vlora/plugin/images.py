@@ -33,6 +33,13 @@ class Span:
     start: int
     memory: torch.Tensor
 
+    @classmethod
+    def between(cls, one: torch.Tensor, other: torch.Tensor) -> Span:
+        """Of a tensor, whose place another of its shape and strides takes."""
+        start = other.storage_offset() * other.element_size()
+        memory = torch.empty(0, dtype=torch.uint8, device=other.device)
+        return cls(one.data_ptr(), memory.set_(other.untyped_storage(), start, (_extent(other),)))
+
 
 class _Place:
     """Where a tensor of an image lies in its block, and what it is; ``stride`` None where contiguous."""

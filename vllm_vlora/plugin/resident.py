@@ -825,9 +825,15 @@ class ResidentStore:
         for key, block in zip(new, blocks):
             image = staged.brought[key]
             self._bases[key] = _PlacedBasis(image.on(block.memory), block, image.nbytes)
+        # Tensor by tensor: the device may have the basis from another's image, which tasks that are read
+        # side by side each make, and where in it a tensor lies is as memory was free.
         shared = [
-            Span(image.block.data_ptr(), self._bases[key].block.memory)
+            Span.between(host, there)
             for key, image in staged.brought.items()
+            for host, there in zip(
+                _basis_tensors(image.tree), _basis_tensors(self._bases[key].basis)
+            )
+            if host.numel()
         ]
         task = staged.image.on(blocks[-1].memory, shared)
         if staged.memory is not None:
