@@ -54,7 +54,6 @@ class Published:
         self.own = self.world.root / f"exchange-{time.monotonic_ns()}"
         self.folder, log = self.own / "followed", self.own / "log"
         self.made: dict[str, Path] = {}
-        self.environment.setdefault("VLLM_VLORA_EXCHANGE", "on")
         self.publish(FIRST)
         self.server = Server(
             self.world, log, self.folder, self.script, self.options, **self.environment
