@@ -20,7 +20,7 @@ from vllm_vlora.blend_names import Blend, Term, checked_blend, weight_text
 from vllm_vlora.blending.blended import BlendedCheckpoint
 from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import BlendError, CheckpointError
+from vllm_vlora.errors import BlendError, CheckpointReplacedError
 from vllm_vlora.plugin.identity import MEMORY, TaskPath
 
 _PREFIX = f"{TASKS_FOLDER}/~~blend_"
@@ -56,8 +56,8 @@ def blend_of(path: TaskPath, checkpoint: Checkpoint) -> Blend | None:
     """What a blend's path names of a checkpoint; None for the path of a task.
 
     Raises:
-        CheckpointError: the checkpoint does not hold these tasks with these weights, or the path is
-            none that ``blend_path`` makes.
+        CheckpointReplacedError: the checkpoint does not hold these tasks with these weights, or the path
+            is none that ``blend_path`` makes.
     """
     if not is_blend_path(path):
         return None
@@ -70,7 +70,7 @@ def blend_of(path: TaskPath, checkpoint: Checkpoint) -> Blend | None:
         blend = ()
     own = {task: TaskPath(path.checkpoint, "", checkpoint.digest(task)) for task, _ in blend}
     if not blend or blend_path(own, blend) != path:
-        raise CheckpointError(
+        raise CheckpointReplacedError(
             f"{path.checkpoint}: a task of the blend {path.file} was published again or removed; make a "
             "new request"
         )
@@ -81,7 +81,7 @@ def blended_checkpoint(checkpoint: Checkpoint, path: TaskPath) -> BlendedCheckpo
     """For a blend's path a checkpoint whose task is that blend; None for the path of a task.
 
     Raises:
-        CheckpointError: as :func:`blend_of`. BlendError: these tasks cannot be blended.
+        CheckpointReplacedError: as :func:`blend_of`. BlendError: these tasks cannot be blended.
     """
     blend = blend_of(path, checkpoint)
     return None if blend is None else BlendedCheckpoint(checkpoint, blend, path.file, path.digest)

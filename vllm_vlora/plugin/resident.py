@@ -28,6 +28,7 @@ from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import (
     CheckpointError,
+    CheckpointReplacedError,
     MemoryBudgetError,
     ModelMismatchError,
     TaskLoadError,
@@ -638,7 +639,7 @@ class ResidentStore:
         if in_memory is not None:
             return self._read_checked(in_memory, next(iter(in_memory.tasks)))
         if path.checkpoint == MEMORY:
-            raise CheckpointError(
+            raise CheckpointReplacedError(
                 f"{path}: this version of the task was published again or unpublished; use the request "
                 "that vllm_vlora.publish returned last"
             )
@@ -664,7 +665,7 @@ class ResidentStore:
                 if own != path:
                     raise CheckpointError(f"{path}: give the task's own path, {own}")
                 return self._read_checked(checkpoint, task_id)
-        raise CheckpointError(
+        raise CheckpointReplacedError(
             f"{path.checkpoint / path.file} was published again with other weights; make a new "
             "request with vllm_vlora.lora_request"
         )
