@@ -65,6 +65,8 @@ def train(
         float | None,
         typer.Option(
             metavar="X",
+            min=0,
+            max=1,
             help="Attach nothing and exit with 1 if less than X of the held-out prompts go right.",
             show_default=False,
         ),

@@ -116,7 +116,11 @@ def test_edits_say_what_a_router_does_not_fit(checkpoint: Path, tmp_path: Path) 
         (["--held-out", "1"], "held_out must be"),
         (["--held-out", "0", "--fail-under", "0.5"], "needs held-out prompts"),
         (["--others", "nowhere.txt"], "nowhere.txt"),
-        (["--hidden", "0"], "at least 1"),
+        (["--hidden", "0"], "hidden must be"),
+        (["--hidden", "1025"], "hidden must be"),
+        (["--epochs", "0"], "at least 1"),
+        (["--seed", "9" * 30], "seed must be"),
+        (["--fail-under", "nan"], "fail-under"),
     ],
 )
 def test_refused_options(

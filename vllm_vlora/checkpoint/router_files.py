@@ -25,7 +25,7 @@ import torch
 
 from vllm_vlora.checkpoint.beside import decode_beside, read_beside
 from vllm_vlora.checkpoint.manifest import FileRef, is_checkpoint, read_checked
-from vllm_vlora.errors import CheckpointError, TaskIdError
+from vllm_vlora.errors import CheckpointError, OptionError, TaskIdError
 from vllm_vlora.representations.spec import Size
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.tensor_files import DamagedFileError, read_tensors
@@ -103,6 +103,21 @@ def decode_router(data: bytes, file: Path = Path(ROUTER_FILE)) -> RouterRecord:
             f"{file}: {fault}; train the router again, or copy the checkpoint again"
         )
     return record
+
+
+def refuse_unreadable(record: RouterRecord, weights: Weights) -> None:
+    """Refuse to write a router that :func:`read_router` or :func:`read_router_weights` would refuse.
+
+    Raises:
+        OptionError: saying why.
+    """
+    try:
+        decode_router(encode_router(record))
+    except CheckpointError as error:
+        raise OptionError(f"no router could be read from this: {error}") from error
+    fault = _weights_fault(weights, record.outputs)
+    if fault is not None:
+        raise OptionError(f"no router could be read from this: {fault}")
 
 
 def encode_router(record: RouterRecord) -> bytes:

@@ -17,6 +17,7 @@ from vllm_vlora.checkpoint.router_files import (
     Weights,
     encode_router,
     network_bytes,
+    refuse_unreadable,
 )
 from vllm_vlora.errors import OptionError
 
@@ -36,13 +37,15 @@ def attach_router(
         checkpoint: its folder. The rest: as a ``RouterRecord`` has them.
 
     Raises:
-        OptionError: no folder is given.
+        OptionError: no folder is given, or these are no router: a network of another shape or beyond the
+            bounds, NaN, a task twice, a temperature that is none.
         CheckpointError, OutputError: the checkpoint cannot be read or written.
     """
     data, ref = network_bytes(weights)
     record = RouterRecord(
         VERSION, TEXT_FEATURES, list(tasks), others, temperature, ref, dict(measured or {})
     )
+    refuse_unreadable(record, weights)
     with _held(checkpoint) as folder:
         write_file_atomic(folder / ref.file, data)
         write_file_atomic(folder / ROUTER_FILE, encode_router(record))
