@@ -185,7 +185,7 @@ def _describe_trained(
     trained: TrainedRouter, ref: str, checkpoint: Checkpoint, attached: bool
 ) -> dict[str, Any]:
     """What ``--json`` prints; the label of text of no task is ""."""
-    from vllm_vlora.tools.summary import measured_rows
+    from vllm_vlora.tools.summary import hiding_auto, measured_rows
 
     rows = measured_rows(trained.measured)
     for row in rows:
@@ -203,6 +203,7 @@ def _describe_trained(
         "tasks": rows,
         "unknown_tasks": [task for task in checkpoint.tasks if task not in trained.tasks],
         "gone_tasks": [],
+        "hidden_by": hiding_auto(checkpoint),
     }
 
 
@@ -238,8 +239,8 @@ def _print_trained(console: Console, found: dict[str, Any]) -> None:
             style="bold",
         )
     if found["attached"]:
-        print_router_fit(console, found)
         line(console, f'Attached to {found["checkpoint"]}: ask for model="auto".')
+        print_router_fit(console, found)
 
 
 def _print_router(console: Console, found: dict[str, Any]) -> None:

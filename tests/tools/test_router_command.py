@@ -78,6 +78,10 @@ def test_it_trains_attaches_shows_and_removes(checkpoint: Path, tmp_path: Path) 
     assert "model=auto, 2 tasks, 1.0000 of held-out" in invoke("info", checkpoint).stdout
     assert "(of no task)" in invoke("router", "show", checkpoint).stdout
     invoke("validate", checkpoint)
+    assert shown["hidden_by"] is found["hidden_by"] is None
+    invoke("alias", checkpoint, "auto", tasks[0])
+    assert json.loads(invoke("router", "show", checkpoint, "--json").stdout)["hidden_by"] == "alias"
+    assert "the alias that is called auto" in invoke("info", checkpoint).stdout
     invoke("router", "remove", checkpoint)
     assert json.loads(invoke("info", checkpoint, "--json").stdout)["router"] is None
     assert "has no router" in invoke("router", "show", checkpoint, code=2).stderr
