@@ -106,25 +106,26 @@ def test_api_servers_are_given_time_to_hear_of_it(monkeypatch: pytest.MonkeyPatc
     assert core.left == [OLD]
 
 
-def test_what_is_published_again_stays() -> None:
+def test_each_version_leaves_once_when_the_next_one_comes() -> None:
     core = Core()
     adopt(core, "t", OLD)
     core.in_use = {OLD}
     adopt(core, "t", NEW)
-    assert adopt(core, "t", OLD) == NEW
-    assert core.tasks.unpublished == {}
+    assert adopt(core, "t", OTHER) == NEW
+    assert list(core.tasks.unpublished) == [OLD]
     assert core.left == [NEW]
-    assert adopt(core, "t", OLD) == OLD
-    assert core.left == [NEW]
+    core.in_use = set()
+    release(core)
+    assert core.left == [NEW, OLD]
 
 
 def test_a_refused_offer_takes_nothing_away_that_is_served() -> None:
     core = Core()
     adopt(core, "t", OLD)
-    withdraw(core, OLD)
-    assert core.discarded == []
     withdraw(core, NEW)
     assert core.discarded == [NEW]
+    assert core.tasks.published == {"t": OLD}
+    assert core.tasks.unpublished == {}
     assert unpublish(core, "another") == ""
 
 

@@ -72,8 +72,7 @@ def adopt(core: Any, task: str, path: str) -> str:
     tasks = tasks_of(core)
     before = tasks.published.get(task, "")
     tasks.published[task] = path
-    tasks.unpublished.pop(path, None)
-    if before not in ("", path):
+    if before:
         tasks.unpublished[before] = time.monotonic()
     release(core)
     again = " in place of the version before" if before else ""
@@ -82,10 +81,8 @@ def adopt(core: Any, task: str, path: str) -> str:
 
 
 def withdraw(core: Any, path: str) -> None:
-    """Let an offered task go, unless its very content is published."""
-    tasks = tasks_of(core)
-    if path not in tasks.published.values() and path not in tasks.unpublished:
-        core.model_executor.collective_rpc(_discard, args=(path,))
+    """Let a task go that was offered and is not to be served."""
+    core.model_executor.collective_rpc(_discard, args=(path,))
 
 
 def unpublish(core: Any, task: str) -> str:
