@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from vllm_vlora.plugin import published
 from vllm_vlora.plugin.published import ELSEWHERE, adopt, offer, release, unpublish, withdraw
 
-OLD, NEW, OTHER = (f"/dev/null/vllm_vlora.publish/tasks/t.safetensors@{n}" for n in "abc")
+OLD, NEW, OTHER, LAST = (f"/dev/null/vllm_vlora.publish/tasks/t.safetensors@{n}" for n in "abcd")
 
 
 class Core:
@@ -112,11 +112,27 @@ def test_each_version_leaves_once_when_the_next_one_comes() -> None:
     core.in_use = {OLD}
     adopt(core, "t", NEW)
     assert adopt(core, "t", OTHER) == NEW
-    assert list(core.tasks.unpublished) == [OLD]
+    assert core.left == []
+    # Nobody has asked for the one before, which does not wait for that.
+    adopt(core, "t", LAST)
+    assert list(core.tasks.unpublished) == [OLD, OTHER]
     assert core.left == [NEW]
     core.in_use = set()
     release(core)
-    assert core.left == [NEW, OLD]
+    assert core.left == [NEW, OLD, OTHER]
+
+
+def test_a_version_is_freed_after_the_answer_and_not_before() -> None:
+    core = Core(process=True)
+    adopt(core, "t", OLD)
+    assert core.input_queue.empty()
+    assert adopt(core, "t", NEW) == OLD
+    assert core.left == []
+    kind, requests = core.input_queue.get_nowait()
+    assert (kind.name, requests) == ("ABORT", [])
+    published.release_first(lambda *_: None)(core, requests)
+    assert core.left == core.discarded == [OLD]
+    assert core.tasks.looks is None
 
 
 def test_a_refused_offer_takes_nothing_away_that_is_served() -> None:
