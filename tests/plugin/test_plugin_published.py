@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import queue
 import time
+from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_vlora.blend_names import Term
+
 pytest.importorskip("vllm")
 
 from vllm_vlora.plugin import published
+from vllm_vlora.plugin.blend_paths import blend_path
+from vllm_vlora.plugin.identity import MEMORY, TaskPath
 from vllm_vlora.plugin.published import ELSEWHERE, adopt, offer, release, unpublish, withdraw
 
 OLD, NEW, OTHER, LAST = (f"/dev/null/vllm_vlora.publish/tasks/t.safetensors@{n}" for n in "abcd")
@@ -24,6 +30,7 @@ class Core:
         self.in_use: set[str] = set()
         self.awaited: set[str] = set()
         self.pinned: set[str] = set()
+        self.held: list[str] = []
         self.left: list[str] = []
         self.discarded: list[str] = []
         self.answers = answers or [""]
@@ -37,8 +44,9 @@ class Core:
                 in_use=lambda: self.in_use,
                 forget=self._forget,
                 is_pinned=self.pinned.__contains__,
+                paths=lambda: self.held,
             ),
-            arrivals=SimpleNamespace(awaits=self.awaited.__contains__),
+            arrivals=SimpleNamespace(paths=lambda: self.awaited),
         )
         if process:
             self.input_queue: queue.Queue[Any] = queue.Queue()
@@ -133,6 +141,28 @@ def test_a_version_is_freed_after_the_answer_and_not_before() -> None:
     published.release_first(lambda *_: None)(core, requests)
     assert core.left == core.discarded == [OLD]
     assert core.tasks.looks is None
+
+
+def test_a_version_stays_while_a_blend_of_it_is_asked_for_and_takes_its_blends_along() -> None:
+    old, new = (TaskPath(MEMORY, "tasks/t.safetensors", c * 32) for c in "ab")
+    tasks = {"t": old, "other": TaskPath(Path("/ck"), "tasks/other.safetensors", "c" * 32)}
+    blend, alone = (
+        str(blend_path(tasks, tuple(Term(task, Decimal("0.5")) for task in names)))
+        for names in (("t", "other"), ("other",))
+    )
+    core = Core()
+    core.held = [blend, alone]
+    adopt(core, "t", str(old))
+    adopt(core, "t", str(new))
+    for needs in (core.in_use, core.awaited, core.pinned):
+        needs.add(blend)
+        release(core)
+        assert core.left == []
+        needs.clear()
+    core.in_use = {alone}
+    release(core)
+    assert core.left == [str(old), blend]
+    assert core.discarded == [str(old)]
 
 
 def test_a_refused_offer_takes_nothing_away_that_is_served() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from vllm_vlora.errors import VLoRAError
+from vllm_vlora.plugin.blend_paths import is_made_of
 from vllm_vlora.plugin.engine_core import manager_of, tasks_of, tasks_so_far
 from vllm_vlora.plugin.manager import logger
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
@@ -101,19 +102,25 @@ def unpublish(core: Any, task: str) -> str:
 
 
 def release(core: Any) -> None:
-    """Let go of versions that are no longer published, that no request needs and nobody pinned."""
+    """Let go of versions that are no longer published, that no request needs and nobody pinned.
+
+    With each go the blends that it is in.
+    """
     tasks = tasks_of(core)
     if not tasks.unpublished:
         return
-    used, now = tasks.residency.in_use(), time.monotonic()
+    asked, now = tasks.residency.in_use() | tasks.arrivals.paths(), time.monotonic()
     # An API server may not have heard of it yet, and asks for it.
     grace = GRACE if tasks.followed else 0.0
     for path, since in list(tasks.unpublished.items()):
-        needed = path in used or tasks.arrivals.awaits(path) or tasks.residency.is_pinned(path)
+        digest = path.rpartition("@")[2]
+        blends = {p for p in (*tasks.residency.paths(), *asked) if is_made_of(p, digest)}
+        needed = any(p in asked or tasks.residency.is_pinned(p) for p in (path, *blends))
         if needed or now - since < grace:
             continue
         del tasks.unpublished[path]
-        tasks.residency.forget(path, wholly=True)
+        for gone in (path, *blends):
+            tasks.residency.forget(gone, wholly=True)
         core.model_executor.collective_rpc(_discard, args=(path,))
     if tasks.unpublished and hasattr(core, "input_queue"):
         _look_again(core, tasks)
