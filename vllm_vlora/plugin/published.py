@@ -71,15 +71,15 @@ def offer(core: Any, described: bytes, content: bytes | None = None) -> str:
 def adopt(core: Any, task: str, path: str) -> str:
     """Serve an offered task under its name; the path of what was published under it, or nothing."""
     tasks = tasks_of(core)
-    # Where no request came since the publication before.
-    release(core)
     before = tasks.published.get(task, "")
     tasks.published[task] = path
     if before:
         tasks.unpublished[before] = time.monotonic()
-        # To give 84 MB back takes 30 ms; that is for after the answer, or before the next request.
         if hasattr(core, "input_queue"):
+            # To give 84 MB back takes 30 ms, and who publishes waits for the answer alone.
             core.input_queue.put_nowait(_nothing())
+        else:
+            release(core)
     again = " in place of the version before" if before else ""
     logger.info("vllm-vlora: task %s is served from memory%s", shown(repr(task)), again)
     return before
