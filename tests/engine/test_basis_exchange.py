@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,6 @@ class Published:
         self.own = self.world.root / f"exchange-{time.monotonic_ns()}"
         self.folder, log = self.own / "followed", self.own / "log"
         self.made: dict[str, Path] = {}
-        self.environment.setdefault("VLLM_VLORA_EXCHANGE", "on")
         self.publish(FIRST)
         self.server = Server(
             self.world, log, self.folder, self.script, self.options, **self.environment
@@ -135,6 +135,15 @@ class Published:
         )  # fmt: skip
         return ids(done.choices[0].text)
 
+    def ask_until(self, ended: threading.Event, name: str, *states: dict[str, str]) -> int:
+        """How often a task was asked, which answered each time as in one of these states."""
+        allowed = [words(self.world.reference[tasks[name]][0]) for tasks in states]
+        count = 0
+        while not ended.is_set():
+            assert ids(self.server.text(name, PROMPTS[0])) in allowed, name
+            count += 1
+        return count
+
     def cached(self, name: str) -> list[str]:
         """An answer to the long prompt, whose first block the second request finds in the cache."""
         first, second = (
@@ -184,9 +193,12 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
     published.make(SECOND)
     cached = {name: published.cached(name) for name in "ab"}
     assert cached["a"] != cached["b"]
-    with ThreadPoolExecutor(80) as pool:
+    with ThreadPoolExecutor(84) as pool:
         # In flight while the basis changes, some of them waiting for a place in a batch.
         running = [(name, pool.submit(published.long, name)) for name in "ab" for _ in range(40)]
+        # Whoever asks meanwhile is answered, with the weights of before or those of after.
+        ended = threading.Event()
+        asking = [pool.submit(published.ask_until, ended, name, FIRST, SECOND) for name in "aabc"]
         time.sleep(0.3)
         published.publish(SECOND)
         # The metrics lag a second behind.
@@ -198,6 +210,8 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
         assert [published.cached(name) for name in "ab"] == [cached["b"], cached["a"]]
         for name, future in running:
             assert future.result() == before[name], "it began on the basis of before"
+        ended.set()
+        assert all(future.result() > 1 for future in asking)
     published.until(lambda: published.exchanges() == 1)
     published.until(lambda: published.all_direct(SECOND))
     assert "took the place of those before" in published.log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import openai
 import pytest
+from engine_server import Server, ids, words
 from engine_world import PROMPTS, World
-from published_world import FIRST, SECOND, PublishedWorld
+from published_world import FIRST, SECOND, PublishedWorld, publish
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 
@@ -110,6 +112,47 @@ def test_memory_of_old_states_comes_back(world2: PublishedWorld) -> None:
         world2.publish(tasks)
         world2.settle(tasks)
     assert "no room for task" not in world2.server.log.read_text()
+
+
+def test_who_asks_while_it_is_published_is_answered(world: World) -> None:
+    """Tasks that are on no device, whose weights of before are gone when an API server asks for them."""
+    weights = ("attention", "everything", "rslora", "half-packed")
+    states = [{f"t{n}": weights[(n + turn) % 4] for n in range(12)} for turn in range(2)]
+    name = "met"
+    folder = publish(world, states[0], name)
+    opened = Checkpoint.open(folder)
+    device = 3 * max(opened.entry(task).nbytes for task in opened.tasks)
+    server = Server(
+        world,
+        world.root / f"{name}.log",
+        folder,
+        VLLM_VLORA_DEVICE_BYTES=str(device),
+        VLLM_VLORA_LATE_MIB="0",
+        VLLM_VLORA_HOST_BYTES="0",
+    )
+    ended = threading.Event()
+
+    def ask(task: str) -> int:
+        allowed = [words(world.reference[state[task]][0]) for state in states]
+        count = 0
+        while not ended.is_set():
+            assert ids(server.text(task, PROMPTS[0])) in allowed, task
+            count += 1
+        return count
+
+    try:
+        assert server.wait(), server.log.read_text()[-4000:]
+        with ThreadPoolExecutor(12) as pool:
+            asking = [pool.submit(ask, task) for task in states[0]]
+            for turn in range(6):
+                publish(world, states[(turn + 1) % 2], name)
+                # Adopted at different times after it was published.
+                time.sleep(1.0 + 0.3 * turn)
+            ended.set()
+            assert all(future.result() > 1 for future in asking)
+    finally:
+        ended.set()
+        server.stop()
 
 
 def run(arguments: list[str | Path]) -> None:

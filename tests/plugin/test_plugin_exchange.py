@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -270,6 +271,30 @@ def test_who_waited_long_enough_gets_a_task_that_is_materialized_until_then(
     assert store.task(path).direct is not None
 
 
+def test_a_task_that_is_read_while_the_bases_are_exchanged_runs_direct_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(tmp_path)
+    store = served.publish()
+    store.hold_back(False)
+    reads, goes_on = threading.Event(), threading.Event()
+    load = store._load
+
+    def slowly(*args: Any) -> Any:
+        reads.set()
+        assert goes_on.wait(30)
+        return load(*args)
+
+    monkeypatch.setattr(store, "_load", slowly)
+    path = served.path("joint")
+    assert store.stage(path) is False
+    assert reads.wait(30)
+    served.exchange()
+    goes_on.set()
+    assert served.stage("joint") is True
+    assert store.task(path).direct is not None
+
+
 def test_what_is_given_up_is_materialized_from_then_on(tmp_path: Path) -> None:
     served = Served(tmp_path)
     store = served.publish()
@@ -368,8 +393,8 @@ class Walk:
         state = self.store.state
         assert state is not None
         joint = [path for task, path in state.paths.items() if task in JOINT]
-        asked = self.random.choice([joint, joint, list(self.of_path), self.waiting])
-        self.ask(self.random.choice(asked or joint))
+        asked = self.random.choice([joint, joint, list(self.of_path), self.waiting]) or joint
+        self.ask(self.random.sample(asked, min(len(asked), self.random.choice([1, 1, 2, 6]))))
 
     def settle(self) -> None:
         """What an engine core does that looks at the workers."""
@@ -384,20 +409,22 @@ class Walk:
             self.store.exchange()
             self.seen["exchanged"] += 1
 
-    def ask(self, path: str) -> None:
-        parsed = parse_task_path(path)
-        assert parsed is not None
-        staged: bool | None = False
+    def ask(self, paths: list[str]) -> None:
+        """Tasks that are read side by side, and then come to the device one after the other."""
+        parsed = [parse_task_path(path) for path in paths]
+        asked = [path for path in parsed if path is not None]
+        staged: list[bool | None] = [False]
         deadline = time.monotonic() + 30
-        while staged is False:
+        while False in staged:
             assert time.monotonic() < deadline
-            staged = self.store.stage(parsed)
-        if staged is None:
-            self.seen["waits"] += 1
-            self.waiting = [*self.waiting[-4:], path]
-            return
-        assert self.store.place(parsed) == 0
-        self.used.add(path)
+            staged = [self.store.stage(path) for path in asked]
+        for path, answer in zip(asked, staged):
+            if answer is None:
+                self.seen["waits"] += 1
+                self.waiting = [*self.waiting[-4:], str(path)]
+            else:
+                assert self.store.place(path) == 0
+                self.used.add(str(path))
 
     def check(self) -> None:
         """Every task on the device adds what its own checkpoint says, in the layers as they are."""

@@ -22,7 +22,7 @@ from vllm_vlora.blending.blended import BlendedCheckpoint
 from vllm_vlora.blending.joined import JoinedCheckpoint
 from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import BlendError, CheckpointError
+from vllm_vlora.errors import BlendError, CheckpointReplacedError
 from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
 
 _PREFIX = f"{TASKS_FOLDER}/~~blend_"
@@ -63,7 +63,7 @@ def blend_of(
         checkpoint: None for none. published: of one task each.
 
     Raises:
-        CheckpointError: they do not hold these tasks with these weights, or the path is none that
+        CheckpointReplacedError: they do not hold these tasks with these weights, or the path is none that
             ``blend_path`` makes.
     """
     if not is_blend_path(path):
@@ -83,7 +83,7 @@ def blend_of(
     except (BlendError, KeyError):
         blend = ()
     if not blend or blend_path(dict(found[name] for name in weights), blend) != path:
-        raise CheckpointError(
+        raise CheckpointReplacedError(
             f"{path.checkpoint}: a task of the blend {path.file} was published again or removed; make a "
             "new request"
         )
@@ -103,7 +103,7 @@ def blended_checkpoint(
         layer: a module's name -> the layer's that it means.
 
     Raises:
-        CheckpointError: as :func:`blend_of`. BlendError: these tasks cannot be blended.
+        CheckpointReplacedError: as :func:`blend_of`. BlendError: these tasks cannot be blended.
     """
     blend = blend_of(path, checkpoint, published)
     if blend is None:

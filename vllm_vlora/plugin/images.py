@@ -38,7 +38,8 @@ class Span:
         """Of a tensor, whose place another of its shape and strides takes."""
         start = other.storage_offset() * other.element_size()
         memory = torch.empty(0, dtype=torch.uint8, device=other.device)
-        return cls(one.data_ptr(), memory.set_(other.untyped_storage(), start, (_extent(other),)))
+        memory.set_(other.untyped_storage(), start, (_extent(other),), (1,))
+        return cls(one.data_ptr(), memory)
 
 
 class _Place:

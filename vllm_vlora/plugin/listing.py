@@ -28,6 +28,7 @@ from vllm_vlora.plugin.engine_core import (
 from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
 from vllm_vlora.plugin.named_requests import TaskRequests
 from vllm_vlora.plugin.prompt_routing import Routing
+from vllm_vlora.plugin.renewal import renew_from
 from vllm_vlora.plugin.requests import requests_for
 
 PERIOD = 0.5
@@ -79,6 +80,7 @@ class Listing:
     def follow(self) -> None:
         """List what is served from now on, too, until the engine ends."""
         self._following = asyncio.get_running_loop().create_task(self._follow())
+        renew_from(self._models.engine_client, self._models.lora_requests.newest)
 
     async def _follow(self) -> None:
         while True:

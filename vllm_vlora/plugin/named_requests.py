@@ -140,6 +140,16 @@ class TaskRequests(dict[str, LoRARequest]):
             asked.answered[name] = request
         return request
 
+    def newest(self, request: LoRARequest) -> LoRARequest | None:
+        """The request that has the name of one by now: of a task, or of a blend in its one form."""
+        own = self.own(request.lora_name)
+        if own is not None:
+            return own
+        try:
+            return self._request(resolve(request.lora_name, _Tasks(self), {}, ""))
+        except BlendError:
+            return None
+
     def _request(self, blend: Blend) -> LoRARequest:
         if is_alone(blend):
             return dict.__getitem__(self, blend[0].task)

@@ -28,6 +28,7 @@ from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import (
     CheckpointError,
+    CheckpointReplacedError,
     MemoryBudgetError,
     ModelMismatchError,
     TaskLoadError,
@@ -645,7 +646,7 @@ class ResidentStore:
             blended = blended_checkpoint(None, path, published, self._engine_name)
             if blended is not None:
                 return self._read_checked(blended, blended.task_id)
-            raise CheckpointError(
+            raise CheckpointReplacedError(
                 f"{path}: this version of the task was published again or unpublished; use the request "
                 "that vllm_vlora.publish returned last"
             )
@@ -671,17 +672,19 @@ class ResidentStore:
                 if own != path:
                     raise CheckpointError(f"{path}: give the task's own path, {own}")
                 return self._read_checked(checkpoint, task_id)
-        raise CheckpointError(
+        raise CheckpointReplacedError(
             f"{path.checkpoint / path.file} was published again with other weights; make a new "
             "request with vllm_vlora.lora_request"
         )
 
     def _read_checked(self, checkpoint: Checkpoint, task_id: str) -> _Staged:
-        bases, awaited = None, self._next
-        if awaited is not None and awaited.digest == checkpoint.basis_digest and awaited.held_back:
-            bases = awaited.bases
+        # Once: the thread that has the arena may exchange them, or give that up, while this one reads.
+        following, bases = self._next, None
+        if following is not None and following.digest == checkpoint.basis_digest:
+            bases = following.bases if following.held_back else None
         obstacles = self._obstacles(checkpoint, [task_id], bases)
-        return self._read(checkpoint, task_id, obstacles[task_id])
+        to_come = self._to_stand_on(checkpoint, task_id, following)
+        return self._read(checkpoint, task_id, obstacles[task_id], to_come)
 
     def _obstacles(
         self, checkpoint: Checkpoint, task_ids: Iterable[str], bases: Bases | None = None
@@ -710,13 +713,17 @@ class ResidentStore:
             )
         return why
 
-    def _read(self, checkpoint: Checkpoint, task_id: str, obstacle: str | None) -> _Staged:
+    def _read(
+        self, checkpoint: Checkpoint, task_id: str, obstacle: str | None, to_come: str = ""
+    ) -> _Staged:
+        """A task in its form; ``to_come``: on which bases one that is materialized will run direct."""
         if obstacle is None:
             return self._read_direct(checkpoint, task_id)
         bases = self._needed(checkpoint, task_id)
         self._use(bases)
         try:
-            return self._read_sources(checkpoint, task_id, obstacle, bases)
+            staged = self._read_sources(checkpoint, task_id, obstacle, bases)
+            return replace(staged, stands_on=to_come)
         except BaseException:
             self._unused.append(bases)
             raise
@@ -753,11 +760,12 @@ class ResidentStore:
         task = self._resident(checkpoint, task_id, sources, extra, None, obstacle)
         leave = [*extra.values(), *(t for basis in held.values() for t in _basis_tensors(basis))]
         image = make_image(task, leave, pin=self._pins)
-        return _Staged(image, bases, brought, None, self._to_stand_on(checkpoint, task_id))
+        return _Staged(image, bases, brought, None)
 
-    def _to_stand_on(self, checkpoint: Checkpoint, task_id: str) -> str:
+    def _to_stand_on(
+        self, checkpoint: Checkpoint, task_id: str, following: _NextBases | None
+    ) -> str:
         """Digest of the bases to come, if a task that is materialized is to run direct on them."""
-        following = self._next
         if self.direct is None or following is None or following.bases is None:
             return ""
         if self.direct.obstacle(checkpoint, task_id, following.bases) is not None:

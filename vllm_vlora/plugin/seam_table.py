@@ -261,6 +261,13 @@ def _replaced() -> Iterator[Seam]:
         yield Seam(
             _CORE, f"EngineCore.{name}", "a pinned task does not give way", ("self", "lora_id")
         )
+    for name in ("generate", "encode"):
+        yield Seam(
+            "vllm.v1.engine.async_llm",
+            f"AsyncLLM.{name}",
+            "asks again for a task that was published while the request was on its way",
+            accepts=("prompt", "request_id", "lora_request"),
+        )
     yield Seam(
         "vllm.v1.engine.input_processor",
         "InputProcessor._get_mm_identifier",

@@ -70,6 +70,7 @@ from vllm_vlora.plugin.published import (
     withdraw,
 )
 from vllm_vlora.plugin.refusals import raise_refusals
+from vllm_vlora.plugin.renewal import renew_requests
 from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
@@ -398,6 +399,8 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "_gen_lora_extra_hash_keys": _lora_hash_keys,
         "InputProcessor._get_mm_identifier": _mm_identifier,
         "OutputProcessor.process_outputs": raise_refusals,
+        "AsyncLLM.generate": renew_requests,
+        "AsyncLLM.encode": renew_requests,
         "OutputProcessor.do_tracing": say_task,
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,

@@ -114,7 +114,7 @@ class Settings:
     device_bytes: int | None = None
     host_bytes: int = DEFAULT_HOST_BYTES
     follow: bool = True
-    exchange: bool = False
+    exchange: bool = True
     basis_wait: int = DEFAULT_BASIS_WAIT
     poll_seconds: int = 0
     task_concurrency: int = 0
@@ -185,7 +185,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         device_bytes=_size(environment, DEVICE_VARIABLE),
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
         follow=follow,
-        exchange=_choice(environment, EXCHANGE_VARIABLE, SWITCH) == "on",
+        exchange=_choice(environment, EXCHANGE_VARIABLE, SWITCH[::-1]) == "on",
         basis_wait=_whole(environment, BASIS_WAIT_VARIABLE, DEFAULT_BASIS_WAIT, least=0),
         poll_seconds=_poll_seconds(environment, follow),
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
