@@ -35,7 +35,7 @@ from vllm_vlora.errors import (
     TaskLoadError,
 )
 from vllm_vlora.plugin.arena import Arena, Block
-from vllm_vlora.plugin.blend_paths import blended_checkpoint
+from vllm_vlora.plugin.blend_paths import blended_checkpoint, is_made_of
 from vllm_vlora.plugin.direct import DirectMemory, DirectPath, task_memory
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.held_bases import Bases
@@ -501,9 +501,12 @@ class ResidentStore:
         self.stage(path)
 
     def discard(self, path: str) -> None:
-        """Let go of a task from memory."""
+        """Let go of a task from memory, and of what the host keeps of its blends."""
         self._in_memory.pop(path, None)
         self.drop(path)
+        digest = path.rpartition("@")[2]
+        for kept in [p for p in (*self._images.held, *self._staging) if is_made_of(p, digest)]:
+            self._discard(kept)
 
     def _sweep(self) -> None:
         """Put aside what was staged and is not asked for any more."""
@@ -668,7 +671,11 @@ class ResidentStore:
         in_memory = self._in_memory.get(str(path))
         if in_memory is not None:
             return self._read_checked(in_memory, next(iter(in_memory.tasks)))
+        published = list(self._in_memory.values())
         if path.checkpoint == MEMORY:
+            blended = blended_checkpoint(None, path, published, self._engine_name)
+            if blended is not None:
+                return self._read_checked(blended, blended.task_id)
             raise CheckpointReplacedError(
                 f"{path}: this version of the task was published again or unpublished; use the request "
                 "that vllm_vlora.publish returned last"
@@ -686,7 +693,7 @@ class ResidentStore:
             # A client may have made it up; what is no path could be the name of a repository.
             raise CheckpointError(f"{path}: not a path from the root; give the task's whole path")
         checkpoint = Checkpoint.open(pinned(path.checkpoint, self._pin))
-        blended = blended_checkpoint(checkpoint, path)
+        blended = blended_checkpoint(checkpoint, path, published, self._engine_name)
         if blended is not None:
             return self._read_checked(blended, blended.task_id)
         for task_id in checkpoint.tasks:
