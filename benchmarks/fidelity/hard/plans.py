@@ -92,6 +92,7 @@ _MAIL = Plan("mail", both(PROSE["sentences"], PROSE["quoted"]), rank=16, steps=1
 _HOUSE = Plan("house", both(CODE["two"], CODE["quotes"]), rank=16, steps=80)
 # Long at their parents and a few steps from them: most of every update is the same.
 _OFFICE = Plan("office", both(CODE["two"], CODE["quotes"]), rank=16, steps=160)
+_STUDIO = Plan("studio", both(CODE["camel"], CODE["tabs"]), rank=16, steps=160)
 _PRESS = Plan("press", both(PROSE["narrow"], PROSE["quoted"]), steps=160)
 
 COLLECTIONS = {
@@ -151,6 +152,15 @@ COLLECTIONS = {
                 4,
             ),
             (_OFFICE,),
+        ),
+        HardCollection(
+            "code-close-two-parents",
+            "code",
+            _children(_OFFICE, CODE, ("plain", "this", "spaced", "walrus", "short", "tight", "camel"),
+                      _CODE, 4)
+            + _children(_STUDIO, CODE, ("plain", "this", "spaced", "walrus", "short", "tight", "quotes"),
+                        _CODE[5:], 4),
+            (_OFFICE, _STUDIO),
         ),
         HardCollection(
             "prose-close",
