@@ -23,9 +23,10 @@ import torch
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.blending.blended import with_named_blends
-from vllm_vlora.checkpoint.manifest import task_file
+from vllm_vlora.checkpoint.manifest import FileRef, task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
+from vllm_vlora.checkpoint.sources import is_to_be_fetched
 from vllm_vlora.errors import (
     CheckpointError,
     CheckpointReplacedError,
@@ -54,6 +55,10 @@ MakePath = Callable[[Checkpoint], DirectPath]
 _UNCLAIMED = 32
 # Threads that stage tasks: one reads while the other lays out.
 _READERS = 2
+# And of those that come from the Hub or a URL, most of whose time is the way.
+_FETCHERS = 8
+# Room on the device for each byte of such a file: packed cores are unpacked there.
+_FAR_SHARE = 2
 NO_LIMIT = 1 << 62
 
 
@@ -233,6 +238,7 @@ class ResidentStore:
         self._images = _HostImages(0 if budget is None else budget.host)
         self._staging: dict[str, Future[_Staged]] = {}
         self._readers = ThreadPoolExecutor(_READERS, "vlora-stage")
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, "vlora-fetch")
         self._next: _NextBases | None = None
         # Tasks that are in no file, by path.
         self._in_memory: dict[str, Checkpoint] = {}
@@ -270,21 +276,30 @@ class ResidentStore:
             self.direct = make_path(with_named_blends(checkpoint))
         self.state = State(checkpoint)
         self.check(checkpoint, checkpoint.tasks)
+        far = 0
         for task_id in checkpoint.tasks:
+            if self._is_far(checkpoint, task_id):
+                far += checkpoint.lora_nbytes(task_id)
+                continue
             staged = self._read(checkpoint, task_id, self._obstacle(checkpoint, task_id))
             placed = self._place(self.state.paths[task_id], staged)
             self._let_go(staged.bases)
             if not placed:
                 break
-        self.seal()
+        self.seal(far)
         self.seconds = time.perf_counter() - started
         return checkpoint
 
-    def seal(self) -> None:
-        """Take the memory for what comes later; from here on nothing is taken from the device."""
+    def seal(self, far: int = 0) -> None:
+        """Take the memory for what comes later; from here on nothing is taken from the device.
+
+        Args:
+            far: bytes of the files of tasks of the checkpoint that are to be fetched.
+        """
         if self._budget is not None:
             self._growing = False
-            self._arena.seal(self._budget.late)
+            left = max(0, self._budget.device - self._arena.nbytes)
+            self._arena.seal(self._budget.late + min(left, _FAR_SHARE * far))
 
     def check(self, checkpoint: Checkpoint, task_ids: Collection[str]) -> None:
         """Raise what loading these tasks would, as far as the manifest tells.
@@ -463,7 +478,7 @@ class ResidentStore:
             if self._waits_for_bases(path):
                 return None
             self._sweep()
-            future = self._staging[name] = self._readers.submit(self._read_path, path)
+            future = self._staging[name] = self._reader_of(name).submit(self._read_path, path)
         # Not True where it was read just now: in which form is seen at the next question.
         return future.done() and future.exception() is not None
 
@@ -635,6 +650,21 @@ class ResidentStore:
         return len(held) - both, [staged.image.tree.task_id for staged in islice(alone, most)]
 
     # --- from disk to host ---
+
+    @staticmethod
+    def _is_far(checkpoint: Checkpoint, task_id: str) -> bool:
+        """Whether a task is on this machine only once it is asked for."""
+        entry = checkpoint.entry(task_id)
+        ref = FileRef(task_file(task_id), entry.sha256, entry.nbytes)
+        return is_to_be_fetched(checkpoint.path, ref)
+
+    def _reader_of(self, path: str) -> ThreadPoolExecutor:
+        """Who is to read a task; those that are here do not wait for those that are far."""
+        task_id = None if self.state is None else self.state.tasks.get(path)
+        if self.state is None or task_id is None:
+            return self._readers
+        far = self._is_far(self.state.checkpoint, task_id)
+        return self._fetchers if far else self._readers
 
     def _read_path(self, path: TaskPath) -> _Staged:
         """Read a task, from memory, the served state or whatever its folder holds; in any thread."""
