@@ -123,6 +123,23 @@ def small_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return r_b @ r_a.T
 
 
+# Of a Gram matrix what is above the diagonal is not multiplied, but for blocks of so many rows; and as
+# many columns are converted at once.
+_ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 256, 2048
+
+
+def row_gram(rows: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """rows @ rows^T of a matrix with long rows, float64; products of each few columns in ``dtype``."""
+    count = len(rows)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for part in rows.split(_COLUMNS_AT_ONCE, dim=1):
+        wide = part.to(dtype)
+        for start in range(0, count, _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, count)
+            gram[start:stop, :stop] += wide[start:stop] @ wide[:stop].T
+    return gram.tril() + gram.tril(-1).T
+
+
 ScaledFactors = tuple[torch.Tensor, torch.Tensor, float]
 
 
