@@ -1,8 +1,7 @@
 """Compress a collection of adapters into a checkpoint.
 
-Passes over the adapters: measure (and fit bases), where only some tasks share a basis fit again,
-encode the cores, write the tasks. Every pass reads an adapter's weights a fixed number of times and
-holds one module of one adapter at a time.
+Passes over the adapters: measure (and fit bases), encode the cores, write the tasks. Every pass reads an
+adapter's weights a fixed number of times and holds one module of one adapter at a time.
 """
 
 from __future__ import annotations
