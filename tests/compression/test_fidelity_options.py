@@ -167,6 +167,17 @@ def test_two_families_get_a_basis_each(tmp_path: Path) -> None:
     assert auto.rms_error <= two.rms_error
 
 
+def test_one_basis_and_bases_of_clusters_are_judged_apart(tmp_path: Path) -> None:
+    adapters = two_families(tmp_path / "in", 4)
+    (tmp_path / "scratch").mkdir()
+    options = CompressOptions(ratio=6.0, executor="serial")
+    forms = Compression(Collection(adapters), options, tmp_path / "scratch").best_of_each()
+    plans = {chosen.plan.form: chosen.plan for chosen in forms}
+    assert {("private", False), ("joint", False), ("joint", True)} <= plans.keys()
+    blocks = {kind: max(map(len, plans["joint", kind].blocks.values())) for kind in (False, True)}
+    assert blocks == {False: 1, True: 2}
+
+
 def test_clusters_are_not_made_up(tmp_path: Path) -> None:
     adapters = family(tmp_path / "in", 8, related=False)
     run(adapters, tmp_path / "out", ratio=4.0)

@@ -62,8 +62,8 @@ class OneByOne:
         return [self.judge(folder) for folder in folders]
 
 
-# Private, joint and a mixture.
-_FORMS = 3
+# Private; a basis for all or for each cluster, of all tasks or of some: at most.
+_FORMS = 5
 _FIRST_LIMIT = 0.3
 _LARGEST_LIMIT = 0.95
 # A task that fails even here is kept as it was.
