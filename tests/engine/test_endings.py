@@ -1,0 +1,114 @@
+"""How a server ends: told to while requests are in flight and wait for their tasks, or by a death in it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from engine_server import FORKED, Server, ids, words
+from engine_world import PROMPTS, World
+from scrapes import Scrape
+
+from vllm_vlora.checkpoint.reader import Checkpoint
+
+pytestmark = pytest.mark.engine
+
+WEIGHTS = ("attention", "everything", "rslora", "half-packed")
+TASKS = {f"t{number}": WEIGHTS[number % 4] for number in range(8)}
+TOKENS = 100
+# A model whose steps take long enough for a test to see who is in flight and who waits.
+SLOW = f"""
+import time
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+execute = GPUModelRunner.execute_model
+
+def slowly(self, scheduler_output, *args, **kwargs):
+    if scheduler_output.total_num_scheduled_tokens:
+        time.sleep(0.03)
+    return execute(self, scheduler_output, *args, **kwargs)
+
+GPUModelRunner.execute_model = slowly
+{FORKED}
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world: World) -> Path:
+    tasks = {task: world.adapters[weights] for task, weights in TASKS.items()}
+    return world.compress("ending", tasks, representation="private", quantize="none", ratio=0.1)
+
+
+@contextmanager
+def serving(
+    world: World, checkpoint: Path, folder: Path, *options: str, **environment: str
+) -> Iterator[Server]:
+    """A server with room for half of the tasks, whose temporary files come into ``folder``."""
+    nbytes = sum(entry.nbytes for entry in map(Checkpoint.open(checkpoint).entry, TASKS))
+    settings = {
+        "VLLM_VLORA_DEVICE_BYTES": str(nbytes // 2),
+        "VLLM_VLORA_LATE_MIB": "0",
+        "TMPDIR": str(folder),
+    }
+    folder.mkdir()
+    log = folder.with_suffix(".log")
+    server = Server(world, log, checkpoint, SLOW, options=options, **settings | environment)
+    try:
+        assert server.wait(), log.read_text()[-4000:]
+        yield server
+    finally:
+        server.stop()
+
+
+def ask(server: Server, model: str) -> httpx.Response:
+    asked = {"model": model, "prompt": PROMPTS[0], "max_tokens": TOKENS, "temperature": 0,
+             "ignore_eos": True, "skip_special_tokens": False}  # fmt: skip
+    return httpx.post(f"{server.url}/v1/completions", json=asked, timeout=120)
+
+
+def counted(server: Server) -> tuple[float, float]:
+    """How many requests are in flight, and how many wait for their task."""
+    scrape = Scrape(httpx.get(f"{server.url}/metrics", timeout=30).text)
+    names = ("vllm:num_requests_running", "vllm_vlora:requests_waiting_for_load")
+    running, waiting = (sum(scrape.samples(name).values()) for name in names)
+    return running, waiting
+
+
+def until(seen: Callable[[], bool], server: Server) -> None:
+    deadline = time.monotonic() + 60
+    while not seen():
+        assert time.monotonic() < deadline, server.log.read_text()[-4000:]
+        time.sleep(0.2)
+
+
+@contextmanager
+def asked(server: Server) -> Iterator[dict[Future[httpx.Response], str]]:
+    """Requests for all tasks, of which some are in flight and some wait for room for their task."""
+    with ThreadPoolExecutor(len(TASKS)) as pool:
+        answers = {pool.submit(ask, server, name): name for name in TASKS}
+        until(lambda: min(counted(server)) >= 1, server)
+        assert not any(answer.done() for answer in answers)
+        yield answers
+
+
+def test_a_server_that_is_told_to_end_serves_first_who_waits(
+    world: World, checkpoint: Path, tmp_path: Path
+) -> None:
+    with serving(world, checkpoint, tmp_path / "t", "--shutdown-timeout", "120") as server:
+        with asked(server) as answers:
+            os.kill(server.process.pid or 0, signal.SIGTERM)
+            for answer, name in answers.items():
+                (choice,) = answer.result().json()["choices"]
+                right = words(world.reference[TASKS[name]][0])
+                assert len(ids(choice["text"])) == TOKENS, (name, choice)
+                assert ids(choice["text"])[: len(right)] == right, name
+        server.process.join(60)
+        assert server.process.exitcode == 0, server.log.read_text()[-4000:]
