@@ -166,7 +166,7 @@ def _shapes(args: argparse.Namespace) -> dict[str, Any]:
         found["names and shapes"] = wall, cpu
         context = offered("policy", modules, args.quantize)
         wall, cpu, offer = _timed(context.__enter__)
-        found["check, digest and write"] = wall, cpu
+        found["check and write"] = wall, cpu
         wall, cpu, checkpoint = _timed(OfferedCheckpoint, offer)
         found["map in a worker"] = wall, cpu
         del checkpoint

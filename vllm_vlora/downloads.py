@@ -3,6 +3,7 @@
     CACHE/NAME-KEY/url                 which URL it is of, without what could be secret
     CACHE/NAME-KEY/files/KEY           contents; KEY.part is one that is not complete yet
     CACHE/NAME-KEY/states/DIGEST/      a complete folder; its files are links to contents
+    CACHE/NAME-KEY/partial/DIGEST/     a checkpoint's state, of whose tasks those that were asked for
     CACHE/NAME-KEY/manifests/DIGEST/   the JSON alone of a checkpoint's state
     CACHE/followed/NAME-KEY            a link to the state that servers follow (``checkpoint.newest``)
 
@@ -26,6 +27,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from vllm_vlora.errors import OutputError
@@ -43,7 +45,22 @@ _AT_ONCE = 8
 _TRIES = 3
 _PAUSE_SECONDS = 0.5
 _KEY = re.compile("[0-9a-f]{64}")
-_STATES, _MANIFESTS, _FILES = "states", "manifests", "files"
+_FILES = "files"
+
+
+class Parts(Enum):
+    """How much of a state is fetched, by the name of the folder with such states."""
+
+    WHOLE = "states"
+    TASKS_LATER = "partial"
+    MANIFEST = "manifests"
+
+    @property
+    def enough(self) -> tuple[Parts, ...]:
+        """What will do where so much is wanted, the most first."""
+        every = tuple(Parts)
+        return every[: every.index(self) + 1]
+
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are here and all that are to come."""
@@ -113,20 +130,18 @@ class Cached:
         self.url = _shown_url(url)
         self.folder = cache_folder() / cache_name(url)
 
-    def state(self, digest: str, *, manifest_only: bool = False) -> Path | None:
-        """The folder of a state, if it is here."""
-        kinds = (_STATES, _MANIFESTS) if manifest_only else (_STATES,)
-        places = (self.folder / kind / digest for kind in kinds)
+    def state(self, digest: str, parts: Parts = Parts.WHOLE) -> Path | None:
+        """The folder of a state, if so much of it is here."""
+        places = (self.folder / kind.value / digest for kind in parts.enough)
         return next((place for place in places if place.is_dir()), None)
 
-    def states(self) -> list[Path]:
-        """The folders of all states that are here."""
-        return _states(self.folder / _STATES)
+    def states(self, parts: Parts = Parts.WHOLE) -> list[Path]:
+        """The folders of all states of which so much is here."""
+        return [place for kind in parts.enough for place in _states(self.folder / kind.value)]
 
-    def newest(self, *, manifest_only: bool = False) -> Path | None:
+    def newest(self, parts: Parts = Parts.WHOLE) -> Path | None:
         """The state that was found at the URL when last looked, of those that are here."""
-        kinds = (_STATES, _MANIFESTS) if manifest_only else (_STATES,)
-        return _newest(place for kind in kinds for place in _states(self.folder / kind))
+        return _newest(self.states(parts))
 
     def seen(self, state: Path) -> Path:
         """Note that the URL has this state now."""
@@ -140,13 +155,13 @@ class Cached:
         remote: RemoteFolder,
         files: Sequence[RemoteFile],
         texts: Mapping[str, bytes],
-        *,
-        manifest_only: bool = False,
+        parts: Parts = Parts.WHOLE,
     ) -> Path:
         """Fetch what is not here of a state, and let it appear; others that want it wait.
 
         Args:
-            files: what to fetch. texts: what was fetched before, name -> content.
+            files: what to fetch. texts: what was fetched before, name -> content. parts: how much of the
+                state both are.
 
         Raises:
             RemoteError: a file cannot be had. ChangedError: one is not what ``files`` says.
@@ -156,15 +171,28 @@ class Cached:
         with cache_written(self.folder):
             self._begin()
             with locked(self.folder):
-                found = self.state(digest, manifest_only=manifest_only)
+                found = self.state(digest, parts)
                 if found is None:
                     _fetch_all(remote, files, self.folder / _FILES)
-                    kind = _MANIFESTS if manifest_only else _STATES
-                    found = self._publish(self.folder / kind / digest, files, texts)
+                    found = self._publish(self.folder / parts.value / digest, files, texts)
                 return self.seen(found)
 
+    def add_file(self, state: Path, remote: RemoteFolder, file: RemoteFile) -> None:
+        """Fetch a file that a state lacks; others that want it wait.
+
+        Raises:
+            RemoteError: it cannot be had. ChangedError: the URL has another by now.
+            OutputError: the cache cannot be written.
+        """
+        _check_names([file], {})
+        content = self.folder / _FILES / file.key
+        with cache_written(self.folder), locked(content):
+            if not (state / file.name).exists():
+                _fetch_all(remote, [file], content.parent)
+                _link(content, state / file.name)
+
     def _begin(self) -> None:
-        for kind in (_STATES, _MANIFESTS, _FILES):
+        for kind in (*(parts.value for parts in Parts), _FILES):
             (self.folder / kind).mkdir(parents=True, exist_ok=True)
         if not (self.folder / "url").exists():
             (self.folder / "url").write_text(self.url)
@@ -183,20 +211,25 @@ class Cached:
                 stream.write(data)
                 _flush(stream.fileno())
         for file in files:
-            target = temporary / file.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            content = self.folder / _FILES / file.key
-            try:
-                os.link(content, target)
-            except OSError:
-                # The file system has no hard links.
-                shutil.copyfile(content, target)
+            _link(self.folder / _FILES / file.key, temporary / file.name)
         os.rename(temporary, state)
         return state
 
 
+def _link(content: Path, target: Path) -> None:
+    """Have a content under a name too, which appears with all of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(content, target)
+    except OSError:
+        # The file system has no hard links.
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.copyfile(content, temporary)
+        os.replace(temporary, target)
+
+
 def newest_or_asked(
-    cached: Cached, url: str, ask: Callable[[RemoteFolder], Path], *, manifest_only: bool = False
+    cached: Cached, url: str, ask: Callable[[RemoteFolder], Path], parts: Parts = Parts.WHOLE
 ) -> Path:
     """What ``ask`` makes of a URL, or the state that it had when last looked, where none can look now.
 
@@ -205,7 +238,7 @@ def newest_or_asked(
     Raises:
         RemoteError: there is an answer, and it is no; or none, and nothing is here.
     """
-    here = cached.newest(manifest_only=manifest_only)
+    here = cached.newest(parts)
     if is_offline():
         if here is None:
             raise RemoteError(f"it is not in the cache, and {OFFLINE_VARIABLE} is set: unset it")
@@ -417,7 +450,7 @@ def cache_entries() -> list[CacheEntry]:
     found = []
     for file in cache_folder().glob("*/url"):
         with suppress(OSError):
-            states = _states(file.parent / _STATES)
+            states = _served_states(file.parent)
             times = [place.stat().st_mtime for place in (*states, file)]
             url = file.read_text(errors="replace")
             age = max(0.0, time.time() - max(times))
@@ -439,26 +472,31 @@ def clean(entry: CacheEntry, *, keep_newest: bool = False) -> int:
     """
     before = _disk_usage(entry.folder)
     with cache_written(entry.folder), locked(entry.folder):
-        newest = _newest(_states(entry.folder / _STATES)) if keep_newest else None
+        newest = _newest(_served_states(entry.folder)) if keep_newest else None
         if newest is None:
             shutil.rmtree(entry.folder)
             return before
         # Servers may have refused the newest, and serve on what they followed before.
         kept = {newest.resolve(), followed_folder(entry.url).resolve()}
-        for kind in (_STATES, _MANIFESTS):
-            for place in (entry.folder / kind).iterdir():
+        for parts in Parts:
+            for place in (entry.folder / parts.value).glob("*"):
                 if place.resolve() not in kept:
                     shutil.rmtree(place)
         files = (path for state in kept for path in state.rglob("*") if path.is_file())
         used = {path.stat().st_ino for path in files}
         for content in (entry.folder / _FILES).iterdir():
-            if content.stat().st_ino not in used:
+            # Not the lock of one that is being fetched for a task.
+            if not content.name.startswith(".") and content.stat().st_ino not in used:
                 content.unlink()
     return before - _disk_usage(entry.folder)
 
 
 def _newest(states: Iterable[Path]) -> Path | None:
     return max(states, key=lambda place: place.stat().st_mtime_ns, default=None)
+
+
+def _served_states(folder: Path) -> list[Path]:
+    return [s for parts in Parts.TASKS_LATER.enough for s in _states(folder / parts.value)]
 
 
 def _states(kind: Path) -> list[Path]:

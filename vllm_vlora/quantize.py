@@ -104,6 +104,18 @@ FLOAT_DTYPES = MappingProxyType(
 FORMAT_OF_DTYPE = MappingProxyType({dtype: name for name, dtype in FLOAT_DTYPES.items()})
 """The other way round."""
 
+# Float dtype -> an integer one of its size, and the bits of infinity.
+_BITS = MappingProxyType(
+    {
+        torch.bfloat16: (torch.int16, 0x7F80),
+        torch.float16: (torch.int16, 0x7C00),
+        torch.float32: (torch.int32, 0x7F80_0000),
+        torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
+    }
+)
+# Larger tensors than a core's cache holds are faster read once, and in several threads.
+_CACHED_NBYTES = 4 << 20
+
 # Entry b holds the two values of byte b as one 8-byte word: one look-up gives both, and copying
 # words is several times faster than copying pairs of floats.
 _NF4_WORDS = torch.tensor(
@@ -523,6 +535,13 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     values = tensor.detach()
+    if values.dtype in _BITS and values.device.type == "cpu" and values.nbytes <= _CACHED_NBYTES:
+        # As integers, infinities and NaN have the greatest bits, with a sign and without one. This took a
+        # third of aminmax() on 14336 x 16, and a sixteenth on its transpose.
+        integer, inf = _BITS[values.dtype]
+        bits = values.view(integer).numpy()
+        sign = 1 << 8 * values.itemsize - 1
+        return bool(bits.max() < inf) and int(bits.view(f"u{values.itemsize}").max()) < inf | sign
     # One-byte floats have no least and greatest value of their own.
     values = values.float() if values.itemsize == 1 else values
     # A NaN or an infinity is also the least or the greatest value; this reads a tensor once and took

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.utils import (
@@ -41,6 +42,7 @@ def resolve_snapshot(
     what: str,
     error: type[VLoRAError],
     allow_patterns: list[str] | None = None,
+    ignore_patterns: list[str] | None = None,
     required: str | None = None,
 ) -> Path:
     """Return the local folder that ``ref`` names, downloading it from the Hub or a URL where needed.
@@ -54,7 +56,8 @@ def resolve_snapshot(
     Args:
         what: the thing sought, for messages ("adapter").
         error: the class of error to raise.
-        allow_patterns: the files to download, as glob patterns; all when None.
+        allow_patterns: the files to download, as glob patterns; all when None. ignore_patterns: of a
+            repository those not to; none when None.
         required: the file that a folder at a URL must have to be one; where it has none, what its
             sub-folders have is downloaded. Without it, and over HTTP, there are no sub-folders.
 
@@ -78,9 +81,14 @@ def resolve_snapshot(
     inner = match["inner"].lstrip("/")
     if inner:
         allow_patterns = [f"{inner}/{pattern}" for pattern in allow_patterns or ["*"]]
+        ignore_patterns = [f"{inner}/{pattern}" for pattern in ignore_patterns or []] or None
+    left_out: Any = {"ignore_patterns": ignore_patterns} if ignore_patterns else {}
     try:
         folder = huggingface_hub.snapshot_download(
-            match["repo"], revision=match["revision"], allow_patterns=allow_patterns
+            match["repo"],
+            revision=match["revision"],
+            allow_patterns=allow_patterns,
+            **left_out,
         )
     # The transport's errors differ between versions of huggingface_hub (requests, httpx), and a
     # failed download of any kind is the same to the user.
@@ -140,6 +148,36 @@ def fixed_ref(ref: str | Path, snapshot: Path) -> str:
     if match is None or commit is None:
         return str(ref)
     return f"{match['repo']}{match['inner']}@{commit}"
+
+
+def repository_of(ref: str | Path, snapshot: Path) -> tuple[Path, str] | None:
+    """What the Hub's cache has of the repository that ``ref`` is of, and its id; None for a folder.
+
+    Args:
+        snapshot: the folder that ``resolve_snapshot`` found.
+    """
+    match = None if _existing_folder(ref) is not None else _hub_id(ref)
+    commit = next((p for p in (snapshot, *snapshot.parents) if _is_commit(p)), None)
+    if match is None or commit is None:
+        return None
+    return commit.parent.parent.resolve(), match["repo"]
+
+
+def fetch_file(repository: str, place: Path, name: str, error: type[VLoRAError]) -> None:
+    """Fetch a file that a snapshot lacks, into it.
+
+    Args:
+        place: of the folder that is to have it, in the repository's folder in the cache: ``snapshots``,
+            a commit, and folders in the repository. name: of the file in that folder.
+
+    Raises:
+        VLoRAError: of class ``error``, one line, as of ``resolve_snapshot``.
+    """
+    _, commit, *inner = place.parts
+    try:
+        huggingface_hub.hf_hub_download(repository, "/".join([*inner, name]), revision=commit)
+    except Exception as problem:
+        raise error(f"{name} of {repository!r}: {_explain(problem)}") from problem
 
 
 def names_branch(ref: str | Path) -> bool:

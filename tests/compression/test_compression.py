@@ -111,7 +111,7 @@ def test_auto_keeps_the_better(
     else:
         assert auto.nbytes <= min(report.nbytes for report in reports.values())
     considered = {candidate.representation for candidate in auto.candidates}
-    assert {"joint", "private"} <= considered <= {"joint", "private", "mixed", "flat"}
+    assert {"joint", "private"} <= considered <= {"joint", "private", "mixed"}
     assert (auto.representation, auto.format, auto.nbytes) in [c[:3] for c in auto.candidates]
 
 

@@ -12,10 +12,17 @@ from typing import Any
 import pytest
 import torch
 from engine_forks import ENGINE_ENVIRONMENT
+from engine_sums import Sums
 from engine_world import ADAPTERS, ENGINE_ARGUMENTS, MAX_TOKENS, PROMPTS, World, exact
 from safetensors.torch import load_file
 
-from vllm_vlora.errors import AdapterError, CheckpointError, TaskLoadError, TaskNotFoundError
+from vllm_vlora.errors import (
+    AdapterError,
+    CheckpointError,
+    TaskLoadError,
+    TaskNotFoundError,
+    VLoRAError,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -188,6 +195,91 @@ def test_an_old_request_is_its_callers_error_and_the_engine_lives(engine: Engine
     with pytest.raises(CheckpointError, match=r"published again.*use the request that"):
         engine.ask([PROMPTS[0]], [old])
     engine.check(new, "everything")
+
+
+@pytest.fixture(scope="module")
+def sums(world: World) -> Sums:
+    return Sums(world)
+
+
+def _check_blend(engine: Engine, sums: Sums, request: Any, weights: dict[str, float]) -> None:
+    from vllm import SamplingParams
+
+    done = engine.llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=1),
+        lora_request=[request] * len(PROMPTS),
+        use_tqdm=False,
+    )
+    for prompt, output in zip(PROMPTS, done, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        found = [step[token].logprob for token, step in zip(tokens, output.outputs[0].logprobs)]
+        sums.check(weights, prompt, tokens, found)
+
+
+def test_blends_are_the_sums_of_the_updates(engine: Engine, sums: Sums) -> None:
+    from vllm_vlora import lora_request
+
+    # What is published under a name is another adapter than the checkpoint's of that name.
+    new = engine.publish(NEW, "everything")
+    taken = engine.publish(TAKEN, "rslora")
+    asked: dict[str, dict[str, float]] = {
+        f"{NEW}*0.7+{TAKEN}*0.3": {"everything": 0.7, "rslora": 0.3},
+        f"{TAKEN}*2-{NEW}*0.5": {"everything": -0.5, "rslora": 2.0},
+        f"{NEW}*0.25": {"everything": 0.25},
+    }
+    if engine.folder is not None:
+        asked |= {
+            f"{NEW}*0.7+rslora*0.3": {"everything": 0.7, "rslora": 0.3},
+            f"half-packed-{TAKEN}*1.5": {"half-packed": 1.0, "rslora": -1.5},
+            f"{NEW}*0.5+embedding*0.5+{TAKEN}": {
+                "everything": 0.5, "embedding": 0.5, "rslora": 1.0,
+            },
+        }  # fmt: skip
+    for text, weights in asked.items():
+        request = lora_request(engine.folder, text, published=[new, taken])
+        for _ in range(2):  # The second time from the prefix cache.
+            _check_blend(engine, sums, request, weights)
+
+
+def test_a_blend_is_of_the_versions_that_it_was_made_of(engine: Engine, sums: Sums) -> None:
+    from vllm import SamplingParams
+
+    from vllm_vlora import lora_request
+
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=1)
+    inner, done = engine.llm.llm_engine, {}
+    taken = engine.publish(TAKEN, "rslora")
+    text = f"{NEW}*0.7+{TAKEN}*0.3"
+    old = lora_request(None, text, published=[engine.publish(NEW, "everything"), taken])
+    inner.add_request("old", {"prompt_token_ids": PROMPTS[1]}, sampling, lora_request=old)
+    inner.step()
+    new = lora_request(None, text, published=[engine.publish(NEW, "attention"), taken])
+    assert new.lora_name == old.lora_name
+    inner.add_request("new", {"prompt_token_ids": PROMPTS[1]}, sampling, lora_request=new)
+    while inner.has_unfinished_requests():
+        done.update({o.request_id: o.outputs[0] for o in inner.step() if o.finished})
+    for name, first in (("old", "everything"), ("new", "attention")):
+        (output,) = [o for number, o in done.items() if number.startswith(name)]
+        found = [step[t].logprob for t, step in zip(output.token_ids, output.logprobs)]
+        sums.check({first: 0.7, "rslora": 0.3}, PROMPTS[1], list(output.token_ids), found)
+    # With the last request of the old version its blend is gone too, and not before.
+    _check_blend(engine, sums, new, {"attention": 0.7, "rslora": 0.3})
+    assert old.lora_path not in engine.state()[1]
+    with pytest.raises(CheckpointError, match="was published again or removed; make a new request"):
+        engine.ask([PROMPTS[0]], [old])
+    _check_blend(engine, sums, new, {"attention": 0.7, "rslora": 0.3})
+
+
+def test_a_blend_that_is_too_large_is_its_callers_error(engine: Engine) -> None:
+    from vllm_vlora import lora_request
+
+    requests = [engine.publish(NEW, "half-packed"), engine.publish(TAKEN, "everything")]
+    blend = lora_request(None, f"{NEW}+{TAKEN}", published=requests)
+    with pytest.raises(VLoRAError, match=r"has rank 24, the engine allows 16") as caught:
+        engine.ask([PROMPTS[0]], [blend])
+    assert "\n" not in str(caught.value)
+    engine.check(requests[0], "half-packed")
 
 
 def test_it_stands_before_the_checkpoints_task_until_it_is_taken_away(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from dashboards import problems, queries
+from engine_routers import TASKS, attach
 from engine_server import FORKED, Server
 from engine_world import ADAPTERS, PROMPTS, World, exact
 from entry_points import declare_entry_points
@@ -59,14 +61,22 @@ def spans() -> Iterator[SpanCollector]:
     collector.stop()
 
 
+@pytest.fixture(scope="module")
+def checkpoint(world: World) -> Path:
+    """With a router, whose metrics are there then."""
+    folder = Path(shutil.copytree(exact(world, "private"), world.root / "monitored"))
+    attach(folder, dict(zip(TASKS, PROMPTS)))
+    return folder
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["one API server", "two API servers"])
 def server(
     world: World,
+    checkpoint: Path,
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     spans: SpanCollector,
 ) -> Iterator[Server]:
-    checkpoint = exact(world, "private")
     server = Server(
         world,
         world.root / f"server-{request.param}.log",
@@ -122,13 +132,16 @@ def test_requests_are_counted_by_task_on_every_api_server(server: Server) -> Non
 
 
 def test_every_query_of_the_dashboard_names_what_the_server_has(server: Server) -> None:
-    assert server.text(FIRST, PROMPTS[0])
+    for task, prompt in zip(TASKS, PROMPTS):
+        assert server.text("auto", prompt) == server.text(task, prompt)
     shown = _until(server, lambda s: "vllm:time_to_first_token_seconds_bucket" in s.names)
+    routed = shown.samples("vllm_vlora:routed_task_requests_total")
+    assert sum(routed.values()) == len(TASKS)
     missing = {where: problems(query, shown) for where, query in queries()}
     assert not {where: found for where, found in missing.items() if found}
 
 
-def test_the_tasks_page_by_page(server: Server, world: World) -> None:
+def test_the_tasks_page_by_page(server: Server, checkpoint: Path) -> None:
     route, found = f"{server.url}/v1/vlora/tasks", []
     after = ""
     while True:
@@ -137,9 +150,9 @@ def test_the_tasks_page_by_page(server: Server, world: World) -> None:
         if not page["has_more"]:
             break
         after = page["last_id"]
-    checkpoint = Checkpoint.open(exact(world, "private"))
+    opened = Checkpoint.open(checkpoint)
     assert {task["id"]: task["digest"] for task in found} == {
-        name: checkpoint.digest(name) for name in ADAPTERS
+        name: opened.digest(name) for name in ADAPTERS
     }
     assert [task["id"] for task in found] == sorted(ADAPTERS)
     assert {task["tier"] for task in found} == {"device"}

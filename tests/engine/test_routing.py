@@ -5,49 +5,23 @@ Judged by what stock vLLM answers with the task's own adapter.
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from engine_routers import NO_TASK, TASKS, attach, text_of
 from engine_server import Server, ids, words
 from engine_world import MAX_TOKENS, PROMPTS, World, exact
 
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.editing.routing import attach_router, remove_router
-from vllm_vlora.model.text_routing import OTHERS, train_text_router
+from vllm_vlora.editing.routing import remove_router
 
 pytestmark = pytest.mark.engine
-
-# The prompts have no word in common.
-TASKS = ("attention", "everything", "rslora")
-NO_TASK = [201, 207, 213, 219, 222, 231, 234, 237]
-
-
-def text_of(prompt: list[int]) -> str:
-    return " ".join(words(prompt))
-
-
-def attach(checkpoint: Path, prompts: Mapping[str, list[int]]) -> None:
-    """A router that takes prompts of these words to be the tasks'."""
-    rng = random.Random(0)
-    texts = {
-        task: [" ".join(words(rng.choices(prompt, k=6))) for _ in range(80)]
-        for task, prompt in prompts.items()
-    }
-    texts[OTHERS] = [" ".join(words(rng.choices(NO_TASK, k=6))) for _ in range(80)]
-    found = train_text_router(texts)
-    assert found.accuracy is not None
-    assert found.accuracy > 0.95
-    attach_router(
-        checkpoint, found.tasks, found.weights, others=True, temperature=found.temperature
-    )
-
 
 ELSEWHERE = text_of(NO_TASK[:6])
 

@@ -146,6 +146,33 @@ def test_a_checkpoint_at_a_url_outlives_its_store(world: World, tmp_path: Path) 
     assert "S3cr3t" not in log
 
 
+def test_tasks_far_away_come_when_they_are_asked_for(world: World, tmp_path: Path) -> None:
+    folder = exact(world, "joint")
+    with file_server(folder.parent) as store:
+        url = f"{store.url}/{folder.name}"
+        server = Server(
+            world,
+            tmp_path / "server.log",
+            url,
+            VLLM_VLORA_CACHE=str(tmp_path / "cache"),
+            VLLM_VLORA_FETCH="asked",
+        )
+        try:
+            assert server.wait(), server.log.read_text()[-4000:]
+            assert server.listed() >= set(ADAPTERS)
+            assert not [name for name in store.asked if "/tasks/" in name]
+            for count, name in enumerate(ADAPTERS, 1):
+                assert ids(server.text(name, PROMPTS[1])) == words(world.reference[name][1])
+                assert len([n for n in store.asked if "/tasks/" in n]) == count
+            store.status = 503
+            with ThreadPoolExecutor(len(ADAPTERS)) as pool:
+                texts = list(pool.map(lambda name: server.text(name, PROMPTS[0]), ADAPTERS))
+            for name, text in zip(ADAPTERS, texts):
+                assert ids(text) == words(world.reference[name][0])
+        finally:
+            server.stop()
+
+
 def test_runtime_updating_resolves_and_renews_tasks(world: World, tmp_path: Path) -> None:
     """With VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: a new task is found, a re-published one renewed."""
     first, second, *_ = ADAPTERS

@@ -15,6 +15,7 @@ from vllm_vlora.quantize import (
     NF4_CODEBOOK,
     NF4_THRESHOLDS,
     PackedMatrix,
+    is_finite,
     narrow_codes,
     narrow_row_nbytes,
     nf4_scales,
@@ -530,3 +531,42 @@ def test_a_matrix_knows_that_it_is_zero(format: str) -> None:
     packed = pack(matrix, format)
     assert not packed.is_zero
     assert unpack(packed).any()
+
+
+# ---- what is finite
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_pattern_is_finite_or_not_as_torch_says(dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    wanted = torch.isfinite(patterns).tolist()
+    assert [is_finite(value) for value in patterns] == wanted
+    # Among others of either sign.
+    assert is_finite(patterns[torch.isfinite(patterns)])
+    for place in (~torch.isfinite(patterns)).nonzero()[::97, 0]:
+        assert not is_finite(torch.stack([patterns[0], patterns[place], patterns[-(2**15)]]))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32, torch.float64]
+)
+@pytest.mark.parametrize("rows", [1, 3, 3000])
+@pytest.mark.parametrize("negative", [False, True])
+def test_one_value_that_is_not_finite_is_found_anywhere(
+    dtype: torch.dtype, rows: int, negative: bool
+) -> None:
+    if dtype.itemsize > 1:
+        least, greatest = torch.finfo(dtype).min, torch.finfo(dtype).max
+    else:
+        least, greatest = -1.0, 1.0
+    matrix = torch.full((rows, 500), least if negative else greatest, dtype=torch.float64)
+    assert is_finite(matrix.to(dtype))
+    for value in (float("nan"), -float("nan"), float("inf"), -float("inf")):
+        for row, col in ((0, 0), (rows - 1, 499), (rows // 2, 250)):
+            spoiled = matrix.clone()
+            spoiled[row, col] = value
+            for shown in (spoiled, spoiled.T, spoiled[:, col : col + 1]):
+                assert not is_finite(shown.to(dtype))
+    whole = matrix.to(dtype)
+    for shown in (whole[:, ::2], whole.T, whole[:0], torch.tensor(1.0, dtype=dtype)):
+        assert is_finite(shown)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from vllm_vlora.adapters.state_dicts import read_state_dict
-from vllm_vlora.blend_names import Term
+from vllm_vlora.blend_names import parse_blend
 from vllm_vlora.errors import (
     AdapterError,
     BlendError,
@@ -30,14 +29,19 @@ from vllm_vlora.errors import (
 
 pytest.importorskip("vllm")
 
+from plugin_world import MODULES, build
+from vllm.lora.request import LoRARequest
+
 from vllm_vlora.plugin import publishing
 from vllm_vlora.plugin.blend_paths import blend_path
-from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path, task_path
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint, offered, read_whole
 from vllm_vlora.plugin.published import ADOPT_METHOD, ELSEWHERE, OFFER_METHOD, WITHDRAW_METHOD
+from vllm_vlora.plugin.requests import lora_request
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.settings import Budget
 from vllm_vlora.quantize import pack, unpack
+from vllm_vlora.representations.decode import decode
 
 NAMES = ("layers.0.q_proj", "layers.0.down_proj")
 SHAPES = {NAMES[0]: (24, 40), NAMES[1]: (40, 72)}
@@ -86,29 +90,14 @@ def test_packed_factors_are_those_that_pack_makes(format: str) -> None:
         assert torch.equal(unpack(matrices["B"]), unpack(pack(b.T.contiguous(), format)))
 
 
-def _one_value(given: list[Any]) -> list[Any]:
-    given[0][1][1][0, 0] += 1e-3
-    return given
-
-
-def _scale(given: list[Any]) -> list[Any]:
-    return [(replace(module, scale=module.scale * 2), pair) for module, pair in given]
-
-
-def test_a_digest_is_of_name_content_and_scale() -> None:
-    def digest(given: list[Any], name: str = "t", format: str | None = None) -> str:
-        with offered(name, given, format) as offer:
-            return offer.path.rpartition("@")[2]
-
-    first = digest(modules())
-    assert digest(modules()) == first
-    others = [
-        digest(_one_value(modules())),
-        digest(_scale(modules())),
-        digest(modules(), "u"),
-        digest(modules(), format="float16"),
-    ]
-    assert len({first, *others}) == 5
+def test_every_publication_has_a_path_of_its_own() -> None:
+    """Whatever is published under a name is told from what was before, of the same tensors too."""
+    paths = set()
+    for _ in range(3):
+        with offered("t", modules(), None) as offer:
+            paths.add(offer.path)
+    assert len(paths) == 3
+    assert len({path.rpartition("@")[0] for path in paths}) == 1
 
 
 def test_another_machines_memory_is_said_to_be_that() -> None:
@@ -193,10 +182,152 @@ def test_one_that_is_larger_than_all_room_is_refused_and_not_kept() -> None:
         store.place(checkpoint.task_path)
 
 
-def test_blends_of_tasks_from_memory_are_refused() -> None:
-    blend = (Term("t", Decimal("0.5")),)
-    with pytest.raises(BlendError, match="tasks from memory cannot be blended"):
-        blend_path({"t": TaskPath(MEMORY, "tasks/t.safetensors", "0" * 32)}, blend)
+# --- blends of them --------------------------------------------------------------------------------
+
+
+class Published:
+    """A store over a checkpoint, or over none, with tasks from memory in it."""
+
+    def __init__(self, folder: Path | None, layer: Callable[[str], str] = str) -> None:
+        self.store = ResidentStore(
+            torch.device("cpu"), layer, lambda *_: None, budget=Budget(0, 1 << 20, 1 << 20)
+        )
+        self.updates: dict[str, dict[str, torch.Tensor]] = {}
+        self.paths: dict[str, TaskPath] = {}
+        if folder is None:
+            self.store.seal()
+            return
+        opened = self.store.preload(folder)
+        bases = dict(opened.bases())
+        for task in opened.tasks:
+            self.updates[task] = {}
+            self.paths[task] = task_path(opened, task)
+            for name, module in opened.load_task(task).modules.items():
+                a, b = decode(module, bases.get(name))
+                self.updates[task][name] = b.double() @ a.double()
+
+    def publish(self, task: str, given: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> TaskPath:
+        """Give it factors by module, of alpha 6."""
+        with offered(task, read_state_dict(given, None, 6.0, "here"), None) as offer:
+            checkpoint = OfferedCheckpoint(offer)
+        self.store.take(checkpoint.task_path, checkpoint)
+        self.paths[task] = checkpoint.task_path
+        self.updates[task] = {
+            name: 6 / len(a) * (b.double() @ a.double()) for name, (a, b) in given.items()
+        }
+        return checkpoint.task_path
+
+    def path(self, text: str) -> TaskPath:
+        return blend_path(self.paths, parse_blend(text, self.paths))
+
+    def check(self, text: str) -> None:
+        """A blend's factors multiply to the sum of the updates in float64."""
+        task = self.store.task(self.path(text))
+        right: dict[str, torch.Tensor] = {}
+        for name, weight in parse_blend(text, self.paths):
+            for module, update in self.updates[name].items():
+                right[module] = right.get(module, 0) + float(weight) * update
+        assert task.sources.keys() == right.keys()
+        for name, (a, b) in task.sources.items():
+            found = b.to_dense().double().T @ a.to_dense().double()
+            torch.testing.assert_close(found, right[name], rtol=1e-6, atol=1e-6)
+
+
+def drawn(seed: int, *names: str, rank: int = 3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    random = torch.Generator().manual_seed(seed)
+    sizes = {name: MODULES[name.rpartition(".")[2]][:2] for name in names}
+    return {
+        name: (
+            torch.randn(rank, d_in, generator=random),
+            torch.randn(d_out, rank, generator=random),
+        )
+        for name, (d_in, d_out) in sizes.items()
+    }
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_blend_of_tasks_from_memory_is_their_sum(tmp_path: Path, beside: bool) -> None:
+    here = Published(build(tmp_path / "ck").path if beside else None)
+    here.publish("mine", drawn(1, "q", "o", "lm_head"))
+    here.publish("yours", drawn(2, "v", "o", rank=2))
+    for text in ("mine*0.7+yours*0.3", "yours-mine*2", "mine*0.25"):
+        here.check(text)
+    if not beside:
+        return
+    # Modules that are cores, rows, neither, and one that the checkpoint's tasks do not have.
+    for text in ("mine*0.7+joint*0.3", "private-yours*0.5", "mixed+mine*2-yours+one*0.1"):
+        here.check(text)
+    # A task from memory stands before the checkpoint's of its name.
+    here.publish("joint", drawn(3, "merged", "q"))
+    here.check("joint+private*0.5")
+    here.check("joint*0.5+mine")
+
+
+def test_names_of_one_layer_are_one_module_of_a_blend(tmp_path: Path) -> None:
+    """As of models whose class was another where the adapter was trained."""
+
+    def layer(name: str) -> str:
+        return name.removeprefix("model.")
+
+    here = Published(build(tmp_path / "ck").path, layer)
+    given = drawn(1, "model.q", "model.merged")
+    here.publish("mine", given)
+    here.updates["mine"] = {layer(name): update for name, update in here.updates["mine"].items()}
+    here.check("mine*0.7+private*0.3")
+    here.publish("yours", drawn(2, "q", "v"))
+    here.check("mine+yours")
+
+
+def test_a_blend_is_of_the_version_that_was_published_when_it_was_asked_for() -> None:
+    here = Published(None)
+    first = here.publish("mine", drawn(1, "q"))
+    here.publish("yours", drawn(2, "q"))
+    old = here.path("mine*0.5+yours*0.5")
+    here.check("mine*0.5+yours*0.5")
+    held = here.store.held(str(old))
+    here.publish("mine", drawn(3, "q"))
+    # Both versions are there, as while requests of the first one run.
+    here.check("mine*0.5+yours*0.5")
+    assert here.path("mine*0.5+yours*0.5") != old
+    assert here.store.held(str(old)) is held
+    here.store.forget(str(old))
+    assert str(old) in here.store._images.held
+    here.store.discard(str(first))
+    assert str(old) not in here.store._images.held
+    with pytest.raises(CheckpointError, match="was published again or removed; make a new request"):
+        here.store.place(old)
+    here.check("mine*0.5+yours*0.5")
+
+
+def test_tasks_whose_layers_have_other_sizes_have_no_blend() -> None:
+    here = Published(None)
+    here.publish("mine", {"q": (torch.ones(1, 80), torch.ones(256, 1))})
+    here.publish("yours", {"q": (torch.ones(1, 81), torch.ones(256, 1))})
+    with pytest.raises(
+        BlendError, match="module q is 256 x 81 in one task and 256 x 80 in another"
+    ):
+        here.store.task(here.path("mine+yours"))
+
+
+def test_a_request_for_a_blend_of_what_was_published(tmp_path: Path) -> None:
+    here = Published(build(tmp_path / "ck").path)
+    mine, yours = (
+        LoRARequest(name, 2**20 + n, str(here.publish(name, drawn(n, "q", "o"))))
+        for n, name in enumerate(("mine", "yours"))
+    )
+    for request, text in (
+        (
+            lora_request(tmp_path / "ck", "joint*0.30+mine*.7", published=[mine]),
+            "joint*0.3+mine*0.7",
+        ),
+        (lora_request(None, "yours-mine", published=[mine, yours]), "yours-mine"),
+    ):
+        assert request.lora_name == text
+        assert request.lora_path == str(here.path(text))
+        assert request.lora_int_id not in (mine.lora_int_id, yours.lora_int_id)
+    assert lora_request(None, "mine", published=[mine]) is mine
+    with pytest.raises(BlendError, match="no task is called 'joint'"):
+        lora_request(None, "joint", published=[mine])
 
 
 # --- what engine cores are asked ------------------------------------------------------------------

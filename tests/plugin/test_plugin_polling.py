@@ -304,7 +304,8 @@ def test_what_never_changes_is_not_asked(
     monkeypatch.setenv("VLLM_VLORA_CHECKPOINT", ref)
     # Whatever it is found to be.
     monkeypatch.setattr(
-        "vllm_vlora.checkpoint.sources.checkpoint_folder", lambda *_: build(tmp_path / "ck").path
+        "vllm_vlora.checkpoint.sources.checkpoint_folder",
+        lambda *_, **__: build(tmp_path / "ck").path,
     )
     with pytest.raises(SettingError, match="without a digest; unset it"):
         _checkpoint_folder(poll_seconds=1)
@@ -369,7 +370,7 @@ def test_only_looks_are_dated(world: World, monkeypatch: pytest.MonkeyPatch) -> 
     """A worker that starts between two questions does not ask at once, and one that is late does."""
     asked: list[str] = []
     monkeypatch.setattr(
-        newest, "newest_folder", lambda where, before: asked.append(where) or before
+        newest, "newest_folder", lambda where, before, parts: asked.append(where) or before
     )
     worker = Worker(world.folder, world.url)
     worker.poller.look()

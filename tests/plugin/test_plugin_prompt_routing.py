@@ -17,6 +17,7 @@ from plugin_world import TASKS, build
 from prometheus_client import REGISTRY
 from vllm.lora.request import LoRARequest
 
+from vllm_vlora.blend_names import parse_blend
 from vllm_vlora.blending.text_router import RoutePolicy
 from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.reader import Checkpoint
@@ -26,7 +27,8 @@ from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.editing.routing import attach_router, remove_router
 from vllm_vlora.errors import CheckpointError, SettingError
 from vllm_vlora.model.text_routing import train_text_router
-from vllm_vlora.plugin import named_requests
+from vllm_vlora.plugin import named_requests, prompt_routing
+from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.engine_core import (
     ALIASES_METHOD,
     FOLLOW_METHOD,
@@ -34,7 +36,7 @@ from vllm_vlora.plugin.engine_core import (
     TASKS_METHOD,
 )
 from vllm_vlora.plugin.following import State, folder_identity
-from vllm_vlora.plugin.identity import MEMORY, TaskPath, task_paths
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path, task_paths
 from vllm_vlora.plugin.listing import Listing
 from vllm_vlora.plugin.named_requests import NameHeaders, TaskRequests
 from vllm_vlora.plugin.prompt_routing import prompt_text
@@ -218,13 +220,39 @@ def test_a_prompt_of_two_tasks_may_be_a_blend(built: Path) -> None:
     assert server.ask(prompt=BOTH)[0] is found
 
 
-def test_a_task_from_memory_is_picked_and_in_no_blend(built: Path) -> None:
+def test_a_task_from_memory_is_picked_alone_and_in_blends(built: Path) -> None:
     server = Server(built, RoutePolicy(2, 0.5), memory="joint")
     found, headers = server.ask(prompt=ASKED["joint"])
     assert found.lora_path.startswith(str(MEMORY))
+    published = parse_task_path(found.lora_path)
     found, headers = server.ask(prompt=BOTH)
-    assert found.lora_name in ("joint", "private")
     assert headers[b"x-vlora-tasks"].decode() == found.lora_name
+    assert found.lora_name.startswith("joint*0.")
+    paths = {**task_paths(Checkpoint.open(built)), "joint": published}
+    assert found.lora_path == str(blend_path(paths, parse_blend(found.lora_name, paths)))
+
+
+def test_the_tasks_that_answer_are_counted_each_of_a_blend(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted() -> dict[str, float]:
+        name = "vllm_vlora:routed_task_requests_total"
+        names = (*WORDS, "other")
+        return {task: REGISTRY.get_sample_value(name, {"task": task}) or 0.0 for task in names}
+
+    def asked(*texts: str) -> dict[str, float]:
+        before = counted()
+        for text in texts:
+            server.ask(prompt=text)
+        return {task: n - before[task] for task, n in counted().items() if n > before[task]}
+
+    server = Server(built, RoutePolicy(2, 0.5))
+    grown = asked(ASKED["joint"], ASKED["joint"], BOTH, "")
+    assert grown == {"joint": 3, "private": 1}
+    # No more names than the setting says; those that have a series keep it.
+    monkeypatch.setattr(prompt_routing._metrics(), "_most", 2)
+    monkeypatch.setattr(prompt_routing._metrics(), "_named", {"joint", "private"})
+    assert asked(ASKED["mixed"], BOTH) == {"other": 1, "joint": 1, "private": 1}
 
 
 def test_auto_is_listed_where_there_is_a_router(checkpoint: Path) -> None:

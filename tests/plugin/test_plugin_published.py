@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import queue
 import time
+from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_vlora.blend_names import Term
+
 pytest.importorskip("vllm")
 
 from vllm_vlora.plugin import published
+from vllm_vlora.plugin.blend_paths import blend_path
+from vllm_vlora.plugin.identity import MEMORY, TaskPath
 from vllm_vlora.plugin.published import ELSEWHERE, adopt, offer, release, unpublish, withdraw
 
-OLD, NEW, OTHER = (f"/dev/null/vllm_vlora.publish/tasks/t.safetensors@{n}" for n in "abc")
+OLD, NEW, OTHER, LAST = (f"/dev/null/vllm_vlora.publish/tasks/t.safetensors@{n}" for n in "abcd")
 
 
 class Core:
@@ -24,6 +30,7 @@ class Core:
         self.in_use: set[str] = set()
         self.awaited: set[str] = set()
         self.pinned: set[str] = set()
+        self.held: list[str] = []
         self.left: list[str] = []
         self.discarded: list[str] = []
         self.answers = answers or [""]
@@ -37,8 +44,9 @@ class Core:
                 in_use=lambda: self.in_use,
                 forget=self._forget,
                 is_pinned=self.pinned.__contains__,
+                paths=lambda: self.held,
             ),
-            arrivals=SimpleNamespace(awaits=self.awaited.__contains__),
+            arrivals=SimpleNamespace(paths=lambda: self.awaited),
         )
         if process:
             self.input_queue: queue.Queue[Any] = queue.Queue()
@@ -106,25 +114,62 @@ def test_api_servers_are_given_time_to_hear_of_it(monkeypatch: pytest.MonkeyPatc
     assert core.left == [OLD]
 
 
-def test_what_is_published_again_stays() -> None:
+def test_each_version_leaves_once_when_the_next_one_comes() -> None:
     core = Core()
     adopt(core, "t", OLD)
     core.in_use = {OLD}
     adopt(core, "t", NEW)
-    assert adopt(core, "t", OLD) == NEW
-    assert core.tasks.unpublished == {}
+    assert adopt(core, "t", OTHER) == NEW
+    assert list(core.tasks.unpublished) == [OLD]
     assert core.left == [NEW]
-    assert adopt(core, "t", OLD) == OLD
-    assert core.left == [NEW]
+    core.in_use = set()
+    release(core)
+    assert core.left == [NEW, OLD]
+
+
+def test_a_version_is_freed_after_the_answer_and_not_before() -> None:
+    core = Core(process=True)
+    adopt(core, "t", OLD)
+    assert adopt(core, "t", NEW) == OLD
+    assert core.left == []
+    while not core.input_queue.empty():
+        kind, requests = core.input_queue.get_nowait()
+        assert (kind.name, requests) == ("ABORT", [])
+        published.release_first(lambda *_: None)(core, requests)
+    assert core.left == core.discarded == [OLD]
+    assert core.tasks.looks is None
+
+
+def test_a_version_stays_while_a_blend_of_it_is_asked_for_and_takes_its_blends_along() -> None:
+    old, new = (TaskPath(MEMORY, "tasks/t.safetensors", c * 32) for c in "ab")
+    tasks = {"t": old, "other": TaskPath(Path("/ck"), "tasks/other.safetensors", "c" * 32)}
+    blend, alone = (
+        str(blend_path(tasks, tuple(Term(task, Decimal("0.5")) for task in names)))
+        for names in (("t", "other"), ("other",))
+    )
+    core = Core()
+    core.held = [blend, alone]
+    core.in_use = {blend}
+    adopt(core, "t", str(old))
+    adopt(core, "t", str(new))
+    for needs in (core.in_use, core.awaited, core.pinned):
+        needs.add(blend)
+        release(core)
+        assert core.left == []
+        needs.clear()
+    core.in_use = {alone}
+    release(core)
+    assert core.left == [str(old), blend]
+    assert core.discarded == [str(old)]
 
 
 def test_a_refused_offer_takes_nothing_away_that_is_served() -> None:
     core = Core()
     adopt(core, "t", OLD)
-    withdraw(core, OLD)
-    assert core.discarded == []
     withdraw(core, NEW)
     assert core.discarded == [NEW]
+    assert core.tasks.published == {"t": OLD}
+    assert core.tasks.unpublished == {}
     assert unpublish(core, "another") == ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_vlora.downloads import Parts
 from vllm_vlora.errors import SettingError
 from vllm_vlora.plugin.settings import Settings, read_settings
 
@@ -28,6 +29,7 @@ from vllm_vlora.plugin.settings import Settings, read_settings
             Settings(fair=True, weights={"sql": 2.0, "é,=": 0.5}),
         ),
         ({"VLLM_VLORA_POLL_SECONDS": "60"}, Settings(poll_seconds=60)),
+        ({"VLLM_VLORA_FETCH": "asked"}, Settings(fetch=Parts.TASKS_LATER)),
         ({"VLLM_VLORA_LOG": "json"}, Settings(log="json")),
         ({"VLLM_VLORA_METRICS_TASKS": "5"}, Settings(metrics_tasks=5)),
         ({"VLLM_VLORA_METRICS_LISTED": "0"}, Settings(metrics_listed=0)),

@@ -9,9 +9,14 @@ import yaml
 from dashboards import FOLDER, names_in, panels, problems, queries
 from scrapes import Scrape, busy_counters, scrape_of
 
+from vllm_vlora.blend_names import task_alone
+from vllm_vlora.blending.text_router import Pick
 from vllm_vlora.plugin.metrics import FAMILIES, TaskMetrics
+from vllm_vlora.plugin.prompt_routing import RoutingMetrics
 
 pytest.importorskip("prometheus_client")
+
+from prometheus_client import CollectorRegistry
 
 QUERIES = list(queries())
 # vLLM's own, which tests/engine/test_monitoring.py looks up in the real server.
@@ -27,7 +32,9 @@ def scrape() -> Scrape:
     shown = TaskMetrics()
     shown.model_name = "base"
     shown.update(0, busy_counters().snapshot())
-    return scrape_of(shown)
+    routed = CollectorRegistry()
+    RoutingMetrics(routed).count("task", Pick(task_alone("sql"), 0.9))
+    return scrape_of(shown, routed)
 
 
 @pytest.mark.parametrize(("where", "query"), QUERIES)
@@ -58,7 +65,8 @@ def test_every_metric_of_ours_is_on_the_dashboard() -> None:
     asked = {name for _, query in QUERIES for name in names_in(query)}
     for family in FAMILIES:
         assert family.name + ("_total" if family.counts else "") in asked
-    assert "vllm:lora_adapter_load_seconds_bucket" in asked
+    routing = {"routed_requests_total", "routed_task_requests_total", "route_confidence_bucket"}
+    assert {"vllm:lora_adapter_load_seconds_bucket", *(f"vllm_vlora:{n}" for n in routing)} <= asked
 
 
 def test_the_dashboard_can_be_loaded_anywhere() -> None:

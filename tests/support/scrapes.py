@@ -57,12 +57,13 @@ class Scrape:
             yield from series.values()
 
 
-def scrape_of(collector: Any) -> Scrape:
-    """What a registry with this collector alone shows."""
+def scrape_of(*collectors: Any) -> Scrape:
+    """What a registry with these collectors alone shows."""
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
-    registry.register(collector)
+    for collector in collectors:
+        registry.register(collector)
     return Scrape(generate_latest(registry).decode())
 
 

@@ -25,6 +25,7 @@ LoRATensors: TypeAlias = Mapping[str, torch.Tensor] | Mapping[str, Sequence[torc
 """PEFT's names -> tensors, as a state dict has them, or module -> (A [r, d_in], B [d_out, r])."""
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NO_FILE = Path()
 
 
 def read_state_dict(
@@ -49,7 +50,7 @@ def read_state_dict(
     options = _options(config, where) if alpha is None else _uniform(flat, alpha, where)
     check_config(options, where)
     header = {
-        key: StoredTensor(_DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), Path(), key)
+        key: StoredTensor(_DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), _NO_FILE, key)
         for key, t in flat.items()
     }
     pairs, whole = sort_tensors(header, options, where)

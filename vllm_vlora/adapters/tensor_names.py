@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base model's modules."""
@@ -50,6 +51,7 @@ class LoRAName:
     adapter: str | None
 
 
+@lru_cache(maxsize=4096)  # The next adapter, or the next step of training, has the same names.
 def parse_lora(key: str) -> LoRAName | None:
     """The parts of a LoRA tensor's name; None where it is no such name."""
     match = _LORA.fullmatch(key)

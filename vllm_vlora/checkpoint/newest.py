@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from vllm_vlora.checkpoint.sources import newest_folder
-from vllm_vlora.downloads import cache_written, followed_folder
+from vllm_vlora.downloads import Parts, cache_written, followed_folder
 from vllm_vlora.errors import LockedError
 from vllm_vlora.locking import beside, locked, waiting_at_most
 
@@ -45,13 +45,16 @@ def state_of(link: Path) -> Path | None:
     return state if state.is_dir() else None
 
 
-def look(where: str, seconds: float, check: Callable[[Path], object]) -> None:
+def look(
+    where: str, seconds: float, check: Callable[[Path], object], parts: Parts = Parts.WHOLE
+) -> None:
     """Ask a Hub id or a URL what it has now, fetch it, and have the link name it.
 
     Nothing is done where somebody did within this time, or is about it.
 
     Args:
         check: called with the folder of another state; raises where it is not to be followed.
+        parts: how much of a state is fetched.
 
     Raises:
         CheckpointError: it cannot be asked or fetched. OutputError: the cache cannot be written.
@@ -66,7 +69,7 @@ def look(where: str, seconds: float, check: Callable[[Path], object]) -> None:
         with suppress(OSError):
             os.utime(link, (time.time(),) * 2, follow_symlinks=False)
         before = state_of(link)
-        found = newest_folder(where, before)
+        found = newest_folder(where, before, parts)
         if found != before:
             check(found)
             follow_state(where, found)

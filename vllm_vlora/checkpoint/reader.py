@@ -43,9 +43,10 @@ from vllm_vlora.checkpoint.pinning import (
     task_digest,
 )
 from vllm_vlora.checkpoint.router_files import RouterRecord, read_router
-from vllm_vlora.checkpoint.sources import checkpoint_folder
+from vllm_vlora.checkpoint.sources import checkpoint_folder, fetch_task
 from vllm_vlora.checkpoint.task_entry import TaskEntry, column, entry
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage, open_tasks
+from vllm_vlora.downloads import Parts
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, TaskNotFoundError
 from vllm_vlora.narrow_rows import NARROW_FORMAT, Bits, NarrowCodes, NarrowMatrix, Planes, planes_of
 from vllm_vlora.quantize import (
@@ -125,7 +126,8 @@ class Checkpoint:
                 read then.
         """
         where, wanted = split_pin(ref)
-        path = checkpoint_folder(where, wanted, manifest_only=manifest_only)
+        parts = Parts.MANIFEST if manifest_only else Parts.WHOLE
+        path = checkpoint_folder(where, wanted, parts=parts)
         opened = cls(path, *_read_manifest(path))
         if wanted is not None:
             check_content(path, opened.content_digest, wanted)
@@ -353,6 +355,7 @@ class Checkpoint:
 
     def _load(self, ref: FileRef) -> dict[str, torch.Tensor]:
         try:
+            fetch_task(self.path, ref)
             return _load_checked(self.path / ref.file, ref)
         except CheckpointError as error:
             if not self.was_replaced:

@@ -1,7 +1,8 @@
-"""Where a checkpoint is: a folder, a repository on the Hub, or a URL, whose state is fetched whole.
+"""Where a checkpoint is: a folder, a repository on the Hub, or a URL, whose state is fetched.
 
 Of a URL the manifest is asked for each time, and what it names is fetched where the cache does not have
-it (``downloads``). A state in the cache is named by its ``content_digest``.
+it (``downloads``). A state in the cache is named by its ``content_digest``. It is fetched whole, or, by
+servers that are told so, without its tasks, each of which is fetched when it is first read.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from vllm_vlora.checkpoint.manifest import (
     CONFIG_FILE,
     INDEX_FILE,
     RECORDS_FILE,
+    TASKS_FOLDER,
     FileRef,
     read_config,
 )
@@ -31,18 +34,28 @@ from vllm_vlora.downloads import (
     OFFLINE_VARIABLE,
     Cached,
     ChangedError,
+    Parts,
     asked,
     is_offline,
     newest_or_asked,
 )
-from vllm_vlora.errors import CheckpointError
+from vllm_vlora.errors import CheckpointError, CheckpointReplacedError
 from vllm_vlora.regular_files import JSON_BYTES
-from vllm_vlora.snapshots import fixed_ref, newest_ref, resolve_snapshot
+from vllm_vlora.snapshots import (
+    fetch_file,
+    fixed_ref,
+    newest_ref,
+    repository_of,
+    resolve_snapshot,
+)
 from vllm_vlora.urls import RemoteError, RemoteFile, RemoteFolder, is_remote
 from vllm_vlora.wording import without_secrets
 
 logger = logging.getLogger(__name__)
 
+# Where the tasks come from that were not fetched with their checkpoint: what the cache has of a URL, or
+# of a Hub repository -> that, as it was given, since a URL may hold a signature.
+_LATER: dict[Path, str] = {}
 # What no manifest knows of and the digest of the content covers.
 _COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE, ROUTER_FILE)
 # What goes with a checkpoint, and neither knows of.
@@ -53,7 +66,7 @@ def checkpoint_folder(
     where: str | Path,
     wanted: str | None = None,
     *,
-    manifest_only: bool = False,
+    parts: Parts = Parts.WHOLE,
     foreign: bool = False,
 ) -> Path:
     """The local folder of a checkpoint.
@@ -62,7 +75,8 @@ def checkpoint_folder(
         where: a folder, a Hub id or a URL, without a digest.
         wanted: the digest that its content must have. A state of a URL that has it and is in the cache is
             taken unasked; whether any other has it is for who reads it to check.
-        manifest_only: of a Hub id or a URL only what names its tasks is fetched.
+        parts: how much is fetched of a Hub id or a URL. What this process then reads of a task that was
+            not is fetched there (``fetch_task``).
         foreign: it may be one of another package, all of whose files are then fetched.
 
     Raises:
@@ -70,13 +84,10 @@ def checkpoint_folder(
         OutputError: the cache cannot be written.
     """
     if not is_remote(where):
-        patterns = ["*.json", INDEX_FILE, RECORDS_FILE] if manifest_only else None
-        return resolve_snapshot(
-            where, what="checkpoint", error=CheckpointError, allow_patterns=patterns
-        )
+        return _from_hub(where, parts)
     url = str(where)
     try:
-        return _from_url(url, wanted, manifest_only)
+        return _ready(_from_url(url, wanted, parts), parts)
     except RemoteError as problem:
         shown = without_secrets(url)
         if not problem.missing or not str(problem).startswith(CONFIG_FILE):
@@ -88,11 +99,12 @@ def checkpoint_folder(
     return resolve_snapshot(where, what="checkpoint", error=CheckpointError)
 
 
-def newest_folder(where: str, before: Path | None) -> Path:
+def newest_folder(where: str, before: Path | None, parts: Parts = Parts.WHOLE) -> Path:
     """The local folder of what a Hub id or a URL has now; never of what it had when last looked.
 
     Args:
-        before: of what it had then, which stays untouched where that is what it has now.
+        before: of what it had then, which stays untouched where that is what it has now. parts: as of
+            ``checkpoint_folder``.
 
     Raises:
         CheckpointError: it cannot be asked, or has none. OutputError: the cache cannot be written.
@@ -100,10 +112,10 @@ def newest_folder(where: str, before: Path | None) -> Path:
     if not is_remote(where):
         newest = newest_ref(where, what="checkpoint", error=CheckpointError)
         same = before is not None and fixed_ref(where, before) == newest
-        return before if before is not None and same else checkpoint_folder(newest)
+        return before if before is not None and same else checkpoint_folder(newest, parts=parts)
     cached = Cached(where)
     try:
-        return asked(where, lambda remote: _newest_state(cached, remote, None, False, before))
+        return asked(where, lambda remote: _newest_state(cached, remote, None, parts, before))
     except RemoteError as problem:
         raise CheckpointError(f"checkpoint {without_secrets(where)!r}: {problem}") from None
 
@@ -119,15 +131,84 @@ def fixed_checkpoint(where: str | Path, folder: Path, wanted: str | None) -> str
     return pinned(fixed_ref(where, folder), wanted)
 
 
-def _from_url(url: str, wanted: str | None, manifest_only: bool) -> Path:
+def is_to_be_fetched(folder: Path, ref: FileRef) -> bool:
+    """Whether a file of a checkpoint is not here, and is fetched when it is read."""
+    return _origin(folder) is not None and not (folder / ref.file).exists()
+
+
+def fetch_task(folder: Path, ref: FileRef) -> None:
+    """Fetch a file of a checkpoint that this process took without its tasks, where it is not here.
+
+    Raises:
+        CheckpointReplacedError: the URL has another by now.
+        CheckpointError: it cannot be had. OutputError: the cache cannot be written.
+    """
+    if not is_to_be_fetched(folder, ref):
+        return
+    origin = _origin(folder)
+    assert origin is not None
+    root, where = origin
+    if not is_remote(where):
+        fetch_file(where, folder.resolve().relative_to(root), ref.file, CheckpointError)
+        return
+    shown = without_secrets(where)
+    if is_offline():
+        raise CheckpointError(
+            f"{ref.file} of {shown} is not in the cache, and {OFFLINE_VARIABLE} is set: unset it"
+        )
+    try:
+        file = RemoteFile(ref.file, ref.nbytes, ref.sha256)
+        Cached(where).add_file(folder.resolve(), RemoteFolder(where), file)
+    except ChangedError as problem:
+        raise CheckpointReplacedError(f"checkpoint {shown!r}: {problem}") from None
+    except RemoteError as problem:
+        raise CheckpointError(f"checkpoint {shown!r}: {problem}") from None
+
+
+def _origin(folder: Path) -> tuple[Path, str] | None:
+    """What the cache has of the place that a folder's tasks are fetched from, and that place."""
+    if not _LATER:
+        return None
+    return next(((p, _LATER[p]) for p in folder.resolve().parents if p in _LATER), None)
+
+
+def _from_hub(where: str | Path, parts: Parts) -> Path:
+    allowed = ["*.json", INDEX_FILE, RECORDS_FILE] if parts is Parts.MANIFEST else None
+    left_out = [f"{TASKS_FOLDER}/*"] if parts is Parts.TASKS_LATER else None
+    folder = resolve_snapshot(
+        where,
+        what="checkpoint",
+        error=CheckpointError,
+        allow_patterns=allowed,
+        ignore_patterns=left_out,
+    )
+    found = repository_of(where, folder)
+    if parts is Parts.TASKS_LATER and found is not None:
+        _LATER[found[0]] = found[1]
+        _ready(folder, parts)
+    return folder
+
+
+def _ready(folder: Path, parts: Parts) -> Path:
+    """A folder that looks the same while its tasks come into it."""
+    if parts is Parts.TASKS_LATER:
+        # What cannot be written is told where a task is to be.
+        with suppress(OSError):
+            (folder / TASKS_FOLDER).mkdir(exist_ok=True)
+    return folder
+
+
+def _from_url(url: str, wanted: str | None, parts: Parts) -> Path:
     cached = Cached(url)
+    if parts is Parts.TASKS_LATER:
+        _LATER[cached.folder.resolve()] = url
 
     def ask(remote: RemoteFolder) -> Path:
-        return _newest_state(cached, remote, wanted, manifest_only)
+        return _newest_state(cached, remote, wanted, parts)
 
     if wanted is None:
-        return newest_or_asked(cached, url, ask, manifest_only=manifest_only)
-    here = cached.state(wanted, manifest_only=manifest_only)
+        return newest_or_asked(cached, url, ask, parts)
+    here = cached.state(wanted, parts)
     if here is None and is_offline():
         raise RemoteError(
             f"the content that is asked for is not in the cache, and {OFFLINE_VARIABLE} is set: unset it"
@@ -139,7 +220,7 @@ def _newest_state(
     cached: Cached,
     remote: RemoteFolder,
     wanted: str | None,
-    manifest_only: bool,
+    parts: Parts,
     before: Path | None = None,
 ) -> Path:
     """The state that the URL has now, from the cache or fetched into it."""
@@ -147,23 +228,26 @@ def _newest_state(
     texts |= _optional(remote, _COUNTED)
     if before is not None and _has(before, texts):
         return before
-    for state in cached.states():
+    # Of no state the manifest alone: what has changed beside it would not be asked for.
+    for state in cached.states(parts if parts is not Parts.MANIFEST else Parts.WHOLE):
         if wanted is None and _has(state, texts):
             return cached.seen(state)
     described = _described(remote, texts, cached.url)
     if wanted is not None:
         check_content(cached.url, described.digest, wanted)
     texts |= described.texts
-    if manifest_only:
-        return cached.add(described.digest, remote, [], texts, manifest_only=True)
+    if parts is Parts.MANIFEST:
+        return cached.add(described.digest, remote, [], texts, parts)
     texts |= _optional(remote, _BESIDE)
-    return cached.add(described.digest, remote, described.files, texts)
+    files = described.tasks if parts is Parts.WHOLE else []
+    return cached.add(described.digest, remote, [*described.files, *files], texts, parts)
 
 
 class _Described(NamedTuple):
-    """A state as its manifest has it: what names the tasks, all other files, and the digest."""
+    """A state as its manifest has it: what names the tasks, their files, all others, and the digest."""
 
     texts: dict[str, bytes]
+    tasks: list[RemoteFile]
     files: list[RemoteFile]
     digest: str
 
@@ -187,10 +271,14 @@ def _described(remote: RemoteFolder, texts: Mapping[str, bytes], url: str) -> _D
             # The same, of the URL in place of the folder that nobody will find.
             raise type(error)(str(error).replace(str(folder), url)) from None
     kept = {ref.file: ref for refs in attachments.values() for ref in refs.values()}
-    refs = [*config.basis, *task_files(tasks), *kept.values()]
+    refs = [*config.basis, *kept.values()]
     refs += [router.weights] if router is not None else []
-    files = [RemoteFile(ref.file, ref.nbytes, ref.sha256) for ref in refs]
-    return _Described(names, files, content_digest(config, attachments, aliases, router))
+    of_tasks, others = (
+        [RemoteFile(ref.file, ref.nbytes, ref.sha256) for ref in found]
+        for found in (task_files(tasks), refs)
+    )
+    digest = content_digest(config, attachments, aliases, router)
+    return _Described(names, of_tasks, others, digest)
 
 
 def _checked(remote: RemoteFolder, ref: FileRef, folder: Path) -> bytes:

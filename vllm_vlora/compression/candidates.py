@@ -1,4 +1,4 @@
-"""The plans that are worth considering: private, on bases, flat, and mixtures of them."""
+"""The plans that are worth considering: private, on bases, and mixtures of them; flat by its name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vllm_vlora.planning.problem import (
     private_problems,
 )
 from vllm_vlora.planning.scratch import FittedBases
-from vllm_vlora.planning.screening import bases_can_pay, flat_can_pay, sample
+from vllm_vlora.planning.screening import bases_can_pay, sample
 from vllm_vlora.planning.sharing import Sharing, decide_sharing
 from vllm_vlora.planning.survey import (
     FittedGroup,
@@ -40,7 +40,6 @@ from vllm_vlora.planning.survey import (
 
 # Up to this many (task, module) pairs, every number format is also planned by itself for the report.
 _ALONE_ENTRIES = 20_000
-_FLAT_ADAPTERS = 128
 # Under an error limit: the sizes, of the best plan so far, at which sharing is decided.
 _SIZES = (0.9, 0.6, 0.35)
 # Sizes at which bases of some modules are tried before all are fitted: of the originals', and of the
@@ -86,16 +85,15 @@ class Candidates:
     def survey(self) -> Survey:
         """What every way of storing each module alone, or on one basis for all, would lose."""
         options, only_shared = self._options, self._options.only_shared
-        flat = self._tries_flat()
         shared = {module.name for module in self._shareable}
-        sketch, only_flat = self._may_cluster(), options.shares == "flat"
+        sketch, flat = self._may_cluster(), options.shares == "flat"
         tried = self._tried
         on_basis = {module.name for module in tried}
         jobs = [
             SurveyJob(
                 module.name,
                 private=not (only_shared and module.name in shared),
-                groups=((0, module.tasks),) if module.name in on_basis and not only_flat else (),
+                groups=((0, module.tasks),) if module.name in on_basis and not flat else (),
                 flat=flat and module.name in on_basis,
                 sketch=sketch and module.name in on_basis,
             )
@@ -129,31 +127,20 @@ class Candidates:
         joint = bases_can_pay(survey, self._formats, self._tried, parts, counted)
         if not joint and survey.affinity is not None:
             joint = len(cluster_tasks(survey.affinity, self._options.clusters)) > 1
-        flat = flat_can_pay(survey, self._tried, parts)
-        survey = replace(
-            survey, joint=survey.joint if joint else {}, flat=survey.flat if flat else {}
-        )
+        if not joint:
+            return replace(survey, joint={})
         tried = {module.name for module in self._tried}
         jobs = [
             SurveyJob(
                 module.name,
                 private=False,
-                groups=((0, module.tasks),) if joint else (),
-                sketch=joint and survey.affinity is not None,
-                flat=flat,
+                groups=((0, module.tasks),),
+                sketch=survey.affinity is not None,
             )
             for module in self._shareable
             if module.name not in tried
         ]
-        return self._run(survey, jobs, "fit") if joint or flat else survey
-
-    def _tries_flat(self) -> bool:
-        if self._options.shares == "flat":
-            return True
-        # A flat basis holds whole adapters: with many of them it is large, and slow to fit.
-        ranks = {rank for module in self._shareable for rank in module.ranks}
-        few = 2 < len(self._collection.adapters) <= _FLAT_ADAPTERS
-        return self._options.shares == "auto" and len(ranks) == 1 and few
+        return self._run(survey, jobs, "fit")
 
     def _may_cluster(self) -> bool:
         clusters = self._options.clusters
@@ -229,7 +216,7 @@ class Candidates:
             for label in self._formats.labels
             if all(label in group.curves for group in self.survey.flat.values())
         ]
-        if not held and self._options.shares == "flat":
+        if not held:
             raise OptionError(
                 "the adapters' factors, times alpha / r, are too large for flat in "
                 f"{', '.join(self._formats.labels)}; use dtype float32 or bfloat16, or another "

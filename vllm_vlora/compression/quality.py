@@ -61,8 +61,8 @@ class OneByOne:
         return [self.judge(folder) for folder in folders]
 
 
-# Private, joint, flat and a mixture.
-_FORMS = 4
+# Private, joint and a mixture.
+_FORMS = 3
 _FIRST_LIMIT = 0.3
 _LARGEST_LIMIT = 0.95
 # A task that fails even here is kept as it was.

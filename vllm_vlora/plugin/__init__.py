@@ -7,6 +7,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE
+from vllm_vlora.downloads import Parts
 from vllm_vlora.errors import IncompatibleVLLMError
 from vllm_vlora.plugin import events
 from vllm_vlora.plugin.settings import MODE_VARIABLE, Settings, read_settings
@@ -33,7 +34,7 @@ def register() -> None:
         found = check_version()
         settings = read_settings()
         events.install(settings.log)
-        folder = _checkpoint_folder(settings.poll_seconds)
+        folder = _checkpoint_folder(settings.poll_seconds, settings.fetch)
         _install(folder, settings)
     except IncompatibleVLLMError as error:
         logger.error("vllm-vlora: not installed, vLLM runs without it: %s", error)
@@ -77,7 +78,7 @@ def _vllm_version() -> str:
     return vllm.__version__
 
 
-def _checkpoint_folder(poll_seconds: int = 0) -> str | None:
+def _checkpoint_folder(poll_seconds: int = 0, parts: Parts = Parts.WHOLE) -> str | None:
     """The checkpoint's folder, with the content that it must have where one is asked for."""
     reference = os.environ.get(CHECKPOINT_VARIABLE)
     if not reference:
@@ -87,10 +88,10 @@ def _checkpoint_folder(poll_seconds: int = 0) -> str | None:
     from vllm_vlora.plugin import polling
 
     where, digest = split_pin(reference)
-    folder = checkpoint_folder(where, digest)
+    folder = checkpoint_folder(where, digest, parts=parts)
     polled = polling.polled(reference) if poll_seconds else None
     if polled is not None:
-        return str(polling.join(polled, folder))
+        return str(polling.join(polled, folder, parts))
     fixed = fixed_checkpoint(where, folder, digest)
     if poll_seconds:
         link = polling.begin(str(where), digest, folder, fixed)

@@ -2,26 +2,28 @@
 
     CKPT/tasks/~~blend_IDxWEIGHT_IDxWEIGHT.safetensors@DIGEST
 
-ID is the beginning of the SHA-256 of a task's id, the terms stand in the order of these, and no id is
-encoded with ``~~`` in front. DIGEST is over the tasks' digests and the weights, so that it is another one
-when a task is published with other weights, and the same whatever the order and however a weight was
-written.
-A worker finds the tasks with nothing but the checkpoint.
+ID is the beginning of the SHA-256 of a task's id, of a task from memory that of its publication's digest.
+The terms stand in the order of these, and no id is encoded with ``~~`` in front. DIGEST is over the
+tasks' digests and the weights, so that it is another one when a task is published with other weights, and
+the same whatever the order and however a weight was written. CKPT is the checkpoint's folder, also where
+tasks from memory stand beside its own; of these alone it is theirs.
+A worker finds the tasks with nothing but the checkpoint and what was published to it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from decimal import Decimal
 
 from vllm_vlora.blend_names import Blend, Term, checked_blend, weight_text
 from vllm_vlora.blending.blended import BlendedCheckpoint
+from vllm_vlora.blending.joined import JoinedCheckpoint
 from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import BlendError, CheckpointReplacedError
-from vllm_vlora.plugin.identity import MEMORY, TaskPath
+from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
 
 _PREFIX = f"{TASKS_FOLDER}/~~blend_"
 _SUFFIX = ".safetensors"
@@ -38,38 +40,49 @@ def blend_path(paths: Mapping[str, TaskPath], blend: Blend) -> TaskPath:
     """The path of a blend of tasks, whose own paths these are.
 
     Raises:
-        BlendError: the tasks are of different checkpoints, or of none.
+        BlendError: the tasks are of different checkpoints.
     """
     terms = sorted(
-        (_id(task), weight_text(weight), paths[task].digest, task) for task, weight in blend
+        (_id(task, paths[task]), weight_text(weight), paths[task].digest, task)
+        for task, weight in blend
     )
     checkpoints = {paths[task].checkpoint for task, _ in blend}
-    if MEMORY in checkpoints:
-        raise BlendError("tasks from memory cannot be blended; put them into the checkpoint")
-    if len(checkpoints) > 1:
+    places = checkpoints - {MEMORY} or checkpoints
+    if len(places) > 1:
         raise BlendError("tasks of different checkpoints cannot be blended; put them into one")
     file = "_".join(f"{name}x{weight}" for name, weight, _, _ in terms)
-    return TaskPath(checkpoints.pop(), f"{_PREFIX}{file}{_SUFFIX}", _digest(terms))
+    return TaskPath(places.pop(), f"{_PREFIX}{file}{_SUFFIX}", _digest(terms))
 
 
-def blend_of(path: TaskPath, checkpoint: Checkpoint) -> Blend | None:
-    """What a blend's path names of a checkpoint; None for the path of a task.
+def blend_of(
+    path: TaskPath, checkpoint: Checkpoint | None, published: Iterable[Checkpoint] = ()
+) -> Blend | None:
+    """What a blend's path names of a checkpoint and of tasks from memory; None for the path of a task.
+
+    Args:
+        checkpoint: None for none. published: of one task each.
 
     Raises:
-        CheckpointReplacedError: the checkpoint does not hold these tasks with these weights, or the path
-            is none that ``blend_path`` makes.
+        CheckpointReplacedError: they do not hold these tasks with these weights, or the path is none that
+            ``blend_path`` makes.
     """
     if not is_blend_path(path):
         return None
-    found = [_TERM.fullmatch(part) for part in path.file[len(_PREFIX) : -len(_SUFFIX)].split("_")]
-    weights = {term[1]: Decimal(term[2]) for term in found if term}
-    tasks = {name: task for task in checkpoint.tasks if (name := _id(task)) in weights}
+    weights = dict(_terms(path))
+    held = [
+        (task, TaskPath(MEMORY, "", other.digest(task)))
+        for other in published
+        for task in other.tasks
+    ]
+    if checkpoint is not None:
+        own = {task for task in checkpoint.tasks if _id_alone(task) in weights}
+        held += [(task, TaskPath(path.checkpoint, "", checkpoint.digest(task))) for task in own]
+    found = {_id(task, own_path): (task, own_path) for task, own_path in held}
     try:
-        blend = checked_blend(Term(tasks[name], weight) for name, weight in weights.items())
+        blend = checked_blend(Term(found[name][0], weight) for name, weight in weights.items())
     except (BlendError, KeyError):
         blend = ()
-    own = {task: TaskPath(path.checkpoint, "", checkpoint.digest(task)) for task, _ in blend}
-    if not blend or blend_path(own, blend) != path:
+    if not blend or blend_path(dict(found[name] for name in weights), blend) != path:
         raise CheckpointReplacedError(
             f"{path.checkpoint}: a task of the blend {path.file} was published again or removed; make a "
             "new request"
@@ -77,17 +90,58 @@ def blend_of(path: TaskPath, checkpoint: Checkpoint) -> Blend | None:
     return blend
 
 
-def blended_checkpoint(checkpoint: Checkpoint, path: TaskPath) -> BlendedCheckpoint | None:
+def blended_checkpoint(
+    checkpoint: Checkpoint | None,
+    path: TaskPath,
+    published: Collection[Checkpoint] = (),
+    layer: Callable[[str], str] = str,
+) -> BlendedCheckpoint | None:
     """For a blend's path a checkpoint whose task is that blend; None for the path of a task.
+
+    Args:
+        checkpoint, published: as :func:`blend_of` has them.
+        layer: a module's name -> the layer's that it means.
 
     Raises:
         CheckpointReplacedError: as :func:`blend_of`. BlendError: these tasks cannot be blended.
     """
-    blend = blend_of(path, checkpoint)
-    return None if blend is None else BlendedCheckpoint(checkpoint, blend, path.file, path.digest)
+    blend = blend_of(path, checkpoint, published)
+    if blend is None:
+        return None
+    parts = [other for other in published if is_made_of(str(path), _digest_of(other))]
+    if parts:
+        first, *others = parts if checkpoint is None else [checkpoint, *parts]
+        checkpoint = JoinedCheckpoint(first, others, layer)
+    assert checkpoint is not None
+    return BlendedCheckpoint(checkpoint, blend, path.file, path.digest)
 
 
-def _id(task: str) -> str:
+def is_made_of(path: str, digest: str) -> bool:
+    """Whether a path is that of a blend in which a task from memory is that has this digest."""
+    if f"/{_PREFIX}" not in path:
+        return False
+    parsed = parse_task_path(path)
+    return parsed is not None and digest[:_ID_LENGTH] in dict(_terms(parsed))
+
+
+def _terms(path: TaskPath) -> Iterator[tuple[str, Decimal]]:
+    """ID and weight of each term of a blend's path that is one."""
+    for part in path.file[len(_PREFIX) : -len(_SUFFIX)].split("_"):
+        term = _TERM.fullmatch(part)
+        if term:
+            yield term[1], Decimal(term[2])
+
+
+def _digest_of(published: Checkpoint) -> str:
+    return published.digest(next(iter(published.tasks)))
+
+
+def _id(task: str, path: TaskPath) -> str:
+    """What names a task in a blend's path. Of one from memory several versions may be there."""
+    return path.digest[:_ID_LENGTH] if path.checkpoint == MEMORY else _id_alone(task)
+
+
+def _id_alone(task: str) -> str:
     return hashlib.sha256(task.encode()).hexdigest()[:_ID_LENGTH]
 
 

@@ -22,6 +22,7 @@ from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, rea
 from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.router_files import ROUTER_FILE, read_router_weights
+from vllm_vlora.checkpoint.sources import is_to_be_fetched
 from vllm_vlora.errors import CheckpointError, VLoRAError
 from vllm_vlora.plugin.counters import reason_of
 from vllm_vlora.plugin.events import facts
@@ -159,6 +160,8 @@ class Follower:
         left = READ_NBYTES
         for ref in _new_files(checkpoint, new, served.checkpoint):
             file = checkpoint.path / ref.file
+            if is_to_be_fetched(checkpoint.path, ref):
+                continue  # Once it is asked for, as the task of any other state that is served.
             if ref.nbytes > left:
                 check_size(file, ref)
             else:

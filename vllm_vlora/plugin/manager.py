@@ -493,7 +493,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         assert store.state is not None
         if self.setup.settings.follow:
             self.follower = Follower(folder, store.state, store.check, logger)
-            self._poller = _make_poller(self.follower, self.setup.settings.poll_seconds)
+            self._poller = _make_poller(self.follower, self.setup.settings)
         for task in store.tasks():
             self._make_model(1, task)  # A head that does not fit is refused here and not in a step.
             self._prepare(task)
@@ -578,12 +578,15 @@ def _path_of(request: LoRARequest) -> TaskPath:
     return path
 
 
-def _make_poller(follower: Follower, seconds: int) -> Poller | None:
+def _make_poller(follower: Follower, settings: Settings) -> Poller | None:
     """What asks the place that the followed folder comes from, where that is asked for."""
+    seconds = settings.poll_seconds
     where = polled(os.environ.get(CHECKPOINT_VARIABLE, "")) if seconds else None
     if where is None:
         return None
-    return Poller(where, seconds, follower.sound_state, follower.count_refusal, logger)
+    return Poller(
+        where, seconds, follower.sound_state, follower.count_refusal, logger, settings.fetch
+    )
 
 
 def _log_change(before: State, now: State) -> None:

@@ -112,7 +112,7 @@ class TaskRequests(dict[str, LoRARequest]):
         try:
             return self._request(blend), confidence
         except BlendError:
-            # One of them is from memory, or of another checkpoint; the first is the likeliest.
+            # One of them is of another checkpoint; the first is the likeliest.
             return self._request(task_alone(blend[0].task)), confidence
 
     def own(self, name: str) -> LoRARequest | None:

@@ -13,13 +13,13 @@ import mmap
 import os
 import secrets
 import stat
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import msgspec
 import torch
-from blake3 import blake3
 
 from vllm_vlora._version import __version__
 from vllm_vlora.adapters.peft_folder import Factors, LoRAModule
@@ -40,8 +40,8 @@ from vllm_vlora.representations.stored import StoredModule
 
 # What kernels and mappings like; the greatest element has 8 bytes.
 _ALIGNMENT = 64
-# Threads that write: memory has no use for more.
-_WRITERS = 8
+# Threads that pack: memory has no use for more.
+_PACKERS = 8
 # Bytes at the end of the memory that say whose it is.
 _MARK_NBYTES = 32
 
@@ -62,7 +62,7 @@ class Offer(msgspec.Struct, frozen=True):
     """What lies in ``nbytes`` of memory.
 
     Attributes:
-        path: the task's, which names its content.
+        path: the task's, which names this publication: no other one has it, of the same tensors neither.
         place: a file that has the memory, on this machine, and what stands at its end, in hex. Where
             processes are numbered anew, as in another container, the file may be any other.
     """
@@ -130,17 +130,16 @@ def offered(
         mark = secrets.token_bytes(_MARK_NBYTES)
         _write_all(memory, mark, nbytes)
 
-        def write(place: int) -> bytes:
+        def write(place: int) -> None:
             _, factors = modules[place]
-            return _write(memory, f"task {task!r}", described[place], factors, parts[place])
+            _write(memory, f"task {task!r}", described[place], factors, parts[place])
 
-        with ThreadPoolExecutor(min(_WRITERS, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(write, range(len(modules))))
-        content = blake3(msgspec.json.encode([task, described]) + b"".join(digests))
-        digest = content.hexdigest()[:32]
+        # Packing has use for more threads; of plain writes the kernel lets one through at a time.
+        with ThreadPoolExecutor(min(_PACKERS, os.cpu_count() or 1)) as pool:
+            deque((pool.map if quantize else map)(write, range(len(modules))), maxlen=0)
         yield Offer(
             task,
-            str(TaskPath(MEMORY, task_file(task), digest)),
+            str(TaskPath(MEMORY, task_file(task), secrets.token_hex(16))),
             f"/proc/{os.getpid()}/fd/{memory}",
             mark.hex(),
             nbytes,
@@ -160,24 +159,20 @@ def _described(module: LoRAModule, quantize: str | None) -> OfferedModule:
 
 def _write(
     memory: int, where: str, module: OfferedModule, factors: Factors, parts: Sequence[Part]
-) -> bytes:
-    """Write one module; the digest of what was written."""
-    digest = blake3()
+) -> None:
+    """Write one module, and check it."""
     for side, matrix in zip("AB", factors):
+        tensors = _packed(matrix, side, module, where)
+        for part in parts:
+            if part.side == side:
+                values = tensors[part.name].cpu().contiguous()
+                _write_all(memory, values.view(torch.uint8).numpy().data.cast("B"), part.start)
+        # In this order it is read from the cache; nobody has seen yet what was written.
         if not is_finite(matrix):
             raise AdapterError(
                 f"{where}: lora_{side} of module {module.name!r} holds NaN or infinite values; the "
                 "training diverged, and what was published before it goes on serving"
             )
-        tensors = _packed(matrix, side, module, where)
-        for part in parts:
-            if part.side == side:
-                data = (
-                    tensors[part.name].cpu().contiguous().flatten().view(torch.uint8).numpy().data
-                )
-                digest.update(data)
-                _write_all(memory, data, part.start)
-    return digest.digest()
 
 
 def _packed(

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vllm_vlora.checkpoint.newest import follow_state, look, state_of
-from vllm_vlora.downloads import followed_folder
+from vllm_vlora.downloads import Parts, followed_folder
 from vllm_vlora.errors import SettingError, VLoRAError
 from vllm_vlora.plugin.counters import reason_of
 from vllm_vlora.plugin.events import facts
@@ -52,17 +52,17 @@ def polled(reference: str) -> str | None:
     return where if fixed == reference else None
 
 
-def join(where: str, folder: Path) -> Path:
+def join(where: str, folder: Path, parts: Parts = Parts.WHOLE) -> Path:
     """The folder to follow, in a process that the first one started, perhaps on another machine.
 
     Args:
-        folder: what the first one found.
+        folder: what the first one found. parts: how much of a state is fetched.
     """
     link = followed_folder(where)
     if state_of(link) != folder:
         # Of an earlier server, or of another server that has looked since.
         with suppress(VLoRAError):
-            look(where, 0.0, lambda state: None)
+            look(where, 0.0, lambda state: None, parts)
     return link if state_of(link) is not None else follow_state(where, folder)
 
 
@@ -73,6 +73,7 @@ class Poller:
         where: the Hub id or URL to ask. seconds: between two questions.
         check: raises a VLoRAError where the state in a folder cannot be served.
         refused: called with each error once. logger: where they go.
+        parts: how much of a state is fetched.
     """
 
     def __init__(
@@ -82,8 +83,9 @@ class Poller:
         check: Callable[[Path], object],
         refused: Callable[[Exception], object],
         logger: logging.Logger,
+        parts: Parts = Parts.WHOLE,
     ) -> None:
-        self._where, self._seconds = where, seconds
+        self._where, self._seconds, self._parts = where, seconds, parts
         self._check, self._refused, self._logger = check, refused, logger
         self._said = ""
         self._thread: threading.Thread | None = None
@@ -109,7 +111,7 @@ class Poller:
         """Ask now, unless another worker did within the time."""
         try:
             # A little less, so that who asked last time does not come just too early.
-            look(self._where, 0.9 * self._seconds, self._check)
+            look(self._where, 0.9 * self._seconds, self._check, self._parts)
             self._said = ""
         except VLoRAError as error:
             self._say(error, str(error))

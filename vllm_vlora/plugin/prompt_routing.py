@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_vlora.blending.text_router import Pick, RoutePolicy, TextRouter
 from vllm_vlora.checkpoint.router_files import ROUTER_FILE, RouterRecord, read_router_weights
+from vllm_vlora.plugin.counters import OTHER
+from vllm_vlora.plugin.settings import read_settings
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter, Histogram
+    from prometheus_client import CollectorRegistry
 
 # Where the kinds of requests have what is asked.
 _FIELDS = ("messages", "prompt", "input", "token_ids")
@@ -55,9 +57,7 @@ class Routing:
         """
         pick = self._router.pick(prompt_text(models, request), tasks, self._policy)
         kind = BASE if pick.blend is None else TASK if len(pick.blend) == 1 else BLEND
-        counter, confidence = _metrics()
-        counter.labels(kind).inc()
-        confidence.observe(pick.confidence)
+        _metrics().count(kind, pick)
         return pick
 
 
@@ -102,23 +102,51 @@ def _decoded(models: Any, tokens: Sequence[int]) -> str:
         return ""
 
 
-@functools.cache
-def _metrics() -> tuple[Counter, Histogram]:
-    """Of this API server; with several vLLM adds them up."""
-    from prometheus_client import Counter, Histogram
+class RoutingMetrics:
+    """What is counted of an API server's routing; with several vLLM adds them up.
 
-    requests = Counter(
-        "vllm_vlora:routed_requests",
-        'Requests of model="auto", by what the router picked: a task, a blend, or the base model.',
-        ("picked",),
-    )
-    for kind in (TASK, BLEND, BASE):
-        requests.labels(kind)
-    return (
-        requests,
-        Histogram(
+    Args:
+        registry: of prometheus_client; its own one by default.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        from prometheus_client import REGISTRY, Counter, Histogram
+
+        shown = registry or REGISTRY
+        self._requests = Counter(
+            "vllm_vlora:routed_requests",
+            'Requests of model="auto", by what the router picked: a task, a blend, or the base model.',
+            ("picked",),
+            registry=shown,
+        )
+        for kind in (TASK, BLEND, BASE):
+            self._requests.labels(kind)
+        self._tasks = Counter(
+            "vllm_vlora:routed_task_requests",
+            f'Requests of model="auto" by the task that was picked, each of a blend, others as {OTHER}.',
+            ("task",),
+            registry=shown,
+        )
+        self._confidence = Histogram(
             "vllm_vlora:route_confidence",
             'The weight that the router gave what was likeliest, of each request of model="auto".',
             buckets=[n / 10 for n in range(1, 11)],
-        ),
-    )
+            registry=shown,
+        )
+        self._most, self._named = read_settings().metrics_tasks, set[str]()
+        # It is there before anything is routed, as the others are.
+        self._tasks.labels(OTHER)
+
+    def count(self, kind: str, pick: Pick) -> None:
+        """One request more."""
+        self._requests.labels(kind).inc()
+        self._confidence.observe(pick.confidence)
+        for task, _ in pick.blend or ():
+            # Series of files that processes share stay for good, so the first ones keep their places.
+            if len(self._named) < self._most:
+                self._named.add(task)
+            self._tasks.labels(task if task in self._named else OTHER).inc()
+
+
+_metrics = functools.cache(RoutingMetrics)
+"""Those of this API server."""

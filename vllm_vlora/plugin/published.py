@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from vllm_vlora.errors import VLoRAError
+from vllm_vlora.plugin.blend_paths import is_made_of
 from vllm_vlora.plugin.engine_core import manager_of, tasks_of, tasks_so_far
 from vllm_vlora.plugin.manager import logger
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
@@ -72,20 +73,21 @@ def adopt(core: Any, task: str, path: str) -> str:
     tasks = tasks_of(core)
     before = tasks.published.get(task, "")
     tasks.published[task] = path
-    tasks.unpublished.pop(path, None)
-    if before not in ("", path):
+    if before:
         tasks.unpublished[before] = time.monotonic()
-    release(core)
+        if hasattr(core, "input_queue"):
+            # To give 84 MB back takes 30 ms, and who publishes waits for the answer alone.
+            core.input_queue.put_nowait(_nothing())
+        else:
+            release(core)
     again = " in place of the version before" if before else ""
     logger.info("vllm-vlora: task %s is served from memory%s", shown(repr(task)), again)
     return before
 
 
 def withdraw(core: Any, path: str) -> None:
-    """Let an offered task go, unless its very content is published."""
-    tasks = tasks_of(core)
-    if path not in tasks.published.values() and path not in tasks.unpublished:
-        core.model_executor.collective_rpc(_discard, args=(path,))
+    """Let a task go that was offered and is not to be served."""
+    core.model_executor.collective_rpc(_discard, args=(path,))
 
 
 def unpublish(core: Any, task: str) -> str:
@@ -100,19 +102,25 @@ def unpublish(core: Any, task: str) -> str:
 
 
 def release(core: Any) -> None:
-    """Let go of versions that are no longer published, that no request needs and nobody pinned."""
+    """Let go of versions that are no longer published, that no request needs and nobody pinned.
+
+    With each go the blends that it is in.
+    """
     tasks = tasks_of(core)
     if not tasks.unpublished:
         return
-    used, now = tasks.residency.in_use(), time.monotonic()
+    asked, now = tasks.residency.in_use() | tasks.arrivals.paths(), time.monotonic()
     # An API server may not have heard of it yet, and asks for it.
     grace = GRACE if tasks.followed else 0.0
     for path, since in list(tasks.unpublished.items()):
-        needed = path in used or tasks.arrivals.awaits(path) or tasks.residency.is_pinned(path)
+        digest = path.rpartition("@")[2]
+        blends = {p for p in (*tasks.residency.paths(), *asked) if is_made_of(p, digest)}
+        needed = any(p in asked or tasks.residency.is_pinned(p) for p in (path, *blends))
         if needed or now - since < grace:
             continue
         del tasks.unpublished[path]
-        tasks.residency.forget(path, wholly=True)
+        for gone in (path, *blends):
+            tasks.residency.forget(gone, wholly=True)
         core.model_executor.collective_rpc(_discard, args=(path,))
     if tasks.unpublished and hasattr(core, "input_queue"):
         _look_again(core, tasks)
@@ -131,13 +139,16 @@ def _look_again(core: Any, tasks: Any) -> None:
     """Have an engine core that does nothing look again."""
     if tasks.looks is not None and tasks.looks.is_alive():
         return
-    from vllm.v1.engine import EngineCoreRequestType
-
-    # As ``engine_core`` wakes it.
-    message = EngineCoreRequestType.ABORT, list[str]()
-    tasks.looks = threading.Timer(_LOOK_AGAIN, core.input_queue.put_nowait, (message,))
+    tasks.looks = threading.Timer(_LOOK_AGAIN, core.input_queue.put_nowait, (_nothing(),))
     tasks.looks.daemon = True
     tasks.looks.start()
+
+
+def _nothing() -> tuple[Any, list[str]]:
+    """What wakes an engine core, as ``engine_core`` does."""
+    from vllm.v1.engine import EngineCoreRequestType
+
+    return EngineCoreRequestType.ABORT, []
 
 
 def release_first(original: Callable[..., Any]) -> Callable[..., Any]:

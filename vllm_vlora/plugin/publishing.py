@@ -66,7 +66,8 @@ def publish(
             are held as they are.
 
     Returns:
-        What to generate with. It names the content: one of an earlier version is not answered from this.
+        What to generate with. It names this publication, which no request of an earlier one is answered
+        from; the prefix cache begins anew.
 
     Raises:
         AdapterError: the tensors are no plain LoRA, contradict each other, or hold NaN.

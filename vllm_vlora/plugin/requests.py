@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,19 +23,30 @@ from vllm_vlora.plugin.named_requests import TaskRequests, meaning_for
 _TRY_AGAIN = 2.0
 
 
-def lora_request(checkpoint: str | Path | Checkpoint, task: str, key: str = "") -> LoRARequest:
+def lora_request(
+    checkpoint: str | Path | Checkpoint | None,
+    task: str,
+    key: str = "",
+    published: Iterable[LoRARequest] = (),
+) -> LoRARequest:
     """A vLLM request for one task of a checkpoint, or for what an alias or a blend of tasks stands for.
 
         llm = vllm.LLM(model, enable_lora=True)
         llm.generate(prompt, lora_request=vllm_vlora.lora_request("my-checkpoint", "sql"))
 
     The request names this state of the checkpoint by its content: after a task is published again,
-    make a new request for it. For tasks from memory ``vllm_vlora.publish`` returns one.
+    make a new request for it. For tasks from memory ``vllm_vlora.publish`` returns one; blends of them
+    are made of these:
+
+        mine = vllm_vlora.publish(llm, "mine", tensors, alpha=32)
+        vllm_vlora.lora_request("my-checkpoint", "mine*0.7+french*0.3", published=[mine])
 
     Args:
-        checkpoint: a folder, a Hub id, or an open ``Checkpoint``.
+        checkpoint: a folder, a Hub id, or an open ``Checkpoint``; None where all tasks are ``published``.
         task: the task's id, an alias, or a blend such as ``sql*0.7+french*0.3``.
         key: of the client, for canaries: one key has one target.
+        published: what ``vllm_vlora.publish`` returned last for tasks from memory, which stand before the
+            checkpoint's of their names.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -48,12 +59,17 @@ def lora_request(checkpoint: str | Path | Checkpoint, task: str, key: str = "") 
         >>> lora_request(checkpoint, "task_1*0.5+task_2*0.50").lora_name
         'task_1*0.5+task_2*0.5'
     """
-    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    listed = {request.lora_name: request for request in requests_for(task_paths(opened))}
+    opened = checkpoint
+    if not isinstance(opened, Checkpoint | None):
+        opened = Checkpoint.open(opened)
+    paths = {} if opened is None else task_paths(opened)
+    listed = {request.lora_name: request for request in (*requests_for(paths), *published)}
     try:
-        return meaning_for(key, task, TaskRequests(listed, opened.aliases))
+        return meaning_for(
+            key, task, TaskRequests(listed, {} if opened is None else opened.aliases)
+        )
     except BlendError as error:
-        if "no task is called" in str(error):
+        if opened is not None and "no task is called" in str(error):
             opened.record(task)  # Which says what tasks there are.
         raise
 

@@ -23,9 +23,10 @@ import torch
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.blending.blended import with_named_blends
-from vllm_vlora.checkpoint.manifest import task_file
+from vllm_vlora.checkpoint.manifest import FileRef, task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
+from vllm_vlora.checkpoint.sources import is_to_be_fetched
 from vllm_vlora.errors import (
     CheckpointError,
     CheckpointReplacedError,
@@ -34,7 +35,7 @@ from vllm_vlora.errors import (
     TaskLoadError,
 )
 from vllm_vlora.plugin.arena import Arena, Block
-from vllm_vlora.plugin.blend_paths import blended_checkpoint
+from vllm_vlora.plugin.blend_paths import blended_checkpoint, is_made_of
 from vllm_vlora.plugin.direct import DirectMemory, DirectPath, task_memory
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.held_bases import Bases
@@ -54,6 +55,10 @@ MakePath = Callable[[Checkpoint], DirectPath]
 _UNCLAIMED = 32
 # Threads that stage tasks: one reads while the other lays out.
 _READERS = 2
+# And of those that come from the Hub or a URL, most of whose time is the way.
+_FETCHERS = 8
+# Room on the device for each byte of such a file: packed cores are unpacked there.
+_FAR_SHARE = 2
 NO_LIMIT = 1 << 62
 
 
@@ -233,6 +238,7 @@ class ResidentStore:
         self._images = _HostImages(0 if budget is None else budget.host)
         self._staging: dict[str, Future[_Staged]] = {}
         self._readers = ThreadPoolExecutor(_READERS, "vlora-stage")
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, "vlora-fetch")
         self._next: _NextBases | None = None
         # Tasks that are in no file, by path.
         self._in_memory: dict[str, Checkpoint] = {}
@@ -270,21 +276,30 @@ class ResidentStore:
             self.direct = make_path(with_named_blends(checkpoint))
         self.state = State(checkpoint)
         self.check(checkpoint, checkpoint.tasks)
+        far = 0
         for task_id in checkpoint.tasks:
+            if self._is_far(checkpoint, task_id):
+                far += checkpoint.lora_nbytes(task_id)
+                continue
             staged = self._read(checkpoint, task_id, self._obstacle(checkpoint, task_id))
             placed = self._place(self.state.paths[task_id], staged)
             self._let_go(staged.bases)
             if not placed:
                 break
-        self.seal()
+        self.seal(far)
         self.seconds = time.perf_counter() - started
         return checkpoint
 
-    def seal(self) -> None:
-        """Take the memory for what comes later; from here on nothing is taken from the device."""
+    def seal(self, far: int = 0) -> None:
+        """Take the memory for what comes later; from here on nothing is taken from the device.
+
+        Args:
+            far: bytes of the files of tasks of the checkpoint that are to be fetched.
+        """
         if self._budget is not None:
             self._growing = False
-            self._arena.seal(self._budget.late)
+            left = max(0, self._budget.device - self._arena.nbytes)
+            self._arena.seal(self._budget.late + min(left, _FAR_SHARE * far))
 
     def check(self, checkpoint: Checkpoint, task_ids: Collection[str]) -> None:
         """Raise what loading these tasks would, as far as the manifest tells.
@@ -463,7 +478,7 @@ class ResidentStore:
             if self._waits_for_bases(path):
                 return None
             self._sweep()
-            future = self._staging[name] = self._readers.submit(self._read_path, path)
+            future = self._staging[name] = self._reader_of(name).submit(self._read_path, path)
         # Not True where it was read just now: in which form is seen at the next question.
         return future.done() and future.exception() is not None
 
@@ -486,9 +501,12 @@ class ResidentStore:
         self.stage(path)
 
     def discard(self, path: str) -> None:
-        """Let go of a task from memory."""
+        """Let go of a task from memory, and of what the host keeps of its blends."""
         self._in_memory.pop(path, None)
         self.drop(path)
+        digest = path.rpartition("@")[2]
+        for kept in [p for p in (*self._images.held, *self._staging) if is_made_of(p, digest)]:
+            self._discard(kept)
 
     def _sweep(self) -> None:
         """Put aside what was staged and is not asked for any more."""
@@ -633,12 +651,31 @@ class ResidentStore:
 
     # --- from disk to host ---
 
+    @staticmethod
+    def _is_far(checkpoint: Checkpoint, task_id: str) -> bool:
+        """Whether a task is on this machine only once it is asked for."""
+        entry = checkpoint.entry(task_id)
+        ref = FileRef(task_file(task_id), entry.sha256, entry.nbytes)
+        return is_to_be_fetched(checkpoint.path, ref)
+
+    def _reader_of(self, path: str) -> ThreadPoolExecutor:
+        """Who is to read a task; those that are here do not wait for those that are far."""
+        task_id = None if self.state is None else self.state.tasks.get(path)
+        if self.state is None or task_id is None:
+            return self._readers
+        far = self._is_far(self.state.checkpoint, task_id)
+        return self._fetchers if far else self._readers
+
     def _read_path(self, path: TaskPath) -> _Staged:
         """Read a task, from memory, the served state or whatever its folder holds; in any thread."""
         in_memory = self._in_memory.get(str(path))
         if in_memory is not None:
             return self._read_checked(in_memory, next(iter(in_memory.tasks)))
+        published = list(self._in_memory.values())
         if path.checkpoint == MEMORY:
+            blended = blended_checkpoint(None, path, published, self._engine_name)
+            if blended is not None:
+                return self._read_checked(blended, blended.task_id)
             raise CheckpointReplacedError(
                 f"{path}: this version of the task was published again or unpublished; use the request "
                 "that vllm_vlora.publish returned last"
@@ -656,7 +693,7 @@ class ResidentStore:
             # A client may have made it up; what is no path could be the name of a repository.
             raise CheckpointError(f"{path}: not a path from the root; give the task's whole path")
         checkpoint = Checkpoint.open(pinned(path.checkpoint, self._pin))
-        blended = blended_checkpoint(checkpoint, path)
+        blended = blended_checkpoint(checkpoint, path, published, self._engine_name)
         if blended is not None:
             return self._read_checked(blended, blended.task_id)
         for task_id in checkpoint.tasks:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_vlora.blend_names import MAX_TERMS
+from vllm_vlora.downloads import Parts
 from vllm_vlora.errors import SettingError
 from vllm_vlora.plugin.events import LOG_VARIABLE, LOGS
 from vllm_vlora.strict_json import JSONError, decode
@@ -42,6 +43,8 @@ BASIS_WAIT_VARIABLE = "VLLM_VLORA_BASIS_WAIT"
 # Seconds. Most generations take less, and a client waits so long.
 DEFAULT_BASIS_WAIT = 30
 POLL_VARIABLE = "VLLM_VLORA_POLL_SECONDS"
+FETCH_VARIABLE = "VLLM_VLORA_FETCH"
+FETCHES = {"all": Parts.WHOLE, "asked": Parts.TASKS_LATER}
 BASES = ("dense", "packed")
 BLENDS_VARIABLE = "VLLM_VLORA_BLENDS"
 BASIS_ROWS_VARIABLE = "VLLM_VLORA_BASIS_ROWS"
@@ -91,6 +94,7 @@ class Settings:
         basis_wait: seconds that requests for tasks on a newly published basis wait at most until those on
             the one before have ended; their tasks are materialized then.
         poll_seconds: between two questions what a Hub branch or a URL has now; 0 for none.
+        fetch: how much of a checkpoint on the Hub or at a URL is fetched before it is served.
         task_concurrency: requests of one task or ordinary adapter that run at once; 0 for any number.
         task_queue: requests of one that wait; more are refused. 0 for any number.
         fair: whether the task that was served least comes first.
@@ -117,6 +121,7 @@ class Settings:
     exchange: bool = True
     basis_wait: int = DEFAULT_BASIS_WAIT
     poll_seconds: int = 0
+    fetch: Parts = Parts.WHOLE
     task_concurrency: int = 0
     task_queue: int = 0
     fair: bool = False
@@ -188,6 +193,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         exchange=_choice(environment, EXCHANGE_VARIABLE, SWITCH[::-1]) == "on",
         basis_wait=_whole(environment, BASIS_WAIT_VARIABLE, DEFAULT_BASIS_WAIT, least=0),
         poll_seconds=_poll_seconds(environment, follow),
+        fetch=FETCHES[_choice(environment, FETCH_VARIABLE, tuple(FETCHES))],
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
         task_queue=_whole(environment, QUEUE_VARIABLE, 0, least=0),
         fair=_fair(environment),

@@ -90,6 +90,10 @@ _MANUAL = Plan("manual", both(PROSE["narrow"], PROSE["quoted"]), steps=120)
 _NOTES = Plan("notes", both(PROSE["lower"], PROSE["starred"]), rank=16, steps=120)
 _MAIL = Plan("mail", both(PROSE["sentences"], PROSE["quoted"]), rank=16, steps=120)
 _HOUSE = Plan("house", both(CODE["two"], CODE["quotes"]), rank=16, steps=80)
+# Long at their parents and a few steps from them: most of every update is the same.
+_OFFICE = Plan("office", both(CODE["two"], CODE["quotes"]), rank=16, steps=160)
+_STUDIO = Plan("studio", both(CODE["camel"], CODE["tabs"]), rank=16, steps=160)
+_PRESS = Plan("press", both(PROSE["narrow"], PROSE["quoted"]), steps=160)
 
 COLLECTIONS = {
     found.name: found
@@ -135,6 +139,41 @@ COLLECTIONS = {
                 20,
             ),
             (_HOUSE,),
+        ),
+        HardCollection(
+            "code-close",
+            "code",
+            _children(
+                _OFFICE,
+                CODE,
+                ("plain", "camel", "this", "spaced", "walrus", "short", "tight", "uncommented", "plain",
+                 "semicolons", "camel", "spaced"),
+                _CODE,
+                4,
+            ),
+            (_OFFICE,),
+        ),
+        HardCollection(
+            "code-close-two-parents",
+            "code",
+            _children(_OFFICE, CODE, ("plain", "this", "spaced", "walrus", "short", "tight", "camel"),
+                      _CODE, 4)
+            + _children(_STUDIO, CODE, ("plain", "this", "spaced", "walrus", "short", "tight", "quotes"),
+                        _CODE[5:], 4),
+            (_OFFICE, _STUDIO),
+        ),
+        HardCollection(
+            "prose-close",
+            "prose",
+            _children(
+                _PRESS,
+                PROSE,
+                ("plain", "archaic", "short", "terse", "loud", "unpunctuated", "wide", "lower", "plain",
+                 "short", "archaic", "terse"),
+                _PROSE,
+                8,
+            ),
+            (_PRESS,),
         ),
         HardCollection(
             "code-many",
