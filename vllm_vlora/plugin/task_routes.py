@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
