@@ -74,7 +74,9 @@ def evaluate(
     fail_under: Annotated[
         float | None,
         typer.Option(
-            metavar="X", help="Exit with 1 if a task keeps less than X of its adapter (KL kept)."
+            metavar="X",
+            min=0,
+            help="Exit with 1 if a task keeps less than X of its adapter (KL kept).",
         ),
     ] = None,
     html: Annotated[

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_vlora.blend_names import blend_text
+from vllm_vlora.blending.text_router import AUTO
 from vllm_vlora.checkpoint.aliases import Aliases, kind_of
 from vllm_vlora.checkpoint.attachments import attached_nbytes
 from vllm_vlora.checkpoint.card import format_bytes, format_ratio
@@ -357,7 +358,7 @@ def describe_router(checkpoint: Checkpoint) -> dict[str, Any] | None:
     record = checkpoint.router
     if record is None:
         return None
-    fit = router_fit(record, checkpoint.tasks)
+    fit = router_fit(record.tasks, checkpoint.tasks, checkpoint.aliases)
     return {
         "tasks": record.tasks,
         "others": record.others,
@@ -365,7 +366,14 @@ def describe_router(checkpoint: Checkpoint) -> dict[str, Any] | None:
         "measured": measured_rows(record.measured),
         "unknown_tasks": fit.unknown,
         "gone_tasks": fit.gone,
+        "hidden_by": hiding_auto(checkpoint),
     }
+
+
+def hiding_auto(checkpoint: Checkpoint) -> str | None:
+    """What requests for ``auto`` mean in place of what the router picks: ``task``, ``alias``, None."""
+    named = {"task": checkpoint.tasks, "alias": checkpoint.aliases}
+    return next((kind for kind, names in named.items() if AUTO in names), None)
 
 
 def measured_rows(measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
@@ -405,6 +413,11 @@ def print_router_fit(console: Console, router: Mapping[str, Any] | None) -> None
         named = some_of(router["gone_tasks"], _NAMED_TASKS)
         text = (
             f"The router knows {named}, gone since: the base model answers for them; train it again"
+        )
+        line(console, text, style="yellow")
+    if router["hidden_by"]:
+        text = (
+            f"Nothing is routed: the {router['hidden_by']} that is called auto answers in its place"
         )
         line(console, text, style="yellow")
 

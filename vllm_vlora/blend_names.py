@@ -153,6 +153,8 @@ class _Reader:
             found = _WEIGHT.match(self._text, end)
             after = found.end() if found else end
             if after < len(self._text) and self._text[after] not in "+-":
+                # What follows the * is no weight.
+                self._furthest = max(self._furthest, after)
                 continue
             self._furthest = max(self._furthest, after)
             weight = Decimal(found[1]).normalize() if found else Decimal(1)

@@ -109,6 +109,7 @@ def test_the_content_digest_covers_them(checkpoint: Path) -> None:
         ("task1", "task0", OptionError, "'task1' is a task of"),
         ("prod", "nothing", BlendError, "no task is called 'nothing'"),
         ("prod", "task0+nothing", BlendError, "is none"),
+        ("prod", "old", BlendError, "'old' is an alias, and an alias stands for tasks"),
         ("prod", "task0 90, nothing 10", BlendError, "no task is called 'nothing'"),
         ("prod", "task0 90, task1", BlendError, "'task1' is no target with a share"),
         ("prod", "task0 90,", BlendError, "behind the last comma"),
@@ -308,9 +309,9 @@ def test_the_command(checkpoint: Path) -> None:
         (["prod", "task0", "--remove"], "give one of TASK"),
         (["prod", "task0", "--blend", "task1*0.5"], "give one of TASK"),
         (["--remove"], "name the alias"),
-        (["prod", "task0*0.5"], "'task0*0.5' is a blend and no task"),
-        (["prod", "--blend", "task0"], "'task0' is a task and no blend"),
-        (["prod", "--canary", "task0"], "'task0' is a task and no canary"),
+        (["prod", "task0*0.5"], "'task0*0.5' is a blend and no task; give the id"),
+        (["prod", "--blend", "task0"], "'task0' is a task and no blend; write one as"),
+        (["prod", "--canary", "task0"], "'task0' is a task and no canary; write one as"),
     ],
 )
 def test_what_the_command_refuses(checkpoint: Path, arguments: list[str], reason: str) -> None:

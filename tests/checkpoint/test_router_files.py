@@ -96,13 +96,13 @@ def test_edits_keep_it_and_say_what_does_not_fit(routed: Path, tmp_path: Path) -
         assert after.router == opened.router
         assert after.router is not None
         read_router_weights(folder, after.router)
-        fit = router_fit(after.router, after.tasks)
+        fit = router_fit(after.router.tasks, after.tasks, after.aliases)
         assert (fit.unknown, fit.gone) == ([], [gone])
         assert validate(folder) == []
     attach_router(routed, [gone, kept[0]], network(2))
     after = Checkpoint.open(routed)
     assert after.router is not None
-    fit = router_fit(after.router, after.tasks)
+    fit = router_fit(after.router.tasks, after.tasks, after.aliases)
     assert (fit.unknown, fit.gone) == (kept[1:], [gone])
 
 
@@ -249,3 +249,26 @@ def test_damaged_bytes_links_and_pipes_are_refused(routed: Path, tmp_path: Path)
     os.mkfifo(routed / ROUTER_FILE)
     with pytest.raises(CheckpointError, match="not a regular file"):
         read_router(routed)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda w: w.update({"net.0.weight": torch.zeros(2000, 64)}), {}, "beyond"),
+        (broken("net.2.bias", lambda t: t * float("nan")), {}, "NaN"),
+        (broken("net.2.bias", lambda t: t[1:]), {}, "net.2.bias is"),
+        (lambda _: None, {"temperature": float("nan")}, "temperature"),
+        (lambda _: None, {"temperature": 0.0}, "temperature"),
+        (lambda _: None, {"others": True}, "net.2.weight is"),
+        (lambda _: None, {"tasks": ["one", "one"]}, "different tasks"),
+    ],
+)
+def test_what_no_reader_takes_is_not_attached(
+    routed: Path, change: Callable[[Any], object], options: dict[str, Any], message: str
+) -> None:
+    before = {name: (routed / name).read_bytes() for name in names(routed)}
+    weights = network(2)
+    change(weights)
+    with pytest.raises(OptionError, match=message):
+        attach_router(routed, options.pop("tasks", ["one", "other"]), weights, **options)
+    assert {name: (routed / name).read_bytes() for name in names(routed)} == before

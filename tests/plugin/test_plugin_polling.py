@@ -98,6 +98,17 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         yield World(tmp_path, server, monkeypatch)
 
 
+def test_a_clock_that_was_set_back_does_not_end_the_asking(world: World) -> None:
+    worker = Worker(world.folder, world.url)
+    second = world.publish()
+    link = Path(world.folder)
+    ahead = time.time() + 3600
+    os.utime(link, (ahead, ahead), follow_symlinks=False)
+    worker.poller.look()
+    assert state_of(link) is not None
+    assert Checkpoint.open(link).content_digest == second
+
+
 def test_a_new_state_at_the_url_takes_the_followed_folders_place(world: World) -> None:
     worker = Worker(world.folder, world.url)
     assert worker.look() == world.first

@@ -61,6 +61,8 @@ def test_vllms_scheduler_is_left_alone_unless_something_is_asked_for() -> None:
         ('{"sql": NaN}', "use a JSON object of names and numbers"),
         ("[1]", "use a JSON object of names and numbers"),
         ('{"sql": 0}', "'sql' has 0; use a number above 0"),
+        ('{"sql": 1e-320}', "'sql' has 9.99989e-321; use a number above 0"),
+        ('{"sql": 1e300}', "'sql' has 1e+300; use a number above 0, from 1e-06 to 1e+06"),
         ('{"sql": -1.5}', "'sql' has -1.5; use a number above 0"),
     ],
 )
@@ -101,6 +103,9 @@ def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> 
         ("FAIR", "yes", "'yes': use one of off, on"),
         ("TASK_CONCURRENCY", "-1", "'-1': use a whole number from 0 on"),
         ("POLL_SECONDS", "0.5", "'0.5': use a whole number from 0 on"),
+        ("POLL_SECONDS", "9" * 12, "'999999999999': use a whole number from 0 on, 1000000000 at most"),
+        ("BASIS_WAIT", "9" * 12, "'999999999999': use a whole number from 0 on, 1000000000 at most"),
+        ("TASK_QUEUE", "9" * 5000, f"'{'9' * 79}: use a whole number from 0 on"),
         ("TASK_QUEUE", "many", "'many': use a whole number from 0 on"),
         *(("LATE_MIB", bad, f"{bad!r}: use a whole number from 0 on")
           for bad in ("-1", "1.5", "1G", " 8")),

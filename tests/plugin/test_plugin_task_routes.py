@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +18,12 @@ pytest.importorskip("vllm")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from vllm_vlora.blend_names import task_alone
+from vllm_vlora.checkpoint.aliases import Route
 from vllm_vlora.plugin import task_routes
 from vllm_vlora.plugin.counters import DEVICE, ServingCounters
 from vllm_vlora.plugin.metrics import TaskMetrics
+from vllm_vlora.plugin.named_requests import TaskRequests
 
 DIGEST = "0123456789abcdef" * 2
 
@@ -114,6 +119,46 @@ def test_a_server_without_models_lists_none() -> None:
     app = FastAPI()
     task_routes.TaskRoutes().attach_router(app)
     assert _get(app)["data"] == []
+
+
+def _own(names: list[str]) -> TaskRequests:
+    return TaskRequests(
+        {name: lora(f"/c/tasks/{name}.safetensors@{DIGEST}") for name in names},
+        {
+            "alias": (Route(1, task_alone("a")),),
+            "canary": (Route(1, task_alone("a")), Route(1, task_alone("b"))),
+        },
+    )
+
+
+def test_aliases_are_no_tasks(app: FastAPI) -> None:
+    app.state.openai_serving_models.lora_requests = _own(["a", "b"])
+    assert [task["id"] for task in _get(app)["data"]] == ["a", "b"]
+
+
+def test_tasks_that_come_and_go_meanwhile_disturb_no_page(app: FastAPI) -> None:
+    requests = _own(["a", "b", *map(str, range(2000))])
+    app.state.openai_serving_models.lora_requests = requests
+    ended = threading.Event()
+
+    def publish() -> None:
+        new = lora(f"/c/tasks/new.safetensors@{DIGEST}")
+        while not ended.is_set():
+            requests["new"] = new
+            del requests["new"]
+
+    publisher = threading.Thread(target=publish)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    publisher.start()
+    try:
+        for _ in range(20):
+            page = task_routes.list_tasks(SimpleNamespace(app=app), limit=1000, after="0")
+            assert len(page["data"]) == 1000
+    finally:
+        sys.setswitchinterval(before)
+        ended.set()
+        publisher.join()
 
 
 @pytest.fixture

@@ -78,6 +78,10 @@ def test_it_trains_attaches_shows_and_removes(checkpoint: Path, tmp_path: Path) 
     assert "model=auto, 2 tasks, 1.0000 of held-out" in invoke("info", checkpoint).stdout
     assert "(of no task)" in invoke("router", "show", checkpoint).stdout
     invoke("validate", checkpoint)
+    assert shown["hidden_by"] is found["hidden_by"] is None
+    invoke("alias", checkpoint, "auto", tasks[0])
+    assert json.loads(invoke("router", "show", checkpoint, "--json").stdout)["hidden_by"] == "alias"
+    assert "the alias that is called auto" in invoke("info", checkpoint).stdout
     invoke("router", "remove", checkpoint)
     assert json.loads(invoke("info", checkpoint, "--json").stdout)["router"] is None
     assert "has no router" in invoke("router", "show", checkpoint, code=2).stderr
@@ -116,7 +120,11 @@ def test_edits_say_what_a_router_does_not_fit(checkpoint: Path, tmp_path: Path) 
         (["--held-out", "1"], "held_out must be"),
         (["--held-out", "0", "--fail-under", "0.5"], "needs held-out prompts"),
         (["--others", "nowhere.txt"], "nowhere.txt"),
-        (["--hidden", "0"], "at least 1"),
+        (["--hidden", "0"], "hidden must be"),
+        (["--hidden", "1025"], "hidden must be"),
+        (["--epochs", "0"], "at least 1"),
+        (["--seed", "9" * 30], "seed must be"),
+        (["--fail-under", "nan"], "fail-under"),
     ],
 )
 def test_refused_options(
@@ -157,3 +165,29 @@ def test_prompts_of_every_form(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     assert read_prompts([file]) == ["one\ntwo", "p", "c", "t"]
+
+
+def test_a_label_may_be_an_alias_and_a_blend_is_told_how_to_be_one(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    first, second, *others = Checkpoint.open(checkpoint).tasks
+    write_prompts(tmp_path / "prompts", ["prod", second])
+    invoke("alias", checkpoint, "prod", first)
+    done = invoke("router", "train", checkpoint, "--data", tmp_path / "prompts", "--json")
+    found = json.loads(done.stdout)
+    assert sorted(row["task"] for row in found["tasks"]) == sorted(["prod", second])
+    # The task behind an alias is one that prompts go to.
+    assert found["unknown_tasks"] == others
+    shown = json.loads(invoke("router", "show", checkpoint, "--json").stdout)
+    assert (shown["unknown_tasks"], shown["gone_tasks"]) == (others, [])
+    invoke("alias", checkpoint, "prod", "--remove")
+    shown = json.loads(invoke("router", "show", checkpoint, "--json").stdout)
+    assert (shown["unknown_tasks"], shown["gone_tasks"]) == ([first, *others], ["prod"])
+    blend = f"{first}*0.5+{second}*0.5"
+    before = Checkpoint.open(checkpoint).content_digest
+    for label in (blend, "nobody"):
+        data = f"{label}={tmp_path / 'prompts' / 'prod.jsonl'}"
+        refused = invoke("router", "train", checkpoint, "--data", data, code=2)
+        said = " ".join(refused.stderr.split())
+        assert ("NAME --blend" in said) == (label == blend), said
+    assert Checkpoint.open(checkpoint).content_digest == before

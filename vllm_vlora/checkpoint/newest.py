@@ -89,8 +89,11 @@ def _held_alone(link: Path) -> Iterator[bool]:
 
 
 def _age(link: Path) -> float:
-    """Seconds since somebody looked."""
+    """Seconds since somebody looked.
+
+    A clock that was set back makes a time that is to come of it; that counts as any other distance.
+    """
     try:
-        return time.time() - link.lstat().st_mtime
+        return abs(time.time() - link.lstat().st_mtime)
     except OSError:
         return float("inf")

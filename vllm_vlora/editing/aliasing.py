@@ -23,6 +23,11 @@ from vllm_vlora.errors import BlendError, OptionError
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import some_of
 
+_FORMS = {
+    "task": "give the id of one task",
+    "blend": "write one as sql*0.7+french*0.3",
+    "canary": "write one as 'sql-v7 90, sql-v8 10'",
+}
 _ROUTE = re.compile(r"\s*(\S.*?)\s+([0-9]{1,7})\s*(?:,|\Z)", re.DOTALL)
 
 
@@ -58,9 +63,14 @@ def set_alias(
     def change(aliases: Aliases, opened: Checkpoint) -> Aliases:
         if name in opened.tasks:
             raise OptionError(f"{name!r} is a task of {checkpoint}; give the alias another name")
+        if target in aliases and target not in opened.tasks:
+            raise BlendError(
+                f"{target!r} is an alias, and an alias stands for tasks; give what it stands for"
+            )
         routes.append(parse_routes(target, opened.tasks))
-        if kind not in (None, kind_of(routes[0])):
-            raise BlendError(f"{target!r} is a {kind_of(routes[0])} and no {kind}; say so")
+        if kind is not None and kind != kind_of(routes[0]):
+            found = kind_of(routes[0])
+            raise BlendError(f"{target!r} is a {found} and no {kind}; {_FORMS[kind]}")
         for _, blend in routes[0]:
             if not is_alone(blend):
                 # Refuses what cannot be blended.

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 
 from vllm_vlora.blending.prompt_features import BUCKETS, TextRows, inverse_frequencies
 from vllm_vlora.blending.text_router import RoutePolicy, TextRouter
-from vllm_vlora.checkpoint.router_files import MAX_OUTPUTS, Measured, Weights
+from vllm_vlora.checkpoint.router_files import MAX_HIDDEN, MAX_OUTPUTS, Measured, Weights
 from vllm_vlora.errors import DataError, OptionError
 from vllm_vlora.model.router import TaskRouter
 
 OTHERS = ""
 """The label of text that is of no task."""
+MAX_SEED = (1 << 63) - 1
 # Softmax weights of a network that knows its training text by heart are too sure of themselves. They are
 # made less so as held-out text asks for (Guo et al. 2017, arXiv:1706.04599), and never more.
 _TEMPERATURES = tuple(1.1**step for step in range(40))
@@ -30,7 +31,7 @@ class RouterOptions:
 
     Attributes:
         held_out: part of each task's texts that is not trained on, from 0 up to below 1.
-        hidden: width of the network.
+        hidden: width of the network, up to ``MAX_HIDDEN``.
         epochs: passes over the texts.
         seed: draws what is held out, the first weights and the order of the texts.
 
@@ -46,10 +47,13 @@ class RouterOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
             raise OptionError(f"held_out must be from 0 to below 1, got {self.held_out}")
-        if self.hidden < 1 or self.epochs < 1:
+        if not 1 <= self.hidden <= MAX_HIDDEN or self.epochs < 1:
             raise OptionError(
-                f"hidden and epochs must be at least 1, got {self.hidden} and {self.epochs}"
+                f"hidden must be from 1 to {MAX_HIDDEN} and epochs at least 1, got {self.hidden} and "
+                f"{self.epochs}"
             )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise OptionError(f"seed must be from 0 to {MAX_SEED}, got {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ DEFAULT_METRICS_TASKS = 100
 # A line each of a scrape, which a router that looks where a task is reads many times a second.
 DEFAULT_METRICS_LISTED = 1000
 SWITCH = ("off", "on")
+# More than any machine has of anything, and seconds that every clock can wait for.
+_MOST, _MOST_SECONDS = 10**15, 10**9
+# Counters of what was served are divided by weights, and must stay numbers that differ.
+_WEIGHTS = 1e-6, 1e6
 CONCURRENCY_VARIABLE = "VLLM_VLORA_TASK_CONCURRENCY"
 QUEUE_VARIABLE = "VLLM_VLORA_TASK_QUEUE"
 FAIR_VARIABLE = "VLLM_VLORA_FAIR"
@@ -191,7 +195,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         host_bytes=_whole(environment, HOST_VARIABLE, DEFAULT_HOST_BYTES, least=0),
         follow=follow,
         exchange=_choice(environment, EXCHANGE_VARIABLE, SWITCH[::-1]) == "on",
-        basis_wait=_whole(environment, BASIS_WAIT_VARIABLE, DEFAULT_BASIS_WAIT, least=0),
+        basis_wait=_whole(environment, BASIS_WAIT_VARIABLE, DEFAULT_BASIS_WAIT, 0, _MOST_SECONDS),
         poll_seconds=_poll_seconds(environment, follow),
         fetch=FETCHES[_choice(environment, FETCH_VARIABLE, tuple(FETCHES))],
         task_concurrency=_whole(environment, CONCURRENCY_VARIABLE, 0, least=0),
@@ -213,10 +217,14 @@ def _choice(environment: Mapping[str, str], name: str, choices: tuple[str, ...])
     return value
 
 
-def _whole(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
+def _whole(
+    environment: Mapping[str, str], name: str, default: int, least: int, most: int = _MOST
+) -> int:
     text = environment.get(name) or str(default)
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise SettingError(f"{name}={text!r}: use a whole number from {least} on")
+    if not re.fullmatch(r"[0-9]{1,20}", text, re.ASCII) or not least <= int(text) <= most:
+        raise SettingError(
+            f"{name}={text!r:.80}: use a whole number from {least} on, {most} at most"
+        )
     return int(text)
 
 
@@ -242,7 +250,7 @@ def _size(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def _poll_seconds(environment: Mapping[str, str], follow: bool) -> int:
-    seconds = _whole(environment, POLL_VARIABLE, 0, least=0)
+    seconds = _whole(environment, POLL_VARIABLE, 0, 0, _MOST_SECONDS)
     if seconds and not follow:
         raise SettingError(f"{POLL_VARIABLE} does nothing with {FOLLOW_VARIABLE}=off; unset one")
     return seconds
@@ -264,7 +272,11 @@ def _weights(environment: Mapping[str, str]) -> dict[str, float]:
             f"{WEIGHTS_VARIABLE}={text!r}: use a JSON object of names and numbers, such as "
             f'{{"sql": 2}} ({error})'
         ) from error
+    least, most = _WEIGHTS
     for name, weight in weights.items():
-        if weight <= 0:
-            raise SettingError(f"{WEIGHTS_VARIABLE}: {name!r} has {weight:g}; use a number above 0")
+        if not least <= weight <= most:
+            raise SettingError(
+                f"{WEIGHTS_VARIABLE}: {name!r} has {weight:g}; use a number above 0, from {least:g} "
+                f"to {most:g}"
+            )
     return weights

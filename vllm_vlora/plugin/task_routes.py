@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
@@ -41,7 +41,7 @@ def list_tasks(
     limit: Annotated[int, Query(ge=1, le=_MOST, description="Tasks on a page.")] = 100,
     after: Annotated[str, Query(description="The last task of the page before.")] = "",
 ) -> dict[str, Any]:
-    """The tasks that requests may name, in the order of their names.
+    """The tasks that requests may name, aliases not among them, in the order of their names.
 
     A page's form is that of OpenAI's lists. Each task has its `digest`, which changes with its content,
     and its `tier`: the best one that any engine core has it in (`device`, `host` or `disk`), or null
@@ -50,7 +50,7 @@ def list_tasks(
     A task that comes or goes meanwhile moves no other from one page to the next.
     """
     models = getattr(request.app.state, "openai_serving_models", None)
-    requests: Mapping[str, Any] = getattr(models, "lora_requests", {})
+    requests: dict[str, Any] = getattr(models, "lora_requests", {})
     tier_of, elsewhere = METRICS.tier_of(), DISK if METRICS.all_listed() else None
     form_of = METRICS.form_of()
     page: list[dict[str, Any]] = []
@@ -63,15 +63,16 @@ def list_tasks(
     return _answer(page, has_more=False)
 
 
-def _tasks(requests: Mapping[str, Any], after: str) -> Iterator[tuple[str, str]]:
+def _tasks(requests: dict[str, Any], after: str) -> Iterator[tuple[str, str]]:
     """Names behind ``after``, in order, and digests, of what is ours."""
-    # A copy, which no other thread changes.
-    names = [name for name in list(requests) if name > after]
+    # A copy, which the event loop cannot change meanwhile: taken past what else a ``TaskRequests``
+    # iterates over, which are aliases and ``auto`` and run as Python.
+    found = dict(dict.items(requests))
+    names = [name for name in found if name > after]
     heapq.heapify(names)
     while names:
         name = heapq.heappop(names)
-        found = requests.get(name)
-        path = found and parse_task_path(found.lora_path)
+        path = parse_task_path(found[name].lora_path)
         if path:
             yield name, path.digest
 
