@@ -165,3 +165,17 @@ def test_the_pieces_of_a_session_that_waits_keep_their_order() -> None:
         assert not gate.enter(4, "late", piece)
     assert gate.withdraw(["late", "nobody"]) == ["a", "b"]
     assert gate.waiting() == ["other"]
+
+
+def test_an_adapter_that_is_pinned_keeps_its_slot_while_nobody_asks_for_it() -> None:
+    pinned = {1}
+    gate = admission.Admission[str](2, lambda name: name not in ended, pinned)
+    ended: set[str] = set()
+    assert gate.enter(2, "2", "2")
+    assert not gate.enter(3, "3", "3"), "adapter 2 would lose its slot within a batch"
+    assert gate.enter(1, "1", "1")
+    ended |= {"1", "2"}
+    assert gate.release() == ["3"]
+    assert not gate.enter(2, "again", "again")
+    pinned.clear()
+    assert gate.release() == ["again"]

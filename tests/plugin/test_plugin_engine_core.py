@@ -12,7 +12,7 @@ from residency_world import Executor, Workers, lora, path_of
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError
 from vllm_vlora.plugin import exchange
-from vllm_vlora.plugin.admission import Admission
+from vllm_vlora.plugin.admission import Admission, pinned_of
 from vllm_vlora.plugin.engine_core import (
     advance_after_abort,
     ensure_in_process,
@@ -23,6 +23,7 @@ from vllm_vlora.plugin.engine_core import (
     load_before_add_request,
     served_tasks,
 )
+from vllm_vlora.plugin.residency import Residency
 from vllm_vlora.plugin.resident import BasesReport
 
 
@@ -313,6 +314,30 @@ def test_a_pinned_task_stays_until_it_is_removed() -> None:
         core.add_lora(lora("b"))
     assert core.remove_lora(ord("a"))
     assert core.add_lora(lora("b"))
+
+
+@pytest.mark.parametrize("max_loras", [3, 64])
+def test_the_last_slot_is_not_pinned(max_loras: int) -> None:
+    """Who needs one of the few slots would wait for ever; direct tasks need none."""
+
+    class Pinning:
+        pin_lora = keep_what_is_pinned(lambda self, lora_id: True, True, slots=3)
+        remove_lora = keep_what_is_pinned(lambda self, lora_id: True, False, slots=3)
+
+        def __init__(self) -> None:
+            self._vlora_tasks_held = SimpleNamespace(residency=Residency(Workers([1], {}), set))
+            self.scheduler = SimpleNamespace(lora_config=SimpleNamespace(max_loras=max_loras))
+            manager = SimpleNamespace(is_direct=lambda lora_id: lora_id > 9)
+            self.model_executor = Executor([manager])
+
+    core: Any = Pinning()
+    for number in (1, 1, 2, 10, 11, 12):
+        assert core.pin_lora(number)
+    with pytest.raises(ModelStateError, match=r"adapter 3 is not pinned.*VLLM_VLORA_SLOTS"):
+        core.pin_lora(3)
+    assert core.remove_lora(1)
+    assert core.pin_lora(3)
+    assert pinned_of(core.scheduler) == {2, 3}
 
 
 def test_requests_that_wait_for_a_slot_keep_their_tasks() -> None:

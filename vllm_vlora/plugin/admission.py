@@ -10,7 +10,7 @@ by requests that need none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any, Generic, TypeVar
 
 RequestT = TypeVar("RequestT")
@@ -25,17 +25,23 @@ def kinds_of(scheduler: Any) -> dict[str, bool]:
     return scheduler.__dict__.setdefault("_vlora_kinds", {})
 
 
+def pinned_of(scheduler: Any) -> set[int]:
+    """Numbers of the adapters that keep a slot, whether or not any request uses them."""
+    return scheduler.__dict__.setdefault("_vlora_pinned", set())
+
+
 class Admission(Generic[RequestT]):
     """The requests that need slots: those inside, by adapter, and those waiting outside, in order.
 
     Args:
         slots: distinct adapters whose requests may be inside at once.
         alive: whether the scheduler still holds a request of this id.
+        pinned: adapters that keep a slot also while none of their requests is inside.
     """
 
-    def __init__(self, slots: int, alive: Alive) -> None:
+    def __init__(self, slots: int, alive: Alive, pinned: Set[int] = frozenset()) -> None:
         assert slots > 0
-        self._slots = slots
+        self._slots, self._pinned = slots, pinned
         self._alive = alive
         self._inside: dict[int, set[str]] = {}
         # Under one id more than one: the input of a streaming session comes as a request a piece.
@@ -79,10 +85,10 @@ class Admission(Generic[RequestT]):
         return [request for _, requests in found for request in requests]
 
     def _admit(self, adapter: int, request_id: str, forget: bool = True) -> bool:
-        if adapter not in self._inside and len(self._inside) >= self._slots:
+        if not self._has_slot(adapter):
             if forget:
                 self._forget_the_dead()
-            if len(self._inside) >= self._slots:
+            if not self._has_slot(adapter):
                 return False
         self._inside.setdefault(adapter, set()).add(request_id)
         self._entered += 1
@@ -92,6 +98,10 @@ class Admission(Generic[RequestT]):
             self._entered = sum(len(requests) for requests in self._inside.values())
             self._next_count = max(_COUNT_AGAIN, 2 * self._entered)
         return True
+
+    def _has_slot(self, adapter: int) -> bool:
+        taken = self._inside.keys() | self._pinned
+        return adapter in taken or len(taken) < self._slots
 
     def _forget_the_dead(self) -> None:
         for adapter, requests in list(self._inside.items()):

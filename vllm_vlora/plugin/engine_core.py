@@ -16,7 +16,7 @@ from typing import Any
 from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.router_files import encode_router
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError, VLoRAError
-from vllm_vlora.plugin.admission import kinds_of
+from vllm_vlora.plugin.admission import kinds_of, pinned_of
 from vllm_vlora.plugin.arrivals import Answer, Arrivals, Brought, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
 from vllm_vlora.plugin.exchange import BasisExchange, Books
@@ -24,7 +24,7 @@ from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.refusals import refuse
 from vllm_vlora.plugin.residency import Held, Residency
 from vllm_vlora.plugin.resident import BasesReport
-from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE, read_settings
+from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE, SLOTS_VARIABLE, read_settings
 
 TASKS_METHOD = "vlora_tasks"
 """The name under which an engine core answers with what it serves."""
@@ -63,6 +63,10 @@ def _bring(
     for path in drop:
         manager.forget(path, wholly=True)
     return manager.bring(requests, hold, instead_of)
+
+
+def _is_direct(worker: Any, lora_id: int) -> bool:
+    return manager_of(worker).is_direct(lora_id)
 
 
 def _forget(worker: Any, path: str, wholly: bool) -> None:
@@ -435,17 +439,40 @@ def work_while_some_wait(original: Callable[..., Any]) -> Callable[..., Any]:
     return has_work
 
 
-def keep_what_is_pinned(original: Callable[..., Any], pinned: bool) -> Callable[..., Any]:
-    """``EngineCore.pin_lora``, or ``remove_lora``, whose task never gives way or may again."""
+def keep_what_is_pinned(
+    original: Callable[..., Any], pinned: bool, slots: int = 0
+) -> Callable[..., Any]:
+    """``EngineCore.pin_lora``, or ``remove_lora``, whose task never gives way or may again.
+
+    Args:
+        slots: those of adapters that do not run direct, where tasks may; one of them is left to others,
+            whose requests would wait for ever.
+    """
 
     @functools.wraps(original)
     def pin_or_remove(self: Any, lora_id: int) -> Any:
+        tasks, kept = tasks_of(self), pinned_of(self.scheduler)
+        needs_slot = pinned and slots and not _ask_whether_direct(self, lora_id)
+        if needs_slot and len(kept | {lora_id}) >= min(slots, self.scheduler.lora_config.max_loras):
+            raise ModelStateError(
+                f"adapter {lora_id} is not pinned: it would take the last slot that is not pinned, and "
+                f"requests for others would wait for ever; pin fewer, or set {SLOTS_VARIABLE} and "
+                "--max-loras higher"
+            )
         done = original(self, lora_id)
         if done:
-            tasks_of(self).residency.pin(lora_id, pinned)
+            tasks.residency.pin(lora_id, pinned)
+        if done and needs_slot:
+            kept.add(lora_id)
+        elif done:
+            kept.discard(lora_id)
         return done
 
     return pin_or_remove
+
+
+def _ask_whether_direct(core: Any, lora_id: int) -> bool:
+    return all(core.model_executor.collective_rpc(_is_direct, args=(lora_id,)))
 
 
 # --- what is served ---------------------------------------------------------------------------------

@@ -423,6 +423,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         self._direct_slots.pin(lora_id)
         return True
 
+    def is_direct(self, lora_id: int) -> bool:
+        """Whether the adapter of an id is a task that runs direct, so that it needs no slot."""
+        return lora_id in self._direct_models
+
     def runs_direct(self, request: LoRARequest) -> bool:
         """Whether a request is for a task that is loaded and runs direct."""
         task = self.vlora_store.held(request.lora_path)

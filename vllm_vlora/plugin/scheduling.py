@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_vlora.plugin.admission import Admission, kinds_of
+from vllm_vlora.plugin.admission import Admission, kinds_of, pinned_of
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.manager import Setup
 from vllm_vlora.plugin.seam_table import Place
@@ -27,7 +27,8 @@ def schedule_by_kind(setup: Setup, places: Mapping[str, Place]) -> list[tuple[An
         held = scheduler.__dict__.get("_vlora_admission")
         if held is None:
             slots = min(setup.settings.slots, scheduler.lora_config.max_loras)
-            held = Admission(slots, scheduler.requests.__contains__)
+            alive = scheduler.requests.__contains__
+            held = Admission(slots, alive, pinned_of(scheduler))
             scheduler.__dict__["_vlora_admission"] = held
         return held
 

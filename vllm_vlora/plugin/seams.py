@@ -406,7 +406,9 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "EngineCore.add_lora": load_before_add_lora,
         "EngineCore.abort_requests": lambda f: release_first(advance_after_abort(f)),
         "EngineCoreProc.has_work": work_while_some_wait,
-        "EngineCore.pin_lora": lambda f: keep_what_is_pinned(f, True),
+        "EngineCore.pin_lora": lambda f: keep_what_is_pinned(
+            f, True, setup.settings.slots if setup.direct else 0
+        ),
         "EngineCore.remove_lora": lambda f: keep_what_is_pinned(f, False),
         "EngineCore.sleep": lambda f: _sleep(f, setup.checkpoint),
         f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
