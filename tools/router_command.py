@@ -43,8 +43,8 @@ def train(
         list[str],
         typer.Option(
             metavar="TASK=FILE",
-            help="Text of a task, .jsonl or .txt, whose prompts are used; or a folder with a file "
-            "TASK.jsonl or TASK.txt for each task. May be repeated.",
+            help="Text of a task or an alias, .jsonl or .txt, whose prompts are used; or a folder with a "
+            "file TASK.jsonl or TASK.txt for each. May be repeated.",
         ),
     ],
     others: Annotated[
@@ -98,7 +98,7 @@ def train(
     with reported(verbose, timeout):
         from vllm_vlora.checkpoint.reader import Checkpoint
         from vllm_vlora.checkpoint.task_files import find_data
-        from vllm_vlora.editing.routing import attach_router
+        from vllm_vlora.editing.routing import Labels, attach_router
         from vllm_vlora.evaluation.prompts import read_prompts
         from vllm_vlora.model.text_routing import OTHERS, RouterOptions, train_text_router
 
@@ -107,7 +107,7 @@ def train(
         options = RouterOptions(held_out, hidden, epochs, seed)
         if not Path(checkpoint).expanduser().is_dir():
             raise OptionError(f"{checkpoint} is no folder; pull it, and give its folder")
-        files = find_data(Checkpoint.open(checkpoint), data)
+        files = find_data(Labels(Checkpoint.open(checkpoint)), data)
         texts = {task: read_prompts(paths) for task, paths in files.items()}
         if others:
             texts[OTHERS] = read_prompts(others)
@@ -185,6 +185,7 @@ def _describe_trained(
     trained: TrainedRouter, ref: str, checkpoint: Checkpoint, attached: bool
 ) -> dict[str, Any]:
     """What ``--json`` prints; the label of text of no task is ""."""
+    from vllm_vlora.checkpoint.router_files import router_fit
     from vllm_vlora.tools.summary import hiding_auto, measured_rows
 
     rows = measured_rows(trained.measured)
@@ -201,7 +202,7 @@ def _describe_trained(
         "routed_right": trained.routed_right,
         "held_out": sum(row["held_out"] for row in rows),
         "tasks": rows,
-        "unknown_tasks": [task for task in checkpoint.tasks if task not in trained.tasks],
+        "unknown_tasks": router_fit(trained.tasks, checkpoint.tasks, checkpoint.aliases).unknown,
         "gone_tasks": [],
         "hidden_by": hiding_auto(checkpoint),
     }

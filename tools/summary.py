@@ -358,7 +358,7 @@ def describe_router(checkpoint: Checkpoint) -> dict[str, Any] | None:
     record = checkpoint.router
     if record is None:
         return None
-    fit = router_fit(record, checkpoint.tasks)
+    fit = router_fit(record.tasks, checkpoint.tasks, checkpoint.aliases)
     return {
         "tasks": record.tasks,
         "others": record.others,

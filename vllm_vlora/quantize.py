@@ -359,10 +359,11 @@ def as_stored(matrix: torch.Tensor, format: str) -> torch.Tensor:
         return unpack(pack(matrix, format))
     found = []
     for chunk in _chunks(matrix):
-        codes, scales = _nf4_codes(_packable(chunk, format))
+        units, scales = _nf4_units(_packable(chunk, format))
         if format == "nf4-dq":
             scales = _stored_scales(*_pack_scales(scales))
-        found.append(_values(codes, scales, matrix.shape[1]))
+        values = _value_of(units, NF4_THRESHOLDS, NF4_CODEBOOK)
+        found.append(values.mul_(scales.unsqueeze(2)).flatten(1)[:, : matrix.shape[1]])
     return torch.cat(found)
 
 
@@ -378,20 +379,16 @@ def as_stored_narrow(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         searched = _narrow_scales(blocks, matrix.shape[1], (3, 2))
         for rows, scales, bits in zip(found, searched, (3, 2)):
             scales = _stored_scales(*_pack_scales(scales))
-            codes = _narrow_row_codes(blocks, scales, bits)
-            rows.append(_values(codes, scales, matrix.shape[1]))
+            values = _value_of(
+                _narrow_units(blocks, scales), _narrow_thresholds(bits), _narrow_book(bits)
+            )
+            rows.append(values.mul_(scales.unsqueeze(2)).flatten(1)[:, : matrix.shape[1]])
     return torch.cat(found[0]), torch.cat(found[1])
 
 
 def _chunks(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A matrix cut by rows into what is quantised at a time."""
     return matrix.detach().split(max(1, _CHUNK_ELEMENTS // max(1, matrix.shape[1])))
-
-
-def _values(codes: torch.Tensor, scales: torch.Tensor, cols: int) -> torch.Tensor:
-    book = torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=codes.device)
-    found = torch.index_select(book, 0, codes.flatten().int()).view(codes.shape)
-    return found.mul_(scales.unsqueeze(2)).flatten(1)[:, :cols]
 
 
 def stack_rows(parts: Sequence[PackedMatrix]) -> PackedMatrix:
@@ -590,11 +587,16 @@ def _pack_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _nf4_codes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The code of every element, uint8 ``[rows, blocks, 64]``, and the scales of the blocks."""
+    units, scales = _nf4_units(values)
+    return _count_above(units, NF4_THRESHOLDS), scales
+
+
+def _nf4_units(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every element in units of its block's scale, ``[rows, blocks, 64]``, and these scales."""
     blocks = _blocks(values)
     scales = blocks.abs().amax(dim=2)
     # A block of zeros has the code of zero.
-    codes = _count_above(blocks / torch.where(scales > 0, scales, 1.0)[..., None], NF4_THRESHOLDS)
-    return codes, scales
+    return blocks / torch.where(scales > 0, scales, 1.0)[..., None], scales
 
 
 def _blocks(values: torch.Tensor) -> torch.Tensor:
@@ -656,6 +658,29 @@ def _count_above(values: torch.Tensor, bounds: tuple[float, ...]) -> torch.Tenso
     return counts.view(values.shape)
 
 
+def _value_of(
+    units: torch.Tensor, bounds: tuple[float, ...], book: tuple[float, ...]
+) -> torch.Tensor:
+    """``book[_count_above(units, bounds)]`` without the codes: two look-ups and a comparison."""
+    cells = _Cells.of(bounds, units.device)
+    flat = units.flatten()
+    numbers = _cell_numbers(flat, cells.count)
+    above = torch.gt(flat, torch.index_select(cells.edge, 0, numbers))
+    places = numbers.mul_(2).add_(above)
+    return torch.index_select(_both_values(bounds, book, units.device), 0, places).view(units.shape)
+
+
+@cache
+def _both_values(
+    bounds: tuple[float, ...], book: tuple[float, ...], device: torch.device
+) -> torch.Tensor:
+    """The values of what lies in each cell, up to the cell's bound and above it, one after another."""
+    below = _Cells.of(bounds, device).below.long()
+    values = torch.tensor(book, dtype=torch.float32, device=device)
+    above = (below + 1).clamp_(max=len(book) - 1)
+    return torch.stack([values[below], values[above]], dim=1).flatten()
+
+
 def _pack_narrow_rows(matrix: torch.Tensor, bits: int) -> PackedMatrix:
     blocks = _blocks(_packable(matrix, "nf4-dq"))
     (scales,) = _narrow_scales(blocks, matrix.shape[1], (bits,))
@@ -671,37 +696,45 @@ def _pack_narrow_rows(matrix: torch.Tensor, bits: int) -> PackedMatrix:
 
 def _narrow_row_codes(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """The NF4 codes of narrow rows for the scales that are stored, uint8 like ``blocks``."""
+    index = _count_above(_narrow_units(blocks, scales), _narrow_thresholds(bits))
+    kept = torch.tensor(NARROW_CODES[bits], dtype=torch.uint8, device=blocks.device)
+    return torch.index_select(kept, 0, index.flatten().int()).view(blocks.shape)
+
+
+def _narrow_book(bits: int) -> tuple[float, ...]:
+    return tuple(NF4_CODEBOOK[code] for code in NARROW_CODES[bits])
+
+
+def _narrow_units(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Every element in units of its block's stored scale, within [-1, 1]."""
     scales = scales.unsqueeze(2)
     used = scales > 0
     units = (blocks / torch.where(used, scales, 1.0)).clamp_(-1, 1)
     if not bool(used.all()):
         # The product is zero whatever the code, and +0.0 with one that is not negative.
         units = torch.where(used, units, 1.0)
-    index = _count_above(units, _narrow_thresholds(bits))
-    kept = torch.tensor(NARROW_CODES[bits], dtype=torch.uint8, device=blocks.device)
-    return torch.index_select(kept, 0, index.flatten().int()).view(blocks.shape)
+    return units
 
 
 def _narrow_scales(blocks: torch.Tensor, cols: int, widths: tuple[int, ...]) -> list[torch.Tensor]:
     """For each number of bits every block's scale, ``[rows, blocks]``, as ``pack_narrow`` searches it.
 
     The thresholds of all scales together cut [-1, 1] into intervals, in each of which an element has one
-    code at each scale. So a block's sums and counts by interval give what every scale's codes need, by
-    one small product: a fifth of the time of coding at each scale.
+    code at each scale: one look-up of a row of values gives its codes at all scales.
     """
     bounds, code_values = _search_tables(widths)
     code_values = code_values.to(blocks.device)
     rows, count, width = blocks.shape
     amax = blocks.abs().amax(dim=2)
     units = blocks / torch.where(amax > 0, amax, 1.0).unsqueeze(2)
-    places = _count_above(units, bounds).view(rows * count, width).long()
-    sums = torch.zeros(rows * count, len(bounds) + 1, device=blocks.device)
-    counts = torch.zeros_like(sums)
-    sums.scatter_add_(1, places, units.view(rows * count, width))
-    counts.scatter_add_(1, places, torch.ones_like(sums[:, :1]).expand(-1, width))
+    places = _count_above(units, bounds).view(rows * count, width).int()
+    squares = code_values.square()
+    product = F.embedding_bag(
+        places, code_values, mode="sum", per_sample_weights=units.view(rows * count, width)
+    )
+    norm = F.embedding_bag(places, squares, mode="sum")
     # Padding has no weight; its zeros lie in one interval, in the last block of each row.
-    counts[count - 1 :: count, sum(bound < 0 for bound in bounds)] -= -cols % NF4_BLOCK
-    product, norm = sums @ code_values, counts @ code_values.square()
+    norm[count - 1 :: count] -= (-cols % NF4_BLOCK) * squares[sum(bound < 0 for bound in bounds)]
     # With its best scale, product / norm, a choice of codes explains this much of the energy.
     gain = torch.where((norm > 0) & (product > 0), product.square() / norm, 0.0)
     scale = torch.where(gain > 0, product / norm, 0.0)

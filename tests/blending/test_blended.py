@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from format2_world import write_world
-from plugin_world import build
+from plugin_world import TASKS, build, make_path
 
 from vllm_vlora.blend_names import Blend, Term
 from vllm_vlora.blending.blended import BlendedCheckpoint, _times, with_named_blends
+from vllm_vlora.checkpoint import manifest
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.task_index import IndexedTasks
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.editing.aliasing import set_alias
 from vllm_vlora.errors import BlendError, TaskNotFoundError
@@ -204,6 +206,38 @@ def test_an_alias_names_no_blend_that_cannot_be(tmp_path: Path) -> None:
         *source.tasks,
         "mixed+private*0.5",
     }
+
+
+def test_beside_named_blends_the_records_of_an_index_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ("private", "mixed", "one")
+    tasks = {f"{kind} {n}": TASKS[kind] for n in range(30) for kind in kinds}
+    paths = []
+    for number, most in enumerate((1000, 1)):
+        monkeypatch.setattr(manifest, "INDEXED_TASKS", most)
+        source = build(tmp_path / f"ck{number}", tasks)
+        set_alias(source.path, "mix", "private 3*0.5+one 4")
+        read: list[str] = []
+        original = IndexedTasks._read_record
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                IndexedTasks,
+                "_read_record",
+                lambda self, task, read=read, original=original: (
+                    read.append(task) or original(self, task)
+                ),
+            )
+            opened = with_named_blends(Checkpoint.open(source.path))
+            paths.append(make_path(opened))
+            assert {name: opened.entry(name).max_rank for name in tasks} == {
+                name: source.entry(name).max_rank for name in tasks
+            }
+            assert opened.entry("one 4+private 3*0.5").max_rank == 7
+        assert set(read) <= {"one 4", "private 3"}
+    in_json, indexed = paths
+    for task in tasks:
+        assert in_json.obstacle(source, task) == indexed.obstacle(source, task)
 
 
 def test_a_copy_of_a_base_weight_is_no_obstacle(tmp_path: Path) -> None:

@@ -96,13 +96,13 @@ def test_edits_keep_it_and_say_what_does_not_fit(routed: Path, tmp_path: Path) -
         assert after.router == opened.router
         assert after.router is not None
         read_router_weights(folder, after.router)
-        fit = router_fit(after.router, after.tasks)
+        fit = router_fit(after.router.tasks, after.tasks, after.aliases)
         assert (fit.unknown, fit.gone) == ([], [gone])
         assert validate(folder) == []
     attach_router(routed, [gone, kept[0]], network(2))
     after = Checkpoint.open(routed)
     assert after.router is not None
-    fit = router_fit(after.router, after.tasks)
+    fit = router_fit(after.router.tasks, after.tasks, after.aliases)
     assert (fit.unknown, fit.gone) == (kept[1:], [gone])
 
 

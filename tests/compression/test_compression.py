@@ -18,6 +18,7 @@ from vllm_vlora.checkpoint.losses import SHARED_LOSS
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
+from vllm_vlora.compression.quality import compress_judged
 from vllm_vlora.errors import AdapterError, BudgetError, OptionError, OutputError, TaskIdError
 from vllm_vlora.planning import joint_curves
 
@@ -383,3 +384,36 @@ def test_flat_does_not_take_a_format_that_cannot_hold_it(tmp_path: Path) -> None
     report = run(adapters, tmp_path / "auto", ratio=1.5)
     check(tmp_path / "auto", adapters, report)
     assert report.worst_error < 0.3
+
+
+@pytest.mark.parametrize(
+    ("ahead", "chosen"),
+    [([0.1, 0.1, 0.1, 0.1], "joint"), ([0.5, -0.1, -0.1, -0.1], "private"), ([0.1], "joint")],
+)
+def test_the_model_is_believed_where_tasks_agree(
+    tmp_path: Path, ahead: list[float], chosen: str
+) -> None:
+    """Joint is ahead in the mean, each time; the error of the weights prefers private."""
+    adapters = family(tmp_path / "in", 4, related=False)
+
+    class Jury:
+        how = "a jury"
+
+        def declines(self, forms: int, seconds: float) -> None:
+            return None
+
+        def __call__(self, folders: Sequence[Path]) -> list[dict[str, float | None]]:
+            found: list[dict[str, float | None]] = []
+            for folder in folders:
+                kinds = {
+                    s.representation
+                    for r in Checkpoint.open(folder).tasks.values()
+                    for s in r.segments
+                }
+                gaps = ahead if kinds == {"joint"} else [0.0] * len(ahead)
+                found.append({f"task{place}": 0.5 + gap for place, gap in enumerate(gaps)})
+            return found
+
+    report = compress_judged(adapters, tmp_path / "out", Jury(), CompressOptions(ratio=4.0))
+    assert report.representation == chosen
+    assert report.chosen_by == "a jury"

@@ -167,6 +167,17 @@ def test_two_families_get_a_basis_each(tmp_path: Path) -> None:
     assert auto.rms_error <= two.rms_error
 
 
+def test_one_basis_and_bases_of_clusters_are_judged_apart(tmp_path: Path) -> None:
+    adapters = two_families(tmp_path / "in", 4)
+    (tmp_path / "scratch").mkdir()
+    options = CompressOptions(ratio=6.0, executor="serial")
+    forms = Compression(Collection(adapters), options, tmp_path / "scratch").best_of_each()
+    plans = {chosen.plan.form: chosen.plan for chosen in forms}
+    assert {("private", False), ("joint", False), ("joint", True)} <= plans.keys()
+    blocks = {kind: max(map(len, plans["joint", kind].blocks.values())) for kind in (False, True)}
+    assert blocks == {False: 1, True: 2}
+
+
 def test_clusters_are_not_made_up(tmp_path: Path) -> None:
     adapters = family(tmp_path / "in", 8, related=False)
     run(adapters, tmp_path / "out", ratio=4.0)
@@ -371,31 +382,6 @@ def test_a_metric_is_made_once_a_module_and_pass(
     assert set(asked.values()) == {2}
 
 
-def test_a_basis_is_refitted_once_for_the_same_sharers(tmp_path: Path) -> None:
-    adapters = family(tmp_path / "in", 10, related=True, shapes=WIDE)
-    others = family(tmp_path / "strange", 5, related=False, seed=9, shapes=WIDE)
-    adapters |= {f"s{name}": adapter for name, adapter in others.items()}
-    limits = torch.full((15,), 0.2**2, dtype=torch.float64)
-    limits[10:] = 0
-    starts: list[str] = []
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    compression = Compression(
-        Collection(adapters),
-        CompressOptions(executor="serial"),
-        scratch,
-        lambda stage, done, total: starts.append(stage) if done == 0 else None,
-        bounded=False,
-    )
-    first = compression.candidates.plans(Budget(limits=limits))[0]
-    fits = starts.count("fit again")
-    assert fits > 0
-    again = compression.candidates.plans(Budget(limits=limits))[0]
-    assert starts.count("fit again") == fits
-    assert [plan.nbytes for plan in again] == [plan.nbytes for plan in first]
-    assert all(torch.equal(x.losses, y.losses) for x, y in zip(first, again, strict=True))
-
-
 @pytest.mark.parametrize("options", [{"num_components": 8}, {"ratio": 0.3}, {"max_error": 0.001}])
 @pytest.mark.parametrize("d_out", [1, 3, 20])
 def test_bases_of_clusters_are_together_no_wider_than_their_module(
@@ -414,8 +400,8 @@ def test_bases_of_clusters_are_together_no_wider_than_their_module(
     assert basis is None if kind == "auto" else basis is not None and basis.k_out <= d_out
 
 
-def test_a_basis_fitted_again_leaves_room_for_the_others(tmp_path: Path) -> None:
-    """Of three families one has a stranger, whose sharers are fitted again; the others are not."""
+def test_bases_of_families_with_strangers_have_room_beside_each_other(tmp_path: Path) -> None:
+    """Of the tasks of a basis only some share it in the end; the basis is as wide as it was."""
     shapes = {"model.layers.0.v_proj": (48, 16)}
     adapters = {}
     for seed in range(3):

@@ -1,12 +1,12 @@
-"""How a server ends: told to while requests are in flight and wait for their tasks, or by a death in it."""
+"""How a server ends: told to while requests are in flight and wait for their tasks, or by a death."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 from engine_server import FORKED, Server, ids, words
 from engine_world import PROMPTS, World
 from scrapes import Scrape
+from several_servers import SEVERAL_SERVERS
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 
@@ -90,11 +91,12 @@ def until(seen: Callable[[], bool], server: Server) -> None:
 
 
 @contextmanager
-def asked(server: Server) -> Iterator[dict[Future[httpx.Response], str]]:
-    """Requests for all tasks, of which some are in flight and some wait for room for their task."""
-    with ThreadPoolExecutor(len(TASKS)) as pool:
-        answers = {pool.submit(ask, server, name): name for name in TASKS}
-        until(lambda: min(counted(server)) >= 1, server)
+def asked(server: Server, names: Sequence[str]) -> Iterator[dict[Future[httpx.Response], str]]:
+    """Requests, of which some are in flight and, of those for tasks, some wait for room for theirs."""
+    waiting = int(names[0] in TASKS)
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = {pool.submit(ask, server, name): name for name in names}
+        until(lambda: counted(server)[0] >= 1 and counted(server)[1] >= waiting, server)
         assert not any(answer.done() for answer in answers)
         yield answers
 
@@ -103,7 +105,7 @@ def test_a_server_that_is_told_to_end_serves_first_who_waits(
     world: World, checkpoint: Path, tmp_path: Path
 ) -> None:
     with serving(world, checkpoint, tmp_path / "t", "--shutdown-timeout", "120") as server:
-        with asked(server) as answers:
+        with asked(server, list(TASKS)) as answers:
             os.kill(server.process.pid or 0, signal.SIGTERM)
             for answer, name in answers.items():
                 (choice,) = answer.result().json()["choices"]
@@ -112,3 +114,70 @@ def test_a_server_that_is_told_to_end_serves_first_who_waits(
                 assert ids(choice["text"])[: len(right)] == right, name
         server.process.join(60)
         assert server.process.exitcode == 0, server.log.read_text()[-4000:]
+
+
+def family(server: Server) -> list[psutil.Process]:
+    """The processes of a server that live, itself and what it forked."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == server.process.pid:
+                found.append(process)
+        except ProcessLookupError:
+            pass  # it has ended meanwhile
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def core_of(server: Server) -> int:
+    return next(p.pid for p in family(server) if p.ppid() == server.process.pid)
+
+
+def worker_of(server: Server) -> int:
+    return max(p.pid for p in family(server) if p.ppid() == core_of(server))
+
+
+Told = tuple[set[int], int | None]
+"""The status of all answers, and the server's exit code."""
+
+
+def death(server: Server, names: Sequence[str], of: Callable[[Server], int]) -> Told:
+    """Kill a process of a server that answers some requests while others wait: how all of it ends."""
+    with asked(server, names) as answers:
+        began = time.monotonic()
+        os.kill(of(server), signal.SIGKILL)
+        statuses = {answer.result().status_code for answer in answers}
+        known = time.monotonic() - began
+    server.process.join(60)
+    print(f"clients know after {known:.2f} s, it ended after {time.monotonic() - began:.2f} s")
+    assert not server.process.is_alive(), server.log.read_text()[-4000:]
+    until(lambda: not family(server), server)
+    return statuses, server.process.exitcode
+
+
+@pytest.mark.parametrize(
+    ("of", "options"),
+    [
+        pytest.param(core_of, [], id="engine core"),
+        pytest.param(
+            worker_of, ["--tensor-parallel-size", "2"], id="worker", marks=SEVERAL_SERVERS
+        ),
+    ],
+)
+def test_a_killed_process_ends_the_server_as_under_stock(
+    world: World,
+    checkpoint: Path,
+    tmp_path: Path,
+    of: Callable[[Server], int],
+    options: Sequence[str],
+) -> None:
+    """So that what supervises it starts another, which finds nothing that hinders it."""
+    files = sorted(checkpoint.parent.rglob("*"))
+    with serving(world, checkpoint, tmp_path / "t", *options) as server:
+        found = death(server, list(TASKS), of)
+    assert [*(tmp_path / "t").iterdir()] == []
+    assert sorted(checkpoint.parent.rglob("*")) == files
+    with serving(world, checkpoint, tmp_path / "stock", *options, VLLM_PLUGINS="") as stock:
+        assert found == death(stock, ["ordinary"] * len(TASKS), of)
+    with serving(world, checkpoint, tmp_path / "again", *options) as again:
+        for name, weights in TASKS.items():
+            assert ids(again.text(name, PROMPTS[0])) == words(world.reference[weights][0]), name

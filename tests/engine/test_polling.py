@@ -17,16 +17,11 @@ from engine_server import Server
 from engine_world import PROMPTS, World, make_adapter, make_model
 from file_server import FileServer, file_server
 from published_world import FIRST, SECOND, publish, wrong
+from several_servers import SEVERAL_SERVERS
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 
-pytestmark = [
-    pytest.mark.engine,
-    # Several servers at once keep both cores of a small machine busy for minutes.
-    pytest.mark.skipif(
-        "VLORA_SEVERAL_SERVERS" not in os.environ, reason="set VLORA_SEVERAL_SERVERS=1"
-    ),
-]
+pytestmark = [pytest.mark.engine, SEVERAL_SERVERS]
 
 SECONDS = 30.0
 STAYS = "the state that is served stays"
@@ -37,17 +32,21 @@ class Store:
 
     def __init__(self, world: World, web: FileServer, cache: Path) -> None:
         self.world, self.web, self.cache = world, web, cache
+        # A link, so that what is asked for is one state or the other at every moment.
         self.folder = web.folder / "tasks"
         self.url = f"{web.url}/tasks?sig=S3cr3t"
 
     def publish(self, tasks: dict[str, str]) -> None:
-        """Put these tasks there in one rename, as a store would not be seen half written."""
+        """Put these tasks there."""
         self.put(publish(self.world, tasks, "made"))
 
     def put(self, made: Path) -> None:
-        if self.folder.exists():
-            self.folder.rename(self.folder.with_name(f"old {time.monotonic_ns()}"))
-        shutil.copytree(made, self.folder)
+        """Put a copy of a checkpoint there at once, as a store is never seen half written."""
+        state = self.folder.with_name(f"state {time.monotonic_ns()}")
+        shutil.copytree(made, state)
+        link = state.with_suffix(".link")
+        link.symlink_to(state.name)
+        link.replace(self.folder)
 
     def serve(self, name: str, *options: str, **environment: str) -> Server:
         return Server(
@@ -144,9 +143,10 @@ def _nothing_answers(store: Store) -> None:
 
 def _damaged(store: Store) -> None:
     # Weights that the cache has from no other task, which would do.
-    store.publish({**SECOND, "broken": "ordinary"})
-    for file in (store.folder / "tasks").glob("broken*"):
-        file.write_bytes(file.read_bytes()[::-1])
+    made = publish(store.world, {**SECOND, "broken": "ordinary"}, "made")
+    (file,) = (made / "tasks").glob("broken*")
+    file.write_bytes(file.read_bytes()[::-1])
+    store.put(made)
 
 
 def _of_another_model(store: Store) -> None:

@@ -21,19 +21,14 @@ from engine_forks import ENGINE_ENVIRONMENT
 from engine_server import ids, words
 from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact
 from places import ROOT
+from several_servers import SEVERAL_SERVERS
 
 pytest.importorskip("ray")
 pytest.importorskip(
     "grpc_reflection", reason="Ray Serve is not whole here: pip install 'ray[serve]'"
 )
 
-pytestmark = [
-    pytest.mark.engine,
-    # Several servers at once keep both cores of a small machine busy for minutes.
-    pytest.mark.skipif(
-        "VLORA_SEVERAL_SERVERS" not in os.environ, reason="set VLORA_SEVERAL_SERVERS=1"
-    ),
-]
+pytestmark = [pytest.mark.engine, SEVERAL_SERVERS]
 
 APP = ROOT / "examples" / "ray_serve" / "app.py"
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from engine_world import World
 from published_world import FIRST, SECOND, PublishedWorld
+from several_servers import SEVERAL_SERVERS
 
-pytestmark = [
-    pytest.mark.engine,
-    # Several servers at once keep both cores of a small machine busy for minutes.
-    pytest.mark.skipif(
-        "VLORA_SEVERAL_SERVERS" not in os.environ, reason="set VLORA_SEVERAL_SERVERS=1"
-    ),
-]
+pytestmark = [pytest.mark.engine, SEVERAL_SERVERS]
 
 LAYOUTS = {
     "tensor": ["--tensor-parallel-size", "2", "--api-server-count", "2"],

@@ -184,6 +184,8 @@ def test_after_an_error_the_next_run_has_new_processes() -> None:
 
 def test_auto_starts_processes_for_long_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_vlora.planning.executors._cores", lambda: 2)
+    # As if each job were short, which on a busy machine the first one need not be.
+    monkeypatch.setattr("vllm_vlora.planning.executors._SECONDS_A_PROCESS", 1e9)
     with Executor("auto") as executor:
         assert set(executor.run(pid_of, range(20))) == {os.getpid()}
         assert not multiprocessing.active_children()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from vllm_vlora.checkpoint import manifest
+from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.task_index import IndexedTasks
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import ModelMismatchError, OptionError
 from vllm_vlora.plugin import settings
@@ -40,8 +43,19 @@ K_IN, K_OUT = 4, 6
 CONFIG = {"r": 8, "lora_alpha": 8, "rank_pattern": {"never_there": 12}}
 
 
-def make_checkpoint(folder: Path, tasks: Iterable[str], basis: str = "nf4") -> Checkpoint:
-    """q_proj (128 x 64) joint, o_proj (64 x 128) private NF4, lm_head (192 x 64) private int8."""
+def make_checkpoint(
+    folder: Path,
+    tasks: Iterable[str],
+    basis: str = "nf4",
+    configs: Mapping[str, dict[str, Any]] | None = None,
+    extra: Mapping[str, dict[str, torch.Tensor]] | None = None,
+) -> Checkpoint:
+    """q_proj (128 x 64) joint, o_proj (64 x 128) private NF4, lm_head (192 x 64) private int8.
+
+    Args:
+        tasks: ``factors``, ``dense``, ``head``, or one of these and more behind a dash.
+        configs, extra: of a task, in place of ``CONFIG`` and of nothing.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def factors(rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,8 +82,9 @@ def make_checkpoint(folder: Path, tasks: Iterable[str], basis: str = "nf4") -> C
     }
     for task in tasks:
         writer.add_task(
-            task, made[task], original_nbytes=1000, error=0.0, adapter_config=dict(CONFIG)
-        )
+            task, made[task.partition("-")[0]], original_nbytes=1000, error=0.0,
+            adapter_config=dict((configs or {}).get(task, CONFIG)), extra=(extra or {}).get(task),
+        )  # fmt: skip
     writer.finish("card")
     return Checkpoint.open(folder)
 
@@ -90,6 +105,43 @@ def sizes(plan: MemoryPlan, mode: str) -> dict[str, int]:
     values = {name: getattr(found, f"{name}_nbytes") for name in names}
     assert sum(values.values()) == found.total_nbytes
     return values
+
+
+# --- very many tasks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"tp": 2, "narrow_rows": True, "memory": 100_000}])
+def test_of_an_index_one_record_of_each_kind_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """And the plan is that of the same tasks in JSON."""
+    plain = {"r": 8, "lora_alpha": 8}
+    tasks = [f"{kind}-{n}" for n in range(20) for kind in ("factors", "dense", "head")]
+    configs = dict.fromkeys(tasks, plain) | {
+        "dense-7": {"r": 16, "lora_alpha": 8},
+        "dense-8": {**plain, "rank_pattern": {"q_proj": 32}},
+        "factors-9": {"lora_alpha": 8},
+    }
+    heads = {"factors-3": {"base_model.model.score.weight": torch.zeros(2, 4)}}
+    plans, read = [], 0
+    original = IndexedTasks._read_record
+
+    def counted(self: IndexedTasks, task: str) -> TaskRecord:
+        nonlocal read
+        read += 1
+        return original(self, task)
+
+    monkeypatch.setattr(IndexedTasks, "_read_record", counted)
+    for number, most in enumerate((1000, 1)):
+        monkeypatch.setattr(manifest, "INDEXED_TASKS", most)
+        found = make_checkpoint(tmp_path / f"ck{number}", tasks, configs=configs, extra=heads)
+        assert isinstance(found.tasks, IndexedTasks) == bool(number)
+        read = 0
+        plans.append(plan_memory(found, max_loras=4, **options))
+    assert plans[0] == plans[1]
+    assert any("1 of the tasks carry heads" in line for line in plans[0].assumptions)
+    assert "factors-3" in plans[0].not_direct
+    assert read == 7, "three kinds, three other configs, and a head"
 
 
 # --- by hand --------------------------------------------------------------------------------------

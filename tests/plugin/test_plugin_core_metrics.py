@@ -166,6 +166,7 @@ def test_tiers_are_what_the_workers_have_at_that_moment(tmp_path: Path) -> None:
     assert tiers["host"] == {"tasks": 0, "bytes": 0, "budget": 1 << 20}
     assert {name for name, _ in taken["residents"]["device"]} == set(core.checkpoint.tasks)
     assert not any(pinned for _, pinned in taken["residents"]["device"])
+    assert taken["materialized"] == dict.fromkeys(core.checkpoint.tasks, "direct mode is off")
     assert taken["state"] == core.checkpoint.content_digest
     assert taken["reload_refusals"]["checkpoint"] == 1
     assert metrics_snapshot(core)["reload_refusals"]["checkpoint"] == 1, "told once"

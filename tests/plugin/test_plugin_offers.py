@@ -29,7 +29,7 @@ from vllm_vlora.errors import (
 
 pytest.importorskip("vllm")
 
-from plugin_world import MODULES, build
+from plugin_world import MODULES, build, make_path
 from vllm.lora.request import LoRARequest
 
 from vllm_vlora.plugin import publishing
@@ -172,9 +172,20 @@ def test_a_task_comes_back_from_memory_until_it_is_discarded() -> None:
         store.place(path)
 
 
-def test_one_that_is_larger_than_all_room_is_refused_and_not_kept() -> None:
-    store = _store(late=2048)
-    with offered("t", modules(), None) as offer:
+def _direct_store(late: int, folder: Path) -> ResidentStore:
+    store = ResidentStore(torch.device("cpu"), str, lambda *_: None, budget=Budget(0, late, 0))
+    store.preload(build(folder, {"one": {"o": ("private", 7)}}).path, make_path)
+    return store
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_one_that_is_larger_than_all_room_is_refused_and_not_kept(
+    direct: bool, tmp_path: Path
+) -> None:
+    store = _direct_store(2048, tmp_path / "ck") if direct else _store(late=2048)
+    factors_of = {"o": [torch.ones(7, MODULES["o"][0]), torch.ones(MODULES["o"][1], 7)]}
+    given = read_state_dict(factors_of, None, 6.0, "here") if direct else modules()
+    with offered("t", given, None) as offer:
         checkpoint = OfferedCheckpoint(offer)
     with pytest.raises(MemoryBudgetError, match=r"no room for task 't': .*VLLM_VLORA_LATE_MIB"):
         store.take(checkpoint.task_path, checkpoint)

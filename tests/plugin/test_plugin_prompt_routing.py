@@ -22,7 +22,7 @@ from vllm_vlora.blending.text_router import RoutePolicy
 from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.router_files import encode_router
-from vllm_vlora.editing.aliasing import set_alias
+from vllm_vlora.editing.aliasing import remove_alias, set_alias
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.editing.routing import attach_router, remove_router
 from vllm_vlora.errors import CheckpointError, SettingError
@@ -282,6 +282,36 @@ def test_without_a_router_a_404_says_so(checkpoint: Path) -> None:
     for server in (Server(checkpoint, None), Server(build(checkpoint.parent / "plain").path)):
         found, _ = server.ask(prompt=ASKED["joint"])
         assert "has no router (`vllm-vlora router train`)" in found
+
+
+def test_a_label_may_be_an_alias_which_answers_as_what_it_stands_for(checkpoint: Path) -> None:
+    texts = {"prod": "joint", "polite": "private", "mixed": "mixed"}
+    trained = train_text_router({label: prompts(task) for label, task in texts.items()})
+    attach_router(
+        checkpoint, trained.tasks, trained.weights, temperature=trained.temperature
+    )  # fmt: skip
+    set_alias(checkpoint, "prod", "joint")
+    set_alias(checkpoint, "polite", "private*0.5+one*0.5")
+    server = Server(checkpoint, RoutePolicy(2, 0.5))
+    found, headers = server.ask(prompt=ASKED["joint"])
+    assert found is server.requests["joint"]
+    assert headers[b"x-vlora-tasks"] == b"joint"
+    found, _ = server.ask(prompt=ASKED["private"])
+    assert found is server.requests["private*0.5+one*0.5"]
+    # Between two labels, of which one is a blend itself.
+    found, headers = server.ask(prompt=BOTH)
+    paths = task_paths(Checkpoint.open(checkpoint))
+    terms = {task: float(w) for task, w in parse_blend(found.lora_name, paths)}
+    assert terms.keys() == {"joint", "private", "one"}
+    assert terms["private"] == terms["one"]
+    assert sum(terms.values()) == pytest.approx(1)
+    # Another target is used as it comes, and one that is gone is nothing.
+    set_alias(checkpoint, "prod", "one")
+    server.follow(checkpoint)
+    assert server.ask(prompt=ASKED["joint"])[0] is server.requests["one"]
+    remove_alias(checkpoint, "prod")
+    server.follow(checkpoint)
+    assert server.ask(prompt=ASKED["joint"])[0] == "base"
 
 
 def test_the_router_follows_what_is_published(checkpoint: Path) -> None:

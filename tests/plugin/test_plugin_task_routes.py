@@ -76,13 +76,30 @@ def test_the_pages_together_are_every_task_once(app: FastAPI, limit: int) -> Non
     assert "ordinary" not in found
 
 
+def test_a_task_on_a_device_says_how_it_runs_and_why(app: FastAPI, ours: TaskMetrics) -> None:
+    counters = ServingCounters(1, 9)
+    counters.set_tier(DEVICE, 2, ["sql", "french"])
+    counters.set_materialized({"french": "it adapts lm_head"})
+    ours.update(0, counters.snapshot())
+    # Nothing came or went since: not sent again, and not forgotten.
+    ours.update(0, counters.snapshot(ours.seen(0)))
+    page = {task["id"]: (task["runs"], task["why"]) for task in _get(app, limit=1000)["data"]}
+    assert page["sql"] == ("direct", None)
+    assert page["french"] == ("materialized", "it adapts lm_head")
+    assert page["t000"] == (None, None)
+    counters.set_materialized({})
+    ours.update(0, counters.snapshot(ours.seen(0)))
+    page = {task["id"]: task["runs"] for task in _get(app, limit=1000)["data"]}
+    assert page["french"] == "direct"
+
+
 def test_a_task_has_its_digest_and_tier(app: FastAPI, ours: TaskMetrics) -> None:
     def first(name: str) -> Any:
         page = _get(app, limit=1000)
         return next(task for task in page["data"] if task["id"] == name)
 
     assert first("sql") == {
-        "id": "sql", "object": "vlora.task", "digest": DIGEST, "tier": None
+        "id": "sql", "object": "vlora.task", "digest": DIGEST, "tier": None, "runs": None, "why": None
     }  # fmt: skip
     ours.update(0, busy_counters().snapshot())
     assert [first(name)["tier"] for name in ("sql", "french", "t000")] == ["device", "host", "disk"]

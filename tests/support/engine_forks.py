@@ -64,6 +64,8 @@ def _run(script: str, arguments: tuple[str, ...], log: Path, variables: dict[str
     os.environ.update(variables)
     sys.argv = ["-c", *arguments]
     sys.path = [entry for entry in sys.path if entry not in ("", os.getcwd())]
+    # A signal to a fork would be written, and so be one, to the event loop that forked it too.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) and None)
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
     try:

@@ -165,3 +165,29 @@ def test_prompts_of_every_form(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     assert read_prompts([file]) == ["one\ntwo", "p", "c", "t"]
+
+
+def test_a_label_may_be_an_alias_and_a_blend_is_told_how_to_be_one(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    first, second, *others = Checkpoint.open(checkpoint).tasks
+    write_prompts(tmp_path / "prompts", ["prod", second])
+    invoke("alias", checkpoint, "prod", first)
+    done = invoke("router", "train", checkpoint, "--data", tmp_path / "prompts", "--json")
+    found = json.loads(done.stdout)
+    assert sorted(row["task"] for row in found["tasks"]) == sorted(["prod", second])
+    # The task behind an alias is one that prompts go to.
+    assert found["unknown_tasks"] == others
+    shown = json.loads(invoke("router", "show", checkpoint, "--json").stdout)
+    assert (shown["unknown_tasks"], shown["gone_tasks"]) == (others, [])
+    invoke("alias", checkpoint, "prod", "--remove")
+    shown = json.loads(invoke("router", "show", checkpoint, "--json").stdout)
+    assert (shown["unknown_tasks"], shown["gone_tasks"]) == ([first, *others], ["prod"])
+    blend = f"{first}*0.5+{second}*0.5"
+    before = Checkpoint.open(checkpoint).content_digest
+    for label in (blend, "nobody"):
+        data = f"{label}={tmp_path / 'prompts' / 'prod.jsonl'}"
+        refused = invoke("router", "train", checkpoint, "--data", data, code=2)
+        said = " ".join(refused.stderr.split())
+        assert ("NAME --blend" in said) == (label == blend), said
+    assert Checkpoint.open(checkpoint).content_digest == before

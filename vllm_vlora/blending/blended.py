@@ -17,7 +17,7 @@ scales, for nf4-dq 2**-16 of the scales, whose steps have 16 bits.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -27,6 +27,7 @@ from vllm_vlora.blend_names import Blend, blend_text, is_alone
 from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.serving import carried_tensors
+from vllm_vlora.checkpoint.task_entry import TaskEntry
 from vllm_vlora.errors import BlendError
 from vllm_vlora.narrow_rows import NarrowMatrix, stack_narrow
 from vllm_vlora.quantize import (
@@ -143,9 +144,30 @@ def with_named_blends(checkpoint: Checkpoint) -> Checkpoint:
                 named.update(BlendedCheckpoint(checkpoint, blend, "", "").tasks)
     if not named:
         return checkpoint
-    # A task's own id goes before the name of a blend; of an index no record is read for it.
-    tasks = ChainMap(checkpoint.tasks, named)  # type: ignore[arg-type]
-    return Checkpoint(checkpoint.path, checkpoint.config, tasks, checkpoint._state)
+    return _WithBlends(checkpoint, named)
+
+
+class _WithBlends(Checkpoint):
+    """A checkpoint that has more records than its own, before whose names the tasks' ids go.
+
+    Of an index still no record is read that nobody asks for.
+    """
+
+    def __init__(self, source: Checkpoint, named: Mapping[str, TaskRecord]) -> None:
+        self._source = source
+        self._named = {name: named[name] for name in named if name not in source.tasks}
+        tasks = ChainMap(source.tasks, self._named)  # type: ignore[arg-type]
+        super().__init__(source.path, source.config, tasks, source._state)
+
+    def alike(self) -> Iterator[tuple[Sequence[Segment], list[str]]]:
+        """The source's, and then each blend."""
+        yield from self._source.alike()
+        yield from ((record.segments, [name]) for name, record in self._named.items())
+
+    def entry(self, task_id: str) -> TaskEntry:
+        """As the source knows it."""
+        known = task_id in self._source.tasks
+        return self._source.entry(task_id) if known else super().entry(task_id)
 
 
 def _parts_by_module(records: Sequence[TaskRecord]) -> dict[int, list[tuple[int, Segment]]]:

@@ -28,10 +28,19 @@ def resolve(name: str, tasks: Container[str], aliases: Aliases, key: str) -> Ble
         return task_alone(name)
     if name in aliases:
         return choose(name, aliases[name], key)
+    return expand(parse_blend(name, _Either(tasks, aliases)), tasks, aliases, key)
+
+
+def expand(blend: Blend, tasks: Container[str], aliases: Aliases, key: str) -> Blend:
+    """A blend of tasks and aliases as one of tasks; arguments as of :func:`resolve`.
+
+    Raises:
+        BlendError: it is above a bound.
+    """
     merged: dict[str, Decimal] = {}
-    for part, weight in parse_blend(name, _Either(tasks, aliases)):
-        blend = task_alone(part) if part in tasks else choose(part, aliases[part], key)
-        for task, own in blend:
+    for part, weight in blend:
+        meant = task_alone(part) if part in tasks else choose(part, aliases[part], key)
+        for task, own in meant:
             merged[task] = merged.get(task, Decimal(0)) + weight * own
     return checked_blend(Term(task, weight.normalize()) for task, weight in merged.items())
 

@@ -236,6 +236,17 @@ class Checkpoint:
         else:
             yield from ((record.segments, [task]) for task, record in self.tasks.items())
 
+    def kinds(self) -> Iterator[tuple[TaskRecord, list[str]]]:
+        """Records, and the tasks of which each speaks: with its segments, adapter config and heads.
+
+        What else it says (file, errors, the adapter's own names of modules) is the first task's. Of an
+        index one record of each kind is read.
+        """
+        if isinstance(self.tasks, IndexedTasks):
+            yield from self.tasks.kinds()
+        else:
+            yield from ((record, [task]) for task, record in self.tasks.items())
+
     def record(self, task_id: str) -> TaskRecord:
         """The record of a task; TaskNotFoundError names the tasks there are."""
         self._check_known(task_id)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -23,6 +23,7 @@ import msgspec
 import safetensors.torch
 import torch
 
+from vllm_vlora.checkpoint.aliases import Aliases
 from vllm_vlora.checkpoint.beside import decode_beside, read_beside
 from vllm_vlora.checkpoint.manifest import FileRef, is_checkpoint, read_checked
 from vllm_vlora.errors import CheckpointError, OptionError, TaskIdError
@@ -58,7 +59,7 @@ class RouterRecord(msgspec.Struct, forbid_unknown_fields=True):
 
     Attributes:
         features: ``TEXT_FEATURES``.
-        tasks: what the outputs mean, in their order.
+        tasks: what the outputs mean, in their order: ids of tasks, or aliases.
         others: whether one more output stands for text of no task.
         temperature: the logits are divided by it.
         weights: the file of the network.
@@ -183,12 +184,15 @@ class Fit(msgspec.Struct):
     gone: list[str]
 
 
-def router_fit(record: RouterRecord, tasks: Mapping[str, object]) -> Fit:
-    """How a router fits these tasks."""
-    known: Container[str] = set(record.tasks)
+def router_fit(labels: Sequence[str], tasks: Collection[str], aliases: Aliases) -> Fit:
+    """How a router's labels fit these tasks, and the names that they have beside their own."""
+    known = set(labels)
+    for label in labels:
+        if label not in tasks:
+            known.update(term.task for route in aliases.get(label, ()) for term in route.blend)
     return Fit(
         [task for task in tasks if task not in known],
-        [task for task in record.tasks if task not in tasks],
+        [label for label in labels if label not in tasks and label not in aliases],
     )
 
 

@@ -303,6 +303,20 @@ class IndexedTasks(TaskTable):
             found.setdefault(part, []).append(task_id)
         return ((self._shape(part).segments, task_ids) for part, task_ids in found.items())
 
+    def kinds(self) -> Iterator[tuple[TaskRecord, list[str]]]:
+        """``Checkpoint.kinds``.
+
+        Raises:
+            CheckpointError: a record is damaged.
+        """
+        found: dict[tuple[Any, ...], list[str]] = {}
+        columns = self._columns["parts"][:, 1:].tolist(), self._columns["carries"].tolist()
+        for task_id, (segments, config), carries in zip(self._rows, *columns):
+            # Which tensors it carries, its own part says.
+            alone = (task_id,) if carries else ()
+            found.setdefault((segments, config, *alone), []).append(task_id)
+        return ((self[task_ids[0]], task_ids) for task_ids in found.values())
+
     def digest(self, task_id: str) -> str:
         """``Checkpoint.digest`` of a task."""
         return self._columns["digest"][self._rows[task_id]].tobytes().hex()

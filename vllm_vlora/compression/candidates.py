@@ -27,10 +27,8 @@ from vllm_vlora.planning.problem import (
 )
 from vllm_vlora.planning.scratch import FittedBases
 from vllm_vlora.planning.screening import bases_can_pay, sample
-from vllm_vlora.planning.sharing import Sharing, decide_sharing
+from vllm_vlora.planning.sharing import decide_sharing
 from vllm_vlora.planning.survey import (
-    FittedGroup,
-    Group,
     Survey,
     SurveyJob,
     SurveySettings,
@@ -78,8 +76,6 @@ class Candidates:
         self._executor = executor
         self._progress = progress
         self._shareable = _modules_to_share(collection, options)
-        self._refits: dict[tuple[str, tuple[tuple[int, ...], ...]], dict[int, FittedGroup]] = {}
-        self._numbers = itertools.count(1001)
 
     @cached_property
     def survey(self) -> Survey:
@@ -258,44 +254,7 @@ class Candidates:
         sharing = decide_sharing(survey, self._formats, nbytes, private, counted)
         if not sharing.sharers:
             return None
-        survey = self._refitted(survey, sharing)
-        sharing = decide_sharing(survey, self._formats, nbytes, private, counted)
-        if not sharing.sharers:
-            return None
         return mixed_problem(survey, sharing).solve(budget.of_kind(MIXED))
-
-    def _refitted(self, survey: Survey, sharing: Sharing) -> Survey:
-        """Bases that only some of their tasks turned out to share, fitted again to these.
-
-        Each is fitted once: later plans often end with the same sharers.
-        """
-        groups: dict[Group, FittedGroup] = {}
-        sharers: dict[str, list[tuple[int, ...]]] = {}
-        changed = set()
-        for group, found in survey.joint.items():
-            if group in sharing.sharers:
-                groups[group] = found
-                tasks = sharing.sharers[group][2]
-                sharers.setdefault(group[0], []).append(tasks)
-                if len(tasks) < len(found.tasks):
-                    changed.add(group[0])
-        groups = {group: found for group, found in groups.items() if group[0] not in changed}
-        # How wide a basis may be depends on those beside it, so they are fitted together.
-        keys = [(name, tuple(tasks)) for name, tasks in sharers.items() if name in changed]
-        self._fit_again([key for key in keys if key not in self._refits])
-        for key in keys:
-            groups.update(((key[0], number), fit) for number, fit in self._refits[key].items())
-        return replace(survey, joint=groups)
-
-    def _fit_again(self, keys: Sequence[tuple[str, tuple[tuple[int, ...], ...]]]) -> None:
-        jobs = [
-            SurveyJob(name, False, tuple((next(self._numbers), tasks) for tasks in sharers))
-            for name, sharers in keys
-        ]
-        if jobs:
-            found = self._run(Survey(self._collection), jobs, "fit again").joint
-            for key, job in zip(keys, jobs):
-                self._refits[key] = {n: found[job.module, n] for n, _ in job.groups}
 
 
 def _modules_to_share(collection: Collection, options: CompressOptions) -> list[Module]:

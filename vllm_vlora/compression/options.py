@@ -24,7 +24,7 @@ class CompressOptions:
     Attributes:
         representation: ``joint`` shares a basis among all tasks, ``factored`` does so with cores in
             factor form only, ``flat`` shares the principal components of flattened factors (vlora),
-            ``private`` shares nothing. ``auto`` plans joint, flat, private, and bases that only some
+            ``private`` shares nothing. ``auto`` plans joint, private, and bases that only some
             tasks share, measures them and keeps the best: the lowest root-mean-square error of the
             tasks, with what shared bases lose counted ``checkpoint.losses.SHARED_LOSS`` times, or under
             ``max_error`` the fewest bytes.

@@ -1,8 +1,7 @@
 """Compress a collection of adapters into a checkpoint.
 
-Passes over the adapters: measure (and fit bases), where only some tasks share a basis fit again,
-encode the cores, write the tasks. Every pass reads an adapter's weights a fixed number of times and
-holds one module of one adapter at a time.
+Passes over the adapters: measure (and fit bases), encode the cores, write the tasks. Every pass reads an
+adapter's weights a fixed number of times and holds one module of one adapter at a time.
 """
 
 from __future__ import annotations
@@ -230,7 +229,7 @@ class Compression:
         return Chosen(best, [_candidate(plan) for plan in _distinct(kept, best)], cores)
 
     def best_of_each(self) -> list[Chosen]:
-        """The best plan of every representation within the options' budget, with cores encoded.
+        """The best plan of every ``Plan.form`` within the options' budget, with cores encoded.
 
         Raises:
             BudgetError: nothing meets the budget.
@@ -239,10 +238,10 @@ class Compression:
 
     def _best_of_each(self, budget: Budget) -> list[Chosen]:
         plans, misses = self.candidates.plans(budget)
-        found: dict[str, tuple[Plan, CoreSpool | None]] = {}
+        found: dict[tuple[str, bool], tuple[Plan, CoreSpool | None]] = {}
         worthless: Plan | None = None
         for plan in sorted(plans, key=budget.order):
-            if plan.representation in found:
+            if plan.form in found:
                 continue
             encoded = self._measured(plan, budget, misses)
             if encoded is None:
@@ -250,7 +249,7 @@ class Compression:
             if self.is_refused(encoded[0]):
                 worthless = worthless or encoded[0]
             else:
-                found[plan.representation] = encoded
+                found[plan.form] = encoded
         if not found:
             raise self._refusal(budget, misses, worthless)
         return [Chosen(plan, [_candidate(plan)], cores) for plan, cores in found.values()]

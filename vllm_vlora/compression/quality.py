@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -61,8 +62,8 @@ class OneByOne:
         return [self.judge(folder) for folder in folders]
 
 
-# Private, joint and a mixture.
-_FORMS = 3
+# Private; a basis for all or for each cluster, of all tasks or of some: at most.
+_FORMS = 5
 _FIRST_LIMIT = 0.3
 _LARGEST_LIMIT = 0.95
 # A task that fails even here is kept as it was.
@@ -71,6 +72,8 @@ _ROUNDS = 6
 _CLOSE = 1.15
 # Forms whose mean KL kept differs by less are alike.
 _ALIKE = 0.002
+# Standard errors over tasks by which a form is to be ahead of the one that the error prefers.
+_SURELY = 1.0
 
 
 @dataclass
@@ -172,8 +175,9 @@ def compress_judged(
 ) -> CompressReport:
     """Compress to a budget; the representation is chosen by what the tasks keep, not by error.
 
-    The best plan of every representation, by error, is written, judged, and the one with the highest
-    mean kept. The error alone can be wrong about this: a basis that a family shares keeps what its
+    The best plan of every representation, by error, is written and judged. The one with the highest mean
+    is chosen where it is more than a standard error over tasks ahead of the one that the error prefers,
+    which is chosen otherwise. The error alone can be wrong: a basis that a family shares keeps what its
     members have in common, and loses what sets them apart. Without a budget each is as small as its
     predicted loss allows, and the smallest of those that keep as much as the best is chosen. Under an
     error limit the smallest is wanted, and nobody is asked.
@@ -217,7 +221,10 @@ def _judged(
     for trial in trials:
         shutil.rmtree(trial)
     judged = list(zip(forms, found, strict=True))
+    likely = min(judged, key=lambda pair: pair[0].plan.likely_error)
     best, kl_kept = max(judged, key=lambda pair: (_mean(pair[1]), -pair[0].plan.likely_error))
+    if not by_size and not _is_surely_ahead(kl_kept, likely[1]):
+        best, kl_kept = likely
     if by_size:
         alike = [pair for pair in judged if _mean(pair[1]) >= _mean(kl_kept) - _ALIKE]
         best, kl_kept = min(alike, key=lambda pair: pair[0].plan.nbytes)
@@ -226,6 +233,15 @@ def _judged(
         for chosen, kept in judged
     ]
     return replace(best, candidates=candidates), kl_kept
+
+
+def _is_surely_ahead(kept: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
+    """Whether a form is ahead by more than chance makes of some tasks; of one task nobody knows."""
+    pairs = [(kept[task], other.get(task)) for task in kept]
+    gaps = [first - second for first, second in pairs if first is not None and second is not None]
+    if len(gaps) < 2:
+        return True
+    return statistics.fmean(gaps) > _SURELY * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
 def _mean(kl_kept: Mapping[str, float | None]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vllm_vlora.atomic import exclusive, write_file_atomic
 from vllm_vlora.checkpoint.beside import VERSION
@@ -65,6 +67,34 @@ def remove_router(checkpoint: str | Path) -> None:
             raise OptionError(f"{checkpoint} has no router")
         (folder / ROUTER_FILE).unlink()
         _remove_networks(folder, lambda _: True)
+
+
+class Labels:
+    """What a router may learn to pick: the tasks of a checkpoint, and its aliases.
+
+    As ``checkpoint.task_files.KnownTasks`` has them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.path = checkpoint.path
+        # Of an index no record is read for it.
+        self.tasks: Mapping[str, Any] = ChainMap(dict(checkpoint.aliases), checkpoint.tasks)  # type: ignore[arg-type]
+
+    def record(self, label: str) -> Any:
+        """What there is of a label.
+
+        Raises:
+            TaskNotFoundError, OptionError: it is neither a task nor an alias.
+        """
+        if label in self.tasks:
+            return self.tasks[label]
+        if any(operator in label for operator in "*+"):
+            raise OptionError(
+                f"{label!r} is neither a task nor an alias; to route to a blend, give it a name: "
+                f"vllm-vlora alias {self.path} NAME --blend {label!r}"
+            )
+        return self._checkpoint.record(label)
 
 
 @contextmanager

@@ -74,16 +74,21 @@ def _linkage(distance: torch.Tensor, wanted: set[int]) -> dict[int, list[int]]:
     labels = torch.arange(count)
     sizes = torch.ones(count, dtype=torch.float64)
     between = distance.clone().fill_diagonal_(torch.inf)
+    # Of each row; merging changes only those of the two, and of rows that were nearest to one of them.
+    least, nearest = between.min(dim=1)
     found = {count: labels.tolist()}
     for left in range(count - 1, 0, -1):
-        place = int(between.argmin())
-        i, j = divmod(place, count)
+        i = int(least.argmin())
+        j = int(nearest[i])
         merged = (between[i] * sizes[i] + between[j] * sizes[j]) / (sizes[i] + sizes[j])
         merged[i] = torch.inf
         between[i], between[:, i] = merged, merged
         between[j], between[:, j] = torch.inf, torch.inf
         sizes[i] += sizes[j]
         labels[labels == j] = i
+        changed = torch.nonzero((nearest == i) | (nearest == j)).flatten()
+        changed = torch.cat([changed, torch.tensor([i, j])]).unique()
+        least[changed], nearest[changed] = between[changed].min(dim=1)
         if left in wanted:
             found[left] = labels.tolist()
         if left <= min(wanted, default=count):

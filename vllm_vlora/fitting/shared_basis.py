@@ -27,7 +27,7 @@ from itertools import chain
 
 import torch
 
-from vllm_vlora.representations.factors import ReadFactors, ScaledFactors, stacked_svd
+from vllm_vlora.representations.factors import ReadFactors, ScaledFactors, row_gram, stacked_svd
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,6 @@ def _weighted_rows(
 _MANY = 64
 # Directions whose part of the energy is below this are not told from rounding by a Gram matrix.
 _WEAK = 1e-8
-_COLUMNS_AT_ONCE = 2048
 
 
 def leading_directions(rows: Sequence[torch.Tensor], most: int | None = None) -> torch.Tensor:
@@ -192,10 +191,7 @@ def leading_directions(rows: Sequence[torch.Tensor], most: int | None = None) ->
 def _by_gram(stacked: torch.Tensor, count: int) -> torch.Tensor | None:
     """``leading_directions`` by eigenvectors of the smaller Gram matrix; None if it is singular."""
     short = stacked if stacked.shape[0] <= stacked.shape[1] else stacked.T
-    gram = torch.zeros(len(short), len(short), dtype=torch.float64)
-    for part in short.split(_COLUMNS_AT_ONCE, dim=1):
-        wide = part.double()
-        gram.addmm_(wide, wide.T)
+    gram = row_gram(short)
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
     if not float(values[-1]) > _WEAK * float(values[0]):

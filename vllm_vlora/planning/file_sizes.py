@@ -46,6 +46,9 @@ def plan_nbytes(collection: Collection, plan: Plan) -> int:
         for block in blocks
         for task in block.shared.tasks
     }
+    rows_of = {
+        block.group: plan.stored_rows(block) for found in plan.blocks.values() for block in found
+    }
     spec_of = {spec.name: spec for spec in specs}
     # Of small tasks many are stored alike.
     known: dict[tuple[_Kind, ...], int] = {}
@@ -62,7 +65,7 @@ def plan_nbytes(collection: Collection, plan: Plan) -> int:
                 core, rank, _ = core_shape(
                     module.rank, shared.spec.k_out, shared.spec.k_in, shared.factored
                 )
-                rows = plan.stored_rows(block)
+                rows = rows_of[block.group]
                 own = shared.core_format, rank
                 kinds.append((*shape, spec.basis, spec.flat, "joint", *own, None, core, rows))
             else:

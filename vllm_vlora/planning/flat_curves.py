@@ -16,6 +16,7 @@ import torch
 
 from vllm_vlora.fitting.flat_basis import FlatFit
 from vllm_vlora.fitting.whitening import Metric
+from vllm_vlora.planning.changes import Sides, changes_of, grams_of
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite, row_nbytes, unpack
 from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.representations.flat import encode_flat, pack_flat
@@ -166,24 +167,19 @@ class _FlatMeter:
         """||delta_W' - delta_W||^2 in the metric, (tasks, specs) float64."""
         rows_a = torch.stack([_padded(a.float(), self._rank) for a, _, _ in batch])
         rows_b = torch.stack([_padded(b.T.float() * scale, self._rank) for _, b, scale in batch])
-        own_a, own_b = self._white(rows_a, rows_b)
-        norms = (own_a @ own_a.mT).mul_(own_b @ own_b.mT).sum(dim=(1, 2))
+        rows = self._unflattened(rows_a, rows_b)
+        grams = grams_of(rows, self._metric)
         right_a, right_b = self._side_a.products(rows_a), self._side_b.products(rows_b)
         losses = []
         for spec in self._specs:
             points_a = self._side_a.points(right_a, spec.k_in, self._dtype)
             points_b = self._side_b.points(right_b, spec.k_out, self._dtype)
-            new_a, new_b = self._white(points_a, points_b)
-            squares = (new_a @ new_a.mT).mul_(new_b @ new_b.mT).sum(dim=(1, 2))
-            cross = (new_a @ own_a.mT).mul_(new_b @ own_b.mT).sum(dim=(1, 2))
-            losses.append((squares - 2 * cross + norms).clamp_(min=0))
+            points = self._unflattened(points_a, points_b)
+            # D of all terms together is what the point lacks of the update.
+            changed = changes_of(rows, grams, points, self._metric).inner.sum((1, 2))
+            losses.append(changed.clamp_(min=0))
         return torch.stack(losses, dim=1)
 
-    def _white(
-        self, rows_a: torch.Tensor, rows_b: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flattened factors as the metric sees them, (tasks, rank, d) float64."""
-        count = len(rows_a)
-        white_a = self._metric.a(rows_a.double().view(count * self._rank, -1))
-        white_b = self._metric.b_t(rows_b.double().view(count * self._rank, -1))
-        return white_a.view(count, self._rank, -1), white_b.view(count, self._rank, -1)
+    def _unflattened(self, *sides: torch.Tensor) -> Sides:
+        """Flattened factors as (tasks, rank, d)."""
+        return tuple(side.unflatten(1, (self._rank, -1)) for side in sides)

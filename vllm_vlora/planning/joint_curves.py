@@ -7,7 +7,7 @@ every smaller basis, whatever its two widths. Losses are squared norms in the mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ import torch
 
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, row_nbytes, unpack
-from vllm_vlora.representations.factors import ScaledFactors
+from vllm_vlora.representations.factors import ScaledFactors, row_gram
 from vllm_vlora.representations.joint import core_shape
 from vllm_vlora.representations.spec import BasisSpec
 
@@ -73,21 +73,22 @@ class JointMeter:
         self._u = _OrthonormalRows(metric.b_t(unpack(u)))
         self._v = _OrthonormalRows(metric.a(unpack(v)))
 
-    def energy(self, factors: Sequence[ScaledFactors]) -> Iterator[torch.Tensor]:
-        """For each of some tasks of one shape the squared entries of its core on the orthonormal rows.
-
-        (k_out, k_in) float64.
-        """
-        for left, right in zip(*self._sides(factors)):
-            yield (left.T @ right).square()
-
     def captured(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
         """(k_out, k_in) float64: [i, j] is the part of ||delta_W||^2 that i+1 and j+1 rows hold.
 
         With least-squares cores (``dual_rows``) that were not rounded, the rest is the loss.
         """
-        (energy,) = self.energy([(a, b, scale)])
-        return energy.cumsum(0).cumsum(1)
+        (left,), (right,) = self._sides([(a, b, scale)])
+        return (left.T @ right).square().cumsum(0).cumsum(1)
+
+    def captured_between(
+        self, factors: Sequence[ScaledFactors], outs: Sequence[int], ins: Sequence[int]
+    ) -> torch.Tensor:
+        """(tasks, outs, ins) float64: ``captured`` at every pair of these rising widths."""
+        left, right = self._sides(factors)
+        left_grams = _gram_prefixes(left, outs).transpose(0, 1).flatten(2)
+        right_grams = _gram_prefixes(right, ins).transpose(0, 1).flatten(2)
+        return left_grams @ right_grams.mT
 
     def captured_at(
         self, factors: Sequence[ScaledFactors], widths: Sequence[tuple[int, int]]
@@ -113,7 +114,6 @@ class JointMeter:
         return left * scales[:, None, None], right
 
 
-_COLUMNS_AT_ONCE = 2048
 # Up to this ratio of the pivots a Gram matrix is worth its smaller time.
 _SOUND = 1e-3
 
@@ -126,10 +126,7 @@ class _OrthonormalRows:
     """
 
     def __init__(self, rows: torch.Tensor) -> None:
-        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-        for part in rows.split(_COLUMNS_AT_ONCE, dim=1):
-            wide = part.double()
-            gram.addmm_(wide, wide.T)
+        gram = row_gram(rows, torch.float32)
         factor, failed = torch.linalg.cholesky_ex(gram)
         pivots = factor.diagonal()
         self._rows, self._factor = rows, factor.mT
@@ -151,29 +148,47 @@ def _gram_prefixes(rows: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
     return torch.stack([part @ part.mT for part in parts]).cumsum(0)
 
 
+def widths_to_try(most: int) -> list[int]:
+    """Numbers of components from 1 to ``most``, each about a sixteenth above the one before."""
+    widths = [1]
+    while widths[-1] < most:
+        widths.append(min(widths[-1] + max(1, widths[-1] // 16), most))
+    return widths
+
+
 def widths_path(captured: torch.Tensor, row_out: float, row_in: float) -> list[tuple[int, int]]:
-    """Pairs (k_out, k_in) worth considering, each grown from the one before on its better side.
+    """``path_between`` of all widths.
 
     Args:
         captured: (k_out, k_in), as of ``JointMeter`` summed over the tasks.
+    """
+    outs, ins = map(widths_to_try, captured.shape)
+    places = torch.tensor(outs)[:, None] - 1, torch.tensor(ins) - 1
+    return path_between(captured[places], outs, ins, row_out, row_in)
+
+
+def path_between(
+    captured: torch.Tensor, outs: Sequence[int], ins: Sequence[int], row_out: float, row_in: float
+) -> list[tuple[int, int]]:
+    """Pairs (k_out, k_in) worth considering, each grown from the one before on its better side.
+
+    Args:
+        captured: (outs, ins), by the widths of ``widths_to_try`` on either side.
         row_out, row_in: bytes that one more row on either side takes, its share of the cores
             included.
     """
-    most_out, most_in = captured.shape
-    k_out = k_in = 1
-    path = [(1, 1)]
-    while k_out < most_out or k_in < most_in:
-        here = float(captured[k_out - 1, k_in - 1])
+    rows = captured.tolist()
+    i = j = 0
+    path = [(outs[0], ins[0])]
+    while i + 1 < len(outs) or j + 1 < len(ins):
         steps = []
         for grow_out, grow_in in ((1, 0), (0, 1), (1, 1)):
-            to_out = min(k_out + grow_out * max(1, k_out // 16), most_out)
-            to_in = min(k_in + grow_in * max(1, k_in // 16), most_in)
-            nbytes = (to_out - k_out) * row_out + (to_in - k_in) * row_in
+            to_i, to_j = min(i + grow_out, len(outs) - 1), min(j + grow_in, len(ins) - 1)
+            nbytes = (outs[to_i] - outs[i]) * row_out + (ins[to_j] - ins[j]) * row_in
             if nbytes > 0:
-                gain = float(captured[to_out - 1, to_in - 1]) - here
-                steps.append((gain / nbytes, to_out, to_in))
-        _, k_out, k_in = max(steps)
-        path.append((k_out, k_in))
+                steps.append(((rows[to_i][to_j] - rows[i][j]) / nbytes, to_i, to_j))
+        _, i, j = max(steps)
+        path.append((outs[i], ins[j]))
     return path
 
 

@@ -64,6 +64,11 @@ class Plan:
     raised: tuple[int, ...] = ()
 
     @property
+    def form(self) -> tuple[str, bool]:
+        """What is judged apart from others: the representation, and whether clusters have bases."""
+        return self.representation, any(number > 0 for _, number in self.joint)
+
+    @property
     def rms_error(self) -> float:
         """Root mean square of the tasks' relative errors."""
         return math.sqrt(float(self.losses.mean()))

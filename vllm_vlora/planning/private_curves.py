@@ -10,7 +10,7 @@ Losses are squared norms in the module's ``Metric``: Frobenius, or as the model 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import torch
 
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.allocation import Point, pareto_front
+from vllm_vlora.planning.changes import Changes, by_rows, changes_of, grams_of
 from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT
 from vllm_vlora.quantize import as_stored, as_stored_narrow, narrow_row_nbytes, row_nbytes
 from vllm_vlora.representations.factors import ScaledFactors, squared_norm, stacked_svd
@@ -154,11 +155,6 @@ def _leading(
     return by_rows(metric.unwhiten_a, svd_a), by_rows(metric.unwhiten_b_t, svd_b_t), norms
 
 
-def by_rows(apply: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
-    """What works on rows, applied to those of a whole stack (n, r, d)."""
-    return apply(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
-
-
 class Measured(NamedTuple):
     """What storing one module of one task privately loses; ``norm`` is ||delta_W||^2 in the metric."""
 
@@ -225,78 +221,23 @@ class _Stack:
 
     def changes(self, stored: tuple[torch.Tensor, torch.Tensor]) -> Changes:
         """What storing does to the leading rank-one terms; stored are one or more rows of each."""
-        return _changes((self.svd_a, self.svd_b_t), self.leading_grams, stored, self._metric)
+        return changes_of((self.svd_a, self.svd_b_t), self.leading_grams, stored, self._metric)
 
     @cached_property
     def leading_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Products of the leading factors' rows in the metric."""
-        return _grams((self.svd_a, self.svd_b_t), self._metric)
+        return grams_of((self.svd_a, self.svd_b_t), self._metric)
 
-    def own_changes(self, format: str) -> Changes:
+    def ownchanges_of(self, format: str) -> Changes:
         """What a format does to the terms of the own factors."""
         rows = self.a.float(), self.b_t.float()
         stored = tuple(by_rows(lambda r: as_stored(r, format), side) for side in rows)
-        return _changes(rows, self.own_grams, stored, self._metric)
+        return changes_of(rows, self.own_grams, stored, self._metric)
 
     @cached_property
     def own_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Products of the own factors' rows in the metric."""
-        return _grams((self.a.float(), self.b_t.float()), self._metric)
-
-
-_Sides = tuple[torch.Tensor, ...]
-
-
-def _grams(rows: _Sides, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
-    a, b_t = by_rows(metric.a, rows[0]), by_rows(metric.b_t, rows[1])
-    return _product(a, a), _product(b_t, b_t)
-
-
-def _changes(rows: _Sides, grams: _Sides, stored: _Sides, metric: Metric) -> Changes:
-    times = stored[0].shape[1] // rows[0].shape[1]
-    products = []
-    for side, whiten in enumerate((metric.a, metric.b_t)):
-        own = rows[side]
-        change = (stored[side].unflatten(1, (times, -1)) - own[:, None]).flatten(1, 2)
-        change = by_rows(whiten, change)
-        beside = _product(by_rows(whiten, own), change).repeat(1, times, 1)
-        products.append((grams[side].repeat(1, times, times), beside, _product(change, change)))
-    (a, a_e, e), (b, b_f, f) = products
-    return Changes.of(a, b, a_e, b_f, e, f)
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return (left @ right.mT).double()
-
-
-class Changes(NamedTuple):
-    """Rank-one terms t_i = b_i a_i^T, and what storing changes in each, D_i; (n, terms, terms) float64.
-
-    Products of the small changes themselves, taken in float32, where a difference of the products of
-    large rows would need float64.
-
-    Attributes:
-        terms: <t_i, t_j>. cross: <D_i, t_j>. inner: <D_i, D_j>.
-    """
-
-    terms: torch.Tensor
-    cross: torch.Tensor
-    inner: torch.Tensor
-
-    @classmethod
-    def of(
-        cls,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        a_e: torch.Tensor,
-        b_f: torch.Tensor,
-        e: torch.Tensor,
-        f: torch.Tensor,
-    ) -> Changes:
-        """D_i = b_i e_i^T + f_i a_i^T + f_i e_i^T, from the products of rows a, b, e and f."""
-        mixed = b_f * a_e.mT + b_f * e + f * a_e
-        inner = b * e + f * a + f * e + mixed + mixed.mT
-        return cls(a * b, b * a_e.mT + b_f.mT * a + b_f.mT * a_e.mT, inner)
+        return grams_of((self.a.float(), self.b_t.float()), self._metric)
 
 
 def _measure_format(stack: _Stack, format: str, own_format: str) -> list[Curve]:
@@ -319,7 +260,7 @@ def _measure_format(stack: _Stack, format: str, own_format: str) -> list[Curve]:
 
 
 def _own_losses(stack: _Stack, format: str) -> list[float]:
-    lost = stack.own_changes(format).inner.sum((1, 2)).clamp(min=0)
+    lost = stack.ownchanges_of(format).inner.sum((1, 2)).clamp(min=0)
     return (lost * stack.scales.square()).tolist()
 
 

@@ -290,7 +290,7 @@ class Problem:
 
     def _within(self, nbytes: int, favour: Sequence[float]) -> Plan | None:
         def sizes(options: list[int]) -> tuple[int, int]:
-            plan = self._plan(options)
+            plan = self._sized(options)
             return plan.data_nbytes, plan.nbytes
 
         chosen = fit_to_budget(self._path(favour), sizes, nbytes)
@@ -371,6 +371,14 @@ class Problem:
         return losses
 
     def _plan(self, chosen: list[int]) -> Plan:
+        return replace(
+            self._sized(chosen),
+            losses=self._losses(chosen),
+            private_losses=self._private_losses(chosen),
+        )
+
+    def _sized(self, chosen: list[int]) -> Plan:
+        """A plan whose bytes are known, without its losses."""
         private: dict[tuple[int, str], PrivateOption] = {}
         joint: dict[Group, SharedBasis] = {}
         flat: dict[str, SharedFlat] = {}
@@ -385,16 +393,9 @@ class Problem:
                 flat[entry.module.name] = entry.shared(number)
             else:
                 joint[entry.group] = entry.shared(number)
+        none = torch.empty(0, dtype=torch.float64)
         plan = Plan(
-            self.representation,
-            self.format,
-            private,
-            joint,
-            flat,
-            self._losses(chosen),
-            data_nbytes,
-            0,
-            self._private_losses(chosen),
+            self.representation, self.format, private, joint, flat, none, data_nbytes, 0, none
         )
         return replace(plan, nbytes=plan_nbytes(self.collection, plan))
 

@@ -21,7 +21,13 @@ from vllm_vlora.fitting.shared_basis import fit_bases
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.executors import Executor
 from vllm_vlora.planning.flat_curves import FlatGroup, flat_rows, flat_widths, measure_flat
-from vllm_vlora.planning.joint_curves import JointCurve, JointMeter, joint_nbytes, widths_path
+from vllm_vlora.planning.joint_curves import (
+    JointCurve,
+    JointMeter,
+    joint_nbytes,
+    path_between,
+    widths_to_try,
+)
 from vllm_vlora.planning.number_formats import Formats
 from vllm_vlora.planning.private_curves import Curve, measure_private, seen_squared_norm
 from vllm_vlora.planning.scratch import FittedBases
@@ -326,8 +332,12 @@ class Surveyor:
         v = _orthonormal(metric.unwhiten_a(white_v), metric is FROBENIUS)
         # Together the blocks are no wider than the module, on either side.
         u_t, v = u_t[: module.d_out // groups], v[: module.d_in // groups]
-        widths = self._widths(module, tasks, u_t, v, metric)
-        curves = self._curves(module, tasks, u_t, v, widths, metric)
+        norms = torch.tensor(
+            [seen_squared_norm(*found, metric) for found in self._read(module, tasks)],
+            dtype=torch.float64,
+        )
+        widths = self._widths(module, tasks, u_t, v, norms, metric)
+        curves = self._curves(module, tasks, u_t, v, widths, norms, metric)
         k_out, k_in = max(w[0] for w in widths), max(w[1] for w in widths)
         return FittedGroup(tasks, curves), (u_t[:k_out].clone(), v[:k_in].clone())
 
@@ -352,28 +362,28 @@ class Surveyor:
         tasks: tuple[int, ...],
         u_t: torch.Tensor,
         v: torch.Tensor,
+        norms: torch.Tensor,
         metric: Metric,
     ) -> list[tuple[int, int]]:
         """The pairs (k_out, k_in) to measure."""
         if self.settings.num_components is not None:
             return [(u_t.shape[0], v.shape[0])]
         meter = JointMeter(pack(u_t, "float32"), pack(v, "float32"), metric)
-        total = torch.zeros(u_t.shape[0], v.shape[0], dtype=torch.float64)
+        outs, ins = widths_to_try(len(u_t)), widths_to_try(len(v))
+        total, place = torch.zeros(len(outs), len(ins), dtype=torch.float64), 0
+        weights = torch.where(norms > 0, 1 / norms, 0.0)
         for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
-            factors = [found for _, found in batch]
-            for found, energy in zip(factors, meter.energy(factors)):
-                norm = seen_squared_norm(*found, metric)
-                if norm > 0:
-                    total += energy / norm
-        total = total.cumsum(0).cumsum(1)
+            captured = meter.captured_between([found for _, found in batch], outs, ins)
+            total += torch.einsum("toi,t->oi", captured, weights[place : place + len(batch)])
+            place += len(batch)
         format = min(
             self.settings.formats.of(module.dtype),
             key=lambda f: row_nbytes(f, module.d_in) + row_nbytes(f, module.d_out),
         )
         # A row more on one side adds one number to every row of that side's core factor.
-        cores = 2.0 * sum(min(rank, *total.shape) for rank in _ranks(module, tasks))
+        cores = 2.0 * sum(min(rank, len(u_t), len(v)) for rank in _ranks(module, tasks))
         row_out = row_nbytes(format, module.d_out) + cores
-        return widths_path(total, row_out, row_nbytes(format, module.d_in) + cores)
+        return path_between(total, outs, ins, row_out, row_nbytes(format, module.d_in) + cores)
 
     def _curves(
         self,
@@ -382,18 +392,16 @@ class Surveyor:
         u_t: torch.Tensor,
         v: torch.Tensor,
         widths: list[tuple[int, int]],
+        norms: torch.Tensor,
         metric: Metric,
     ) -> dict[str, JointCurve]:
         by_label = self.settings.formats.of(module.dtype)
         meters = {f: JointMeter(pack(u_t, f), pack(v, f), metric) for f in dict.fromkeys(by_label)}
         captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
-        norms = torch.zeros(len(tasks), dtype=torch.float64)
         place = 0
         for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
             factors = [found for _, found in batch]
             rows = slice(place, place + len(batch))
-            found_norms = [seen_squared_norm(*found, metric) for found in factors]
-            norms[rows] = torch.tensor(found_norms, dtype=torch.float64)
             for format, meter in meters.items():
                 captured[format][rows] = meter.captured_at(factors, widths).float()
             place = rows.stop

@@ -17,6 +17,7 @@ class _Report(NamedTuple):
             way.
         host_names: names of tasks in host memory alone, the last used first.
         refused: why published states were not taken since it was asked last.
+        materialized: of the tasks that were asked about, why those that need a slot do.
     """
 
     device_names: list[str]
@@ -31,6 +32,7 @@ class _Report(NamedTuple):
     state: str
     refused: list[str]
     direct_tasks: int
+    materialized: dict[str, str]
 
 
 def _report(worker: Any, paths: list[str], pinned: list[str], listed: int) -> _Report:
@@ -52,6 +54,7 @@ def _report(worker: Any, paths: list[str], pinned: list[str], listed: int) -> _R
         "" if store.state is None else store.state.digest,
         [] if follower is None else follower.take_refusals(),
         store.direct_tasks,
+        {task.task_id: task.obstacle for task in held if task.direct is None},
     )
 
 
@@ -88,5 +91,6 @@ def metrics_snapshot(core: Any, seen: int = -1) -> dict[str, Any]:
         counters.state_refused(reason)
     counters.set_state(first.state)
     counters.set_waiting(len(tasks.arrivals))
+    counters.set_materialized(first.materialized)
     counters.set_direct(first.direct_tasks, tasks.exchange.count)
     return counters.snapshot(seen)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -160,6 +160,7 @@ class ServingCounters:
         self._direct_tasks = self._basis_exchanges = 0
         self._tiers: dict[str, dict[str, int | None]] = {}
         self._residents: dict[str, list[tuple[str, bool]]] = {}
+        self._materialized: dict[str, str] = {}
         self._version = 0
 
     # --- what happens ---
@@ -235,6 +236,12 @@ class ServingCounters:
         """Requests that wait for their task to be loaded."""
         self._waiting = requests
 
+    def set_materialized(self, why: Mapping[str, str]) -> None:
+        """Tasks named as being on the device that need a slot there, and why they do not run direct."""
+        if self._materialized != why:
+            self._materialized = dict(why)
+            self._version += 1
+
     def set_direct(self, tasks: int, exchanges: int) -> None:
         """Tasks on the device that run direct, and how often the layers' bases were exchanged."""
         self._direct_tasks, self._basis_exchanges = tasks, exchanges
@@ -244,7 +251,7 @@ class ServingCounters:
 
         Args:
             seen: ``version`` of the snapshot that the caller has; where no other tasks are there since,
-                ``residents`` is None and not sent again.
+                ``residents`` and ``materialized`` are None and not sent again.
         """
         residents = {
             tier: [list(name) for name in names] for tier, names in self._residents.items()
@@ -252,6 +259,7 @@ class ServingCounters:
         return {
             "version": self._version,
             "residents": None if seen == self._version else residents,
+            "materialized": None if seen == self._version else dict(self._materialized),
             "tiers": {tier: dict(values) for tier, values in self._tiers.items()},
             "requests": dict(self._requests),
             "busiest": self._busiest.snapshot(),

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -505,32 +505,32 @@ def _count_tasks(
     basis_rows: int,
 ) -> list[_Task]:
     widths = [item.widths(tp) for item in fillers]
-    tasks, modules = checkpoint.tasks, checkpoint.modules
+    modules, kinds = checkpoint.modules, list(_kinds(checkpoint))
     held = HeldBases({m.name: item.name for m, item in zip(modules, fillers)}.__getitem__)
-    obstacles = {
-        task: _task_obstacle(record, modules) or held.take(record.segments, modules)
-        for task, record in tasks.items()
-    }
-    direct = [task for task, obstacle in obstacles.items() if obstacle is None]
+    obstacles = [
+        _task_obstacle(record, modules) or held.take(record.segments, modules)
+        for record, _ in kinds
+    ]
+    direct = [task for (_, (task, *_)), why in zip(kinds, obstacles) if why is None]
     # To run direct, all are held in one way, whatever each has; to be materialized, each for itself.
     all_direct = narrow_rows and checkpoint.has_narrow_rows(direct)
-    narrow = {
-        task: _Narrow(all_direct, narrow_rows and checkpoint.has_narrow_rows([task]))
-        for task in tasks
-    }
-    return [
-        _count_task(
-            task_id,
-            record,
-            modules,
-            widths,
-            itemsize,
-            narrow[task_id],
-            obstacles[task_id],
-            basis_rows,
+    counted: dict[str, _Task] = {}
+    for (record, tasks), obstacle in zip(kinds, obstacles):
+        narrow = _Narrow(all_direct, narrow_rows and checkpoint.has_narrow_rows(tasks[:1]))
+        found = _count_task(
+            tasks[0], record, modules, widths, itemsize, narrow, obstacle, basis_rows
         )
-        for task_id, record in checkpoint.tasks.items()
-    ]
+        counted.update((task, replace(found, task_id=task)) for task in tasks)
+    return [counted[task] for task in checkpoint.tasks]
+
+
+def _kinds(checkpoint: Checkpoint) -> Iterator[tuple[TaskRecord, list[str]]]:
+    """``Checkpoint.kinds``, where ranks that an adapter has by its own names of modules are its own."""
+    for record, tasks in checkpoint.kinds():
+        if record.adapter_config.get("rank_pattern"):
+            yield from ((checkpoint.record(task), [task]) for task in tasks)
+        else:
+            yield record, tasks
 
 
 def _count_task(
@@ -680,10 +680,10 @@ def _dtype_name(dtype: str) -> str:
 
 def _own_slices(checkpoint: Checkpoint) -> list[LayerSlice]:
     """The slice that each module of the checkpoint takes; modules that are one layer take one."""
-    of_tasks = [
-        {checkpoint.modules[segment.module].name for segment in record.segments}
-        for record in checkpoint.tasks.values()
-    ]
+    of_tasks = {
+        frozenset(checkpoint.modules[segment.module].name for segment in segments)
+        for segments, _ in checkpoint.alike()
+    }
     by_name = layer_shapes({module.name: module for module in checkpoint.modules})
     prefixes = shared_prefixes([{name: by_name[name] for name in names} for names in of_tasks])
     shared = {old: new for change in prefixes for new, old in change.items()}
@@ -705,7 +705,7 @@ def _slot_rank(checkpoint: Checkpoint, asked: int | None) -> int:
 
 def _stock_rank(checkpoint: Checkpoint, asked: int | None) -> int | None:
     """The ``--max-lora-rank`` that stock vLLM needs for the original adapters; None above 512."""
-    ranks = [_declared_rank(record) for record in checkpoint.tasks.values()]
+    ranks = [_declared_rank(record) for record, _ in checkpoint.kinds()]
     return serving_rank(max([asked or 0, *ranks]))
 
 
@@ -728,12 +728,12 @@ def _check_targets(
     checkpoint: Checkpoint, fillers: Sequence[LayerSlice], slices: Sequence[LayerSlice]
 ) -> None:
     kept = {item.name for item in slices}
-    for task_id, record in checkpoint.tasks.items():
-        for segment in record.segments:
+    for segments, tasks in checkpoint.alike():
+        for segment in segments:
             name = fillers[segment.module].name
             if name not in kept:
                 raise ModelMismatchError(
-                    f"the target modules leave out {name}, which task {task_id!r} adapts; name its "
+                    f"the target modules leave out {name}, which task {tasks[0]!r} adapts; name its "
                     "last component too"
                 )
 
@@ -742,7 +742,7 @@ def _assumptions(
     checkpoint: Checkpoint, slices: Sequence[LayerSlice], tp: int, model: ModelShape | None
 ) -> list[str]:
     found = []
-    headed = sum(bool(carried_tensors(record)) for record in checkpoint.tasks.values())
+    headed = sum(entry.carries for _, entry in entries(checkpoint.tasks))
     if headed:
         found.append(f"{headed} of the tasks carry heads of their own, which are not counted.")
     if model is None:

@@ -88,7 +88,8 @@ class TaskMetrics:
     def update(self, engine: int, snapshot: dict[str, Any]) -> None:
         """Take an engine core's answer to ``seen``."""
         if snapshot["residents"] is None:
-            snapshot = {**snapshot, "residents": self._answers[engine].snapshot["residents"]}
+            known = self._answers[engine].snapshot
+            snapshot = {**snapshot, **{name: known[name] for name in ("residents", "materialized")}}
         self._answers[engine] = Answer(snapshot, time.monotonic(), self.max_loras)
 
     def keep(self, engines: Iterable[int]) -> None:
@@ -105,6 +106,15 @@ class TaskMetrics:
             for answer in answers
             for name, _ in answer.residents(tier)
         }
+
+    def form_of(self) -> dict[str, str | None]:
+        """Task -> why it needs a slot, None where it runs direct, of the tasks named as on a device."""
+        found: dict[str, str | None] = {}
+        for answer in self._answers.values():
+            why = answer.snapshot["materialized"]
+            for name, _ in answer.residents(DEVICE):
+                found[name] = why.get(name) or found.get(name)
+        return found
 
     def all_listed(self) -> bool:
         """Whether every task that is on a device or in host memory is known by name."""

@@ -14,6 +14,7 @@ import functools
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +22,7 @@ from urllib.parse import quote
 from vllm.lora.request import LoRARequest
 
 from vllm_vlora.blend_names import Blend, blend_text, is_alone, task_alone
-from vllm_vlora.blending.resolving import resolve
+from vllm_vlora.blending.resolving import expand, resolve
 from vllm_vlora.blending.text_router import AUTO
 from vllm_vlora.checkpoint.aliases import Aliases
 from vllm_vlora.errors import BlendError
@@ -106,14 +107,15 @@ class TaskRequests(dict[str, LoRARequest]):
     def route(self, models: Any, request: Any) -> tuple[LoRARequest | None, float]:
         """What is to answer a request of ``auto``, None being the base model, and how sure that is."""
         assert self.routing is not None
-        blend, confidence = self.routing.pick(models, request, _Tasks(self))
-        if blend is None:
-            return None, confidence
-        try:
-            return self._request(blend), confidence
-        except BlendError:
-            # One of them is of another checkpoint; the first is the likeliest.
-            return self._request(task_alone(blend[0].task)), confidence
+        picked, confidence = self.routing.pick(models, request, _Labels(self))
+        asked = _asked.get()
+        key = secrets.token_hex(8) if asked is None else asked.key
+        # Where they cannot be blended, as of other checkpoints, the first is the likeliest.
+        for blend in () if picked is None else (picked, task_alone(picked[0].task)):
+            with suppress(BlendError):
+                meant = expand(blend, _Tasks(self), self.aliases, key)
+                return self._request(meant), confidence
+        return None, confidence
 
     def own(self, name: str) -> LoRARequest | None:
         """The request that a name has itself: a task's or an ordinary adapter's."""
@@ -257,6 +259,18 @@ class _Tasks:
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._requests._path(name) is not None
+
+
+class _Labels:
+    """What a router may pick: tasks of ours, and aliases whose tasks are all there."""
+
+    def __init__(self, requests: TaskRequests) -> None:
+        self._requests, self._tasks = requests, _Tasks(requests)
+
+    def __contains__(self, name: object) -> bool:
+        if name in self._tasks:
+            return True
+        return name in self._requests.aliases and self._requests._stands(str(name))
 
 
 def meaning_for(key: str, name: str, requests: TaskRequests) -> LoRARequest:

@@ -51,6 +51,8 @@ BasisKey = tuple[str, str, str]
 """Digest of all bases, module, representation of the tasks that share one."""
 Check = Callable[[Checkpoint, Iterable[str], bool], None]
 MakePath = Callable[[Checkpoint], DirectPath]
+# Bytes beside its factors that a task never takes on a device.
+_SMALL = 1 << 20
 # Staged tasks that nobody has asked for; more are put aside.
 _UNCLAIMED = 32
 # Threads that stage tasks: one reads while the other lays out.
@@ -489,16 +491,30 @@ class ResidentStore:
             ModelMismatchError: the served model cannot take it.
             MemoryBudgetError: the device has no room for it, whatever gives way.
         """
-        ((task_id, why),) = self._obstacles(checkpoint, checkpoint.tasks).items()
-        nbytes = checkpoint.record(task_id).nbytes
-        # What a rank keeps of a direct task is known once it is laid out.
-        if why is not None and not self._growing and nbytes > self._arena.largest:
-            raise MemoryBudgetError(
-                f"no room for task {task_id!r}: it takes {nbytes} bytes, more than tasks that come later "
-                f"may take on a device; set {LATE_VARIABLE} higher"
-            )
+        self._obstacles(checkpoint, checkpoint.tasks)
         self._in_memory[str(path)] = checkpoint
-        self.stage(path)
+        try:
+            self.stage(path)
+            self._check_room(path, checkpoint)
+        except BaseException:
+            self.discard(str(path))
+            raise
+
+    def _check_room(self, path: TaskPath, checkpoint: Checkpoint) -> None:
+        """Refuse a task that is larger than all the room there is, as this rank lays it out."""
+        (task_id,) = checkpoint.tasks
+        name, room = str(path), self._arena.largest
+        # Far below that, nobody need wait until it is laid out.
+        likely = 2 * checkpoint.record(task_id).nbytes + _SMALL
+        if self._growing or name in self._placed or likely <= room:
+            return
+        staged = self._images.held.get(name) or self._staging[name].result()
+        nbytes = staged.image.block.nbytes
+        if nbytes > room:
+            raise MemoryBudgetError(
+                f"no room for task {task_id!r}: it takes {nbytes} bytes, more than the {room} that tasks "
+                f"which come later may take on a device; set {LATE_VARIABLE} higher"
+            )
 
     def discard(self, path: str) -> None:
         """Let go of a task from memory, and of what the host keeps of its blends."""

@@ -45,17 +45,21 @@ def list_tasks(
 
     A page's form is that of OpenAI's lists. Each task has its `digest`, which changes with its content,
     and its `tier`: the best one that any engine core has it in (`device`, `host` or `disk`), or null
-    where that is not known. A task that comes or goes meanwhile moves no other from one page to the next.
+    where that is not known. `runs` is `direct` or `materialized` (it needs one of the few slots, and
+    `why` says what it is that the direct path cannot do), or null while it is on no device that names it.
+    A task that comes or goes meanwhile moves no other from one page to the next.
     """
     models = getattr(request.app.state, "openai_serving_models", None)
     requests: dict[str, Any] = getattr(models, "lora_requests", {})
     tier_of, elsewhere = METRICS.tier_of(), DISK if METRICS.all_listed() else None
+    form_of = METRICS.form_of()
     page: list[dict[str, Any]] = []
     for name, digest in _tasks(requests, after):
         if len(page) == limit:
             return _answer(page, has_more=True)
         tier = tier_of.get(name, elsewhere)
-        page.append({"id": name, "object": "vlora.task", "digest": digest, "tier": tier})
+        described = {"id": name, "object": "vlora.task", "digest": digest, "tier": tier}
+        page.append({**described, **_form(name, form_of)})
     return _answer(page, has_more=False)
 
 
@@ -71,6 +75,13 @@ def _tasks(requests: dict[str, Any], after: str) -> Iterator[tuple[str, str]]:
         path = parse_task_path(found[name].lora_path)
         if path:
             yield name, path.digest
+
+
+def _form(name: str, form_of: Mapping[str, str | None]) -> dict[str, str | None]:
+    if name not in form_of:
+        return {"runs": None, "why": None}
+    why = form_of[name]
+    return {"runs": "direct" if why is None else "materialized", "why": why}
 
 
 def _answer(page: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:

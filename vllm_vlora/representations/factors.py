@@ -52,13 +52,14 @@ def stacked_svd(
         (A', B' transposed, norms): (n, q, d_in) and (n, q, d_out) float32; ||scale * B A||^2, (n,)
         float64.
     """
-    small = _Small.of(a, b_t)
+    wide_a, wide_b = a.double(), b_t.double()
+    small = _Small.of(wide_a, wide_b)
     norms = small.norms * scales.square()
     sound = small.sound & (norms > 0)
     left, sigma, right = torch.linalg.svd(small.core * scales[:, None, None])
     root = sigma.sqrt()[:, :, None]
-    svd_a = (root * right @ small.to_core_a @ a.double()).float()
-    svd_b = (root * left.mT @ small.to_core_b @ b_t.double()).float()
+    svd_a = (root * right @ small.to_core_a @ wide_a).float()
+    svd_b = (root * left.mT @ small.to_core_b @ wide_b).float()
     if not bool(sound.all()):
         count = min(a.shape[1], a.shape[2], b_t.shape[2])
         svd_a, svd_b = svd_a[:, :count], svd_b[:, :count]
@@ -74,7 +75,7 @@ def stacked_svd(
 
 def stacked_singular_values(a: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
     """(n, r) float64 singular values of each B A, descending; arguments as of ``stacked_svd``."""
-    small = _Small.of(a, b_t)
+    small = _Small.of(a.double(), b_t.double())
     values = torch.linalg.svdvals(small.core)
     for place in torch.nonzero(~small.sound).flatten().tolist():
         found = torch.linalg.svdvals(small_product(a[place].double(), b_t[place].double().T))
@@ -100,8 +101,7 @@ class _Small(NamedTuple):
 
     @classmethod
     def of(cls, a: torch.Tensor, b_t: torch.Tensor) -> _Small:
-        wide_a, wide_b = a.double(), b_t.double()
-        gram_a, gram_b = wide_a @ wide_a.mT, wide_b @ wide_b.mT
+        gram_a, gram_b = a @ a.mT, b_t @ b_t.mT
         norms = (gram_a * gram_b).sum((1, 2)).clamp(min=0)
         (values_a, vectors_a), (values_b, vectors_b) = map(torch.linalg.eigh, (gram_a, gram_b))
         small = torch.tensor(a.shape[1] <= min(a.shape[2], b_t.shape[2]), device=a.device)
@@ -121,6 +121,23 @@ def small_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     r_a = torch.linalg.qr(a.T, mode="r").R
     r_b = torch.linalg.qr(b, mode="r").R
     return r_b @ r_a.T
+
+
+# Of a Gram matrix what is above the diagonal is not multiplied, but for blocks of so many rows; and as
+# many columns are converted at once.
+_ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 256, 2048
+
+
+def row_gram(rows: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """rows @ rows^T of a matrix with long rows, float64; products of each few columns in ``dtype``."""
+    count = len(rows)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for part in rows.split(_COLUMNS_AT_ONCE, dim=1):
+        wide = part.to(dtype)
+        for start in range(0, count, _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, count)
+            gram[start:stop, :stop] += wide[start:stop] @ wide[:stop].T
+    return gram.tril() + gram.tril(-1).T
 
 
 ScaledFactors = tuple[torch.Tensor, torch.Tensor, float]

@@ -63,25 +63,29 @@ class Measured:
         )
         _ = self.compression.candidates.survey
         self.seconds = time.process_time() - started
+        (scratch / "flat").mkdir()
+        options = CompressOptions("flat", executor="serial")
+        self._flat = Compression(Collection(adapters), options, scratch / "flat", bounded=False)
 
     def forms(self, ratio: float, shown: list[str], new: Mapping[str, Any]) -> Iterator[Form]:
         """What can be had; the caller removes the folders."""
         nbytes = math.floor(self.compression.collection.original_nbytes / ratio)
         budget = Budget(nbytes)
         for name, plans in self._plans(budget):
+            compression = self._flat if name == "flat" else self.compression
             started = time.process_time()
             found = list(plans)
             best = min(found, key=budget.order, default=None)
             if best is None:
                 continue
-            encoded = self.compression._measured(best, budget, [])
+            encoded = compression._measured(best, budget, [])
             if encoded is None or self.compression.is_refused(encoded[0]):
                 continue
             plan, cores = encoded
             seconds = time.process_time() - started
             folder = self._scratch / f"{ratio:g}-{name}"
             folder.mkdir()
-            self.compression.write(folder, Chosen(plan, [], cores), trial=True)
+            compression.write(folder, Chosen(plan, [], cores), trial=True)
             checkpoint = Checkpoint.open(folder)
             tasks = export_all(checkpoint, shown, folder / "out", dtype=torch.float32)
             nbytes = checkpoint.nbytes
@@ -111,14 +115,12 @@ class Measured:
         yield "private", iter(make_plans(found._private_problems(), budget)[0])
         yield "joint", iter(make_plans(found._joint_problems(), budget)[0])
         yield "factored", self._factored(survey, formats, budget)
-        yield "flat", iter(make_plans(found._flat_problems(), budget)[0])
-        yield "mixed", self._mixed(survey, budget, False)
-        yield "mixed-refit", self._mixed(survey, budget, True)
+        yield "flat", iter(make_plans(self._flat.candidates._flat_problems(), budget)[0])
+        yield "mixed", self._mixed(survey, budget)
         clusters = found._clusters
         if clusters is not None:
             yield "clusters", iter(make_plans(found._problems_on_bases(clusters), budget)[0])
-            yield "clusters-mixed", self._mixed(clusters, budget, False)
-            yield "clusters-mixed-refit", self._mixed(clusters, budget, True)
+            yield "clusters-mixed", self._mixed(clusters, budget)
 
     def _factored(self, survey: Survey, formats: Any, budget: Budget) -> Iterator[Plan]:
         for label in formats.labels:
@@ -127,7 +129,7 @@ class Measured:
             problems = joint_problems(survey, label, cores, "factored", True)
             yield from make_plans(problems, budget)[0]
 
-    def _mixed(self, survey: Survey, budget: Budget, refit: bool) -> Iterator[Plan]:
+    def _mixed(self, survey: Survey, budget: Budget) -> Iterator[Plan]:
         found = self.compression.candidates
         best = min(make_plans(found._private_problems(), budget)[0], key=budget.order, default=None)
         headers = 0 if best is None else best.nbytes - best.data_nbytes
@@ -136,13 +138,6 @@ class Measured:
         sharing = decide_sharing(survey, found._formats, size)
         if not sharing.sharers:
             return
-        if refit:
-            if all(len(s[2]) == len(survey.joint[g].tasks) for g, s in sharing.sharers.items()):
-                return  # nothing is fitted again: it is the same plan
-            survey = found._refitted(survey, sharing)
-            sharing = decide_sharing(survey, found._formats, size)
-            if not sharing.sharers:
-                return
         plan = mixed_problem(survey, sharing).solve(budget)
         if plan is not None:
             yield plan

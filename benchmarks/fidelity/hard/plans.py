@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fidelity.hard import corpus
 from fidelity.hard.corpus import Passage
@@ -44,12 +44,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class HardCollection:
-    """Adapters of one model; parents are no tasks themselves."""
+    """Adapters of one model; parents are no tasks themselves.
+
+    ``of`` names other collections, whose adapters together are this one's.
+    """
 
     name: str
     model: str
-    tasks: tuple[Plan, ...]
-    parents: tuple[Plan, ...] = field(default=())
+    tasks: tuple[Plan, ...] = ()
+    parents: tuple[Plan, ...] = ()
+    of: tuple[str, ...] = ()
 
 
 _PROSE = ("tkinter", "idlelib", "email", "asyncio", "logging", "readme", "http", "unittest", "xml",
@@ -162,6 +166,7 @@ COLLECTIONS = {
                         _CODE[5:], 4),
             (_OFFICE, _STUDIO),
         ),
+        HardCollection("code-close-and-strangers", "code", of=("code-close", "code-ranks")),
         HardCollection(
             "prose-close",
             "prose",

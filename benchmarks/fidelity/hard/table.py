@@ -1,6 +1,6 @@
 """What ``auto`` keeps on the hard collections, beside every single representation: KL kept and recovered.
 
-    python benchmarks/fidelity/hard/table.py                        measure what is missing, then the tables
+    python benchmarks/fidelity/hard/table.py                      measure what is missing, then the tables
     python benchmarks/fidelity/hard/table.py prose-family --ratios 8 16
     python benchmarks/fidelity/hard/table.py --minutes 2.5          stop between two sizes; call it again
     python benchmarks/fidelity/hard/table.py --minutes 0            only the tables
@@ -113,8 +113,8 @@ def measure(
     record = json.loads((folder / "collection.json").read_text(encoding="utf-8"))
     adapters = {task: open_adapter(path) for task, path in collection.in_basis.items()}
     new = {task: open_adapter(path) for task, path in collection.held_out.items()}
-    step = -(-len(adapters) // options.tasks)
-    shown = list(adapters)[::step]
+    names, count = list(adapters), min(options.tasks, len(adapters))
+    shown = [names[place * len(names) // count] for place in range(count)]
     judge = Judge(folder / record["model"], collection, options.examples)
     with tempfile.TemporaryDirectory(prefix="bench-hard-") as scratch:
         measured = Measured(adapters, Path(scratch))

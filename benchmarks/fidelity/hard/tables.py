@@ -11,6 +11,8 @@ Record = Mapping[str, Any]
 SINGLE = ("private", "joint", "factored", "flat")
 CANDIDATES = ("private", "joint", "flat", "mixed", "mixed-refit", "clusters", "clusters-mixed",
               "clusters-mixed-refit")  # fmt: skip
+LEFT = ("flat", "mixed-refit", "clusters-mixed-refit")
+"""Were candidates of ``auto`` when they were measured, and are none any more."""
 PARTS = {
     "clusters": ("clusters", "clusters-mixed", "clusters-mixed-refit"),
     "refits": ("mixed-refit", "clusters-mixed-refit"),
@@ -39,20 +41,21 @@ def mean(record: Record, form: str, kind: str, measure: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def spread(record: Record, form: str, other: str) -> float:
-    """Standard error over tasks of the difference in KL kept between two forms."""
+def ahead(record: Record, form: str, other: str, measure: str) -> tuple[float, float]:
+    """How far one form is ahead of another, and the standard error of that over tasks."""
     first, second = (record["forms"][name]["in_basis"] for name in (form, other))
-    both = [first[t]["kl_kept"] - second[t]["kl_kept"] for t in first if first[t]["kl_kept"]]
-    return statistics.stdev(both) / math.sqrt(len(both)) if len(both) > 1 else 0.0
+    both = [first[t][measure] - second[t][measure] for t in first if first[t][measure] is not None]
+    error = statistics.stdev(both) / math.sqrt(len(both)) if len(both) > 1 else 0.0
+    return statistics.fmean(both), error
 
 
 def offered(record: Record, left_out: Iterable[str] = ()) -> list[str]:
-    """The best form of each representation by the error of the weights, as ``auto`` takes them."""
-    best: dict[str, str] = {}
+    """What ``auto`` has judged: of each form the best by the error of the weights."""
+    best: dict[tuple[str, bool], str] = {}
     forms = record["forms"]
     for name in CANDIDATES:
         if name in forms and name not in left_out:
-            kind = forms[name]["representation"]
+            kind = forms[name]["representation"], name.startswith("clusters")
             old = best.get(kind)
             if old is None or forms[name]["likely_error"] < forms[old]["likely_error"]:
                 best[kind] = name
@@ -60,9 +63,12 @@ def offered(record: Record, left_out: Iterable[str] = ()) -> list[str]:
 
 
 def by_model(record: Record, left_out: Iterable[str] = ()) -> str:
-    """What the base model chooses on text of its own."""
+    """What the base model prefers by more than a standard error; otherwise what the error prefers."""
     found = offered(record, left_out)
-    return max(found, key=lambda name: mean(record, name, "in_basis", "judged") or -math.inf)
+    likely = by_error(record, left_out)
+    best = max(found, key=lambda name: mean(record, name, "in_basis", "judged") or -math.inf)
+    gap, error = ahead(record, best, likely, "judged")
+    return best if gap > error else likely
 
 
 def by_error(record: Record, left_out: Iterable[str] = (), counted: float | None = None) -> str:
@@ -94,16 +100,17 @@ def _choices(records: Sequence[Record]) -> Iterator[str]:
     yield "KL kept / recovered; auto: chosen form (KL kept less the best single one's, +- over tasks)"
     yield ""
     names = (*SINGLE, "mixed")
-    yield f"| collection | size | {' | '.join(names)} | auto | auto --no-judge |"
-    yield "|---" * (4 + len(names)) + "|"
+    yield f"| collection | size | tasks | {' | '.join(names)} | auto | auto --no-judge |"
+    yield "|---" * (5 + len(names)) + "|"
     for record in records:
         singles = [name for name in SINGLE if name in record["forms"]]
         best = max(singles, key=lambda name: mean(record, name, "in_basis", "kl_kept") or 0)
         cells = [_cell(record, name) for name in names]
-        for name in (by_model(record), by_error(record)):
-            ahead = _kept(record, name) - _kept(record, best)
-            cells.append(f"{name} ({ahead:+.4f} +- {spread(record, name, best):.4f})")
-        yield f"| {record['collection']} | {record['ratio']:g}x | {' | '.join(cells)} |"
+        for name in (by_model(record, LEFT), by_error(record, LEFT)):
+            gap, error = ahead(record, name, best, "kl_kept")
+            cells.append(f"{name} ({gap:+.4f} +- {error:.4f})")
+        tasks = len(record["forms"]["private"]["in_basis"])
+        yield f"| {record['collection']} | {record['ratio']:g}x | {tasks} | {' | '.join(cells)} |"
 
 
 def _kept(record: Record, name: str) -> float:
@@ -136,7 +143,7 @@ def _without(records: Sequence[Record]) -> Iterator[str]:
             average = statistics.fmean(found[0] for found in lost)
             yield (
                 f"| {part} | {chooser} | {average:+.4f} | {most:+.4f} "
-                f"({whole}, then {less}; +- {spread(where, whole, less):.4f}) | "
+                f"({whole}, then {less}; +- {ahead(where, whole, less, 'kl_kept')[1]:.4f}) | "
                 f"{where['collection']} {where['ratio']:g}x | {back[0] - back[1]:+.4f} | "
                 f"{cells} of {len(lost)}, {sum(found[0] <= -0.002 for found in lost)} the other way |"
             )
@@ -158,7 +165,9 @@ def _grown(records: Sequence[Record]) -> Iterator[str]:
         for name in names:
             kept = mean(record, name, "added", "kl_kept")
             back = mean(record, name, "added", "recovered")
-            cells.append("" if kept is None else f"{kept:.4f} / {math.nan if back is None else back:.3f}")
+            cells.append(
+                "" if kept is None else f"{kept:.4f} / {math.nan if back is None else back:.3f}"
+            )
         if any(cells):
             yield f"| {record['collection']} | {record['ratio']:g}x | {' | '.join(cells)} |"
 
@@ -200,12 +209,25 @@ def _named(counted: float) -> str:
 def _scales(records: Sequence[Record]) -> Iterator[str]:
     yield "The scale of a stored update: least squares, half-way, unbiased (KL kept / recovered)"
     yield ""
-    names = [f"{form}{scale}" for form in ("private", "joint") for scale in ("", " half-way", " unbiased")]
+    names = [
+        f"{form}{scale}"
+        for form in ("private", "joint")
+        for scale in ("", " half-way", " unbiased")
+    ]
     yield f"| collection | size | {' | '.join(names)} |"
     yield "|---" * (2 + len(names)) + "|"
     for record in records:
-        cells = [_cell(record, name) for name in names]
-        yield f"| {record['collection']} | {record['ratio']:g}x | {' | '.join(cells)} |"
+        forms = {
+            name: record["forms"][name]["in_basis"] for name in names if name in record["forms"]
+        }
+        # Scales may have been measured on fewer tasks than forms.
+        tasks = set.intersection(*(set(form) for form in forms.values()))
+        alike = {
+            name: {"in_basis": {task: form[task] for task in tasks}} for name, form in forms.items()
+        }
+        cells = [_cell({"forms": alike}, name) for name in names]
+        if len(forms) > 2:
+            yield f"| {record['collection']} | {record['ratio']:g}x | {' | '.join(cells)} |"
 
 
 def _times(records: Sequence[Record]) -> Iterator[str]:

@@ -220,6 +220,8 @@ def make_collection(collection: HardCollection, output: Path) -> Path:
     if (folder / "collection.json").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
+    if collection.of:
+        return _united(collection, output)
     base = AutoModelForCausalLM.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     passages = MODELS[collection.model].passages()
@@ -238,13 +240,31 @@ def make_collection(collection: HardCollection, output: Path) -> Path:
         if kind == "adapters":
             calibration += texts_of(plan, passages, "train", CALIBRATION_ROWS)
     _write_jsonl(folder / "calibration.jsonl", calibration)
+    _write_record(folder, collection, records)
+    return folder
+
+
+def _united(collection: HardCollection, output: Path) -> Path:
+    """The adapters of other collections side by side, as links."""
+    folder, records = output / collection.name, {}
+    for name in collection.of:
+        part = make_collection(COLLECTIONS[name], output)
+        records |= json.loads((part / "collection.json").read_text(encoding="utf-8"))["tasks"]
+        for kind in ("adapters", "held_out_of_basis", "data"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            for found in (part / kind).iterdir():
+                (folder / kind / found.name).symlink_to(found.resolve())
+    _write_record(folder, collection, records)
+    return folder
+
+
+def _write_record(folder: Path, collection: HardCollection, records: dict[str, Any]) -> None:
     document = {
         "collection": collection.name,
         "model": f"../models/{collection.model}",
         "tasks": records,
     }
     (folder / "collection.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
