@@ -88,6 +88,21 @@ def test_other_types_are_refused() -> None:
         read_state_dict(factors, None, 1.0, "here")
 
 
+@pytest.mark.parametrize(
+    "alpha", [float("nan"), float("inf"), 1e300, 10**400, -(10**400), True, "16"]
+)
+def test_an_alpha_that_is_none_is_refused(alpha: Any) -> None:
+    factors = {"q": (torch.ones(2, 8), torch.ones(8, 2))}
+    with pytest.raises(AdapterError, match=r"here: alpha is .*; give a number"):
+        read_state_dict(factors, None, alpha, "here")
+
+
+@pytest.mark.parametrize("tensors", [None, [torch.ones(2, 8)], "q", torch.ones(2)])
+def test_tensors_without_names_are_refused(tensors: Any) -> None:
+    with pytest.raises(AdapterError, match=r"here: the tensors are .*; give a mapping"):
+        read_state_dict(tensors, None, 1.0, "here")
+
+
 def test_what_has_no_values_here_is_refused() -> None:
     factors = {"q": (torch.ones(2, 8, device="meta"), torch.ones(8, 2))}
     with pytest.raises(AdapterError, match=r"'q' is a part of a sharded tensor.*gather it"):

@@ -20,6 +20,7 @@ from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.adapters.tensor_names import PREFIX, parse_lora
 from vllm_vlora.adapters.weights_files import StoredTensor
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.representations.spec import fits_float32
 
 LoRATensors: TypeAlias = Mapping[str, torch.Tensor] | Mapping[str, Sequence[torch.Tensor]]
 """PEFT's names -> tensors, as a state dict has them, or module -> (A [r, d_in], B [d_out, r])."""
@@ -76,6 +77,11 @@ def read_state_dict(
 
 def _flat(tensors: LoRATensors, where: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor under PEFT's name."""
+    if not isinstance(tensors, Mapping):
+        raise AdapterError(
+            f"{where}: the tensors are {type(tensors).__name__}; give a mapping, as "
+            "get_peft_model_state_dict makes it"
+        )
     for name, value in tensors.items():
         if isinstance(value, torch.Tensor):
             yield name, _whole(value, name, where)
@@ -116,8 +122,12 @@ def _options(config: Any, where: str) -> dict[str, Any]:
 
 def _uniform(tensors: Mapping[str, torch.Tensor], alpha: float, where: str) -> dict[str, Any]:
     """The config of an adapter whose modules all have one alpha, with the ranks that they have."""
-    if not isinstance(alpha, int | float):
-        raise AdapterError(f"{where}: alpha is {alpha!r:.100}; give a number")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not fits_float32(alpha):
+        # Python writes no integer of thousands of digits.
+        shown = (
+            "too large" if isinstance(alpha, int) and abs(alpha) >= 1 << 64 else f"{alpha!r:.100}"
+        )
+        raise AdapterError(f"{where}: alpha is {shown}; give a number that float32 holds")
     ranks = {
         lora.module: (max(len(tensor), 1), alpha)
         for key, tensor in tensors.items()

@@ -19,6 +19,7 @@ import msgspec
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.plugin.blend_paths import is_made_of
 from vllm_vlora.plugin.engine_core import manager_of, tasks_of, tasks_so_far
+from vllm_vlora.plugin.identity import MEMORY
 from vllm_vlora.plugin.manager import logger
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
 from vllm_vlora.plugin.residency import GRACE
@@ -43,7 +44,8 @@ def _take(worker: Any, described: bytes, content: bytes | None) -> str:
     except ElsewhereError:
         return ELSEWHERE
     except VLoRAError as error:
-        return str(error)
+        # Whose files lie nowhere.
+        return str(error).removeprefix(f"{MEMORY}: ")
     except Exception as error:  # noqa: BLE001 - with several workers, each must answer
         logger.exception("vllm-vlora: a task from memory cannot be taken")
         return f"{type(error).__name__}: {error}"
