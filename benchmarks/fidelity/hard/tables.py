@@ -179,7 +179,7 @@ def _predictors(records: Sequence[Record]) -> Iterator[str]:
 
     def regret(counted: float, chosen: Sequence[Record]) -> float:
         return statistics.fmean(
-            _kept(r, by_error(r, counted=counted)) - _kept(r, _by_held_out(r)) for r in chosen
+            _kept(r, by_error(r, LEFT, counted)) - _kept(r, _by_held_out(r, LEFT)) for r in chosen
         )
 
     yield f"| collection | {' | '.join(map(_named, COUNTED))} | left out, fitted on the others |"
@@ -198,7 +198,7 @@ def _predictors(records: Sequence[Record]) -> Iterator[str]:
         cells = [f"{regret(counted, records):+.4f}" for counted in COUNTED]
         known = f"{statistics.fmean(left_out):+.4f}" if left_out else ""
         yield f"| all | {' | '.join(cells)} | {known} |"
-        judged = [_kept(r, by_model(r)) - _kept(r, _by_held_out(r)) for r in records]
+        judged = [_kept(r, by_model(r, LEFT)) - _kept(r, _by_held_out(r, LEFT)) for r in records]
         yield f"\nThe base model, on text of its own: {statistics.fmean(judged):+.4f}"
 
 
