@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from fidelity.hard import table, train  # noqa: E402
+from fidelity.hard import table, tables, train  # noqa: E402
 from fidelity.hard.corpus import LONGEST, SHORTEST, Passage, _cut, _function  # noqa: E402
 from fidelity.hard.plans import COLLECTIONS, MODELS, HardCollection, Model, Plan  # noqa: E402
 from fidelity.hard.styles import CODE, PROSE  # noqa: E402
@@ -72,6 +72,10 @@ def test_there_are_six_collections_on_two_models() -> None:
     ranks = {plan.rank for found in COLLECTIONS.values() for plan in found.tasks}
     assert {4, 64} <= ranks
     for found in COLLECTIONS.values():
+        if found.of:
+            assert set(found.of) <= COLLECTIONS.keys()
+            assert {COLLECTIONS[name].model for name in found.of} == {found.model}
+            continue
         names = [plan.name for plan in (*found.tasks, *found.parents)]
         assert len(set(names)) == len(names)
         assert {plan.parent for plan in found.tasks} - {None} == {p.name for p in found.parents}
@@ -131,11 +135,32 @@ def test_the_table_has_a_row_for_a_size(made: Path, capsys: pytest.CaptureFixtur
     arguments = ["tiny", "--folder", made.parent, "--ratios", 2, 10000, "--examples", 4]
     records = made.parent / "records.jsonl"
     assert table.main([str(part) for part in (*arguments, "--json", records)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
-    assert len(lines) == 1
-    first, second = map(json.loads, records.read_text().splitlines())
-    assert "out of reach" in second["reason"]
-    forms = {form["name"]: form for form in first["forms"]}
-    assert {"private", "joint"} <= forms.keys()
-    assert first["auto"] == max(forms, key=lambda name: forms[name]["judged"])
-    assert all(0 < form["kl_kept"] <= 1.001 for form in forms.values())
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny | 2x")
+    ]
+    # What every form keeps, and what scaled ones do.
+    assert len(lines) == 2
+    found = [json.loads(line) for line in records.read_text().splitlines()]
+    (first,) = [record for record in found if record.get("forms")]
+    # Of a size that is out of reach no form is written.
+    assert {record["ratio"]: bool(record["forms"]) for record in found if "ratio" in record} == {
+        2.0: True,
+        10000.0: False,
+    }
+    assert [sorted(r["compress_seconds"]) for r in found if "ratio" not in r]
+    assert {"private", "joint", "private unbiased"} <= first["forms"].keys()
+    for form in first["forms"].values():
+        assert form["in_basis"].keys() == {"lower", "narrow"}
+        for measured in form["in_basis"].values():
+            # None where the original does not differ from the base model on so little text.
+            assert measured["kl_kept"] is None or 0 < measured["kl_kept"] <= 1.001
+            assert 0 < measured["judged"] <= 1.001
+    chosen = max(
+        ("private", "joint", "mixed"),
+        key=lambda n: tables.mean(first, n, "in_basis", "judged") or 0,
+    )
+    assert f"| {chosen} (+0.0000 +- 0.0000) |" in lines[0]
+    # Nothing that is there is measured again.
+    before = records.read_bytes()
+    assert table.main([str(part) for part in (*arguments, "--json", records)]) == 0
+    assert records.read_bytes() == before
