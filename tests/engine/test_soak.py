@@ -95,8 +95,6 @@ def server(world: World, catalogue: Catalogue) -> Iterator[Server]:
         VLLM_VLORA_DEVICE_BYTES=str(HELD * largest),
         VLLM_VLORA_LATE_MIB="0",
         VLLM_VLORA_HOST_BYTES=str(2 * HELD * largest),
-        # A connection that the server closes just when it is used again is the client's business.
-        VLLM_HTTP_TIMEOUT_KEEP_ALIVE="600",
     )
     assert server.wait(), server.log.read_text()[-4000:]
     yield server

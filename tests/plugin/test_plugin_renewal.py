@@ -62,6 +62,20 @@ def test_what_was_published_meanwhile_is_asked_for_again() -> None:
     assert engine.closed == 3
 
 
+def test_it_may_be_asked_by_keywords_as_vllm_does() -> None:
+    engine = Engine()
+    renew_from(engine, TaskRequests({"sql": NEW}, {}).newest)
+
+    async def ask() -> list[int]:
+        asked: Any = engine.generate(  # type: ignore[call-arg]
+            prompt=TEXT, params={}, request_id="id", lora_request=OLD
+        )
+        return [number async for number in asked]
+
+    assert asyncio.run(ask()) == [0, 1, 2]
+    assert engine.asked == [OLD.lora_path, NEW.lora_path]
+
+
 def test_it_waits_until_the_publication_is_listed() -> None:
     engine = Engine()
     listed = TaskRequests({"sql": OLD}, {})

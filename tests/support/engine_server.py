@@ -35,6 +35,8 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        # A connection that the server closes just when it is used again is the client's business.
+        environment.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         model = ["serve", str(world.model)]

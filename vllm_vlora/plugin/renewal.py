@@ -44,9 +44,10 @@ def renew_requests(original: Callable[..., Any]) -> Callable[..., Any]:
     """``AsyncLLM.generate``, or ``encode``, that asks again for a task which was published meanwhile."""
 
     @functools.wraps(original)
-    def ask(self: Any, prompt: Any, params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+    def ask(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prompt = kwargs["prompt"] if "prompt" in kwargs else args[0]
         lora, newest = kwargs.get("lora_request"), getattr(self, _NEWEST, None)
-        again = functools.partial(original, self, prompt, params, request_id, *args)
+        again = functools.partial(original, self, *args)
         if newest is None or lora is None or not _can_be_asked_again(prompt, lora):
             return again(**kwargs)
         return _ask(again, kwargs, newest)
