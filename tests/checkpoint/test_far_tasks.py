@@ -212,6 +212,7 @@ def test_a_worker_brings_far_tasks_and_near_ones_do_not_wait_for_them(server: Fi
     deadline = time.monotonic() + 30
     while not store.stage(task_path(opened, near)):
         assert time.monotonic() < deadline
+        time.sleep(0.001)
     assert store.place(task_path(opened, near)) == 0
     assert store.stage(task_path(opened, far)) is False
     server.held.clear()
