@@ -397,15 +397,9 @@ def _path(name: str, digit: str = "0") -> str:
     return f"/c/tasks/{name}.safetensors@{digit * 32}"
 
 
-@pytest.mark.parametrize(
-    ("lora_config", "name", "message"),
-    [(None, "sql", "--enable-lora"), (object(), "base", "has the name of a served model")],
-)
-def test_the_api_server_says_at_start_up_what_cannot_be_served(
-    lora_config: object, name: str, message: str
-) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        _init(_Client([(name, _path(name))]), lora_config)
+def test_the_api_server_says_at_start_up_that_lora_is_off() -> None:
+    with pytest.raises(CheckpointError, match="--enable-lora"):
+        _init(_Client([("sql", _path("sql"))]), None)
 
 
 def test_the_api_server_lists_what_every_engine_core_holds() -> None:
@@ -456,12 +450,30 @@ def test_the_rust_frontend_is_given_every_task_beside_other_adapters() -> None:
     ]
 
 
+def test_the_rust_frontend_is_given_no_task_whose_name_is_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    other = LoRAModulePath("other", "/peft")
+    args = _start_rust(
+        ["base", "Base", "second", "other"],
+        served_model_name=["base", "second"],
+        lora_modules=[other],
+    )
+    assert [(m.name, m.path) for m in args.lora_modules] == [
+        ("other", "/peft"),
+        ("Base", _path("Base")),
+    ]
+    assert [m.name for m in _start_rust(["m", "a"], served_model_name=None).lora_modules] == ["a"]
+    said = [line.split(" is not served: ")[0] for line in caplog.messages]
+    assert said == [f"vllm-vlora: task {name!r}" for name in ("base", "second", "other", "m")]
+
+
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [
         (["a"], {"enable_lora": False}, "--enable-lora"),
-        (["base"], {}, "'base' has the name of a served model"),
-        (["m"], {"served_model_name": None}, "'m' has the name of a served model"),
         ([f"task-{i}" for i in range(2000)], {}, "2000 tasks and adapters are more than"),
     ],
 )

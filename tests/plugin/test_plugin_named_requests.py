@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,47 @@ def test_no_two_names_have_one_number(requests: TaskRequests) -> None:
     numbers = [requests[f"joint*0.{n}+private"].lora_int_id for n in range(1, 10)]
     numbers += [request.lora_int_id for name, request in requests.items() if name in TASKS]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_a_number_is_free_once_nothing_has_it(requests: TaskRequests) -> None:
+    def numbers() -> dict[int, int]:
+        found = [request.lora_int_id for request in dict.values(requests)]
+        found += [request.lora_int_id for request in requests._blends.values()]
+        return dict(Counter(found))
+
+    wanted = requests["joint*0.5+private"].lora_int_id
+    for n in range(1, 300):
+        assert f"joint*0.{n:03d}+private" in requests
+    assert requests._numbers == numbers()
+    other = LoRARequest("other", wanted, "/adapters/other")
+    requests["other"] = other
+    requests["other"] = requests["another"] = other
+    assert requests["joint*0.5+private"].lora_int_id == wanted + 1
+    del requests["joint*0.5+private"]
+    del requests["other"]
+    assert requests["joint*0.5+private"].lora_int_id == wanted + 1
+    del requests["joint*0.5+private"]
+    del requests["another"]
+    assert requests._numbers == numbers()
+    assert requests["joint*0.5+private"].lora_int_id == wanted
+
+
+def test_a_new_blend_looks_at_no_other_task(checkpoint: Path) -> None:
+    """However many there are: a number is free or it is not."""
+    made: list[int] = []
+
+    class Counted(LoRARequest):
+        @property
+        def lora_int_id(self) -> int:
+            made.append(1)
+            return super().lora_int_id
+
+    listed = all_requests(checkpoint)
+    more = [Counted(f"t{n}", n + 1, f"/adapters/{n}") for n in range(1000)]
+    requests = TaskRequests({r.lora_name: r for r in [*listed, *more]}, {})
+    made.clear()
+    assert requests["joint*0.5+private"].lora_name == "joint*0.5+private"
+    assert made == []
 
 
 def test_unloading(requests: TaskRequests) -> None:
@@ -240,9 +282,10 @@ class Server:
 
     def __init__(self, checkpoint: Path, blends: bool = True, **more: LoRARequest) -> None:
         self.core = Core(checkpoint)
+        served = ("base", "other-base", "mixed-private")
         models = SimpleNamespace(
-            lora_requests=TaskRequests(more, {}, blends),
-            is_base_model=lambda name: name == "base",
+            lora_requests=TaskRequests(more, {}, blends, served.__contains__),
+            is_base_model=served.__contains__,
             engine_client=SimpleNamespace(engine_core=self.core),
         )
         self._listing = Listing(models)
@@ -297,14 +340,67 @@ def test_blends_may_be_off(checkpoint: Path) -> None:
     assert requests["prod"] is requests["joint"]
 
 
-def test_a_name_that_is_taken_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match="alias 'prod' has the name of a served model"):
-        Server(checkpoint, prod=ORDINARY)
-    with pytest.raises(CheckpointError, match="task 'joint' has the name of a served model"):
-        Server(checkpoint, joint=ORDINARY)
+TAKEN = "has the name of a served model or --lora-modules adapter, which goes on answering"
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at the start", "published"])
+def test_a_name_that_is_taken_stays_its_holders(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, later: bool
+) -> None:
+    """The same however it came, so that a server that is started again serves what it served."""
+    taken = {"Joint": ORDINARY, "private": ORDINARY, "prod": ORDINARY}
+    if later:
+        server = Server(checkpoint, **taken)
+        caplog.clear()
     set_alias(checkpoint, "base", "joint")
-    with pytest.raises(CheckpointError, match="alias 'base' has the name of a served model"):
-        Server(checkpoint)
+    set_alias(checkpoint, "other-base", "joint")
+    set_alias(checkpoint, "Base", "joint")
+    if later:
+        server.follow(checkpoint)
+    else:
+        server = Server(checkpoint, **taken)
+    requests = server.requests
+    assert requests["private"] is requests["prod"] is requests["Joint"] is ORDINARY
+    assert "base" not in requests
+    assert "other-base" not in requests
+    # Names are compared as they stand.
+    assert requests["Base"] is requests["joint"] is not ORDINARY
+    # What stands for a task that is not served is not either, and never for another of its name.
+    assert list(requests) == ["Joint", "private", "prod", "joint", "mixed", "one", "Base"]
+    assert "mix" not in requests
+    assert through(requests, "mix")[0].endswith("stands for task 'private', which is not served")
+    found = {through(requests, "canary", (b"x-vlora-key", b"%d" % n))[0] for n in range(20)}
+    assert {str(one) for one in found} == {
+        str(requests["joint"]),
+        "It does not exist. 'canary' stands for task 'private', which is not served",
+    }
+    names = ["alias 'base'", "alias 'other-base'"]
+    names = names if later else ["task 'private'", *names[:1], "alias 'other-base'", "alias 'prod'"]
+    assert [line.split(" is not served: ")[0] for line in caplog.messages] == [
+        f"vllm-vlora: {name}" for name in names
+    ]
+    assert all(TAKEN in line and "another name" in line for line in caplog.messages)
+    assert {record.levelname for record in caplog.records} == {"ERROR"}
+    # It is said once, however often something else is published.
+    set_alias(checkpoint, "new", "joint")
+    server.follow(checkpoint)
+    assert len(caplog.messages) == len(names)
+    assert "new" in requests
+    remove_alias(checkpoint, "base")
+    server.follow(checkpoint)
+    set_alias(checkpoint, "base", "joint")
+    server.follow(checkpoint)
+    assert len(caplog.messages) == len(names) + 1
+
+
+def test_a_served_model_is_no_blend(checkpoint: Path) -> None:
+    """vLLM looks among adapters before it looks among models."""
+    requests = Server(checkpoint).requests
+    assert "joint-one" in requests
+    assert "mixed-private" not in requests
+    assert requests.get("mixed-private") is None
+    with pytest.raises(KeyError):
+        requests["mixed-private"]
 
 
 def test_a_state_reads_its_aliases_at_once(checkpoint: Path) -> None:

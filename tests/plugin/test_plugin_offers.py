@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -388,13 +391,171 @@ def test_where_one_refuses_all_are_told_to_let_go() -> None:
         asked.send([None, None])
 
 
+def offers_held() -> int:
+    """Memories of offers that this process has open."""
+    found = 0
+    for file in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found += "memfd:vllm-vlora-task" in os.readlink(f"/proc/self/fd/{file}")
+    return found
+
+
 def test_what_goes_wrong_on_the_way_leaves_no_memory() -> None:
-    before = set(os.listdir("/proc/self/fd"))
     asked = steps()
     next(asked)
+    assert offers_held() == 1
+    assert asked.throw(RuntimeError("the engine died"))[0] == WITHDRAW_METHOD
+    # It will not do that either.
     with pytest.raises(RuntimeError, match="the engine died"):
-        asked.throw(RuntimeError("the engine died"))
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+        asked.throw(RuntimeError("it is dead"))
+    assert offers_held() == 0
+
+
+class Interrupted:
+    """An engine in whose answer to one question Ctrl-C falls, after the engine core has heard it."""
+
+    def __init__(self, at: str, process: bool, error: BaseException) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self._at, self._error = at, error
+        if process:
+            self.engine_core: Any = SimpleNamespace(call_utility=self._ask)
+        else:
+            methods = {
+                m: partial(self._ask, m) for m in (OFFER_METHOD, ADOPT_METHOD, WITHDRAW_METHOD)
+            }
+            self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(**methods))
+
+    def _ask(self, method: str, *args: Any) -> str:
+        self.asked.append((method, *args))
+        if method == self._at and len([m for m, *_ in self.asked if m == method]) == 1:
+            raise self._error
+        return ""
+
+
+@pytest.mark.parametrize("process", [False, True], ids=["here", "another process"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), RuntimeError("it died")])
+def test_who_is_interrupted_leaves_nothing_with_the_workers(
+    process: bool, error: BaseException
+) -> None:
+    engine = Interrupted(OFFER_METHOD, process, error)
+    with pytest.raises(type(error)) as caught:
+        publishing._answered(engine, steps())
+    assert caught.value is error
+    (_, described), withdrawn = engine.asked
+    assert withdrawn == (WITHDRAW_METHOD, msgspec.json.decode(described, type=Offer).path)
+    assert offers_held() == 0
+
+
+@pytest.mark.parametrize("process", [False, True], ids=["here", "another process"])
+def test_who_is_interrupted_at_the_end_has_published(process: bool) -> None:
+    engine = Interrupted(ADOPT_METHOD, process, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        publishing._answered(engine, steps())
+    assert [method for method, *_ in engine.asked] == [OFFER_METHOD, ADOPT_METHOD, ADOPT_METHOD]
+    assert engine.asked[1] == engine.asked[2]
+
+
+class Client:
+    """An ``AsyncLLM``'s way to two engine cores."""
+
+    core_engines = (b"0", b"1")
+
+    def __init__(self, answer: Callable[[str, bytes], str]) -> None:
+        self.asked: list[tuple[str, bytes]] = []
+        self._answer = answer
+
+    async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> str:
+        await asyncio.sleep(0)
+        self.asked.append((method, engine))
+        return self._answer(method, engine)
+
+
+def test_an_engine_core_that_fails_has_the_others_let_go() -> None:
+    def answer(method: str, engine: bytes) -> str:
+        if engine == b"0":
+            raise RuntimeError("it died")
+        return ""
+
+    client = Client(answer)
+    with pytest.raises(RuntimeError, match="it died"):
+        asyncio.run(publishing._answered_async(SimpleNamespace(engine_core=client), steps()))
+    assert sorted(client.asked) == [
+        (method, core) for method in (OFFER_METHOD, WITHDRAW_METHOD) for core in (b"0", b"1")
+    ]
+
+
+@pytest.mark.parametrize("at", ["writing", "asking", "copying"])
+def test_an_event_loop_that_ends_leaves_nothing(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C in ``asyncio.run``, which cancels whatever runs."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(original: Callable[..., Any]) -> Callable[..., Any]:
+        def held(*args: Any) -> Any:
+            reached.set()
+            assert go_on.wait(60)
+            return original(*args)
+
+        return held
+
+    if at == "writing":
+        monkeypatch.setattr(publishing, "read_state_dict", hold(read_state_dict))
+    if at == "copying":
+        monkeypatch.setattr(publishing, "read_whole", hold(read_whole))
+    client = Client(lambda method, engine: ELSEWHERE if at == "copying" else "")
+    asyncio_ask = client._call_utility_async
+
+    async def ask(method: str, *args: Any, engine: bytes) -> str:
+        if at == "asking" and method == OFFER_METHOD:
+            client.asked.append((method, engine))
+            reached.set()
+            await asyncio.sleep(3600)
+        return await asyncio_ask(method, *args, engine=engine)
+
+    client._call_utility_async = ask  # type: ignore[method-assign]
+
+    async def interrupted() -> None:
+        engine = SimpleNamespace(engine_core=client)
+        running = asyncio.ensure_future(publishing._answered_async(engine, steps()))
+        while not reached.is_set():
+            await asyncio.sleep(0.001)
+        assert not running.done()
+        # Once the event loop has cancelled what runs.
+        threading.Timer(0.1, go_on.set).start()
+
+    asyncio.run(interrupted())
+    methods = {method for method, _ in client.asked}
+    assert ADOPT_METHOD not in methods
+    assert WITHDRAW_METHOD in methods
+    assert offers_held() == 0
+
+
+def test_the_event_loop_goes_on_while_all_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticked = threading.Event()
+
+    def copy(offer: Offer) -> bytes:
+        # In the event loop's thread this would wait in vain.
+        ticked.clear()
+        assert ticked.wait(60)
+        return read_whole(offer)
+
+    monkeypatch.setattr(publishing, "read_whole", copy)
+    client = Client(lambda method, _: "")
+    answers = iter([ELSEWHERE, "", "", "", "", ""])
+    client._answer = lambda method, _: next(answers)
+
+    async def publish() -> LoRARequest:
+        async def tick() -> None:
+            while True:
+                ticked.set()
+                await asyncio.sleep(0.001)
+
+        ticking = asyncio.ensure_future(tick())
+        try:
+            return await publishing._answered_async(SimpleNamespace(engine_core=client), steps())
+        finally:
+            ticking.cancel()
+
+    assert asyncio.run(publish()).lora_name == "t"
 
 
 def test_who_is_cancelled_leaves_no_engine_core_half_told() -> None:

@@ -97,8 +97,8 @@ class Server:
         self.memory = memory
         self.show(checkpoint)
         self.models = SimpleNamespace(
-            lora_requests=TaskRequests(more, {}),
-            is_base_model=lambda name: name == base,
+            lora_requests=TaskRequests(more, {}, is_model=base.__eq__),
+            is_base_model=base.__eq__,
             base_model_paths=[SimpleNamespace(name=base)],
             renderer=SimpleNamespace(get_tokenizer=Tokenizer),
             engine_client=SimpleNamespace(engine_core=self),
@@ -266,16 +266,24 @@ def test_auto_is_listed_where_there_is_a_router(checkpoint: Path) -> None:
     assert list(Server(checkpoint, None).requests) == list(TASKS)
 
 
-def test_a_name_that_is_something_stays_that(checkpoint: Path) -> None:
+def test_a_name_that_is_something_stays_that(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     other = LoRARequest("auto", 7, "/adapters/auto")
     server = Server(checkpoint, auto=other)
     assert server.ask(prompt=ASKED["joint"])[0] is other
     assert list(server.requests).count("auto") == 1
+    assert len(caplog.messages) == 1
     assert Server(checkpoint, base="auto").ask(prompt=ASKED["joint"]) == ("auto", {})
+    assert len(caplog.messages) == 2
     set_alias(checkpoint, "auto", "one")
     server = Server(checkpoint)
     assert server.ask(prompt=ASKED["joint"])[0] is server.requests["one"]
     assert list(server.requests).count("auto") == 1
+    # Nobody need wonder why nothing is routed.
+    assert len(caplog.messages) == 3
+    assert all("the router, which answers to 'auto', is not served" in m for m in caplog.messages)
+    assert server.requests.routing is not None
 
 
 def test_without_a_router_a_404_says_so(checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +172,43 @@ def test_a_refused_offer_takes_nothing_away_that_is_served() -> None:
     assert core.tasks.published == {"t": OLD}
     assert core.tasks.unpublished == {}
     assert unpublish(core, "another") == ""
+
+
+def test_who_was_interrupted_tells_it_again() -> None:
+    core = Core()
+    core.in_use = {OLD}
+    adopt(core, "t", OLD)
+    assert adopt(core, "t", NEW) == OLD
+    since = dict(core.tasks.unpublished)
+    assert since.keys() == {OLD}
+    assert adopt(core, "t", NEW) == ""
+    assert core.tasks.published == {"t": NEW}
+    assert core.tasks.unpublished == since
+
+
+def test_an_interrupt_between_two_lines_loses_no_version() -> None:
+    """In an engine core of the caller's process it may fall anywhere."""
+
+    class Interrupting(dict[str, str]):
+        def __setitem__(self, task: str, path: str) -> None:
+            raise KeyboardInterrupt
+
+        def __delitem__(self, task: str) -> None:
+            raise KeyboardInterrupt
+
+        def pop(self, *args: Any) -> str:
+            super().pop(*args)
+            raise KeyboardInterrupt
+
+    def interrupted(how: Callable[[Core], object]) -> None:
+        core = Core()
+        core.tasks.published = Interrupting({"t": OLD})
+        with pytest.raises(KeyboardInterrupt):
+            how(core)
+        assert OLD in core.tasks.unpublished or OLD in core.tasks.published.values()
+
+    interrupted(lambda core: adopt(core, "t", NEW))
+    interrupted(lambda core: unpublish(core, "t"))
 
 
 def test_an_engine_core_that_does_nothing_is_woken_to_look_again() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.lora.request import LoRARequest
@@ -35,6 +35,12 @@ PERIOD = 0.5
 """Seconds between two questions whether another state is served."""
 
 
+NAME_TAKEN = (
+    "vllm-vlora: %s is not served: it has the name of a served model or --lora-modules adapter, which "
+    "goes on answering; give one of them another name"
+)
+
+
 class Listing:
     """The checkpoint's tasks in an API server's list.
 
@@ -57,25 +63,19 @@ class Listing:
         # By which the engine cores tell API servers apart.
         self._own_name = uuid.uuid4().hex
         self._following: asyncio.Task[None] | None = None
+        # What was said to be not served.
+        self._said: set[str] = set()
 
     async def start(self) -> None:
         """List what the engine cores serve.
 
+        A name that something else has here stays that's, and it is logged, as of a later state: a server
+        must not fail to start again after what it serves was published.
+
         Raises:
-            CheckpointError: they do not serve the same, or a task has the name of something else.
+            CheckpointError: they do not serve the same.
         """
-        paths = await self._served()
-        found = requests_for(paths)
-        for request in found:
-            self._refuse_name(request)
-        self._show(found)
-        aliases = await self._aliases()
-        for name in aliases:
-            self._refuse_alias(name)
-        self._models.lora_requests.aliases = aliases
-        self._models.lora_requests.routing = await self._routing(paths)
-        if self._templates is not None:
-            self._templates(paths)
+        await self._take()
 
     def follow(self) -> None:
         """List what is served from now on, too, until the engine ends."""
@@ -97,29 +97,27 @@ class Listing:
         # Engine cores that differ, or workers of one: some have not adopted yet.
         if len(states) > 1 or states == {self._state} or states == {""}:
             return
-        paths = await self._served()
-        found = []
-        for request in requests_for(paths):
-            try:
-                self._refuse_name(request)
-            except CheckpointError as error:
-                _logger().error("vllm-vlora: %s; it is not listed", error)
-            else:
-                found.append(request)
-        aliases = await self._aliases()
-        for name in list(aliases):
-            try:
-                self._refuse_alias(name)
-            except CheckpointError as error:
-                _logger().error("vllm-vlora: %s; it is not served", error)
-                del aliases[name]
+        await self._take()
+        (self._state,) = states
+
+    async def _take(self) -> None:
+        """List what every engine core serves now, as far as its names are free."""
+        paths, aliases = await self._served(), await self._aliases()
         routing = await self._routing(paths)
         if self._templates is not None:
             await asyncio.to_thread(self._templates, paths)
-        self._show(found)
-        self._models.lora_requests.aliases = aliases
-        self._models.lora_requests.routing = routing
-        (self._state,) = states
+        requests = await asyncio.to_thread(requests_for, paths)
+        # From here on nothing is waited for: a request finds all of a state or nothing.
+        taken = {name for name in (*paths, *aliases) if self._is_taken(name)}
+        self._show([request for request in requests if request.lora_name not in taken])
+        shown: TaskRequests = self._models.lora_requests
+        shown.aliases = {name: aliases[name] for name in aliases if name not in taken}
+        shown.routing = routing
+        said = [f"task {name!r}" for name in paths if name in taken]
+        said += [f"alias {name!r}" for name in aliases if name in taken]
+        if routing is not None and not shown.routes:
+            said.append(f"the router, which answers to {AUTO!r},")
+        self._say(said)
 
     def _show(self, found: list[LoRARequest]) -> None:
         """List these in place of those that are listed; what did not change is not looked at."""
@@ -138,19 +136,18 @@ class Listing:
                 shown[name] = request
         self._listed = wanted
 
-    def _refuse_name(self, request: LoRARequest) -> None:
-        name = request.lora_name
+    def _is_taken(self, name: str) -> bool:
+        """Whether a name is something else's here: a served model's or an ordinary adapter's."""
         # Not what it would mean as a blend.
-        other = self._models.lora_requests.own(name) is not self._listed.get(name, None)
-        refuse_name(request, self._models.is_base_model(name), (name,) if other else ())
+        own = self._models.lora_requests.own(name)
+        others = own is not None and own is not self._listed.get(name)
+        return others or self._models.is_base_model(name)
 
-    def _refuse_alias(self, name: str) -> None:
-        other = self._models.lora_requests.own(name)
-        if self._models.is_base_model(name) or (other is not None and name not in self._listed):
-            raise CheckpointError(
-                f"alias {name!r} has the name of a served model or --lora-modules adapter; give one of "
-                "them another name"
-            )
+    def _say(self, not_served: list[str]) -> None:
+        for what in not_served:
+            if what not in self._said:
+                _logger().error(NAME_TAKEN, what)
+        self._said = set(not_served)
 
     async def _aliases(self) -> dict[str, tuple[Route, ...]]:
         """Other names of what every engine core serves."""
@@ -164,7 +161,7 @@ class Listing:
         """
         folders = (path.checkpoint for path in paths.values() if path.checkpoint != MEMORY)
         folder = next(folders, None)
-        if folder is None or self._policy is None or self._models.is_base_model(AUTO):
+        if folder is None or self._policy is None:
             return None
         text = await self._agreed(ROUTER_METHOD)
         if not text:
@@ -177,9 +174,7 @@ class Listing:
     async def _served(self) -> dict[str, TaskPath]:
         """What every engine core serves: task id -> path, in that order."""
         answer = await self._agreed(TASKS_METHOD)
-        found = {task: parse_task_path(path) for task, path in answer}
-        # The workers made these paths.
-        return {task: path for task, path in found.items() if path is not None}
+        return await asyncio.to_thread(_parsed, answer)
 
     async def _agreed(self, method: str) -> Any:
         """What every engine core answers."""
@@ -196,20 +191,18 @@ class Listing:
         ]
 
 
+# Of very many tasks it takes a second, for which an event loop must not stand still.
+def _parsed(answer: list[tuple[str, str]]) -> dict[str, TaskPath]:
+    found = {task: parse_task_path(path) for task, path in answer}
+    # The workers made these paths.
+    return {task: path for task, path in found.items() if path is not None}
+
+
 def refuse_without_lora(enabled: object) -> None:
     """Raise CheckpointError where a checkpoint is to be served by a vLLM without LoRA."""
     if not enabled:
         raise CheckpointError(
             "VLLM_VLORA_CHECKPOINT is set, but vLLM runs without LoRA; start it with --enable-lora"
-        )
-
-
-def refuse_name(request: LoRARequest, is_model: bool, listed: Container[str]) -> None:
-    """Raise CheckpointError where a task's name means something else here."""
-    if is_model or request.lora_name in listed:
-        raise CheckpointError(
-            f"task {request.lora_name!r} has the name of a served model or --lora-modules "
-            "adapter; give one of them another name"
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
@@ -88,21 +88,30 @@ class TaskRequests(dict[str, LoRARequest]):
         requests: of tasks and ordinary adapters.
         aliases: names that no request has.
         blends: understand blends that no alias names.
+        is_model: whether a name is a served model's, which vLLM looks for after it looked here.
     """
 
     def __init__(
-        self, requests: Mapping[str, LoRARequest], aliases: Aliases, blends: bool = True
+        self,
+        requests: Mapping[str, LoRARequest],
+        aliases: Aliases,
+        blends: bool = True,
+        is_model: Callable[[str], bool] = lambda name: False,
     ) -> None:
         super().__init__(requests)
-        self._takes_blends = blends
+        self._takes_blends, self._is_model = blends, is_model
         self._blends: OrderedDict[str, LoRARequest] = OrderedDict()
+        # How many requests have each number: looking through a hundred thousand tasks takes milliseconds.
+        self._numbers = Counter(request.lora_int_id for request in requests.values())
         self.aliases: Aliases = aliases
         self.routing: Routing | None = None
 
     @property
     def routes(self) -> bool:
         """Whether ``auto`` has a task picked, and is no name of something."""
-        return self.routing is not None and self.own(AUTO) is None and AUTO not in self.aliases
+        if self.routing is None or self._is_model(AUTO):
+            return False
+        return self.own(AUTO) is None and AUTO not in self.aliases
 
     def route(self, models: Any, request: Any) -> tuple[LoRARequest | None, float]:
         """What is to answer a request of ``auto``, None being the base model, and how sure that is."""
@@ -130,13 +139,16 @@ class TaskRequests(dict[str, LoRARequest]):
         asked = _asked.get()
         if asked is not None and name in asked.answered:
             return asked.answered[name]
+        if self._is_model(name):
+            raise BlendError("it is the served model's name")
         if not self._takes_blends and name not in self.aliases:
             raise BlendError(f"no task is called so, and blends are off ({BLENDS_VARIABLE})")
         key = secrets.token_hex(8) if asked is None else asked.key
         blend = resolve(name, _Tasks(self), self.aliases, key)
-        gone = [task for task, _ in blend if not dict.__contains__(self, task)]
+        # Not an ordinary adapter either, which has the name of one that is not served.
+        gone = [task for task, _ in blend if self._path(task) is None]
         if gone:
-            raise BlendError(f"{name!r} stands for task {gone[0]!r}, which was unloaded")
+            raise BlendError(f"{name!r} stands for task {gone[0]!r}, which is not served")
         request = self._request(blend)
         if asked is not None:
             asked.answered[name] = request
@@ -160,19 +172,28 @@ class TaskRequests(dict[str, LoRARequest]):
         held = self._blends.get(str(path))
         if held is None:
             held = LoRARequest(blend_text(blend), self._free_id(path), str(path))
-            self._blends[held.lora_path] = held
+            self._blends[held.lora_path] = self._numbered(held)
             if len(self._blends) > _MOST_BLENDS:
-                self._blends.popitem(last=False)
+                self._forgotten(self._blends.popitem(last=False)[1])
         self._blends.move_to_end(held.lora_path)
         return held
 
     def _free_id(self, path: TaskPath) -> int:
         """As a task's (``identity``), and no other's here, whoever made up the blend for that."""
-        taken = {request.lora_int_id for request in (*super().values(), *self._blends.values())}
         offset = int(path.digest, 16) % ID_SPAN
-        while FIRST_ID + offset in taken:
+        while FIRST_ID + offset in self._numbers:
             offset = (offset + 1) % ID_SPAN
         return FIRST_ID + offset
+
+    def _numbered(self, request: LoRARequest) -> LoRARequest:
+        self._numbers[request.lora_int_id] += 1
+        return request
+
+    def _forgotten(self, request: LoRARequest | None) -> None:
+        if request is not None:
+            self._numbers[request.lora_int_id] -= 1
+            if not self._numbers[request.lora_int_id]:
+                del self._numbers[request.lora_int_id]
 
     def _path(self, name: str) -> TaskPath | None:
         """The path of a task of ours; None for ordinary adapters and what is not there."""
@@ -180,6 +201,10 @@ class TaskRequests(dict[str, LoRARequest]):
         return None if request is None else parse_task_path(request.lora_path)
 
     # --- what vLLM asks of a dictionary ---
+
+    def __setitem__(self, name: str, request: LoRARequest) -> None:
+        self._forgotten(self.own(name))
+        super().__setitem__(name, self._numbered(request))
 
     def __contains__(self, name: object) -> bool:
         if super().__contains__(name):
@@ -206,11 +231,12 @@ class TaskRequests(dict[str, LoRARequest]):
         # vLLM's unload route takes any name that is looked up; one of the checkpoint's stays until it is
         # published again.
         if super().__contains__(name):
+            self._forgotten(self.own(name))
             super().__delitem__(name)
         elif name in self.aliases:
             self.aliases = {n: routes for n, routes in self.aliases.items() if n != name}
         else:
-            self._blends.pop(self[name].lora_path, None)
+            self._forgotten(self._blends.pop(self[name].lora_path, None))
 
     def __iter__(self) -> Iterator[str]:
         yield from super().__iter__()
@@ -236,8 +262,7 @@ class TaskRequests(dict[str, LoRARequest]):
     def _stands(self, alias: str) -> bool:
         """Whether an alias is to be listed: it is no adapter's name by now, and its tasks are there."""
         tasks = (term.task for route in self.aliases[alias] for term in route.blend)
-        there = super().__contains__
-        return not there(alias) and all(map(there, tasks))
+        return self.own(alias) is None and all(self._path(task) is not None for task in tasks)
 
     def _card(self, name: str) -> LoRARequest:
         if super().__contains__(name):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -53,7 +55,8 @@ def publish(
     stands in front of a task of ``VLLM_VLORA_CHECKPOINT`` of the same name, whatever is published into
     that folder, until :func:`unpublish`. The tensors may be changed as soon as this returns.
 
-    All workers take it or none: with an error nothing has changed.
+    All workers take it or none: with an error nothing has changed. Who is interrupted (Ctrl-C) finds the
+    task as it was, or published; nothing is kept of what was under way.
 
     Args:
         llm: ``vllm.LLM`` or ``LLMEngine``; of an ``AsyncLLM`` see :func:`publish_async`.
@@ -135,14 +138,29 @@ def _publishing(
     modules = read_state_dict(tensors, config, alpha, f"task {task!r}")
     with offered(task, modules, quantize) as offer:
         described = msgspec.json.encode(offer)
-        answers = yield OFFER_METHOD, described
-        if ELSEWHERE in answers:
-            answers = yield OFFER_METHOD, described, read_whole(offer)
-        refusal = next(filter(None, answers), None)
-        if refusal is not None:
-            yield WITHDRAW_METHOD, offer.path
-            raise TaskLoadError(f"task {task!r} is not published: {refusal}")
-        before = yield ADOPT_METHOD, task, offer.path
+        try:
+            answers = yield OFFER_METHOD, described
+            if ELSEWHERE in answers:
+                answers = yield OFFER_METHOD, described, read_whole(offer)
+            refusal = next(filter(None, answers), None)
+            if refusal is not None:
+                raise TaskLoadError(f"task {task!r} is not published: {refusal}")
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # Also of who is interrupted: the workers would keep for ever what nobody will ask for.
+            with suppress(Exception):
+                yield WITHDRAW_METHOD, offer.path
+            raise
+        told: _Question = ADOPT_METHOD, task, offer.path
+        try:
+            before = yield told
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException:
+            # Who is interrupted here may have told some and not others, or have told one half of it.
+            yield told
+            raise
     # What an engine has seen loaded is not asked for again.
     loaded_paths(engine).difference_update(before)
     loaded_paths(engine).add(offer.path)
@@ -185,14 +203,19 @@ def _answered(engine: Any, steps: _Steps[_Found]) -> _Found:
     client = engine.engine_core
     core = getattr(client, "engine_core", None)
     try:
-        method, *args = next(steps)
+        question = next(steps)
         while True:
-            answer = (
-                getattr(core, method)(*args)
-                if core is not None
-                else client.call_utility(method, *args)
-            )
-            method, *args = steps.send([answer])
+            method, *args = question
+            try:
+                answer = (
+                    getattr(core, method)(*args)
+                    if core is not None
+                    else client.call_utility(method, *args)
+                )
+            except BaseException as error:  # noqa: BLE001 - the steps raise it when they have cleared up
+                question = steps.throw(error)
+            else:
+                question = steps.send([answer])
     except StopIteration as done:
         return done.value
     finally:
@@ -205,18 +228,52 @@ async def _answered_async(engine: Any, steps: _Steps[_Found]) -> _Found:
 
 
 async def _asked_async(client: Any, steps: _Steps[_Found]) -> _Found:
+    sent: list[Any] | BaseException | None = None
+    while True:
+        try:
+            question = await _in_thread(steps, sent)
+            if isinstance(question, Future):
+                return question.result()
+            sent = await _answers(client, *question)
+        except asyncio.CancelledError as error:
+            # The event loop ends; the steps raise it when they have cleared up.
+            if error is sent:
+                raise
+            sent = error
+
+
+async def _answers(client: Any, method: str, *args: Any) -> list[Any] | BaseException:
+    """What every engine core answers, or the first error, once all have answered."""
+    asked = (client._call_utility_async(method, *args, engine=core) for core in client.core_engines)
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    return next((a for a in answers if isinstance(a, BaseException)), answers)
+
+
+async def _in_thread(
+    steps: _Steps[_Found], sent: list[Any] | BaseException | None
+) -> _Question | Future[_Found]:
+    """What steps ask next, or what they came to: on their way they read, write and copy all tensors.
+
+    It is waited for by who is cancelled too, since nothing can be said to steps that a thread is in.
+    """
+    running = asyncio.get_running_loop().run_in_executor(None, _advance, steps, sent)
     try:
-        # Reads and writes all tensors.
-        method, *args = await asyncio.to_thread(next, steps)
-        while True:
-            answers = await asyncio.gather(
-                *(
-                    client._call_utility_async(method, *args, engine=core)
-                    for core in client.core_engines
-                )
-            )
-            method, *args = steps.send(answers)
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+def _advance(
+    steps: _Steps[_Found], sent: list[Any] | BaseException | None
+) -> _Question | Future[_Found]:
+    over: Future[_Found] = Future()
+    try:
+        if isinstance(sent, BaseException):
+            return steps.throw(sent)
+        return next(steps) if sent is None else steps.send(sent)
     except StopIteration as done:
-        return done.value
-    finally:
-        steps.close()
+        over.set_result(done.value)
+    except BaseException as error:  # noqa: BLE001 - it is raised where the steps are awaited
+        over.set_exception(error)
+    return over

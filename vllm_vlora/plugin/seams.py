@@ -53,8 +53,8 @@ from vllm_vlora.plugin.engine_core import (
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.limits import limit_tasks
-from vllm_vlora.plugin.listing import Listing, refuse_name, refuse_without_lora
-from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
+from vllm_vlora.plugin.listing import NAME_TAKEN, Listing, refuse_without_lora
+from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel, logger
 from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
 from vllm_vlora.plugin.named_requests import TaskRequests, name_patches
 from vllm_vlora.plugin.published import (
@@ -204,7 +204,7 @@ def _init_static_loras(
     async def init(self: Any) -> None:
         await original(self)
         refuse_without_lora(self.engine_client.vllm_config.lora_config)
-        self.lora_requests = TaskRequests(self.lora_requests, {}, blends)
+        self.lora_requests = TaskRequests(self.lora_requests, {}, blends, self.is_base_model)
         listing = Listing(self, load_templates, policy)
         await listing.start()
         if follows:
@@ -243,8 +243,11 @@ def _rust_frontend(
         served = options.served_model_name or [options.model]
         modules = {module.name: module for module in options.lora_modules or ()}
         for request in requests():
-            refuse_name(request, request.lora_name in served, modules)
-            modules[request.lora_name] = LoRAModulePath(request.lora_name, request.lora_path)
+            name = request.lora_name
+            if name in served or name in modules:
+                logger.error(NAME_TAKEN, f"task {name!r}")
+                continue
+            modules[name] = LoRAModulePath(name, request.lora_path)
         passed = json.dumps([dataclasses.asdict(module) for module in modules.values()])
         if len(passed) > _LONGEST_ARGUMENT:
             raise CheckpointError(
