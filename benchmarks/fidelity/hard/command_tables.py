@@ -54,38 +54,42 @@ def _cell(kept: Kept) -> str:
 
 
 def _choices(found: Mapping[tuple[str, float], Forms], measured: Sequence[Record]) -> Iterator[str]:
-    yield "compress --judge beside the form that the measured ones say (KL kept / recovered)"
+    yield "compress --judge beside the form that the measured ones say; each with its bytes and error"
     yield ""
     yield from _head(
-        "collection", "size", "chosen", "bytes", "by the table", "bytes", "KL kept / recovered",
-        "KL kept less the table's", "less the best single one's",
+        "collection", "size", "by the command", "by the table", "KL kept / recovered",
+        "KL kept less the table's", "less the best single one's", "at a task the most",
     )  # fmt: skip
     table = {(record["collection"], record["ratio"]): record for record in measured}
     for cell, forms in found.items():
         auto, record = forms.get("auto", {}), table.get(cell)
-        if "in_basis" not in auto:
+        if "in_basis" not in auto or record is None:
             continue
-        says = like = best = size = ""
-        if record is not None:
-            says = by_model(record, LEFT)
-            size = str(record["forms"][says]["nbytes"])
-            singles = [name for name in SINGLE if name in record["forms"]]
-            gaps = {name: _gap(auto, record["forms"][name]) for name in (*singles, says)}
-            like = f"{gaps[says]:+.4f}"
-            best = f"{min(gaps[name] for name in singles):+.4f}"
-        kept = _cell(auto["in_basis"])
-        yield (
-            f"| {cell[0]} | {cell[1]:g}x | {auto['form']} | {auto['nbytes']} | {says} | {size} | "
-            f"{kept} | {like} | {best} |"
-        )
+        says = record["forms"][by_model(record, LEFT)]
+        singles = [record["forms"][name] for name in SINGLE if name in record["forms"]]
+        least = min(_gap(auto, single) for single in singles)
+        most = max(map(abs, _gaps(auto, says, "in_basis", "kl_kept")))
+        row = [cell[0], f"{cell[1]:g}x", _stored(auto), _stored(says), _cell(auto["in_basis"]),
+               f"{_gap(auto, says):+.4f}", f"{least:+.4f}", f"{most:.4f}"]  # fmt: skip
+        yield f"| {' | '.join(row)} |"
+
+
+def _stored(form: Mapping[str, Any]) -> str:
+    return f"{form.get('form') or form['representation']}, {form['nbytes']}, {form['error']:.4f}"
+
+
+def _gaps(
+    form: Mapping[str, Any], other: Mapping[str, Any], place: str, measure: str
+) -> list[float]:
+    """How far one is ahead at each task that both were measured on."""
+    first, second = _tasks(form, place), _tasks(other, place)
+    both = [t for t in first if t in second and None not in (first[t][measure], second[t][measure])]
+    return [first[task][measure] - second[task][measure] for task in both]
 
 
 def _gap(form: Mapping[str, Any], other: Mapping[str, Any], place: str = "in_basis",
          measure: str = "kl_kept") -> float:  # fmt: skip
-    """How far one is ahead, over the tasks that both were measured on."""
-    first, second = _tasks(form, place), _tasks(other, place)
-    both = [t for t in first if t in second and None not in (first[t][measure], second[t][measure])]
-    return statistics.fmean(first[t][measure] - second[t][measure] for t in both)
+    return statistics.fmean(_gaps(form, other, place, measure))
 
 
 def _singles(found: Mapping[tuple[str, float], Forms]) -> Iterator[str]:
@@ -155,16 +159,11 @@ def _apart(found: Mapping[tuple[str, float], Forms]) -> Iterator[str]:
 
 
 def _scaled(found: Mapping[tuple[str, float], Forms]) -> Iterator[str]:
-    yield "Originals scaled, and children whose way from their parent is (KL kept / recovered)"
+    yield "Originals and forms scaled, and children whose way from their parent is (KL kept / recovered)"
     yield ""
-    columns = dict.fromkeys(
-        name for forms in found.values() for name in forms if name.startswith(("original", "apart"))
-    )
-    yield from _head("collection", *columns)
-    seen = set()
-    for (collection, _), forms in found.items():
+    columns = dict.fromkeys(name for forms in found.values() for name in forms if " x " in name)
+    yield from _head("collection", "size", *columns)
+    for (collection, size), forms in found.items():
         row = [_cell(_tasks(forms.get(name, {}), "in_basis")) for name in columns]
-        # They are the same at every size.
-        if any(row) and collection not in seen:
-            seen.add(collection)
-            yield f"| {collection} | {' | '.join(row)} |"
+        if any(row):
+            yield f"| {collection} | {size:g}x | {' | '.join(row)} |"

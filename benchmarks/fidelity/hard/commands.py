@@ -53,6 +53,8 @@ FORMS = {
 ADDED = {"added": (), "expanded": ("--expand",)}
 # Of a whole original, and of the way from its parent.
 SCALES = (0.9, 1.1, 1.2)
+# Of what is stored.
+STORED = 0.9
 APART = (0.0, 0.9, 1.1, 1.5)
 
 
@@ -125,6 +127,17 @@ class Cell:
         self._folders[name] = export_all(Checkpoint.open(target), tasks, out, dtype=torch.float32)
 
     def scale(self) -> None:
+        """Forms that are smaller than they are, as their originals are measured too."""
+        for form, tasks in list(self._folders.items()):
+            if form in FORMS:
+                name = f"{form} x {100 * STORED:.0f}%"
+                parent = self._work / name.replace(" ", "")
+                self._folders[name] = {
+                    task: scaled(folder, STORED, parent / task) for task, folder in tasks.items()
+                }
+        self._scale_originals()
+
+    def _scale_originals(self) -> None:
         """Originals larger and smaller than they are, and nearer to their parents and further."""
         for task in self._shown:
             original = self._collection.in_basis[task].resolve()
@@ -228,7 +241,7 @@ def missing(records: Sequence[Mapping[str, Any]], name: str, ratio: float,
     return (
         not set(options.forms) <= has.keys()
         or (options.add and not any("added" in value for value in has.values()))
-        or (options.scaled and f"original x {100 * SCALES[0]:.0f}%" not in has)
+        or (options.scaled and not any(" x " in form for form in has))
     )
 
 
