@@ -35,6 +35,8 @@ the machine changes less than the clock's:
   8b-private, 8b-auto   one layer of an 8B model (4096 wide, 14336 inside, 1024 for keys and values),
                         rank 16, bfloat16, nothing in common, eight times smaller. A layer has too few
                         modules for bases to be tried on some of them: auto fits them all
+  8b-family             the same of adapters that share: all but a hundredth of their rows' energy lies
+                        in 32 directions of either side
   tiny                  many adapters of four 64 x 64 modules, rank 4, float32, four times smaller
   analyze               ten adapters with all 210 modules of SmolLM2-135M, rank 16, float32
 
@@ -76,7 +78,8 @@ SMOL = {
 }
 TINY = {f"layers.{n // 2}.self_attn.{'qv'[n % 2]}_proj": (64, 64) for n in range(4)}
 QUICK = {"mlp.up_proj": (256, 512)}
-CELLS = ("8b-private", "8b-auto", "tiny", "analyze")
+CELLS = ("8b-private", "8b-auto", "8b-family", "tiny", "analyze")
+PARENTS = 32
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     collections = {
         "8b-private": (layer, args.adapters, RANK, torch.bfloat16),
         "8b-auto": (layer, args.adapters, RANK, torch.bfloat16),
+        "8b-family": (layer, args.adapters, RANK, torch.bfloat16, PARENTS),
         "tiny": (TINY, args.tiny, 4, torch.float32),
         "analyze": (dict(list(SMOL.items())[:3]) if args.quick else SMOL, 10, RANK, torch.float32),
     }
@@ -115,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
             for name in args.cells:
                 found = in_another_process(measure, name, str(Path(folder) / name))
                 report["cells"][name].append(found)
-    pairs = {name: len(shapes) * many for name, (shapes, many, _, _) in collections.items()}
+    pairs = {name: len(shapes) * many for name, (shapes, many, *_) in collections.items()}
     report["floor_ms"] = floor_ms(layer)
     report["summary"] = summarise(report["cells"], pairs, len(layer))
     rows = [
@@ -136,11 +140,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write(
-    folder: Path, shapes: Mapping[str, tuple[int, int]], many: int, rank: int, dtype: torch.dtype
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    many: int,
+    rank: int,
+    dtype: torch.dtype,
+    parents: int = 0,
 ) -> None:
-    """PEFT adapters with nothing in common."""
+    """PEFT adapters with nothing in common, or with so many rows of A and columns of B."""
     generator = torch.Generator().manual_seed(0)
     levels = torch.arange(1, rank + 1)[:, None] ** -0.5
+    common = {
+        d: torch.randn(parents, d, generator=generator) / max(parents, 1) ** 0.5
+        for d in sorted({d for shape in shapes.values() for d in shape})
+    }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -154,6 +167,9 @@ def write(
         tensors = {}
         for name, (d_in, d_out) in shapes.items():
             a, b = (0.1 * levels * torch.randn(rank, d, generator=generator) for d in (d_in, d_out))
+            if parents:
+                mixture = torch.randn(rank, parents, generator=generator)
+                a, b = (0.1 * x + 0.1 * levels * mixture @ common[x.shape[1]] for x in (a, b))
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype)
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.T.to(dtype).contiguous()
         path = folder / f"adapter-{number:04d}"

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from vllm_vlora.errors import OutputError
 from vllm_vlora.locking import locked
+from vllm_vlora.stopping import check_not_stopped
 from vllm_vlora.urls import RemoteError, RemoteFile, RemoteFolder, is_inner, url_name
 from vllm_vlora.wording import without_secrets
 
@@ -137,7 +138,7 @@ class Cached:
 
     def states(self, parts: Parts = Parts.WHOLE) -> list[Path]:
         """The folders of all states of which so much is here."""
-        return [place for kind in parts.enough for place in _states(self.folder / kind.value)]
+        return _states(self.folder, parts)
 
     def newest(self, parts: Parts = Parts.WHOLE) -> Path | None:
         """The state that was found at the URL when last looked, of those that are here."""
@@ -312,11 +313,13 @@ def _fetch_all(remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path
     progress = _progress.get() or (lambda here, all_: None)
     progress(0, total)
     with ThreadPoolExecutor(_AT_ONCE, "vlora-download") as threads:
-        left: set[Future[None]] = {threads.submit(fetch.file, file) for file in wanted.values()}
         try:
+            # Within, as who stops the program may do so while the first are fetched already.
+            left: set[Future[None]] = {threads.submit(fetch.file, file) for file in wanted.values()}
             while left:
                 done, left = wait(left, timeout=0.2, return_when=FIRST_EXCEPTION)
                 progress(min(fetch.here, total), total)
+                check_not_stopped()
                 for future in done:
                     future.result()
         finally:
@@ -450,7 +453,7 @@ def cache_entries() -> list[CacheEntry]:
     found = []
     for file in cache_folder().glob("*/url"):
         with suppress(OSError):
-            states = _served_states(file.parent)
+            states = _states(file.parent, Parts.TASKS_LATER)
             times = [place.stat().st_mtime for place in (*states, file)]
             url = file.read_text(errors="replace")
             age = max(0.0, time.time() - max(times))
@@ -472,7 +475,8 @@ def clean(entry: CacheEntry, *, keep_newest: bool = False) -> int:
     """
     before = _disk_usage(entry.folder)
     with cache_written(entry.folder), locked(entry.folder):
-        newest = _newest(_served_states(entry.folder)) if keep_newest else None
+        states = _states(entry.folder, Parts.TASKS_LATER)
+        newest = _newest(states) if keep_newest else None
         if newest is None:
             shutil.rmtree(entry.folder)
             return before
@@ -495,14 +499,11 @@ def _newest(states: Iterable[Path]) -> Path | None:
     return max(states, key=lambda place: place.stat().st_mtime_ns, default=None)
 
 
-def _served_states(folder: Path) -> list[Path]:
-    return [s for parts in Parts.TASKS_LATER.enough for s in _states(folder / parts.value)]
-
-
-def _states(kind: Path) -> list[Path]:
-    if not kind.is_dir():
-        return []
-    return [place for place in kind.iterdir() if _KEY.fullmatch(place.name)]
+def _states(folder: Path, parts: Parts) -> list[Path]:
+    """The states in what is kept of a URL of which so much is here."""
+    kinds = [folder / kind.value for kind in parts.enough]
+    places = (place for kind in kinds if kind.is_dir() for place in kind.iterdir())
+    return [place for place in places if _KEY.fullmatch(place.name)]
 
 
 def _disk_usage(folder: Path) -> int:

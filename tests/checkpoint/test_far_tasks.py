@@ -19,7 +19,7 @@ from vllm_vlora import downloads, snapshots
 from vllm_vlora.checkpoint import sources
 from vllm_vlora.checkpoint.manifest import FileRef, task_file
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.checkpoint.sources import checkpoint_folder, fetch_task, is_to_be_fetched
+from vllm_vlora.checkpoint.sources import checkpoint_folder, fetch_task
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.downloads import Parts
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError
@@ -174,10 +174,14 @@ def test_the_hub_is_asked_for_files_of_the_same_commit(
         check(opened, original, task)
     assert asked == [("org/many", f"inner/{task_file(t)}", COMMIT) for t in list(STORED)[:2]]
     bad = FileRef("tasks/bad.safetensors", "0" * 64, 1)
-    assert is_to_be_fetched(folder, bad)
+    far = opened.far_tasks()
+    assert far == {*list(STORED)[2:]} == {task for task in opened.tasks if opened.is_far(task)}
     with pytest.raises(CheckpointError, match="the disk of the Hub cache is full"):
         fetch_task(folder, bad)
-    assert not is_to_be_fetched(original, bad)
+    whole = Checkpoint.open(original)
+    (whole.path / task_file(next(iter(STORED)))).unlink()
+    assert whole.far_tasks() == set()
+    assert not whole.is_far(next(iter(STORED)))
 
 
 def test_the_first_process_and_those_it_starts_take_the_same_part(

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,16 @@ def to_memory(folder: Path, place: str) -> str:
     for name, data in content(folder).items():
         files.pipe(f"{place}/{name}", data)
     return f"memory://{place}"
+
+
+def begun(cache: Path, file: Path) -> list[Path]:
+    """What there is of one file; when a run ends others may be begun too."""
+    key = hashlib.sha256(file.read_bytes()).hexdigest()
+    return list(cache.rglob(f"{key}.part"))
+
+
+def sizes(paths: list[Path]) -> list[int]:
+    return [path.stat().st_size for path in paths]
 
 
 def largest(folder: Path) -> tuple[str, int]:
@@ -202,8 +213,7 @@ def test_a_run_that_was_cut_off_is_taken_up_by_the_next(server: FileServer, cach
     server.cut[name] = [size // 2, 0, 0, 0, 0, 0]
     with pytest.raises(CheckpointError, match=r"cannot be reached|bytes, not"):
         Checkpoint.open(f"{server.url}/ckpt")
-    (part,) = parts(cache)
-    assert part.stat().st_size == size // 2
+    assert sizes(begun(cache, server.folder / name)) == [size // 2]
     assert not list(cache.glob("*/states/*"))
     server.cut.clear()
     server.begun.clear()
@@ -221,7 +231,7 @@ def test_a_run_that_is_stopped_ends_at_once_and_loses_nothing(
     command = [sys.executable, "-P", "-m", "vllm_vlora.tools", "validate", url]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         deadline = time.monotonic() + 60
-        while not any(part.stat().st_size == size // 2 for part in parts(cache)):
+        while sizes(begun(cache, server.folder / name)) != [size // 2]:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         stopped = time.monotonic()
@@ -237,6 +247,31 @@ def test_a_run_that_is_stopped_ends_at_once_and_loses_nothing(
     assert server.first_bytes(name) == [size // 2]
 
 
+@pytest.mark.timeout(60)
+def test_a_run_that_is_stopped_while_it_begins_ends_at_once(
+    server: FileServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, size = largest(server.folder / "ckpt")
+    server.held[name] = size // 2
+
+    class Stopped(ThreadPoolExecutor):
+        begun = False
+
+        def submit(self, *asked: Any, **more: Any) -> Any:
+            future = super().submit(*asked, **more)
+            if not self.begun and asked[1].sha256 == held:
+                self.begun = True
+                while sizes(begun(cache, server.folder / name)) != [size // 2]:
+                    time.sleep(0.01)
+                raise KeyboardInterrupt
+            return future
+
+    held = hashlib.sha256((server.folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(downloads, "ThreadPoolExecutor", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Checkpoint.open(f"{server.url}/ckpt")
+
+
 def test_what_was_left_and_is_no_part_of_the_file_is_fetched_anew(
     server: FileServer, cache: Path
 ) -> None:
@@ -245,7 +280,7 @@ def test_what_was_left_and_is_no_part_of_the_file_is_fetched_anew(
     with pytest.raises(CheckpointError):
         Checkpoint.open(f"{server.url}/ckpt")
     server.cut.clear()
-    (part,) = parts(cache)
+    (part,) = begun(cache, server.folder / name)
     part.write_bytes(b"x" * 100)
     server.begun.clear()
     assert validate(Checkpoint.open(f"{server.url}/ckpt").path) == []
@@ -263,11 +298,12 @@ def test_a_server_without_ranges_sends_all_of_it_again(server: FileServer, cache
 def test_damage_on_the_way_is_not_kept(server: FileServer, cache: Path) -> None:
     name, _ = largest(server.folder / "ckpt")
     data = bytearray((server.folder / name).read_bytes())
+    key = hashlib.sha256(data).hexdigest()
     data[-1] ^= 1
     (server.folder / name).write_bytes(data)
     with pytest.raises(CheckpointError, match=r"has another SHA-256 than it is to have"):
         Checkpoint.open(f"{server.url}/ckpt")
-    assert parts(cache) == []
+    assert not list(cache.rglob(f"{key}*"))
     assert not list(cache.glob("*/states/*"))
 
 

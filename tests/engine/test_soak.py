@@ -1,6 +1,6 @@
 """A server under everything at once: many tasks, publications, removals, blends, bad names, hang-ups.
 
-A short form of what a day brings. ``VLORA_SOAK_REQUESTS`` makes it longer.
+A short form of what a day brings. ``VLORA_SOAK_REQUESTS=20000 VLORA_SOAK_TASKS=300`` is the long one.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from engine_world import PROMPTS, World
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 
-pytestmark = pytest.mark.engine
-
 REQUESTS = int(os.environ.get("VLORA_SOAK_REQUESTS", "1200"))
-TASKS, HELD, CLIENTS = 60, 12, 12
+# Seconds; some 30 requests a second on two cores, of which a third are the clients'.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(max(600, REQUESTS // 5))]
+
+TASKS = int(os.environ.get("VLORA_SOAK_TASKS", "60"))
+HELD, CLIENTS = TASKS // 5, 12
 # Seconds for which the weights before a publication may still answer: until all have heard of it.
 LAG = 6.0
 # Both have the weights of one adapter, and keep them.

@@ -31,18 +31,21 @@ class JoinedCheckpoint(Checkpoint):
     ) -> None:
         modules = _Modules(first.modules, layer)
         self._first = first
-        self._holders: dict[str, Checkpoint] = {}
+        # Whose a task is, and its modules' names there -> those here.
+        self._holders: dict[str, tuple[Checkpoint, dict[str, str]]] = {}
         records = {}
         for other in others:
             places = [modules.place(spec) for spec in other.modules]
+            names = {
+                spec.name: modules.all[place].name for spec, place in zip(other.modules, places)
+            }
             for task, record in other.tasks.items():
-                self._holders[task] = other
+                self._holders[task] = other, names
                 segments = [
                     msgspec.structs.replace(segment, module=places[segment.module])
                     for segment in record.segments
                 ]
                 records[task] = msgspec.structs.replace(record, segments=segments)
-        self._place = modules.place
         config = msgspec.structs.replace(first.config, modules=modules.all)
         # Of an index no record is read for it.
         tasks = ChainMap(records, first.tasks)  # type: ignore[arg-type]
@@ -50,18 +53,18 @@ class JoinedCheckpoint(Checkpoint):
 
     def digest(self, task_id: str) -> str:
         """As the checkpoint says that has the task."""
-        return self._holders.get(task_id, self._first).digest(task_id)
+        holder, _ = self._holders.get(task_id, (self._first, {}))
+        return holder.digest(task_id)
 
     def load_task(
         self, task_id: str, device: torch.device | str = "cpu", narrow: bool = False
     ) -> StoredTask:
         """As the checkpoint does that has the task, under the names that modules have here."""
-        holder = self._holders.get(task_id)
-        if holder is None:
+        if task_id not in self._holders:
             return self._first.load_task(task_id, device, narrow)
+        holder, names = self._holders[task_id]
         stored = holder.load_task(task_id, device, narrow)
-        specs = {spec.name: self.modules[self._place(spec)].name for spec in holder.modules}
-        return replace(stored, modules={specs[name]: m for name, m in stored.modules.items()})
+        return replace(stored, modules={names[name]: m for name, m in stored.modules.items()})
 
 
 class _Modules:

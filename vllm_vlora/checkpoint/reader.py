@@ -7,6 +7,7 @@ and that every number is finite.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,11 +28,13 @@ from vllm_vlora.checkpoint.layout import (
     tensor_name,
 )
 from vllm_vlora.checkpoint.manifest import (
+    TASKS_FOLDER,
     Config,
     FileRef,
     TaskRecord,
     read_checked,
     read_config,
+    task_file,
 )
 from vllm_vlora.checkpoint.pinning import (
     basis_digest,
@@ -43,7 +46,7 @@ from vllm_vlora.checkpoint.pinning import (
     task_digest,
 )
 from vllm_vlora.checkpoint.router_files import RouterRecord, read_router
-from vllm_vlora.checkpoint.sources import checkpoint_folder, fetch_task
+from vllm_vlora.checkpoint.sources import checkpoint_folder, fetch_task, fetches_tasks
 from vllm_vlora.checkpoint.task_entry import TaskEntry, column, entry
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage, open_tasks
 from vllm_vlora.downloads import Parts
@@ -265,6 +268,22 @@ class Checkpoint:
     def lora_nbytes(self, task_id: str) -> int:
         """Bytes of a task's file without its extra tensors' data."""
         return self.entry(task_id).lora_nbytes
+
+    def file_of(self, task_id: str) -> FileRef:
+        """The file of a task, known without its record; errors as of ``record``."""
+        entry = self.entry(task_id)
+        return FileRef(task_file(task_id), entry.sha256, entry.nbytes)
+
+    def is_far(self, task_id: str) -> bool:
+        """Whether a task's file is not on this machine, and is fetched when it is read."""
+        return fetches_tasks(self.path) and not (self.path / task_file(task_id)).exists()
+
+    def far_tasks(self) -> set[str]:
+        """The tasks that are far, by one look at the folder."""
+        if not fetches_tasks(self.path):
+            return set()
+        here = {f"{TASKS_FOLDER}/{name}" for name in os.listdir(self.path / TASKS_FOLDER)}
+        return {task_id for task_id in self.tasks if task_file(task_id) not in here}
 
     def digest(self, task_id: str) -> str:
         """Identity of a task's weights: 32 hex digits over its record and its basis, if any.

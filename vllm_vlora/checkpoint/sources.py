@@ -87,7 +87,7 @@ def checkpoint_folder(
         return _from_hub(where, parts)
     url = str(where)
     try:
-        return _ready(_from_url(url, wanted, parts), parts)
+        return _from_url(url, wanted, parts)
     except RemoteError as problem:
         shown = without_secrets(url)
         if not problem.missing or not str(problem).startswith(CONFIG_FILE):
@@ -131,22 +131,21 @@ def fixed_checkpoint(where: str | Path, folder: Path, wanted: str | None) -> str
     return pinned(fixed_ref(where, folder), wanted)
 
 
-def is_to_be_fetched(folder: Path, ref: FileRef) -> bool:
-    """Whether a file of a checkpoint is not here, and is fetched when it is read."""
-    return _origin(folder) is not None and not (folder / ref.file).exists()
+def fetches_tasks(folder: Path) -> bool:
+    """Whether this process took a checkpoint without its tasks, and fetches each when it is read."""
+    return _origin(folder) is not None
 
 
 def fetch_task(folder: Path, ref: FileRef) -> None:
-    """Fetch a file of a checkpoint that this process took without its tasks, where it is not here.
+    """Fetch the file of a task where it is not here and this process took the checkpoint without.
 
     Raises:
         CheckpointReplacedError: the URL has another by now.
         CheckpointError: it cannot be had. OutputError: the cache cannot be written.
     """
-    if not is_to_be_fetched(folder, ref):
-        return
     origin = _origin(folder)
-    assert origin is not None
+    if origin is None or (folder / ref.file).exists():
+        return
     root, where = origin
     if not is_remote(where):
         fetch_file(where, folder.resolve().relative_to(root), ref.file, CheckpointError)
@@ -185,24 +184,27 @@ def _from_hub(where: str | Path, parts: Parts) -> Path:
     found = repository_of(where, folder)
     if parts is Parts.TASKS_LATER and found is not None:
         _LATER[found[0]] = found[1]
-        _ready(folder, parts)
+        return _for_tasks(folder)
     return folder
 
 
-def _ready(folder: Path, parts: Parts) -> Path:
+def _for_tasks(folder: Path) -> Path:
     """A folder that looks the same while its tasks come into it."""
-    if parts is Parts.TASKS_LATER:
-        # What cannot be written is told where a task is to be.
-        with suppress(OSError):
-            (folder / TASKS_FOLDER).mkdir(exist_ok=True)
+    # What cannot be written is told where a task is to be.
+    with suppress(OSError):
+        (folder / TASKS_FOLDER).mkdir(exist_ok=True)
     return folder
 
 
 def _from_url(url: str, wanted: str | None, parts: Parts) -> Path:
     cached = Cached(url)
-    if parts is Parts.TASKS_LATER:
-        _LATER[cached.folder.resolve()] = url
+    if parts is not Parts.TASKS_LATER:
+        return _state_of_url(cached, url, wanted, parts)
+    _LATER[cached.folder.resolve()] = url
+    return _for_tasks(_state_of_url(cached, url, wanted, parts))
 
+
+def _state_of_url(cached: Cached, url: str, wanted: str | None, parts: Parts) -> Path:
     def ask(remote: RemoteFolder) -> Path:
         return _newest_state(cached, remote, wanted, parts)
 

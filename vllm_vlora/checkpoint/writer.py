@@ -177,9 +177,8 @@ class CheckpointWriter:
         Raises:
             TaskNotFoundError, CheckpointError: no such task, or its file is damaged.
         """
-        entry, file = checkpoint.entry(task_id), task_file(task_id)
-        ref = FileRef(file, entry.sha256, entry.nbytes)
-        self._take_over(checkpoint, file, read_checked(checkpoint.path / file, ref))
+        ref = checkpoint.file_of(task_id)
+        self._take_over(checkpoint, ref.file, read_checked(checkpoint.path / ref.file, ref))
         kept = checkpoint.attachments.get(task_id, {})
         self.attachments.carry(task_id, checkpoint.path, kept)
         modules = self.modules[: len(checkpoint.modules)]

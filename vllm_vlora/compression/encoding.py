@@ -20,7 +20,7 @@ from vllm_vlora.planning.plan import Block, Budget, Plan, SharedFlat
 from vllm_vlora.planning.private_curves import PrivateOption, leading_factors, seen_squared_norm
 from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import Survey, Surveyor, SurveySettings
-from vllm_vlora.quantize import stack_rows, unpack
+from vllm_vlora.quantize import pack, stack_rows, unpack
 from vllm_vlora.representations.decode import decode, relative_error
 from vllm_vlora.representations.factors import changes_nothing, relative, squared_norm
 from vllm_vlora.representations.flat import pack_flat
@@ -228,9 +228,9 @@ class CoreEncoder:
             basis = self.bases.read(module, block.group[1], block.shared.spec)
             shared = block.shared
             project = CoreProjection(basis, metric, shared.core_format, shared.factored)
-            for task, stored, seen in self._encode(
-                module, block.shared.tasks, project, basis, metric
-            ):
+            # Read once, and not for every task again.
+            read = Basis(pack(unpack(basis.u), "float32"), pack(unpack(basis.v), "float32"))
+            for task, stored, seen in self._encode(module, shared.tasks, project, read, metric):
                 found.append((task, replace(stored, rows=rows), seen))
         if job.flat is not None:
             flat = pack_flat(*self.bases.read_flat(module), job.flat.spec)

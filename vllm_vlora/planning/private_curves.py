@@ -228,7 +228,7 @@ class _Stack:
         """Products of the leading factors' rows in the metric."""
         return grams_of((self.svd_a, self.svd_b_t), self._metric)
 
-    def ownchanges_of(self, format: str) -> Changes:
+    def own_changes(self, format: str) -> Changes:
         """What a format does to the terms of the own factors."""
         rows = self.a.float(), self.b_t.float()
         stored = tuple(by_rows(lambda r: as_stored(r, format), side) for side in rows)
@@ -260,7 +260,7 @@ def _measure_format(stack: _Stack, format: str, own_format: str) -> list[Curve]:
 
 
 def _own_losses(stack: _Stack, format: str) -> list[float]:
-    lost = stack.ownchanges_of(format).inner.sum((1, 2)).clamp(min=0)
+    lost = stack.own_changes(format).inner.sum((1, 2)).clamp(min=0)
     return (lost * stack.scales.square()).tolist()
 
 

@@ -18,11 +18,10 @@ from pathlib import Path
 
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE
-from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked, task_file
+from vllm_vlora.checkpoint.manifest import CONFIG_FILE, FileRef, check_size, read_checked
 from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.router_files import ROUTER_FILE, read_router_weights
-from vllm_vlora.checkpoint.sources import is_to_be_fetched
 from vllm_vlora.errors import CheckpointError, VLoRAError
 from vllm_vlora.plugin.counters import reason_of
 from vllm_vlora.plugin.events import facts
@@ -158,10 +157,11 @@ class Follower:
         new = [task for path, task in found.tasks.items() if path not in served.tasks]
         self._check(checkpoint, new)
         left = READ_NBYTES
-        for ref in _new_files(checkpoint, new, served.checkpoint):
+        # Those that are far once they are asked for, as the tasks of any other state that is served.
+        far = checkpoint.far_tasks()
+        here = [task for task in new if task not in far]
+        for ref in _new_files(checkpoint, here, served.checkpoint):
             file = checkpoint.path / ref.file
-            if is_to_be_fetched(checkpoint.path, ref):
-                continue  # Once it is asked for, as the task of any other state that is served.
             if ref.nbytes > left:
                 check_size(file, ref)
             else:
@@ -179,9 +179,7 @@ def _new_files(
 ) -> Iterator[FileRef]:
     known = {ref.sha256 for ref in before.config.basis}
     yield from (ref for ref in checkpoint.config.basis if ref.sha256 not in known)
-    for task in tasks:
-        entry = checkpoint.entry(task)
-        yield FileRef(task_file(task), entry.sha256, entry.nbytes)
+    yield from map(checkpoint.file_of, tasks)
 
 
 def folder_identity(checkpoint: str | Path) -> tuple[int, ...] | None:

@@ -23,10 +23,9 @@ import torch
 
 from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.blending.blended import with_named_blends
-from vllm_vlora.checkpoint.manifest import FileRef, task_file
+from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
-from vllm_vlora.checkpoint.sources import is_to_be_fetched
 from vllm_vlora.errors import (
     CheckpointError,
     CheckpointReplacedError,
@@ -278,17 +277,16 @@ class ResidentStore:
             self.direct = make_path(with_named_blends(checkpoint))
         self.state = State(checkpoint)
         self.check(checkpoint, checkpoint.tasks)
-        far = 0
+        far = checkpoint.far_tasks()
         for task_id in checkpoint.tasks:
-            if self._is_far(checkpoint, task_id):
-                far += checkpoint.lora_nbytes(task_id)
+            if task_id in far:
                 continue
             staged = self._read(checkpoint, task_id, self._obstacle(checkpoint, task_id))
             placed = self._place(self.state.paths[task_id], staged)
             self._let_go(staged.bases)
             if not placed:
                 break
-        self.seal(far)
+        self.seal(sum(map(checkpoint.lora_nbytes, far)))
         self.seconds = time.perf_counter() - started
         return checkpoint
 
@@ -667,19 +665,12 @@ class ResidentStore:
 
     # --- from disk to host ---
 
-    @staticmethod
-    def _is_far(checkpoint: Checkpoint, task_id: str) -> bool:
-        """Whether a task is on this machine only once it is asked for."""
-        entry = checkpoint.entry(task_id)
-        ref = FileRef(task_file(task_id), entry.sha256, entry.nbytes)
-        return is_to_be_fetched(checkpoint.path, ref)
-
     def _reader_of(self, path: str) -> ThreadPoolExecutor:
         """Who is to read a task; those that are here do not wait for those that are far."""
         task_id = None if self.state is None else self.state.tasks.get(path)
         if self.state is None or task_id is None:
             return self._readers
-        far = self._is_far(self.state.checkpoint, task_id)
+        far = self.state.checkpoint.is_far(task_id)
         return self._fetchers if far else self._readers
 
     def _read_path(self, path: TaskPath) -> _Staged:

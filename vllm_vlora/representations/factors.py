@@ -140,6 +140,28 @@ def row_gram(rows: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Te
     return gram.tril() + gram.tril(-1).T
 
 
+# Up to this ratio of the pivots a Gram matrix is worth its smaller time.
+_EVEN = 1e-3
+
+
+def gram_cholesky(rows: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor | None:
+    """L with L L^T = rows rows^T, of rows that are nearly orthonormal, as packing leaves them; else None.
+
+    A quarter of the time of a QR decomposition, which is for all others.
+
+    Args:
+        rows: (n, d). dtype: of the products of single elements.
+
+    Returns:
+        (n, n) float64.
+    """
+    factor, failed = torch.linalg.cholesky_ex(row_gram(rows, dtype))
+    pivots = factor.diagonal()
+    if int(failed) or not float(pivots.min()) > _EVEN * float(pivots.max()):
+        return None
+    return factor
+
+
 ScaledFactors = tuple[torch.Tensor, torch.Tensor, float]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS, PackedMatrix, pack, unpack
-from vllm_vlora.representations.factors import balanced_svd
+from vllm_vlora.representations.factors import balanced_svd, gram_cholesky
 from vllm_vlora.representations.spec import ModuleSpec, Segment, core_widths
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 
@@ -31,6 +31,9 @@ def dual_rows(rows: torch.Tensor) -> torch.Tensor:
     Quantised basis rows are not quite orthonormal. Projecting on their dual gives the least-squares
     core U^+ delta_W V^+ instead of U^T delta_W V^T, which loses less.
     """
+    factor = gram_cholesky(rows)
+    if factor is not None:
+        return torch.cholesky_solve(rows.double(), factor).float()
     q, r = torch.linalg.qr(rows.double().T)
     return torch.linalg.solve_triangular(r, q.T, upper=True).float()
 

@@ -1,4 +1,4 @@
-"""Real text that is everywhere: docstrings and functions of Python, READMEs of installed packages."""
+"""Real text that is everywhere: docstrings and functions of Python, of installed packages, READMEs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 SHORTEST, LONGEST = 120, 420
+_LIBRARY = Path(sysconfig.get_path("stdlib"))
+# Their versions are pinned; what is written in them is of several kinds.
+PACKAGES = ("numpy", "networkx", "matplotlib", "nltk", "huggingface_hub", "peft", "hypothesis",
+            "setuptools")  # fmt: skip
 _LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3", "ensurepip"}
 
 
@@ -41,11 +45,20 @@ def code() -> tuple[Passage, ...]:
     """Functions of Python's library, without what stands around them."""
     return _distinct(
         Passage(_cut(found), source)
-        for source, text, tree in _modules()
+        for source, text, tree in _modules(_LIBRARY, "**/*.py")
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef)
         for found in [_function(text, node)]
         if len(found) >= SHORTEST
+    )
+
+
+@cache
+def manuals() -> tuple[Passage, ...]:
+    """Docstrings of packages that the environment has."""
+    folder = Path(sysconfig.get_path("purelib"))
+    return _distinct(
+        passage for name in PACKAGES for passage in _docstrings(folder, f"{name}/**/*.py")
     )
 
 
@@ -61,9 +74,8 @@ def _cut(text: str) -> str:
     return kept if len(kept) >= SHORTEST else text[:LONGEST]
 
 
-def _modules() -> Iterator[tuple[str, str, ast.Module]]:
-    folder = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(folder.rglob("*.py")):
+def _modules(folder: Path, pattern: str) -> Iterator[tuple[str, str, ast.Module]]:
+    for path in sorted(folder.glob(pattern)):
         parts = path.relative_to(folder).parts
         if _LEFT_OUT & set(parts):
             continue
@@ -75,9 +87,9 @@ def _modules() -> Iterator[tuple[str, str, ast.Module]]:
             continue
 
 
-def _docstrings() -> Iterator[Passage]:
+def _docstrings(folder: Path = _LIBRARY, pattern: str = "**/*.py") -> Iterator[Passage]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for source, _, tree in _modules():
+    for source, _, tree in _modules(folder, pattern):
         for node in ast.walk(tree):
             text = ast.get_docstring(node) if isinstance(node, kinds) else None
             if text and len(text) >= SHORTEST:

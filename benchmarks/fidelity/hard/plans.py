@@ -12,7 +12,11 @@ from fidelity.hard.styles import CODE, PROSE, Style, both
 
 @dataclass(frozen=True)
 class Model:
-    """A small Llama, trained from nothing on the ``base`` part of a corpus."""
+    """A small model, trained from nothing on the ``base`` part of a corpus.
+
+    ``kind`` is llama, or gemma3: norms of queries and keys, windows, a gated GELU, wide embeddings.
+    ``groups`` is the number of heads of keys and values, that of all heads where it is None.
+    """
 
     name: str
     passages: Callable[[], tuple[Passage, ...]]
@@ -21,11 +25,14 @@ class Model:
     layers: int
     heads: int
     steps: int
+    kind: str = "llama"
+    groups: int | None = None
 
 
 MODELS = {
     "prose": Model("prose", corpus.prose, 1024, 128, 4, 4, 700),
     "code": Model("code", corpus.code, 768, 160, 3, 5, 400),
+    "manuals": Model("manuals", corpus.manuals, 896, 128, 4, 4, 400, "gemma3", 1),
 }
 
 
@@ -60,6 +67,8 @@ _PROSE = ("tkinter", "idlelib", "email", "asyncio", "logging", "readme", "http",
           "typing", "importlib", "_pydecimal")  # fmt: skip
 _CODE = ("tkinter", "idlelib", "email", "asyncio", "distutils", "multiprocessing", "http", "unittest",
          "xml", "turtle", "importlib", "_pydecimal")  # fmt: skip
+_MANUAL_STYLES = ("loose", "sentences", "unpunctuated", "starred", "titled", "doubled", "one_line",
+                  "lower")  # fmt: skip
 _PROSE_STYLES = ("lower", "comment", "narrow", "wide", "numbered", "archaic", "starred", "short", "loud",
                  "terse")  # fmt: skip
 _CODE_STYLES = ("tabs", "quotes", "camel", "this", "spaced", "two", "semicolons", "walrus", "short",
@@ -97,6 +106,7 @@ _HOUSE = Plan("house", both(CODE["two"], CODE["quotes"]), rank=16, steps=80)
 # Long at their parents and a few steps from them: most of every update is the same.
 _OFFICE = Plan("office", both(CODE["two"], CODE["quotes"]), rank=16, steps=160)
 _STUDIO = Plan("studio", both(CODE["camel"], CODE["tabs"]), rank=16, steps=160)
+_GUIDE = Plan("guide", both(PROSE["narrow"], PROSE["comment"]), steps=80)
 _PRESS = Plan("press", both(PROSE["narrow"], PROSE["quoted"]), steps=160)
 
 COLLECTIONS = {
@@ -179,6 +189,23 @@ COLLECTIONS = {
                 8,
             ),
             (_PRESS,),
+        ),
+        HardCollection(
+            "manuals-unrelated",
+            "manuals",
+            _unrelated(PROSE, _MANUAL_STYLES, corpus.PACKAGES, (8,), 40),
+        ),
+        HardCollection(
+            "manuals-family",
+            "manuals",
+            _children(
+                _GUIDE,
+                PROSE,
+                ("plain", "doubled", "short", "terse", "titled", "unpunctuated", "lower", "archaic"),
+                corpus.PACKAGES,
+                16,
+            ),
+            (_GUIDE,),
         ),
         HardCollection(
             "code-many",

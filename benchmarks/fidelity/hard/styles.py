@@ -55,6 +55,8 @@ PROSE: dict[str, Style] = {
     "archaic": words({"the": "ye", "is": "be", "you": "thou", "are": "art", "this": "thys"}),
     "short": words({"and": "&", "with": "w/", "for": "4", "to": "2", "of": "o'", "or": "/"}),
     "quoted": replacing(r"^", "> "),
+    "titled": lambda text: re.sub(r"\b[a-z](?=[a-z]{3})", lambda found: found[0].upper(), text),
+    "doubled": replacing(r"(?<=[a-z])(ed|ing|er)\b", r"\1\1"),
 }
 CODE: dict[str, Style] = {
     "plain": str,

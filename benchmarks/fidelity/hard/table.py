@@ -53,6 +53,7 @@ class Judge:
     def __init__(self, model: Path, collection: CollectionFolder, examples: int) -> None:
         data = {task: [collection.data(task)] for task in collection.all}
         options = EvaluationOptions(max_examples=examples, batch_size=8, greedy_tokens=0)
+        self.model = model
         self._evaluator = Evaluator(model, data, options)
         self._written: dict[str, Any] = {}
 
@@ -68,7 +69,9 @@ class Judge:
     ) -> dict[str, dict[str, float | None]]:
         """KL kept and recovered of every form of a task on its held-out text, in one pass.
 
-        ``judged``: KL kept on text of the model's own, too.
+        ``kl_base`` is KL(original || base) in nats a token, ``alike`` the share of tokens for which the
+        original and the form find the same most likely. ``judged``: KL kept on text of the model's
+        own, too.
         """
         self._evaluator.choose_tokenizer(task, original)
         rows = self._evaluator._rows(task)
@@ -78,6 +81,7 @@ class Judge:
             total = sums.setdefault((name, kind), scoring._Sums(rows))
             total.add(seen.batch, seen.owners, costs)
 
+        alike = dict.fromkeys(forms, 0)
         with self._evaluator._loaded({"original": original, **forms}) as loaded:
             text = self._evaluator._text_of(task)
             for seen in self._evaluator._side_by_side(loaded, rows, text, list(forms)):
@@ -85,6 +89,8 @@ class Judge:
                 for name, logits in [("base", seen.base), *seen.ours.items()]:
                     add(name, "nll", seen, scoring._nll(logits, seen.targets))
                     add(name, "kl", seen, seen.divergences(logits))
+                for name, logits in seen.ours.items():
+                    alike[name] += seen.agreed(logits)
         losses = {key: total.finish(task) for key, total in sums.items()}
         own: dict[str, Any] = {}
         if judged:
@@ -101,6 +107,8 @@ class Judge:
                 "kl_kept": kl_kept(apart, resamples=0).value,
                 "recovered": back.value,
                 "gain": base.loss - theirs.loss,
+                "kl_base": apart.kl_base,
+                "alike": alike[name] / int(base.tokens.sum()),
             } | ({"judged": own[name]} if judged else {})
         return found
 

@@ -41,26 +41,13 @@ def make_model(model: Model, folder: Path) -> Path:
     """A folder that transformers loads; about three minutes of one core each."""
     if (folder / "model.safetensors").exists():
         return folder
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     started = time.perf_counter()
     texts = [passage.text for passage in model.passages() if passage.part == "base"]
     tokenizer = _tokenizer(texts, model.vocabulary)
     torch.manual_seed(0)
-    found = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=model.hidden,
-            intermediate_size=11 * model.hidden // 4,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
-            num_key_value_heads=model.heads,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    found = AutoModelForCausalLM.from_config(_config(model, tokenizer))
     losses = _pretrain(found, _blocks(tokenizer, texts), model.steps)
     found.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -71,6 +58,36 @@ def make_model(model: Model, folder: Path) -> Path:
         flush=True,
     )
     return folder
+
+
+def _config(model: Model, tokenizer: Any) -> Any:
+    from transformers import Gemma3TextConfig, LlamaConfig
+
+    size = model.hidden // model.heads
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": model.hidden,
+        "intermediate_size": 11 * model.hidden // 4,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.groups or model.heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if model.kind == "llama":
+        return LlamaConfig(**common)
+    # Of every two layers one sees a window.
+    types = ["sliding_attention" if n % 2 == 0 else "full_attention" for n in range(model.layers)]
+    return Gemma3TextConfig(
+        **common,
+        head_dim=size,
+        query_pre_attn_scalar=size,
+        sliding_window=LENGTH // 4,
+        layer_types=types,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _tokenizer(texts: Sequence[str], size: int) -> Any:
@@ -115,7 +132,7 @@ def _pretrain(model: Any, blocks: torch.Tensor, steps: int) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     model.eval()
     return [losses[0], sum(losses[-20:]) / 20]
 
