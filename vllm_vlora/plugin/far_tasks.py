@@ -7,9 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from vllm_vlora.checkpoint.manifest import TASKS_FOLDER, FileRef, task_file
-from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.checkpoint.sources import is_to_be_fetched
+from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
 from vllm_vlora.plugin.blend_paths import is_blend_path
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.identity import TaskPath
@@ -37,7 +35,7 @@ class FarTasks:
         if is_blend_path(path):
             return self.count(state) > 0
         task = state.tasks.get(str(path))
-        return task is not None and is_far(state.checkpoint, task)
+        return task is not None and state.checkpoint.is_far(task)
 
     def count(self, state: State | None) -> int:
         """How many tasks of a state have to be fetched, as of a moment ago."""
@@ -58,9 +56,3 @@ class FarTasks:
             self._counted, self._number = found, max(0, tasks - here)
             now = time.monotonic()
             self._count_again = now + (now - began) / _SHARE
-
-
-def is_far(checkpoint: Checkpoint, task: str) -> bool:
-    """Whether a task of a checkpoint has to be fetched."""
-    entry = checkpoint.entry(task)
-    return is_to_be_fetched(checkpoint.path, FileRef(task_file(task), entry.sha256, entry.nbytes))
