@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from engine_server import OURS, Server, ids, words
 from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact, mixed
 from file_server import file_server
 from places import ROOT
+from scrapes import Scrape
 from typer.testing import CliRunner
 
 from vllm_vlora.checkpoint.attachments import AttachmentWriter
@@ -146,6 +148,10 @@ def test_a_checkpoint_at_a_url_outlives_its_store(world: World, tmp_path: Path) 
     assert "S3cr3t" not in log
 
 
+def _scrape(server: Server) -> Scrape:
+    return Scrape(httpx.get(f"{server.url}/metrics", timeout=30).text)
+
+
 def test_tasks_far_away_come_when_they_are_asked_for(world: World, tmp_path: Path) -> None:
     folder = exact(world, "joint")
     with file_server(folder.parent) as store:
@@ -164,6 +170,14 @@ def test_tasks_far_away_come_when_they_are_asked_for(world: World, tmp_path: Pat
             for count, name in enumerate(ADAPTERS, 1):
                 assert ids(server.text(name, PROMPTS[1])) == words(world.reference[name][1])
                 assert len([n for n in store.asked if "/tasks/" in n]) == count
+            shown, deadline = _scrape(server), time.monotonic() + 60
+            while shown.value("vllm_vlora:tasks", tier="remote"):
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+                shown = _scrape(server)
+            assert shown.value("vllm_vlora:requests_total", tier="remote") == len(ADAPTERS)
+            loads = "vllm:lora_adapter_load_seconds_count"
+            assert shown.value(loads, transition="fetch") == len(ADAPTERS)
             store.status = 503
             with ThreadPoolExecutor(len(ADAPTERS)) as pool:
                 texts = list(pool.map(lambda name: server.text(name, PROMPTS[0]), ADAPTERS))

@@ -36,9 +36,9 @@ class World:
         self.arrivals = Arrivals(self.residency, self._bring, self.counters)
         self._numbers = itertools.count()
 
-    def _bring(self, requests: Any, hold: int, instead_of: Any, drop: Any) -> Any:
+    def _bring(self, requests: Any, hold: int, instead_of: Any, drop: Any, fetch: Any) -> Any:
         promise: Future[Any] = Future()
-        promise.set_result([self.workers.bring_to(0, requests, hold, instead_of)])
+        promise.set_result([self.workers.bring_to(0, requests, hold, instead_of, fetch)])
         return promise
 
     def ask(self, *names: str, request: bool = True) -> None:
@@ -59,7 +59,7 @@ def test_a_load_is_counted_once_and_every_request_with_where_its_task_was() -> N
     world.workers.stage("a")
     world.arrivals.advance()
     counted = world.counted
-    assert counted["requests"] == {"device": 0, "host": 0, "disk": 2}
+    assert counted["requests"] == {"device": 0, "host": 0, "disk": 2, "remote": 0}
     assert counted["busiest"]["tasks"] == {"a": 2}
     assert sum(counted["load_seconds"]["disk"]["counts"]) == 1
     assert counted["load_seconds"]["disk"]["sum"] > 0
@@ -69,9 +69,23 @@ def test_a_load_is_counted_once_and_every_request_with_where_its_task_was() -> N
     world.ask("b")
     world.ask("a")
     counted = world.counted
-    assert counted["requests"] == {"device": 0, "host": 2, "disk": 2}
+    assert counted["requests"] == {"device": 0, "host": 2, "disk": 2, "remote": 0}
     assert sum(counted["load_seconds"]["host"]["counts"]) == 2
     assert counted["evictions"]["device"] == 2
+
+
+def test_what_is_fetched_is_counted_as_that_once() -> None:
+    world = World({"a": 4})
+    world.workers.far = {"a"}
+    world.ask("a", "a")
+    world.arrivals.advance()
+    world.workers.stage("a")
+    world.arrivals.advance()
+    counted = world.counted
+    assert counted["requests"] == {"device": 0, "host": 0, "disk": 0, "remote": 2}
+    assert counted["loaded_bytes"] == {"host": 0, "disk": 0, "remote": 4}
+    loads = {source: sum(found["counts"]) for source, found in counted["load_seconds"].items()}
+    assert loads == {"host": 0, "disk": 0, "remote": 1}
 
 
 def test_who_is_no_request_is_not_counted_as_one() -> None:
@@ -121,7 +135,12 @@ def test_a_request_that_waited_is_counted_once() -> None:
     tasks_of(core).advance()
     core.add_request(SimpleNamespace(request_id="3", lora_request=lora("a")))
     assert entered == ["1", "2", "3"]
-    assert counters_of(core).snapshot()["requests"] == {"device": 1, "host": 0, "disk": 2}
+    assert counters_of(core).snapshot()["requests"] == {
+        "device": 1,
+        "host": 0,
+        "disk": 2,
+        "remote": 0,
+    }
 
 
 # --- what workers report ----------------------------------------------------------------------------
@@ -139,12 +158,14 @@ class Core:
         for store in self.stores:
             store.preload(folder)
         self.refused = ["checkpoint"]
+        self.far: int | None = None
         follower = SimpleNamespace(take_refusals=self._take_refusals)
         self.managers = [
             SimpleNamespace(
                 vlora_store=store,
                 follower=follower if store is self.stores[0] else None,
                 held_paths=lambda: [task.path for task in self.stores[0].tasks()],
+                far_tasks=lambda: self.far,
             )
             for store in self.stores
         ]
@@ -170,6 +191,10 @@ def test_tiers_are_what_the_workers_have_at_that_moment(tmp_path: Path) -> None:
     assert taken["state"] == core.checkpoint.content_digest
     assert taken["reload_refusals"]["checkpoint"] == 1
     assert metrics_snapshot(core)["reload_refusals"]["checkpoint"] == 1, "told once"
+    # There is no such tier where all was fetched before it was served.
+    assert "remote" not in taken["tiers"]
+    core.far = 3
+    assert metrics_snapshot(core)["tiers"]["remote"]["tasks"] == 3
 
 
 def test_tasks_that_are_pinned_are_marked(tmp_path: Path) -> None:

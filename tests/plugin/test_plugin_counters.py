@@ -19,6 +19,7 @@ from vllm_vlora.plugin.counters import (
     DISK,
     HOST,
     LOAD_SECONDS,
+    REMOTE,
     BusiestTasks,
     Histogram,
     ServingCounters,
@@ -41,8 +42,8 @@ def test_a_snapshot_is_plain_data_that_msgpack_carries_whole() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(taken)) == taken
     assert taken["residents"] == {DEVICE: [["c", False], ["b", True]]}
     assert taken["tiers"] == {DEVICE: {"tasks": 3, "bytes": 30, "budget": 40}}
-    assert taken["requests"] == {DEVICE: 1, HOST: 0, DISK: 0}
-    assert taken["loaded_bytes"] == {DISK: 1000, HOST: 1000}
+    assert taken["requests"] == {DEVICE: 1, HOST: 0, DISK: 0, REMOTE: 0}
+    assert taken["loaded_bytes"] == {DISK: 1000, HOST: 1000, REMOTE: 0}
     assert taken["load_seconds"][DISK]["sum"] == 0.3
     zeros = dict.fromkeys(["memory", "model", "checkpoint", "load", "busy", "other"], 0)
     assert taken["refusals"] == {**zeros, "memory": 1}

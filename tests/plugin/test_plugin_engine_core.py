@@ -100,8 +100,8 @@ class Core:
             exchange_bases=lambda: self.exchanged.append(number) or [path_of("a")],
         )
 
-    def _bring(self, number: int, requests: Any, hold: int, instead_of: Any) -> list[Any]:
-        said: list[Any] = self.workers.bring_to(number, requests, hold, instead_of)
+    def _bring(self, number: int, requests: Any, *question: Any) -> list[Any]:
+        said: list[Any] = self.workers.bring_to(number, requests, *question)
         wait = self.holds_back and not self.exchanged
         return [
             None if wait and one.lora_name == "b" else told for one, told in zip(requests, said)

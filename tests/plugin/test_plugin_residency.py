@@ -183,14 +183,14 @@ class World:
             alone=workers == 1,
         )
 
-    def _bring(self, requests: Any, hold: int, instead_of: Any, drop: Any) -> Any:
+    def _bring(self, requests: Any, hold: int, instead_of: Any, drop: Any, fetch: Any) -> Any:
         self.asked.append("".join(request.lora_name for request in requests))
 
         def answer() -> list[list[Brought]]:
             for path in drop:
                 self.workers.forget(path, wholly=True)
             return [
-                self.workers.bring_to(worker, requests, hold, instead_of)
+                self.workers.bring_to(worker, requests, hold, instead_of, fetch)
                 for worker in range(len(self.workers.staged))
             ]
 
@@ -287,6 +287,59 @@ def test_few_are_staged_at_once() -> None:
     world.arrivals.advance()
     world.arrivals.advance()
     assert world.entered == list(letters)
+
+
+def test_those_that_are_fetched_hold_up_none_that_are_here() -> None:
+    far, near = "abcdefghijkl", "mnopqrstuvwx"
+    world = World(200, dict.fromkeys(far + near, 4))
+    world.workers.far = set(far)
+    for name in far + near:
+        world.wait(name)
+    for _ in range(3):
+        world.arrivals.advance()
+    # So many of each, and none of those that are fetched before it is known that they are.
+    assert world.workers.fetched == list("abcdefgh")
+    assert world.asked == ["abcdefgh", "ijklmnopabcdefgh", "mnopqrstabcdefgh"]
+    world.workers.stage(*near)
+    for _ in range(2):
+        world.arrivals.advance()
+    assert world.entered == list(near)
+    assert world.workers.fetched == list("abcdefgh")
+    # They are let in as they come, and the next ones begin.
+    world.workers.stage("h")
+    for _ in range(2):
+        world.arrivals.advance()
+    assert world.entered == [*near, "h"]
+    assert world.workers.fetched == list("abcdefghi")
+    world.workers.stage(*far)
+    for _ in range(3):
+        world.arrivals.advance()
+    assert world.entered == [*near, "h", *far.replace("h", "")]
+    assert not world.arrivals.busy
+
+
+def test_of_several_workers_one_that_has_to_fetch_it_is_waited_for() -> None:
+    world = World(8, dict.fromkeys("ab", 4), workers=2)
+    bring_to = world.workers.bring_to
+    world.workers.staged[0] |= {"a", "b"}
+
+    def one_has_it(worker: int, *question: Any) -> list[Brought]:
+        world.workers.far = {"a"} if worker else set()
+        return bring_to(worker, *question)
+
+    world.workers.bring_to = one_has_it  # type: ignore[method-assign]
+    world.wait("a1")
+    for _ in range(3):
+        world.arrivals.advance()
+    assert world.entered == []
+    assert world.workers.fetched == ["a"]
+    world.workers.bring_to = bring_to  # type: ignore[method-assign]
+    world.workers.far = set()
+    world.workers.stage("a")
+    world.arrivals.advance()
+    world.arrivals.advance()
+    assert world.entered == ["a1"]
+    assert world.workers.on == [{"a"}] * 2
 
 
 def test_nobody_waits_for_an_answer_while_steps_go_on() -> None:

@@ -21,7 +21,7 @@ from fastapi.testclient import TestClient
 from vllm_vlora.blend_names import task_alone
 from vllm_vlora.checkpoint.aliases import Route
 from vllm_vlora.plugin import task_routes
-from vllm_vlora.plugin.counters import DEVICE, ServingCounters
+from vllm_vlora.plugin.counters import DEVICE, REMOTE, ServingCounters
 from vllm_vlora.plugin.metrics import TaskMetrics
 from vllm_vlora.plugin.named_requests import TaskRequests
 
@@ -29,7 +29,7 @@ DIGEST = "0123456789abcdef" * 2
 
 
 def lora(path: str) -> Any:
-    return SimpleNamespace(lora_path=path)
+    return SimpleNamespace(lora_path=path, lora_int_id=1)
 
 
 @pytest.fixture
@@ -103,6 +103,12 @@ def test_a_task_has_its_digest_and_tier(app: FastAPI, ours: TaskMetrics) -> None
     }  # fmt: skip
     ours.update(0, busy_counters().snapshot())
     assert [first(name)["tier"] for name in ("sql", "french", "t000")] == ["device", "host", "disk"]
+    # Some are on no disk: whoever is not named may be one of them.
+    far = busy_counters()
+    far.set_tier(REMOTE, 3)
+    ours.update(0, far.snapshot())
+    assert [first(name)["tier"] for name in ("sql", "t000")] == ["device", None]
+    ours.update(0, busy_counters().snapshot())
     crowded = ServingCounters(1, 1)
     crowded.set_tier(DEVICE, 2, ["t000", "t001"])
     ours.update(1, crowded.snapshot())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_vlora.errors import CheckpointError
-from vllm_vlora.plugin.arrivals import Brought
+from vllm_vlora.plugin.arrivals import FAR, Brought
 from vllm_vlora.plugin.residency import Held, Residency
 
 DIGEST = "0123456789abcdef" * 2
@@ -37,6 +37,9 @@ class Workers:
         self.staged: list[set[str]] = [set() for _ in budgets]
         self.start = start
         self.broken: set[str] = set()
+        # On no disk, and those of them that are being fetched.
+        self.far: set[str] = set()
+        self.fetched: list[str] = []
         self.told: list[str] = []
         self.used: set[str] = set()
         self.dropped: list[str] = []
@@ -71,15 +74,26 @@ class Workers:
 
     def stage(self, *names: str) -> None:
         """Let all of them have read these tasks."""
+        self.far -= set(names)
         for staged in self.staged:
             staged |= set(names)
 
     def bring_to(
-        self, worker: int, requests: Sequence[Any], hold: int, instead_of: Sequence[str]
+        self,
+        worker: int,
+        requests: Sequence[Any],
+        hold: int,
+        instead_of: Sequence[str],
+        fetch: Sequence[int] = (),
     ) -> list[Brought]:
         """What one of them does and says, as ``TaskLoRAManager.bring``."""
         left, said = list(instead_of), list[Brought]()
         for number, request in enumerate(requests):
+            if request.lora_name in self.far and number not in fetch:
+                said.append(FAR)
+                continue
+            if request.lora_name in self.far and request.lora_name not in self.fetched:
+                self.fetched.append(request.lora_name)
             if request.lora_name not in self.staged[worker] or number >= hold:
                 said.append(request.lora_name in self.staged[worker])
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError
-from vllm_vlora.plugin.counters import CATALOGUE, DEVICE, DISK, HOST, ServingCounters
+from vllm_vlora.plugin.counters import CATALOGUE, DEVICE, DISK, HOST, REMOTE, ServingCounters
 
 STATE = "0123456789abcdef" * 4
 
@@ -76,6 +76,8 @@ def busy_counters() -> ServingCounters:
     counters.loaded(DISK, 0.05, 20)
     counters.loaded(DISK, 0.3, 20)
     counters.loaded(HOST, 0.002, 20)
+    counters.requested("far", REMOTE)
+    counters.loaded(REMOTE, 1.5, 30)
     counters.evicted()
     counters.refused(MemoryBudgetError("no room"))
     counters.adopted(STATE)

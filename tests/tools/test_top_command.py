@@ -105,7 +105,7 @@ def test_json_has_every_number(server: Answering, suffix: str) -> None:
         "tasks": {"device": 2, "host": 1, "catalogue": 100},
         "bytes": {"device": 40, "host": 20},
         "budget_bytes": {"device": 100},
-        "requests": {"device": 3, "host": 0, "disk": 1},
+        "requests": {"device": 3, "host": 0, "disk": 1, "remote": 1},
         "evictions": {"device": 1, "host": 0},
         "refusals": {**zeros, "memory": 1},
         "reloads": 1,
@@ -113,6 +113,7 @@ def test_json_has_every_number(server: Answering, suffix: str) -> None:
         "loads": {
             "load": {"count": 2, "seconds": 0.35},
             "activate": {"count": 1, "seconds": 0.002},
+            "fetch": {"count": 1, "seconds": 1.5},
         },
     }
 
@@ -121,7 +122,7 @@ def test_one_reading_as_a_table(server: Answering) -> None:
     server.counters.requested("\x1b[31mred", DEVICE)
     done = run(server.url, "--once")
     assert done.exit_code == 0, done.output
-    for text in ("engine 0", "2 of 5", "40 B of 100 B", "80.0%",
+    for text in ("engine 0", "2 of 5", "40 B of 100 B", "66.7%",
                  "2, 175.0 ms each", "Asked for most", "sql", "\\x1b[31mred"):  # fmt: skip
         assert text in done.stdout, text
     assert "\x1b[31m" not in done.stdout

@@ -17,19 +17,23 @@ from itertools import islice
 from typing import Any, Protocol
 
 from vllm_vlora.errors import VLoRAError
-from vllm_vlora.plugin.counters import DISK, HOST, ServingCounters
+from vllm_vlora.plugin.counters import DISK, HOST, REMOTE, ServingCounters
 from vllm_vlora.plugin.residency import Held, Residency
 
 # Tasks that are staged at once. More would hold more host memory, and the first not sooner.
 _STAGED_AT_ONCE = 8
+# And beside them of those that are fetched first: who waits for the network holds up nobody else.
+_FETCHED_AT_ONCE = 8
 # Looks for an answer, while steps go on, before it is waited for: not every executor brings it with a
 # step's.
 _LOOKS = 8
 
-Brought = Held | bool | None
+Brought = Held | bool | str | None
 """What a worker says of a task: whether it has read it, or what came of holding it once it had.
 
-None where the task waits for more, and is asked for again after ``Arrivals.look_again``."""
+None where the task waits for more, and is asked for again after ``Arrivals.look_again``; ``FAR`` where it
+is to be fetched."""
+FAR = "far"
 
 
 class Answer(Protocol):
@@ -46,7 +50,12 @@ class Bring(Protocol):
     """Every worker of an engine core, asked at once."""
 
     def __call__(
-        self, requests: Sequence[Any], hold: int, instead_of: Sequence[str], drop: Sequence[str]
+        self,
+        requests: Sequence[Any],
+        hold: int,
+        instead_of: Sequence[str],
+        drop: Sequence[str],
+        fetch: Sequence[int],
     ) -> Answer:
         """Read the tasks of these requests, unless that is under way, and hold them once they are read.
 
@@ -54,6 +63,7 @@ class Bring(Protocol):
             hold: how many of them, the first, may be held.
             instead_of: tasks that may give way to them, the first first.
             drop: what nobody waits for any more; nothing is kept of it.
+            fetch: which of them may be fetched; of others it is said that they are ``FAR``.
         """
 
 
@@ -86,6 +96,8 @@ class _Arrival:
     staged: bool = False
     # They wait for bases first.
     held_back: bool = False
+    # On some worker's machine it has to be fetched, or had to be.
+    far: bool = False
 
 
 @dataclass
@@ -174,8 +186,10 @@ class Arrivals:
         if self._full_of is not None and self._full_of != self._residency.in_use():
             self._full_of = None
         full = self._full_of is not None
-        next_ones = (one for one in self._awaited.values() if not one.held_back)
-        asked = list(islice(next_ones, _STAGED_AT_ONCE))
+        next_ones = [one for one in self._awaited.values() if not one.held_back]
+        near = islice((one for one in next_ones if not one.far), _STAGED_AT_ONCE)
+        far = islice((one for one in next_ones if one.far), _FETCHED_AT_ONCE)
+        asked = [*near, *far]
         if full:
             asked = [one for one in asked if not one.staged]
         if not asked and not self._dropped:
@@ -186,7 +200,9 @@ class Arrivals:
         # What was not read when it was asked for last is seldom read by now.
         likely = sum(one.staged or not one.source for one in asked[:ready])
         offered = self._residency.offer(self._offer * max(likely, min(ready, 1)))
-        answer = self._bring([one.request for one in asked], ready, offered, list(self._dropped))
+        fetch = [number for number, one in enumerate(asked) if one.far]
+        requests = [one.request for one in asked]
+        answer = self._bring(requests, ready, offered, list(self._dropped), fetch)
         self._question = _Question(asked, answer)
         self._dropped.clear()
 
@@ -198,8 +214,9 @@ class Arrivals:
             if self._awaited.get(arrival.request.lora_path) is not arrival:
                 continue
             held = [said for said in told if isinstance(said, Held)]
-            arrival.staged, arrival.held_back = all(told), None in told
-            arrival.source = arrival.source or (HOST if arrival.staged else DISK)
+            arrival.far = arrival.far or FAR in told
+            arrival.staged, arrival.held_back = all(told) and FAR not in told, None in told
+            arrival.source = arrival.source or _source(arrival)
             if len(held) == len(told):
                 self._let_in(arrival, held)
 
@@ -248,6 +265,12 @@ class Arrivals:
                 if path not in self._residency:
                     self._dropped[path] = None
         return found
+
+
+def _source(arrival: _Arrival) -> str:
+    if arrival.far:
+        return REMOTE
+    return HOST if arrival.staged else DISK
 
 
 def _gave_way(told: Sequence[Brought]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, NamedTuple
 
-from vllm_vlora.plugin.counters import CATALOGUE, DEVICE, HOST, counters_of
+from vllm_vlora.plugin.counters import CATALOGUE, DEVICE, HOST, REMOTE, counters_of
 from vllm_vlora.plugin.engine_core import manager_of, tasks_of
 
 
@@ -17,6 +17,7 @@ class _Report(NamedTuple):
             way.
         host_names: names of tasks in host memory alone, the last used first.
         refused: why published states were not taken since it was asked last.
+        far_tasks: on no disk yet; None where all were fetched before they were served.
         materialized: of the tasks that were asked about, why those that need a slot do.
     """
 
@@ -32,6 +33,7 @@ class _Report(NamedTuple):
     state: str
     refused: list[str]
     direct_tasks: int
+    far_tasks: int | None
     materialized: dict[str, str]
 
 
@@ -54,6 +56,7 @@ def _report(worker: Any, paths: list[str], pinned: list[str], listed: int) -> _R
         "" if store.state is None else store.state.digest,
         [] if follower is None else follower.take_refusals(),
         store.direct_tasks,
+        manager.far_tasks(),
         {task.task_id: task.obstacle for task in held if task.direct is None},
     )
 
@@ -87,6 +90,8 @@ def metrics_snapshot(core: Any, seen: int = -1) -> dict[str, Any]:
     )
     if first.catalogue:
         counters.set_tier(CATALOGUE, first.catalogue)
+    if first.far_tasks is not None:
+        counters.set_tier(REMOTE, first.far_tasks)
     for reason in first.refused:
         counters.state_refused(reason)
     counters.set_state(first.state)

@@ -27,8 +27,11 @@ from vllm_vlora.plugin.settings import read_settings
 METRICS_METHOD = "vlora_metrics"
 """The name under which an engine core answers ``ServingCounters.snapshot``."""
 
-DEVICE, HOST, DISK, CATALOGUE = "device", "host", "disk", "catalogue"
-"""Where tasks are: on the device, in host memory, on disk alone; and all that may be asked for."""
+DEVICE, HOST, DISK, REMOTE = "device", "host", "disk", "remote"
+"""Where tasks are: on the device, in host memory, on disk alone, or on no disk of this machine yet."""
+TIERS = DEVICE, HOST, DISK, REMOTE
+CATALOGUE = "catalogue"
+"""All that may be asked for."""
 
 LOAD_SECONDS = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
@@ -146,10 +149,10 @@ class ServingCounters:
     def __init__(self, tasks: int, listed: int) -> None:
         self.listed = listed
         # What is counted from 0 on: Prometheus sees no rise where a series begins with 1.
-        self._requests: Counter[str] = Counter({DEVICE: 0, HOST: 0, DISK: 0})
+        self._requests: Counter[str] = Counter(dict.fromkeys(TIERS, 0))
         self._busiest = BusiestTasks(tasks)
-        self._load_seconds = {HOST: Histogram(), DISK: Histogram()}
-        self._loaded_bytes: Counter[str] = Counter({HOST: 0, DISK: 0})
+        self._load_seconds = {source: Histogram() for source in TIERS[1:]}
+        self._loaded_bytes: Counter[str] = Counter(dict.fromkeys(TIERS[1:], 0))
         self._evictions: Counter[str] = Counter({DEVICE: 0, HOST: 0})
         words = (*(word for _, word in _REASONS), OTHER)
         self._refusals: Counter[str] = Counter(dict.fromkeys(words, 0))
@@ -166,12 +169,15 @@ class ServingCounters:
     # --- what happens ---
 
     def requested(self, task: str, tier: str) -> None:
-        """A request for a task came, which then lay on the device, in host memory or on disk."""
+        """A request for a task came, which then lay in a tier."""
         self._requests[tier] += 1
         self._busiest.count(task)
 
     def loaded(self, source: str, seconds: float, nbytes: int = 0, task: str = "") -> None:
-        """A task was brought to the device from ``HOST`` or ``DISK``, or into host memory from ``DISK``.
+        """A task was brought to the device from where it lay, or into host memory from ``DISK``.
+
+        Args:
+            seconds: all the way, of one from ``REMOTE`` to the disk too.
 
         Raises:
             KeyError: another source.
@@ -214,7 +220,7 @@ class ServingCounters:
         """How full a tier is.
 
         Args:
-            tier: ``DEVICE``, ``HOST`` or ``CATALOGUE``.
+            tier: ``DEVICE``, ``HOST``, ``REMOTE`` or ``CATALOGUE``.
             tasks: how many are there.
             names: theirs, last used first; only the first that are listed are looked at. A task that
                 is on the device too belongs there alone.

@@ -57,12 +57,17 @@ def _hold(worker: Any, request: Any, instead_of: list[str]) -> Held:
 
 
 def _bring(
-    worker: Any, requests: list[Any], hold: int, instead_of: list[str], drop: list[str]
+    worker: Any,
+    requests: list[Any],
+    hold: int,
+    instead_of: list[str],
+    drop: list[str],
+    fetch: list[int],
 ) -> list[Brought]:
     manager = manager_of(worker)
     for path in drop:
         manager.forget(path, wholly=True)
-    return manager.bring(requests, hold, instead_of)
+    return manager.bring(requests, hold, instead_of, fetch)
 
 
 def _is_direct(worker: Any, lora_id: int) -> bool:
@@ -145,10 +150,15 @@ class _Workers:
         self._ask(_tidy)
 
     def bring(
-        self, requests: Sequence[Any], hold: int, instead_of: Sequence[str], drop: Sequence[str]
+        self,
+        requests: Sequence[Any],
+        hold: int,
+        instead_of: Sequence[str],
+        drop: Sequence[str],
+        fetch: Sequence[int],
     ) -> Answer:
         """As ``arrivals`` wants it. Not a question that is waited for: steps may be under way."""
-        arguments = (list(requests), hold, list(instead_of), list(drop))
+        arguments = (list(requests), hold, list(instead_of), list(drop), list(fetch))
         if self._promises:
             return self._ask(_bring, args=arguments, non_block=True)
         kept: Future[list[list[Brought]]] = Future()

@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -28,7 +28,9 @@ from vllm.platforms import current_platform
 from vllm_vlora.adapters.saved_tensors import is_base_copy
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE, extra_obstacle
+from vllm_vlora.downloads import Parts
 from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
+from vllm_vlora.plugin.arrivals import FAR, Brought
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
 from vllm_vlora.plugin.events import facts
@@ -38,6 +40,7 @@ from vllm_vlora.plugin.experts import (
     is_fused_moe,
     make_expert_writer,
 )
+from vllm_vlora.plugin.far_tasks import FarTasks
 from vllm_vlora.plugin.following import Follower, State
 from vllm_vlora.plugin.head_calls import HeadPunica
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
@@ -105,6 +108,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     setup: ClassVar[Setup] = Setup(None, Settings("materialize"))
     _creating = False
+    # None where all tasks were fetched before they were served.
+    _far: FarTasks | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._max_distinct = kwargs["lora_config"].max_loras
@@ -124,6 +129,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             budget=self.setup.settings.budget(self.device),
             exchanges=self.setup.settings.exchange,
         )
+        if self.setup.settings.fetch is Parts.TASKS_LATER:
+            self._far = FarTasks()
         self.follower: Follower | None = None
         self._poller: Poller | None = None
         self._direct_models: dict[int, TaskLoRAModel] = {}
@@ -239,22 +246,32 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     # --- what the engine core asks for ---
 
     def bring(
-        self, requests: Sequence[LoRARequest], hold: int, instead_of: Sequence[str] = ()
-    ) -> list[Held | bool | None]:
+        self,
+        requests: Sequence[LoRARequest],
+        hold: int,
+        instead_of: Sequence[str] = (),
+        fetch: Collection[int] = (),
+    ) -> list[Brought]:
         """Have tasks read into host memory, beside the steps, and on the device once that is done.
 
         Args:
             hold: how many of them, the first, may come to the device.
             instead_of: paths of tasks whose places there may be given up for them, the first first.
+            fetch: which of them may be fetched, where they are on no disk here.
 
         Returns:
             For each what ``hold`` says of it; or whether it is read, where it may not or need not yet;
-            None for one that waits for bases that are to be exchanged first.
+            None for one that waits for bases that are to be exchanged first, and ``FAR`` for one that is
+            to be fetched and may not be yet.
         """
         left = list(instead_of)
-        answers: list[Held | bool | None] = []
+        answers: list[Brought] = []
         for number, request in enumerate(requests):
-            staged = self.vlora_store.stage(_path_of(request))
+            path = _path_of(request)
+            if number not in fetch and self._is_far(path):
+                answers.append(FAR)
+                continue
+            staged = self.vlora_store.stage(path)
             if not staged or number >= hold:
                 answers.append(staged)
                 continue
@@ -299,6 +316,13 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         if task.direct is None:
             self.writer.prepare(task)
             self.experts.prepare(task)
+
+    def _is_far(self, path: TaskPath) -> bool:
+        return self._far is not None and self._far.has(self.vlora_store.state, path)
+
+    def far_tasks(self) -> int | None:
+        """How many tasks are on no disk here yet; None where all were fetched before they were served."""
+        return None if self._far is None else self._far.count(self.vlora_store.state)
 
     def held_paths(self) -> list[str]:
         """The tasks on the device."""

@@ -26,6 +26,7 @@ from vllm_vlora.plugin.counters import (
     LOAD_SECONDS,
     METRICS_METHOD,
     OTHER,
+    REMOTE,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _DIGITS = 12
 _PATIENCE = 2.0
 # What vLLM's proposal calls the tiers, and the ways between them.
 _LEVELS = {DEVICE: "gpu", HOST: "cpu"}
-_TRANSITIONS = {DISK: "load", HOST: "activate"}
+_TRANSITIONS = {DISK: "load", HOST: "activate", REMOTE: "fetch"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class TaskMetrics:
             for name, _ in answer.residents(tier)
         }
 
+    def any_far(self) -> bool:
+        """Whether some tasks are on no disk of an engine core's machine."""
+        return any(answer.tasks(REMOTE) for answer in self._answers.values())
+
     def form_of(self) -> dict[str, str | None]:
         """Task -> why it needs a slot, None where it runs direct, of the tasks named as on a device."""
         found: dict[str, str | None] = {}
@@ -147,7 +152,8 @@ class TaskMetrics:
 
         found = HistogramMetricFamily(
             "vllm:lora_adapter_load_seconds",
-            "Seconds to bring an adapter from disk (load) or from host memory (activate).",
+            "Seconds to bring an adapter from disk (load), from host memory (activate), or from the Hub "
+            "or a URL (fetch).",
             labels=("model_name", "engine", "transition"),
         )
         ends = [*map(str, LOAD_SECONDS), "+Inf"]
@@ -255,7 +261,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "vllm_vlora:tasks",
-        "Tasks on the device, in host memory, and in all that may be asked for.",
+        "Tasks on the device, in host memory, on no disk yet, and in all that may be asked for.",
         _of_tiers("tasks"),
         ("tier",),
     ),
@@ -311,7 +317,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "vllm_vlora:loaded_bytes",
-        "Bytes of the tasks that were brought from disk or from host memory.",
+        "Bytes of the tasks that were brought, by where they lay.",
         _labelled("loaded_bytes"),
         ("source",),
         counts=True,

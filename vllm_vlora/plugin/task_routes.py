@@ -51,7 +51,8 @@ def list_tasks(
     """
     models = getattr(request.app.state, "openai_serving_models", None)
     requests: dict[str, Any] = getattr(models, "lora_requests", {})
-    tier_of, elsewhere = METRICS.tier_of(), DISK if METRICS.all_listed() else None
+    known = METRICS.all_listed() and not METRICS.any_far()
+    tier_of, elsewhere = METRICS.tier_of(), DISK if known else None
     form_of = METRICS.form_of()
     page: list[dict[str, Any]] = []
     for name, digest in _tasks(requests, after):

@@ -1,0 +1,109 @@
+"""Tasks that are on no disk of a worker's machine yet: who says so, and when they are fetched."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from file_server import FileServer, file_server
+from plugin_world import STORED, Store, build, make_path
+
+pytest.importorskip("vllm")
+
+from vllm.lora.request import LoRARequest
+
+from vllm_vlora import downloads
+from vllm_vlora.blend_names import Term
+from vllm_vlora.checkpoint import sources
+from vllm_vlora.checkpoint.manifest import task_file
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.sources import checkpoint_folder
+from vllm_vlora.downloads import Parts
+from vllm_vlora.plugin.arrivals import FAR
+from vllm_vlora.plugin.blend_paths import blend_path
+from vllm_vlora.plugin.far_tasks import FarTasks
+from vllm_vlora.plugin.following import State
+from vllm_vlora.plugin.identity import task_path
+from vllm_vlora.plugin.manager import TaskLoRAManager
+from vllm_vlora.plugin.settings import Budget
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    monkeypatch.setenv(downloads.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delenv(downloads.OFFLINE_VARIABLE, raising=False)
+    monkeypatch.setattr(sources, "_LATER", {})
+    build(tmp_path / "ck", STORED)
+    with file_server(tmp_path) as served:
+        yield served
+
+
+def take(server: FileServer) -> Checkpoint:
+    return Checkpoint.open(checkpoint_folder(f"{server.url}/ck", parts=Parts.TASKS_LATER))
+
+
+def tasks_asked(server: FileServer) -> set[str]:
+    return {name for name in server.asked if name.startswith("ck/tasks/")}
+
+
+def until(seen: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_worker_says_what_is_on_no_disk(server: FileServer) -> None:
+    opened, far = take(server), FarTasks()
+    state, (first, *others) = State(opened), STORED
+    paths = {task: task_path(opened, task) for task in STORED}
+    blend = blend_path(paths, (Term(first, Decimal(1)), Term(others[0], Decimal(1))))
+    assert all(far.has(state, path) for path in (*paths.values(), blend))
+    assert far.count(state) == len(STORED)
+    assert far.count(None) == 0
+    assert not far.has(None, paths[first])
+    opened.load_task(first)
+    assert not far.has(state, paths[first])
+    assert all(far.has(state, paths[task]) for task in others)
+    # Counted again after a while, of which counting takes a small part.
+    until(lambda: far.count(state) == len(others))
+    for task in others:
+        opened.load_task(task)
+    until(lambda: far.count(state) == 0)
+    assert not far.has(state, blend)
+    # Another state's folder is another count, at once.
+    shutil.rmtree(server.folder / "ck")
+    build(server.folder / "ck", STORED, seed=1)
+    second = State(take(server))
+    assert far.count(second) == len(STORED)
+    # What is not there to be counted is as it was.
+    shutil.rmtree(second.checkpoint.path)
+    assert far.count(second) == len(STORED)
+
+
+def test_a_manager_fetches_only_what_it_is_told_to(server: FileServer) -> None:
+    opened = take(server)
+    store = Store(budget=Budget(device=1 << 20, late=0, host=0)).store
+    near, far, *_ = STORED
+    opened.load_task(near)
+    store.preload(opened.path, make_path)
+    manager: Any = TaskLoRAManager.__new__(TaskLoRAManager)
+    manager.vlora_store, manager._far = store, FarTasks()
+    asked = [LoRARequest(task, 1, str(task_path(opened, task))) for task in (far, near)]
+    seen = tasks_asked(server)
+    assert manager.bring(asked, 0) == [FAR, True]
+    assert tasks_asked(server) == seen
+    assert manager.far_tasks() == len(STORED) - 1
+    until(lambda: manager.bring(asked, 0, (), [0]) == [True, True])
+    assert tasks_asked(server) == seen | {f"ck/{task_file(far)}"}
+    # Once it is here it is a task like the others.
+    assert manager.bring(asked, 0) == [True, True]
+    # Where all was fetched before nothing is looked at.
+    manager._far = None
+    assert manager.bring(asked, 0) == [True, True]
+    assert manager.far_tasks() is None

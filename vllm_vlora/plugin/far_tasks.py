@@ -1,0 +1,58 @@
+"""Which tasks of the served state are on no disk of this machine yet: they come when asked for."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
+from vllm_vlora.plugin.blend_paths import is_blend_path
+from vllm_vlora.plugin.following import State
+from vllm_vlora.plugin.identity import TaskPath
+
+# Of a worker's time, at most, for counting files.
+_SHARE = 0.01
+
+
+class FarTasks:
+    """Of one worker, whose checkpoint was taken without its tasks (``VLLM_VLORA_FETCH=asked``)."""
+
+    def __init__(self) -> None:
+        self._counted: tuple[Path, int] | None = None
+        self._count_again = 0.0
+        self._number = 0
+
+    def has(self, state: State | None, path: TaskPath) -> bool:
+        """Whether a path's task has to be fetched.
+
+        Of a blend it is taken to be so as long as there are such tasks: what it is made of says only who
+        reads it.
+        """
+        if state is None:
+            return False
+        if is_blend_path(path):
+            return self.count(state) > 0
+        task = state.tasks.get(str(path))
+        return task is not None and state.checkpoint.is_far(task)
+
+    def count(self, state: State | None) -> int:
+        """How many tasks of a state have to be fetched, as of a moment ago."""
+        if state is None:
+            return 0
+        folder = state.checkpoint.path / TASKS_FOLDER
+        with suppress(OSError):
+            self._look(folder, len(state.checkpoint.tasks))
+        return self._number
+
+    def _look(self, folder: Path, tasks: int) -> None:
+        began = time.monotonic()
+        found = folder, folder.stat().st_mtime_ns
+        other = self._counted is None or self._counted[0] != folder
+        if other or (found != self._counted and began >= self._count_again):
+            # A state's folder has files of its own tasks and no others.
+            here = sum(name.endswith(".safetensors") for name in os.listdir(folder))
+            self._counted, self._number = found, max(0, tasks - here)
+            now = time.monotonic()
+            self._count_again = now + (now - began) / _SHARE
