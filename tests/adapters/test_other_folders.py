@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -444,3 +445,20 @@ def test_heads_that_were_not_gathered(plain: Path, shape: tuple[int, ...]) -> No
     set_options(plain, modules_to_save=["lm_head"])
     add_tensors(plain, **{"base_model.model.lm_head.weight": torch.ones(shape)})
     refused(plain, "base_model.model.lm_head.weight", "ZeRO-3")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop"])
+def test_weights_that_are_no_file(plain: Path, kind: str) -> None:
+    """What cannot be opened is not called empty or damaged."""
+    weights = plain / WEIGHTS
+    weights.unlink()
+    if kind == "folder":
+        weights.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(weights)
+    else:
+        weights.symlink_to(weights)
+    why = "Too many levels of symbolic links" if kind == "loop" else "not a regular file"
+    message = refused(plain, f"{WEIGHTS}: cannot be read: {why}")
+    assert "empty" not in message
+    assert "Errno" not in message

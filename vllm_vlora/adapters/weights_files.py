@@ -76,7 +76,9 @@ def _read_index(path: Path) -> dict[str, str]:
     refuse_link_out(path, path.parent, AdapterError)
     try:
         names = decode(read_regular(path, JSON_BYTES), ShardIndex).weight_map
-    except (OSError, JSONError) as error:
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    except JSONError as error:
         raise AdapterError(f"{path}: no index of weights files ({error}); copy it again") from error
     if not all(_is_file_name(name) for name in names.values()):
         raise AdapterError(f"{path}: names files outside of its folder; save the adapter again")
@@ -103,7 +105,9 @@ def open_weights(path: Path, known: Stamp | None = None) -> TensorFile:
         return open_weights(path)
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent}: {_missing(path)}") from error
-    except (DamagedFileError, OSError) as error:
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    except DamagedFileError as error:
         advice = describe_weights(path) or "copy or download it again"
         raise AdapterError(f"{path}: not a whole safetensors file ({error}); {advice}") from error
 

@@ -391,7 +391,9 @@ class _StoredMoments(Sequence[Moment]):
                     part: _tensor(file, path, f"{index}.{part}", shape)
                     for part, shape in shapes.items()
                 }
-        except (OSError, DamagedFileError) as error:
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        except DamagedFileError as error:
             raise DataError(f"{path}: {error}; copy the calibration again") from error
         return LowRankMoment(**parts)
 

@@ -69,7 +69,9 @@ class TensorFile:
             raise CheckpointError(
                 f"{path}: the file is missing; copy the checkpoint again"
             ) from None
-        except (DamagedFileError, OSError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        except DamagedFileError as error:
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({error}); copy the checkpoint again"
             ) from error
