@@ -298,6 +298,15 @@ def print_quality(console: Console, summary: dict[str, Any]) -> None:
         worst = min(defined, key=defined.__getitem__)
         mean = sum(defined.values()) / len(defined)
         line(console, f"KL kept: mean {mean:.4f}, worst {defined[worst]:.4f} ({worst})")
+        # Whatever was predicted: this was measured.
+        low = sorted((kept, task) for task, kept in defined.items() if kept < 1 - NOTED_LOSS)
+        if low:
+            named = some_of((f"{task} ({kept:.4f})" for kept, task in low), _NAMED_TASKS)
+            line(
+                console,
+                f"Measured to lose more than {NOTED_LOSS:.0%}: {named}; a lower --ratio keeps more.",
+                style="yellow",
+            )
     undefined = [task for task, value in kl_kept.items() if value is None]
     if undefined:
         line(

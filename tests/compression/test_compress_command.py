@@ -198,6 +198,22 @@ def test_the_model_judges_the_representations_without_data(world: Path, tmp_path
     # What was judged is what was written.
     again = SelfJudge(opened(world), world / "model", True, lambda *_: None)
     assert again([out])[0] == pytest.approx(data["kl_kept"], abs=1e-6)
+    # What little is kept is named, whatever the error of the weights had led to expect.
+    hard = (
+        "compress",
+        world / "adapters",
+        "-o",
+        out,
+        "--ratio",
+        4.4,
+        "--allow-large-error",
+        "--force",
+    )
+    kept = json.loads(invoke(*hard, "--judge", "--json").stdout)["kl_kept"]
+    low = sorted((value, task) for task, value in kept.items() if value < 0.95)
+    assert low
+    shown = " ".join(invoke(*hard, "--judge").output.split())
+    assert f"lose more than 5%: {low[0][1]} ({low[0][0]:.4f})" in shown
     plain = json.loads(invoke(*command, "--no-judge").stdout)
     assert plain["chosen_by"] == "the error of the weights"
     assert "kl_kept" not in plain

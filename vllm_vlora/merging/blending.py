@@ -385,7 +385,8 @@ def _write_blend(
     with edited(where, output, force=force) as (checkpoint, folder):
         if task_id in checkpoint.tasks and not replacing:
             raise TaskIdError(
-                f"{checkpoint.path} has a task {task_id!r} already; give another id, or replace=True"
+                f"{checkpoint.path} has a task {task_id!r} already; give another id, or replace it "
+                "(replace=True; --force of the command)"
             )
         blend = _Blend(checkpoint, weights, rank, format)
         writer = Successor(folder, checkpoint, allow_large_error=allow_large_error)

@@ -26,6 +26,7 @@ from vllm_vlora.blending.blended import with_named_blends
 from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
+from vllm_vlora.checkpoint.task_entry import TaskTable, entries
 from vllm_vlora.errors import (
     CheckpointError,
     CheckpointReplacedError,
@@ -930,7 +931,10 @@ def _speakers(checkpoint: Checkpoint, tasks: set[str]) -> set[str]:
     for _, alike in checkpoint.alike():
         asked = [task for task in alike if task in tasks]
         found.update(asked[:1])
-        found.update(task for task in asked if checkpoint.entry(task).carries)
+    known = checkpoint.tasks
+    # Of an index all at once: one by one 100,000 take .7 s, and so .1.
+    listed = entries(known if isinstance(known, TaskTable) else {t: known[t] for t in tasks})
+    found.update(task for task, entry in listed if entry.carries and task in tasks)
     return found
 
 
