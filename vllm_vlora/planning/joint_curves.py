@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
-from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, as_stored, row_nbytes, unpack
-from vllm_vlora.representations.factors import ScaledFactors, gram_cholesky
+from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, row_nbytes, unpack
+from vllm_vlora.representations.factors import ScaledFactors, row_gram
 from vllm_vlora.representations.joint import core_shape
 from vllm_vlora.representations.spec import BasisSpec
 
@@ -114,30 +114,25 @@ class JointMeter:
         return left * scales[:, None, None], right
 
 
-# So many rows of a wide basis tell what rounding does to all.
-_SAMPLED = 256
-
-
-def rounding_noise(rows: torch.Tensor, format: str) -> float:
-    """What a number format changes in the rows of a basis, ||rows' - rows||^2 / ||rows||^2, nearly.
-
-    What a packed basis captures less than an exact one grows in proportion to it: the first-order
-    change of a projection averages out, as rounding has no direction.
-    """
-    sample = rows[:: max(len(rows) // _SAMPLED, 1)]
-    changed = (as_stored(sample, format) - sample).square().sum()
-    return float(changed / sample.square().sum().clamp(min=1e-30))
+# Up to this ratio of the pivots a Gram matrix is worth its smaller time.
+_SOUND = 1e-3
 
 
 class _OrthonormalRows:
-    """Rows, orthonormalised in their order, by what their products with other rows become."""
+    """Rows, orthonormalised in their order, by what their products with other rows become.
+
+    By a Cholesky factor of their Gram matrix, R^T R, where the rows are nearly orthonormal as packing
+    leaves them: a quarter of the time of a QR decomposition, which is for all others.
+    """
 
     def __init__(self, rows: torch.Tensor) -> None:
-        factor = gram_cholesky(rows, torch.float32)
-        if factor is not None:
-            self._rows, self._factor = rows, factor.mT
-        else:
-            self._rows = torch.linalg.qr(rows.double().T)[0].T.float()
+        gram = row_gram(rows, torch.float32)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        pivots = factor.diagonal()
+        self._rows, self._factor = rows, factor.mT
+        if int(failed) or not float(pivots.min()) > _SOUND * float(pivots.max()):
+            q, self._factor = torch.linalg.qr(rows.double().T)
+            self._rows = q.T.float()
             self._factor = torch.eye(len(rows), dtype=torch.float64)
 
     def coordinates(self, rows: torch.Tensor) -> torch.Tensor:

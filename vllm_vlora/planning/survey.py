@@ -26,7 +26,6 @@ from vllm_vlora.planning.joint_curves import (
     JointMeter,
     joint_nbytes,
     path_between,
-    rounding_noise,
     widths_to_try,
 )
 from vllm_vlora.planning.number_formats import Formats
@@ -221,24 +220,14 @@ class Surveyor:
                 private[task], norms[task] = curves, norm
         joint, bases = {}, {}
         for number, tasks in job.groups:
-            if not job.private:
-                norms.update(self._norms(module, tasks, metric))
-            of_tasks = torch.tensor([norms[task] for task in tasks], dtype=torch.float64)
-            joint[number], bases[number] = self._group(
-                module, tasks, of_tasks, metric, len(job.groups)
-            )
+            joint[number], bases[number] = self._group(module, tasks, metric, len(job.groups))
+            norms.update(zip(tasks, next(iter(joint[number].curves.values())).norms.tolist()))
         affinity = self._affinity(module) if job.sketch else None
         flat = self._flat(module, metric) if job.flat else None
         if flat is not None:
-            norms.update(self._norms(module, module.tasks, metric))
+            factors = self._read(module, module.tasks)
+            norms.update((t, seen_squared_norm(*f, metric)) for t, f in zip(module.tasks, factors))
         return ModuleSurvey(norms, private, joint, bases, affinity, flat)
-
-    def _norms(
-        self, module: Module, tasks: Sequence[int], metric: Metric
-    ) -> Iterator[tuple[int, float]]:
-        """(task number, ||delta_W||^2)."""
-        for task, factors in zip(tasks, self._read(module, tasks)):
-            yield task, seen_squared_norm(*factors, metric)
 
     @property
     def calibrated(self) -> bool:
@@ -328,12 +317,7 @@ class Surveyor:
                 yield dtype, batch
 
     def _group(
-        self,
-        module: Module,
-        tasks: tuple[int, ...],
-        norms: torch.Tensor,
-        metric: Metric,
-        groups: int,
+        self, module: Module, tasks: tuple[int, ...], metric: Metric, groups: int
     ) -> tuple[FittedGroup, tuple[torch.Tensor, torch.Tensor]]:
         """Fit a basis, as wide as it could be wanted, and measure every width."""
 
@@ -348,8 +332,12 @@ class Surveyor:
         v = _orthonormal(metric.unwhiten_a(white_v), metric is FROBENIUS)
         # Together the blocks are no wider than the module, on either side.
         u_t, v = u_t[: module.d_out // groups], v[: module.d_in // groups]
-        widths, exact = self._widths(module, tasks, (u_t, v), norms, metric)
-        curves = self._curves(module, tasks, (u_t, v), widths, exact, norms, metric)
+        norms = torch.tensor(
+            [seen_squared_norm(*found, metric) for found in self._read(module, tasks)],
+            dtype=torch.float64,
+        )
+        widths = self._widths(module, tasks, u_t, v, norms, metric)
+        curves = self._curves(module, tasks, u_t, v, widths, norms, metric)
         k_out, k_in = max(w[0] for w in widths), max(w[1] for w in widths)
         return FittedGroup(tasks, curves), (u_t[:k_out].clone(), v[:k_in].clone())
 
@@ -372,75 +360,55 @@ class Surveyor:
         self,
         module: Module,
         tasks: tuple[int, ...],
-        rows: tuple[torch.Tensor, torch.Tensor],
+        u_t: torch.Tensor,
+        v: torch.Tensor,
         norms: torch.Tensor,
         metric: Metric,
-    ) -> tuple[list[tuple[int, int]], torch.Tensor]:
-        """The pairs (k_out, k_in) to measure, and what each captures of every task before rounding."""
-        meter = _meter(rows, "float32", metric)
-        most = [len(side) for side in rows]
-        if self.settings.num_components is None:
-            outs, ins = map(widths_to_try, most)
-        else:
-            outs, ins = [[width] for width in most]
-        total = torch.zeros(len(outs), len(ins), dtype=torch.float64)
+    ) -> list[tuple[int, int]]:
+        """The pairs (k_out, k_in) to measure."""
+        if self.settings.num_components is not None:
+            return [(u_t.shape[0], v.shape[0])]
+        meter = JointMeter(pack(u_t, "float32"), pack(v, "float32"), metric)
+        outs, ins = widths_to_try(len(u_t)), widths_to_try(len(v))
+        total, place = torch.zeros(len(outs), len(ins), dtype=torch.float64), 0
         weights = torch.where(norms > 0, 1 / norms, 0.0)
-        found = torch.empty(len(tasks), len(outs), len(ins))
-        for places, batch in self._batches(module, tasks):
-            captured = meter.captured_between(batch, outs, ins)
-            total += torch.einsum("toi,t->oi", captured, weights[places])
-            found[places] = captured.float()
+        for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
+            captured = meter.captured_between([found for _, found in batch], outs, ins)
+            total += torch.einsum("toi,t->oi", captured, weights[place : place + len(batch)])
+            place += len(batch)
         format = min(
             self.settings.formats.of(module.dtype),
             key=lambda f: row_nbytes(f, module.d_in) + row_nbytes(f, module.d_out),
         )
         # A row more on one side adds one number to every row of that side's core factor.
-        cores = 2.0 * sum(min(rank, *most) for rank in _ranks(module, tasks))
+        cores = 2.0 * sum(min(rank, len(u_t), len(v)) for rank in _ranks(module, tasks))
         row_out = row_nbytes(format, module.d_out) + cores
-        path = path_between(total, outs, ins, row_out, row_nbytes(format, module.d_in) + cores)
-        at_out, at_in = [outs.index(k) for k, _ in path], [ins.index(k) for _, k in path]
-        return path, found[:, at_out, at_in]
+        return path_between(total, outs, ins, row_out, row_nbytes(format, module.d_in) + cores)
 
     def _curves(
         self,
         module: Module,
         tasks: tuple[int, ...],
-        rows: tuple[torch.Tensor, torch.Tensor],
+        u_t: torch.Tensor,
+        v: torch.Tensor,
         widths: list[tuple[int, int]],
-        exact: torch.Tensor,
         norms: torch.Tensor,
         metric: Metric,
     ) -> dict[str, JointCurve]:
-        """What the widths capture in every format: measured in the coarsest, and between it and
-        ``exact`` in proportion to the rounding."""
         by_label = self.settings.formats.of(module.dtype)
-        noise = {f: sum(rounding_noise(side, f) for side in rows) for f in dict.fromkeys(by_label)}
-        coarsest = max(noise, key=noise.__getitem__)
-        change = torch.zeros_like(exact)
-        if noise[coarsest] > 0:
-            meter = _meter(rows, coarsest, metric)
-            for places, batch in self._batches(module, tasks):
-                change[places] = meter.captured_at(batch, widths).float() - exact[places]
-            change /= noise[coarsest]
+        meters = {f: JointMeter(pack(u_t, f), pack(v, f), metric) for f in dict.fromkeys(by_label)}
+        captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
+        place = 0
+        for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
+            factors = [found for _, found in batch]
+            rows = slice(place, place + len(batch))
+            for format, meter in meters.items():
+                captured[format][rows] = meter.captured_at(factors, widths).float()
+            place = rows.stop
         return {
-            label: JointCurve(
-                [BasisSpec(*w, format) for w in widths], exact + noise[format] * change, norms
-            )
+            label: JointCurve([BasisSpec(*w, format) for w in widths], captured[format], norms)
             for label, format in zip(self.settings.formats.labels, by_label)
         }
-
-    def _batches(
-        self, module: Module, tasks: Sequence[int]
-    ) -> Iterator[tuple[slice, list[ScaledFactors]]]:
-        """Their places among the tasks, and the factors of as many as a basis is read for at once."""
-        start = 0
-        for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
-            yield slice(start, start + len(batch)), [factors for _, factors in batch]
-            start += len(batch)
-
-
-def _meter(rows: tuple[torch.Tensor, torch.Tensor], format: str, metric: Metric) -> JointMeter:
-    return JointMeter(pack(rows[0], format), pack(rows[1], format), metric)
 
 
 def directions(module: Module) -> int:

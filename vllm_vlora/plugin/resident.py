@@ -26,7 +26,7 @@ from vllm_vlora.blending.blended import with_named_blends
 from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.pinning import pinned, split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
-from vllm_vlora.checkpoint.task_entry import TaskTable, entries
+from vllm_vlora.checkpoint.task_entry import TaskTable, column, entries
 from vllm_vlora.errors import (
     CheckpointError,
     CheckpointReplacedError,
@@ -287,7 +287,8 @@ class ResidentStore:
             self._let_go(staged.bases)
             if not placed:
                 break
-        self.seal(sum(map(checkpoint.lora_nbytes, far)))
+        sizes = zip(checkpoint.tasks, column(checkpoint.tasks, "lora_nbytes")) if far else ()
+        self.seal(sum(nbytes for task_id, nbytes in sizes if task_id in far))
         self.seconds = time.perf_counter() - started
         return checkpoint
 
