@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,6 +168,14 @@ class Published:
         return self.value("vllm_vlora:direct_tasks") == len(tasks)
 
 
+@contextmanager
+def set_at_the_end(event: threading.Event) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        event.set()
+
+
 @pytest.fixture(params=["auto", "direct"])
 def published(world: World, request: pytest.FixtureRequest) -> Iterator[Published]:
     servers = 2 if request.param == "auto" else 1
@@ -193,13 +202,14 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
     published.make(SECOND)
     cached = {name: published.cached(name) for name in "ab"}
     assert cached["a"] != cached["b"]
-    with ThreadPoolExecutor(84) as pool:
+    ended = threading.Event()
+    # In this order, so that nobody asks on where something is wrong.
+    with ThreadPoolExecutor(84) as pool, set_at_the_end(ended):
         # In flight while the basis changes, some of them waiting for a place in a batch.
         running = [(name, pool.submit(published.long, name)) for name in "ab" for _ in range(40)]
+        published.server.wait_until_begun([future for _, future in running])
         # Whoever asks meanwhile is answered, with the weights of before or those of after.
-        ended = threading.Event()
         asking = [pool.submit(published.ask_until, ended, name, FIRST, SECOND) for name in "aabc"]
-        time.sleep(0.3)
         published.publish(SECOND)
         # The metrics lag a second behind.
         published.until(lambda: "is served now" in published.log())
@@ -210,8 +220,7 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
         assert [published.cached(name) for name in "ab"] == [cached["b"], cached["a"]]
         for name, future in running:
             assert future.result() == before[name], "it began on the basis of before"
-        ended.set()
-        assert all(future.result() > 1 for future in asking)
+    assert all(future.result() > 1 for future in asking)
     published.until(lambda: published.exchanges() == 1)
     published.until(lambda: published.all_direct(SECOND))
     assert "took the place of those before" in published.log()
@@ -251,7 +260,7 @@ def test_every_rank_exchanges_its_share_in_one_step(world: World, parallel: str)
         published.make(SECOND)
         with ThreadPoolExecutor(8) as pool:
             running = [pool.submit(published.long, "b") for _ in range(6)]
-            time.sleep(0.3)
+            published.server.wait_until_begun(running)
             published.publish(SECOND)
             published.until_served(SECOND, 1)
             published.check(SECOND)

@@ -34,7 +34,7 @@ execute = GPUModelRunner.execute_model
 
 def slowly(self, scheduler_output, *args, **kwargs):
     if scheduler_output.total_num_scheduled_tokens:
-        time.sleep(0.03)
+        time.sleep(0.08)
     return execute(self, scheduler_output, *args, **kwargs)
 
 GPUModelRunner.execute_model = slowly

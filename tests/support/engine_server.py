@@ -6,8 +6,10 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -18,6 +20,8 @@ from engine_world import MAX_TOKENS, World
 OURS = "from vllm_vlora.tools.cli import main; main()"
 # What it starts, in a process that has imported vLLM.
 FORKED = "from vllm.entrypoints.cli.main import main; main()"
+
+_IN_FLIGHT = re.compile(r"vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)")
 
 
 class Server:
@@ -75,6 +79,18 @@ class Server:
         """The names in /v1/models, asked on a connection of its own: of any of its API servers."""
         models = httpx.get(f"{self.url}/v1/models", timeout=60).json()["data"]
         return {model["id"] for model in models}
+
+    def wait_until_begun(self, running: Collection[Future[Any]], seconds: float = 60) -> None:
+        """Until the engine has all of these requests, or has answered them; nobody may make others."""
+        began = time.monotonic()
+        while True:
+            lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+            found = (_IN_FLIGHT.match(line) for line in lines)
+            held = sum(float(match[1]) for match in found if match)
+            if held + sum(future.done() for future in running) >= len(running):
+                return
+            assert time.monotonic() - began < seconds, f"{held} of {len(running)}"
+            time.sleep(0.1)
 
     def stop(self) -> None:
         stop(self.process, signal.SIGTERM, signal.SIGKILL)
