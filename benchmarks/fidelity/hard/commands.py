@@ -34,8 +34,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from fidelity.hard.command_tables import cells, command_tables  # noqa: E402
 from fidelity.hard.forms import WEIGHTS  # noqa: E402
-from fidelity.hard.table import FOLDER, Judge, _append, _read  # noqa: E402
 from fidelity.hard.table import RESULTS as MEASURED  # noqa: E402
+from fidelity.hard.table import Judge, _append, _read, named, options_parser  # noqa: E402
 from fidelity.inputs import CollectionFolder  # noqa: E402
 from vllm_vlora import export_all  # noqa: E402
 from vllm_vlora.checkpoint.reader import Checkpoint  # noqa: E402
@@ -247,26 +247,15 @@ def missing(records: Sequence[Mapping[str, Any]], name: str, ratio: float,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is named, or all that is there, as far as it is missing; print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("collections", nargs="*", metavar="NAME")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser = options_parser(__doc__, RATIOS, RESULTS)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=("auto",))
     parser.add_argument("--add", action="store_true", help="also add the tasks that were held out")
     parser.add_argument("--scaled", action="store_true", help="also measure scaled originals")
-    parser.add_argument("--examples", type=int, default=8, help="held-out, of each task")
-    parser.add_argument("--tasks", type=int, default=12, help="judged of a collection")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="JSON Lines; is appended to")
     parser.add_argument(
         "--measured", type=Path, default=MEASURED, help="what table.py has measured"
     )
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after so long")
     options = parser.parse_args(arguments)
-    names = options.collections or sorted(
-        path.parent.name for path in options.folder.glob("*/collection.json")
-    )
+    names = named(options)
     until = time.monotonic() + 60 * options.minutes
     records = _read(options.json)
     for name in names:

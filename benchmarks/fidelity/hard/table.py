@@ -204,22 +204,33 @@ def seconds(folder: Path) -> dict[str, Any]:
     return {"collection": collection.name, "compress_seconds": found, "load": os.getloadavg()[0]}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is named, or all that is there, as far as it is missing; print the tables."""
+def options_parser(
+    description: str | None, ratios: Sequence[float], results: Path
+) -> argparse.ArgumentParser:
+    """What is asked of every measurement of the hard collections, with these defaults."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("collections", nargs="*", metavar="NAME")
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--ratios", type=float, nargs="+", default=ratios)
     parser.add_argument("--examples", type=int, default=8, help="held-out, of each task")
     parser.add_argument("--tasks", type=int, default=12, help="judged of a collection")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="JSON Lines; is appended to")
+    parser.add_argument("--json", type=Path, default=results, help="JSON Lines; is appended to")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after so long")
-    options = parser.parse_args(arguments)
-    names = options.collections or sorted(
-        p.parent.name for p in options.folder.glob("*/collection.json")
-    )
+    return parser
+
+
+def named(options: argparse.Namespace) -> list[str]:
+    """The collections that are named, or all that are there."""
+    found = (path.parent.name for path in options.folder.glob("*/collection.json"))
+    return options.collections or sorted(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is named, or all that is there, as far as it is missing; print the tables."""
+    options = options_parser(__doc__, RATIOS, RESULTS).parse_args(arguments)
+    names = named(options)
     until = time.monotonic() + 60 * options.minutes
     records = _read(options.json)
     for name in names:
