@@ -71,6 +71,11 @@ BENCHMARKS = {
         "fairness",
         {"quick": "", "rounds": "turns of each (default: 7)", "device-note": ""},
     ),
+    "watching": Benchmark(
+        "what following the folder and counting for /metrics take from a busy server",
+        "watching",
+        {"quick": "", "rounds": "turns of each (default: 9)", "device-note": ""},
+    ),
     "residency": Benchmark(
         "the first token of tasks on the device, in host memory and on disk; starts with many tasks",
         "residency",

@@ -108,6 +108,24 @@ def test_the_least_recently_used_give_way_and_come_back(engine: Engine) -> None:
     assert 6 < most < len(COPIES)
 
 
+def test_a_pinned_task_stays_while_the_others_give_way(engine: Engine) -> None:
+    from vllm_vlora import lora_request
+
+    pinned = lora_request(engine.late, "late-0")
+    assert engine.ask([pinned]) == [engine.answer("late-0")]
+    assert engine.llm.llm_engine.pin_lora(pinned.lora_int_id)
+    for name in list(COPIES)[1:]:
+        assert engine.ask([lora_request(engine.late, name)]) == [engine.answer(name)]
+        assert pinned.lora_path in engine.paths()
+    assert engine.ask([pinned]) == [engine.answer("late-0")]
+    # Until it is removed: then it is the one that gives way, as nothing else is in use for longer.
+    assert engine.llm.llm_engine.remove_lora(pinned.lora_int_id)
+    for name in list(COPIES)[1:]:
+        engine.ask([lora_request(engine.late, name)])
+    assert pinned.lora_path not in engine.paths()
+    assert engine.ask([pinned]) == [engine.answer("late-0")]
+
+
 def test_a_pinned_task_does_not_give_way(engine: Engine) -> None:
     from vllm_vlora import lora_request
 

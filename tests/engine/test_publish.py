@@ -105,6 +105,20 @@ def test_what_cannot_be_served_is_refused_and_the_state_before_it_answers(
     world2.check({**SECOND, "next": "ordinary"})
 
 
+def test_a_task_with_the_name_of_something_else_is_not_served_and_that_answers_on(
+    world2: PublishedWorld,
+) -> None:
+    world2.publish({**SECOND, "base": "rslora", "ordinary": "attention", "last": "half-packed"})
+    world2.wait_until_listed({*SECOND, "last"})
+    # Of "base" and "ordinary" too: as stock vLLM answers for the model and the adapter.
+    world2.settle({**SECOND, "last": "half-packed"})
+    log = world2.server.log.read_text()
+    for name in ("base", "ordinary"):
+        assert f"task {name!r} is not served: it has the name of a served model" in log
+    world2.publish(SECOND)
+    world2.wait_until_listed(set(SECOND))
+
+
 def test_memory_of_old_states_comes_back(world2: PublishedWorld) -> None:
     """Publications with requests between them; the log says when something does not fit."""
     for number in range(6):

@@ -43,6 +43,7 @@ from vllm_vlora.plugin.published import ADOPT_METHOD, ELSEWHERE, OFFER_METHOD, W
 from vllm_vlora.plugin.requests import lora_request
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.settings import Budget
+from vllm_vlora.plugin.spare_memory import SpareMemory
 from vllm_vlora.quantize import pack, unpack
 from vllm_vlora.representations.decode import decode
 
@@ -389,6 +390,12 @@ def test_where_one_refuses_all_are_told_to_let_go() -> None:
     assert asked.send(["", "no layer q_proj"]) == (WITHDRAW_METHOD, path)
     with pytest.raises(TaskLoadError, match="task 't' is not published: no layer q_proj"):
         asked.send([None, None])
+
+
+@pytest.fixture(autouse=True)
+def nothing_lies_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is open is an offer's."""
+    monkeypatch.setattr(SpareMemory, "prepare", lambda spare: None)
 
 
 def offers_held() -> int:

@@ -27,6 +27,7 @@ from vllm_vlora.checkpoint.manifest import FORMAT_VERSION, Config, FileRef, Task
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.errors import AdapterError, CheckpointError
 from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
+from vllm_vlora.plugin.spare_memory import SPARE_MEMORY
 from vllm_vlora.quantize import (
     FLOAT_DTYPES,
     FORMAT_OF_DTYPE,
@@ -125,7 +126,7 @@ def offered(
     """
     described = [_described(module, quantize) for module, _ in modules]
     parts, nbytes = parts_of(described)
-    memory = os.memfd_create("vllm-vlora-task", os.MFD_CLOEXEC)
+    memory = SPARE_MEMORY.take(nbytes + _MARK_NBYTES)
     try:
         mark = secrets.token_bytes(_MARK_NBYTES)
         _write_all(memory, mark, nbytes)
@@ -146,6 +147,7 @@ def offered(
             2 * sum(module.numel for module, _ in modules),
             described,
         )
+        SPARE_MEMORY.prepare()
     finally:
         os.close(memory)
 

@@ -1,0 +1,249 @@
+"""What following the folder and counting for /metrics take from a server that is kept busy."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from harness import (
+    WrongResultError,
+    count,
+    cpu_name,
+    end_record,
+    print_record,
+    record,
+    say,
+    table,
+    write_json,
+)
+from serving.figures import spread_of_ratios, spread_of_rounds
+from serving.program import ENVIRONMENT
+from serving.world import World, WorldPlan, task_id
+
+DESCRIPTION = """\
+Two real `vllm serve` on CPU with the plugin and the same checkpoint take turns with the same requests.
+One is as users start it: it looks at the folder, and asks its engine core once a second what /metrics
+shows of it. The other does neither (VLLM_VLORA_FOLLOW=off, and it asks once an hour). Both are scraped
+once a second. Reported are requests a second and CPU seconds of all of a server's processes for a
+request, and their ratios, round by round; the answers are compared before any figure is printed.
+"""
+EXAMPLES = """\
+  python benchmarks/run.py watching --quick          a check that it runs, about a minute
+  python benchmarks/run.py watching --json FILE      some five minutes on two cores
+"""
+CHECKPOINT, RANK = "nf4", 8
+WATCHING, NEITHER = "watching and counting", "neither"
+SERVERS = (WATCHING, NEITHER)
+# The server's main process is its API server, whose module asks as often as this says.
+_PROGRAM = """\
+import os
+from vllm_vlora.plugin import metrics
+metrics.INTERVAL = float(os.environ.get("BENCH_INTERVAL", metrics.INTERVAL))
+from vllm.entrypoints.cli.main import main
+main()
+"""
+_ENVIRONMENT = {
+    WATCHING: {},
+    NEITHER: {"VLLM_VLORA_FOLLOW": "off", "BENCH_INTERVAL": "3600"},
+}
+_START_SECONDS, _LOG_CHARACTERS = 300, 4000
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The load."""
+    parser.add_argument("--tasks", type=count, help="of the checkpoint (default: 300)")
+    parser.add_argument("--requests", type=count, help="of a turn (default: 600)")
+    parser.add_argument("--together", type=count, default=8, help="requests at once (default: 8)")
+    parser.add_argument("--prompt-len", type=count, default=16, help="tokens (default: 16)")
+    parser.add_argument("--output-len", type=count, default=16, help="tokens (default: 16)")
+    parser.add_argument("--model", default="tiny", help="as of the benchmark serving")
+    parser.add_argument("--work", type=Path, help="where adapters are kept (default: nowhere)")
+
+
+def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Sizes of a smoke run where one is asked for."""
+    args.tasks = args.tasks or (20 if args.quick else 300)
+    args.requests = args.requests or (60 if args.quick else 600)
+    args.rounds = args.rounds or (2 if args.quick else 9)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write."""
+    os.environ.update(ENVIRONMENT)
+    report = record(args, cpu_name(), "vllm", "torch")
+    print_record(report)
+    with tempfile.TemporaryDirectory(prefix="bench-watching-") as temporary:
+        folder = args.work or Path(temporary)
+        world = World(folder, WorldPlan(args.model, args.tasks, min(args.tasks, 16), RANK))
+        world.make([CHECKPOINT])
+        turns = measure(args, world, Path(temporary))
+    report |= figures(args, turns)
+    print_figures(report)
+    end_record(report)
+    write_json(args.json, report)
+    return 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a server did in its turn: wall and CPU seconds, and its answers."""
+
+    seconds: float
+    cpu_seconds: float
+    answers: list[list[int]]
+
+
+def measure(args: argparse.Namespace, world: World, logs: Path) -> dict[str, list[Turn]]:
+    """Server -> its turns, the first of which, to warm up, is left out.
+
+    Raises:
+        WrongResultError: the servers' answers differ.
+    """
+    chance = random.Random(0)
+    asked = [
+        (task_id(chance.randrange(args.tasks)), [chance.randrange(1000) for _ in range(args.prompt_len)])
+        for _ in range(args.requests)
+    ]  # fmt: skip
+    found: dict[str, list[Turn]] = {name: [] for name in SERVERS}
+    with contextlib.ExitStack() as running:
+        servers = {
+            name: running.enter_context(_server(args, world, name, logs)) for name in SERVERS
+        }
+        for number in range(args.rounds + 1):
+            say(f"round {number} of {args.rounds}")
+            # Who comes first alternates, as the machine's clock may fall within a round.
+            for name in SERVERS if number % 2 else reversed(SERVERS):
+                found[name].append(servers[name].turn(args, asked))
+            if len({str(turns[-1].answers) for turns in found.values()}) > 1:
+                raise WrongResultError("the two servers answer otherwise")
+    return {name: turns[1:] for name, turns in found.items()}
+
+
+@dataclass(frozen=True)
+class _Server:
+    url: str
+    process: psutil.Process
+
+    def turn(self, args: argparse.Namespace, asked: list[tuple[str, list[int]]]) -> Turn:
+        before, began = self._cpu_seconds(), time.perf_counter()
+        answers = asyncio.run(_ask_all(self.url, asked, args.together, args.output_len))
+        seconds = time.perf_counter() - began
+        return Turn(seconds, self._cpu_seconds() - before, answers)
+
+    def _cpu_seconds(self) -> float:
+        every = [self.process, *self.process.children(recursive=True)]
+        times = [process.cpu_times() for process in every]
+        return sum(spent.user + spent.system for spent in times)
+
+
+@contextlib.contextmanager
+def _server(args: argparse.Namespace, world: World, name: str, logs: Path) -> Iterator[_Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    length = str(args.prompt_len + args.output_len)
+    command = [
+        sys.executable, "-c", _PROGRAM, "serve", str(world.model), "--host", "127.0.0.1",
+        "--port", str(port), "--skip-tokenizer-init", "--dtype", "float32", "--enforce-eager",
+        "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", str(args.together),
+        "--max-model-len", length, "--max-num-seqs", str(args.together),
+        "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(256 * 2**20),
+    ]  # fmt: skip
+    environment = os.environ | _ENVIRONMENT[name] | {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_VLORA_CHECKPOINT": str(world.checkpoint(CHECKPOINT)),
+    }  # fmt: skip
+    log = logs / f"{name}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url, process, log)
+        yield _Server(url, psutil.Process(process.pid))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health").status_code == httpx.codes.OK:
+                return
+        time.sleep(0.5)
+    raise WrongResultError(f"a server did not start:\n{log.read_text()[-_LOG_CHARACTERS:]}")
+
+
+async def _ask_all(
+    url: str, asked: list[tuple[str, list[int]]], together: int, length: int
+) -> list[list[int]]:
+    """The tokens of each answer."""
+    room = asyncio.Semaphore(together)
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+
+        async def ask(task: str, prompt: list[int]) -> list[int]:
+            body = {
+                "model": task, "prompt": prompt, "max_tokens": length, "temperature": 0,
+                "ignore_eos": True, "return_token_ids": True,
+            }  # fmt: skip
+            async with room:
+                answer = await client.post("/v1/completions", json=body)
+            answer.raise_for_status()
+            return answer.json()["choices"][0]["token_ids"]
+
+        async def scrape() -> None:
+            while True:
+                (await client.get("/metrics")).raise_for_status()
+                await asyncio.sleep(1)
+
+        scraping = asyncio.ensure_future(scrape())
+        try:
+            return await asyncio.gather(*(ask(*request) for request in asked))
+        finally:
+            scraping.cancel()
+
+
+def figures(args: argparse.Namespace, turns: dict[str, list[Turn]]) -> dict[str, Any]:
+    """Requests a second and CPU milliseconds for a request of each server, and their ratios."""
+    rates = {name: [args.requests / turn.seconds for turn in turns[name]] for name in SERVERS}
+    costs = {
+        name: [1e3 * turn.cpu_seconds / args.requests for turn in turns[name]] for name in SERVERS
+    }
+    return {
+        "requests_per_second": {name: spread_of_rounds(rates[name]) for name in SERVERS},
+        "cpu_milliseconds": {name: spread_of_rounds(costs[name]) for name in SERVERS},
+        "throughput_ratio": spread_of_ratios(rates[WATCHING], rates[NEITHER]),
+        "cpu_ratio": spread_of_ratios(costs[WATCHING], costs[NEITHER]),
+    }
+
+
+def print_figures(found: dict[str, Any]) -> None:
+    """A table of both servers, and the ratios."""
+    rows = [
+        [name, f"{found['requests_per_second'][name]['p50']:.1f}",
+         f"{found['cpu_milliseconds'][name]['p50']:.2f}"]
+        for name in SERVERS
+    ]  # fmt: skip
+    print(f"\n{table(['a server', 'requests/s', 'CPU ms a request'], rows)}")
+    for ratio, what in (("throughput_ratio", "requests/s"), ("cpu_ratio", "CPU")):
+        p20, p50, p80 = (found[ratio][p] for p in ("p20", "p50", "p80"))
+        print(f"{what} of {WATCHING} / {NEITHER}: {p50:.3f} (p20 {p20:.3f}, p80 {p80:.3f})")
