@@ -211,7 +211,7 @@ def test_a_worker_brings_far_tasks_and_near_ones_do_not_wait_for_them(server: Fi
     # As many as there are threads that read what is here, and more.
     for task in (far, *others[:2]):
         server.held[f"ck/{task_file(task)}"] = 10
-        assert store.stage(task_path(opened, task)) is False
+        assert store.stage(task_path(opened, task), fetched=True) is False
     store.forget(str(task_path(opened, near)))
     deadline = time.monotonic() + 30
     while not store.stage(task_path(opened, near)):

@@ -267,11 +267,11 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         left = list(instead_of)
         answers: list[Brought] = []
         for number, request in enumerate(requests):
-            path = _path_of(request)
-            if number not in fetch and self._is_far(path):
+            path, fetched = _path_of(request), number in fetch
+            if not fetched and self._is_far(path):
                 answers.append(FAR)
                 continue
-            staged = self.vlora_store.stage(path)
+            staged = self.vlora_store.stage(path, fetched)
             if not staged or number >= hold:
                 answers.append(staged)
                 continue
@@ -292,8 +292,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """
         gave_way = 0
         try:
-            before = self.vlora_store.held(request.lora_path)
-            while over := self.vlora_store.place(_path_of(request)):
+            path, before = _path_of(request), self.vlora_store.held(request.lora_path)
+            # Where that was not done: who is interrupted while it is fetched leaves a thread behind.
+            self.vlora_store.stage(path, fetched=True)
+            while over := self.vlora_store.place(path):
                 if gave_way == len(instead_of):
                     return Held(over=over, gave_way=gave_way)
                 self.forget(instead_of[gave_way])
