@@ -21,6 +21,7 @@ from vllm_vlora.plugin.engine_core import (
     keep_what_is_pinned,
     load_before_add_lora,
     load_before_add_request,
+    release_what_is_removed,
     served_tasks,
 )
 from vllm_vlora.plugin.residency import Residency
@@ -136,8 +137,8 @@ class Core:
     add_lora = load_before_add_lora(add_lora)  # type: ignore[assignment]
     add_request = load_before_add_request(add_request)  # type: ignore[assignment]
     abort_requests = advance_after_abort(abort_requests)  # type: ignore[assignment]
-    pin_lora = keep_what_is_pinned(pin_lora, True)  # type: ignore[assignment]
-    remove_lora = keep_what_is_pinned(remove_lora, False)  # type: ignore[assignment]
+    pin_lora = keep_what_is_pinned(pin_lora)  # type: ignore[assignment]
+    remove_lora = release_what_is_removed(remove_lora)  # type: ignore[assignment]
 
 
 class OwnProcess(Core):
@@ -321,8 +322,8 @@ def test_the_last_slot_is_not_pinned(max_loras: int) -> None:
     """Who needs one of the few slots would wait for ever; direct tasks need none."""
 
     class Pinning:
-        pin_lora = keep_what_is_pinned(lambda self, lora_id: True, True, slots=3)
-        remove_lora = keep_what_is_pinned(lambda self, lora_id: True, False, slots=3)
+        pin_lora = keep_what_is_pinned(lambda self, lora_id: True, slots=3)
+        remove_lora = release_what_is_removed(lambda self, lora_id: True)
 
         def __init__(self) -> None:
             self._vlora_tasks_held = SimpleNamespace(residency=Residency(Workers([1], {}), set))

@@ -476,6 +476,6 @@ def test_pinned_tasks_never_give_way() -> None:
     workers.now = 3 * GRACE
     residency.release()
     assert workers.on == [{"a"}], "nor when another state is served"
-    residency.pin(1, False)
+    residency.unpin(1)
     assert residency.place(lora("l")) == 8
     residency.pin(77)

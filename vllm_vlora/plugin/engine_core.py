@@ -19,6 +19,7 @@ from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateErro
 from vllm_vlora.plugin.admission import kinds_of, pinned_of
 from vllm_vlora.plugin.arrivals import Answer, Arrivals, Brought, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
+from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.exchange import BasisExchange, Books
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.refusals import refuse
@@ -213,7 +214,7 @@ class Tasks:
             ),
             # Nothing may be materialized in mode direct.
             None if settings.mode == "direct" else settings.basis_wait,
-            _logger().info,
+            logger.info,
         )
         self._ticker = _Ticker(core) if hasattr(core, "input_queue") else None
         # A request that waited enters, which was counted when its task came.
@@ -391,7 +392,7 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse(core: Any, request: Any, error: VLoRAError) -> None:
     """End a request with an error, which must not be the engine core's end."""
-    _logger().error("vllm-vlora: request %s is refused: %s", request.request_id, error)
+    logger.error("vllm-vlora: request %s is refused: %s", request.request_id, error)
     refuse(core, request, error)
 
 
@@ -449,10 +450,8 @@ def work_while_some_wait(original: Callable[..., Any]) -> Callable[..., Any]:
     return has_work
 
 
-def keep_what_is_pinned(
-    original: Callable[..., Any], pinned: bool, slots: int = 0
-) -> Callable[..., Any]:
-    """``EngineCore.pin_lora``, or ``remove_lora``, whose task never gives way or may again.
+def keep_what_is_pinned(original: Callable[..., Any], slots: int = 0) -> Callable[..., Any]:
+    """``EngineCore.pin_lora`` whose task never gives way.
 
     Args:
         slots: those of adapters that do not run direct, where tasks may; one of them is left to others,
@@ -460,25 +459,44 @@ def keep_what_is_pinned(
     """
 
     @functools.wraps(original)
-    def pin_or_remove(self: Any, lora_id: int) -> Any:
-        tasks, kept = tasks_of(self), pinned_of(self.scheduler)
-        needs_slot = pinned and slots and not _ask_whether_direct(self, lora_id)
-        if needs_slot and len(kept | {lora_id}) >= min(slots, self.scheduler.lora_config.max_loras):
-            raise ModelStateError(
-                f"adapter {lora_id} is not pinned: it would take the last slot that is not pinned, and "
-                f"requests for others would wait for ever; pin fewer, or set {SLOTS_VARIABLE} and "
-                "--max-loras higher"
-            )
+    def pin_lora(self: Any, lora_id: int) -> Any:
+        needs_slot = bool(slots) and not _ask_whether_direct(self, lora_id)
+        if needs_slot:
+            _check_slot_left(self, lora_id, slots)
         done = original(self, lora_id)
         if done:
-            tasks.residency.pin(lora_id, pinned)
-        if done and needs_slot:
-            kept.add(lora_id)
-        elif done:
-            kept.discard(lora_id)
+            tasks_of(self).residency.pin(lora_id)
+            kept = pinned_of(self.scheduler)
+            # A number may have been another's, which needed one.
+            (kept.add if needs_slot else kept.discard)(lora_id)
         return done
 
-    return pin_or_remove
+    return pin_lora
+
+
+def _check_slot_left(core: Any, lora_id: int, slots: int) -> None:
+    """Raise ModelStateError where an adapter that is pinned would leave no slot to others."""
+    kept = pinned_of(core.scheduler) | {lora_id}
+    if len(kept) >= min(slots, core.scheduler.lora_config.max_loras):
+        raise ModelStateError(
+            f"adapter {lora_id} is not pinned: it would take the last slot that is not pinned, and "
+            f"requests for others would wait for ever; pin fewer, or set {SLOTS_VARIABLE} and "
+            "--max-loras higher"
+        )
+
+
+def release_what_is_removed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.remove_lora`` whose task may give way, though it was pinned."""
+
+    @functools.wraps(original)
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        done = original(self, lora_id)
+        if done:
+            tasks_of(self).residency.unpin(lora_id)
+            pinned_of(self.scheduler).discard(lora_id)
+        return done
+
+    return remove_lora
 
 
 def _ask_whether_direct(core: Any, lora_id: int) -> bool:
@@ -552,9 +570,3 @@ def follow(core: Any, server: str = "", listed: str = "") -> str:
             tasks.exchange.begin(digest)
     # Another one where tasks from memory change.
     return "\n".join([*served, *sorted(tasks.published.values())]) if len(served) == 1 else ""
-
-
-def _logger() -> Any:
-    from vllm.logger import init_logger
-
-    return init_logger("vllm.plugins.vlora")

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -33,7 +32,7 @@ from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.arrivals import FAR, Brought
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
-from vllm_vlora.plugin.events import facts
+from vllm_vlora.plugin.events import facts, logger
 from vllm_vlora.plugin.experts import (
     ExpertWriter,
     check_experts,
@@ -64,8 +63,6 @@ from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.plugin.steps import adapt_steps
 from vllm_vlora.wording import shown, some_of
 
-# A name below "vllm", so that vLLM's own handlers and format apply.
-logger = init_logger("vllm.plugins.vlora")
 # As bytes over a budget: whatever gives way may help.
 _ALL = sys.maxsize
 # vLLM's checks of a classification head: two in 0.31 and 0.32, one from 0.33 on, none before.
@@ -305,7 +302,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             return Held(over=_ALL, gave_way=gave_way)
         except VLoRAError as error:
             return Held(error=error, gave_way=gave_way)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is in the log, and in the answer
             logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
             told = TaskLoadError(f"{request.lora_path}: {error}")
             return Held(error=told, gave_way=gave_way)
