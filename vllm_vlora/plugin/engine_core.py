@@ -17,7 +17,7 @@ from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.router_files import encode_router
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError, VLoRAError
 from vllm_vlora.plugin.admission import kinds_of, pinned_of
-from vllm_vlora.plugin.arrivals import Answer, Arrivals, Brought, Waiter
+from vllm_vlora.plugin.arrivals import SHORTEST_PAUSE, Answer, Arrivals, Brought, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
 from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.exchange import BasisExchange, Books
@@ -41,8 +41,6 @@ CHANGED = (
 )
 # Where an engine core keeps its own, and its scheduler who waits.
 _TASKS, _ARRIVALS = "_vlora_tasks_held", "_vlora_arrivals"
-# Seconds between two looks at what is being staged, when no step comes between.
-_TICK = 0.002
 
 
 # --- what the workers are asked ---------------------------------------------------------------------
@@ -268,11 +266,11 @@ class Tasks:
         if not self._executor.is_sleeping:
             self.arrivals.advance(looks)
         if self._ticker is not None:
-            self._ticker.run(self.arrivals.busy)
+            self._ticker.run(self.arrivals.pause)
 
 
 class _Ticker:
-    """Wakes an engine core's loop every few milliseconds while requests wait for their tasks.
+    """Wakes an engine core's loop again and again while requests wait for their tasks.
 
     An abort of no request is the one message that every vLLM takes at any time and answers with nothing.
     """
@@ -282,25 +280,37 @@ class _Ticker:
 
         self._core = core
         self._message = EngineCoreRequestType.ABORT, list[str]()
-        self._wanted = threading.Event()
+        self._pause: float | None = None
+        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def run(self, wanted: bool) -> None:
-        if not wanted:
-            self._wanted.clear()
-            return
-        self._wanted.set()
-        if self._thread is None:
+    def run(self, pause: float | None) -> None:
+        """Wake it after so many seconds, each time, until told otherwise; never for None."""
+        with self._changed:
+            sooner = pause is not None and (self._pause is None or pause < self._pause)
+            self._pause = pause
+            if sooner:
+                self._changed.notify()
+        if self._thread is None and pause is not None:
             self._thread = threading.Thread(target=self._tick, name="vlora-ticker", daemon=True)
             self._thread.start()
 
     def _tick(self) -> None:
-        pause = threading.Event()
-        while self._wanted.wait():
-            pause.wait(_TICK)
+        while True:
+            self._wait()
             queue = self._core.input_queue
             if queue.empty():
                 queue.put_nowait(self._message)
+
+    def _wait(self) -> None:
+        began = time.monotonic()
+        with self._changed:
+            while self._pause is None or time.monotonic() < began + self._pause:
+                if self._pause is None:
+                    self._changed.wait()
+                    began = time.monotonic()
+                else:
+                    self._changed.wait(began + self._pause - time.monotonic())
 
 
 def tasks_of(core: Any) -> Tasks:
@@ -444,7 +454,7 @@ def work_while_some_wait(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.is_running() or tasks is None or not len(tasks.arrivals):
             return False
         # Its loop no longer sleeps, and would keep the threads that read from working.
-        time.sleep(_TICK)
+        time.sleep(SHORTEST_PAUSE)
         return True
 
     return has_work
