@@ -176,12 +176,25 @@ def test_the_hub_is_asked_for_files_of_the_same_commit(
     bad = FileRef("tasks/bad.safetensors", "0" * 64, 1)
     far = opened.far_tasks()
     assert far == {*list(STORED)[2:]} == {task for task in opened.tasks if opened.is_far(task)}
+    assert opened.count_far() == len(far)
     with pytest.raises(CheckpointError, match="the disk of the Hub cache is full"):
         fetch_task(folder, bad)
     whole = Checkpoint.open(original)
     (whole.path / task_file(next(iter(STORED)))).unlink()
     assert whole.far_tasks() == set()
+    assert whole.count_far() == 0
     assert not whole.is_far(next(iter(STORED)))
+
+
+def test_where_not_even_the_folder_of_tasks_is_all_of_them_are_far(server: FileServer) -> None:
+    opened = take(server)
+    # Of a cache that is only read, as a container may have it.
+    (opened.path / "tasks").rmdir()
+    assert opened.far_tasks() == set(STORED)
+    assert opened.count_far() == len(STORED)
+    store = Store(budget=Budget(device=1 << 20, late=0, host=0)).store
+    store.preload(opened.path, make_path)
+    assert len(store) == 0
 
 
 def test_the_first_process_and_those_it_starts_take_the_same_part(
@@ -211,7 +224,7 @@ def test_a_worker_brings_far_tasks_and_near_ones_do_not_wait_for_them(server: Fi
     # As many as there are threads that read what is here, and more.
     for task in (far, *others[:2]):
         server.held[f"ck/{task_file(task)}"] = 10
-        assert store.stage(task_path(opened, task)) is False
+        assert store.stage(task_path(opened, task), fetched=True) is False
     store.forget(str(task_path(opened, near)))
     deadline = time.monotonic() + 30
     while not store.stage(task_path(opened, near)):

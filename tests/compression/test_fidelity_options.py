@@ -20,7 +20,7 @@ from vllm_vlora.errors import BudgetError, OptionError
 from vllm_vlora.fitting.calibration import Calibration, ModuleRecord, Settings, Source
 from vllm_vlora.fitting.moments import FullMoment
 from vllm_vlora.fitting.whitening import Metric
-from vllm_vlora.planning.plan import Budget
+from vllm_vlora.planning.plan import Budget, Plan
 from vllm_vlora.planning.survey import Surveyor
 from vllm_vlora.representations.decode import decode
 
@@ -176,6 +176,31 @@ def test_one_basis_and_bases_of_clusters_are_judged_apart(tmp_path: Path) -> Non
     assert {("private", False), ("joint", False), ("joint", True)} <= plans.keys()
     blocks = {kind: max(map(len, plans["joint", kind].blocks.values())) for kind in (False, True)}
     assert blocks == {False: 1, True: 2}
+
+
+def test_what_is_the_same_under_two_names_is_judged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every task shares in the formats of ``joint``, that is what ``mixed`` comes to."""
+    adapters = family(tmp_path / "in", 8, related=True)
+    (tmp_path / "scratch").mkdir()
+    compression = Compression(
+        Collection(adapters),
+        CompressOptions(ratio=12.0, executor="serial"),
+        tmp_path / "scratch",
+    )
+    planned = compression.candidates.plans(compression.budget())[0]
+    kept = [(plan.private, plan.joint, plan.flat) for plan in planned]
+    assert {"joint", "mixed"} <= {plan.representation for plan in planned}
+    assert any(one in kept[:place] for place, one in enumerate(kept)), "two are the same"
+    encoded: list[Plan] = []
+    encode = compression._encode
+    monkeypatch.setattr(
+        compression, "_encode", lambda plan, *rest: encoded.append(plan) or encode(plan, *rest)
+    )
+    chosen = [(c.plan.private, c.plan.joint, c.plan.flat) for c in compression.best_of_each()]
+    assert all(one not in chosen[:place] for place, one in enumerate(chosen))
+    assert len(encoded) == len(chosen)
 
 
 def test_clusters_are_not_made_up(tmp_path: Path) -> None:

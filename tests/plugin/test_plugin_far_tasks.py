@@ -28,7 +28,7 @@ from vllm_vlora.plugin.arrivals import FAR
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.far_tasks import FarTasks
 from vllm_vlora.plugin.following import State
-from vllm_vlora.plugin.identity import task_path
+from vllm_vlora.plugin.identity import TaskPath, parse_task_path, task_path
 from vllm_vlora.plugin.manager import TaskLoRAManager
 from vllm_vlora.plugin.settings import Budget
 
@@ -86,15 +86,25 @@ def test_a_worker_says_what_is_on_no_disk(server: FileServer) -> None:
     assert far.count(second) == len(STORED)
 
 
-def test_a_manager_fetches_only_what_it_is_told_to(server: FileServer) -> None:
-    opened = take(server)
+def manager_of(opened: Checkpoint) -> Any:
+    """A worker's manager that serves a checkpoint and fetches its tasks."""
     store = Store(budget=Budget(device=1 << 20, late=0, host=0)).store
-    near, far, *_ = STORED
-    opened.load_task(near)
     store.preload(opened.path, make_path)
     manager: Any = TaskLoRAManager.__new__(TaskLoRAManager)
     manager.vlora_store, manager._far = store, FarTasks()
-    asked = [LoRARequest(task, 1, str(task_path(opened, task))) for task in (far, near)]
+    return manager
+
+
+def request(path: TaskPath) -> LoRARequest:
+    return LoRARequest(path.file, 1, str(path))
+
+
+def test_a_manager_fetches_only_what_it_is_told_to(server: FileServer) -> None:
+    opened = take(server)
+    near, far, *_ = STORED
+    opened.load_task(near)
+    manager = manager_of(opened)
+    asked = [request(task_path(opened, task)) for task in (far, near)]
     seen = tasks_asked(server)
     assert manager.bring(asked, 0) == [FAR, True]
     assert tasks_asked(server) == seen
@@ -107,3 +117,47 @@ def test_a_manager_fetches_only_what_it_is_told_to(server: FileServer) -> None:
     manager._far = None
     assert manager.bring(asked, 0) == [True, True]
     assert manager.far_tasks() is None
+
+
+def test_blends_that_are_fetched_hold_up_no_task_that_is_here(server: FileServer) -> None:
+    opened = take(server)
+    near, first, second, *_ = STORED
+    opened.load_task(near)
+    manager, here = manager_of(opened), task_path(opened, near)
+    manager.vlora_store.forget(str(here))
+    paths = {task: task_path(opened, task) for task in STORED}
+    blends = [
+        request(blend_path(paths, (Term(first, Decimal(1)), Term(second, Decimal(weight)))))
+        for weight in range(1, 9)
+    ]
+    for task in (first, second):
+        server.held[f"ck/{task_file(task)}"] = 10
+    assert manager.bring(blends, 0) == [FAR] * 8
+    assert manager.bring(blends, 0, (), range(8)) == [False] * 8
+    until(lambda: manager.bring([request(here)], 0) == [True])
+    assert manager.bring(blends, 0, (), range(8)) == [False] * 8
+    server.held.clear()
+    server.go_on.set()
+    until(lambda: manager.bring(blends, 0, (), range(8)) == [True] * 8)
+    for blend in blends:
+        assert manager.vlora_store.place(parse_task_path(blend.lora_path)) == 0
+
+
+def test_where_a_task_is_is_looked_up_once_each_time(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = take(server)
+    near, far, *_ = STORED
+    opened.load_task(near)
+    manager = manager_of(opened)
+    looked: list[str] = []
+    is_far = Checkpoint.is_far
+    monkeypatch.setattr(
+        Checkpoint, "is_far", lambda self, task: looked.append(task) or is_far(self, task)
+    )
+    for task, fetch in ((near, ()), (far, ()), (far, [0])):
+        path = task_path(opened, task)
+        manager.vlora_store.drop(str(path))
+        looked.clear()
+        manager.bring([request(path)], 0, (), fetch)
+        assert looked == ([] if fetch else [task])

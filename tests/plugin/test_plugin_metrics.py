@@ -180,7 +180,7 @@ def test_one_that_fails_and_one_that_is_silent_do_not_hold_up_the_others(
 ) -> None:
     warnings: list[str] = []
     logger = SimpleNamespace(warning=lambda text, *a: warnings.append(text % a))
-    monkeypatch.setattr(metrics, "_logger", lambda: logger)
+    monkeypatch.setattr(metrics, "logger", logger)
     client = Client(RuntimeError("dead"), busy_counters(), None)
     engine_client = _engine_client(client)
 

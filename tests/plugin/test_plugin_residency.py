@@ -181,6 +181,7 @@ class World:
             self._bring,
             steps_go_on=lambda: self.steps_go_on,
             alone=workers == 1,
+            clock=lambda: self.workers.now,
         )
 
     def _bring(self, requests: Any, hold: int, instead_of: Any, drop: Any, fetch: Any) -> Any:
@@ -316,6 +317,56 @@ def test_those_that_are_fetched_hold_up_none_that_are_here() -> None:
         world.arrivals.advance()
     assert world.entered == [*near, "h", *far.replace("h", "")]
     assert not world.arrivals.busy
+
+
+def test_the_longer_nothing_comes_the_seldomer_it_is_asked() -> None:
+    world = World(4, dict.fromkeys("abc", 4))
+    assert world.arrivals.pause is None
+    world.workers.far = {"a"}
+    world.wait("a1")
+    turns = 0
+    while world.workers.now < 10:
+        world.arrivals.advance()
+        pause = world.arrivals.pause
+        assert pause is not None
+        assert pause <= max(0.002, world.workers.now / 50 + 1e-9)
+        world.workers.now += pause
+        turns += 1
+    assert turns < 500, "and every 2 ms it were 5000"
+    # What comes meanwhile is seen as soon as if nothing else were on its way.
+    world.wait("b1")
+    assert world.arrivals.pause == 0.002
+    world.arrivals.advance()
+    world.workers.stage("b")
+    world.arrivals.advance()
+    assert world.entered == ["b1"]
+    assert world.arrivals.pause == 0.002
+    # Who waits for room waits for a request's end.
+    world.workers.stage("a")
+    for _ in range(3):
+        world.arrivals.advance()
+    assert world.entered == ["b1"]
+    world.workers.now += 10
+    assert world.arrivals.pause == 0.05
+    world.workers.used.clear()
+    for _ in range(2):
+        world.arrivals.advance()
+    assert world.entered == ["b1", "a1"]
+    assert world.arrivals.pause is None
+
+
+def test_an_answer_that_steps_bring_is_looked_for_soon() -> None:
+    world = World(4, {"a": 4})
+    world.steps_go_on = True
+    world.wait("a1")
+    world.workers.now = 10.0
+    world.arrivals.advance()
+    assert world.arrivals.asking
+    assert world.arrivals.pause == 0.002
+    world.questions[0].answer()
+    world.arrivals.advance()
+    assert not world.arrivals.asking
+    assert world.arrivals.pause == 0.05
 
 
 def test_of_several_workers_one_that_has_to_fetch_it_is_waited_for() -> None:
@@ -476,6 +527,6 @@ def test_pinned_tasks_never_give_way() -> None:
     workers.now = 3 * GRACE
     residency.release()
     assert workers.on == [{"a"}], "nor when another state is served"
-    residency.pin(1, False)
+    residency.unpin(1)
     assert residency.place(lora("l")) == 8
     residency.pin(77)

@@ -282,8 +282,22 @@ class Checkpoint:
         """The tasks that are far, by one look at the folder."""
         if not fetches_tasks(self.path):
             return set()
-        here = {f"{TASKS_FOLDER}/{name}" for name in os.listdir(self.path / TASKS_FOLDER)}
+        here = self._files_here()
         return {task_id for task_id in self.tasks if task_file(task_id) not in here}
+
+    def count_far(self) -> int:
+        """How many those are, several times sooner: such a folder has files of its own tasks alone."""
+        if not fetches_tasks(self.path):
+            return 0
+        return max(0, len(self.tasks) - len(self._files_here()))
+
+    def _files_here(self) -> set[str]:
+        """The files of tasks that are in the folder, which may lack theirs where it cannot be written."""
+        try:
+            names = os.listdir(self.path / TASKS_FOLDER)
+        except FileNotFoundError:
+            return set()
+        return {f"{TASKS_FOLDER}/{name}" for name in names if name.endswith(".safetensors")}
 
     def digest(self, task_id: str) -> str:
         """Identity of a task's weights: 32 hex digits over its record and its basis, if any.

@@ -231,6 +231,8 @@ class Compression:
     def best_of_each(self) -> list[Chosen]:
         """The best plan of every ``Plan.form`` within the options' budget, with cores encoded.
 
+        One that is the best of two forms comes once.
+
         Raises:
             BudgetError: nothing meets the budget.
         """
@@ -238,10 +240,15 @@ class Compression:
 
     def _best_of_each(self, budget: Budget) -> list[Chosen]:
         plans, misses = self.candidates.plans(budget)
-        found: dict[tuple[str, bool], tuple[Plan, CoreSpool | None]] = {}
+        found: list[tuple[Plan, CoreSpool | None]] = []
+        # As they were planned, by form.
+        best: dict[tuple[str, bool], Plan] = {}
         worthless: Plan | None = None
         for plan in sorted(plans, key=budget.order):
-            if plan.form in found:
+            if plan.form in best:
+                continue
+            if any(plan.keeps_the_same(other) for other in best.values()):
+                best[plan.form] = plan  # Judged under its other name.
                 continue
             encoded = self._measured(plan, budget, misses)
             if encoded is None:
@@ -249,10 +256,11 @@ class Compression:
             if self.is_refused(encoded[0]):
                 worthless = worthless or encoded[0]
             else:
-                found[plan.form] = encoded
+                best[plan.form] = plan
+                found.append(encoded)
         if not found:
             raise self._refusal(budget, misses, worthless)
-        return [Chosen(plan, [_candidate(plan)], cores) for plan, cores in found.values()]
+        return [Chosen(plan, [_candidate(plan)], cores) for plan, cores in found]
 
     def is_refused(self, plan: Plan) -> bool:
         """Whether a task would be worse than none, and that is not asked for."""

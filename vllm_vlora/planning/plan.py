@@ -68,6 +68,11 @@ class Plan:
         """What is judged apart from others: the representation, and whether clusters have bases."""
         return self.representation, any(number > 0 for _, number in self.joint)
 
+    def keeps_the_same(self, other: Plan) -> bool:
+        """Whether two plans write the same, whatever each is called."""
+        mine, theirs = ((plan.private, plan.joint, plan.flat) for plan in (self, other))
+        return mine == theirs
+
     @property
     def rms_error(self) -> float:
         """Root mean square of the tasks' relative errors."""

@@ -27,9 +27,6 @@ def register() -> None:
         CheckpointError: ``VLLM_VLORA_CHECKPOINT`` names no readable checkpoint.
         SettingError: another variable of the plugin holds a value that it cannot have.
     """
-    from vllm.logger import init_logger
-
-    logger = init_logger("vllm.plugins.vlora")
     try:
         found = check_version()
         settings = read_settings()
@@ -37,15 +34,15 @@ def register() -> None:
         folder = _checkpoint_folder(settings.poll_seconds, settings.fetch)
         _install(folder, settings)
     except IncompatibleVLLMError as error:
-        logger.error("vllm-vlora: not installed, vLLM runs without it: %s", error)
+        events.logger.error("vllm-vlora: not installed, vLLM runs without it: %s", error)
         return
     if settings.mode == "direct" and folder is None:
-        logger.warning(
+        events.logger.warning(
             "vllm-vlora: %s=direct does nothing without %s: tasks that are asked for are materialized",
             MODE_VARIABLE,
             CHECKPOINT_VARIABLE,
         )
-    logger.info(
+    events.logger.info(
         "vllm-vlora: installed in process %d (vLLM %s, mode %s, checkpoint %s)",
         os.getpid(),
         found,

@@ -17,8 +17,9 @@ from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.router_files import encode_router
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError, VLoRAError
 from vllm_vlora.plugin.admission import kinds_of, pinned_of
-from vllm_vlora.plugin.arrivals import Answer, Arrivals, Brought, Waiter
+from vllm_vlora.plugin.arrivals import SHORTEST_PAUSE, Answer, Arrivals, Brought, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
+from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.exchange import BasisExchange, Books
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.refusals import refuse
@@ -40,8 +41,6 @@ CHANGED = (
 )
 # Where an engine core keeps its own, and its scheduler who waits.
 _TASKS, _ARRIVALS = "_vlora_tasks_held", "_vlora_arrivals"
-# Seconds between two looks at what is being staged, when no step comes between.
-_TICK = 0.002
 
 
 # --- what the workers are asked ---------------------------------------------------------------------
@@ -213,7 +212,7 @@ class Tasks:
             ),
             # Nothing may be materialized in mode direct.
             None if settings.mode == "direct" else settings.basis_wait,
-            _logger().info,
+            logger.info,
         )
         self._ticker = _Ticker(core) if hasattr(core, "input_queue") else None
         # A request that waited enters, which was counted when its task came.
@@ -267,11 +266,11 @@ class Tasks:
         if not self._executor.is_sleeping:
             self.arrivals.advance(looks)
         if self._ticker is not None:
-            self._ticker.run(self.arrivals.busy)
+            self._ticker.run(self.arrivals.pause)
 
 
 class _Ticker:
-    """Wakes an engine core's loop every few milliseconds while requests wait for their tasks.
+    """Wakes an engine core's loop again and again while requests wait for their tasks.
 
     An abort of no request is the one message that every vLLM takes at any time and answers with nothing.
     """
@@ -281,25 +280,37 @@ class _Ticker:
 
         self._core = core
         self._message = EngineCoreRequestType.ABORT, list[str]()
-        self._wanted = threading.Event()
+        self._pause: float | None = None
+        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def run(self, wanted: bool) -> None:
-        if not wanted:
-            self._wanted.clear()
-            return
-        self._wanted.set()
-        if self._thread is None:
+    def run(self, pause: float | None) -> None:
+        """Wake it after so many seconds, each time, until told otherwise; never for None."""
+        with self._changed:
+            sooner = pause is not None and (self._pause is None or pause < self._pause)
+            self._pause = pause
+            if sooner:
+                self._changed.notify()
+        if self._thread is None and pause is not None:
             self._thread = threading.Thread(target=self._tick, name="vlora-ticker", daemon=True)
             self._thread.start()
 
     def _tick(self) -> None:
-        pause = threading.Event()
-        while self._wanted.wait():
-            pause.wait(_TICK)
+        while True:
+            self._wait()
             queue = self._core.input_queue
             if queue.empty():
                 queue.put_nowait(self._message)
+
+    def _wait(self) -> None:
+        began = time.monotonic()
+        with self._changed:
+            while self._pause is None or time.monotonic() < began + self._pause:
+                if self._pause is None:
+                    self._changed.wait()
+                    began = time.monotonic()
+                else:
+                    self._changed.wait(began + self._pause - time.monotonic())
 
 
 def tasks_of(core: Any) -> Tasks:
@@ -391,7 +402,7 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse(core: Any, request: Any, error: VLoRAError) -> None:
     """End a request with an error, which must not be the engine core's end."""
-    _logger().error("vllm-vlora: request %s is refused: %s", request.request_id, error)
+    logger.error("vllm-vlora: request %s is refused: %s", request.request_id, error)
     refuse(core, request, error)
 
 
@@ -443,16 +454,14 @@ def work_while_some_wait(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.is_running() or tasks is None or not len(tasks.arrivals):
             return False
         # Its loop no longer sleeps, and would keep the threads that read from working.
-        time.sleep(_TICK)
+        time.sleep(SHORTEST_PAUSE)
         return True
 
     return has_work
 
 
-def keep_what_is_pinned(
-    original: Callable[..., Any], pinned: bool, slots: int = 0
-) -> Callable[..., Any]:
-    """``EngineCore.pin_lora``, or ``remove_lora``, whose task never gives way or may again.
+def keep_what_is_pinned(original: Callable[..., Any], slots: int = 0) -> Callable[..., Any]:
+    """``EngineCore.pin_lora`` whose task never gives way.
 
     Args:
         slots: those of adapters that do not run direct, where tasks may; one of them is left to others,
@@ -460,25 +469,44 @@ def keep_what_is_pinned(
     """
 
     @functools.wraps(original)
-    def pin_or_remove(self: Any, lora_id: int) -> Any:
-        tasks, kept = tasks_of(self), pinned_of(self.scheduler)
-        needs_slot = pinned and slots and not _ask_whether_direct(self, lora_id)
-        if needs_slot and len(kept | {lora_id}) >= min(slots, self.scheduler.lora_config.max_loras):
-            raise ModelStateError(
-                f"adapter {lora_id} is not pinned: it would take the last slot that is not pinned, and "
-                f"requests for others would wait for ever; pin fewer, or set {SLOTS_VARIABLE} and "
-                "--max-loras higher"
-            )
+    def pin_lora(self: Any, lora_id: int) -> Any:
+        needs_slot = bool(slots) and not _ask_whether_direct(self, lora_id)
+        if needs_slot:
+            _check_slot_left(self, lora_id, slots)
         done = original(self, lora_id)
         if done:
-            tasks.residency.pin(lora_id, pinned)
-        if done and needs_slot:
-            kept.add(lora_id)
-        elif done:
-            kept.discard(lora_id)
+            tasks_of(self).residency.pin(lora_id)
+            kept = pinned_of(self.scheduler)
+            # A number may have been another's, which needed one.
+            (kept.add if needs_slot else kept.discard)(lora_id)
         return done
 
-    return pin_or_remove
+    return pin_lora
+
+
+def _check_slot_left(core: Any, lora_id: int, slots: int) -> None:
+    """Raise ModelStateError where an adapter that is pinned would leave no slot to others."""
+    kept = pinned_of(core.scheduler) | {lora_id}
+    if len(kept) >= min(slots, core.scheduler.lora_config.max_loras):
+        raise ModelStateError(
+            f"adapter {lora_id} is not pinned: it would take the last slot that is not pinned, and "
+            f"requests for others would wait for ever; pin fewer, or set {SLOTS_VARIABLE} and "
+            "--max-loras higher"
+        )
+
+
+def release_what_is_removed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.remove_lora`` whose task may give way, though it was pinned."""
+
+    @functools.wraps(original)
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        done = original(self, lora_id)
+        if done:
+            tasks_of(self).residency.unpin(lora_id)
+            pinned_of(self.scheduler).discard(lora_id)
+        return done
+
+    return remove_lora
 
 
 def _ask_whether_direct(core: Any, lora_id: int) -> bool:
@@ -552,9 +580,3 @@ def follow(core: Any, server: str = "", listed: str = "") -> str:
             tasks.exchange.begin(digest)
     # Another one where tasks from memory change.
     return "\n".join([*served, *sorted(tasks.published.values())]) if len(served) == 1 else ""
-
-
-def _logger() -> Any:
-    from vllm.logger import init_logger
-
-    return init_logger("vllm.plugins.vlora")

@@ -29,7 +29,9 @@ EVENTS = (
 )
 """Every ``event``; ``message`` is of the lines that have no facts."""
 
-_OURS = ("vllm.plugins.vlora", "vllm.plugins.vlora.events")
+# Below "vllm", so that vLLM's own handlers and format apply.
+logger = logging.getLogger("vllm.plugins.vlora")
+_OURS = (logger.name, f"{logger.name}.events")
 # Has no handler in vLLM's processes.
 _LIBRARY = "vllm_vlora"
 _PLAIN = re.compile(r"[^\s\"=\\]+")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.plugin.blend_paths import is_blend_path
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.identity import TaskPath
@@ -41,18 +41,15 @@ class FarTasks:
         """How many tasks of a state have to be fetched, as of a moment ago."""
         if state is None:
             return 0
-        folder = state.checkpoint.path / TASKS_FOLDER
         with suppress(OSError):
-            self._look(folder, len(state.checkpoint.tasks))
+            self._look(state.checkpoint)
         return self._number
 
-    def _look(self, folder: Path, tasks: int) -> None:
-        began = time.monotonic()
+    def _look(self, checkpoint: Checkpoint) -> None:
+        folder, began = checkpoint.path / TASKS_FOLDER, time.monotonic()
         found = folder, folder.stat().st_mtime_ns
         other = self._counted is None or self._counted[0] != folder
         if other or (found != self._counted and began >= self._count_again):
-            # A state's folder has files of its own tasks and no others.
-            here = sum(name.endswith(".safetensors") for name in os.listdir(folder))
-            self._counted, self._number = found, max(0, tasks - here)
+            self._counted, self._number = found, checkpoint.count_far()
             now = time.monotonic()
             self._count_again = now + (now - began) / _SHARE

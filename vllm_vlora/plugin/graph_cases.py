@@ -25,16 +25,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMappingType
 from vllm.lora.request import LoRARequest
 
 from vllm_vlora.errors import IncompatibleVLLMError
+from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.layer_calls import DIRECT_ONLY, EVERYTHING, NOTHING, Kinds
 from vllm_vlora.plugin.manager import TaskLoRAManager
 from vllm_vlora.plugin.seam_table import RUNNER_SEAMS, Place
-
-logger = init_logger("vllm.plugins.vlora")
 
 ONE_ADAPTER = 1
 """vLLM's number of active adapters in the key of ``DIRECT_ONLY``."""

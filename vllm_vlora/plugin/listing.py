@@ -25,6 +25,7 @@ from vllm_vlora.plugin.engine_core import (
     ROUTER_METHOD,
     TASKS_METHOD,
 )
+from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
 from vllm_vlora.plugin.named_requests import TaskRequests
 from vllm_vlora.plugin.prompt_routing import Routing
@@ -90,7 +91,7 @@ class Listing:
             except EngineDeadError:
                 return
             except Exception as error:  # noqa: BLE001 - what is listed stays, and the next look comes
-                _logger().warning("vllm-vlora: the list of tasks is as it was: %s", error)
+                logger.warning("vllm-vlora: the list of tasks is as it was: %s", error)
 
     async def _update(self) -> None:
         states = set(await self._ask(FOLLOW_METHOD, self._own_name, self._state))
@@ -146,7 +147,7 @@ class Listing:
     def _say(self, not_served: list[str]) -> None:
         for what in not_served:
             if what not in self._said:
-                _logger().error(NAME_TAKEN, what)
+                logger.error(NAME_TAKEN, what)
         self._said = set(not_served)
 
     async def _aliases(self) -> dict[str, tuple[Route, ...]]:
@@ -204,9 +205,3 @@ def refuse_without_lora(enabled: object) -> None:
         raise CheckpointError(
             "VLLM_VLORA_CHECKPOINT is set, but vLLM runs without LoRA; start it with --enable-lora"
         )
-
-
-def _logger() -> Any:
-    from vllm.logger import init_logger
-
-    return init_logger("vllm.plugins.vlora")

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -33,7 +32,7 @@ from vllm_vlora.errors import ModelMismatchError, TaskLoadError, VLoRAError
 from vllm_vlora.plugin.arrivals import FAR, Brought
 from vllm_vlora.plugin.direct import DirectPath
 from vllm_vlora.plugin.direct_slots import DirectSlots
-from vllm_vlora.plugin.events import facts
+from vllm_vlora.plugin.events import facts, logger
 from vllm_vlora.plugin.experts import (
     ExpertWriter,
     check_experts,
@@ -64,8 +63,6 @@ from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.plugin.steps import adapt_steps
 from vllm_vlora.wording import shown, some_of
 
-# A name below "vllm", so that vLLM's own handlers and format apply.
-logger = init_logger("vllm.plugins.vlora")
 # As bytes over a budget: whatever gives way may help.
 _ALL = sys.maxsize
 # vLLM's checks of a classification head: two in 0.31 and 0.32, one from 0.33 on, none before.
@@ -267,11 +264,11 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         left = list(instead_of)
         answers: list[Brought] = []
         for number, request in enumerate(requests):
-            path = _path_of(request)
-            if number not in fetch and self._is_far(path):
+            path, fetched = _path_of(request), number in fetch
+            if not fetched and self._is_far(path):
                 answers.append(FAR)
                 continue
-            staged = self.vlora_store.stage(path)
+            staged = self.vlora_store.stage(path, fetched)
             if not staged or number >= hold:
                 answers.append(staged)
                 continue
@@ -292,8 +289,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """
         gave_way = 0
         try:
-            before = self.vlora_store.held(request.lora_path)
-            while over := self.vlora_store.place(_path_of(request)):
+            path, before = _path_of(request), self.vlora_store.held(request.lora_path)
+            # Where that was not done: who is interrupted while it is fetched leaves a thread behind.
+            self.vlora_store.stage(path, fetched=True)
+            while over := self.vlora_store.place(path):
                 if gave_way == len(instead_of):
                     return Held(over=over, gave_way=gave_way)
                 self.forget(instead_of[gave_way])
@@ -303,7 +302,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             return Held(over=_ALL, gave_way=gave_way)
         except VLoRAError as error:
             return Held(error=error, gave_way=gave_way)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is in the log, and in the answer
             logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
             told = TaskLoadError(f"{request.lora_path}: {error}")
             return Held(error=told, gave_way=gave_way)

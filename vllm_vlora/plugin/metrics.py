@@ -28,6 +28,7 @@ from vllm_vlora.plugin.counters import (
     OTHER,
     REMOTE,
 )
+from vllm_vlora.plugin.events import logger
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -401,7 +402,7 @@ def _take_answer(engine_client: Any, rank: int, question: asyncio.Future[dict[st
         silent.discard(rank)
     elif rank not in silent:
         silent.add(rank)
-        _logger().warning(
+        logger.warning(
             "vllm-vlora: engine core %d does not say what it counted, and /metrics shows what it said "
             "last: %s", rank, error,
         )  # fmt: skip
@@ -467,9 +468,3 @@ def _answer_metrics_from(registry: Any, app: Any) -> None:
         return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app.router.routes.append(Route("/metrics", metrics, include_in_schema=False))
-
-
-def _logger() -> Any:
-    from vllm.logger import init_logger
-
-    return init_logger("vllm.plugins.vlora")

@@ -19,8 +19,8 @@ import msgspec
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.plugin.blend_paths import is_made_of
 from vllm_vlora.plugin.engine_core import manager_of, tasks_of, tasks_so_far
+from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.identity import MEMORY
-from vllm_vlora.plugin.manager import logger
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
 from vllm_vlora.plugin.residency import GRACE
 from vllm_vlora.wording import shown

@@ -15,6 +15,7 @@ from vllm.lora.resolver import LoRAResolver
 
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import BlendError, VLoRAError
+from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.following import folder_identity
 from vllm_vlora.plugin.identity import TaskPath, task_ids_to_int, task_paths
 from vllm_vlora.plugin.named_requests import TaskRequests, meaning_for
@@ -115,8 +116,6 @@ class CheckpointResolver(LoRAResolver):
         try:
             state = _State(identity, {r.lora_name: r for r in all_requests(self._checkpoint)}, None)
         except VLoRAError as error:
-            from vllm_vlora.plugin.manager import logger
-
             if state.until is None or state.identity != identity:
                 logger.error("vllm-vlora: no new task is found: %s", error)
             state = _State(identity, {}, time.monotonic() + _TRY_AGAIN)

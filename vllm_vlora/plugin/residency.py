@@ -182,13 +182,14 @@ class Residency:
     def _beside_pinned(self) -> str:
         return f" beside {len(self._pinned)} that are pinned" if self._pinned else ""
 
-    def pin(self, number: int, pinned: bool = True) -> None:
-        """Never have the task that goes by a number give way, or, with ``pinned`` off, again."""
-        path = self._numbers.get(number)
-        if path is not None and pinned:
-            self._pinned.add(path)
-        elif path is not None:
-            self._pinned.discard(path)
+    def pin(self, number: int) -> None:
+        """Never have the task that goes by a number give way."""
+        if number in self._numbers:
+            self._pinned.add(self._numbers[number])
+
+    def unpin(self, number: int) -> None:
+        """Have the task that goes by a number give way like others."""
+        self._pinned.discard(self._numbers.get(number, ""))
 
     def is_pinned(self, path: str) -> bool:
         """Whether a task never gives way."""

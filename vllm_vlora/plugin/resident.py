@@ -459,11 +459,14 @@ class ResidentStore:
 
     # --- staging ---
 
-    def stage(self, path: TaskPath) -> bool | None:
+    def stage(self, path: TaskPath, fetched: bool = False) -> bool | None:
         """Have a task read into host memory beside everything else; whether that is done.
 
         None where it waits for bases that are to be exchanged first. What went wrong is raised by
         ``place``.
+
+        Args:
+            fetched: it, or what it is a blend of, may be far; those that are here do not wait for it.
         """
         name = str(path)
         placed = self._placed.get(name)
@@ -480,7 +483,8 @@ class ResidentStore:
             if self._waits_for_bases(path):
                 return None
             self._sweep()
-            future = self._staging[name] = self._reader_of(name).submit(self._read_path, path)
+            readers = self._fetchers if fetched else self._readers
+            future = self._staging[name] = readers.submit(self._read_path, path)
         # Not True where it was read just now: in which form is seen at the next question.
         return future.done() and future.exception() is not None
 
@@ -666,14 +670,6 @@ class ResidentStore:
         return len(held) - both, [staged.image.tree.task_id for staged in islice(alone, most)]
 
     # --- from disk to host ---
-
-    def _reader_of(self, path: str) -> ThreadPoolExecutor:
-        """Who is to read a task; those that are here do not wait for those that are far."""
-        task_id = None if self.state is None else self.state.tasks.get(path)
-        if self.state is None or task_id is None:
-            return self._readers
-        far = self.state.checkpoint.is_far(task_id)
-        return self._fetchers if far else self._readers
 
     def _read_path(self, path: TaskPath) -> _Staged:
         """Read a task, from memory, the served state or whatever its folder holds; in any thread."""

@@ -494,7 +494,6 @@ def _called() -> Iterator[Seam]:
         "where vLLM's own metrics are",
         (),
     )
-    yield Seam("vllm.logger", "init_logger", "log lines in vLLM's form", ("name",))
     yield Seam("vllm.distributed", "get_pp_group", "what other pipeline ranks have", ())
     yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
     yield Seam("vllm.utils.gpu_sync_debug", "gpu_sync_allowed", "finds the rows of a slot")

@@ -45,16 +45,18 @@ from vllm_vlora.plugin.engine_core import (
     keep_what_is_pinned,
     load_before_add_lora,
     load_before_add_request,
+    release_what_is_removed,
     served_aliases,
     served_router,
     served_tasks,
     work_while_some_wait,
 )
+from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.limits import limit_tasks
 from vllm_vlora.plugin.listing import NAME_TAKEN, Listing, refuse_without_lora
-from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel, logger
+from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
 from vllm_vlora.plugin.named_requests import TaskRequests, name_patches
 from vllm_vlora.plugin.published import (
@@ -410,9 +412,9 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "EngineCore.abort_requests": lambda f: release_first(advance_after_abort(f)),
         "EngineCoreProc.has_work": work_while_some_wait,
         "EngineCore.pin_lora": lambda f: keep_what_is_pinned(
-            f, True, setup.settings.slots if setup.direct else 0
+            f, setup.settings.slots if setup.direct else 0
         ),
-        "EngineCore.remove_lora": lambda f: keep_what_is_pinned(f, False),
+        "EngineCore.remove_lora": release_what_is_removed,
         "EngineCore.sleep": lambda f: _sleep(f, setup.checkpoint),
         f"{lru}.create_lora_manager": lambda f: _create_lora_manager(f, setup.checkpoint),
     }
