@@ -14,6 +14,7 @@ from plugin_world import CPU, build
 from residency_world import Executor, Workers, lora, path_of
 
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.plugin import core_metrics
 from vllm_vlora.plugin.arrivals import Arrivals, Waiter
 from vllm_vlora.plugin.core_metrics import metrics_snapshot
 from vllm_vlora.plugin.counters import ServingCounters, counters_of
@@ -166,17 +167,26 @@ class Core:
                 follower=follower if store is self.stores[0] else None,
                 held_paths=lambda: [task.path for task in self.stores[0].tasks()],
                 far_tasks=lambda: self.far,
+                forget=lambda path, wholly, store=store: store.forget(path),
             )
             for store in self.stores
         ]
         self.model_executor = Executor(self.managers)
-        self.scheduler = SimpleNamespace(requests={})
+        self.steps_go_on = False
+        self.scheduler = SimpleNamespace(requests={}, has_requests=lambda: self.steps_go_on)
+        self.batch_queue = None
 
     def _take_refusals(self) -> list[str]:
         taken, self.refused = self.refused, []
         return taken
 
 
+@pytest.fixture
+def asked_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_metrics, "_SELDOM", -1.0)
+
+
+@pytest.mark.usefixtures("asked_always")
 def test_tiers_are_what_the_workers_have_at_that_moment(tmp_path: Path) -> None:
     core = Core(tmp_path / "c", device=1 << 30)
     taken = metrics_snapshot(core)
@@ -206,6 +216,7 @@ def test_tasks_that_are_pinned_are_marked(tmp_path: Path) -> None:
     assert pinned == [first.task_id]
 
 
+@pytest.mark.usefixtures("asked_always")
 def test_tasks_in_host_memory_alone_are_named_there(tmp_path: Path) -> None:
     core = Core(tmp_path / "c", device=1 << 30)
     first, *_ = core.stores[0].tasks()
@@ -222,6 +233,70 @@ def test_tasks_in_host_memory_alone_are_named_there(tmp_path: Path) -> None:
     assert taken["tiers"]["host"]["bytes"] == core.stores[0].host_nbytes > 0
     assert taken["residents"]["host"] == [[first.task_id, False]]
     assert core.stores[0].host_tasks(0) == (1, [])
+
+
+def asked(core: Core) -> int:
+    """How often its workers were asked what they hold."""
+    return core.model_executor.asked.count("_report")
+
+
+def test_workers_are_asked_when_something_was_done_to_them_and_else_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = Core(tmp_path / "c", device=1 << 30)
+    tasks, first = tasks_of(core), next(iter(core.stores[0].tasks()))
+    monkeypatch.setattr(core_metrics, "_APART", -1.0)
+    for _ in range(5):
+        held = metrics_snapshot(core)["residents"]["device"]
+    assert asked(core) == 1
+    # By its own books, in which it is the first that was used; nobody need be asked for that.
+    tasks.residency.touch(first.path)
+    residents = metrics_snapshot(core)["residents"]["device"]
+    assert residents[0] == [first.task_id, False]
+    assert sorted(residents) == sorted(held)
+    assert asked(core) == 1
+    tasks.residency.forget(first.path)
+    residents = metrics_snapshot(core)["residents"]["device"]
+    assert asked(core) == 2
+    assert first.task_id not in {name for name, _ in residents}
+    # However many API servers ask.
+    monkeypatch.setattr(core_metrics, "_APART", 60.0)
+    for _ in range(3):
+        tasks.workers.changes += 1
+        metrics_snapshot(core)
+    assert asked(core) == 2
+    monkeypatch.setattr(core_metrics, "_SELDOM", -1.0)
+    metrics_snapshot(core)
+    assert asked(core) == 3
+
+
+def test_steps_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is not here yet is taken at the next question, or when no step will bring it."""
+    core = Core(tmp_path / "c", device=1 << 30)
+    metrics_snapshot(core)
+    promised: list[Future[Any]] = []
+
+    def later(question: Any, *args: Any) -> Future[Any]:
+        promised.append(Future())
+        return promised[-1]
+
+    tasks = tasks_of(core)
+    monkeypatch.setattr(tasks.workers, "ask_later", later)
+    monkeypatch.setattr(core_metrics, "_SELDOM", -1.0)
+    answers = core._vlora_reports.newest  # type: ignore[attr-defined]
+    core.steps_go_on = True
+    for _ in range(3):
+        metrics_snapshot(core)
+    assert len(promised) == 1
+    promised[0].set_result([answer._replace(far_tasks=5) for answer in answers])
+    assert metrics_snapshot(core)["tiers"]["remote"]["tasks"] == 5
+    metrics_snapshot(core)
+    assert len(promised) == 2
+    promised[1].set_exception(RuntimeError("a worker died"))
+    with pytest.raises(RuntimeError):
+        metrics_snapshot(core)
+    metrics_snapshot(core)
+    assert len(promised) == 3, "it is asked again"
 
 
 def test_a_follower_tells_once_why_it_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from residency_world import Executor, Workers, lora, path_of
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError
-from vllm_vlora.plugin import engine_core, exchange
+from vllm_vlora.plugin import engine_core, exchange, workers
 from vllm_vlora.plugin.admission import Admission, pinned_of
 from vllm_vlora.plugin.engine_core import (
     advance_after_abort,
@@ -90,7 +90,8 @@ class Core:
             hold=lambda request, instead_of: workers.hold(request, instead_of)[number],
             forget=forget,
             held_paths=lambda: [path_of(name) for name in workers.on[number]],
-            states=lambda: tuple(self.states[number]),
+            # Of a folder that this process does not see as they do.
+            state=lambda: (*self.states[number], "/nowhere", (1,)),
             adopt=adopt,
             vlora_store=SimpleNamespace(
                 served=lambda: self.tasks[number],
@@ -340,10 +341,12 @@ def test_the_last_slot_is_not_pinned(max_loras: int) -> None:
         remove_lora = release_what_is_removed(lambda self, lora_id: True)
 
         def __init__(self) -> None:
-            self._vlora_tasks_held = SimpleNamespace(residency=Residency(Workers([1], {}), set))
-            self.scheduler = SimpleNamespace(lora_config=SimpleNamespace(max_loras=max_loras))
             manager = SimpleNamespace(is_direct=lambda lora_id: lora_id > 9)
-            self.model_executor = Executor([manager])
+            self._vlora_tasks_held = SimpleNamespace(
+                residency=Residency(Workers([1], {}), set),
+                workers=workers.Workers(Executor([manager])),
+            )
+            self.scheduler = SimpleNamespace(lora_config=SimpleNamespace(max_loras=max_loras))
 
     core: Any = Pinning()
     for number in (1, 1, 2, 10, 11, 12):

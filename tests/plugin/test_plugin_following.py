@@ -154,18 +154,18 @@ def test_a_folder_that_comes_back_is_the_state_that_is_served(world: World) -> N
 def test_a_pinned_checkpoint_is_not_followed(world: World) -> None:
     reference = pinned(world.folder, world.first.content_digest)
     follower = Follower(reference, State(world.first), world._check, LOG)
-    assert follower.offered() == world.first.content_digest
+    assert follower.state().offered == world.first.content_digest
     assert follower._thread is None
 
 
 def test_it_looks_by_itself_once_somebody_asks(world: World) -> None:
     assert world.follower._thread is None
-    assert world.follower.offered() == world.first.content_digest
+    assert world.follower.state().offered == world.first.content_digest
     later = build(world.root / "next", seed=1)
     digest = later.content_digest
     world.publish(later.path)
     deadline = time.monotonic() + 20
-    while world.follower.offered() != digest:
+    while world.follower.state().offered != digest:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     world.follower.close()
@@ -182,7 +182,7 @@ def test_a_store_serves_what_was_adopted_beside_what_it_holds(world: World) -> N
     same = {name: TASKS[name] for name in ("one",)}
     world.publish(build(world.root / "next", same, seed=7).path)
     follower.look()
-    assert follower.adopt(follower.offered())
+    assert follower.adopt(follower.state().offered)
     follower.close()
     store.serve(follower.served)
     ((name, path),) = store.served()

@@ -20,6 +20,7 @@ from vllm_vlora.plugin import published
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.identity import MEMORY, TaskPath
 from vllm_vlora.plugin.published import ELSEWHERE, adopt, offer, release, unpublish, withdraw
+from vllm_vlora.plugin.workers import Workers
 
 OLD, NEW, OTHER, LAST = (f"/dev/null/vllm_vlora.publish/tasks/t.safetensors@{n}" for n in "abcd")
 
@@ -35,12 +36,13 @@ class Core:
         self.left: list[str] = []
         self.discarded: list[str] = []
         self.answers = answers or [""]
-        self.model_executor = SimpleNamespace(collective_rpc=self._ask)
+        executor = SimpleNamespace(collective_rpc=self._ask, uses_ray=False)
         self._vlora_tasks_held = SimpleNamespace(
             published={},
             unpublished={},
             looks=None,
             followed=False,
+            workers=Workers(executor),
             residency=SimpleNamespace(
                 in_use=lambda: self.in_use,
                 forget=self._forget,

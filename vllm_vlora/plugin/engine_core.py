@@ -1,7 +1,6 @@
 """What our tasks need of vLLM's engine core: where they are, when their requests enter, what is served.
 
-``residency`` and ``arrivals`` decide; here they meet vLLM. Whatever asks the workers runs in the engine
-core's own loop, between two steps, since executors take one call at a time.
+``residency`` and ``arrivals`` decide; here they meet vLLM.
 """
 
 from __future__ import annotations
@@ -9,23 +8,21 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
-from vllm_vlora.checkpoint.aliases import encode_aliases
-from vllm_vlora.checkpoint.router_files import encode_router
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError, VLoRAError
 from vllm_vlora.plugin.admission import kinds_of, pinned_of
-from vllm_vlora.plugin.arrivals import SHORTEST_PAUSE, Answer, Arrivals, Brought, Waiter
+from vllm_vlora.plugin.arrivals import SHORTEST_PAUSE, Arrivals, Waiter
 from vllm_vlora.plugin.counters import DEVICE, counters_of
 from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.exchange import BasisExchange, Books
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.refusals import refuse
-from vllm_vlora.plugin.residency import Held, Residency
-from vllm_vlora.plugin.resident import BasesReport
+from vllm_vlora.plugin.residency import Residency
 from vllm_vlora.plugin.settings import DEVICE_VARIABLE, LATE_VARIABLE, SLOTS_VARIABLE, read_settings
+from vllm_vlora.plugin.workers import Workers
 
 TASKS_METHOD = "vlora_tasks"
 """The name under which an engine core answers with what it serves."""
@@ -43,140 +40,6 @@ CHANGED = (
 _TASKS, _ARRIVALS = "_vlora_tasks_held", "_vlora_arrivals"
 
 
-# --- what the workers are asked ---------------------------------------------------------------------
-
-
-def manager_of(worker: Any) -> Any:
-    """A worker's ``TaskLoRAManager``."""
-    return worker.model_runner.lora_manager._adapter_manager
-
-
-def _hold(worker: Any, request: Any, instead_of: list[str]) -> Held:
-    return manager_of(worker).hold(request, instead_of)
-
-
-def _bring(
-    worker: Any,
-    requests: list[Any],
-    hold: int,
-    instead_of: list[str],
-    drop: list[str],
-    fetch: list[int],
-) -> list[Brought]:
-    manager = manager_of(worker)
-    for path in drop:
-        manager.forget(path, wholly=True)
-    return manager.bring(requests, hold, instead_of, fetch)
-
-
-def _is_direct(worker: Any, lora_id: int) -> bool:
-    return manager_of(worker).is_direct(lora_id)
-
-
-def _forget(worker: Any, path: str, wholly: bool) -> None:
-    manager_of(worker).forget(path, wholly)
-
-
-def _tidy(worker: Any) -> None:
-    manager_of(worker).vlora_store.tidy()
-
-
-def _held(worker: Any) -> list[str]:
-    return manager_of(worker).held_paths()
-
-
-def _served(worker: Any) -> list[tuple[str, str]]:
-    return manager_of(worker).vlora_store.served()
-
-
-def _aliases(worker: Any) -> str:
-    state = manager_of(worker).vlora_store.state
-    return "" if state is None else encode_aliases(state.aliases).decode()
-
-
-def _router(worker: Any) -> str:
-    state = manager_of(worker).vlora_store.state
-    router = None if state is None else state.router
-    return "" if router is None else encode_router(router).decode()
-
-
-def _states(worker: Any) -> tuple[str, str]:
-    return manager_of(worker).states()
-
-
-def _adopt(worker: Any, digest: str) -> bool:
-    return manager_of(worker).adopt(digest)
-
-
-def _bases(worker: Any, in_use: list[str], awaited: list[str]) -> BasesReport:
-    return manager_of(worker).vlora_store.bases(in_use, awaited)
-
-
-def _hold_back(worker: Any, held_back: bool) -> list[str]:
-    return manager_of(worker).vlora_store.hold_back(held_back)
-
-
-def _keep_bases(worker: Any) -> None:
-    manager_of(worker).vlora_store.keep_bases()
-
-
-def _exchange_bases(worker: Any) -> list[str]:
-    return manager_of(worker).exchange_bases()
-
-
-class _Workers:
-    """The workers of an engine core."""
-
-    def __init__(self, core: Any) -> None:
-        self._ask = core.model_executor.collective_rpc
-        # vLLM's promise of what Ray's workers say takes it for a step's output and fails.
-        self._promises = not core.model_executor.uses_ray
-        self.count = 0
-
-    def held(self) -> Iterable[str]:
-        first, *others = self._ask(_held)
-        self.count = 1 + len(others)
-        everywhere = set(first).intersection(*others)
-        return [path for path in first if path in everywhere]
-
-    def hold(self, request: Any, instead_of: Sequence[str]) -> list[Held]:
-        return self._ask(_hold, args=(request, list(instead_of)))
-
-    def forget(self, path: str, wholly: bool = False) -> None:
-        self._ask(_forget, args=(path, wholly))
-
-    def tidy(self) -> None:
-        self._ask(_tidy)
-
-    def bring(
-        self,
-        requests: Sequence[Any],
-        hold: int,
-        instead_of: Sequence[str],
-        drop: Sequence[str],
-        fetch: Sequence[int],
-    ) -> Answer:
-        """As ``arrivals`` wants it. Not a question that is waited for: steps may be under way."""
-        arguments = (list(requests), hold, list(instead_of), list(drop), list(fetch))
-        if self._promises:
-            return self._ask(_bring, args=arguments, non_block=True)
-        kept: Future[list[list[Brought]]] = Future()
-        kept.set_result(self._ask(_bring, args=arguments))
-        return kept
-
-    def bases(self, in_use: Collection[str], awaited: Collection[str]) -> list[BasesReport]:
-        return self._ask(_bases, args=(list(in_use), list(awaited)))
-
-    def hold_back(self, held_back: bool) -> set[str]:
-        return set().union(*self._ask(_hold_back, args=(held_back,)))
-
-    def keep_bases(self) -> None:
-        self._ask(_keep_bases)
-
-    def exchange_bases(self) -> set[str]:
-        return set().union(*self._ask(_exchange_bases))
-
-
 # --- one engine core's own ---------------------------------------------------------------------------
 
 
@@ -184,18 +47,21 @@ class Tasks:
     """Where an engine core's tasks are, and who waits for one."""
 
     def __init__(self, core: Any) -> None:
-        workers, counters = _Workers(core), counters_of(core)
+        self.workers = workers = Workers(core.model_executor)
+        counters = counters_of(core)
         self.residency = Residency(
             workers,
             lambda: _paths_in_use(core.scheduler),
             counters=counters,
             kinds=kinds_of(core.scheduler),
         )
+        # Whether steps are under way, which bring the answers to ``Workers.ask_later``.
+        self.steps_go_on = lambda: core.scheduler.has_requests() or bool(core.batch_queue)
         self.arrivals = Arrivals(
             self.residency,
             workers.bring,
             counters,
-            steps_go_on=lambda: core.scheduler.has_requests() or bool(core.batch_queue),
+            steps_go_on=self.steps_go_on,
             alone=workers.count == 1,
         )
         core.scheduler.__dict__[_ARRIVALS] = self.arrivals
@@ -470,7 +336,7 @@ def keep_what_is_pinned(original: Callable[..., Any], slots: int = 0) -> Callabl
 
     @functools.wraps(original)
     def pin_lora(self: Any, lora_id: int) -> Any:
-        needs_slot = bool(slots) and not _ask_whether_direct(self, lora_id)
+        needs_slot = bool(slots) and not tasks_of(self).workers.are_direct(lora_id)
         if needs_slot:
             _check_slot_left(self, lora_id, slots)
         done = original(self, lora_id)
@@ -509,10 +375,6 @@ def release_what_is_removed(original: Callable[..., Any]) -> Callable[..., Any]:
     return remove_lora
 
 
-def _ask_whether_direct(core: Any, lora_id: int) -> bool:
-    return all(core.model_executor.collective_rpc(_is_direct, args=(lora_id,)))
-
-
 # --- what is served ---------------------------------------------------------------------------------
 
 
@@ -524,7 +386,9 @@ def served_tasks(core: Any) -> list[tuple[str, str]]:
     Raises:
         CheckpointError: one of them read another state of the checkpoint than the others.
     """
-    return list({**dict(_agreed(core, _served)), **tasks_of(core).published}.items())
+    return list(
+        {**dict(_agreed(tasks_of(core).workers.served())), **tasks_of(core).published}.items()
+    )
 
 
 def served_aliases(core: Any) -> str:
@@ -533,7 +397,7 @@ def served_aliases(core: Any) -> str:
     Raises:
         CheckpointError: as :func:`served_tasks`.
     """
-    return _agreed(core, _aliases)
+    return _agreed(tasks_of(core).workers.aliases())
 
 
 def served_router(core: Any) -> str:
@@ -542,12 +406,12 @@ def served_router(core: Any) -> str:
     Raises:
         CheckpointError: as :func:`served_tasks`.
     """
-    return _agreed(core, _router)
+    return _agreed(tasks_of(core).workers.routers())
 
 
-def _agreed(core: Any, ask: Callable[[Any], Any]) -> Any:
-    """What every worker answers."""
-    first, *others = core.model_executor.collective_rpc(ask)
+def _agreed(answers: Iterable[Any]) -> Any:
+    """What every worker answered."""
+    first, *others = answers
     if any(other != first for other in others):
         raise CheckpointError(CHANGED)
     return first
@@ -566,14 +430,12 @@ def follow(core: Any, server: str = "", listed: str = "") -> str:
     tasks.residency.release()
     tasks.exchange.heard(server, listed.partition("\n")[0])
     tasks.advance()
-    states = set(core.model_executor.collective_rpc(_states))
-    served = {state for state, _ in states}
-    offered = {state for _, state in states}
+    served, offered = tasks.workers.states()
     # Those that wait for the bases of one state must not find them exchanged for another's.
     if len(offered) == 1 and offered != served and not tasks.exchange.holds_back:
         (digest,) = offered
         # Offers may have changed meanwhile; who lags behind is told again at the next look.
-        if all(core.model_executor.collective_rpc(_adopt, args=(digest,))):
+        if tasks.workers.adopt(digest):
             tasks.residency.retire(path for _, path in served_tasks(core))
             served = offered
             counters_of(core).adopted(digest)

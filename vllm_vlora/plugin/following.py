@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE
@@ -54,6 +55,22 @@ class State:
         self.digest = checkpoint.content_digest
 
 
+class WorkerState(NamedTuple):
+    """What a worker serves and could serve.
+
+    Attributes:
+        served, offered: digests of the state that is served, and of the newest sound one.
+        folder: that is followed; "" where nothing is.
+        looked: ``folder_identity`` of it when that was found out; empty where another look may find more
+            though nothing was published since.
+    """
+
+    served: str
+    offered: str
+    folder: str
+    looked: tuple[int, ...]
+
+
 class Follower:
     """Offers the newest sound state of a folder.
 
@@ -79,17 +96,23 @@ class Follower:
         # None: of before the served state was read, so that the first look reads the manifest again.
         self._seen: tuple[int, ...] | None = None
         self._read_again = 0.0
+        # What was seen when the offered state was read, and nothing was refused since.
+        self._looked: tuple[int, ...] = ()
         self._said = ""
         self._refused: deque[str] = deque(maxlen=_MOST_REFUSALS)
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 
-    def offered(self) -> str:
-        """The digest of the newest sound state; starts looking for one when it is first asked."""
-        if self._thread is None and self._pin is None:
+    def state(self) -> WorkerState:
+        """What is served, and the newest sound state; starts looking for one when it is first asked."""
+        if self._pin is not None:
+            return WorkerState(self.served.digest, self._offered.digest, "", ())
+        if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="vlora-follow", daemon=True)
             self._thread.start()
-        return self._offered.digest
+        # In this order: what is offered once that was seen, or later.
+        looked = self._looked
+        return WorkerState(self.served.digest, self._offered.digest, str(self._folder), looked)
 
     def adopt(self, digest: str) -> bool:
         """Serve the state that is offered; False where another one is by now."""
@@ -115,9 +138,10 @@ class Follower:
         found = folder_identity(self._folder)
         if found == self._seen and time.monotonic() < self._read_again:
             return
-        self._seen, self._read_again = found, float("inf")
+        self._seen, self._read_again, self._looked = found, float("inf"), ()
         try:
             self._offered = self.sound_state(self._folder)
+            self._looked = found or ()
             self._said = ""
         except VLoRAError as error:
             self._refuse(error, str(error))

@@ -40,7 +40,7 @@ from vllm_vlora.plugin.experts import (
     make_expert_writer,
 )
 from vllm_vlora.plugin.far_tasks import FarTasks
-from vllm_vlora.plugin.following import Follower, State
+from vllm_vlora.plugin.following import Follower, State, WorkerState
 from vllm_vlora.plugin.head_calls import HeadPunica
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.layer_calls import EVERYTHING, Kinds, LayerPunica, begin_ahead
@@ -327,13 +327,13 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """The tasks on the device."""
         return [task.path for task in self.vlora_store.tasks()]
 
-    def states(self) -> tuple[str, str]:
-        """The digests of the state that is served and of the newest one that could be."""
+    def state(self) -> WorkerState:
+        """What is served, and what could be."""
         if self.follower is None:
-            return "", ""
+            return WorkerState("", "", "", ())
         if self._poller is not None:
             self._poller.start()
-        return self.follower.served.digest, self.follower.offered()
+        return self.follower.state()
 
     def adopt(self, digest: str) -> bool:
         """Serve a state from now on; False where it is not the one that is offered."""

@@ -18,11 +18,12 @@ import msgspec
 
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.plugin.blend_paths import is_made_of
-from vllm_vlora.plugin.engine_core import manager_of, tasks_of, tasks_so_far
+from vllm_vlora.plugin.engine_core import tasks_of, tasks_so_far
 from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.identity import MEMORY
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
 from vllm_vlora.plugin.residency import GRACE
+from vllm_vlora.plugin.workers import manager_of
 from vllm_vlora.wording import shown
 
 OFFER_METHOD, ADOPT_METHOD = "vlora_offer", "vlora_adopt"
@@ -65,7 +66,7 @@ def offer(core: Any, described: bytes, content: bytes | None = None) -> str:
     Args:
         described: the ``Offer`` as JSON. content: its memory's bytes, where a worker cannot map them.
     """
-    answers = core.model_executor.collective_rpc(_take, args=(bytes(described), content))
+    answers = tasks_of(core).workers.tell(_take, bytes(described), content)
     # One that cannot map the memory is asked again.
     return next((a for a in answers if a and a != ELSEWHERE), next(filter(None, answers), ""))
 
@@ -96,7 +97,7 @@ def adopt(core: Any, task: str, path: str) -> str:
 
 def withdraw(core: Any, path: str) -> None:
     """Let a task go that was offered and is not to be served."""
-    core.model_executor.collective_rpc(_discard, args=(path,))
+    tasks_of(core).workers.tell(_discard, path)
 
 
 def unpublish(core: Any, task: str) -> str:
@@ -131,7 +132,7 @@ def release(core: Any) -> None:
         del tasks.unpublished[path]
         for gone in (path, *blends):
             tasks.residency.forget(gone, wholly=True)
-        core.model_executor.collective_rpc(_discard, args=(path,))
+        tasks.workers.tell(_discard, path)
     if tasks.unpublished and hasattr(core, "input_queue"):
         _look_again(core, tasks)
 

@@ -1,0 +1,232 @@
+"""What an engine core asks its workers, and what it knows of them without asking.
+
+Whatever asks them runs in the engine core's own loop, between two steps, since executors take one call at
+a time. A question costs more than its answer: it waits for the step that is under way, and a worker that
+was asked anything looks for the next message without sleeping for a second (``SpinCondition`` of vLLM's
+message queue), which keeps a core of an idle machine busy where something is asked every second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from vllm_vlora.checkpoint.aliases import encode_aliases
+from vllm_vlora.checkpoint.router_files import encode_router
+from vllm_vlora.plugin.arrivals import Answer, Brought
+from vllm_vlora.plugin.following import WorkerState, folder_identity
+from vllm_vlora.plugin.residency import Held
+from vllm_vlora.plugin.resident import BasesReport
+
+# --- what they answer -------------------------------------------------------------------------------
+
+
+def manager_of(worker: Any) -> Any:
+    """A worker's ``TaskLoRAManager``."""
+    return worker.model_runner.lora_manager._adapter_manager
+
+
+def _hold(worker: Any, request: Any, instead_of: list[str]) -> Held:
+    return manager_of(worker).hold(request, instead_of)
+
+
+def _bring(
+    worker: Any,
+    requests: list[Any],
+    hold: int,
+    instead_of: list[str],
+    drop: list[str],
+    fetch: list[int],
+) -> list[Brought]:
+    manager = manager_of(worker)
+    for path in drop:
+        manager.forget(path, wholly=True)
+    return manager.bring(requests, hold, instead_of, fetch)
+
+
+def _is_direct(worker: Any, lora_id: int) -> bool:
+    return manager_of(worker).is_direct(lora_id)
+
+
+def _forget(worker: Any, path: str, wholly: bool) -> None:
+    manager_of(worker).forget(path, wholly)
+
+
+def _tidy(worker: Any) -> None:
+    manager_of(worker).vlora_store.tidy()
+
+
+def _held(worker: Any) -> list[str]:
+    return manager_of(worker).held_paths()
+
+
+def _served(worker: Any) -> list[tuple[str, str]]:
+    return manager_of(worker).vlora_store.served()
+
+
+def _aliases(worker: Any) -> str:
+    state = manager_of(worker).vlora_store.state
+    return "" if state is None else encode_aliases(state.aliases).decode()
+
+
+def _router(worker: Any) -> str:
+    state = manager_of(worker).vlora_store.state
+    router = None if state is None else state.router
+    return "" if router is None else encode_router(router).decode()
+
+
+def _state(worker: Any) -> WorkerState:
+    return manager_of(worker).state()
+
+
+def _adopt(worker: Any, digest: str) -> bool:
+    return manager_of(worker).adopt(digest)
+
+
+def _bases(worker: Any, in_use: list[str], awaited: list[str]) -> BasesReport:
+    return manager_of(worker).vlora_store.bases(in_use, awaited)
+
+
+def _hold_back(worker: Any, held_back: bool) -> list[str]:
+    return manager_of(worker).vlora_store.hold_back(held_back)
+
+
+def _keep_bases(worker: Any) -> None:
+    manager_of(worker).vlora_store.keep_bases()
+
+
+def _exchange_bases(worker: Any) -> list[str]:
+    return manager_of(worker).exchange_bases()
+
+
+# --- asking them ------------------------------------------------------------------------------------
+
+
+class States(NamedTuple):
+    """What the workers serve, and what they could: digests of states, one of each where they agree."""
+
+    served: set[str]
+    offered: set[str]
+
+
+class Workers:
+    """The workers of an engine core.
+
+    Attributes:
+        count: how many there are, once ``held`` was asked.
+        changes: how often something was done to what they hold.
+    """
+
+    def __init__(self, executor: Any) -> None:
+        self._rpc = executor.collective_rpc
+        # vLLM's promise of what Ray's workers say takes it for a step's output and fails.
+        self._promises = not executor.uses_ray
+        self.count = self.changes = 0
+        self._states = States(set(), set())
+        # Folders that workers follow, and what each was when it was last looked at.
+        self._looked: set[tuple[str, tuple[int, ...]]] = set()
+
+    def ask(self, question: Callable[..., Any], *args: Any) -> list[Any]:
+        """What each says to ``question(worker, *args)``, which leaves what they hold as it is."""
+        return self._rpc(question, args=args)
+
+    def ask_later(self, question: Callable[..., Any], *args: Any) -> Any:
+        """A promise of the same, as ``arrivals.Answer``, that is kept with a step's answer: steps are not waited for."""
+        if self._promises:
+            return self._rpc(question, args=args, non_block=True)
+        kept: Future[list[Any]] = Future()
+        kept.set_result(self.ask(question, *args))
+        return kept
+
+    def tell(self, order: Callable[..., Any], *args: Any) -> list[Any]:
+        """Have each do ``order(worker, *args)``; what each says."""
+        self.changes += 1
+        return self._rpc(order, args=args)
+
+    # What they hold.
+
+    def held(self) -> Iterable[str]:
+        first, *others = self.ask(_held)
+        self.count = 1 + len(others)
+        everywhere = set(first).intersection(*others)
+        return [path for path in first if path in everywhere]
+
+    def are_direct(self, lora_id: int) -> bool:
+        return all(self.ask(_is_direct, lora_id))
+
+    def hold(self, request: Any, instead_of: Sequence[str]) -> list[Held]:
+        return self.tell(_hold, request, list(instead_of))
+
+    def forget(self, path: str, wholly: bool = False) -> None:
+        self.tell(_forget, path, wholly)
+
+    def tidy(self) -> None:
+        self.tell(_tidy)
+
+    def bring(
+        self,
+        requests: Sequence[Any],
+        hold: int,
+        instead_of: Sequence[str],
+        drop: Sequence[str],
+        fetch: Sequence[int],
+    ) -> Answer:
+        """As ``arrivals`` wants it."""
+        self.changes += 1
+        return self.ask_later(
+            _bring, list(requests), hold, list(instead_of), list(drop), list(fetch)
+        )
+
+    # The state that they serve.
+
+    def served(self) -> list[Any]:
+        return self.ask(_served)
+
+    def aliases(self) -> list[str]:
+        return self.ask(_aliases)
+
+    def routers(self) -> list[str]:
+        return self.ask(_router)
+
+    def states(self) -> States:
+        """What they serve and could; asked for unless nothing can have changed since they said it."""
+        if not self.settled:
+            answers = [WorkerState(*answer) for answer in self.ask(_state)]
+            self._states = States(
+                {answer.served for answer in answers}, {answer.offered for answer in answers}
+            )
+            self._looked = {(answer.folder, answer.looked) for answer in answers}
+        return self._states
+
+    @property
+    def settled(self) -> bool:
+        """Whether all serve the newest state there is: each has seen the folder as it is now.
+
+        That this process sees the same folder shows in its identity, which another machine's has not.
+        """
+        served, offered = self._states
+        if len(served) != 1 or served != offered or len(self._looked) != 1:
+            return False
+        ((folder, looked),) = self._looked
+        return not folder or bool(looked and looked == folder_identity(folder))
+
+    def adopt(self, digest: str) -> bool:
+        """Whether all of them serve a state from now on; who lags behind is told again."""
+        done = all(self.tell(_adopt, digest))
+        self._looked = set()
+        return done
+
+    # Their bases.
+
+    def bases(self, in_use: Collection[str], awaited: Collection[str]) -> list[BasesReport]:
+        return self.ask(_bases, list(in_use), list(awaited))
+
+    def hold_back(self, held_back: bool) -> set[str]:
+        return set().union(*self.tell(_hold_back, held_back))
+
+    def keep_bases(self) -> None:
+        self.tell(_keep_bases)
+
+    def exchange_bases(self) -> set[str]:
+        return set().union(*self.tell(_exchange_bases))
