@@ -132,7 +132,7 @@ class Workers:
         return self._rpc(question, args=args)
 
     def ask_later(self, question: Callable[..., Any], *args: Any) -> Any:
-        """A promise of the same, as ``arrivals.Answer``, that is kept with a step's answer: steps are not waited for."""
+        """A promise of the same, as ``arrivals.Answer``; it is kept with a step's, and no step waits."""
         if self._promises:
             return self._rpc(question, args=args, non_block=True)
         kept: Future[list[Any]] = Future()
