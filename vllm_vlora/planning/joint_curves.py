@@ -15,7 +15,7 @@ import torch
 
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, row_nbytes, unpack
-from vllm_vlora.representations.factors import ScaledFactors, row_gram
+from vllm_vlora.representations.factors import ScaledFactors, gram_cholesky
 from vllm_vlora.representations.joint import core_shape
 from vllm_vlora.representations.spec import BasisSpec
 
@@ -108,14 +108,12 @@ class JointMeter:
         count = len(factors)
         a = torch.cat([a for a, _, _ in factors]).float()
         b_t = torch.cat([b.T for _, b, _ in factors]).float()
-        scales = torch.tensor([scale for _, _, scale in factors], dtype=torch.float64)
+        scales = torch.tensor(
+            [scale for _, _, scale in factors], dtype=torch.float64, device=a.device
+        )
         left = self._u.coordinates(self._metric.b_t(b_t)).unflatten(0, (count, -1))
         right = self._v.coordinates(self._metric.a(a)).unflatten(0, (count, -1))
         return left * scales[:, None, None], right
-
-
-# Up to this ratio of the pivots a Gram matrix is worth its smaller time.
-_SOUND = 1e-3
 
 
 class _OrthonormalRows:
@@ -126,14 +124,12 @@ class _OrthonormalRows:
     """
 
     def __init__(self, rows: torch.Tensor) -> None:
-        gram = row_gram(rows, torch.float32)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        pivots = factor.diagonal()
-        self._rows, self._factor = rows, factor.mT
-        if int(failed) or not float(pivots.min()) > _SOUND * float(pivots.max()):
-            q, self._factor = torch.linalg.qr(rows.double().T)
-            self._rows = q.T.float()
-            self._factor = torch.eye(len(rows), dtype=torch.float64)
+        factor = gram_cholesky(rows, torch.float32)
+        if factor is None:
+            self._rows = torch.linalg.qr(rows.double().T)[0].T.float()
+            self._factor = torch.eye(len(self._rows), dtype=torch.float64, device=rows.device)
+        else:
+            self._rows, self._factor = rows, factor.mT
 
     def coordinates(self, rows: torch.Tensor) -> torch.Tensor:
         """(n, k) float64: products of rows (n, d) with the orthonormal ones."""
