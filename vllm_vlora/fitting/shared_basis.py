@@ -27,7 +27,12 @@ from itertools import chain
 
 import torch
 
-from vllm_vlora.representations.factors import ReadFactors, ScaledFactors, row_gram, stacked_svd
+from vllm_vlora.representations.factors import (
+    ReadFactors,
+    ScaledFactors,
+    gram_cholesky,
+    row_gram,
+)
 
 
 @dataclass(frozen=True)
@@ -141,10 +146,7 @@ def _drain(held: deque[ScaledFactors]) -> Iterator[ScaledFactors]:
 
 
 def _fit_exact(adapters: Iterable[ScaledFactors], most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """U and V from the stacked singular vectors.
-
-    ``most`` are wanted of each.
-    """
+    """U and V from the stacked rows of all; ``most`` are wanted of each."""
     rows_a, rows_b = zip(*(_weighted_rows(*adapter) for adapter in adapters))
     return leading_directions(rows_b, most), leading_directions(rows_a, most)
 
@@ -152,21 +154,29 @@ def _fit_exact(adapters: Iterable[ScaledFactors], most: int) -> tuple[torch.Tens
 def _weighted_rows(
     a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right and left singular vectors of W as rows, times their singular values; float32."""
-    normed = _unit_factors(a, b, scale)
-    if normed is None:
-        rank = _effective_rank(a, b)
-        return a.new_zeros(rank, a.shape[1]).float(), a.new_zeros(rank, b.shape[0]).float()
-    inverse = torch.tensor([1.0 / normed[2]], dtype=torch.float64, device=a.device)
-    right, left, _ = stacked_svd(normed[0][None], normed[1].T[None], inverse)
-    # Rows of norm sqrt(sigma) become rows of norm sigma.
-    return tuple(rows[0] * rows[0].norm(dim=1, keepdim=True) for rows in (right, left))
+    """Rows R with R^T R = W^T W, (r, d_in), and such with R^T R = W W^T, (r, d_out); float32.
+
+    R = (B^T B)^(1/2) A, and alike for the other side: there is no need to decompose W.
+    """
+    unit_a, unit_b = torch.empty(a.shape, device=a.device), torch.empty(b.shape, device=b.device)
+    grams = _normalise(a, b, scale, unit_a, unit_b)
+    if grams is None:
+        return unit_a.zero_(), unit_b.zero_().T
+    gram_a, gram_b, norm = grams
+    return _root(gram_b) @ unit_a / norm, _root(gram_a) @ unit_b.T / norm
+
+
+def _root(gram: torch.Tensor) -> torch.Tensor:
+    """The symmetric square root of a Gram matrix."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    return ((vectors * values.clamp(min=0).sqrt()) @ vectors.T).float()
 
 
 # From this many on, both ways, a Gram matrix' eigenvectors cost a fraction of a QR decomposition.
 _MANY = 64
-# Directions whose part of the energy is below this are not told from rounding by a Gram matrix.
-_WEAK = 1e-8
+# Directions whose part of the energy is below this are not told from rounding by a Gram matrix. In
+# float32 all takes half the time.
+_WEAK = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 
 def leading_directions(rows: Sequence[torch.Tensor], most: int | None = None) -> torch.Tensor:
@@ -192,14 +202,21 @@ def leading_directions(rows: Sequence[torch.Tensor], most: int | None = None) ->
 def _by_gram(stacked: torch.Tensor, count: int) -> torch.Tensor | None:
     """``leading_directions`` by eigenvectors of the smaller Gram matrix; None if it is singular."""
     short = stacked if stacked.shape[0] <= stacked.shape[1] else stacked.T
-    gram = row_gram(short)
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
-    if not float(values[-1]) > _WEAK * float(values[0]):
+    for dtype, weak in _WEAK.items():
+        values, vectors = torch.linalg.eigh(row_gram(short, dtype).to(dtype))
+        values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+        if float(values[-1]) > weak * float(values[0]):
+            break
+    else:
         return None
-    if short is not stacked:
-        return vectors.float()
-    return stacked.T @ (vectors * values.rsqrt()).float()
+    rows = vectors.T.float()
+    if short is stacked:
+        rows = (vectors * values.rsqrt()).float().T @ stacked
+    # Rounding bends weak directions towards strong ones; these stay as they are.
+    factor = gram_cholesky(rows, torch.float32)
+    if factor is None:
+        return None
+    return torch.linalg.solve_triangular(factor.float(), rows, upper=False).T
 
 
 def _fit_streaming(

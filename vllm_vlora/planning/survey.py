@@ -353,8 +353,9 @@ class Surveyor:
             [seen_squared_norm(*found, metric) for found in self.read(module, tasks)],
             dtype=torch.float64,
         )
-        widths = self._widths(module, tasks, u_t, v, norms, metric)
-        curves = self._curves(module, tasks, u_t, v, widths, norms, metric)
+        fitted = JointMeter.fitted(white_u[: len(u_t)], white_v[: len(v)], metric)
+        widths = self._widths(module, tasks, u_t, v, norms, fitted)
+        curves = self._curves(module, tasks, u_t, v, widths, norms, metric, fitted)
         k_out, k_in = max(w[0] for w in widths), max(w[1] for w in widths)
         return FittedGroup(tasks, curves), (u_t[:k_out].clone().cpu(), v[:k_in].clone().cpu())
 
@@ -380,12 +381,11 @@ class Surveyor:
         u_t: torch.Tensor,
         v: torch.Tensor,
         norms: torch.Tensor,
-        metric: Metric,
+        meter: JointMeter,
     ) -> list[tuple[int, int]]:
         """The pairs (k_out, k_in) to measure."""
         if self.settings.num_components is not None:
             return [(u_t.shape[0], v.shape[0])]
-        meter = JointMeter(pack(u_t, "float32"), pack(v, "float32"), metric)
         outs, ins = widths_to_try(len(u_t)), widths_to_try(len(v))
         total, place = torch.zeros(len(outs), len(ins), dtype=torch.float64), 0
         weights = torch.where(norms > 0, 1 / norms, 0.0)
@@ -411,9 +411,14 @@ class Surveyor:
         widths: list[tuple[int, int]],
         norms: torch.Tensor,
         metric: Metric,
+        fitted: JointMeter,
     ) -> dict[str, JointCurve]:
         by_label = self.settings.formats.of(module.dtype)
-        meters = {f: JointMeter(pack(u_t, f), pack(v, f), metric) for f in dict.fromkeys(by_label)}
+        meters = {
+            # What is fitted is float32.
+            f: fitted if f == "float32" else JointMeter(pack(u_t, f), pack(v, f), metric)
+            for f in dict.fromkeys(by_label)
+        }
         captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
         place = 0
         for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
