@@ -92,7 +92,7 @@ def test_exact_also_for_directions_that_squaring_would_lose() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(120, 300), (300, 120)])
-@pytest.mark.parametrize("weakest", [0.3, 0.02, 5e-4])
+@pytest.mark.parametrize("weakest", [0.3, 0.02, 0.0012, 5e-4])
 def test_leading_directions_hold_what_float64_s_hold(
     rows: int, columns: int, weakest: float
 ) -> None:
@@ -107,9 +107,9 @@ def test_leading_directions_hold_what_float64_s_hold(
     found = leading_directions([stacked[:50], stacked[50:]], 110)
     assert_orthonormal(found.T)
     held = (stacked.double() @ found.double()).square().sum(0).cumsum(0)
-    most = torch.linalg.svdvals(stacked.double()).square().cumsum(0)[:110]
-    left_out = sigma.square().sum() - most
-    assert ((most - held) <= 1e-6 * most + 1e-4 * left_out).all()
+    most = torch.linalg.svdvals(stacked.double()).square().cumsum(0)
+    left_out = most[-1] - most[:110]
+    assert ((most[:110] - held) <= 1e-7 * most[-1] + 5e-3 * left_out).all()
 
 
 def test_energy_equals_dense_reference_and_falls() -> None:
