@@ -320,9 +320,7 @@ def test_values_too_large_for_the_format_are_refused(format: str, value: float) 
 
 
 def test_bfloat16_too_large_for_float16_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"too large for float16 \(largest magnitude 1.00352e\+06\)"
-    ):
+    with pytest.raises(ValueError, match=r"too large for float16 \(largest magnitude 999424\)"):
         pack(torch.full((2, 3), 1e6, dtype=torch.bfloat16), "float16")
 
 
