@@ -234,8 +234,9 @@ class CoreEncoder:
             for task, stored, seen in self._encode(module, shared.tasks, project, read, metric):
                 found.append((task, replace(stored, rows=rows), seen))
         if job.flat is not None:
-            rows = (side.to(self.surveyor.device) for side in self.bases.read_flat(module))
-            flat = pack_flat(*rows, job.flat.spec)
+            u, v = self.bases.read_flat(module)
+            device = self.surveyor.device
+            flat = pack_flat(u.to(device), v.to(device), job.flat.spec)
             nearest = FlatProjection(flat, job.flat.loadings_format)
             found += self._encode(module, job.flat.tasks, nearest, flat, metric)
         return found
