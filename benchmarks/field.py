@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import tempfile
@@ -43,9 +44,11 @@ the machine changes less than the clock's:
 All of an 8B model (224 modules) is extrapolated from the layer, and says so: private storage of all
 modules, and bases on the 21 modules on which they are tried where they do not pay.
 
-The floor is of private storage: the weights read once, seven roundings as one copy in float32 each, and
-the products of the Gram matrices in float64 and float32 at the speed of this machine on one thread. It
-leaves out codes, small decompositions and writing.
+The floor of private storage: the weights read once, seven roundings as one copy in float32 each, and the
+products of the Gram matrices in float64 and float32 at the speed of this machine on one thread. It leaves
+out codes, small decompositions and writing. The floor of bases: the operations of their fit (Gram
+matrices, eigenvectors, directions) and of measuring their widths in three formats, at the speed of
+float32 products; it leaves out packing and what is done in float64.
 """
 EXAMPLES = """\
   python benchmarks/run.py compress --quick                  a check that it runs
@@ -54,6 +57,8 @@ EXAMPLES = """\
 """
 WIDE, INSIDE, NARROW, RANK = 4096, 14336, 1024, 16
 LAYERS, ADAPTERS, TRIED = 32, 100, 21
+# As of planning.survey.
+MOST_COMPONENTS = 1024
 LAYER = {
     "self_attn.q_proj": (WIDE, WIDE),
     "self_attn.k_proj": (WIDE, NARROW),
@@ -121,13 +126,15 @@ def run(args: argparse.Namespace) -> int:
                 report["cells"][name].append(found)
     pairs = {name: len(shapes) * many for name, (shapes, many, *_) in collections.items()}
     report["floor_ms"] = floor_ms(layer)
+    report["bases_floor_s"] = bases_floor_s(layer, args.adapters)
     report["summary"] = summarise(report["cells"], pairs, len(layer))
     rows = [
         [n, f"{s['cpu_s']:.2f}", f"{s['ms']:.2f}"] for n, s in report["summary"]["cells"].items()
     ]
     print(table(["", "CPU s", "ms a module and adapter"], rows))
     print(
-        f"floor of private storage: {report['floor_ms']:.2f} ms a module and adapter of the layer"
+        f"floor of private storage: {report['floor_ms']:.2f} ms a module and adapter of the layer; of "
+        f"bases: {report['bases_floor_s']:.2f} s a module of {args.adapters} adapters"
     )
     for name, seconds in report["summary"]["extrapolated_cpu_s"].items():
         print(
@@ -238,12 +245,28 @@ def floor_ms(layer: Mapping[str, tuple[int, int]]) -> float:
     source = torch.randn(numbers)
     target = torch.empty_like(source)
     copy = best_seconds(lambda: target.copy_(source), 50)
-    rates = {}
-    for dtype in (torch.float32, torch.float64):
-        square = torch.randn(1024, 1024, dtype=dtype)
-        rates[dtype] = 2 * 1024**3 / best_seconds(partial(torch.mm, square, square), 5)
+    rates = {dtype: _product_rate(dtype) for dtype in (torch.float32, torch.float64)}
     product = 2 * RANK * numbers
     # Gram matrices and the leading factors; then four formats of these (one three times as wide on both
     # sides), and two of the own factors, with their changes and themselves.
     wide, narrow = 2 * product, (3 * 2 + 3 + 9 + 2 * 2 + 2) * product
     return 1e3 * (7.5 * copy + wide / rates[torch.float64] + narrow / rates[torch.float32])
+
+
+def bases_floor_s(layer: Mapping[str, tuple[int, int]], adapters: int) -> float:
+    """Of fitting and measuring one basis for so many adapters, mean over the layer's modules."""
+    torch.set_num_threads(1)
+    rows, operations = RANK * adapters, 0.0
+    for d in itertools.chain.from_iterable(layer.values()):
+        short, wide = min(rows, d), min(rows, d, MOST_COMPONENTS)
+        # A Gram matrix' half; its reduction, and its eigenvectors; then the directions themselves.
+        fit = short * rows * d + 4 * short**3 + 2 * rows * d * wide
+        # Products with what was fitted and with it in three formats; four Gram matrices' halves.
+        operations += fit + 4 * 2 * rows * d * wide + 4 * wide**2 * d
+    return operations / _product_rate(torch.float32) / len(layer)
+
+
+def _product_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a square product."""
+    square = torch.randn(1024, 1024, dtype=dtype)
+    return 2 * 1024**3 / best_seconds(partial(torch.mm, square, square), 5)

@@ -64,6 +64,14 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Device(str, Enum):
+    """What measures, fits and encodes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class ExecutorKind(str, Enum):
     """Where modules are worked on."""
 
@@ -154,6 +162,10 @@ class CompressFlags:
     jobs: Annotated[
         int, typer.Option(metavar="N", help="Processes or Ray tasks at once; 0: one a core.")
     ] = 0
+    device: Annotated[
+        Device,
+        typer.Option(help="What measures, fits and encodes; auto: a GPU where there is one."),
+    ] = Device.auto
     base: Annotated[
         str | None, base_option("adapters name", ", for judging and for calibration text")
     ] = None
@@ -261,6 +273,7 @@ def _options(flags: CompressFlags) -> CompressOptions:
         dtype=flags.dtype.value if flags.dtype else None,
         executor=flags.executor.value,
         jobs=flags.jobs,
+        device=flags.device.value,
         allow_large_error=flags.allow_large_error,
         tokenizers=flags.tokenizers,
     )

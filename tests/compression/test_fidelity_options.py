@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import SHAPES, check, dense, family, run, save
+from synthetic import SHAPES, calibration_of, check, dense, family, run, save
 
 from vllm_vlora.adapters.collection import Collection
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter, write_adapter
@@ -17,8 +17,7 @@ from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import Compression, predict
 from vllm_vlora.compression.quality import compress_to_quality
 from vllm_vlora.errors import BudgetError, OptionError
-from vllm_vlora.fitting.calibration import Calibration, ModuleRecord, Settings, Source
-from vllm_vlora.fitting.moments import FullMoment
+from vllm_vlora.fitting.calibration import Calibration
 from vllm_vlora.fitting.whitening import Metric
 from vllm_vlora.planning.plan import Budget, Plan
 from vllm_vlora.planning.survey import Surveyor
@@ -306,31 +305,6 @@ def test_every_task_recovers_what_was_asked_for(tmp_path: Path) -> None:
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         CompressOptions(**options)
-
-
-SOURCE = Source(
-    base_model="org/base",
-    data=["text.jsonl"],
-    data_sha256="0" * 64,
-    examples=400,
-    tokens=400,
-    gradient_tokens=400,
-    settings=Settings(400, 100, 4, True, 2048, 256, "float32"),
-    versions={},
-)
-
-
-def calibration_of(folder: Path, shapes: dict[str, tuple[int, int]] = SHAPES) -> Path:
-    """Moments of inputs that use few directions, and of modules that matter unequally."""
-    generator = torch.Generator().manual_seed(11)
-    records, moments = [], []
-    for number, (name, (d_in, d_out)) in enumerate(shapes.items()):
-        inputs = torch.randn(400, d_in, generator=generator) * torch.logspace(0, -2, d_in)
-        gradients = torch.randn(400, d_out, generator=generator) * 10.0**-number
-        moments += [FullMoment(x.T @ x / len(x)) for x in (inputs, gradients)]
-        records.append(ModuleRecord(name, d_in, d_out, 2 * number, 2 * number + 1))
-    Calibration(SOURCE, records, moments).save(folder)
-    return folder
 
 
 def seen_loss(calibration: Calibration, adapters: dict[str, Adapter], path: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.fitting.shared_basis import fit_bases, fit_module
+from vllm_vlora.fitting.shared_basis import fit_bases, fit_module, leading_directions
 
 Adapters = list[tuple[torch.Tensor, torch.Tensor, float]]
 
@@ -88,6 +89,27 @@ def test_exact_also_for_directions_that_squaring_would_lose() -> None:
     residual = q_a - fit.v.T @ (fit.v @ q_a)
     assert residual.abs().max() < 2e-3  # also for the weakest direction
     assert fit.energy.sum() == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(120, 300), (300, 120)])
+@pytest.mark.parametrize("weakest", [0.3, 0.02, 0.0012, 5e-4])
+def test_leading_directions_hold_what_float64_s_hold(
+    rows: int, columns: int, weakest: float
+) -> None:
+    # Singular values from 1 down: Gram matrices in float32, nearly at their end, and in float64.
+    generator = torch.Generator().manual_seed(7)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, 120, generator=generator).double())[0]
+        for n in (rows, columns)
+    )
+    sigma = torch.logspace(0, math.log10(weakest), 120, dtype=torch.float64)
+    stacked = ((left * sigma) @ right.T).float()
+    found = leading_directions([stacked[:50], stacked[50:]], 110)
+    assert_orthonormal(found.T)
+    held = (stacked.double() @ found.double()).square().sum(0).cumsum(0)
+    most = torch.linalg.svdvals(stacked.double()).square().cumsum(0)
+    left_out = most[-1] - most[:110]
+    assert ((most[:110] - held) <= 1e-7 * most[-1] + 5e-3 * left_out).all()
 
 
 def test_energy_equals_dense_reference_and_falls() -> None:

@@ -319,6 +319,11 @@ def test_values_too_large_for_the_format_are_refused(format: str, value: float) 
         pack(torch.full((2, 3), value, dtype=torch.float64), format)
 
 
+def test_bfloat16_too_large_for_float16_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"too large for float16 \(largest magnitude 999424\)"):
+        pack(torch.full((2, 3), 1e6, dtype=torch.bfloat16), "float16")
+
+
 def test_other_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown format 'fp4'"):
         pack(torch.ones(2, 2), "fp4")

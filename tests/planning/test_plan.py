@@ -223,6 +223,21 @@ def test_budget_includes_headers_that_depend_on_the_choice(limit: int) -> None:
     assert fit_to_budget(build_path(2, chains.__getitem__), sizes, 29) is None
 
 
+def test_sizes_of_a_choice_are_asked_once() -> None:
+    # Above 50 bytes of data the headers jump, as where dense cores become factors: the search swings.
+    chain = [(nbytes, 1.0 / nbytes) for nbytes in range(10, 100, 10)]
+    asked: list[tuple[int, ...]] = []
+
+    def sizes(chosen: list[int]) -> tuple[int, int]:
+        asked.append(tuple(chosen))
+        data = chain[chosen[0]][0]
+        return data, data + (10 if data <= 50 else 40)
+
+    chosen = fit_to_budget(build_path(1, lambda _: chain), sizes, 80)
+    assert chosen == [4]
+    assert len(asked) == len(set(asked))
+
+
 def test_zero_delta_is_measured_as_no_loss() -> None:
     a, b = torch.randn(3, 20), torch.zeros(10, 3)
     for curve in measure_private([(a, b, 1.0)], FORMATS, "float32")[0].curves:

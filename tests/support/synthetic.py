@@ -14,6 +14,8 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
+from vllm_vlora.fitting.calibration import Calibration, ModuleRecord, Settings, Source
+from vllm_vlora.fitting.moments import FullMoment
 from vllm_vlora.representations.decode import decode
 
 SHAPES = {"model.layers.0.q_proj": (96, 80), "model.layers.0.v_proj": (96, 40)}
@@ -130,3 +132,28 @@ def check(path: Path, adapters: dict[str, Adapter], report: CompressReport) -> C
 
 def run(adapters: dict[str, Adapter], out: Path, **options: Any) -> CompressReport:
     return compress(adapters, out, CompressOptions(**options), force=True)
+
+
+SOURCE = Source(
+    base_model="org/base",
+    data=["text.jsonl"],
+    data_sha256="0" * 64,
+    examples=400,
+    tokens=400,
+    gradient_tokens=400,
+    settings=Settings(400, 100, 4, True, 2048, 256, "float32"),
+    versions={},
+)
+
+
+def calibration_of(folder: Path, shapes: dict[str, tuple[int, int]] = SHAPES) -> Path:
+    """Moments of inputs that use few directions, and of modules that matter unequally."""
+    generator = torch.Generator().manual_seed(11)
+    records, moments = [], []
+    for number, (name, (d_in, d_out)) in enumerate(shapes.items()):
+        inputs = torch.randn(400, d_in, generator=generator) * torch.logspace(0, -2, d_in)
+        gradients = torch.randn(400, d_out, generator=generator) * 10.0**-number
+        moments += [FullMoment(x.T @ x / len(x)) for x in (inputs, gradients)]
+        records.append(ModuleRecord(name, d_in, d_out, 2 * number, 2 * number + 1))
+    Calibration(SOURCE, records, moments).save(folder)
+    return folder

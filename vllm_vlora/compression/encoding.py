@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_vlora.adapters.collection import Collection, Module, Progress
+from vllm_vlora.adapters.collection import Module, Progress
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.executors import Executor
 from vllm_vlora.planning.flat_curves import FlatProjection
@@ -120,7 +120,7 @@ class Encoder:
                 spools.append(
                     self._encode_private(surveyor, plan, CoreSpool(Path(folder) / "kept"))
                 )
-            worker = TaskEncoder(surveyor.collection, plan, tuple(spools), surveyor.calibrated)
+            worker = TaskEncoder(surveyor, plan, tuple(spools))
             yield from self.executor.run(worker, range(len(surveyor.collection.adapters)))
 
     def _encode_private(self, surveyor: Surveyor, plan: Plan, kept: CoreSpool) -> CoreSpool:
@@ -153,11 +153,11 @@ class PrivateEncoder:
         """
         name, options = job
         collection, metric = self.surveyor.collection, self.surveyor.metric(name)
-        factors = collection.read_module(collection.modules[name], [task for task, _ in options])
+        factors = self.surveyor.read(collection.modules[name], [task for task, _ in options])
         found = []
         for (task, option), (a, b, scale) in zip(options, factors):
             with collection.naming(task, name):
-                found.append((task, encode_kept(a, b, scale, option, metric)[0]))
+                found.append((task, encode_kept(a, b, scale, option, metric)[0].cpu()))
         return found
 
 
@@ -167,13 +167,11 @@ class TaskEncoder:
 
     Attributes:
         spools: what was encoded before, with its errors.
-        calibrated: whether errors were planned in another metric than Frobenius.
     """
 
-    collection: Collection
+    surveyor: Surveyor
     plan: Plan
     spools: tuple[CoreSpool, ...]
-    calibrated: bool
 
     def __call__(self, task: int) -> EncodedTask:
         """The modules of one task as they are stored, and its errors.
@@ -181,22 +179,25 @@ class TaskEncoder:
         Raises:
             AdapterError: a value cannot be packed.
         """
-        names = list(self.collection.adapters[task].modules)
+        collection, device = self.surveyor.collection, self.surveyor.device
+        names = list(collection.adapters[task].modules)
         kept = {name: module for spool in self.spools for name, module in spool.read(task).items()}
         modules, losses = dict[str, StoredModule](), []
-        for name, (a, b, scale) in self.collection.read_task(task, names):
+        for name, (a, b, scale) in collection.read_task(task, names):
+            a, b = a.to(device), b.to(device)
             if name in kept:
                 modules[name] = kept[name]
                 norm = squared_norm(a, b, scale)
                 loss = Loss(kept[name].error ** 2 * norm, norm, 0.0, 0.0)
             else:
                 option = self.plan.private[task, name]
-                with self.collection.naming(task, name):
-                    modules[name], loss = encode_kept(a, b, scale, option, FROBENIUS)
+                with collection.naming(task, name):
+                    encoded, loss = encode_kept(a, b, scale, option, FROBENIUS)
+                modules[name] = encoded.cpu()
             losses.append(loss)
         error = relative(sum(x.lost for x in losses), sum(x.norm for x in losses))
         seen = math.sqrt(max(float(self.plan.losses[task]), 0.0))
-        return EncodedTask(modules, error, seen if self.calibrated else error)
+        return EncodedTask(modules, error, seen if self.surveyor.calibrated else error)
 
 
 class CoreJob(NamedTuple):
@@ -225,15 +226,17 @@ class CoreEncoder:
         metric = self.surveyor.metric(job.module)
         found = []
         for block, rows in job.blocks:
-            basis = self.bases.read(module, block.group[1], block.shared.spec)
             shared = block.shared
+            basis = self.bases.read(module, block.group[1], shared.spec).to(self.surveyor.device)
             project = CoreProjection(basis, metric, shared.core_format, shared.factored)
             # Read once, and not for every task again.
             read = Basis(pack(unpack(basis.u), "float32"), pack(unpack(basis.v), "float32"))
             for task, stored, seen in self._encode(module, shared.tasks, project, read, metric):
                 found.append((task, replace(stored, rows=rows), seen))
         if job.flat is not None:
-            flat = pack_flat(*self.bases.read_flat(module), job.flat.spec)
+            u, v = self.bases.read_flat(module)
+            device = self.surveyor.device
+            flat = pack_flat(u.to(device), v.to(device), job.flat.spec)
             nearest = FlatProjection(flat, job.flat.loadings_format)
             found += self._encode(module, job.flat.tasks, nearest, flat, metric)
         return found
@@ -247,14 +250,14 @@ class CoreEncoder:
         metric: Metric,
     ) -> Iterator[tuple[int, StoredModule, float]]:
         collection = self.surveyor.collection
-        for task, (a, b, scale) in zip(tasks, collection.read_module(module, tasks)):
+        for task, (a, b, scale) in zip(tasks, self.surveyor.read(module, tasks)):
             with collection.naming(task, module.name):
                 stored = project(a, b, scale)
             if changes_nothing(a, b, scale):
                 # The nearest point that the components hold is not zero.
                 stored = replace(stored, scale=0.0)
             loss = measure_loss(a, b, scale, stored, basis, metric)
-            yield task, replace(stored, error=loss.error), loss.seen_lost
+            yield task, replace(stored, error=loss.error).cpu(), loss.seen_lost
 
 
 class CoreProjection:

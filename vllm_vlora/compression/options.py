@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from vllm_vlora.errors import OptionError
-from vllm_vlora.planning.executors import Executor
+from vllm_vlora.planning.executors import Executor, check_device
 from vllm_vlora.quantize import FLOAT_DTYPES
 
 REPRESENTATION_CHOICES = ("auto", "joint", "factored", "flat", "private")
@@ -53,6 +53,8 @@ class CompressOptions:
             are refused otherwise: leaving them out would lose less.
         tokenizers: keep tokenizer files and chat templates that lie beside the adapters' weights.
         executor, jobs: where modules are worked on; see :class:`planning.executors.Executor`.
+        device: what measures, fits and encodes: ``cpu``, ``cuda``, or ``auto`` for CUDA where a process
+            has it.
         seed: of the fit's random start.
 
     Raises:
@@ -79,6 +81,7 @@ class CompressOptions:
     calibration: str | None = None
     executor: str = "auto"
     jobs: int = 0
+    device: str = "auto"
     allow_large_error: bool = False
     tokenizers: bool = True
 
@@ -88,6 +91,7 @@ class CompressOptions:
         if self.dtype is not None:
             _check_choice("dtype", self.dtype, tuple(FLOAT_DTYPES))
         Executor(self.executor, self.jobs)
+        check_device(self.device)
         self._check_budget()
         self._check_clusters()
         if self.num_components is not None and self.representation == "private":

@@ -159,7 +159,12 @@ class Compression:
             collection, options.number_format, options.dtype, options.double_quantize
         )
         self._settings = SurveySettings(
-            formats, options.num_components, limit, options.seed, options.calibration
+            formats,
+            options.num_components,
+            limit,
+            options.seed,
+            options.calibration,
+            options.device,
         )
         self._bases = FittedBases(scratch / "fit")
         self._executor = Executor(options.executor, options.jobs)

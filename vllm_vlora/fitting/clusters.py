@@ -29,10 +29,12 @@ def sketch_task(a: torch.Tensor, b: torch.Tensor, scale: float, seed: int) -> to
     gram_a, gram_b = a @ a.T, b.T @ b
     norm = float((gram_a * gram_b).sum())
     if norm <= 0:
-        return torch.zeros(2 * _SKETCH**2)
+        return torch.zeros(2 * _SKETCH**2, device=a.device)
     generator = torch.Generator().manual_seed(seed)
-    left = torch.randn(a.shape[1], _SKETCH, generator=generator)
-    right = torch.randn(b.shape[0], _SKETCH, generator=generator)
+    # Drawn on the CPU, so that they are the same for every device.
+    left, right = (
+        torch.randn(d, _SKETCH, generator=generator).to(a.device) for d in (a.shape[1], b.shape[0])
+    )
     thin_a, thin_b = a @ left, b.T @ right
     sides = (thin_a.T @ gram_b @ thin_a, thin_b.T @ gram_a @ thin_b)
     return torch.cat([side.flatten() for side in sides]) / norm / _SKETCH

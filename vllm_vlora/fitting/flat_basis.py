@@ -75,14 +75,16 @@ def fit_flat(
         )
     width = num_components + oversample
     # As many as the two blocks of the streaming fit have.
-    mean_a, mean_b, count, held = _read_means(read, rank, d_in, d_out, 2 * width)
+    mean_a, mean_b, count, held = _read_means(read, rank, 2 * width)
     if held is not None:
         k = min(num_components, count - 1)
         a, b = (leading_directions([x], k) for x in _centred(held, rank, mean_a, mean_b))
     else:
         generator = torch.Generator().manual_seed(seed)
         side_a, side_b = (
-            KrylovSide(_random_orthonormal(len(mean), min(width, len(mean)), generator))
+            KrylovSide(
+                _random_orthonormal(len(mean), min(width, len(mean)), generator).to(mean.device)
+            )
             for mean in (mean_a, mean_b)
         )
         for remaining in range(passes - 1, -1, -1):
@@ -134,16 +136,17 @@ def _flatten(
 
 
 def _read_means(
-    read: ReadFactors, rank: int, d_in: int, d_out: int, limit: int
+    read: ReadFactors, rank: int, limit: int
 ) -> tuple[torch.Tensor, torch.Tensor, int, list[ScaledFactors] | None]:
     """Means of A and of B, the number of adapters, and the adapters if they are at most ``limit``."""
-    sum_a, sum_b = (torch.zeros(rank * d, dtype=torch.float64) for d in (d_in, d_out))
+    sums: list[torch.Tensor] = []
     held: list[ScaledFactors] = []
     count = 0
     for adapter in read():
-        row_a, row_b = _flatten(*adapter, rank)
-        sum_a += row_a
-        sum_b += row_b
+        rows = _flatten(*adapter, rank)
+        sums = sums or [torch.zeros_like(row, dtype=torch.float64) for row in rows]
+        for total, row in zip(sums, rows):
+            total += row
         count += 1
         if count <= limit:
             held.append(adapter)
@@ -151,7 +154,7 @@ def _read_means(
             held.clear()
     if not count:
         raise ValueError("there are no adapters to fit")
-    mean_a, mean_b = (sum_a / count).float(), (sum_b / count).float()
+    mean_a, mean_b = ((total / count).float() for total in sums)
     return mean_a, mean_b, count, held if count <= limit else None
 
 

@@ -23,6 +23,9 @@ class Whitening(Protocol):
     ``rows`` are (n, d); every result is (n, d) in their dtype.
     """
 
+    def to(self, device: torch.device) -> Whitening:
+        """The same on another device."""
+
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """rows @ S."""
 
@@ -49,6 +52,10 @@ class Whitener:
     diagonal: torch.Tensor
     q: torch.Tensor
     roots: torch.Tensor
+
+    def to(self, device: torch.device) -> Whitener:
+        """The same on another device."""
+        return Whitener(self.diagonal.to(device), self.q.to(device), self.roots.to(device))
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """rows @ S, for rows (n, d); in the dtype of the rows."""
@@ -128,6 +135,10 @@ class TriangularWhitener:
 
     factor: torch.Tensor
 
+    def to(self, device: torch.device) -> TriangularWhitener:
+        """The same on another device."""
+        return TriangularWhitener(self.factor.to(device))
+
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """rows @ S, for rows (n, d); in the dtype of the rows."""
         return rows @ self.factor.to(rows.dtype)
@@ -176,6 +187,13 @@ class Metric:
     input: Whitening | None = None
     output: Whitening | None = None
     weight: float = 1.0
+
+    def to(self, device: torch.device) -> Metric:
+        """The same on another device; itself where nothing is to be moved."""
+        if self.input is None and self.output is None:
+            return self
+        input, output = (side and side.to(device) for side in (self.input, self.output))
+        return Metric(input, output, self.weight)
 
     def a(self, a: torch.Tensor) -> torch.Tensor:
         """A S_in for A (n, d_in); rows of V are whitened alike."""

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -166,7 +166,13 @@ def fit_to_budget(
         sizes: (bytes of the tensors, bytes of the files) of chosen options.
         limit: bytes that the files may take.
     """
-    data, files = sizes(path.start)
+
+    @cache
+    def sized(chosen: tuple[int, ...]) -> tuple[int, int]:
+        # Where headers depend much on what is chosen, the same choices come up again and again.
+        return sizes(list(chosen))
+
+    data, files = sized(tuple(path.start))
     best = list(path.start) if files <= limit else None
     overhead, best_data = files - data, 0
     # Where the files do not fit with the overhead assumed, and where it turns out to be too much.
@@ -176,7 +182,7 @@ def fit_to_budget(
         if chosen is None:
             most = overhead
         else:
-            data, files = sizes(chosen)
+            data, files = sized(tuple(chosen))
             if files <= limit:
                 most = overhead
                 if data > best_data:

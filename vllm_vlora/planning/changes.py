@@ -45,7 +45,8 @@ def changes_of(rows: Sides, grams: Sides, stored: Sides, metric: Metric) -> Chan
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return (left @ right.mT).double()
+    # Of long rows, wherever these are; what is small is worked on here.
+    return (left @ right.mT).cpu().double()
 
 
 class Changes(NamedTuple):

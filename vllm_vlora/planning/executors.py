@@ -24,12 +24,16 @@ from multiprocessing import connection, parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_vlora.errors import OptionError, VLoRAError
 from vllm_vlora.stopping import check_not_stopped, kept_whole
 
+if TYPE_CHECKING:
+    import torch
+
 EXECUTORS = ("auto", "serial", "processes", "ray")
+DEVICES = ("auto", "cpu", "cuda")
 # What work a process must find for its start, mostly the import of torch, to pay.
 _SECONDS_A_PROCESS = 10.0
 Job = TypeVar("Job")
@@ -134,6 +138,29 @@ class Executor:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.close()
+
+
+def check_device(kind: str) -> None:
+    """Refuse what ``device_of`` cannot give.
+
+    Raises:
+        OptionError: an unknown kind, or ``cuda`` where torch finds no such device.
+    """
+    import torch
+
+    if kind not in DEVICES:
+        raise OptionError(f"unknown device {kind!r}; use one of {', '.join(DEVICES)}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device cuda: torch finds no CUDA device here; use auto or cpu")
+
+
+def device_of(kind: str) -> torch.device:
+    """Where the tensors of jobs are worked on; ``auto`` goes by the machine that this runs on."""
+    import torch
+
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(kind)
 
 
 def _cores() -> int:

@@ -101,7 +101,9 @@ class _Side:
         gram = self._components @ self._components.T
         # Packing leaves the components nearly orthonormal; the trace keeps a zero one solvable.
         floor = 1e-12 * float(gram.diagonal().mean())
-        self._gram = gram + max(floor, 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
+        self._gram = gram + max(floor, 1e-30) * torch.eye(
+            len(gram), dtype=gram.dtype, device=gram.device
+        )
 
     def loadings(self, row: torch.Tensor) -> torch.Tensor:
         """(k,) of one flattened factor."""
@@ -138,7 +140,7 @@ def measure_flat(
     losses: list[torch.Tensor] = []
     while batch := list(itertools.islice(factors, _BATCH)):
         losses.append(meter.losses(batch))
-    found = torch.cat(losses)
+    found = torch.cat(losses).cpu()
     # Loadings that overflow.
     return FlatCurve(list(specs), found, loadings_format) if is_finite(found) else None
 

@@ -15,7 +15,7 @@ import torch
 
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, row_nbytes, unpack
-from vllm_vlora.representations.factors import ScaledFactors, row_gram
+from vllm_vlora.representations.factors import ScaledFactors, gram_cholesky
 from vllm_vlora.representations.joint import core_shape
 from vllm_vlora.representations.spec import BasisSpec
 
@@ -70,8 +70,16 @@ class JointMeter:
 
     def __init__(self, u: PackedMatrix, v: PackedMatrix, metric: Metric = FROBENIUS) -> None:
         self._metric = metric
-        self._u = _OrthonormalRows(metric.b_t(unpack(u)))
-        self._v = _OrthonormalRows(metric.a(unpack(v)))
+        self._u = _OrthonormalRows.of(metric.b_t(unpack(u)))
+        self._v = _OrthonormalRows.of(metric.a(unpack(v)))
+
+    @classmethod
+    def fitted(cls, white_u: torch.Tensor, white_v: torch.Tensor, metric: Metric) -> JointMeter:
+        """Of a basis before it is packed, whose rows are orthonormal in the metric."""
+        meter = cls.__new__(cls)
+        meter._metric = metric
+        meter._u, meter._v = _OrthonormalRows(white_u), _OrthonormalRows(white_v)
+        return meter
 
     def captured(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
         """(k_out, k_in) float64: [i, j] is the part of ||delta_W||^2 that i+1 and j+1 rows hold.
@@ -108,37 +116,39 @@ class JointMeter:
         count = len(factors)
         a = torch.cat([a for a, _, _ in factors]).float()
         b_t = torch.cat([b.T for _, b, _ in factors]).float()
-        scales = torch.tensor([scale for _, _, scale in factors], dtype=torch.float64)
+        scales = torch.tensor(
+            [scale for _, _, scale in factors], dtype=torch.float64, device=a.device
+        )
         left = self._u.coordinates(self._metric.b_t(b_t)).unflatten(0, (count, -1))
         right = self._v.coordinates(self._metric.a(a)).unflatten(0, (count, -1))
         return left * scales[:, None, None], right
 
 
-# Up to this ratio of the pivots a Gram matrix is worth its smaller time.
-_SOUND = 1e-3
-
-
+@dataclass(frozen=True)
 class _OrthonormalRows:
     """Rows, orthonormalised in their order, by what their products with other rows become.
 
-    By a Cholesky factor of their Gram matrix, R^T R, where the rows are nearly orthonormal as packing
-    leaves them: a quarter of the time of a QR decomposition, which is for all others.
+    Attributes:
+        factor: R of the rows, R^T Q; None where they are orthonormal.
     """
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        gram = row_gram(rows, torch.float32)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        pivots = factor.diagonal()
-        self._rows, self._factor = rows, factor.mT
-        if int(failed) or not float(pivots.min()) > _SOUND * float(pivots.max()):
-            q, self._factor = torch.linalg.qr(rows.double().T)
-            self._rows = q.T.float()
-            self._factor = torch.eye(len(rows), dtype=torch.float64)
+    rows: torch.Tensor
+    factor: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> _OrthonormalRows:
+        """By a Cholesky factor of the Gram matrix, or else by QR (``gram_cholesky``)."""
+        factor = gram_cholesky(rows, torch.float32)
+        if factor is None:
+            return cls(torch.linalg.qr(rows.double().T)[0].T.float())
+        return cls(rows, factor.mT.float())
 
     def coordinates(self, rows: torch.Tensor) -> torch.Tensor:
         """(n, k) float64: products of rows (n, d) with the orthonormal ones."""
-        products = (rows @ self._rows.T).double()
-        return torch.linalg.solve_triangular(self._factor, products, upper=True, left=False)
+        products = rows @ self.rows.T
+        if self.factor is not None:
+            products = torch.linalg.solve_triangular(self.factor, products, upper=True, left=False)
+        return products.double()
 
 
 def _gram_prefixes(rows: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:

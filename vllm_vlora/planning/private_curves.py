@@ -139,7 +139,8 @@ def leading_factors(
     The first t rows of both are the best approximation of rank t that the metric knows (Eckart-Young
     on S_out^T delta_W S_in, taken back).
     """
-    rows_a, rows_b, _ = _leading(a[None], b.T[None], torch.tensor([scale]).double(), metric)
+    scales = torch.tensor([scale], dtype=torch.float64, device=a.device)
+    rows_a, rows_b, _ = _leading(a[None], b.T[None], scales, metric)
     return rows_a[0], rows_b[0]
 
 
@@ -199,7 +200,8 @@ class _Stack:
         self.b_t = torch.stack([b.T for _, b, _ in factors])
         self.scales = torch.tensor([scale for _, _, scale in factors], dtype=torch.float64)
         self._metric = metric
-        self.svd_a, self.svd_b_t, self.norms = _leading(self.a, self.b_t, self.scales, metric)
+        scales = self.scales.to(self.a.device)
+        self.svd_a, self.svd_b_t, self.norms = _leading(self.a, self.b_t, scales, metric)
         self._rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rounded(self, format: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from vllm_vlora.fitting.clusters import affinities, sketch_task
 from vllm_vlora.fitting.flat_basis import fit_flat
 from vllm_vlora.fitting.shared_basis import fit_bases
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
-from vllm_vlora.planning.executors import Executor
+from vllm_vlora.planning.executors import Executor, device_of
 from vllm_vlora.planning.flat_curves import FlatGroup, flat_rows, flat_widths, measure_flat
 from vllm_vlora.planning.joint_curves import (
     JointCurve,
@@ -41,8 +41,10 @@ _SHARE_SLACK = 4
 # Cost grows with the width, and a core on so many rows hardly saves bytes: at 4096 columns it has a
 # quarter of the numbers of the factors.
 _MOST_COMPONENTS = 1024
-# Numbers of several tasks that are measured at once: more gain nothing, and leave a core's cache.
+# Numbers of several tasks that are measured at once: more gain nothing, and leave a core's cache. A GPU
+# needs many to be busy.
 _BATCH_ELEMENTS = 1 << 19
+_GPU_BATCH_ELEMENTS = 1 << 25
 # Factors of one module that wait in memory for the next pass; more are read again.
 _HELD_BYTES = 64 << 20
 # A wide basis is read from memory for each batch.
@@ -103,6 +105,7 @@ class SurveySettings:
         byte_limit: of all files together, which bounds the width; None for no limit.
         seed: of the fits' random start.
         calibration: folder of the second moments; None measures in the Frobenius norm.
+        device: what measures and fits, as of ``executors.device_of``.
     """
 
     formats: Formats
@@ -110,6 +113,7 @@ class SurveySettings:
     byte_limit: int | None = None
     seed: int = 0
     calibration: str | None = None
+    device: str = "cpu"
 
 
 class SurveyJob(NamedTuple):
@@ -127,7 +131,7 @@ class SurveyJob(NamedTuple):
 
 
 class ModuleSurvey(NamedTuple):
-    """What one job found out; ``bases`` are (U transposed, V) of each group."""
+    """What one job found out, on the CPU; ``bases`` are (U transposed, V) of each group."""
 
     norms: dict[int, float]
     private: dict[int, dict[str, Curve]]
@@ -178,7 +182,11 @@ def survey_modules(
 
 @dataclass
 class Surveyor:
-    """Does jobs; travels to other processes, where it opens the calibration for itself."""
+    """Does jobs; travels to other processes, where it opens the calibration for itself.
+
+    A module's factors and metric are put on the device where they are read; what is made of them is
+    there too.
+    """
 
     collection: Collection
     settings: SurveySettings
@@ -205,12 +213,19 @@ class Surveyor:
             tasks = tuple(task for _, group in job.groups for task in group)
         nbytes = module.dtype.itemsize * (module.d_in + module.d_out) * sum(_ranks(module, tasks))
         if nbytes <= _HELD_BYTES:
-            self._held = dict(zip(tasks, self.collection.read_module(module, tasks)))
+            self._held = dict(zip(tasks, self.read(module, tasks)))
 
-    def _read(self, module: Module, tasks: Sequence[int]) -> Iterator[ScaledFactors]:
+    def read(self, module: Module, tasks: Sequence[int]) -> Iterator[ScaledFactors]:
+        """(A, B, scale) of these tasks, on the device."""
         if self._held:
             return (self._held[task] for task in tasks)
-        return self.collection.read_module(module, tasks)
+        found, device = self.collection.read_module(module, tasks), self.device
+        return ((a.to(device), b.to(device), scale) for a, b, scale in found)
+
+    @property
+    def device(self) -> torch.device:
+        """What works on the jobs in this process."""
+        return device_of(self.settings.device)
 
     def _measured(self, module: Module, job: SurveyJob) -> ModuleSurvey:
         metric = self.metric(job.module)
@@ -225,7 +240,7 @@ class Surveyor:
         affinity = self._affinity(module) if job.sketch else None
         flat = self._flat(module, metric) if job.flat else None
         if flat is not None:
-            factors = self._read(module, module.tasks)
+            factors = self.read(module, module.tasks)
             norms.update((t, seen_squared_norm(*f, metric)) for t, f in zip(module.tasks, factors))
         return ModuleSurvey(norms, private, joint, bases, affinity, flat)
 
@@ -244,14 +259,14 @@ class Surveyor:
             self._calibration = Calibration.open(self.settings.calibration, verify=False)
         found = self._calibration
         if found.covers(module):
-            return replace(found.metric(module), weight=found.weight(module))
+            return replace(found.metric(module), weight=found.weight(module)).to(self.device)
         # Nothing was seen of this module; it counts as the others do in the middle.
         weights = sorted(found.weight(record.name) for record in found.modules)
         return Metric(weight=weights[len(weights) // 2])
 
     def _affinity(self, module: Module) -> torch.Tensor:
-        factors = self._read(module, module.tasks)
-        return affinities(torch.stack([sketch_task(*f, seed=module.index) for f in factors]))
+        factors = self.read(module, module.tasks)
+        return affinities(torch.stack([sketch_task(*f, seed=module.index) for f in factors])).cpu()
 
     def _flat(self, module: Module, metric: Metric) -> tuple[FlatGroup, torch.Tensor, torch.Tensor]:
         """Fit a flat basis to all tasks of a module; measure its widths, in formats that hold it."""
@@ -260,7 +275,7 @@ class Surveyor:
         if self.settings.num_components is not None:
             most = min(most, self.settings.num_components)
         fit = fit_flat(
-            lambda: self._read(module, module.tasks),
+            lambda: self.read(module, module.tasks),
             rank,
             module.d_in,
             module.d_out,
@@ -274,11 +289,11 @@ class Surveyor:
         for label, format in zip(formats.labels, formats.of(module.dtype)):
             specs = [FlatSpec(rank, k, k, format) for k in widths]
             own = formats.cores(format)[0]
-            factors = self._read(module, module.tasks)
+            factors = self.read(module, module.tasks)
             curve = measure_flat(factors, u, v, specs, own, metric)
             if curve is not None:
                 curves[label] = curve
-        return FlatGroup(module.tasks, curves), u, v
+        return FlatGroup(module.tasks, curves), u.cpu(), v.cpu()
 
     def _private(
         self, module: Module, metric: Metric
@@ -307,8 +322,10 @@ class Surveyor:
         """Neighbouring tasks of one rank and dtype, with so many elements at once at most."""
         parts = [self.collection.adapters[task].modules[module.name] for task in tasks]
         kinds = [(part.dtype, part.rank) for part in parts]
-        factors = zip(tasks, self._read(module, tasks))
+        factors = zip(tasks, self.read(module, tasks))
         for (dtype, rank), run in itertools.groupby(kinds):
+            if self.device.type != "cpu":
+                elements = _GPU_BATCH_ELEMENTS
             most = max(elements // (rank * (module.d_in + module.d_out)), 1)
             left = len(list(run))
             while left:
@@ -322,7 +339,7 @@ class Surveyor:
         """Fit a basis, as wide as it could be wanted, and measure every width."""
 
         def read() -> Iterator[ScaledFactors]:
-            for a, b, scale in self._read(module, tasks):
+            for a, b, scale in self.read(module, tasks):
                 white_a, white_b_t = metric.factors(a, b, torch.float32)
                 yield white_a, white_b_t.T, scale
 
@@ -333,13 +350,14 @@ class Surveyor:
         # Together the blocks are no wider than the module, on either side.
         u_t, v = u_t[: module.d_out // groups], v[: module.d_in // groups]
         norms = torch.tensor(
-            [seen_squared_norm(*found, metric) for found in self._read(module, tasks)],
+            [seen_squared_norm(*found, metric) for found in self.read(module, tasks)],
             dtype=torch.float64,
         )
-        widths = self._widths(module, tasks, u_t, v, norms, metric)
-        curves = self._curves(module, tasks, u_t, v, widths, norms, metric)
+        fitted = JointMeter.fitted(white_u[: len(u_t)], white_v[: len(v)], metric)
+        widths = self._widths(module, tasks, u_t, v, norms, fitted)
+        curves = self._curves(module, tasks, u_t, v, widths, norms, metric, fitted)
         k_out, k_in = max(w[0] for w in widths), max(w[1] for w in widths)
-        return FittedGroup(tasks, curves), (u_t[:k_out].clone(), v[:k_in].clone())
+        return FittedGroup(tasks, curves), (u_t[:k_out].clone().cpu(), v[:k_in].clone().cpu())
 
     def _most_components(self, module: Module, tasks: tuple[int, ...], groups: int) -> int:
         ranks = _ranks(module, tasks)
@@ -363,17 +381,16 @@ class Surveyor:
         u_t: torch.Tensor,
         v: torch.Tensor,
         norms: torch.Tensor,
-        metric: Metric,
+        meter: JointMeter,
     ) -> list[tuple[int, int]]:
         """The pairs (k_out, k_in) to measure."""
         if self.settings.num_components is not None:
             return [(u_t.shape[0], v.shape[0])]
-        meter = JointMeter(pack(u_t, "float32"), pack(v, "float32"), metric)
         outs, ins = widths_to_try(len(u_t)), widths_to_try(len(v))
         total, place = torch.zeros(len(outs), len(ins), dtype=torch.float64), 0
         weights = torch.where(norms > 0, 1 / norms, 0.0)
         for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
-            captured = meter.captured_between([found for _, found in batch], outs, ins)
+            captured = meter.captured_between([found for _, found in batch], outs, ins).cpu()
             total += torch.einsum("toi,t->oi", captured, weights[place : place + len(batch)])
             place += len(batch)
         format = min(
@@ -394,16 +411,21 @@ class Surveyor:
         widths: list[tuple[int, int]],
         norms: torch.Tensor,
         metric: Metric,
+        fitted: JointMeter,
     ) -> dict[str, JointCurve]:
         by_label = self.settings.formats.of(module.dtype)
-        meters = {f: JointMeter(pack(u_t, f), pack(v, f), metric) for f in dict.fromkeys(by_label)}
+        meters = {
+            # What is fitted is float32.
+            f: fitted if f == "float32" else JointMeter(pack(u_t, f), pack(v, f), metric)
+            for f in dict.fromkeys(by_label)
+        }
         captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
         place = 0
         for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
             factors = [found for _, found in batch]
             rows = slice(place, place + len(batch))
             for format, meter in meters.items():
-                captured[format][rows] = meter.captured_at(factors, widths).float()
+                captured[format][rows] = meter.captured_at(factors, widths).float().cpu()
             place = rows.stop
         return {
             label: JointCurve([BasisSpec(*w, format) for w in widths], captured[format], norms)

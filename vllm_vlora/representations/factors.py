@@ -131,7 +131,7 @@ _ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 256, 2048
 def row_gram(rows: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """rows @ rows^T of a matrix with long rows, float64; products of each few columns in ``dtype``."""
     count = len(rows)
-    gram = torch.zeros(count, count, dtype=torch.float64)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
     for part in rows.split(_COLUMNS_AT_ONCE, dim=1):
         wide = part.to(dtype)
         for start in range(0, count, _ROWS_AT_ONCE):

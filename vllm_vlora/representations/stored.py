@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,13 @@ class StoredModule(HasRepresentation):
     bits: tuple[int, int, int] | None = None
     rows: tuple[int, int, int, int] | None = None
 
+    def cpu(self) -> StoredModule:
+        """The same with its matrices on the CPU."""
+        if all(matrix.device.type == "cpu" for matrix in self.matrices.values()):
+            return self
+        moved = {side: matrix.to("cpu") for side, matrix in self.matrices.items()}
+        return replace(self, matrices=moved)
+
     @property
     def changes_nothing(self) -> bool:
         """Whether its own numbers make delta_W zero, whatever its tasks share; loadings never do."""
@@ -41,6 +48,10 @@ class Basis:
 
     u: PackedMatrix
     v: PackedMatrix
+
+    def to(self, device: torch.device) -> Basis:
+        """The same on another device."""
+        return replace(self, u=self.u.to(device), v=self.v.to(device))
 
 
 @dataclass(frozen=True)
