@@ -38,11 +38,9 @@ def benchmark(
     On the CPU, outside vLLM: how fast a served checkpoint switches is
     measured by benchmarks/ of the source repository.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora benchmark ckpt
-
-    vllm-vlora benchmark ckpt --task summarize --runs 30 --json
+    Examples:
+        vllm-vlora benchmark ckpt
+        vllm-vlora benchmark ckpt --task summarize --runs 30 --json
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.reader import Checkpoint

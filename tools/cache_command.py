@@ -39,11 +39,9 @@ def cache(
     Hub's own cache (`hf cache`). A server that was started from a state that
     is removed keeps the tasks that it has loaded, and finds no others.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora cache
-
-    vllm-vlora cache s3://bucket/my-tasks --clean-old
+    Examples:
+        vllm-vlora cache
+        vllm-vlora cache s3://bucket/my-tasks --clean-old
     """
     if clean and clean_old:
         raise typer.BadParameter("is more than --clean-old; give one", param_hint="--clean")

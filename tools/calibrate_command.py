@@ -30,7 +30,7 @@ def calibrate(
     ],
     data: Annotated[
         list[Path],
-        typer.Argument(metavar="DATA...", help="Text like that of the tasks: .jsonl or .txt."),
+        typer.Argument(metavar="DATA", help="Text like that of the tasks: .jsonl or .txt."),
     ],
     output: Annotated[Path, output_option()],
     max_tokens: Annotated[
@@ -70,11 +70,9 @@ def calibrate(
     of adapters of this base model. Use text like that of the tasks, in the
     form that they are prompted in. Needs transformers.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora calibrate org/model chats.jsonl -o calibration
-
-    vllm-vlora calibrate models/llama a.jsonl b.txt -o calibration --no-gradients
+    Examples:
+        vllm-vlora calibrate org/model chats.jsonl -o calibration
+        vllm-vlora calibrate models/llama a.jsonl b.txt -o moments --no-gradients
     """
     with reported(verbose, timeout):
         from vllm_vlora.atomic import check_apart, publish_folder

@@ -199,21 +199,14 @@ def compress(flags: CompressFlags) -> None:
     appears only when it is whole: an interrupted run leaves an old one as it
     was.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora compress adapters/ --plan
-
-    vllm-vlora compress adapters/ -o ckpt --ratio 6
-
-    vllm-vlora compress sql/ org/chat-lora -o ckpt --max-error 0.1
-
-    vllm-vlora compress adapters/ -o ckpt --ratio 8 --calibration calibration/
-
-    vllm-vlora compress adapters/ -o ckpt --ratio 16 --data heldout/
-
-    vllm-vlora compress adapters/ -o ckpt --min-kept 0.97 --data heldout/
-
-    vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
+    Examples:
+        vllm-vlora compress adapters/ --plan
+        vllm-vlora compress adapters/ -o ckpt --ratio 6
+        vllm-vlora compress sql/ org/chat-lora -o ckpt --max-error 0.1
+        vllm-vlora compress adapters/ -o ckpt --ratio 8 --calibration calibration/
+        vllm-vlora compress adapters/ -o ckpt --ratio 16 --data heldout/
+        vllm-vlora compress adapters/ -o ckpt --min-kept 0.97 --data heldout/
+        vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
     """
     if flags.output is None and not flags.plan:
         raise typer.BadParameter("give -o CKPT, or --plan to write nothing", param_hint="--output")

@@ -34,11 +34,9 @@ def diff(
     Distances are ||W_a - W_b|| (Frobenius) of the updates s B A, so two
     factorings of one update are at distance 0.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora diff ckpt summarize translate
-
-    vllm-vlora diff runs/lora-old runs/lora-new --plot changes.html
+    Examples:
+        vllm-vlora diff ckpt summarize translate
+        vllm-vlora diff runs/lora-old runs/lora-new --plot changes.html
     """
     with reported(verbose):
         from vllm_vlora.merging.comparing import compare_pair

@@ -127,16 +127,12 @@ def evaluate(
     originals with --adapters or --adapter; without them only losses are
     reported. Needs transformers and peft.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora evaluate ckpt --base org/model --data heldout/ --adapters loras/
-
-    vllm-vlora evaluate ckpt --base models/llama --data sql=sql.jsonl
-    --adapter sql=runs/sql --html report.html
-
-    vllm-vlora evaluate ckpt --data heldout/ --adapters loras/ --fail-under 0.95
-
-    vllm-vlora evaluate ckpt --data heldout/ --adapters loras/ --metric rouge-l
+    Examples:
+        vllm-vlora evaluate ckpt --base org/model --data texts/ --adapters loras/
+        vllm-vlora evaluate ckpt --base models/llama --data sql=sql.jsonl \\
+            --adapter sql=runs/sql --html report.html
+        vllm-vlora evaluate ckpt --data texts/ --adapters loras/ --fail-under 0.95
+        vllm-vlora evaluate ckpt --data texts/ --adapters loras/ --metric rouge-l
     """
     with reported(verbose):
         if metric is not None:

@@ -45,11 +45,9 @@ def push(
     The checkpoint is checked first, and uploaded as one commit: nobody meets
     half of it. The token is HF_TOKEN, or that of `hf auth login`.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora push ckpt org/my-tasks --private
-
-    vllm-vlora serve org/my-tasks
+    Examples:
+        vllm-vlora push ckpt org/my-tasks --private
+        vllm-vlora serve org/my-tasks
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.hub import push_checkpoint
@@ -81,11 +79,9 @@ def pull(
     `info` and the others also take a Hub id or a URL itself; pull is for a
     copy of your own.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora pull org/my-tasks@v1 -o ckpt
-
-    vllm-vlora pull s3://bucket/my-tasks -o ckpt
+    Examples:
+        vllm-vlora pull org/my-tasks@v1 -o ckpt
+        vllm-vlora pull s3://bucket/my-tasks -o ckpt
     """
     with reported(verbose, timeout):
         from vllm_vlora.checkpoint.hub import pull_checkpoint

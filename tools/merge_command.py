@@ -108,15 +108,11 @@ def merge(
     updates, so their result is cut to a rank, and what that loses is said.
     Ranks and alphas may differ.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora merge lora-a lora-b -o merged --weights 0.7,0.3
-
-    vllm-vlora merge adapters/ -o merged --method ties --density 0.3 --rank 32
-
-    vllm-vlora merge --checkpoint ckpt summarize translate --as both
-
-    vllm-vlora merge --checkpoint ckpt sql fr --as both --format nf4-dq
+    Examples:
+        vllm-vlora merge lora-a lora-b -o merged --weights 0.7,0.3
+        vllm-vlora merge adapters/ -o merged --method ties --density 0.3 --rank 32
+        vllm-vlora merge --checkpoint ckpt summarize translate --as both
+        vllm-vlora merge --checkpoint ckpt sql fr --as both --format nf4-dq
     """
     with reported(verbose, timeout):
         chosen = _parse_weights(weights)

@@ -44,9 +44,8 @@ def ready(
 
     Exit code 0: it does. 1: not yet, or not all of them.
 
-    [bold]Example[/bold]
-
-    vllm-vlora ready my-tasks --url http://localhost:8000
+    Example:
+        vllm-vlora ready my-tasks --url http://localhost:8000
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.reader import Checkpoint

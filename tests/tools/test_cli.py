@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from huggingface_hub import ModelCard
 from places import DATA
 from plugin_world import build
@@ -32,26 +33,6 @@ from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
 from vllm_vlora.tools.common_options import parse_size
 
-COMMANDS = (
-    "compress",
-    "info",
-    "validate",
-    "export",
-    "plan",
-    "calibrate",
-    "evaluate",
-    "add",
-    "remove",
-    "analyze",
-    "benchmark",
-    "convert",
-    "diff",
-    "merge",
-    "pull",
-    "push",
-    "reconstruct",
-    "serve",
-)
 FORMAT2 = DATA / "format2"
 runner = CliRunner()
 
@@ -73,8 +54,11 @@ def error_line(*args: str | Path, code: int = 2) -> str:
 
 
 def usage_error(*args: str | Path) -> str:
-    """A call that the parser refuses; the box it draws is taken away."""
-    return " ".join(invoke(*args, code=2).stderr.replace("│", " ").split())
+    """What is said of a call that the parser refuses: in one line, behind how it is to be."""
+    result = invoke(*args, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Usage: ")
+    return str(result.stderr.splitlines()[-1])
 
 
 def make_adapter(
@@ -139,17 +123,41 @@ def test_version() -> None:
     assert invoke("--version").stdout == f"vllm-vlora {__version__}\n"
 
 
-@pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_teaches_by_example_and_fits(
-    monkeypatch: pytest.MonkeyPatch, command: str, width: int
+def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that call it, also of groups."""
+    yield path, group
+    for name, one in getattr(group, "commands", {}).items():
+        yield from _commands(one, (*path, name))
+
+
+CALLS = dict(_commands(typer.main.get_command(app)))
+# Older versions of typer refuse values in their own words, which name the value too.
+in_our_words = pytest.mark.skipif(
+    not hasattr(CALLS["info",].params[0], "type_descriptor"), reason="pydantic checks no values"
+)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120])
+@pytest.mark.parametrize("call", CALLS, ids=" ".join)
+def test_help_says_all_and_teaches_by_example(
+    monkeypatch: pytest.MonkeyPatch, call: tuple[str, ...], width: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    text = invoke(*([command] if command else []), "--help").stdout
-    assert max(map(len, text.splitlines())) <= width
-    lines = [line.strip() for line in text.splitlines()]
-    start = next(i for i, line in enumerate(lines) if line in ("Example", "Examples"))
-    assert any(line.startswith(f"vllm-vlora {command}".strip()) for line in lines[start:])
+    text = invoke(*call, "--help").stdout
+    assert "…" not in text
+    assert "[bold]" not in text
+    if width >= 80:
+        assert max(map(len, text.splitlines())) <= width
+    words = set(text.replace(",", " ").split())
+    for param in CALLS[call].params:
+        assert words >= {*param.opts, *param.secondary_opts} or param.metavar in text
+        assert not param.envvar or f"{param.envvar}]" in words
+    for name, one in getattr(CALLS[call], "commands", {}).items():
+        assert name in words
+        assert " ".join(one.help.split("\n\n")[0].split()) in " ".join(text.split())
+    if call != ("router",):
+        examples = text.partition("Example")[2].splitlines()
+        assert any(line.strip().startswith(" ".join(("vllm-vlora", *call))) for line in examples)
 
 
 def test_help_states_the_default_quality() -> None:
@@ -273,6 +281,36 @@ def test_calls_that_the_parser_refuses(adapters: Path) -> None:
     assert "nonsense" in usage_error("nonsense")
     assert "--all" in usage_error("export", "ckpt", "-o", "x")
     assert "--all" in usage_error("export", "ckpt", "task", "--all", "-o", "x")
+
+
+@in_our_words
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("compress a -o b --ratio x", "'--ratio': 'x' is not a number"),
+        ("compress a -o b --jobs 1.5", "'--jobs': '1.5' is not a whole number"),
+        (
+            "compress a -o b --quantize \x1b[31m",
+            "'--quantize': '\\x1b[31m' is not one of auto, none, int8, nf4",
+        ),
+        ("plan c --max-loras x", "'--max-loras': 'x' is not a whole number"),
+        ("plan c --max-loras 1 --memory -1", "'--memory': '-1' is not a number of at least 0"),
+        ("analyze a --threshold 7", "'--threshold': '7' is not a number from -1 to 1"),
+        ("router train c --data d --fail-under 2", "'2' is not a number from 0 to 1"),
+    ],
+)
+def test_values_are_refused_in_words_of_options(call: str, said: str) -> None:
+    line = usage_error(*call.split(" "))
+    assert line.startswith("Error: Invalid value for ")
+    assert line.removesuffix(".").endswith(said)
+
+
+@in_our_words
+def test_a_variable_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_VLORA_DEBUG", "banana")
+    line = usage_error("info", "x")
+    assert "VLLM_VLORA_DEBUG" in line
+    assert line.endswith("'banana' is not one of 1, 0, true, false")
 
 
 def test_adapters_that_cannot_be_compressed_are_refused_by_name(
