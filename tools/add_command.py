@@ -402,7 +402,7 @@ def _print_rebuilt(
     print_losses(console, report.losses.to_dict())
     line(
         console,
-        f"Rebuilt {target} with {len(report.tasks)} tasks ({report.representation}): "
+        f"Rebuilt {target} with {count_of(len(report.tasks), 'task')} ({report.representation}): "
         f"{format_bytes(before)} before, {format_bytes(report.nbytes)} now ({report.ratio:.2f}x), "
         f"error {report.mean_error:.4f} in the mean and {report.worst_error:.4f} at worst, in "
         f"{report.seconds:.1f} s.",

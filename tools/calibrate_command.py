@@ -17,6 +17,7 @@ from vllm_vlora.tools.common_options import (
     output_option,
 )
 from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -125,9 +126,9 @@ def summarize(
 
 def _print(console: Console, summary: dict[str, Any]) -> None:
     console.print(
-        f"{summary['modules']} modules, {summary['moments']} moments "
-        f"({summary['full_moments']} whole), {summary['tokens']} tokens of "
-        f"{summary['examples']} examples"
+        f"{count_of(summary['modules'], 'module')}, {count_of(summary['moments'], 'moment')} "
+        f"({summary['full_moments']} whole), {count_of(summary['tokens'], 'token')} of "
+        f"{count_of(summary['examples'], 'example')}"
     )
     size, seconds = summary["bytes"] / 1e6, summary["seconds"]
     console.print(f"Wrote {summary['calibration']} ({size:.1f} MB) in {seconds:.1f} s.")

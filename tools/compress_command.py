@@ -292,7 +292,8 @@ def _self_judge(
         return None
     from vllm_vlora.adapters.collection import common_base_model
     from vllm_vlora.errors import OptionError
-    from vllm_vlora.evaluation.judge import SelfJudge, local_model
+    from vllm_vlora.evaluation.judge import SelfJudge
+    from vllm_vlora.snapshots import local_model
 
     name = flags.base or common_base_model(collected)[0]
     model = None if name is None else local_model(name)

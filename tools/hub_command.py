@@ -10,6 +10,7 @@ import typer
 
 from vllm_vlora.tools.common_options import Timeout, force_option, output_option
 from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, reported
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +103,7 @@ def _print_pushed(console: Console, checkpoint: Path, report: PushReport) -> Non
 
     line(
         console,
-        f"{checkpoint} -> {report.repo_id}@{report.revision}: {report.tasks} tasks, "
+        f"{checkpoint} -> {report.repo_id}@{report.revision}: {count_of(report.tasks, 'task')}, "
         f"{format_bytes(report.nbytes)}",
     )
     line(console, report.url)
@@ -113,4 +114,7 @@ def _print_pulled(console: Console, data: dict[str, Any]) -> None:
     from vllm_vlora.tools.summary import line
 
     size = format_bytes(data["bytes"])
-    line(console, f"{data['repo']} -> {data['checkpoint']}: {data['tasks']} tasks, {size}")
+    line(
+        console,
+        f"{data['repo']} -> {data['checkpoint']}: {count_of(data['tasks'], 'task')}, {size}",
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import AdapterError, TaskIdError
 from vllm_vlora.urls import is_remote, local_folder
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import count_of, some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,5 +146,5 @@ def collect_shown(given: Iterable[str], names: Iterable[str], messages: Console)
         line(messages, f"Left out {place}: {why}", style="yellow")
     if len(found.passed_over) > len(shown):
         rest = len(found.passed_over) - len(shown)
-        line(messages, f"Left out {rest} more places; --json names them all", style="yellow")
+        line(messages, f"Left out {count_of(rest, 'more place')}; --json names all", style="yellow")
     return found
