@@ -32,6 +32,8 @@ from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
 from vllm_vlora.tools.common_options import parse_size
+from vllm_vlora.tools.summary import print_tasks, summarize
+from vllm_vlora.tools.terminal import open_console
 
 FORMAT2 = DATA / "format2"
 runner = CliRunner()
@@ -344,6 +346,15 @@ def test_a_budget_that_cannot_be_met_is_a_failed_check(adapters: Path, tmp_path:
     message = error_line("compress", adapters, "-o", tmp_path / "ckpt", "--ratio", "1e6", code=1)
     assert "ratio" in message
     assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_folder_whose_name_is_no_id_is_given_one(adapters: Path, tmp_path: Path) -> None:
+    odd = make_adapter(adapters / "new\nline")
+    assert "give the adapter an id with --name ID=" in error_line(
+        "compress", adapters, "-o", tmp_path / "ckpt"
+    )
+    invoke("compress", adapters, "--name", f"plain={odd}", "-o", tmp_path / "ck\npt", "--no-judge")
+    assert "plain" in Checkpoint.open(tmp_path / "ck\npt").tasks
 
 
 def test_an_existing_output_is_replaced_only_with_force_and_only_if_ours(
@@ -665,6 +676,20 @@ def test_a_pipe_gets_whole_lines_without_control_codes(shared: Path, tmp_path: P
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert len(wrong.stderr.splitlines()) == 1
     assert_plain([result.stdout, result.stderr, wrong.stderr])
+
+
+def test_a_narrow_terminal_gets_every_column(shared: Path) -> None:
+    summary = summarize(Checkpoint.open(shared), str(shared))
+    console = open_console()
+    console.width = 20
+    with console.capture() as shown:
+        print_tasks(console, summary)
+    text = shown.get()
+    assert "…" not in text
+    for task in summary["tasks"]:
+        assert format_bytes(task["bytes"]) in text
+        assert f"{task['error']:.4f}" in text
+    assert {"Task", "a/b", "a_b", "Ünïcode", "Error"} <= set(text.split())
 
 
 def test_a_terminal_without_unicode_does_not_end_the_program(shared: Path) -> None:
