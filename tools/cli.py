@@ -62,8 +62,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; see the module's exit codes."""
+    # A signal before there is anything to clean up ends the program as it ends any other.
+    command = typer.main.get_command(app)
     prepare_process()
-    app()
+    command()
 
 
 def _print_version(wanted: bool) -> None:

@@ -813,6 +813,26 @@ def test_an_interrupted_run_leaves_the_old_checkpoint_and_nothing_else(
     assert [p.name for p in output.parent.iterdir()] == ["ckpt"]
 
 
+def test_ctrl_c_before_anything_has_begun_shows_no_traceback() -> None:
+    program = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, *more):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from vllm_vlora.tools.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"],
+        capture_output=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
 def run_onto(stdout: int, *args: str | Path, **options: Any) -> tuple[int, str]:
     """The exit code and what stderr got of a command whose output goes there."""
     done = subprocess.run(
