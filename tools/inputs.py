@@ -96,6 +96,9 @@ def collect(refs: Iterable[str], names: Iterable[str]) -> Inputs:
 
 def _expand(ref: str, found: Inputs) -> list[tuple[str, str | None]]:
     """The adapters that one argument stands for, with ids where it is a folder of adapters."""
+    # As a path it would be the working folder, which nobody means by a variable that is not set.
+    if not ref:
+        raise AdapterError("an adapter's name is empty; give a folder, a Hub id or a URL")
     path = _fetched(ref) if is_remote(ref) else local_folder(ref) or Path(ref).expanduser()
     if not path.is_dir():
         return [(ref, None)]

@@ -255,6 +255,7 @@ def test_names_rename_and_add(adapters: Path, tmp_path: Path) -> None:
     ("args", "words"),
     [
         ([], "no adapter given"),
+        ([""], "an adapter's name is empty"),
         (["nowhere/at/all"], "nowhere/at/all"),
         (["{sql}", "{sql}/"], "given twice"),
         (["--name", "sql"], "ID=PATH"),
