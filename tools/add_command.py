@@ -123,13 +123,10 @@ def add(
     otherwise. The tasks that are there keep their files; with --expand they
     decode to the same numbers. CKPT changes at once or not at all.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora add ckpt new-lora/
-
-    vllm-vlora add ckpt --name de=run2/out --replace --expand
-
-    vllm-vlora add ckpt new-lora/ --rebuild --originals adapters/
+    Examples:
+        vllm-vlora add ckpt new-lora/
+        vllm-vlora add ckpt --name de=run2/out --replace --expand
+        vllm-vlora add ckpt new-lora/ --rebuild --originals adapters/
     """
     with reported(verbose, timeout):
         from vllm_vlora.atomic import exclusive
@@ -197,7 +194,7 @@ def add(
 
 def remove(
     checkpoint: CheckpointRef,
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks to remove.")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK", help="The tasks to remove.")],
     output: Output = None,
     force: Force = False,
     timeout: Timeout = None,
@@ -209,9 +206,8 @@ def remove(
     Shared bases stay as they are; `info` says when a rebuild would pay.
     CKPT changes at once or not at all.
 
-    [bold]Example[/bold]
-
-    vllm-vlora remove ckpt summarize translate
+    Example:
+        vllm-vlora remove ckpt summarize translate
     """
     with reported(verbose, timeout):
         from vllm_vlora.editing.removing import remove_tasks
@@ -406,7 +402,7 @@ def _print_rebuilt(
     print_losses(console, report.losses.to_dict())
     line(
         console,
-        f"Rebuilt {target} with {len(report.tasks)} tasks ({report.representation}): "
+        f"Rebuilt {target} with {count_of(len(report.tasks), 'task')} ({report.representation}): "
         f"{format_bytes(before)} before, {format_bytes(report.nbytes)} now ({report.ratio:.2f}x), "
         f"error {report.mean_error:.4f} in the mean and {report.worst_error:.4f} at worst, in "
         f"{report.seconds:.1f} s.",

@@ -46,17 +46,12 @@ def alias(
     told by X-VLora-Key or `user`, always with the same target. Weights stay
     as they are; CKPT changes at once or not at all.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora alias ckpt
-
-    vllm-vlora alias ckpt prod-sql sql-v7
-
-    vllm-vlora alias ckpt prod-sql --canary "sql-v7 90, sql-v8 10"
-
-    vllm-vlora alias ckpt mixed --blend "sql*0.7+french*0.3"
-
-    vllm-vlora alias ckpt prod-sql --remove
+    Examples:
+        vllm-vlora alias ckpt
+        vllm-vlora alias ckpt prod-sql sql-v7
+        vllm-vlora alias ckpt prod-sql --canary "sql-v7 90, sql-v8 10"
+        vllm-vlora alias ckpt mixed --blend "sql*0.7+french*0.3"
+        vllm-vlora alias ckpt prod-sql --remove
     """
     targets = {"task": task, "blend": blend, "canary": canary}
     given = {kind: text for kind, text in targets.items() if text is not None}

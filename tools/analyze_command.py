@@ -45,13 +45,10 @@ def analyze(
     Everything is measured on the updates s B A, so neither the way they are
     factored nor alpha hides a resemblance. Adapters are read module by module.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora analyze adapters/
-
-    vllm-vlora analyze lora-a lora-b lora-c --threshold 0.8 --json
-
-    vllm-vlora analyze adapters/ --plot similarity.html
+    Examples:
+        vllm-vlora analyze adapters/
+        vllm-vlora analyze lora-a lora-b lora-c --threshold 0.8 --json
+        vllm-vlora analyze adapters/ --plot similarity.html
     """
     with reported(verbose):
         from vllm_vlora.merging.comparing import analyze_adapters

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_vlora.wording import some_of
+from vllm_vlora.errors import OptionError
+from vllm_vlora.wording import count_of, some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,11 +40,13 @@ def answer(
     """
     from vllm_vlora.evaluation.answers import LOSS, AnswersReport, read_questions, scorer
     from vllm_vlora.plugin.answering import AnsweringEngine
+    from vllm_vlora.snapshots import model_place
 
     score = None if metric == LOSS else scorer(metric)
     known = {task: originals[task] for task in files if task in originals}
+    place = model_place(base, what="base model", error=OptionError)
     progress("start vLLM", 0, 1)
-    engine = AnsweringEngine(base, checkpoint, known, max_length=max_length, dtype=dtype)
+    engine = AnsweringEngine(place, checkpoint, known, max_length=max_length, dtype=dtype)
     try:
         room = max_length - (1 if metric == LOSS else max_new_tokens)
         asked = {
@@ -139,8 +142,8 @@ def print_answers(console: Console, found: Mapping[str, Any]) -> None:
         if task["left_out"]:
             line(
                 console,
-                f"{task['task']}: {task['left_out']} examples leave no room for an answer; give a "
-                "greater --max-length",
+                f"{task['task']}: no room for an answer to {count_of(task['left_out'], 'example')}; give "
+                "a greater --max-length",
                 style="yellow",
             )
     if found["not_evaluated"]:
@@ -168,4 +171,4 @@ def answers_failure(found: Mapping[str, Any], threshold: float) -> str | None:
     if not below:
         return None
     named = some_of(f"{task['task']} {task['relative']:.4f}" for task in below)
-    return f"{len(below)} of {len(judged)} tasks are below {threshold:g} of their adapter: {named}"
+    return f"below {threshold:g} of the adapter: {len(below)} of {count_of(len(judged), 'task')}: {named}"

@@ -14,6 +14,7 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,11 +39,9 @@ def benchmark(
     On the CPU, outside vLLM: how fast a served checkpoint switches is
     measured by benchmarks/ of the source repository.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora benchmark ckpt
-
-    vllm-vlora benchmark ckpt --task summarize --runs 30 --json
+    Examples:
+        vllm-vlora benchmark ckpt
+        vllm-vlora benchmark ckpt --task summarize --runs 30 --json
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.reader import Checkpoint
@@ -69,7 +68,8 @@ def _print(console: Console, data: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     line(
         console,
-        f"{data['tasks']} tasks, {data['modules']} modules; task {data['task']}; {data['runs']} "
-        f"runs. {data['device']}, {data['threads']} threads; {versions}.",
+        f"{count_of(data['tasks'], 'task')}, {count_of(data['modules'], 'module')}; task {data['task']}; "
+        f"{count_of(data['runs'], 'run')}. {data['device']}, {count_of(data['threads'], 'thread')}; "
+        f"{versions}.",
         style="dim",
     )

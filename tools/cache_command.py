@@ -39,11 +39,9 @@ def cache(
     Hub's own cache (`hf cache`). A server that was started from a state that
     is removed keeps the tasks that it has loaded, and finds no others.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora cache
-
-    vllm-vlora cache s3://bucket/my-tasks --clean-old
+    Examples:
+        vllm-vlora cache
+        vllm-vlora cache s3://bucket/my-tasks --clean-old
     """
     if clean and clean_old:
         raise typer.BadParameter("is more than --clean-old; give one", param_hint="--clean")
@@ -51,8 +49,8 @@ def cache(
         from vllm_vlora import downloads
 
         chosen = _chosen(downloads.cache_entries(), urls)
-        freed = 0
-        if clean or clean_old:
+        cleaned, freed = clean or clean_old, 0
+        if cleaned:
             freed = sum(downloads.clean(entry, keep_newest=clean_old) for entry in chosen)
         data = {
             "cache": str(downloads.cache_folder()),
@@ -68,7 +66,9 @@ def cache(
                 for entry in _chosen(downloads.cache_entries(), urls, must=not clean)
             ],
         }
-        print_result(data, _print_cache, as_json)
+        print_result(
+            data, lambda console, found: _print_cache(console, found, cleaned=cleaned), as_json
+        )
 
 
 def _chosen(
@@ -93,18 +93,17 @@ def _chosen(
     return [entry for entry in entries if entry.folder in folders]
 
 
-def _print_cache(console: Console, data: dict[str, Any]) -> None:
-    from rich.table import Table
-
+def _print_cache(console: Console, data: dict[str, Any], *, cleaned: bool) -> None:
     from vllm_vlora.checkpoint.card import format_bytes
-    from vllm_vlora.tools.summary import line
+    from vllm_vlora.tools.summary import line, make_table
 
     if data["entries"]:
-        table = Table("URL", "states", "size", "looked at", box=None, pad_edge=False)
+        table = make_table(["URL"], ["States", "Size", "Looked at"])
         for entry in data["entries"]:
             days = entry["age_seconds"] / 86400
             size = format_bytes(entry["bytes"])
             table.add_row(entry["url"], str(entry["states"]), size, f"{days:.1f} days ago")
         console.print(table)
-    total = format_bytes(sum(entry["bytes"] for entry in data["entries"]))
-    line(console, f"{data['cache']}: {total}, {format_bytes(data['freed'])} freed")
+    total = sum(entry["bytes"] for entry in data["entries"])
+    freed = f", {format_bytes(data['freed'])} freed" if cleaned else ""
+    line(console, f"{data['cache']}: {format_bytes(total) if total else 'empty'}{freed}")

@@ -17,6 +17,7 @@ from vllm_vlora.tools.common_options import (
     output_option,
 )
 from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, progress_bar, reported
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,7 @@ def calibrate(
     ],
     data: Annotated[
         list[Path],
-        typer.Argument(metavar="DATA...", help="Text like that of the tasks: .jsonl or .txt."),
+        typer.Argument(metavar="DATA", help="Text like that of the tasks: .jsonl or .txt."),
     ],
     output: Annotated[Path, output_option()],
     max_tokens: Annotated[
@@ -70,11 +71,9 @@ def calibrate(
     of adapters of this base model. Use text like that of the tasks, in the
     form that they are prompted in. Needs transformers.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora calibrate org/model chats.jsonl -o calibration
-
-    vllm-vlora calibrate models/llama a.jsonl b.txt -o calibration --no-gradients
+    Examples:
+        vllm-vlora calibrate org/model chats.jsonl -o calibration
+        vllm-vlora calibrate models/llama a.jsonl b.txt -o moments --no-gradients
     """
     with reported(verbose, timeout):
         from vllm_vlora.atomic import check_apart, publish_folder
@@ -127,9 +126,9 @@ def summarize(
 
 def _print(console: Console, summary: dict[str, Any]) -> None:
     console.print(
-        f"{summary['modules']} modules, {summary['moments']} moments "
-        f"({summary['full_moments']} whole), {summary['tokens']} tokens of "
-        f"{summary['examples']} examples"
+        f"{count_of(summary['modules'], 'module')}, {count_of(summary['moments'], 'moment')} "
+        f"({summary['full_moments']} whole), {count_of(summary['tokens'], 'token')} of "
+        f"{count_of(summary['examples'], 'example')}"
     )
     size, seconds = summary["bytes"] / 1e6, summary["seconds"]
     console.print(f"Wrote {summary['calibration']} ({size:.1f} MB) in {seconds:.1f} s.")

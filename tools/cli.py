@@ -28,6 +28,7 @@ from vllm_vlora.tools.evaluate_command import evaluate
 from vllm_vlora.tools.exporting import show_folders, write_folders
 from vllm_vlora.tools.hub_command import pull, push
 from vllm_vlora.tools.merge_command import merge
+from vllm_vlora.tools.parsing import SETTINGS, Command, Group
 from vllm_vlora.tools.ready_command import ready
 from vllm_vlora.tools.reconstruct_command import reconstruct
 from vllm_vlora.tools.router_command import router
@@ -52,16 +53,19 @@ app = typer.Typer(
     name="vllm-vlora",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    cls=Group,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=SETTINGS,
 )
 
 
 def main() -> None:
     """Run the command line; see the module's exit codes."""
+    # A signal before there is anything to clean up ends the program as it ends any other.
+    command = typer.main.get_command(app)
     prepare_process()
-    app()
+    command()
 
 
 def _print_version(wanted: bool) -> None:
@@ -81,13 +85,10 @@ def vllm_vlora(
 ) -> None:
     """Compress LoRA adapters into one checkpoint that vLLM serves whole.
 
-    [bold]Example[/bold]
-
-    vllm-vlora compress adapters/ -o ckpt --ratio 6
-
-    vllm-vlora info ckpt
-
-    vllm-vlora serve ckpt
+    Example:
+        vllm-vlora compress adapters/ -o ckpt --ratio 6
+        vllm-vlora info ckpt
+        vllm-vlora serve ckpt
 
     Exit codes: 0 done; 1 the check failed, or the budget cannot be met; 2
     the call or its input is wrong.
@@ -97,10 +98,10 @@ def vllm_vlora(
 _MAKE, _LOOK = "Make and change checkpoints", "Look and judge"
 _SERVE, _TAKE, _ADAPTERS = "Serve", "Take out and pass on", "Adapters"
 
-app.command(rich_help_panel=_MAKE)(compress)
+app.command(cls=Command, rich_help_panel=_MAKE)(compress)
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(cls=Command, rich_help_panel=_LOOK)
 def info(
     checkpoint: CheckpointRef,
     rebuild: Annotated[
@@ -116,13 +117,10 @@ def info(
     Reads what names the tasks only, unless --rebuild is given; `validate`
     reads everything.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora info ckpt
-
-    vllm-vlora info org/checkpoint --json
-
-    vllm-vlora info ckpt --rebuild --originals adapters/
+    Examples:
+        vllm-vlora info ckpt
+        vllm-vlora info org/checkpoint --json
+        vllm-vlora info ckpt --rebuild --originals adapters/
     """
     if originals is not None and not rebuild:
         raise typer.BadParameter("is for --rebuild; give both or none", param_hint="--originals")
@@ -155,7 +153,7 @@ def _print_info(console: Console, data: dict[str, Any]) -> None:
     show.print_serving(console, data)
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(cls=Command, rich_help_panel=_LOOK)
 def validate(
     checkpoint: CheckpointRef,
     as_json: AsJson = False,
@@ -166,9 +164,8 @@ def validate(
     Exit code 0: sound. 1: problems found, one line each. 2: there is no
     checkpoint there, or a newer version wrote it.
 
-    [bold]Example[/bold]
-
-    vllm-vlora validate ckpt && rsync -a ckpt server:/models/
+    Example:
+        vllm-vlora validate ckpt && rsync -a ckpt server:/models/
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.validation import validate as run
@@ -200,7 +197,7 @@ def _print_problems(console: Console, data: dict[str, Any]) -> None:
     line(console, f"{data['checkpoint']}: {found}", style="bold")
 
 
-@app.command(rich_help_panel=_TAKE)
+@app.command(cls=Command, rich_help_panel=_TAKE)
 def export(
     checkpoint: CheckpointRef,
     output: Annotated[Path, output_option()],
@@ -242,11 +239,9 @@ def export(
     the adapter; several, or --all, make DIR/NAME for each, NAME being the
     task id in a form that every file system allows.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora export ckpt summarize -o summarize-lora
-
-    vllm-vlora export ckpt --all -o adapters/
+    Examples:
+        vllm-vlora export ckpt summarize -o summarize-lora
+        vllm-vlora export ckpt --all -o adapters/
     """
     if everything == bool(tasks):
         raise typer.BadParameter("name the tasks to export, or give --all", param_hint="TASK")
@@ -267,7 +262,7 @@ def export(
         show_folders(read_one_state(checkpoint, write), as_json)
 
 
-@app.command(rich_help_panel=_SERVE)
+@app.command(cls=Command, rich_help_panel=_SERVE)
 def plan(
     checkpoint: CheckpointRef,
     max_loras: Annotated[
@@ -338,13 +333,10 @@ def plan(
     Beside stock vLLM with the same adapters. Reads the two JSON files only:
     nothing is loaded, no GPU is needed.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora plan ckpt --max-loras 64
-
-    vllm-vlora plan ckpt --max-loras 256 --tp 4 --model models/Llama-2-7b
-
-    vllm-vlora plan ckpt --max-loras 64 --memory 8 --gpu-memory 80
+    Examples:
+        vllm-vlora plan ckpt --max-loras 64
+        vllm-vlora plan ckpt --max-loras 256 --tp 4 --model models/Llama-2-7b
+        vllm-vlora plan ckpt --max-loras 64 --memory 8 --gpu-memory 80
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.reader import Checkpoint
@@ -373,9 +365,9 @@ def plan(
         print_result(data, show.print_plan, as_json)
 
 
-app.command(rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
-app.command(rich_help_panel=_SERVE)(ready)
-app.command(rich_help_panel=_SERVE)(top)
+app.command(cls=Command, rich_help_panel=_SERVE, context_settings=SERVE_SETTINGS)(serve)
+app.command(cls=Command, rich_help_panel=_SERVE)(ready)
+app.command(cls=Command, rich_help_panel=_SERVE)(top)
 app.add_typer(router, name="router", rich_help_panel=_MAKE)
 
 for panel, commands in (
@@ -385,4 +377,4 @@ for panel, commands in (
     (_ADAPTERS, (analyze, diff, merge)),
 ):
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        app.command(cls=Command, rich_help_panel=panel)(command)

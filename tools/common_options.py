@@ -31,7 +31,7 @@ _ADAPTERS = "PEFT folders, Hub ids, URLs, or a folder whose sub-folders are adap
 
 def adapters_argument(more: str = "") -> _Parameter:
     """One adapter at least."""
-    return typer.Argument(metavar="ADAPTER...", help=f"{_ADAPTERS}{more}.")
+    return typer.Argument(metavar="ADAPTER", help=f"{_ADAPTERS}{more}.")
 
 
 def output_option(help: str = "The folder to write.", metavar: str = "DIR") -> _Parameter:

@@ -211,21 +211,14 @@ def compress(flags: CompressFlags) -> None:
     appears only when it is whole: an interrupted run leaves an old one as it
     was.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora compress adapters/ --plan
-
-    vllm-vlora compress adapters/ -o ckpt --ratio 6
-
-    vllm-vlora compress sql/ org/chat-lora -o ckpt --max-error 0.1
-
-    vllm-vlora compress adapters/ -o ckpt --ratio 8 --calibration calibration/
-
-    vllm-vlora compress adapters/ -o ckpt --ratio 16 --data heldout/
-
-    vllm-vlora compress adapters/ -o ckpt --min-kept 0.97 --data heldout/
-
-    vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
+    Examples:
+        vllm-vlora compress adapters/ --plan
+        vllm-vlora compress adapters/ -o ckpt --ratio 6
+        vllm-vlora compress sql/ org/chat-lora -o ckpt --max-error 0.1
+        vllm-vlora compress adapters/ -o ckpt --ratio 8 --calibration calibration/
+        vllm-vlora compress adapters/ -o ckpt --ratio 16 --data heldout/
+        vllm-vlora compress adapters/ -o ckpt --min-kept 0.97 --data heldout/
+        vllm-vlora compress --name de=run1/out --name fr=run2/out -o ckpt
     """
     if flags.output is None and not flags.plan:
         raise typer.BadParameter("give -o CKPT, or --plan to write nothing", param_hint="--output")
@@ -312,7 +305,8 @@ def _self_judge(
         return None
     from vllm_vlora.adapters.collection import common_base_model
     from vllm_vlora.errors import OptionError
-    from vllm_vlora.evaluation.judge import SelfJudge, local_model
+    from vllm_vlora.evaluation.judge import SelfJudge
+    from vllm_vlora.snapshots import local_model
 
     name = flags.base or common_base_model(collected)[0]
     model = None if name is None else local_model(name)

@@ -56,11 +56,9 @@ def convert(
     Nothing is lost: every stored number is kept bit for bit. SRC stays as it
     is. Read are vlora 0.3 and 1.0, packed in NF4 or not, and lorashare 0.1.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora convert shared_subspace/ -o ckpt --alpha 32 --base-model org/model
-
-    vllm-vlora convert org/share-checkpoint -o ckpt
+    Examples:
+        vllm-vlora convert subspace/ -o ckpt --alpha 32 --base-model org/model
+        vllm-vlora convert org/share-checkpoint -o ckpt
     """
     with reported(verbose, timeout):
         from vllm_vlora.foreign.convert import convert as run

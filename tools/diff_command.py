@@ -10,6 +10,7 @@ import typer
 from vllm_vlora.errors import OptionError
 from vllm_vlora.tools.common_options import Plot
 from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, reported
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,11 +35,9 @@ def diff(
     Distances are ||W_a - W_b|| (Frobenius) of the updates s B A, so two
     factorings of one update are at distance 0.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora diff ckpt summarize translate
-
-    vllm-vlora diff runs/lora-old runs/lora-new --plot changes.html
+    Examples:
+        vllm-vlora diff ckpt summarize translate
+        vllm-vlora diff runs/lora-old runs/lora-new --plot changes.html
     """
     with reported(verbose):
         from vllm_vlora.merging.comparing import compare_pair
@@ -66,7 +65,7 @@ def _open(refs: list[str]) -> tuple[tuple[str, str], tuple[Update, Update]]:
         task_a, task_b = read_tasks(Checkpoint.open(refs[0]), refs[1:])
         return (refs[1], refs[2]), (task_a, task_b)
     raise OptionError(
-        f"{len(refs)} names given; give a checkpoint and two of its tasks, or two adapters"
+        f"{count_of(len(refs), 'name')} given; give a checkpoint and two of its tasks, or two adapters"
     )
 
 

@@ -23,7 +23,7 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
-from vllm_vlora.wording import quoted, some_of
+from vllm_vlora.wording import count_of, quoted, some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,16 +127,12 @@ def evaluate(
     originals with --adapters or --adapter; without them only losses are
     reported. Needs transformers and peft.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora evaluate ckpt --base org/model --data heldout/ --adapters loras/
-
-    vllm-vlora evaluate ckpt --base models/llama --data sql=sql.jsonl
-    --adapter sql=runs/sql --html report.html
-
-    vllm-vlora evaluate ckpt --data heldout/ --adapters loras/ --fail-under 0.95
-
-    vllm-vlora evaluate ckpt --data heldout/ --adapters loras/ --metric rouge-l
+    Examples:
+        vllm-vlora evaluate ckpt --base org/model --data texts/ --adapters loras/
+        vllm-vlora evaluate ckpt --base models/llama --data sql=sql.jsonl \\
+            --adapter sql=runs/sql --html report.html
+        vllm-vlora evaluate ckpt --data texts/ --adapters loras/ --fail-under 0.95
+        vllm-vlora evaluate ckpt --data texts/ --adapters loras/ --metric rouge-l
     """
     with reported(verbose):
         if metric is not None:
@@ -316,7 +312,9 @@ def gate_failure(found: Mapping[str, Any], threshold: float) -> str | None:
     if not below:
         return None
     named = some_of(f"{task['task']} {task['kl_kept']:.4f}" for task in below)
-    return f"{len(below)} of {len(judged)} tasks keep less than {threshold:g}: {named}"
+    return (
+        f"KL kept below {threshold:g} in {len(below)} of {count_of(len(judged), 'task')}: {named}"
+    )
 
 
 def _write_reports(found: Mapping[str, Any], html: Path | None, save_json: Path | None) -> None:
@@ -349,7 +347,7 @@ def print_report(console: Console, found: Mapping[str, Any]) -> None:
                 console,
                 f"{title}: mean {overall['mean']:.4f}, median {overall['median']:.4f}, worst "
                 f"{overall['worst']:.4f} ({overall['worst_task']}); {overall['judged']} of "
-                f"{len(found['tasks'])} tasks, {found['ratio']:.2f}x smaller",
+                f"{count_of(len(found['tasks']), 'task')}, {found['ratio']:.2f}x smaller",
                 style="bold",
             )
     for task in found["tasks"]:

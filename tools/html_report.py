@@ -12,7 +12,7 @@ from vllm_vlora.checkpoint.losses import describe_losses
 from vllm_vlora.evaluation.fidelity import module_layer
 from vllm_vlora.merging.spectra import SPECTRUM_QUANTILES, module_kind
 from vllm_vlora.tools import plots
-from vllm_vlora.wording import shown
+from vllm_vlora.wording import count_of, shown
 
 _BARS = 100
 # Modules without a number in their name (lm_head) stand in a column of their own.
@@ -100,7 +100,9 @@ def _head(found: Mapping[str, Any]) -> Iterator[str]:
         overall = found[name]
         if overall["judged"]:
             yield _tile(f"{title}, worst", _number(overall["worst"]), overall["worst_task"])
-            judged = f"median {_number(overall['median'])}; {overall['judged']} tasks judged"
+            judged = (
+                f"median {_number(overall['median'])}; {count_of(overall['judged'], 'task')} judged"
+            )
             yield _tile(f"{title}, mean", _number(overall["mean"]), judged)
     ratio = "-" if found["ratio"] is None else f"{found['ratio']:.2f}x"
     sizes = f"{format_bytes(found['original_bytes'])} to {format_bytes(found['bytes'])}"
@@ -242,7 +244,8 @@ def _error_figure(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     source = "Measured against the originals."
     if recorded:
         source = (
-            f"For {recorded} of {len(tasks)} tasks as recorded at compression: no original given."
+            f"For {recorded} of {count_of(len(tasks), 'task')} as recorded at compression: no original "
+            "given."
         )
     yield render_figure(
         plots.Heatmap(

@@ -10,6 +10,7 @@ import typer
 
 from vllm_vlora.tools.common_options import Timeout, force_option, output_option
 from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, reported
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,11 +46,9 @@ def push(
     The checkpoint is checked first, and uploaded as one commit: nobody meets
     half of it. The token is HF_TOKEN, or that of `hf auth login`.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora push ckpt org/my-tasks --private
-
-    vllm-vlora serve org/my-tasks
+    Examples:
+        vllm-vlora push ckpt org/my-tasks --private
+        vllm-vlora serve org/my-tasks
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.hub import push_checkpoint
@@ -81,11 +80,9 @@ def pull(
     `info` and the others also take a Hub id or a URL itself; pull is for a
     copy of your own.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora pull org/my-tasks@v1 -o ckpt
-
-    vllm-vlora pull s3://bucket/my-tasks -o ckpt
+    Examples:
+        vllm-vlora pull org/my-tasks@v1 -o ckpt
+        vllm-vlora pull s3://bucket/my-tasks -o ckpt
     """
     with reported(verbose, timeout):
         from vllm_vlora.checkpoint.hub import pull_checkpoint
@@ -106,7 +103,7 @@ def _print_pushed(console: Console, checkpoint: Path, report: PushReport) -> Non
 
     line(
         console,
-        f"{checkpoint} -> {report.repo_id}@{report.revision}: {report.tasks} tasks, "
+        f"{checkpoint} -> {report.repo_id}@{report.revision}: {count_of(report.tasks, 'task')}, "
         f"{format_bytes(report.nbytes)}",
     )
     line(console, report.url)
@@ -117,4 +114,7 @@ def _print_pulled(console: Console, data: dict[str, Any]) -> None:
     from vllm_vlora.tools.summary import line
 
     size = format_bytes(data["bytes"])
-    line(console, f"{data['repo']} -> {data['checkpoint']}: {data['tasks']} tasks, {size}")
+    line(
+        console,
+        f"{data['repo']} -> {data['checkpoint']}: {count_of(data['tasks'], 'task')}, {size}",
+    )

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_vlora.errors import AdapterError, TaskIdError
+from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.urls import is_remote, local_folder
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import count_of, some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +67,6 @@ def collect(refs: Iterable[str], names: Iterable[str]) -> Inputs:
         TaskIdError: an id is impossible, or two adapters have the same.
     """
     from vllm_vlora.adapters.peft_folder import open_adapter
-    from vllm_vlora.task_ids import validate_task_id
 
     found = Inputs({}, {}, {})
     named: dict[str, list[str]] = {}
@@ -84,7 +84,7 @@ def collect(refs: Iterable[str], names: Iterable[str]) -> Inputs:
     for ref, own, given in chosen:
         opened = open_adapter(ref)
         adapter = opened if own is None else replace(opened, name=own)
-        task_id = validate_task_id(adapter.name if given is None else given)
+        task_id = validate_task_id(given) if given is not None else _own_id(adapter.name, ref)
         if task_id in found.adapters:
             raise _collision(task_id, refs_by_id[task_id], ref)
         found.adapters[task_id] = adapter
@@ -96,6 +96,9 @@ def collect(refs: Iterable[str], names: Iterable[str]) -> Inputs:
 
 def _expand(ref: str, found: Inputs) -> list[tuple[str, str | None]]:
     """The adapters that one argument stands for, with ids where it is a folder of adapters."""
+    # As a path it would be the working folder, which nobody means by a variable that is not set.
+    if not ref:
+        raise AdapterError("an adapter's name is empty; give a folder, a Hub id or a URL")
     path = _fetched(ref) if is_remote(ref) else local_folder(ref) or Path(ref).expanduser()
     if not path.is_dir():
         return [(ref, None)]
@@ -118,6 +121,13 @@ def _fetched(url: str) -> Path:
     from vllm_vlora.adapters.peft_folder import find_adapter
 
     return find_adapter(url)
+
+
+def _own_id(name: str, ref: str) -> str:
+    try:
+        return validate_task_id(name)
+    except TaskIdError as error:
+        raise TaskIdError(f"{error}, or give the adapter an id with --name ID={ref}") from error
 
 
 def _collision(task_id: str, first: str, second: str) -> TaskIdError:
@@ -146,5 +156,5 @@ def collect_shown(given: Iterable[str], names: Iterable[str], messages: Console)
         line(messages, f"Left out {place}: {why}", style="yellow")
     if len(found.passed_over) > len(shown):
         rest = len(found.passed_over) - len(shown)
-        line(messages, f"Left out {rest} more places; --json names them all", style="yellow")
+        line(messages, f"Left out {count_of(rest, 'more place')}; --json names all", style="yellow")
     return found

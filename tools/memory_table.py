@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_vlora.tools.summary import line, make_table
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import count_of, some_of
 
 if TYPE_CHECKING:
     from vllm_vlora.plugin.memory import MemoryPlan, ModeMemory
@@ -126,8 +126,8 @@ def _print_notes(console: Console, data: dict[str, Any]) -> None:
     source = data["layers_from"] or "the checkpoint's modules"
     line(
         console,
-        f"{data['tasks']} tasks, max_loras {data['max_loras']}, dtype {data['dtype']}, tensor parallel "
-        f"{data['tp']}; {data['slices']} layer slices of {source}.",
+        f"{count_of(data['tasks'], 'task')}, max_loras {data['max_loras']}, dtype {data['dtype']}, "
+        f"tensor parallel {data['tp']}; {count_of(data['slices'], 'layer slice')} of {source}.",
     )
     line(
         console,
@@ -153,8 +153,8 @@ def _print_not_direct(console: Console, data: dict[str, Any]) -> None:
         names += " (--json)" if len(tasks) > _NAMED_TASKS else ""
         line(
             console,
-            f"Cannot run direct, materialized instead in auto: {len(tasks)} of {data['tasks']} tasks, "
-            f"{reason}: {names}",
+            f"Cannot run direct, materialized instead in auto: {len(tasks)} of "
+            f"{count_of(data['tasks'], 'task')}, {reason}: {names}",
             style="yellow",
         )
 

@@ -24,6 +24,7 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,15 +109,11 @@ def merge(
     updates, so their result is cut to a rank, and what that loses is said.
     Ranks and alphas may differ.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora merge lora-a lora-b -o merged --weights 0.7,0.3
-
-    vllm-vlora merge adapters/ -o merged --method ties --density 0.3 --rank 32
-
-    vllm-vlora merge --checkpoint ckpt summarize translate --as both
-
-    vllm-vlora merge --checkpoint ckpt sql fr --as both --format nf4-dq
+    Examples:
+        vllm-vlora merge lora-a lora-b -o merged --weights 0.7,0.3
+        vllm-vlora merge adapters/ -o merged --method ties --density 0.3 --rank 32
+        vllm-vlora merge --checkpoint ckpt summarize translate --as both
+        vllm-vlora merge --checkpoint ckpt sql fr --as both --format nf4-dq
     """
     with reported(verbose, timeout):
         chosen = _parse_weights(weights)
@@ -147,7 +144,9 @@ def merge(
         _check_absent(output, force)
         names, opened = _read(adapters, checkpoint, output)
         if len(opened) < 2:
-            raise OptionError(f"{len(opened)} adapter given; name at least two to merge")
+            raise OptionError(
+                f"{count_of(len(opened), 'adapter')} given; name at least two to merge"
+            )
         from vllm_vlora.merging.merging import MERGE_METHODS
         from vllm_vlora.subspace.weights import save_adapter
 
@@ -252,7 +251,9 @@ def _blend(
 
     chosen = [1 / len(tasks)] * len(tasks) if weights is None else weights
     if len(chosen) != len(tasks):
-        raise OptionError(f"{len(chosen)} weights for {len(tasks)} tasks; give one weight each")
+        raise OptionError(
+            f"{count_of(len(chosen), 'weight')} for {count_of(len(tasks), 'task')}; give one weight each"
+        )
     if len(set(tasks)) < len(tasks):
         raise OptionError("a task is named twice; name each once, with one weight")
     named = dict(zip(tasks, chosen))
@@ -325,7 +326,8 @@ def _print(console: Console, data: dict[str, Any]) -> None:
     said = f"cutting it to this rank lost {lost:.1%} of its norm" if lost else "exact"
     line(
         console,
-        f"{data['output']}: {data['modules']} modules, rank up to {data['max_rank']}; {said}.",
+        f"{data['output']}: {count_of(data['modules'], 'module')}, rank up to {data['max_rank']}; "
+        f"{said}.",
     )
     if lost:
         line(console, "A larger --rank loses less.", style="dim")

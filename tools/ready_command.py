@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_vlora.connections import why_unreachable
 from vllm_vlora.tools.terminal import EXIT_CHECK_FAILED, AsJson, Verbose, print_result, reported
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import first_line, some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,9 +45,8 @@ def ready(
 
     Exit code 0: it does. 1: not yet, or not all of them.
 
-    [bold]Example[/bold]
-
-    vllm-vlora ready my-tasks --url http://localhost:8000
+    Example:
+        vllm-vlora ready my-tasks --url http://localhost:8000
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.reader import Checkpoint
@@ -79,7 +79,7 @@ def _listed(url: str) -> tuple[set[str], str]:
     except urllib.error.HTTPError as error:
         return set(), f"it answers with {error.code}"
     except OSError as error:
-        return set(), f"it does not answer ({getattr(error, 'reason', error)})"
+        return set(), f"it does not answer ({why_unreachable(error) or first_line(error)})"
     except (ValueError, KeyError, TypeError, RecursionError):
         return set(), "its list of models is none"
 

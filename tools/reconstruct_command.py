@@ -43,11 +43,9 @@ def reconstruct(
     makes DIR/NAME for each, in a form of the name that every file system
     allows.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora reconstruct ckpt --adapter cola -o cola-lora
-
-    vllm-vlora reconstruct org/share-checkpoint --all -o adapters/
+    Examples:
+        vllm-vlora reconstruct ckpt --adapter cola -o cola-lora
+        vllm-vlora reconstruct org/share-checkpoint --all -o adapters/
     """
     if everything == (adapter is not None):
         raise typer.BadParameter(

@@ -9,6 +9,7 @@ import typer
 
 from vllm_vlora.errors import CheckpointError, OptionError
 from vllm_vlora.tools.common_options import Timeout
+from vllm_vlora.tools.parsing import Command, Group
 from vllm_vlora.tools.terminal import (
     EXIT_CHECK_FAILED,
     AsJson,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 router = typer.Typer(
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    cls=Group,
+    rich_markup_mode=None,
     help='Train, show or remove what picks the task of requests for model="auto".',
 )
 # Labels that one line names at most.
@@ -36,7 +38,7 @@ _NAMED = 5
 _OF_NO_TASK = "(of no task)"
 
 
-@router.command()
+@router.command(cls=Command)
 def train(
     checkpoint: CheckpointRef,
     data: Annotated[
@@ -88,12 +90,10 @@ def train(
     takes for what. It reads text alone: no base model and no GPU is needed.
     Weights stay as they are; CKPT changes at once or not at all.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora router train ckpt --data prompts/
-
-    vllm-vlora router train ckpt --data sql=sql.jsonl --data french=fr.txt
-    --others chats.jsonl --fail-under 0.95
+    Examples:
+        vllm-vlora router train ckpt --data prompts/
+        vllm-vlora router train ckpt --data sql=sql.jsonl --data french=fr.txt \\
+            --others chats.jsonl --fail-under 0.95
     """
     with reported(verbose, timeout):
         from vllm_vlora.checkpoint.reader import Checkpoint
@@ -136,15 +136,14 @@ def train(
             raise typer.Exit(EXIT_CHECK_FAILED)
 
 
-@router.command()
+@router.command(cls=Command)
 def show(checkpoint: CheckpointRef, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Show a checkpoint's router: its tasks, and how often it was right.
 
     Also which tasks it does not know, and which it knows that are gone.
 
-    [bold]Example[/bold]
-
-    vllm-vlora router show ckpt
+    Example:
+        vllm-vlora router show ckpt
     """
     with reported(verbose):
         from vllm_vlora.checkpoint.reader import Checkpoint
@@ -157,7 +156,7 @@ def show(checkpoint: CheckpointRef, as_json: AsJson = False, verbose: Verbose = 
         print_result({"checkpoint": checkpoint, **found}, _print_router, as_json)
 
 
-@router.command()
+@router.command(cls=Command)
 def remove(
     checkpoint: CheckpointRef,
     timeout: Timeout = None,
@@ -166,9 +165,8 @@ def remove(
 ) -> None:
     """Take a checkpoint's router away.
 
-    [bold]Example[/bold]
-
-    vllm-vlora router remove ckpt
+    Example:
+        vllm-vlora router remove ckpt
     """
     with reported(verbose, timeout):
         from vllm_vlora.editing.routing import remove_router

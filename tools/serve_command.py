@@ -33,7 +33,7 @@ def serve(
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[VLLM OPTIONS]",
+            metavar="VLLM OPTIONS",
             help="Options of `vllm serve`, passed on as they are; behind `--` everything is.",
             show_default=False,
         ),
@@ -63,19 +63,13 @@ def serve(
     The line that runs is shown, ready to paste. This process becomes vLLM:
     signals and exit codes are vLLM's own.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora serve my-tasks
-
-    vllm-vlora serve my-tasks --port 8001 --max-model-len 4096
-
-    vllm-vlora serve --base models/llama org/my-tasks --tensor-parallel-size 4
-
-    vllm-vlora serve org/my-tasks@main@sha256:DIGEST   (what `info` shows)
-
-    vllm-vlora serve my-tasks --dry-run
-
-    vllm-vlora serve my-tasks -- --help
+    Examples:
+        vllm-vlora serve my-tasks
+        vllm-vlora serve my-tasks --port 8001 --max-model-len 4096
+        vllm-vlora serve --base models/llama org/my-tasks --tensor-parallel-size 4
+        vllm-vlora serve org/my-tasks@main@sha256:DIGEST   # what `info` shows
+        vllm-vlora serve my-tasks --dry-run
+        vllm-vlora serve my-tasks -- --help
     """
     ours, passed = _split(options or [])
     if "--help" in ours or "-h" in ours:

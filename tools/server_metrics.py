@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from vllm_vlora.connections import why_unreachable
 from vllm_vlora.errors import OptionError, ServerError
+from vllm_vlora.wording import first_line
 
 _OURS = "vllm_vlora:"
 # Seconds for an answer, and the most that is read of one: a thousand tasks make some 200 KB.
@@ -65,9 +67,9 @@ def ask(url: str, key: str | None) -> str:
         )
         raise ServerError(f"{url} answers {error.code} {error.reason}; {advice}") from error
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
+        why = why_unreachable(error) or first_line(error)
         raise ServerError(
-            f"{url} does not answer ({reason}); is the server up, and is that its address?"
+            f"{url} does not answer ({why}); is the server up, and is that its address?"
         ) from error
     except ValueError as error:
         raise OptionError("the API key holds characters that no header can have") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 # A collection may have a thousand such tasks.
 _NAMED_TASKS = 10
 _SHOWN_TASKS = 2048
+# Of a column of names that are folded, at the least.
+_FOLDED_WIDTH = 8
 
 
 def summarize(checkpoint: Checkpoint, ref: str) -> dict[str, Any]:
@@ -540,13 +542,32 @@ def line(console: Console, text: str, style: str = "") -> None:
 
 
 class SafeTable(Table):
-    """A table whose cells are as ``wording.shown`` shows them, so that its columns fit them."""
+    """A table whose cells are as ``wording.shown`` shows them, so that its columns fit them.
+
+    Where a terminal is too narrow for them, numbers stay whole and names have some room: it breaks lines.
+    """
 
     def add_column(self, header: RenderableType = "", *args: Any, **options: Any) -> None:
         super().add_column(_shown_cell(header), *args, **options)
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         super().add_row(*map(_shown_cell, cells), **options)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(options.max_width, self._least_width())
+        return super().__rich_console__(console, options.update(max_width=width))
+
+    def _least_width(self) -> int:
+        """With a blank on both sides of every cell, and a line between columns and around them."""
+        widest = [
+            max(text.cell_len for text in (column.header, *column.cells) if isinstance(text, Text))
+            for column in self.columns
+        ]
+        least = (
+            width if column.no_wrap else min(width, _FOLDED_WIDTH)
+            for column, width in zip(self.columns, widest)
+        )
+        return 1 + sum(width + 3 for width in least)
 
 
 def _shown_cell(cell: RenderableType | None) -> Text:

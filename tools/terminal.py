@@ -155,6 +155,10 @@ class _Console(Console):
                 # Where text was broken into lines, they stay lines.
                 yield Segment("\n".join(map(shown, text.split("\n"))), style, control)
 
+    def print(self, *objects: Any, crop: bool = False, **options: Any) -> None:
+        """Cuts nothing that is wider than the terminal."""
+        super().print(*objects, crop=crop, **options)
+
     def on_broken_pipe(self) -> None:
         # rich would exit with 1, which means a check that failed.
         raise

@@ -56,13 +56,10 @@ def top(
     loads, evictions, refusals, and the busiest tasks. Ends with Ctrl-C. With
     --json, and where the output is no terminal, one reading is shown.
 
-    [bold]Examples[/bold]
-
-    vllm-vlora top http://localhost:8000
-
-    vllm-vlora top localhost:8000 --once
-
-    vllm-vlora top https://models.example.org/v1 --json
+    Examples:
+        vllm-vlora top http://localhost:8000
+        vllm-vlora top localhost:8000 --once
+        vllm-vlora top https://models.example.org/v1 --json
     """
     with reported(verbose):
         from vllm_vlora.tools.server_metrics import metrics_url

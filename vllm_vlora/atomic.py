@@ -314,8 +314,7 @@ def _recover(target: Path, held: bool) -> None:
 
 
 def _left_behind(target: Path) -> list[Path]:
-    first, last = beside(target, "\n").name.split("\n")
-    name = re.compile(rf"{re.escape(first)}[0-9a-f]{{16}}\.(tmp|old){re.escape(last)}")
+    name = re.compile(rf"{re.escape(beside(target, '').name)}[0-9a-f]{{16}}\.(tmp|old)")
     with os.scandir(target.parent) as entries:
         return [Path(entry.path) for entry in entries if name.fullmatch(entry.name)]
 

@@ -1,4 +1,4 @@
-"""Find an adapter or a checkpoint: a local folder, a repository on the Hugging Face Hub, or a URL.
+"""Find an adapter, a checkpoint or a model: a folder, a repository on the Hugging Face Hub, or a URL.
 
 A checkpoint at a URL is found by ``checkpoint.sources``, which knows what its manifest says.
 """
@@ -16,21 +16,25 @@ from huggingface_hub.utils import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
+from vllm_vlora.connections import why_unreachable
 from vllm_vlora.downloads import fetch_folder
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.regular_files import read_regular
 from vllm_vlora.urls import RemoteError, is_remote, local_folder, url_name
-from vllm_vlora.wording import without_secrets
+from vllm_vlora.wording import first_line, without_secrets
 
 # The Hub's own rule for a name is checked by huggingface_hub; this only tells an id from a path.
 _HUB_ID = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?P<inner>(?:/[\w-][\w.-]*)*)(?:@(?P<revision>[^@\s]+))?",
     re.ASCII,
 )
+# Seconds in which the Hub answers whether it has a model.
+_PATIENCE = 10.0
 _COMMIT = re.compile("[0-9a-f]{40}")
 # A repository's folder in the Hub's cache, with snapshots/COMMIT below.
 _CACHED = re.compile(r"models--(?:.+?--)?(?P<name>.+)")
@@ -107,6 +111,48 @@ def _fetched(
         return fetch_folder(url, patterns, required)
     except RemoteError as problem:
         raise error(f"{what} {without_secrets(url)!r}: {problem}") from None
+
+
+def model_place(name: str, *, what: str, error: type[VLoRAError]) -> str:
+    """What other libraries load a model by: its folder, or a Hub id that the Hub has now.
+
+    They would ask the Hub five times for every file, with a line in the log each time. Here it is asked
+    once; a model that it does not give and that its cache has is the folder there.
+
+    Raises:
+        VLoRAError: of class ``error``, one line: no such folder or repository, no access, offline.
+    """
+    folder = _existing_folder(name)
+    if folder is not None:
+        return str(cached_snapshot(folder) or folder)
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=_PATIENCE)
+    except Exception as problem:
+        cached = local_model(name)
+        if cached is not None:
+            return str(cached)
+        raise error(f"{what} {name!r}: no such folder; {_explain(problem)}") from problem
+    return name
+
+
+def local_model(name: str) -> Path | None:
+    """The folder of a model on this machine, also in the Hub's cache; None where it is not here.
+
+    Nothing is downloaded.
+    """
+    folder = _existing_folder(name)
+    if folder is None:
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        # Not a Hub id, or nothing of it in the cache: the errors differ between versions.
+        except (ValueError, OSError):
+            return None
+    return folder if (folder / "config.json").is_file() and model_weights(folder) else None
+
+
+def model_weights(folder: Path) -> list[Path]:
+    """The files of a model's weights, in one of their forms."""
+    return [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
 
 
 def cached_snapshot(folder: Path) -> Path | None:
@@ -253,16 +299,16 @@ def _explain(problem: Exception) -> str:
     if isinstance(problem, RevisionNotFoundError):
         return "the Hub repository has no such revision: check the part after '@'"
     if isinstance(problem, HFValidationError):
-        return f"not a valid Hub id: {_first_line(problem)}"
-    if isinstance(problem, LocalEntryNotFoundError):
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            return "not in the local Hub cache either, and HF_HUB_OFFLINE is set: unset it"
-        return "not in the local Hub cache, and the Hub cannot be reached: check the network"
+        return f"not a valid Hub id: {first_line(problem)}"
+    missing = isinstance(problem, LocalEntryNotFoundError)
+    if huggingface_hub.constants.HF_HUB_OFFLINE and (
+        missing or isinstance(problem, OfflineModeIsEnabled)
+    ):
+        return "not in the local Hub cache either, and HF_HUB_OFFLINE is set: unset it"
+    why = why_unreachable(problem)
+    if why is not None or missing:
+        said = f" ({why})" if why else ""
+        return f"not in the local Hub cache, and the Hub cannot be reached{said}: check the network"
     if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
         return "the disk of the Hub cache is full: free space or point HF_HOME elsewhere"
-    return f"downloading it from the Hub failed: {_first_line(problem)}"
-
-
-def _first_line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
+    return f"downloading it from the Hub failed: {type(problem).__name__}: {first_line(problem)}"

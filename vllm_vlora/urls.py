@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote
 
+from vllm_vlora.connections import why_unreachable
 from vllm_vlora.wording import without_secrets
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S", re.IGNORECASE)
@@ -295,8 +296,9 @@ def _in_words(name: str, problem: Exception) -> RemoteError:
         return RemoteError(f"{name}: the server answers with {status}", reached=status < 500)
     if "Credential" in type(problem).__name__:
         return RemoteError(f"{name}: there are no credentials ({type(problem).__name__})")
+    why = why_unreachable(problem) or type(problem).__name__
     return RemoteError(
-        f"{name} cannot be reached ({type(problem).__name__}); check the network and the URL",
+        f"{name} cannot be reached ({why}); check the network and the URL",
         reached=False,
     )
 

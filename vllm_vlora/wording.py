@@ -78,6 +78,12 @@ def _bytes(word: str) -> bytes:
         return word.encode("utf-8", "surrogatepass")
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's text; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def some_of(names: Iterable[object], most: int = 5) -> str:
     """``a, b, c and 7 more``: the first names of many; ``none`` of none."""
     listed = [str(name) for name in names]

@@ -295,6 +295,9 @@ def test_a_hub_that_refuses_or_is_out_of_reach(fake: FakeHub, ckpt: Path) -> Non
     with pytest.raises(OutputError, match="no route to host; check the network") as found:
         push_checkpoint(ckpt, REPO)
     assert "\n" not in str(found.value)
+    fake.failure = ConnectionRefusedError(111, "Connection refused")
+    with pytest.raises(OutputError, match=r"cannot be reached \(nothing listens there\); check"):
+        push_checkpoint(ckpt, REPO)
 
 
 def test_what_a_push_asks_of_the_real_library() -> None:

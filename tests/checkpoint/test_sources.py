@@ -657,9 +657,14 @@ def test_the_cache_is_listed_and_cleaned(server: FileServer, world: World, cache
     assert not old.exists()
     assert validate(new) == []
     assert listed()[url]["states"] == 1
+    done = runner.invoke(app, ["cache"])
+    assert url in done.stdout
+    assert "freed" not in done.stdout
     done = runner.invoke(app, ["cache", "--clean"])
     assert done.exit_code == 0, done.output
+    assert done.stdout.endswith("B freed\n")
     assert listed() == {}
+    assert runner.invoke(app, ["cache"]).stdout.endswith(": empty\n")
     assert runner.invoke(app, ["cache", f"{server.url}/none", "--clean"]).exit_code == 2
 
 

@@ -16,8 +16,9 @@ from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.quality import compress_judged
 from vllm_vlora.errors import OptionError
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
-from vllm_vlora.evaluation.judge import SelfJudge, _is_clear, _spread, local_model
+from vllm_vlora.evaluation.judge import SelfJudge, _is_clear, _spread
 from vllm_vlora.fitting.calibration import Calibration
+from vllm_vlora.snapshots import local_model
 from vllm_vlora.tools.cli import app
 
 TEXTS = {"count": "one two three four five", "greet": "hello, how do you do?"}

@@ -875,7 +875,7 @@ def test_the_command_reports_and_gates(world: World, tmp_path: Path) -> None:
     for broken in ({"kl_kept": 1.0}, {"more": 1}, {"tasks": [found["tasks"][0] | {"kl": "0"}]}):
         assert not jsonschema.Draft202012Validator(schema).is_valid(found | broken)
     worst = found["kl_kept"]["worst_task"]
-    assert f"keep less than 0.9999: {worst} " in result.stderr
+    assert f"KL kept below 0.9999 in 3 of 3 tasks: {worst} " in result.stderr
     assert [task["task"] for task in found["tasks"]] == list(TASKS)
     for task in found["tasks"]:
         fraction = (task["base_loss"] - task["compressed_loss"]) / (

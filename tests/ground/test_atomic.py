@@ -78,6 +78,15 @@ def test_force_replaces_a_folder_of_ours(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["ckpt"]
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\n", "-o", "[red]", "a b", "\udcff", "x" * 250, "*(.+"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    publish(target, "old")
+    publish(target, "new", force=True)
+    assert content(target) == whole("new")
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.usefixtures("either_rename")
 @pytest.mark.parametrize("links", [True, False])
 def test_what_is_not_ours_stays_as_it_is(

@@ -83,15 +83,21 @@ def endpoint() -> Iterator[str]:
         thread.join()
 
 
-def resolve_in_subprocess(ref: str, home: Path, **environment: str) -> tuple[bool, str]:
+ADAPTER = "resolve_snapshot(ref, what='adapter', error=AdapterError, allow_patterns=['*.json'])"
+MODEL = "model_place(ref, what='base model', error=AdapterError)"
+
+
+def resolve_in_subprocess(
+    ref: str, home: Path, call: str = ADAPTER, **environment: str
+) -> tuple[bool, str]:
     """huggingface_hub reads its environment at import, so each case has a process of its own."""
     program = (
         "import sys\n"
         "from vllm_vlora.errors import AdapterError\n"
-        "from vllm_vlora.snapshots import resolve_snapshot\n"
+        "from vllm_vlora.snapshots import model_place, resolve_snapshot\n"
+        "ref = sys.argv[1]\n"
         "try:\n"
-        "    print(resolve_snapshot(sys.argv[1], what='adapter', error=AdapterError,\n"
-        "                           allow_patterns=['*.json']))\n"
+        f"    print({call})\n"
         "except AdapterError as error:\n"
         "    print(error)\n"
         "    sys.exit(7)\n"
@@ -149,6 +155,37 @@ def test_offline_and_unreachable_are_told_apart(tmp_path: Path) -> None:
     )
     assert not found
     assert "cannot be reached" in message
+
+
+def test_a_model_is_asked_for_once_and_else_taken_from_the_cache(
+    endpoint: str, tmp_path: Path
+) -> None:
+    found, place = resolve_in_subprocess("org/adapter", tmp_path, MODEL, HF_ENDPOINT=endpoint)
+    assert (found, place) == (True, "org/adapter")
+    for ref, said in (("org/missing", "no such repository"), ("/a/b", "not a valid Hub id")):
+        found, message = resolve_in_subprocess(ref, tmp_path, MODEL, HF_ENDPOINT=endpoint)
+        assert not found
+        assert f"base model '{ref}': no such folder; " in message
+        assert said in message
+    closed = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    found, message = resolve_in_subprocess("org/model", tmp_path, MODEL, **closed)
+    assert not found
+    assert "cannot be reached (nothing listens there): check the network" in message
+    found, message = resolve_in_subprocess("org/model", tmp_path, MODEL, HF_HUB_OFFLINE="1")
+    assert not found
+    assert "HF_HUB_OFFLINE is set: unset it" in message
+
+    cached = tmp_path / "hub" / "models--org--model"
+    snapshot = cached / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).touch()
+    for without in (closed, {"HF_HUB_OFFLINE": "1"}):
+        found, place = resolve_in_subprocess("org/model", tmp_path, MODEL, **without)
+        assert (found, place) == (True, str(snapshot))
+    assert resolve_in_subprocess(str(cached), tmp_path, MODEL) == (True, str(snapshot))
 
 
 def test_a_folder_is_returned_absolute_and_wins_over_the_hub(

@@ -307,7 +307,7 @@ def test_cosines_of_rounding_stay_within_one() -> None:
 
 CASES: list[tuple[str, Callable[[], object]]] = [
     (
-        "1 adapters given; this needs at least 2",
+        "1 adapter given; this needs at least 2",
         lambda: compute_similarity_matrix(tiny_adapters(1)),
     ),
     ("2 adapters given; this needs at least 3", lambda: find_outliers(tiny_adapters(2))),

@@ -114,7 +114,7 @@ def test_what_the_wheel_says_of_itself(built: Path) -> None:
     assert {word.rpartition(" ")[2] for word in versions} == {"3.10", "3.11", "3.12", "3.13"}
     (entry,) = [name for name in wheel if name.endswith("entry_points.txt")]
     assert wheel[entry].decode().split() == [
-        *("[console_scripts]", "vllm-vlora", "=", "vllm_vlora.tools.cli:main"),
+        *("[console_scripts]", "vllm-vlora", "=", "vllm_vlora.tools.__main__:main"),
         *(
             "[vllm.endpoint_plugins]",
             "vlora_tasks",

@@ -400,7 +400,7 @@ def test_task_ids_are_checked() -> None:
     adapters = tiny_adapters(2)
     with pytest.raises(TaskIdError, match="'a' is given twice"):
         fitted(adapters, k=1, task_ids=["a", "a"])
-    with pytest.raises(OptionError, match="1 task_ids for 2 adapters"):
+    with pytest.raises(OptionError, match="1 task id for 2 adapters"):
         fitted(adapters, k=1, task_ids=["a"])
     with pytest.raises(TaskIdError, match="empty"):
         fitted(adapters, k=1, task_ids=["a", ""])

@@ -151,7 +151,7 @@ def test_what_was_lost_shows_and_fails_the_gate(evaluate: Any) -> None:
     assert done.exit_code == 1, done.output
     tasks = json.loads(done.stdout)["tasks"]
     below = [task["task"] for task in tasks if task["relative"] < 0.99]
-    said = f"{len(below)} of 2 tasks are below 0.99 of their adapter: {below[0]}"
+    said = f"below 0.99 of the adapter: {len(below)} of 2 tasks: {below[0]}"
     assert said in done.stderr.replace("\n", " ")
     for task in tasks:
         assert abs(task["compressed"] - task["adapter"]) > 1e-4

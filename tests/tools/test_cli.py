@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from huggingface_hub import ModelCard
 from places import DATA
 from plugin_world import build
@@ -31,27 +32,9 @@ from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
 from vllm_vlora.tools.common_options import parse_size
+from vllm_vlora.tools.summary import print_tasks, summarize
+from vllm_vlora.tools.terminal import open_console
 
-COMMANDS = (
-    "compress",
-    "info",
-    "validate",
-    "export",
-    "plan",
-    "calibrate",
-    "evaluate",
-    "add",
-    "remove",
-    "analyze",
-    "benchmark",
-    "convert",
-    "diff",
-    "merge",
-    "pull",
-    "push",
-    "reconstruct",
-    "serve",
-)
 FORMAT2 = DATA / "format2"
 runner = CliRunner()
 
@@ -73,8 +56,11 @@ def error_line(*args: str | Path, code: int = 2) -> str:
 
 
 def usage_error(*args: str | Path) -> str:
-    """A call that the parser refuses; the box it draws is taken away."""
-    return " ".join(invoke(*args, code=2).stderr.replace("│", " ").split())
+    """What is said of a call that the parser refuses: in one line, behind how it is to be."""
+    result = invoke(*args, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Usage: ")
+    return str(result.stderr.splitlines()[-1])
 
 
 def make_adapter(
@@ -139,17 +125,41 @@ def test_version() -> None:
     assert invoke("--version").stdout == f"vllm-vlora {__version__}\n"
 
 
-@pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_teaches_by_example_and_fits(
-    monkeypatch: pytest.MonkeyPatch, command: str, width: int
+def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that call it, also of groups."""
+    yield path, group
+    for name, one in getattr(group, "commands", {}).items():
+        yield from _commands(one, (*path, name))
+
+
+CALLS = dict(_commands(typer.main.get_command(app)))
+# Older versions of typer refuse values in their own words, which name the value too.
+in_our_words = pytest.mark.skipif(
+    not hasattr(CALLS["info",].params[0], "type_descriptor"), reason="pydantic checks no values"
+)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120])
+@pytest.mark.parametrize("call", CALLS, ids=" ".join)
+def test_help_says_all_and_teaches_by_example(
+    monkeypatch: pytest.MonkeyPatch, call: tuple[str, ...], width: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    text = invoke(*([command] if command else []), "--help").stdout
-    assert max(map(len, text.splitlines())) <= width
-    lines = [line.strip() for line in text.splitlines()]
-    start = next(i for i, line in enumerate(lines) if line in ("Example", "Examples"))
-    assert any(line.startswith(f"vllm-vlora {command}".strip()) for line in lines[start:])
+    text = invoke(*call, "--help").stdout
+    assert "…" not in text
+    assert "[bold]" not in text
+    if width >= 80:
+        assert max(map(len, text.splitlines())) <= width
+    words = set(text.replace(",", " ").split())
+    for param in CALLS[call].params:
+        assert words >= {*param.opts, *param.secondary_opts} or param.metavar in text
+        assert not param.envvar or f"{param.envvar}]" in words
+    for name, one in getattr(CALLS[call], "commands", {}).items():
+        assert name in words
+        assert " ".join(one.help.split("\n\n")[0].split()) in " ".join(text.split())
+    if call != ("router",):
+        examples = text.partition("Example")[2].splitlines()
+        assert any(line.strip().startswith(" ".join(("vllm-vlora", *call))) for line in examples)
 
 
 def test_help_states_the_default_quality() -> None:
@@ -245,6 +255,7 @@ def test_names_rename_and_add(adapters: Path, tmp_path: Path) -> None:
     ("args", "words"),
     [
         ([], "no adapter given"),
+        ([""], "an adapter's name is empty"),
         (["nowhere/at/all"], "nowhere/at/all"),
         (["{sql}", "{sql}/"], "given twice"),
         (["--name", "sql"], "ID=PATH"),
@@ -273,6 +284,36 @@ def test_calls_that_the_parser_refuses(adapters: Path) -> None:
     assert "nonsense" in usage_error("nonsense")
     assert "--all" in usage_error("export", "ckpt", "-o", "x")
     assert "--all" in usage_error("export", "ckpt", "task", "--all", "-o", "x")
+
+
+@in_our_words
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("compress a -o b --ratio x", "'--ratio': 'x' is not a number"),
+        ("compress a -o b --jobs 1.5", "'--jobs': '1.5' is not a whole number"),
+        (
+            "compress a -o b --quantize \x1b[31m",
+            "'--quantize': '\\x1b[31m' is not one of auto, none, int8, nf4",
+        ),
+        ("plan c --max-loras x", "'--max-loras': 'x' is not a whole number"),
+        ("plan c --max-loras 1 --memory -1", "'--memory': '-1' is not a number of at least 0"),
+        ("analyze a --threshold 7", "'--threshold': '7' is not a number from -1 to 1"),
+        ("router train c --data d --fail-under 2", "'2' is not a number from 0 to 1"),
+    ],
+)
+def test_values_are_refused_in_words_of_options(call: str, said: str) -> None:
+    line = usage_error(*call.split(" "))
+    assert line.startswith("Error: Invalid value for ")
+    assert line.removesuffix(".").endswith(said)
+
+
+@in_our_words
+def test_a_variable_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_VLORA_DEBUG", "banana")
+    line = usage_error("info", "x")
+    assert "VLLM_VLORA_DEBUG" in line
+    assert line.endswith("'banana' is not one of 1, 0, true, false")
 
 
 def test_adapters_that_cannot_be_compressed_are_refused_by_name(
@@ -306,6 +347,15 @@ def test_a_budget_that_cannot_be_met_is_a_failed_check(adapters: Path, tmp_path:
     message = error_line("compress", adapters, "-o", tmp_path / "ckpt", "--ratio", "1e6", code=1)
     assert "ratio" in message
     assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_folder_whose_name_is_no_id_is_given_one(adapters: Path, tmp_path: Path) -> None:
+    odd = make_adapter(adapters / "new\nline")
+    assert "give the adapter an id with --name ID=" in error_line(
+        "compress", adapters, "-o", tmp_path / "ckpt"
+    )
+    invoke("compress", adapters, "--name", f"plain={odd}", "-o", tmp_path / "ck\npt", "--no-judge")
+    assert "plain" in Checkpoint.open(tmp_path / "ck\npt").tasks
 
 
 def test_an_existing_output_is_replaced_only_with_force_and_only_if_ours(
@@ -629,6 +679,20 @@ def test_a_pipe_gets_whole_lines_without_control_codes(shared: Path, tmp_path: P
     assert_plain([result.stdout, result.stderr, wrong.stderr])
 
 
+def test_a_narrow_terminal_gets_every_column(shared: Path) -> None:
+    summary = summarize(Checkpoint.open(shared), str(shared))
+    console = open_console()
+    console.width = 20
+    with console.capture() as shown:
+        print_tasks(console, summary)
+    text = shown.get()
+    assert "…" not in text
+    for task in summary["tasks"]:
+        assert format_bytes(task["bytes"]) in text
+        assert f"{task['error']:.4f}" in text
+    assert {"Task", "a/b", "a_b", "Ünïcode", "Error"} <= set(text.split())
+
+
 def test_a_terminal_without_unicode_does_not_end_the_program(shared: Path) -> None:
     result = call("info", shared, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert result.returncode == 0
@@ -748,6 +812,26 @@ def test_an_interrupted_run_leaves_the_old_checkpoint_and_nothing_else(
     assert "Traceback" not in stderr
     assert same_files(output) == before
     assert [p.name for p in output.parent.iterdir()] == ["ckpt"]
+
+
+def test_ctrl_c_before_anything_has_begun_shows_no_traceback() -> None:
+    program = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, *more):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from vllm_vlora.tools.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"],
+        capture_output=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def run_onto(stdout: int, *args: str | Path, **options: Any) -> tuple[int, str]:

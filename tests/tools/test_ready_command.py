@@ -91,7 +91,7 @@ def test_ready_with_every_task_and_the_servers_key(monkeypatch: pytest.MonkeyPat
     # Nobody listens any more.
     code, output = ask(url)
     assert code == 1
-    assert "does not answer" in output
+    assert "does not answer (nothing listens there)" in output
 
 
 def test_what_is_served_must_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_refused_data(checkpoint: Path, tmp_path: Path) -> None:
     said = invoke(
         "router", "train", checkpoint, "--data", data, "--data", f"{tasks[1]}={one}", code=2
     ).stderr
-    assert "1 different prompts" in said
+    assert "1 different prompt;" in said
     said = invoke("router", "train", checkpoint, "--data", f"nobody={one}", code=2).stderr
     assert "no task 'nobody'" in said
     said = invoke("router", "train", "org/name", "--data", data, code=2).stderr

@@ -311,7 +311,12 @@ def test_merge_refuses(folders: list[str], checkpoint: Path, tmp_path: Path) -> 
     two = folders[:2]
     assert "at least two" in error_line("merge", folders[0], "-o", out)
     assert "nowhere to write" in error_line("merge", *two)
-    assert "3 weights for 2" in error_line("merge", *two, "-o", out, "--weights", "1,2,3")
+    assert "3 weights for 2 adapters" in error_line("merge", *two, "-o", out, "--weights", "1,2,3")
+    assert "1 weight for 2 adapters" in error_line("merge", *two, "-o", out, "--weights", "1")
+    blend = ("--checkpoint", checkpoint, "task0", "--as", "blend", "--weights", "1,2")
+    assert "2 weights for 1 task;" in error_line("merge", *blend)
+    assert "1 adapter given" in error_line("analyze", folders[0])
+    assert "1 name given" in error_line("diff", folders[0])
     assert "not numbers" in error_line("merge", *two, "-o", out, "--weights", "a,b")
     assert "--density is for --method ties" in error_line(
         "merge", *two, "-o", out, "--density", "0.5"

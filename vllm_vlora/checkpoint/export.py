@@ -49,6 +49,7 @@ from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
+from vllm_vlora.wording import count_of
 
 _QUANTIZED_DTYPE = torch.float32
 # What tasks share, by the module's name and the tasks' representation.
@@ -183,7 +184,7 @@ def export_all(
             # Adapters of two states do not belong together: not the error that begins again.
             kind = OutputError if isinstance(error, CheckpointReplacedError) else type(error)
             raise kind(
-                f"{error}; {done - 1} of {len(folders)} tasks were written before that and stay, "
+                f"{error}; written before that and kept: {done - 1} of {count_of(len(folders), 'task')}, "
                 "--force replaces them"
             ) from error
         if progress is not None:

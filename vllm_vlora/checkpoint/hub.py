@@ -40,9 +40,11 @@ from vllm_vlora.checkpoint.report import report_contents
 from vllm_vlora.checkpoint.router_files import ROUTER_FILE
 from vllm_vlora.checkpoint.task_entry import task_files
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.connections import why_unreachable
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, copy_regular
+from vllm_vlora.wording import first_line
 
 _CARD_FILE = "README.md"
 _TASK_FILES = f"{TASKS_FOLDER}/*.safetensors"
@@ -206,7 +208,7 @@ def _check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise OptionError(
-            f"{repo_id!r} is no Hub id of the form org/name ({_first_line(error)})"
+            f"{repo_id!r} is no Hub id of the form org/name ({first_line(error).rstrip('.')})"
         ) from error
 
 
@@ -256,9 +258,7 @@ def _explain(problem: Exception) -> str:
     denied = isinstance(problem, HfHubHTTPError) and status in (401, 403)
     if denied or isinstance(problem, RepositoryNotFoundError):
         return "the Hub denies access: set HF_TOKEN to a token that may write there"
-    return f"{_first_line(problem)}; check the network and push again"
-
-
-def _first_line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
+    why = why_unreachable(problem)
+    said = f"{type(problem).__name__}: {first_line(problem)}"
+    said = f"the Hub cannot be reached ({why})" if why else said
+    return f"{said}; check the network and push again"

@@ -13,7 +13,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.task_entry import column
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.task_ids import encode_task_id
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import count_of, some_of
 
 _DATA_SUFFIXES = (".jsonl", ".txt")
 
@@ -102,7 +102,7 @@ def open_originals(
     missing = [task_id for task_id in wanted if task_id not in paths]
     if missing:
         raise AdapterError(
-            f"{folder} has no adapter for {len(missing)} of {len(wanted)} tasks: "
+            f"{folder} has no adapter for {len(missing)} of {count_of(len(wanted), 'task')}: "
             f"{some_of(map(repr, missing))}; each is expected in a folder of the task's id, or of the "
             "name that it had when it was compressed; remove tasks whose original is lost"
         )

@@ -11,6 +11,8 @@ import torch
 
 from vllm_vlora.errors import OptionError
 from vllm_vlora.quantize import FLOAT_DTYPES
+from vllm_vlora.snapshots import model_place
+from vllm_vlora.wording import first_line
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -55,16 +57,17 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> tupl
             f"running the base model needs transformers ({error}); install it: "
             "pip install 'vllm-vlora[evaluate]'"
         ) from error
+    place = model_place(name, what="base model", error=OptionError)
     try:
         # Unless told, transformers asks on the terminal whether to run code that came with a model.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False
+            place, dtype=dtype, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise OptionError(
-            f"base model {name!r} cannot be loaded: {first_line(error)}; give the folder or Hub id "
-            "of a causal language model with its tokenizer"
+            f"base model {name!r} cannot be loaded: {first_line(error).rstrip('.')}; give the folder "
+            "or Hub id of a causal language model with its tokenizer"
         ) from error
     return tokenizer, model.to(device)
 
@@ -80,9 +83,3 @@ def quieten() -> None:
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's text; its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -29,7 +29,7 @@ from vllm_vlora.checkpoint.export import export_all
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.task_entry import has_no_update
 from vllm_vlora.errors import AdapterError, ModelMismatchError, OptionError
-from vllm_vlora.evaluation.base_model import check_dtype, first_line, load_base_model, resolve
+from vllm_vlora.evaluation.base_model import check_dtype, load_base_model, resolve
 from vllm_vlora.evaluation.fidelity import (
     NO_ORIGINAL,
     Divergences,
@@ -62,6 +62,7 @@ from vllm_vlora.merging.analysis import cosines, inner_products
 from vllm_vlora.merging.spectra import SpectrumCollector
 from vllm_vlora.model.heads import vocabulary_layers
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
+from vllm_vlora.wording import first_line
 
 Progress = Callable[[str, int, int], None]
 

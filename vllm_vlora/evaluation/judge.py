@@ -25,7 +25,8 @@ from vllm_vlora.errors import OptionError, TaskNotFoundError, VLoRAError
 from vllm_vlora.evaluation.base_model import quieten
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
 from vllm_vlora.evaluation.fidelity import kl_kept
-from vllm_vlora.wording import some_of
+from vllm_vlora.snapshots import model_weights
+from vllm_vlora.wording import count_of, some_of
 
 Found = dict[str, float | None]
 """Task -> KL kept; None where it is undefined."""
@@ -171,7 +172,7 @@ class SelfJudge:
         self._progress("judge", len(order), len(order))
         self.how = (
             f"KL kept on {SAMPLED_TOKENS} tokens that the model wrote with each of {len(found[0])} of "
-            f"{len(self._adapters)} adapters"
+            f"{count_of(len(self._adapters), 'adapter')}"
         )
         return found
 
@@ -241,11 +242,7 @@ def fits_in_memory(model: Path) -> bool:
 
 def _parameters(model: Path) -> float:
     """At 16 bits each; of a model that is stored in 32 bits twice as many as there are."""
-    return sum(file.stat().st_size for file in _weights(model)) / 2
-
-
-def _weights(model: Path) -> list[Path]:
-    return [*model.glob("*.safetensors")] or [*model.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in model_weights(model)) / 2
 
 
 def _flops() -> float:
@@ -258,20 +255,3 @@ def _flops() -> float:
         float((square @ square)[0, 0])
         best = min(best, time.perf_counter() - started)
     return 2 * 768**3 / best
-
-
-def local_model(name: str) -> Path | None:
-    """The folder of a model on this machine, also in the Hub's cache; None where it is not here.
-
-    Nothing is downloaded.
-    """
-    import huggingface_hub
-
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        try:
-            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        # Not a Hub id, or nothing of it in the cache: the errors differ between versions.
-        except (ValueError, OSError):
-            return None
-    return folder if (folder / "config.json").is_file() and _weights(folder) else None

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vlora.errors import AdapterError, DataError
-from vllm_vlora.evaluation.base_model import first_line
 from vllm_vlora.evaluation.texts import Example, Row, tokenize
+from vllm_vlora.wording import first_line
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 

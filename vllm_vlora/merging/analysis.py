@@ -24,6 +24,7 @@ from vllm_vlora.quantize import is_finite
 from vllm_vlora.representations.factors import small_product, stacked_singular_values
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer
 from vllm_vlora.subspace.weights import LoRAWeights, Update, under_shared_names
+from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
     from vllm_vlora.subspace.shared import SharedSubspace
@@ -365,7 +366,9 @@ def _check_shapes(name: str, pairs: Sequence[tuple[int, Factors]]) -> None:
 
 def _check_count(adapters: Sequence[Update], least: int) -> None:
     if len(adapters) < least:
-        raise OptionError(f"{len(adapters)} adapters given; this needs at least {least}")
+        raise OptionError(
+            f"{count_of(len(adapters), 'adapter')} given; this needs at least {least}"
+        )
 
 
 def _checked_similarity(matrix: torch.Tensor, threshold: float) -> torch.Tensor:

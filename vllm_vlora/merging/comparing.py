@@ -26,6 +26,7 @@ from vllm_vlora.merging.analysis import (
 )
 from vllm_vlora.merging.spectra import ModuleFidelity, Spectrum, SpectrumCollector
 from vllm_vlora.subspace.weights import Update
+from vllm_vlora.wording import count_of
 
 
 def analyze_adapters(
@@ -38,7 +39,7 @@ def analyze_adapters(
     """
     names, opened = list(adapters), list(adapters.values())
     if len(opened) < 2:
-        raise OptionError(f"{len(opened)} adapters given; this needs at least 2")
+        raise OptionError(f"{count_of(len(opened), 'adapter')} given; this needs at least 2")
     products = torch.zeros(len(opened), len(opened), dtype=torch.float64)
     found: list[list[ModuleFidelity]] = [[] for _ in opened]
     # Every weight is read once: a layer gives its products and its singular values.

@@ -25,6 +25,7 @@ import torch
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.representations.factors import balanced_svd, squared_norm
 from vllm_vlora.subspace.weights import LoRAWeights, exact_config, under_shared_names
+from vllm_vlora.wording import count_of
 
 SPACES = ("weights", "factors")
 SIGN_METHODS = ("total", "frequency")
@@ -504,7 +505,8 @@ def _checked_weights(
     chosen = [float(weight) for weight in weights]
     if len(chosen) != len(adapters):
         raise OptionError(
-            f"{len(chosen)} weights for {len(adapters)} adapters; give one weight each"
+            f"{count_of(len(chosen), 'weight')} for {count_of(len(adapters), 'adapter')}; give one "
+            "weight each"
         )
     if not all(map(math.isfinite, chosen)):
         raise OptionError(f"weights {chosen} are not all finite; give numbers")

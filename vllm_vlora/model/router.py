@@ -13,7 +13,7 @@ from vllm_vlora.errors import OptionError, TaskNotFoundError
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.tasks import TaskProjection
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import count_of, some_of
 
 if TYPE_CHECKING:
     from vllm_vlora.model.vlora_model import VLoRAModel
@@ -272,7 +272,8 @@ class TaskRouter(nn.Module):
             )
         if len(task_ids) != len(x) or not len(x):
             raise OptionError(
-                f"{len(x)} rows of features and {len(task_ids)} tasks; give one for each"
+                f"{count_of(len(x), 'row')} of features and {count_of(len(task_ids), 'task')}; give one "
+                "for each"
             )
         if isinstance(x, torch.Tensor) and not is_finite(x):
             raise OptionError("the features hold NaN or infinity; check what made them")

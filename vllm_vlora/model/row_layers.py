@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vllm_vlora.errors import ModelMismatchError
+from vllm_vlora.wording import count_of
 
 
 def repeats_of(x: torch.Tensor, rows: int) -> int:
@@ -21,8 +22,8 @@ def repeats_of(x: torch.Tensor, rows: int) -> int:
     """
     if x.shape[0] % rows:
         raise ModelMismatchError(
-            f"a layer sees {x.shape[0]} rows where {rows} tasks were set; give one task for each "
-            "row of the batch, and a model whose first dimension is the batch"
+            f"a layer sees {count_of(x.shape[0], 'row')} where {rows} tasks were set; "
+            "give one task for each row of the batch, and a model whose first dimension is the batch"
         )
     return x.shape[0] // rows
 

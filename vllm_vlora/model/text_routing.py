@@ -16,6 +16,7 @@ from vllm_vlora.blending.text_router import RoutePolicy, TextRouter
 from vllm_vlora.checkpoint.router_files import MAX_HIDDEN, MAX_OUTPUTS, Measured, Weights
 from vllm_vlora.errors import DataError, OptionError
 from vllm_vlora.model.router import TaskRouter
+from vllm_vlora.wording import count_of
 
 OTHERS = ""
 """The label of text that is of no task."""
@@ -163,7 +164,8 @@ def _split(
         if len(own) < 2:
             name = f"task {label!r}" if label else "text of no task"
             raise DataError(
-                f"{name}: {len(own)} different prompts; a router needs two at least, and better fifty"
+                f"{name}: {count_of(len(own), 'different prompt')}; a router needs two at least, and "
+                "better fifty"
             )
         random.Random(options.seed).shuffle(own)
         count = min(len(own) - 1, max(1, round(options.held_out * len(own))))

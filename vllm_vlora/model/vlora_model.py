@@ -20,6 +20,7 @@ from vllm_vlora.model.heads import Heads, HeadSwitch
 from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, check_scaling, open_source
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.shared import SharedSubspace
+from vllm_vlora.wording import count_of
 
 _Active = str | tuple[str | None, ...] | None
 _NO_HEADS: Heads = {}
@@ -196,7 +197,8 @@ class VLoRAModel(nn.Module):
         names = self.available_tasks if task_ids is None else list(task_ids)
         if weights.ndim != 2 or weights.shape[1] != len(names) or not len(weights):
             raise OptionError(
-                f"weights of shape {tuple(weights.shape)} for {len(names)} tasks; give (rows, tasks)"
+                f"weights of shape {tuple(weights.shape)} for "
+                f"{count_of(len(names), 'task')}; give (rows, tasks)"
             )
         if not is_finite(weights):
             raise OptionError("the weights hold NaN or infinity; check what made them")

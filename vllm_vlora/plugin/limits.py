@@ -19,6 +19,7 @@ from vllm_vlora.plugin.fair_queue import Tenant, Tenants
 from vllm_vlora.plugin.refusals import callers_error, refuse
 from vllm_vlora.plugin.seam_table import Place
 from vllm_vlora.plugin.settings import QUEUE_VARIABLE, Settings
+from vllm_vlora.wording import count_of
 
 Patch = tuple[Any, str, Any]
 
@@ -157,7 +158,9 @@ def _say_that_it_has_one_caller(original: Callable[..., Any]) -> Callable[..., A
 
 
 def _too_many(tenant: str, bound: int) -> str:
-    return f"{bound} requests of {tenant!r} wait already ({QUEUE_VARIABLE}); ask again later"
+    wait = "waits" if bound == 1 else "wait"
+    waiting = f"{count_of(bound, 'request')} of {tenant!r} {wait} already"
+    return f"{waiting} ({QUEUE_VARIABLE}); ask again later"
 
 
 # --- the API server -------------------------------------------------------------------------------

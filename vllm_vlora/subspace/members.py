@@ -23,7 +23,7 @@ from vllm_vlora.errors import AdapterError, OptionError, TaskIdError
 from vllm_vlora.representations.factors import ScaledFactors
 from vllm_vlora.subspace.weights import LayerShape, LoRAWeights, Update, shapes_of
 from vllm_vlora.task_ids import validate_task_id
-from vllm_vlora.wording import shown
+from vllm_vlora.wording import count_of, shown
 
 MISSING = ("error", "zero", "common")
 AnyAdapter: TypeAlias = Update | str | Path
@@ -81,7 +81,8 @@ def as_members(adapters: Sequence[AnyAdapter], task_ids: Sequence[str] | None) -
     names = [f"task_{i}" for i in range(len(adapters))] if task_ids is None else list(task_ids)
     if len(names) != len(adapters):
         raise OptionError(
-            f"{len(names)} task_ids for {len(adapters)} adapters; give one id an adapter"
+            f"{count_of(len(names), 'task id')} for {count_of(len(adapters), 'adapter')}; give one "
+            "id an adapter"
         )
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
@@ -145,7 +146,7 @@ def share_layers(
     if not common:
         raise AdapterError("the adapters have no layer in common; build apart what differs")
     warnings.warn(
-        f"{len(dropped)} layers that not every adapter has are left out, "
+        f"{count_of(len(dropped), 'layer')} that not every adapter has left out, "
         f"{shown(sorted(dropped)[0])} among them",
         stacklevel=4,
     )

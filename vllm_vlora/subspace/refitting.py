@@ -33,7 +33,7 @@ from vllm_vlora.subspace.members import (
 from vllm_vlora.subspace.state import SubspaceState
 from vllm_vlora.subspace.tasks import TaskProjection, warn_of_losses, with_loadings
 from vllm_vlora.subspace.weights import LayerShape
-from vllm_vlora.wording import shown
+from vllm_vlora.wording import count_of, shown
 
 if TYPE_CHECKING:
     from typing import Self
@@ -235,7 +235,7 @@ class FittedState(SubspaceState):
         if not unknown or unknown_allowed:
             return member
         warnings.warn(
-            f"{len(unknown)} layers of task {member.task_id!r} are left out, "
+            f"{count_of(len(unknown), 'layer')} of task {member.task_id!r} left out, "
             f"{shown(unknown[0])} among them",
             stacklevel=4,
         )
@@ -247,7 +247,7 @@ class FittedState(SubspaceState):
         dropped = [name for name in self.layers if name not in member.shapes]
         if dropped:
             warnings.warn(
-                f"{len(dropped)} layers that the new adapter lacks are left out, "
+                f"{count_of(len(dropped), 'layer')} that the new adapter lacks left out, "
                 f"{shown(dropped[0])} among them",
                 stacklevel=4,
             )

@@ -54,7 +54,7 @@ from vllm_vlora.representations.factors import relative, squared_norm
 from vllm_vlora.representations.registry import segment_sides
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.task_ids import validate_task_id
-from vllm_vlora.wording import shown
+from vllm_vlora.wording import count_of, shown
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -293,7 +293,8 @@ class SHAREModel:
         checkpoint, stats = self.checkpoint, self.compression_stats
         ranks = [s.rank for record in checkpoint.tasks.values() for s in record.segments]
         lines = [
-            f"SHARE checkpoint of {len(checkpoint.tasks)} adapters: {', '.join(checkpoint.tasks)}",
+            f"SHARE checkpoint of {count_of(len(checkpoint.tasks), 'adapter')}: "
+            f"{', '.join(checkpoint.tasks)}",
             f"  Base model:          {self.base_model or 'not recorded'}",
             f"  Modules:             {len(checkpoint.modules)}",
             f"  Components (k):      {self.num_components}",

@@ -31,7 +31,7 @@ from vllm_vlora.subspace.storage import read_subspace, write_subspace
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection, warn_of_losses, with_loadings
 from vllm_vlora.subspace.weights import LoRAWeights, own_rank_options
 from vllm_vlora.task_ids import validate_task_id
-from vllm_vlora.wording import some_of
+from vllm_vlora.wording import count_of, some_of
 
 __all__ = ["CompressionStats", "SharedSubspace", "TaskOrigin", "TaskProjection"]
 
@@ -605,7 +605,8 @@ class SharedSubspace(FittedState):
         for name, layer in wider.items():
             if any(new - old < count for new, old in zip(layer.widths, self.layers[name].widths)):
                 raise OptionError(
-                    f"layer {name!r} has no room for {count} directions more; give a smaller num_expand"
+                    f"layer {name!r} has no room for {count_of(count, 'more direction')}; give a smaller "
+                    "num_expand"
                 )
         tasks = {
             task_id: with_loadings(
