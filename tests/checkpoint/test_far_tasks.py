@@ -197,6 +197,23 @@ def test_where_not_even_the_folder_of_tasks_is_all_of_them_are_far(server: FileS
     assert len(store) == 0
 
 
+def test_what_was_fetched_whole_is_not_far_where_another_was_taken_without_its_tasks(
+    server: FileServer,
+) -> None:
+    """Two engines in one process, of which the second is told otherwise."""
+    assert take(server).far_tasks() == set(STORED)
+    whole = Checkpoint.open(checkpoint_folder(f"{server.url}/ck?sig=S3cr3t"))
+    assert whole.far_tasks() == set()
+    asked, task = tasks_asked(server), next(iter(STORED))
+    (whole.path / task_file(task)).unlink()
+    assert not whole.is_far(task)
+    with pytest.raises(CheckpointError, match="the file is missing"):
+        whole.load_task(task)
+    assert tasks_asked(server) == asked
+    # What is here whole is taken where less would do.
+    assert take(server).path == whole.path
+
+
 def test_the_first_process_and_those_it_starts_take_the_same_part(
     server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

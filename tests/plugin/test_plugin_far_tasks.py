@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.downloads import Parts
+from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, OutputError
 from vllm_vlora.plugin.arrivals import FAR
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.far_tasks import FarTasks
@@ -56,6 +59,12 @@ def until(seen: Callable[[], bool]) -> None:
     while not seen():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def has_begun(opened: Checkpoint) -> bool:
+    """Whether the first bytes of a task are here, and the server keeps the others."""
+    contents = opened.path.resolve().parents[1] / "files"
+    return any(part.stat().st_size == 10 for part in contents.glob("*.part"))
 
 
 def test_a_worker_says_what_is_on_no_disk(server: FileServer) -> None:
@@ -141,6 +150,94 @@ def test_blends_that_are_fetched_hold_up_no_task_that_is_here(server: FileServer
     until(lambda: manager.bring(blends, 0, (), range(8)) == [True] * 8)
     for blend in blends:
         assert manager.vlora_store.place(parse_task_path(blend.lora_path)) == 0
+
+
+def test_what_failed_when_nobody_waited_any_more_is_fetched_again(server: FileServer) -> None:
+    opened = take(server)
+    task = next(iter(STORED))
+    path, file = task_path(opened, task), f"ck/{task_file(task)}"
+    store = manager_of(opened).vlora_store
+    server.held[file] = 10
+    assert store.stage(path, fetched=True) is False
+    until(lambda: has_begun(opened))
+    store.drop(str(path))
+    # The thread that reads it is in the midst of that, and then finds the server broken.
+    reading = store._staging[str(path)]
+    server.status = 404
+    server.go_on.set()
+    until(reading.done)
+    assert isinstance(reading.exception(), CheckpointError)
+    server.status = None
+    server.held.clear()
+    assert store.stage(path, fetched=True) is False
+    until(lambda: store.stage(path, fetched=True))
+    assert store.place(path) == 0
+
+
+def test_who_comes_back_while_it_is_fetched_waits_for_the_same(server: FileServer) -> None:
+    opened = take(server)
+    task = next(iter(STORED))
+    path, file = task_path(opened, task), f"ck/{task_file(task)}"
+    store = manager_of(opened).vlora_store
+    server.held[file] = 10
+    for _ in range(20):
+        assert store.stage(path, fetched=True) is False
+        until(lambda: has_begun(opened))
+        store.drop(str(path))
+    assert store.stage(path, fetched=True) is False
+    server.held.clear()
+    server.go_on.set()
+    until(lambda: store.stage(path, fetched=True))
+    assert store.place(path) == 0
+    # It was cut off once, and taken up where it was.
+    assert server.first_bytes(file) == [0, 10]
+
+
+def test_a_publication_while_a_task_is_fetched(server: FileServer) -> None:
+    first = take(server)
+    task = "private"  # What stands on other bases waits for them.
+    path, file = task_path(first, task), f"ck/{task_file(task)}"
+    store = manager_of(first).vlora_store
+    server.held[file] = 10
+    assert store.stage(path, fetched=True) is False
+    until(lambda: has_begun(first))
+    shutil.rmtree(server.folder / "ck")
+    build(server.folder / "ck", STORED, seed=1)
+    second = take(server)
+    store.serve(State(second))
+    server.held.clear()
+    server.go_on.set()
+    until(lambda: store.stage(path, fetched=True))
+    with pytest.raises(CheckpointReplacedError):
+        store.place(path)
+    new = task_path(second, task)
+    until(lambda: store.stage(new, fetched=True))
+    assert store.place(new) == 0
+    assert store.held(str(path)) is None
+
+
+def test_a_full_disk_fails_the_task_that_is_fetched_and_no_other(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = take(server)
+    near, far, *_ = STORED
+    opened.load_task(near)
+    store = manager_of(opened).vlora_store
+    path, here = task_path(opened, far), task_path(opened, near)
+    store.drop(str(here))
+    flush = downloads._flush
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(downloads, "_flush", full)
+    until(lambda: store.stage(path, fetched=True))
+    with pytest.raises(OutputError, match=r"No space left on device; free space"):
+        store.place(path)
+    assert store.place(here) == 0
+    monkeypatch.setattr(downloads, "_flush", flush)
+    until(lambda: store.stage(path, fetched=True))
+    assert store.place(path) == 0
 
 
 def test_where_a_task_is_is_looked_up_once_each_time(

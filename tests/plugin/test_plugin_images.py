@@ -49,14 +49,14 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("stay", [False, True])
 @pytest.mark.parametrize("leave", [False, True])
-def test_a_tree_is_what_it_was_wherever_it_lies(leave: bool) -> None:
+def test_a_tree_is_what_it_was_wherever_it_lies(leave: bool, stay: bool) -> None:
     parts, shared = tensors(), torch.randn(9)
     tree = Tree("n", 0.5, (parts["a"], shared), parts)
-    image = make_image(tree, [shared] if leave else ())
-    lowest, highest = image.block.data_ptr(), image.block.data_ptr() + image.block.nbytes
+    image = make_image(tree, [shared] if leave else (), stay=stay)
     for _ in range(2):
-        memory = torch.full((image.block.nbytes + 300,), 255, dtype=torch.uint8)
+        memory = torch.full((image.size + 300,), 255, dtype=torch.uint8)
         placed = image.on(memory)
         assert (placed.name, placed.number) == ("n", 0.5)
         for name, tensor in parts.items():
@@ -67,35 +67,52 @@ def test_a_tree_is_what_it_was_wherever_it_lies(leave: bool) -> None:
         assert placed.parts["the same"].data_ptr() == placed.parts["a"].data_ptr()
         assert placed.parts["b"].data_ptr() - placed.parts["a"].data_ptr() == 160
         assert (placed.pair[1] is shared) == leave
-        assert memory[image.block.nbytes :].eq(255).all()
-    assert lowest <= image.tree.parts["strided"].data_ptr() < highest
+        assert memory[image.size :].eq(255).all()
+    for name, tensor in parts.items():
+        on_host = image.tree.parts[name]
+        assert torch.equal(on_host, tensor), name
+        assert (on_host.data_ptr() == tensor.data_ptr()) == stay or not tensor.numel()
     # a and b are one run; of the strided one what lies between its first and last element.
     counted = 64 * 4 + 35 * 4 + (4 * 10 + 6 + 1) * 8 + 2 + 24 + 6 + (0 if leave else 36)
     assert image.nbytes == counted
 
 
-def test_addresses_follow_what_they_point_at() -> None:
+@pytest.mark.parametrize("stay", [False, True])
+def test_addresses_follow_what_they_point_at(stay: bool) -> None:
     a, b = torch.randn(8), torch.randn(20)
     records = torch.tensor([[a.data_ptr(), 5, b.data_ptr() + 16], [0, 7, a.data_ptr() + 4]])
-    image = make_image(Tree("n", 1, (a, b), {}, records), (), (records, [0, 2]))
+    image = make_image(Tree("n", 1, (a, b), {}, records), (), (records, [0, 2]), stay=stay)
     for _ in range(2):
-        memory = torch.zeros(image.block.nbytes, dtype=torch.uint8)
+        memory = torch.zeros(image.size, dtype=torch.uint8)
         placed = image.on(memory)
         new_a, new_b = (tensor.data_ptr() for tensor in placed.pair)
         assert placed.records is not None
         assert placed.records.tolist() == [[new_a, 5, new_b + 16], [0, 7, new_a + 4]]
-    assert torch.equal(records[:, 1], torch.tensor([5, 7])), "the tree given is left alone"
+    assert torch.equal(records[:, 1], torch.tensor([5, 7])), "what is no address is left alone"
+
+
+def test_what_stays_keeps_its_memory_and_no_more_is_read_of_it() -> None:
+    whole = torch.arange(64, dtype=torch.float32)
+    # Neighbours of one storage are one piece; others are not, wherever they happen to lie.
+    image = make_image(Tree("n", 1, (whole[8:16], whole[16:24]), {"b": torch.ones(3)}), stay=True)
+    assert sorted(piece.nbytes for _, piece in image.pieces) == [12, 64]
+    kept = weakref.ref(whole)
+    want = whole[8:24].clone()
+    del whole
+    assert kept() is None, "the tensor itself is gone"
+    placed = image.on(torch.zeros(image.size, dtype=torch.uint8))
+    assert torch.equal(torch.cat(placed.pair), want)
 
 
 def test_what_tasks_share_takes_a_place_of_its_own() -> None:
     own, shared = torch.randn(3), torch.randn(50)
     basis = make_image(shared)
     image = make_image(Tree("n", 1, (own, basis.tree[10:30]), {}), [basis.tree])
-    elsewhere = torch.zeros(basis.block.nbytes, dtype=torch.uint8)
+    elsewhere = torch.zeros(basis.size, dtype=torch.uint8)
     there = basis.on(elsewhere)
     placed = image.on(
-        torch.zeros(image.block.nbytes, dtype=torch.uint8),
-        [Span(basis.block.data_ptr(), elsewhere)],
+        torch.zeros(image.size, dtype=torch.uint8),
+        [Span(basis.pieces[0][1].data_ptr(), elsewhere)],
     )
     assert torch.equal(placed.pair[1], shared[10:30])
     assert placed.pair[1].data_ptr() == there.data_ptr() + 40
@@ -105,7 +122,7 @@ def test_what_tasks_share_takes_a_place_of_its_own() -> None:
 def test_what_lies_in_no_span_stays() -> None:
     a = torch.randn(4)
     image = make_image(Tree("n", 1, (a,), {"a": a}), [a])
-    memory = torch.zeros(image.block.nbytes, dtype=torch.uint8)
+    memory = torch.zeros(image.size, dtype=torch.uint8)
     beside = Span(a.data_ptr() - 64, torch.zeros(64, dtype=torch.uint8))
     short = Span(a.data_ptr(), torch.zeros(15, dtype=torch.uint8))
     for shared in ([], [beside], [short]):
@@ -116,8 +133,8 @@ def test_what_lies_in_no_span_stays() -> None:
 
 def test_what_is_read_later_is_the_devices_and_keeps_no_host_memory() -> None:
     image = make_image(Tree("n", 1, (), tensors()))
-    memory = torch.zeros(image.block.nbytes, dtype=torch.uint8)
-    placed, block = image.on(memory), weakref.ref(image.block)
+    memory = torch.zeros(image.size, dtype=torch.uint8)
+    placed, block = image.on(memory), weakref.ref(image.pieces[0][1])
     del image
     assert block() is None
     assert list(placed.parts) == list(tensors())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,7 +109,8 @@ def test_a_sleep_that_would_lose_the_tasks_is_refused_before_anything_else(
         pause_scheduler=lambda **kwargs: slept.append("paused"),
         model_executor=SimpleNamespace(sleep=slept.append),
         _vlora_tasks_held=SimpleNamespace(
-            residency=SimpleNamespace(paths=lambda: held, forget=held.remove)
+            residency=SimpleNamespace(paths=lambda: held, forget=held.remove),
+            arrivals=SimpleNamespace(unask=list),
         ),
     )
     sleep(core)
@@ -125,6 +127,32 @@ def test_a_sleep_that_would_lose_the_tasks_is_refused_before_anything_else(
                 call()
             assert slept == ["paused", 1] * 2
             assert held == ["a", "b"]
+
+
+def test_tasks_leave_the_devices_when_their_memory_is_lost_and_not_before(
+    seams: Any, managing: Any
+) -> None:
+    """Requests in flight are waited for, and read them until then."""
+    from vllm.v1.engine.core import EngineCore
+
+    setup = managing.Setup(None, Settings("materialize"))
+    patches = {(owner, name): value for owner, name, value in seams._patches(setup, list)}
+    paused, events, held = Future[None](), list[Any](), ["a", "b"]
+    core = SimpleNamespace(
+        pause_scheduler=lambda **kwargs: paused,
+        model_executor=SimpleNamespace(sleep=lambda level: events.append((level, list(held)))),
+        _vlora_tasks_held=SimpleNamespace(
+            residency=SimpleNamespace(paths=lambda: held, forget=held.remove),
+            arrivals=SimpleNamespace(unask=lambda: events.append("unasked") or ["c"]),
+        ),
+    )
+    slept = patches[EngineCore, "sleep"](core, level=2, mode="wait")
+    assert held == ["a", "b"]
+    assert events == []
+    held.append("c")  # Came to the device while they went on, and no engine core has heard of it.
+    paused.set_result(None)
+    slept.result(10)
+    assert events == ["unasked", (2, [])]
 
 
 # --- seams: the manager ----------------------------------------------------------------------------

@@ -35,9 +35,10 @@ pytest.importorskip("vllm")
 from plugin_world import MODULES, build, make_path
 from vllm.lora.request import LoRARequest
 
-from vllm_vlora.plugin import publishing
+from vllm_vlora.plugin import publishing, resident
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path, task_path
+from vllm_vlora.plugin.images import make_image
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint, offered, read_whole
 from vllm_vlora.plugin.published import ADOPT_METHOD, ELSEWHERE, OFFER_METHOD, WITHDRAW_METHOD
 from vllm_vlora.plugin.requests import lora_request
@@ -174,6 +175,80 @@ def test_a_task_comes_back_from_memory_until_it_is_discarded() -> None:
     store.discard(str(path))
     with pytest.raises(CheckpointError, match="published again or unpublished; use the request"):
         store.place(path)
+
+
+def _mappings() -> int:
+    """How often this process maps the memory of a task."""
+    return Path("/proc/self/maps").read_text().count("memfd:vllm-vlora-task")
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_memory_is_mapped_as_long_as_the_task_is_there_and_is_not_the_devices(
+    direct: bool, tmp_path: Path
+) -> None:
+    """On CPU what is copied to the device is what is mapped."""
+    store = _direct_store(1 << 20, tmp_path / "ck") if direct else _store(1 << 20, host=1 << 20)
+    given = {"o": [torch.ones(3, MODULES["o"][0]), torch.ones(MODULES["o"][1], 3)]}
+    before = _mappings()
+    with offered("t", read_state_dict(given, None, 6.0, "here"), "nf4") as offer:
+        checkpoint = OfferedCheckpoint(offer)
+    path = checkpoint.task_path
+    store.take(path, checkpoint)
+    assert store.place(path) == 0
+    task = store.held(str(path))
+    assert task is not None
+    assert (task.direct is not None) == direct
+    matrices = [side.matrix for pair in task.sources.values() for side in pair]
+    for part in task.direct.slices.values() if task.direct else ():
+        assert part.a is not None
+        matrices.append(part.a)
+    for matrix in checkpoint.load_task("t").modules["o"].matrices.values():
+        for mapped in matrix.parts.values():
+            mapped.zero_()
+    assert matrices
+    assert all(bool(unpack(matrix).all()) for matrix in matrices)
+    assert _mappings() == before + 1
+    store.discard(str(path))
+    del checkpoint, task, matrices, matrix, mapped
+    assert _mappings() == before
+
+
+def test_of_two_publications_in_a_row_the_first_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is given up while a thread lays it out."""
+    store, before = _store(late=4 << 20, host=1 << 20), _mappings()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return make_image(*args, **kwargs)
+
+    monkeypatch.setattr(resident, "make_image", slowly)
+    for number in range(2):
+        with offered("t", modules(), None) as offer:
+            checkpoint = OfferedCheckpoint(offer)
+        path = checkpoint.task_path
+        store.take(path, checkpoint)
+        if number == 0:
+            assert begun.wait(30)
+            reading = store._staging[str(path)]
+            store.discard(str(path))
+            go_on.set()
+            reading.result(30)
+            del reading, checkpoint
+    assert store.place(path) == 0
+    assert _mappings() == before + 1
+    assert store.host_nbytes <= 1 << 20
+
+
+def test_what_one_worker_would_write_no_other_reads() -> None:
+    with offered("t", modules(), None) as offer:
+        one, other = OfferedCheckpoint(offer), OfferedCheckpoint(offer)
+    one.load_task("t").modules[NAMES[0]].matrices["A"].parts["values"].zero_()
+    values = other.load_task("t").modules[NAMES[0]].matrices["A"].parts["values"]
+    assert torch.equal(values, factors()[NAMES[0]][0])
 
 
 def _direct_store(late: int, folder: Path) -> ResidentStore:

@@ -355,6 +355,29 @@ def test_the_longer_nothing_comes_the_seldomer_it_is_asked() -> None:
     assert world.arrivals.pause is None
 
 
+def test_what_was_asked_is_asked_again_where_the_devices_lost_it_meanwhile() -> None:
+    world = World(8, {"a": 4, "b": 4, "c": 4})
+    world.workers.stage("a", "b", "c")
+    for name in "ab":
+        world.wait(f"{name}1")
+        world.arrivals.advance()
+    world.workers.used.clear()
+    world.steps_go_on = True
+    world.wait("c1")
+    world.arrivals.advance()
+    world.questions[-1].answer()
+    assert world.arrivals.unask() == [path_of("c")]
+    assert world.arrivals.unask() == []
+    assert world.workers.on == [{"b", "c"}]
+    assert list(world.workers.residency.paths()) == [path_of("b")], "a gave way"
+    world.workers.forget(path_of("c"))
+    world.arrivals.advance()
+    world.questions[-1].answer()
+    world.arrivals.advance()
+    assert world.entered == ["a1", "b1", "c1"]
+    assert world.workers.on == [{"b", "c"}]
+
+
 def test_an_answer_that_steps_bring_is_looked_for_soon() -> None:
     world = World(4, {"a": 4})
     world.steps_go_on = True

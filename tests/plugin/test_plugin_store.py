@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -347,6 +350,64 @@ def test_tasks_that_are_read_side_by_side_share_one_basis(
                 torch.testing.assert_close(source_b.to_dense().T @ source_a.to_dense(), b @ a)
         for path in paths:
             store.forget(str(path))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whoever_comes_goes_and_comes_back_while_threads_read_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Each reading ends, well or not, at a moment that is chosen among all other events."""
+    checkpoint = build(tmp_path / "ck", dict.fromkeys("abcdef", TASKS["joint"]))
+    store = Store(budget=Budget(device=0, late=1 << 20, host=2048)).store
+    store.preload(checkpoint.path)
+    for name in checkpoint.tasks:
+        store.drop(str(task_path(checkpoint, name)))
+    ends: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    load_task = Checkpoint.load_task
+
+    def load(self: Checkpoint, task: str, *args: Any, **kwargs: Any) -> Any:
+        if not ends.get(timeout=30):
+            raise CheckpointError(f"{task} is damaged")
+        return load_task(self, task, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoint, "load_task", load)
+    random, paths = Random(seed), [task_path(checkpoint, name) for name in checkpoint.tasks]
+    seen: Counter[str] = Counter()
+    for _ in range(400):
+        event, path = random.choice(["ask", "ask", "ask", "go", "end", "end"]), random.choice(paths)
+        reading = [one for one in store._staging.values() if not one.done()]
+        # Two threads read, and are at it.
+        deadline = time.monotonic() + 30
+        while sum(one.running() for one in reading) < min(2, len(reading)):
+            assert time.monotonic() < deadline
+            time.sleep(0.0001)
+        if event == "end":
+            if reading:
+                ends.put(random.random() < 0.7)
+                assert wait(reading, 30, FIRST_COMPLETED).done
+        elif event == "go":
+            random.choice([store.drop, store.forget])(str(path))
+        elif store.stage(path):
+            try:
+                assert store.place(path) == 0
+                seen["held"] += 1
+            except CheckpointError:
+                seen["failed"] += 1
+                assert store.held(str(path)) is None
+        if store._given_up:
+            seen["given up"] += 1
+        assert store._given_up <= store._staging.keys()
+    assert len(seen) == 3, seen
+    for path in paths:
+        store.drop(str(path))
+    for _ in paths:
+        ends.put(True)
+    for reading in list(store._staging.values()):
+        reading.exception(30)
+    store.tidy()
+    assert not store._staging
+    assert (store.arena_used, store.host_nbytes, len(store)) == (0, 0, 0)
+    assert not store._given_up
 
 
 def _laid_out(basis: Basis, order: int) -> Basis:

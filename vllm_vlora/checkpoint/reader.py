@@ -101,6 +101,9 @@ class Checkpoint:
         'joint'
     """
 
+    # Whether tasks are views of memory that is there as long as the checkpoint, and that none writes to.
+    is_in_memory = False
+
     def __init__(
         self,
         path: Path,

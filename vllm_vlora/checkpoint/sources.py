@@ -53,8 +53,9 @@ from vllm_vlora.wording import without_secrets
 
 logger = logging.getLogger(__name__)
 
-# Where the tasks come from that were not fetched with their checkpoint: what the cache has of a URL, or
-# of a Hub repository -> that, as it was given, since a URL may hold a signature.
+# Where the tasks come from that were not fetched with their checkpoint: what the cache has of a URL
+# without them, or of a Hub repository -> that, as it was given, since a URL may hold a signature. It is
+# the process's, whose engines, one after another or side by side, mean the same by a folder.
 _LATER: dict[Path, str] = {}
 # What no manifest knows of and the digest of the content covers.
 _COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE, ROUTER_FILE)
@@ -200,7 +201,8 @@ def _from_url(url: str, wanted: str | None, parts: Parts) -> Path:
     cached = Cached(url)
     if parts is not Parts.TASKS_LATER:
         return _state_of_url(cached, url, wanted, parts)
-    _LATER[cached.folder.resolve()] = url
+    # Not those beside them that were fetched whole, by this process or by others.
+    _LATER[(cached.folder / parts.value).resolve()] = url
     return _for_tasks(_state_of_url(cached, url, wanted, parts))
 
 

@@ -186,6 +186,14 @@ class Arrivals:
         """The tasks that are awaited."""
         return set(self._awaited)
 
+    def unask(self) -> list[str]:
+        """Take back what the workers were asked; paths of tasks that they may hold nevertheless."""
+        question, self._question = self._question, None
+        if question is None:
+            return []
+        self._residency.settle([_gave_way(told) for told in question.answer.result()])
+        return [arrival.request.lora_path for arrival in question.arrivals]
+
     def look_again(self) -> None:
         """Ask anew for the tasks that waited for more than to be read."""
         for arrival in self._awaited.values():

@@ -135,17 +135,22 @@ class Tasks:
             self._ticker.run(self.arrivals.pause)
 
 
-class _Ticker:
-    """Wakes an engine core's loop again and again while requests wait for their tasks.
+def wake_message() -> tuple[Any, list[str]]:
+    """What wakes an engine core's loop.
 
     An abort of no request is the one message that every vLLM takes at any time and answers with nothing.
     """
+    from vllm.v1.engine import EngineCoreRequestType
+
+    return EngineCoreRequestType.ABORT, []
+
+
+class _Ticker:
+    """Wakes an engine core's loop again and again while requests wait for their tasks."""
 
     def __init__(self, core: Any) -> None:
-        from vllm.v1.engine import EngineCoreRequestType
-
         self._core = core
-        self._message = EngineCoreRequestType.ABORT, list[str]()
+        self._message = wake_message()
         self._pause: float | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None

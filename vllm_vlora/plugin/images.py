@@ -1,8 +1,9 @@
 """A task as one run of bytes, which is copied to a device as a whole.
 
 A task is hundreds of small tensors. As an *image* all of them are views of one block of host memory, and
-on a device views of one block there: bringing a task is one copy, and giving it up is one block. What
-tasks share is not part of an image.
+on a device views of one block there: bringing a task is one copy, and giving it up is one block. What is
+kept on the host in any case, and need not be pinned, may stay where it is: a copy a piece is then little
+beside a copy of all. What tasks share is not part of an image.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import ctypes
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from operator import itemgetter
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ Tree = TypeVar("Tree")
 _WIDEST = 16
 # What trees hold beside tensors; most of what is in them, and quickly told apart.
 _PLAIN = (str, int, float, type(None))
+_Pieces = Sequence[tuple[int, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +39,8 @@ class Span:
     @classmethod
     def between(cls, one: torch.Tensor, other: torch.Tensor) -> Span:
         """Of a tensor, whose place another of its shape and strides takes."""
-        start = other.storage_offset() * other.element_size()
-        memory = torch.empty(0, dtype=torch.uint8, device=other.device)
-        memory.set_(other.untyped_storage(), start, (_extent(other),), (1,))
-        return cls(one.data_ptr(), memory)
+        start = int(other.storage_offset()) * other.element_size()
+        return cls(one.data_ptr(), _bytes_of(other.untyped_storage(), start, _extent(other)))
 
 
 class _Place:
@@ -53,9 +54,10 @@ class _Place:
         self.stride = None if tensor.is_contiguous() else tensor.stride()
         self.extent = tensor.nbytes if self.stride is None else _extent(tensor)
 
-    def within(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor there."""
-        flat = memory[self.start : self.start + self.extent].view(self.dtype)
+    def within(self, memory: torch.Tensor, begin: int = 0) -> torch.Tensor:
+        """The tensor there, in memory that begins so far into the block."""
+        start = self.start - begin
+        flat = memory[start : start + self.extent].view(self.dtype)
         if self.stride is None:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
@@ -80,37 +82,53 @@ class _Later(Mapping[Any, Any]):
         return len(self._values)
 
 
+class _Run(NamedTuple):
+    """Host memory from one address up to another, of one storage, or 0 for whatever has it."""
+
+    first: int
+    stop: int
+    home: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.first
+
+
 @dataclasses.dataclass(frozen=True)
 class Image(Generic[Tree]):
-    """What lies in a block of host memory.
+    """What lies in host memory as it is to lie in a block of a device's.
 
     Attributes:
-        places: the tree, with the place in ``block`` instead of each tensor of the image.
-        block: uint8; pinned where there is a GPU, so that the copy to it need not wait.
-        nbytes: bytes of what lies in it, without the gaps.
-        records: a part of the tree, and of the block: int64, among them addresses. None for none.
+        places: the tree, with the place in the block instead of each tensor of the image.
+        pieces: where each begins in the block, and its bytes on the host, uint8, in this order; one alone
+            unless what is in the image stayed where it was.
+        size: bytes of the block. nbytes: of what lies in it, without the gaps.
+        pinned: the host's memory is, so that the copy need not be waited for.
+        records: a part of the tree, and of a piece: int64, among them addresses. None for none.
         targets: like ``records``: for an address how far from the block's start it points, else -1.
     """
 
     places: Tree
-    block: torch.Tensor
+    pieces: _Pieces
+    size: int
     nbytes: int
+    pinned: bool = False
     records: torch.Tensor | None = None
     targets: np.ndarray | None = None
     _copied: list[torch.cuda.Event] = dataclasses.field(default_factory=list)
 
     @property
     def tree(self) -> Tree:
-        """Tensors in dataclasses, mappings and tuples; those of the image are views of ``block``."""
-        return self._over(self.block, ())
+        """Tensors in dataclasses, mappings and tuples; those of the image are views of its pieces."""
+        return self._over(self.pieces, ())
 
-    def _over(self, memory: torch.Tensor, shared: Sequence[Span]) -> Tree:
+    def _over(self, pieces: _Pieces, shared: Sequence[Span]) -> Tree:
         ordered = sorted(shared, key=lambda span: span.start)
         starts = [span.start for span in ordered]
 
         def leaf(found: Any) -> torch.Tensor:
             if isinstance(found, _Place):
-                return found.within(memory)
+                return _within(pieces, found)
             return _moved(found, starts, ordered)
 
         # What is made later must not keep what others share on the host.
@@ -123,17 +141,17 @@ class Image(Generic[Tree]):
             memory: uint8, no shorter than the block, and free while copies to it are under way.
             shared: where that lies which is no part of the image.
         """
-        memory = memory[: self.block.nbytes]
-        pinned = self.block.is_pinned()
+        memory = memory[: self.size]
         while self._copied:
             self._copied.pop().synchronize()
         if self.records is not None and self.targets is not None:
             records, targets = self.records.numpy(), self.targets
             np.copyto(records, targets + memory.data_ptr(), where=targets >= 0)
-        memory.copy_(self.block, non_blocking=pinned)
-        if pinned:
+        for begin, piece in self.pieces:
+            memory[begin : begin + piece.nbytes].copy_(piece, non_blocking=self.pinned)
+        if self.pinned:
             self._copied.append(torch.cuda.current_stream().record_event())
-        return self._over(memory, list(shared))
+        return self._over([(0, memory)], list(shared))
 
 
 def make_image(
@@ -141,6 +159,7 @@ def make_image(
     leave: Iterable[torch.Tensor] = (),
     records: tuple[torch.Tensor, Sequence[int]] | None = None,
     pin: bool = False,
+    stay: bool = False,
 ) -> Image[Tree]:
     """An image of a tree of host tensors.
 
@@ -149,28 +168,33 @@ def make_image(
         records: a tensor of the tree, int64 ``[rows, fields]``, and which fields are addresses of what
             lies in the others; 0 stands for none.
         pin: pin its memory.
+        stay: leave the tensors where they are. Nobody writes to them as long as the image lives, and the
+            image writes to the records alone.
     """
     left = {tensor.untyped_storage().data_ptr() for tensor in leave}
     found: list[tuple[int, _Place]] = []
+    homes: dict[int, torch.UntypedStorage] = {}
+    extents: list[_Run] = []
 
     def leaf(tensor: torch.Tensor) -> Any:
         if not tensor.numel() or (left and tensor.untyped_storage().data_ptr() in left):
             return tensor
-        place = _Place(tensor)
-        found.append((tensor.data_ptr(), place))
+        place, address = _Place(tensor), tensor.data_ptr()
+        found.append((address, place))
+        home = 0
+        if stay:
+            storage = tensor.untyped_storage()
+            homes[home := storage.data_ptr()] = storage
+        extents.append(_Run(address, address + place.extent, home))
         return place
 
     places = _mapped(tree, leaf)
-    runs = _merged([(address, address + place.extent) for address, place in found])
-    starts, end = [], 0
-    for first, stop in runs:
-        starts.append(end + first % _WIDEST)
-        end = aligned(starts[-1] + stop - first)
-    block = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
-    for (first, stop), start in zip(runs, starts):
-        ctypes.memmove(block.data_ptr() + start, first, stop - first)
-
-    firsts = [first for first, _ in runs]
+    runs = _merged(extents)
+    starts, size = [], 0
+    for run in runs:
+        starts.append(size + run.first % _WIDEST)
+        size = aligned(starts[-1] + run.nbytes)
+    firsts = [run.first for run in runs]
 
     def start_of(address: int) -> int:
         run = bisect_right(firsts, address) - 1
@@ -178,24 +202,45 @@ def make_image(
 
     for address, place in found:
         place.start = start_of(address)
-    nbytes = sum(stop - first for first, stop in runs)
+    if stay:
+        pieces = [
+            (start, _bytes_of(homes[run.home], run.first - run.home, run.nbytes))
+            for run, start in zip(runs, starts)
+        ]
+    else:
+        pieces = [(0, _joined(runs, starts, size, pin))]
+    nbytes = sum(run.nbytes for run in runs)
     if records is None:
-        return Image(places, block, nbytes)
+        return Image(places, pieces, size, nbytes, pin)
     table, fields = records
-    targets = _targets(table.numpy(), fields, runs, starts)
     own = _Place(table)
     own.start = start_of(table.data_ptr())
-    return Image(places, block, nbytes, own.within(block), targets)
+    targets = _targets(table.numpy(), fields, firsts, starts)
+    return Image(places, pieces, size, nbytes, pin, _within(pieces, own), targets)
+
+
+def _joined(runs: list[_Run], starts: list[int], size: int, pin: bool) -> torch.Tensor:
+    """One block with a copy of all runs."""
+    block = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    for run, start in zip(runs, starts):
+        ctypes.memmove(block.data_ptr() + start, run.first, run.nbytes)
+    return block
+
+
+def _within(pieces: _Pieces, place: _Place) -> torch.Tensor:
+    """The tensor of a place, in the piece that has it."""
+    found = bisect_right(pieces, place.start, key=itemgetter(0)) - 1
+    begin, memory = pieces[found]
+    return place.within(memory, begin)
 
 
 def _targets(
-    table: np.ndarray, fields: Sequence[int], runs: list[tuple[int, int]], starts: list[int]
+    table: np.ndarray, fields: Sequence[int], firsts: list[int], starts: list[int]
 ) -> np.ndarray:
     targets = np.full(table.shape, -1, dtype=np.int64)
     addresses = table[:, fields]
-    firsts = np.array([first for first, _ in runs], dtype=np.int64)
-    run = np.searchsorted(firsts, addresses, side="right") - 1
-    moved = addresses - firsts[run] + np.array(starts, dtype=np.int64)[run]
+    run = np.searchsorted(np.array(firsts, dtype=np.int64), addresses, side="right") - 1
+    moved = addresses - np.array(firsts)[run] + np.array(starts, dtype=np.int64)[run]
     targets[:, fields] = np.where(addresses != 0, moved, -1)
     return targets
 
@@ -236,18 +281,25 @@ def _moved(tensor: torch.Tensor, starts: list[int], spans: list[Span]) -> torch.
     return flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset())
 
 
+def _bytes_of(storage: torch.UntypedStorage, start: int, nbytes: int) -> torch.Tensor:
+    """A part of a tensor's memory, uint8."""
+    memory = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return memory.set_(storage, start, (nbytes,), (1,))
+
+
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.element_size()
 
 
-def _merged(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merged(extents: list[_Run]) -> list[_Run]:
     """The runs that extents fill together, in order."""
-    runs: list[tuple[int, int]] = []
-    for first, stop in sorted(extents):
-        if runs and first <= runs[-1][1]:
-            runs[-1] = runs[-1][0], max(stop, runs[-1][1])
+    runs: list[_Run] = []
+    for extent in sorted(extents):
+        last = runs[-1] if runs else None
+        if last is not None and extent.first <= last.stop and extent.home == last.home:
+            runs[-1] = last._replace(stop=max(last.stop, extent.stop))
         else:
-            runs.append((first, stop))
+            runs.append(extent)
     return runs

@@ -217,6 +217,8 @@ class OfferedCheckpoint(Checkpoint):
         ElsewhereError: the memory cannot be mapped here.
     """
 
+    is_in_memory = True
+
     def __init__(self, offer: Offer, content: bytes | None = None) -> None:
         parsed = parse_task_path(offer.path)
         assert parsed is not None, offer.path
@@ -252,6 +254,8 @@ class OfferedCheckpoint(Checkpoint):
         self, task_id: str, device: torch.device | str = "cpu", narrow: bool = False
     ) -> StoredTask:
         """The task, whose factors are views of the memory where ``device`` is the host."""
+        # By the thread that reads, which nobody waits for, and not by the copy to a device.
+        self._memory[:: mmap.PAGESIZE].max()
         modules = {}
         for segment, parts in zip(self.record(task_id).segments, self._parts):
             sides: dict[str, dict[str, torch.Tensor]] = {"A": {}, "B": {}}
@@ -280,11 +284,12 @@ def _mapped(offer: Offer) -> torch.Tensor:
         found = os.stat(offer.place)
         if not stat.S_ISREG(found.st_mode) or found.st_size != size:
             raise ElsewhereError(f"{offer.place} is another file")
-        file = os.open(offer.place, os.O_RDWR | os.O_CLOEXEC)
+        file = os.open(offer.place, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ElsewhereError(f"{offer.place}: {error.strerror}") from error
     try:
-        memory = mmap.mmap(file, size)
+        # Whatever went wrong here, nothing would be written where others read.
+        memory = mmap.mmap(file, size, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         raise ElsewhereError(f"{offer.place}: {error}") from error
     finally:

@@ -18,7 +18,7 @@ import msgspec
 
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.plugin.blend_paths import is_made_of
-from vllm_vlora.plugin.engine_core import tasks_of, tasks_so_far
+from vllm_vlora.plugin.engine_core import tasks_of, tasks_so_far, wake_message
 from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.identity import MEMORY
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
@@ -87,7 +87,7 @@ def adopt(core: Any, task: str, path: str) -> str:
     if before:
         if hasattr(core, "input_queue"):
             # To give 84 MB back takes 30 ms, and who publishes waits for the answer alone.
-            core.input_queue.put_nowait(_nothing())
+            core.input_queue.put_nowait(wake_message())
         else:
             release(core)
     again = " in place of the version before" if before else ""
@@ -142,7 +142,8 @@ def leave_devices(core: Any) -> None:
     tasks = tasks_so_far(core)
     if tasks is None:
         return
-    for path in list(tasks.residency.paths()):
+    # Also what came to them and is not in the books yet.
+    for path in dict.fromkeys([*tasks.arrivals.unask(), *tasks.residency.paths()]):
         tasks.residency.forget(path)
 
 
@@ -150,16 +151,9 @@ def _look_again(core: Any, tasks: Any) -> None:
     """Have an engine core that does nothing look again."""
     if tasks.looks is not None and tasks.looks.is_alive():
         return
-    tasks.looks = threading.Timer(_LOOK_AGAIN, core.input_queue.put_nowait, (_nothing(),))
+    tasks.looks = threading.Timer(_LOOK_AGAIN, core.input_queue.put_nowait, (wake_message(),))
     tasks.looks.daemon = True
     tasks.looks.start()
-
-
-def _nothing() -> tuple[Any, list[str]]:
-    """What wakes an engine core, as ``engine_core`` does."""
-    from vllm.v1.engine import EngineCoreRequestType
-
-    return EngineCoreRequestType.ABORT, []
 
 
 def release_first(original: Callable[..., Any]) -> Callable[..., Any]:

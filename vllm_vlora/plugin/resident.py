@@ -175,7 +175,7 @@ class _HostImages:
             return []
         gone = self.pop(path)
         self.held[path] = staged
-        self.nbytes += staged.image.block.nbytes
+        self.nbytes += staged.image.size
         while self.nbytes > self.limit:
             gone += self.pop(next(iter(self.held)))
         return gone
@@ -185,7 +185,7 @@ class _HostImages:
         staged = self.held.pop(path, None)
         if staged is None:
             return []
-        self.nbytes -= staged.image.block.nbytes
+        self.nbytes -= staged.image.size
         return [staged]
 
 
@@ -239,6 +239,8 @@ class ResidentStore:
         self._unused: deque[frozenset[BasisKey]] = deque()
         self._images = _HostImages(0 if budget is None else budget.host)
         self._staging: dict[str, Future[_Staged]] = {}
+        # Those of them that were given up while a thread was at them.
+        self._given_up: set[str] = set()
         self._readers = ThreadPoolExecutor(_READERS, "vlora-stage")
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "vlora-fetch")
         self._next: _NextBases | None = None
@@ -472,6 +474,7 @@ class ResidentStore:
         placed = self._placed.get(name)
         if placed is not None:
             return None if self._is_held_back(placed) else True
+        self._reclaim(name)
         staged = self._images.held.get(name) or _result(self._staging.get(name))
         if staged is not None and self._is_stale(staged):
             self._discard(name)
@@ -486,7 +489,7 @@ class ResidentStore:
             readers = self._fetchers if fetched else self._readers
             future = self._staging[name] = readers.submit(self._read_path, path)
         # Not True where it was read just now: in which form is seen at the next question.
-        return future.done() and future.exception() is not None
+        return _failed(future)
 
     def take(self, path: TaskPath, checkpoint: Checkpoint) -> None:
         """Have a task from a checkpoint in memory, which is kept until ``discard``, and stage it.
@@ -513,7 +516,7 @@ class ResidentStore:
         if self._growing or name in self._placed or likely <= room:
             return
         staged = self._images.held.get(name) or self._staging[name].result()
-        nbytes = staged.image.block.nbytes
+        nbytes = staged.image.size
         if nbytes > room:
             raise MemoryBudgetError(
                 f"no room for task {task_id!r}: it takes {nbytes} bytes, more than the {room} that tasks "
@@ -528,9 +531,19 @@ class ResidentStore:
         for kept in [p for p in (*self._images.held, *self._staging) if is_made_of(p, digest)]:
             self._discard(kept)
 
+    def _reclaim(self, path: str) -> None:
+        """Have who comes back wait for the thread that reads, but not for what went wrong without him."""
+        if path in self._given_up:
+            self._given_up.discard(path)
+            if _failed(self._staging[path]):
+                del self._staging[path]
+
     def _sweep(self) -> None:
-        """Put aside what was staged and is not asked for any more."""
-        for name in [n for n, future in self._staging.items() if future.done()][:-_UNCLAIMED]:
+        """Put aside what was staged and is not asked for any more, and let go of what was given up."""
+        for name in list(self._given_up):
+            self._discard(name)
+        done = [n for n, future in self._staging.items() if future.done()]
+        for name in [n for n in done if n not in self._given_up][:-_UNCLAIMED]:
             future = self._staging.pop(name)
             if future.exception() is None:
                 self._keep(name, future.result())
@@ -562,7 +575,7 @@ class ResidentStore:
             self._discard(name)
             raise TaskLoadError(f"{path}: its basis is being exchanged; ask again")
         if not self._place(name, staged):
-            return staged.image.block.nbytes
+            return staged.image.size
         self._staging.pop(name, None)
         self._keep(name, staged)
         return 0
@@ -600,14 +613,19 @@ class ResidentStore:
         for image in self._images.pop(path):
             self._let_go(image.bases)
         future = self._staging.get(path)
-        # One that is being read is put aside when others come.
-        if future is not None and (future.cancel() or future.done()):
-            del self._staging[path]
-            if not future.cancelled() and future.exception() is None:
-                self._let_go(future.result().bases)
+        if future is None:
+            return
+        if not future.cancel() and not future.done():
+            self._given_up.add(path)
+            return
+        del self._staging[path]
+        self._given_up.discard(path)
+        if not future.cancelled() and future.exception() is None:
+            self._let_go(future.result().bases)
 
     def tidy(self) -> None:
         """Drop what the host keeps of tasks that the served folder has no more."""
+        self._sweep()
         for path in [path for path in self._images.held if self._is_gone(path)]:
             for image in self._images.pop(path):
                 self._let_go(image.bases)
@@ -770,7 +788,8 @@ class ResidentStore:
         direct = path.describe(stored, torch.device("cpu"))
         memory = task_memory(direct)
         task = self._resident(checkpoint, task_id, {}, {}, direct)
-        image = make_image(task, (), (direct.records, ADDRESS_FIELDS), self._pins)
+        records = direct.records, ADDRESS_FIELDS
+        image = make_image(task, (), records, self._pins, self._stays(checkpoint))
         joint = any(segment.is_joint for segment in checkpoint.record(task_id).segments)
         stands_on = checkpoint.basis_digest if joint else ""
         return _Staged(image, frozenset(), {}, memory, stands_on)
@@ -794,7 +813,7 @@ class ResidentStore:
         extra = {name: t for name, t in stored.extra.items() if not is_base_copy(name)}
         task = self._resident(checkpoint, task_id, sources, extra, None, obstacle)
         leave = [*extra.values(), *(t for basis in held.values() for t in _basis_tensors(basis))]
-        image = make_image(task, leave, pin=self._pins)
+        image = make_image(task, leave, pin=self._pins, stay=self._stays(checkpoint))
         return _Staged(image, bases, brought, None)
 
     def _to_stand_on(
@@ -816,6 +835,10 @@ class ResidentStore:
     @property
     def _pins(self) -> bool:
         return self._device.type == "cuda"
+
+    def _stays(self, checkpoint: Checkpoint) -> bool:
+        """Whether a task is copied to the device from where it is: a GPU wants it pinned."""
+        return checkpoint.is_in_memory and not self._pins
 
     def _needed(self, checkpoint: Checkpoint, task_id: str) -> frozenset[BasisKey]:
         """The bases that a task which is materialized needs here."""
@@ -865,8 +888,9 @@ class ResidentStore:
         """Copy a task, and what it needs of bases, to the device; False where that has no room."""
         new = [key for key in staged.brought if key not in self._bases]
         blocks: list[Block] = []
-        for host in (*(staged.brought[key].block for key in new), staged.image.block):
-            block = self._allocate(host.nbytes)
+        sizes = [*(staged.brought[key].size for key in new), staged.image.size]
+        for size in sizes:
+            block = self._allocate(size)
             if block is None:
                 for taken in blocks:
                     self._arena.free(taken)
@@ -937,9 +961,14 @@ def _speakers(checkpoint: Checkpoint, tasks: set[str]) -> set[str]:
 
 def _result(future: Future[_Staged] | None) -> _Staged | None:
     """What was read, if that is done and went well."""
-    if future is None or not future.done() or future.exception() is not None:
+    if future is None or not future.done() or _failed(future):
         return None
     return future.result()
+
+
+def _failed(future: Future[_Staged]) -> bool:
+    """Whether reading is done and went wrong."""
+    return future.done() and future.exception() is not None
 
 
 def _basis_tensors(basis: Basis) -> Iterable[torch.Tensor]:

@@ -186,10 +186,23 @@ def _sleep(original: Callable[..., Any], checkpoint: str | None) -> Callable[...
                     "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which "
                     "keeps them in host memory, or end the engine and start another"
                 )
-            leave_devices(self)
+            _before_sleep(self.model_executor, functools.partial(leave_devices, self))
         return original(self, *args, **kwargs)
 
     return sleep
+
+
+def _before_sleep(executor: Any, leave: Callable[[], None]) -> None:
+    """Have something done once the workers lose their memory: requests in flight may be waited for."""
+    original = executor.sleep
+
+    @functools.wraps(original)
+    def sleep(*args: Any, **kwargs: Any) -> Any:
+        executor.sleep = original
+        leave()
+        return original(*args, **kwargs)
+
+    executor.sleep = sleep
 
 
 # --- the API server and the offline engine ---------------------------------------------------------
