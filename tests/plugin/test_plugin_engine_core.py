@@ -311,7 +311,7 @@ def test_asleep_nothing_is_brought() -> None:
     core.model_executor.is_sleeping = True
     core.add_request(request("1", lora("a")))
     core.turn()
-    assert core.model_executor.asked == ["_held"]
+    assert core.model_executor.asked == ["_held", "_freeze_heap"]
     core.model_executor.is_sleeping = False
     core.turn()
     assert core.added == ["1"]

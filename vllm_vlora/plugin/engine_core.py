@@ -64,6 +64,7 @@ class Tasks:
             steps_go_on=self.steps_go_on,
             alone=workers.count == 1,
         )
+        workers.freeze_heaps()
         core.scheduler.__dict__[_ARRIVALS] = self.arrivals
         self._executor = core.model_executor
         settings = read_settings()

@@ -8,14 +8,15 @@ beside a copy of all. What tasks share is not part of an image.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import dataclasses
+import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 
@@ -43,16 +44,25 @@ class Span:
         return cls(one.data_ptr(), _bytes_of(other.untyped_storage(), start, _extent(other)))
 
 
-class _Place:
-    """Where a tensor of an image lies in its block, and what it is; ``stride`` None where contiguous."""
+class _Place(msgspec.Struct, gc=False):
+    """Where a tensor of an image lies in its block, and what it is; ``stride`` None where contiguous.
 
-    __slots__ = ("dtype", "extent", "shape", "start", "stride")
+    An engine holds thousands for each task, which refer to nothing: a garbage collection that looked at
+    all of them would hold up every step.
+    """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.start = 0
-        self.dtype, self.shape = tensor.dtype, tensor.shape
-        self.stride = None if tensor.is_contiguous() else tensor.stride()
-        self.extent = tensor.nbytes if self.stride is None else _extent(tensor)
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    extent: int
+    start: int = 0
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Place:
+        """Of a tensor; where it lies is not known yet."""
+        if tensor.is_contiguous():
+            return cls(tensor.dtype, tuple(tensor.shape), None, tensor.nbytes)
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), _extent(tensor))
 
     def within(self, memory: torch.Tensor, begin: int = 0) -> torch.Tensor:
         """The tensor there, in memory that begins so far into the block."""
@@ -179,7 +189,7 @@ def make_image(
     def leaf(tensor: torch.Tensor) -> Any:
         if not tensor.numel() or (left and tensor.untyped_storage().data_ptr() in left):
             return tensor
-        place, address = _Place(tensor), tensor.data_ptr()
+        place, address = _Place.of(tensor), tensor.data_ptr()
         found.append((address, place))
         home = 0
         if stay:
@@ -213,7 +223,7 @@ def make_image(
     if records is None:
         return Image(places, pieces, size, nbytes, pin)
     table, fields = records
-    own = _Place(table)
+    own = _Place.of(table)
     own.start = start_of(table.data_ptr())
     targets = _targets(table.numpy(), fields, firsts, starts)
     return Image(places, pieces, size, nbytes, pin, _within(pieces, own), targets)
@@ -259,11 +269,17 @@ def _mapped(tree: Any, leaf: Callable[[Any], Any], later: bool = False) -> Any:
         return tuple(_mapped(value, leaf, later) for value in tree)
     if not dataclasses.is_dataclass(tree):
         return tree
-    # Not ``replace``: what is checked when one is made was checked.
-    found = copy.copy(tree)
-    for name, value in vars(tree).items():
-        object.__setattr__(found, name, _mapped(value, leaf, later))
+    # Not ``replace``: what is checked when one is made was checked. And not by ``vars``, which gives each
+    # a dictionary.
+    found = object.__new__(type(tree))
+    for name in _fields_of(type(tree)):
+        object.__setattr__(found, name, _mapped(getattr(tree, name), leaf, later))
     return found
+
+
+@functools.cache
+def _fields_of(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def _moved(tensor: torch.Tensor, starts: list[int], spans: list[Span]) -> torch.Tensor:

@@ -8,6 +8,7 @@ message queue), which keeps a core of an idle machine busy where something is as
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -59,6 +60,12 @@ def _tidy(worker: Any) -> None:
 
 def _held(worker: Any) -> list[str]:
     return manager_of(worker).held_paths()
+
+
+def _freeze_heap(worker: Any) -> None:
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 def _served(worker: Any) -> list[tuple[str, str]]:
@@ -151,6 +158,14 @@ class Workers:
         self.count = 1 + len(others)
         everywhere = set(first).intersection(*others)
         return [path for path in first if path in everywhere]
+
+    def freeze_heaps(self) -> None:
+        """Have garbage collections pass over what is there now, which is to stay.
+
+        vLLM does so in engine cores and in workers of GPUs once they are warm. In a worker of CPUs each
+        task that came brought a collection of everything nearer: it held up all requests for 0.8 s.
+        """
+        self.ask(_freeze_heap)
 
     def are_direct(self, lora_id: int) -> bool:
         return all(self.ask(_is_direct, lora_id))
