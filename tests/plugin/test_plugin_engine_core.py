@@ -296,7 +296,7 @@ def test_questions_that_a_task_costs() -> None:
     for one, questions in ((core, 2), (alone, 1), (ray, 1)):
         one.workers.stage("a")
         one.add_request(request("1", lora("a")))
-        asked = ["_held"] + ["_bring"] * questions
+        asked = ["_held", "_freeze_heap"] + ["_bring"] * questions
         for _ in range(questions - 1):
             one.turn()
         assert one.added == ["1"]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.plugin import workers
 from vllm_vlora.plugin.arrivals import FAR, Brought
 from vllm_vlora.plugin.residency import Held, Residency
 
@@ -137,7 +138,11 @@ class Executor:
         non_block: bool = False,
     ) -> Any:
         self.asked.append(method.__name__)
-        answers = [method(worker, *args) for worker in self._workers]
+        # Not of the tests' own process.
+        answers = [
+            None if method is workers._freeze_heap else method(worker, *args)
+            for worker in self._workers
+        ]
         if not non_block:
             return answers
         assert not self.uses_ray, "vLLM's promise would fail"
