@@ -127,6 +127,8 @@ def model_place(name: str, *, what: str, error: type[VLoRAError]) -> str:
         return str(cached_snapshot(folder) or folder)
     try:
         huggingface_hub.HfApi().model_info(name, timeout=_PATIENCE)
+    except HFValidationError as problem:
+        raise error(f"{what} {name!r}: no such folder, and not a Hub id, org/name") from problem
     except Exception as problem:
         cached = local_model(name)
         if cached is not None:

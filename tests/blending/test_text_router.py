@@ -196,7 +196,7 @@ def test_weights_of_a_blend_add_up_to_one_in_tenths(
 def test_what_cannot_be_trained_on_is_refused() -> None:
     with pytest.raises(OptionError, match="got texts of 1"):
         train_text_router({"a": ["x y z", "u v w"]})
-    with pytest.raises(DataError, match="task 'b': 1 different prompts"):
+    with pytest.raises(DataError, match="task 'b': 1 different prompt;"):
         train_text_router({"a": ["x y z", "u v w"], "b": ["same", "same", " "]})
     for options in ({"held_out": 1.0}, {"held_out": float("nan")}, {"hidden": 0}, {"epochs": 0}):
         with pytest.raises(OptionError):

@@ -417,7 +417,7 @@ def test_a_failure_says_how_many_tasks_were_written(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "original")
     checkpoint = store(tmp_path / "ckpt", {task: (adapter, keep(adapter)) for task in "abc"})
     (tmp_path / "ckpt" / checkpoint.record("c").file).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="2 of 3 tasks were written before that and stay"):
+    with pytest.raises(CheckpointError, match="written before that and kept: 2 of 3 tasks"):
         export_all(checkpoint, "abc", tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b"]
 
