@@ -951,7 +951,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(world: World, tmp_path: Path
     missing = tmp_path / "none/report.html"
     assert "make it first" in error_line(*base, *sql, "--html", missing)
     wrong = error_line(world.exact, "--base", tmp_path / "nomodel", *sql)
-    assert wrong.endswith("nomodel': no such folder, and not a Hub id, org/name\n")
+    assert wrong.endswith("nomodel': no such folder, and not a Hub id, org/name")
     other = make_model(tmp_path / "other", hidden=32)
     assert "adapters' own base model" in error_line(world.exact, "--base", other, *sql)
     swapped = error_line(*base, *sql, "--adapter", f"sql={world.adapters['chat']}")
