@@ -73,14 +73,17 @@ def _unreadable(world2: PublishedWorld) -> None:
 
 
 def _damaged(world2: PublishedWorld) -> None:
-    world2.publish({**SECOND, "broken": "attention"})
-    file = world2.folder / Checkpoint.open(world2.folder).record("broken").file
+    made = world2.publish({**SECOND, "broken": "attention"}, "damaged")
+    file = made / Checkpoint.open(made).record("broken").file
     file.write_bytes(file.read_bytes()[::-1])
+    # Nobody sees it before.
+    made.rename(world2.folder)
 
 
 def _half_copied(world2: PublishedWorld) -> None:
-    world2.publish({**SECOND, "half": "attention"})
-    (world2.folder / Checkpoint.open(world2.folder).record("half").file).unlink()
+    made = world2.publish({**SECOND, "half": "attention"}, "half copied")
+    (made / Checkpoint.open(made).record("half").file).unlink()
+    made.rename(world2.folder)
 
 
 @pytest.mark.parametrize("change", [_gone, _unreadable, _damaged, _half_copied])
