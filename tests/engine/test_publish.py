@@ -92,6 +92,8 @@ def test_what_cannot_be_served_is_refused_and_the_state_before_it_answers(
 ) -> None:
     world2.publish(SECOND)
     world2.wait_until_listed(set(SECOND))
+    # What was asked for once is there without the folder.
+    world2.settle(SECOND)
     lines = world2.server.log.read_text().count("what was published is not served")
     world2.folder.rename(world2.world.root / "aside")
     change(world2)
