@@ -271,8 +271,9 @@ def _mapped(tree: Any, leaf: Callable[[Any], Any], later: bool = False) -> Any:
         return tree
     # Not ``replace``: what is checked when one is made was checked. And not by ``vars``, which gives each
     # a dictionary.
-    found = object.__new__(type(tree))
-    for name in _fields_of(type(tree)):
+    kind: Any = type(tree)
+    found = object.__new__(kind)
+    for name in _fields_of(kind):
         object.__setattr__(found, name, _mapped(getattr(tree, name), leaf, later))
     return found
 
