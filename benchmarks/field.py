@@ -27,6 +27,7 @@ from harness import (
 )
 from safetensors.torch import save_file
 
+from vllm_vlora.planning.survey import MOST_COMPONENTS
 from vllm_vlora.timing import best_seconds
 
 DESCRIPTION = """\
@@ -57,8 +58,6 @@ EXAMPLES = """\
 """
 WIDE, INSIDE, NARROW, RANK = 4096, 14336, 1024, 16
 LAYERS, ADAPTERS, TRIED = 32, 100, 21
-# As of planning.survey.
-MOST_COMPONENTS = 1024
 LAYER = {
     "self_attn.q_proj": (WIDE, WIDE),
     "self_attn.k_proj": (WIDE, NARROW),

@@ -40,7 +40,7 @@ from vllm_vlora.representations.spec import BasisSpec, FlatSpec
 _SHARE_SLACK = 4
 # Cost grows with the width, and a core on so many rows hardly saves bytes: at 4096 columns it has a
 # quarter of the numbers of the factors.
-_MOST_COMPONENTS = 1024
+MOST_COMPONENTS = 1024
 # Numbers of several tasks that are measured at once: more gain nothing, and leave a core's cache. A GPU
 # needs many to be busy.
 _BATCH_ELEMENTS = 1 << 19
@@ -371,7 +371,7 @@ class Surveyor:
             return most
         share = settings.byte_limit * module.original_nbytes / self.collection.original_nbytes
         share *= len(tasks) / len(module.tasks)
-        most = min(most, _MOST_COMPONENTS)
+        most = min(most, MOST_COMPONENTS)
         return _most_components(module, ranks, settings.formats, most, share * _SHARE_SLACK)
 
     def _widths(

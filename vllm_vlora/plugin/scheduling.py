@@ -10,6 +10,7 @@ from vllm_vlora.plugin.admission import Admission, kinds_of, pinned_of
 from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.manager import Setup
 from vllm_vlora.plugin.seam_table import Place
+from vllm_vlora.plugin.workers import manager_of
 
 
 def schedule_by_kind(setup: Setup, places: Mapping[str, Place]) -> list[tuple[Any, str, Any]]:
@@ -95,4 +96,4 @@ def _learn_kinds(core: Any, path: str) -> None:
 
 
 def _direct_paths(worker: Any) -> set[str]:
-    return worker.model_runner.lora_manager._adapter_manager.direct_paths()
+    return manager_of(worker).direct_paths()
