@@ -162,11 +162,13 @@ def test_a_model_is_asked_for_once_and_else_taken_from_the_cache(
 ) -> None:
     found, place = resolve_in_subprocess("org/adapter", tmp_path, MODEL, HF_ENDPOINT=endpoint)
     assert (found, place) == (True, "org/adapter")
-    for ref, said in (("org/missing", "no such repository"), ("/a/b", "not a valid Hub id")):
+    for ref, said in (
+        ("org/missing", "; the Hub has no such repository"),
+        ("/a/b", ", and not a Hub id"),
+    ):
         found, message = resolve_in_subprocess(ref, tmp_path, MODEL, HF_ENDPOINT=endpoint)
         assert not found
-        assert f"base model '{ref}': no such folder; " in message
-        assert said in message
+        assert message.startswith(f"base model '{ref}': no such folder{said}")
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     found, message = resolve_in_subprocess("org/model", tmp_path, MODEL, **closed)
     assert not found
