@@ -53,8 +53,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-len", type=count, default=16, help="tokens (default: 16)")
     parser.add_argument("--output-len", type=count, default=16, help="tokens (default: 16)")
     parser.add_argument("--max-num-seqs", type=count, default=16, help="at once (default: 16)")
-    parser.add_argument("--model", default="tiny", help="as of the benchmark serving")
-    parser.add_argument("--work", type=Path, help="where adapters are kept (default: nowhere)")
 
 
 def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -55,6 +55,8 @@ COMMON: dict[str, dict[str, Any]] = {
     "device": {"choices": ["cuda", "cpu"], "help": "cuda is also ROCm (default: cuda)"},
     "rounds": {"type": count, "metavar": "N"},
     "seed": {"type": int, "default": 0},
+    "model": {"default": "tiny", "help": "as of the benchmark serving"},
+    "work": {"type": Path, "help": "where adapters are kept (default: nowhere)"},
     "device-note": {"metavar": "TEXT", "help": "kept with the device's description"},
     "json": {"metavar": "FILE", "type": Path, "help": "also write everything to FILE"},
     "plot": {"metavar": "FILE", "type": Path, "help": "also draw it (needs matplotlib)"},

@@ -61,8 +61,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--together", type=count, default=8, help="requests at once (default: 8)")
     parser.add_argument("--prompt-len", type=count, default=16, help="tokens (default: 16)")
     parser.add_argument("--output-len", type=count, default=4, help="tokens (default: 4)")
-    parser.add_argument("--model", default="tiny", help="as of the benchmark serving")
-    parser.add_argument("--work", type=Path, help="where adapters are kept (default: nowhere)")
     parser.add_argument(
         "--start", type=count_list, help="tasks of checkpoints that are only started"
     )

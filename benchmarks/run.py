@@ -29,6 +29,8 @@ class Benchmark:
     common: dict[str, str]
 
 
+# Of those that make adapters for a model of their own.
+_SERVED = {"device-note": "", "model": "", "work": ""}
 BENCHMARKS = {
     "activation": Benchmark(
         "time to make a task ready that is not loaded: vLLM's worker, or the kernels alone",
@@ -69,17 +71,17 @@ BENCHMARKS = {
     "fairness": Benchmark(
         "one task's burst beside others: latency and throughput, with fair sharing and without",
         "fairness",
-        {"quick": "", "rounds": "turns of each (default: 7)", "device-note": ""},
+        {"quick": "", "rounds": "turns of each (default: 7)", **_SERVED},
     ),
     "watching": Benchmark(
         "what following the folder and counting for /metrics take from a busy server",
         "watching",
-        {"quick": "", "rounds": "turns of each (default: 9)", "device-note": ""},
+        {"quick": "", "rounds": "turns of each (default: 9)", **_SERVED},
     ),
     "residency": Benchmark(
         "the first token of tasks on the device, in host memory and on disk; starts with many tasks",
         "residency",
-        {"quick": "", "rounds": "turns of each (default: 3)", "device-note": ""},
+        {"quick": "", "rounds": "turns of each (default: 3)", **_SERVED},
     ),
     "publish": Benchmark(
         "a task from tensors in memory: until an engine has it, beside a folder and a copy",

@@ -41,14 +41,19 @@ One is as users start it: it looks at the folder, and asks its engine core once 
 shows of it. The other does neither (VLLM_VLORA_FOLLOW=off, and it asks once an hour). Both are scraped
 once a second. Reported are requests a second and CPU seconds of all of a server's processes for a
 request, and their ratios, round by round; the answers are compared before any figure is printed.
+
+Then both have nothing to do at the same time: what one takes more of a CPU than the other is what
+watching takes in every second, and a busy server is asked no more often.
 """
 EXAMPLES = """\
   python benchmarks/run.py watching --quick          a check that it runs, about a minute
-  python benchmarks/run.py watching --json FILE      some five minutes on two cores
+  python benchmarks/run.py watching --json FILE      some eight minutes on two cores
 """
 CHECKPOINT, RANK = "nf4", 8
 WATCHING, NEITHER = "watching and counting", "neither"
 SERVERS = (WATCHING, NEITHER)
+# After the last request a worker looks for another one for a second, and is asked once more.
+_CALM_SECONDS = 5
 # The server's main process is its API server, whose module asks as often as this says.
 _PROGRAM = """\
 import os
@@ -71,8 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--together", type=count, default=8, help="requests at once (default: 8)")
     parser.add_argument("--prompt-len", type=count, default=16, help="tokens (default: 16)")
     parser.add_argument("--output-len", type=count, default=16, help="tokens (default: 16)")
-    parser.add_argument("--model", default="tiny", help="as of the benchmark serving")
-    parser.add_argument("--work", type=Path, help="where adapters are kept (default: nowhere)")
+    parser.add_argument("--idle", type=count, help="seconds with nothing to do (default: 120)")
 
 
 def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -80,6 +84,7 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     args.tasks = args.tasks or (20 if args.quick else 300)
     args.requests = args.requests or (60 if args.quick else 600)
     args.rounds = args.rounds or (2 if args.quick else 9)
+    args.idle = args.idle or (5 if args.quick else 120)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
         folder = args.work or Path(temporary)
         world = World(folder, WorldPlan(args.model, args.tasks, min(args.tasks, 16), RANK))
         world.make([CHECKPOINT])
-        turns = measure(args, world, Path(temporary))
-    report |= figures(args, turns)
+        turns, idle = measure(args, world, Path(temporary))
+    report |= figures(args, turns, idle)
     print_figures(report)
     end_record(report)
     write_json(args.json, report)
@@ -108,8 +113,10 @@ class Turn:
     answers: list[list[int]]
 
 
-def measure(args: argparse.Namespace, world: World, logs: Path) -> dict[str, list[Turn]]:
-    """Server -> its turns, the first of which, to warm up, is left out.
+def measure(
+    args: argparse.Namespace, world: World, logs: Path
+) -> tuple[dict[str, list[Turn]], dict[str, float]]:
+    """Server -> its turns without the first, which warms up; and CPU seconds of each with nothing to do.
 
     Raises:
         WrongResultError: the servers' answers differ.
@@ -131,7 +138,25 @@ def measure(args: argparse.Namespace, world: World, logs: Path) -> dict[str, lis
                 found[name].append(servers[name].turn(args, asked))
             if len({str(turns[-1].answers) for turns in found.values()}) > 1:
                 raise WrongResultError("the two servers answer otherwise")
-    return {name: turns[1:] for name, turns in found.items()}
+        idle = _idle(args, servers)
+    return {name: turns[1:] for name, turns in found.items()}, idle
+
+
+def _idle(args: argparse.Namespace, servers: dict[str, _Server]) -> dict[str, float]:
+    say(f"nothing to do for {args.idle} s")
+    time.sleep(_CALM_SECONDS)
+    before = {name: server.cpu_seconds() for name, server in servers.items()}
+
+    async def scrape(url: str) -> None:
+        async with _client(url) as client:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_scrape(client), args.idle)
+
+    async def scrape_all() -> None:
+        await asyncio.gather(*(scrape(server.url) for server in servers.values()))
+
+    asyncio.run(scrape_all())
+    return {name: server.cpu_seconds() - before[name] for name, server in servers.items()}
 
 
 @dataclass(frozen=True)
@@ -140,12 +165,12 @@ class _Server:
     process: psutil.Process
 
     def turn(self, args: argparse.Namespace, asked: list[tuple[str, list[int]]]) -> Turn:
-        before, began = self._cpu_seconds(), time.perf_counter()
+        before, began = self.cpu_seconds(), time.perf_counter()
         answers = asyncio.run(_ask_all(self.url, asked, args.together, args.output_len))
         seconds = time.perf_counter() - began
-        return Turn(seconds, self._cpu_seconds() - before, answers)
+        return Turn(seconds, self.cpu_seconds() - before, answers)
 
-    def _cpu_seconds(self) -> float:
+    def cpu_seconds(self) -> float:
         every = [self.process, *self.process.children(recursive=True)]
         times = [process.cpu_times() for process in every]
         return sum(spent.user + spent.system for spent in times)
@@ -193,12 +218,22 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise WrongResultError(f"a server did not start:\n{log.read_text()[-_LOG_CHARACTERS:]}")
 
 
+def _client(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=120)
+
+
+async def _scrape(client: httpx.AsyncClient) -> None:
+    while True:
+        (await client.get("/metrics")).raise_for_status()
+        await asyncio.sleep(1)
+
+
 async def _ask_all(
     url: str, asked: list[tuple[str, list[int]]], together: int, length: int
 ) -> list[list[int]]:
     """The tokens of each answer."""
     room = asyncio.Semaphore(together)
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+    async with _client(url) as client:
 
         async def ask(task: str, prompt: list[int]) -> list[int]:
             body = {
@@ -210,20 +245,19 @@ async def _ask_all(
             answer.raise_for_status()
             return answer.json()["choices"][0]["token_ids"]
 
-        async def scrape() -> None:
-            while True:
-                (await client.get("/metrics")).raise_for_status()
-                await asyncio.sleep(1)
-
-        scraping = asyncio.ensure_future(scrape())
+        scraping = asyncio.ensure_future(_scrape(client))
         try:
             return await asyncio.gather(*(ask(*request) for request in asked))
         finally:
             scraping.cancel()
 
 
-def figures(args: argparse.Namespace, turns: dict[str, list[Turn]]) -> dict[str, Any]:
-    """Requests a second and CPU milliseconds for a request of each server, and their ratios."""
+def figures(
+    args: argparse.Namespace, turns: dict[str, list[Turn]], idle: dict[str, float]
+) -> dict[str, Any]:
+    """Requests a second and CPU milliseconds for a request of each server, and their ratios; and of a
+    second in which nothing is to do.
+    """
     rates = {name: [args.requests / turn.seconds for turn in turns[name]] for name in SERVERS}
     costs = {
         name: [1e3 * turn.cpu_seconds / args.requests for turn in turns[name]] for name in SERVERS
@@ -233,6 +267,7 @@ def figures(args: argparse.Namespace, turns: dict[str, list[Turn]]) -> dict[str,
         "cpu_milliseconds": {name: spread_of_rounds(costs[name]) for name in SERVERS},
         "throughput_ratio": spread_of_ratios(rates[WATCHING], rates[NEITHER]),
         "cpu_ratio": spread_of_ratios(costs[WATCHING], costs[NEITHER]),
+        "idle_cpu_milliseconds": {name: 1e3 * idle[name] / args.idle for name in SERVERS},
     }
 
 
@@ -240,10 +275,12 @@ def print_figures(found: dict[str, Any]) -> None:
     """A table of both servers, and the ratios."""
     rows = [
         [name, f"{found['requests_per_second'][name]['p50']:.1f}",
-         f"{found['cpu_milliseconds'][name]['p50']:.2f}"]
+         f"{found['cpu_milliseconds'][name]['p50']:.2f}",
+         f"{found['idle_cpu_milliseconds'][name]:.2f}"]
         for name in SERVERS
     ]  # fmt: skip
-    print(f"\n{table(['a server', 'requests/s', 'CPU ms a request'], rows)}")
+    heads = ["a server", "requests/s", "CPU ms a request", "CPU ms a second, idle"]
+    print(f"\n{table(heads, rows)}")
     for ratio, what in (("throughput_ratio", "requests/s"), ("cpu_ratio", "CPU")):
         p20, p50, p80 = (found[ratio][p] for p in ("p20", "p50", "p80"))
         print(f"{what} of {WATCHING} / {NEITHER}: {p50:.3f} (p20 {p20:.3f}, p80 {p80:.3f})")
