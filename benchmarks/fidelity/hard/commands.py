@@ -35,7 +35,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 from fidelity.hard.command_tables import cells, command_tables  # noqa: E402
 from fidelity.hard.forms import WEIGHTS  # noqa: E402
 from fidelity.hard.table import RESULTS as MEASURED  # noqa: E402
-from fidelity.hard.table import Judge, _append, _read, named, options_parser  # noqa: E402
+from fidelity.hard.table import Judge, append, named, options_parser, read  # noqa: E402
 from fidelity.inputs import CollectionFolder  # noqa: E402
 from vllm_vlora import export_all  # noqa: E402
 from vllm_vlora.checkpoint.reader import Checkpoint  # noqa: E402
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     names = named(options)
     until = time.monotonic() + 60 * options.minutes
-    records = _read(options.json)
+    records = read(options.json)
     for name in names:
         wanted = [ratio for ratio in options.ratios if missing(records, name, ratio, options)]
         if not wanted or time.monotonic() > until:
@@ -267,8 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         judge = Judge(folder / model, CollectionFolder(folder), options.examples)
         for ratio in wanted:
             if time.monotonic() < until:
-                records.append(_append(options.json, measure(folder, ratio, judge, options)))
-    measured = [record for record in _read(options.measured) if record.get("forms")]
+                records.append(append(options.json, measure(folder, ratio, judge, options)))
+    measured = [record for record in read(options.measured) if record.get("forms")]
     print(command_tables([r for r in records if r["collection"] in names], measured))
     return 0
 

@@ -232,26 +232,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = options_parser(__doc__, RATIOS, RESULTS).parse_args(arguments)
     names = named(options)
     until = time.monotonic() + 60 * options.minutes
-    records = _read(options.json)
+    records = read(options.json)
     for name in names:
         own = [record for record in records if record["collection"] == name]
         missing = [r for r in options.ratios if r not in {record.get("ratio") for record in own}]
         if missing and time.monotonic() < until:
             for record in measure(options.folder / name, missing, options, until):
-                records.append(_append(options.json, record))
+                records.append(append(options.json, record))
         if not any("compress_seconds" in r for r in own) and time.monotonic() < until:
-            records.append(_append(options.json, seconds(options.folder / name)))
+            records.append(append(options.json, seconds(options.folder / name)))
     print(tables([record for record in records if record["collection"] in names]))
     return 0
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records that were measured before."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _append(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+def append(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record, which is kept from now on."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     print(record["collection"], record.get("ratio", "seconds"), file=sys.stderr, flush=True)
