@@ -275,6 +275,9 @@ def test_a_known_vllm_is_patched_once(
     assert once != before
     assert state() == once
     assert all("installed in process" in line for line in lines)
+    from vllm import envs
+
+    assert "VLLM_VLORA_CHECKPOINT" in envs.environment_variables  # of which it warns otherwise
 
 
 @pytest.mark.parametrize(

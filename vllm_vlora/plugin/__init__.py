@@ -10,9 +10,13 @@ from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE
 from vllm_vlora.downloads import Parts
 from vllm_vlora.errors import IncompatibleVLLMError
 from vllm_vlora.plugin import events
-from vllm_vlora.plugin.settings import MODE_VARIABLE, Settings, read_settings
+from vllm_vlora.plugin.settings import (
+    MODE_VARIABLE,
+    UNTESTED_VARIABLE,
+    Settings,
+    read_settings,
+)
 
-UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
 # First version that works and first that was not tried; CONTRIBUTING says how to move the end.
 SUPPORTED_VLLM = ((0, 28), (0, 34))
 
@@ -33,6 +37,7 @@ def register() -> None:
         events.install(settings.log)
         folder = _checkpoint_folder(settings.poll_seconds, settings.fetch)
         _install(folder, settings)
+        _tell_variables()
     except IncompatibleVLLMError as error:
         events.logger.error("vllm-vlora: not installed, vLLM runs without it: %s", error)
         return
@@ -117,3 +122,9 @@ def _install(folder: str | None, settings: Settings) -> None:
     seams.install(folder, partial(requests.all_requests, folder), settings)
     if "vlora" not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolverRegistry.register_resolver("vlora", requests.CheckpointResolver(folder))
+
+
+def _tell_variables() -> None:
+    from vllm_vlora.plugin.variables import tell_vllm
+
+    tell_vllm()

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_vlora.errors import IncompatibleVLLMError
-from vllm_vlora.plugin import SUPPORTED_VLLM, UNTESTED_VARIABLE, _vllm_version, check_version
+from vllm_vlora.plugin import SUPPORTED_VLLM, _vllm_version, check_version
 from vllm_vlora.plugin.seam_table import GROUPS, MissingSeamError, Seam
+from vllm_vlora.plugin.settings import UNTESTED_VARIABLE
 
 _HELP = f"""\
 Looks in the installed vLLM for every place that the plugin replaces, overrides, calls or reads, and

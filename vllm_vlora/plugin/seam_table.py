@@ -499,6 +499,7 @@ def _called() -> Iterator[Seam]:
     yield Seam("vllm.platforms", "current_platform.is_cpu", "what is done on CPU alone", ())
     yield Seam("vllm.utils.gpu_sync_debug", "gpu_sync_allowed", "finds the rows of a slot")
     yield Seam("vllm.envs", "VLLM_BATCH_INVARIANT", "refused in direct mode", direct=True)
+    yield Seam("vllm.envs", "environment_variables", "ours are entered: vLLM warns of others")
     yield Seam(
         "vllm.lora.lora_weights",
         "LoRAFullModuleWeights",

@@ -23,6 +23,7 @@ MODES = ("auto", "direct", "materialize")
 # Slots for ordinary adapters and materialized tasks beside the direct ones. A slot of rank 16 takes
 # 80 MB for a Llama-7B in 16 bits, so that one for each of a thousand tasks would fill a GPU.
 DEFAULT_PEFT_SLOTS = 8
+UNTESTED_VARIABLE = "VLLM_VLORA_ALLOW_UNTESTED"
 MODE_VARIABLE = "VLLM_VLORA_MODE"
 SLOTS_VARIABLE = "VLLM_VLORA_SLOTS"
 BASIS_VARIABLE = "VLLM_VLORA_BASIS"
