@@ -69,8 +69,7 @@ def publish_folder(
     """
     target = Path(os.path.realpath(target))
     _check_replaceable(target, force, owned)
-    with _write_errors(target, target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(target)
     with exclusive(target):
         _check_replaceable(target, force, owned)
         with _write_errors(target, target.parent):
@@ -242,6 +241,17 @@ def _concerns(error: OSError, inside: Path) -> bool:
 
 def _reason(error: OSError) -> str:
     return f"{error.strerror or error}; nothing was changed"
+
+
+def _make_parents(target: Path) -> None:
+    with _write_errors(target, target.parent):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            file = next(above for above in target.parents if os.path.lexists(above))
+            raise OutputError(
+                f"cannot write {target}: {file} is not a folder; choose another output path"
+            ) from error
 
 
 def _temporary_name(target: Path) -> Path:

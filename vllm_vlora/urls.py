@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 from vllm_vlora.connections import why_unreachable
 from vllm_vlora.wording import without_secrets
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _LOCAL = re.compile(r"(?:file|local)://", re.IGNORECASE)
 _HTTP = ("http", "https")
 _CHUNK = 8 << 20
@@ -87,7 +87,7 @@ def local_folder(ref: str | Path) -> Path | None:
     """
     if not isinstance(ref, str) or not _LOCAL.match(ref):
         return None
-    return Path(unquote(ref.partition("://")[2]))
+    return Path(unquote(ref.partition("://")[2]) or "/")
 
 
 def url_name(url: str) -> str:
@@ -127,6 +127,7 @@ class RemoteFolder:
         if "::" in url:
             raise RemoteError("a chain of file systems (with ::) is no folder; give one URL")
         scheme = url.partition("://")[0].lower()
+        _check_address(url, scheme)
         self._query, self._is_http = "", scheme in _HTTP
         self._answers: list[Any] = []
         options = {}
@@ -254,6 +255,23 @@ class RemoteFolder:
                 if data:
                     yield data[:left]
                     left -= len(data)
+
+
+def _check_address(url: str, scheme: str) -> None:
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError:
+        pass  # The package that reads it is named when it is opened.
+    except ValueError:
+        raise RemoteError(
+            f"nothing reads {scheme}:// (fsspec does not know it); use s3://, gs://, abfs:// or https://"
+        ) from None
+    behind = url.partition("://")[2]
+    # Other stores may have a default host, as hdfs:///models.
+    if not behind.strip("/") or (scheme in _HTTP and behind.startswith(("/", "?", "#"))):
+        raise RemoteError(f"the URL names nothing behind {scheme}://; give it whole")
 
 
 def _fits(name: str, pattern: str, whole: bool) -> bool:

@@ -488,6 +488,32 @@ def test_a_missing_backend_is_named(url: str) -> None:
         pytest.skip(f"{package} is installed")
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nothing://", "nothing reads nothing://"),
+        ("nothing://a/b", "nothing reads nothing://"),
+        ("memory://", "the URL names nothing behind memory://"),
+        ("https://", "the URL names nothing behind https://"),
+        ("http:///ckpt", "the URL names nothing behind http://"),
+        ("https://?sig=secret", "the URL names nothing behind https://"),
+    ],
+)
+def test_a_url_that_names_no_store_is_refused_as_such(url: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said) as raised:
+        Checkpoint.open(url)
+    assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_file_url_without_a_path_is_not_the_working_folder(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.checkpoint)
+    with pytest.raises(CheckpointError, match="is not a vllm-vlora checkpoint"):
+        Checkpoint.open("file://")
+
+
 @pytest.mark.parametrize("url", ["nothing://a/b", "zip://x::https://host/y", "http://[/"])
 def test_what_is_no_folder_is_refused_in_one_line(url: str) -> None:
     with pytest.raises(CheckpointError) as caught:

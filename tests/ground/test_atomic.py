@@ -206,6 +206,18 @@ def test_an_exception_leaves_the_old_folder_and_nothing_else(
     assert os.listdir(tmp_path) == ["ckpt"]
 
 
+@pytest.mark.parametrize("inner", ["ckpt", "deep/ckpt"])
+def test_a_file_where_a_folder_must_be_is_named(tmp_path: Path, inner: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    target = file / inner
+    with pytest.raises(OutputError) as raised:
+        publish(target, "new")
+    said = f"cannot write {target}: {file} is not a folder; choose another output path"
+    assert str(raised.value) == said
+    assert file.read_text() == "mine"
+
+
 def test_errors_of_reading_inputs_are_not_called_write_errors(tmp_path: Path) -> None:
     def read_missing() -> None:
         with publish_folder(tmp_path / "ckpt", force=False, owned=ours):
