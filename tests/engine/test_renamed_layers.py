@@ -96,14 +96,14 @@ def test_tasks_of_two_names_share_a_basis_and_run_direct(world: World) -> None:
     one, two = _checkpoints(world)
     assert len({module.name[:6] for module in Checkpoint.open(one).modules}) == 1
     answers, log = _serve(world, one, two)
-    assert "4 of 4 tasks run direct" in log
+    assert "4 of 4 tasks direct" in log
     _check(world, answers)
 
 
 def test_a_second_basis_for_a_layer_is_an_obstacle_that_the_log_names(world: World) -> None:
     one, two = _checkpoints(world)
     answers, log = _serve(world, two, one)
-    found = re.search(r"3 of 4 tasks run direct.*1 materialized \((.*)\)", log)
+    found = re.search(r"3 of 4 tasks direct.*1 materialized \((.*)\)", log)
     assert found, log[-5000:]
     assert found[1].startswith("'old-joint': module ")
     assert all(f"{prefix}0." in found[1] for prefix in (world.names.new, world.names.old))

@@ -61,7 +61,7 @@ from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
 from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.plugin.steps import adapt_steps
-from vllm_vlora.wording import shown, some_of
+from vllm_vlora.wording import count_of, shown, some_of
 
 # As bytes over a budget: whatever gives way may help.
 _ALL = sys.maxsize
@@ -533,11 +533,11 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
                 logger.info("vllm-vlora: kernels ready in %.1f s", time.monotonic() - started)
         _warn_of_base_model(checkpoint, self)
         logger.info(
-            "vllm-vlora: %s: %d of %d tasks resident on %s, %.1f MiB, loaded in %.2f s; tasks may take "
+            "vllm-vlora: %s: %d of %s resident on %s, %.1f MiB, loaded in %.2f s; tasks may take "
             "%.1f MiB there",
             shown(str(checkpoint.path)),
             len(store),
-            len(checkpoint.tasks),
+            count_of(len(checkpoint.tasks), "task"),
             self.device,
             store.nbytes / 2**20,
             store.seconds,
@@ -622,10 +622,10 @@ def _log_change(before: State, now: State) -> None:
     came, gone = sorted(new.keys() - old.keys()), sorted(old.keys() - new.keys())
     changed = sorted(task for task in new.keys() & old.keys() if new[task] != old[task])
     logger.info(
-        "vllm-vlora: %s was published again and is served now: %d tasks, %d of them new%s, %d changed%s; "
-        "%d are gone%s",
+        "vllm-vlora: %s was published again and is served now: %s, %d of them new%s, %d changed%s; "
+        "%d gone%s",
         shown(str(now.checkpoint.path)),
-        len(new),
+        count_of(len(new), "task"),
         len(came),
         _named(came),
         len(changed),
@@ -692,10 +692,10 @@ def _log_direct(manager: TaskLoRAManager, path: DirectPath) -> None:
     reasons = {task.obstacle: task.task_id for task in reversed(others)}
     why = some_of((f"{task!r}: {why}" for why, task in reversed(reasons.items())), 3)
     logger.info(
-        "vllm-vlora: mode %s: %d of %d tasks run direct, up to %d in one batch; %d materialized%s",
+        "vllm-vlora: mode %s: %d of %s direct, up to %d in one batch; %d materialized%s",
         manager.setup.settings.mode,
         len(tasks) - len(others),
-        len(tasks),
+        count_of(len(tasks), "task"),
         path.table.slots,
         len(others),
         f" ({shown(why)})" if others else "",
