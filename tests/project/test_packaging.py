@@ -24,6 +24,8 @@ PACKAGE = ROOT / "vllm_vlora"
 FILES = sorted(
     {*PACKAGE.rglob("*.py"), *PACKAGE.glob("tools/*.py"), *PACKAGE.glob("triton_kernels/*.py")}
 )
+# What the wheel is made of.
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "vllm_vlora", "tools", "triton_kernels")
 # What files import at once though the package installs without it: the plugin and the kernels run
 # inside vLLM, which brings these, and this file says in its own words what it needs.
 INSIDE_VLLM = {"vllm", "triton", "fastapi", "starlette", "blake3"}
@@ -67,7 +69,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
     tree = folder / "tree"
     tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "vllm_vlora", "tools", "triton_kernels"):
+    for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
             leave = shutil.ignore_patterns("__pycache__")
@@ -93,6 +95,15 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     there = {str(file.relative_to(ROOT)) for file in FILES} | {"vllm_vlora/py.typed"}
     assert inside == there
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_an_image_is_built_from_what_the_wheel_is_made_of() -> None:
+    """``examples/deploy/Dockerfile`` copies its context, where `make demo` leaves gigabytes."""
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    first, *others = (rule for rule in rules if not rule.startswith("#"))
+    assert first == "*"
+    assert {rule[1:] for rule in others if rule.startswith("!")} == set(SOURCES)
+    assert [rule for rule in others if not rule.startswith("!")] == ["**/__pycache__"]
 
 
 def test_the_source_distribution_makes_the_same_wheel(built: Path) -> None:
