@@ -112,6 +112,7 @@ def test_the_content_digest_covers_them(checkpoint: Path) -> None:
         ("prod", "old", BlendError, "'old' is an alias, and an alias stands for tasks"),
         ("prod", "task0 90, nothing 10", BlendError, "no task is called 'nothing'"),
         ("prod", "task0 90, task1", BlendError, "'task1' is no target with a share"),
+        ("prod", "task0 90 task1 10", BlendError, "'task0 90 task1'; write NAME SHARE, NAME SHARE"),
         ("prod", "task0 90,", BlendError, "behind the last comma"),
         ("prod", "task0 0, task1 1", BlendError, "share 0"),
         ("prod", "task0 1000001, task1 1", BlendError, "share 1000001"),

@@ -115,7 +115,11 @@ def parse_routes(text: str, tasks: Container[str]) -> tuple[Route, ...]:
             raise BlendError(
                 f"{text[start:].strip()!r} is no target with a share; write NAME SHARE, NAME SHARE"
             )
-        routes.append(Route(int(found[2]), parse_blend(found[1], tasks)))
+        try:
+            routes.append(Route(int(found[2]), parse_blend(found[1], tasks)))
+        except BlendError as error:
+            # Two targets without a comma look like one whose name holds blanks.
+            raise BlendError(f"{error}; write NAME SHARE, NAME SHARE") from error
         start = found.end()
     if text.rstrip().endswith(","):
         raise BlendError("a target is missing behind the last comma")
