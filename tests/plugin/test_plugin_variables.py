@@ -20,11 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _of_this_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def _told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM as it is where the plugin was not installed before, in another test."""
+    vllms = {
+        name: value for name, value in envs.environment_variables.items() if name not in VARIABLES
+    }
+    monkeypatch.setattr(envs, "environment_variables", vllms)
     for name in list(os.environ):
-        if name.startswith("VLLM_") and name not in envs.environment_variables:
+        if name.startswith("VLLM_") and name not in vllms:
             monkeypatch.delenv(name)
-    monkeypatch.setattr(envs, "environment_variables", dict(envs.environment_variables))
 
 
 def test_each_variable_that_is_read_is_among_them() -> None:
