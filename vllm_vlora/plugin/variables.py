@@ -6,37 +6,10 @@ vLLM warns of each variable ``VLLM_*`` that it does not know, and ends with
 
 from __future__ import annotations
 
+import vllm_vlora.plugin.settings as settings
 from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE
 from vllm_vlora.downloads import CACHE_VARIABLE, OFFLINE_VARIABLE
-from vllm_vlora.plugin.events import LOG_VARIABLE
 from vllm_vlora.plugin.polling import POLLED_VARIABLE
-from vllm_vlora.plugin.settings import (
-    BASIS_ROWS_VARIABLE,
-    BASIS_VARIABLE,
-    BASIS_WAIT_VARIABLE,
-    BLENDS_VARIABLE,
-    CONCURRENCY_VARIABLE,
-    DEVICE_VARIABLE,
-    EXCHANGE_VARIABLE,
-    FAIR_VARIABLE,
-    FETCH_VARIABLE,
-    FOLLOW_VARIABLE,
-    HOST_VARIABLE,
-    LATE_VARIABLE,
-    METRICS_LISTED_VARIABLE,
-    METRICS_TASKS_VARIABLE,
-    MODE_VARIABLE,
-    OVERLAP_VARIABLE,
-    POLL_VARIABLE,
-    QUEUE_VARIABLE,
-    ROUTE_THRESHOLD_VARIABLE,
-    ROUTE_VARIABLE,
-    ROWS_VARIABLE,
-    SLOTS_VARIABLE,
-    TEMPLATES_VARIABLE,
-    UNTESTED_VARIABLE,
-    WEIGHTS_VARIABLE,
-)
 
 # Of the command line, which becomes vLLM's process.
 _DEBUG_VARIABLE = "VLLM_VLORA_DEBUG"
@@ -44,35 +17,10 @@ _DEBUG_VARIABLE = "VLLM_VLORA_DEBUG"
 VARIABLES = (
     CACHE_VARIABLE,
     CHECKPOINT_VARIABLE,
-    LOG_VARIABLE,
     OFFLINE_VARIABLE,
     POLLED_VARIABLE,
     _DEBUG_VARIABLE,
-    BASIS_ROWS_VARIABLE,
-    BASIS_VARIABLE,
-    BASIS_WAIT_VARIABLE,
-    BLENDS_VARIABLE,
-    CONCURRENCY_VARIABLE,
-    DEVICE_VARIABLE,
-    EXCHANGE_VARIABLE,
-    FAIR_VARIABLE,
-    FETCH_VARIABLE,
-    FOLLOW_VARIABLE,
-    HOST_VARIABLE,
-    LATE_VARIABLE,
-    METRICS_LISTED_VARIABLE,
-    METRICS_TASKS_VARIABLE,
-    MODE_VARIABLE,
-    OVERLAP_VARIABLE,
-    POLL_VARIABLE,
-    QUEUE_VARIABLE,
-    ROUTE_THRESHOLD_VARIABLE,
-    ROUTE_VARIABLE,
-    ROWS_VARIABLE,
-    SLOTS_VARIABLE,
-    TEMPLATES_VARIABLE,
-    UNTESTED_VARIABLE,
-    WEIGHTS_VARIABLE,
+    *(value for name, value in vars(settings).items() if name.endswith("_VARIABLE")),
 )
 
 
