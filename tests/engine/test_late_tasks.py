@@ -37,7 +37,7 @@ def _held(worker: Any) -> tuple[int, int]:
 
 
 def _paths(worker: Any) -> list[str]:
-    return worker.model_runner.lora_manager._adapter_manager.held_paths()
+    return list(worker.model_runner.lora_manager._adapter_manager.held_paths())
 
 
 class Engine:

@@ -41,7 +41,7 @@ def held(worker):
     return {
         "modules": sorted({name.split(".")[2] for name in manager.modules if "layers" in name}),
         "tasks": memory.bases + memory.cores + memory.factors + manager.vlora_store.materialized_nbytes,
-        "direct tasks": len(manager.direct_paths()),
+        "direct tasks": sum(manager.held_paths().values()),
         "bad": [path for path in manager.held_paths() if "rank" in path],
     }
 

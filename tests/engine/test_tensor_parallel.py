@@ -41,7 +41,7 @@ def held(worker):
         "slots": sum(s.nbytes for s in stacks),
         "direct": memory.bases + memory.cores + memory.factors + memory.table,
         "materialized": manager.vlora_store.materialized_nbytes,
-        "direct tasks": len(manager.direct_paths()),
+        "direct tasks": sum(manager.held_paths().values()),
     }
 
 def main():

@@ -113,7 +113,7 @@ def test_what_cannot_be_loaded_is_refused_with_its_reason() -> None:
 def test_a_request_that_waited_is_counted_once() -> None:
     pytest.importorskip("vllm")
     workers = Workers([4], {"a": [4]})
-    manager = SimpleNamespace(held_paths=list, bring=lambda *args: workers.bring_to(0, *args))
+    manager = SimpleNamespace(held_paths=dict, bring=lambda *args: workers.bring_to(0, *args))
     entered: list[str] = []
 
     class Core:
@@ -165,7 +165,7 @@ class Core:
             SimpleNamespace(
                 vlora_store=store,
                 follower=follower if store is self.stores[0] else None,
-                held_paths=lambda: [task.path for task in self.stores[0].tasks()],
+                held_paths=lambda: {task.path: False for task in self.stores[0].tasks()},
                 far_tasks=lambda: self.far,
                 forget=lambda path, wholly, store=store: store.forget(path),
             )

@@ -52,7 +52,7 @@ class Core(EngineCoreProc):
     def __init__(self, scheduler: Any) -> None:
         self.workers = Workers([10], {"a": [4], "b": [4]})
         manager = SimpleNamespace(
-            held_paths=list,
+            held_paths=dict,
             bring=lambda *args: self.workers.bring_to(0, *args),
             forget=lambda path, wholly: self.workers.forget(path, wholly),
         )

@@ -63,6 +63,8 @@ class Core:
         self.dropped: list[str] = []
         self.exchanged: list[int] = []
         self.wants_bases = self.holds_back = False
+        # Of what they begin with, by worker.
+        self.runs_direct = [True] * count
         self.pinned = {ord("a")}
         self.states: list[list[str]] = [["1", "1"], ["1", "1"]]
         self.tasks = [[("a", path_of("a"))], [("a", path_of("a"))]]
@@ -89,7 +91,9 @@ class Core:
             bring=lambda *args: self._bring(number, *args),
             hold=lambda request, instead_of: workers.hold(request, instead_of)[number],
             forget=forget,
-            held_paths=lambda: [path_of(name) for name in workers.on[number]],
+            held_paths=lambda: {
+                path_of(name): self.runs_direct[number] for name in workers.on[number]
+            },
             # Of a folder that this process does not see as they do.
             state=lambda: (*self.states[number], "/nowhere", (1,)),
             adopt=adopt,
@@ -376,6 +380,21 @@ def test_what_gave_way_is_asked_anew_how_it_runs() -> None:
     core.add_lora(lora("b"))
     core.add_lora(lora("c"))
     assert core.scheduler._vlora_kinds == {path_of("c"): False}, "as the workers said of it"
+
+
+@pytest.mark.parametrize("direct", [[True, True], [True, False]])
+def test_how_tasks_run_that_were_there_from_the_start_is_known_without_a_question(
+    direct: list[bool],
+) -> None:
+    core: Any = Core()
+    core.runs_direct = direct
+    for held in core.workers.on:
+        held.update("at")
+    core.workers.on[1].add("only here")
+    core.scheduler._vlora_kinds.clear()
+    core.add_lora(lora("t"))
+    assert core.scheduler._vlora_kinds == dict.fromkeys(map(path_of, "at"), all(direct))
+    assert core.model_executor.asked == ["_held", "_freeze_heap"]
 
 
 def test_an_engine_core_says_what_all_its_workers_serve() -> None:

@@ -251,7 +251,7 @@ def test_the_scheduler_is_patched_where_the_table_says(monkeypatch: pytest.Monke
 
     places = find_seams(direct=True)
     patches = scheduling.schedule_by_kind(Setup("checkpoint", Settings("direct")), places)
-    assert len(patches) == 4
+    assert len(patches) == 3
     for owner, attribute, _ in patches:
         place = places[f"{owner.__name__}.{attribute}"]
         assert (place.owner, place.attribute) == (owner, attribute)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_vlora.plugin.admission import kinds_of
 from vllm_vlora.plugin.seam_table import Place
 from vllm_vlora.plugin.settings import Settings
 
@@ -31,7 +32,7 @@ def our_path(number: int) -> str:
 class Core:
     """The scheduler and the engine core of a test, patched as those of vLLM are."""
 
-    def __init__(self, scheduling: Any, slots: int, direct: set[str]) -> None:
+    def __init__(self, scheduling: Any, slots: int, kinds: dict[str, bool]) -> None:
         class Scheduler:
             def __init__(self, lora: bool = True) -> None:
                 self.requests: dict[str, Any] = {}
@@ -56,14 +57,7 @@ class Core:
         class EngineCore:
             def __init__(self) -> None:
                 self.scheduler = Scheduler()
-                self.questions = 0
-                self.model_executor = SimpleNamespace(collective_rpc=self._answer)
-
-            def _answer(self, function: Callable[[Any], set[str]]) -> list[set[str]]:
-                self.questions += 1
-                manager = SimpleNamespace(direct_paths=lambda: direct)
-                lora = SimpleNamespace(_adapter_manager=manager)
-                return [function(SimpleNamespace(model_runner=SimpleNamespace(lora_manager=lora)))]
+                kinds_of(self.scheduler).update(kinds)
 
             def add_request(self, request: Any, request_wave: int = 0) -> None:
                 self.scheduler.add_request(request)
@@ -72,7 +66,6 @@ class Core:
             (Scheduler, "add_request"),
             (Scheduler, "finish_requests"),
             (Scheduler, "update_from_output"),
-            (EngineCore, "add_request"),
         ]
         places = {
             f"{owner.__name__}.{name}": Place(owner, name, getattr(owner, name))
@@ -95,8 +88,8 @@ class Core:
 
 @pytest.fixture
 def make_core(scheduling: Any) -> Callable[..., Core]:
-    def make(slots: int, direct: Iterable[str] = ()) -> Core:
-        return Core(scheduling, slots, set(direct))
+    def make(slots: int, kinds: Mapping[str, bool] = MappingProxyType({})) -> Core:
+        return Core(scheduling, slots, dict(kinds))
 
     return make
 
@@ -117,19 +110,15 @@ def test_requests_beyond_the_slots_wait_until_a_slot_is_free(
     assert core.inside() == ["b", "base", "c", "f"]
     scheduler.update_from_output(["b", "c"], None)
     assert core.inside() == ["base", "f", "e"]
-    assert core.core.questions == 0, "ordinary adapters are no question"
 
 
 def test_direct_tasks_need_no_slot_and_others_of_ours_do(make_core: Callable[..., Core]) -> None:
-    direct = [our_path(number) for number in range(1, 6)]
-    core = make_core(1, direct)
+    core = make_core(1, {our_path(number): number < 6 for number in range(1, 7)})
     core.ask(*(request(f"direct {n}", 1000 + n, our_path(n)) for n in range(1, 6)))
     assert len(core.inside()) == 5
-    assert core.core.questions == 1, "the workers name all direct tasks at once"
     core.ask(request("slotted", 1006, our_path(6)), request("peft", 1), request("again", 1006,
              our_path(6)), request("more", 1001, our_path(1)))  # fmt: skip
     assert core.inside()[5:] == ["slotted", "again", "more"]
-    assert core.core.questions == 2, "asked once a path"
     core.scheduler.update_from_output(["slotted", "again"], None)
     assert core.inside()[-1] == "peft"
 

@@ -51,8 +51,8 @@ class Workers:
     def nbytes(self, worker: int) -> int:
         return sum(self.sizes[name][worker] for name in self.on[worker])
 
-    def held(self) -> list[str]:
-        return [path_of(name) for name in self.start]
+    def held(self) -> dict[str, bool]:
+        return {path_of(name): True for name in self.start}
 
     def hold(self, request: Any, instead_of: Sequence[str] = ()) -> list[Held]:
         self.told.append(request.lora_name)

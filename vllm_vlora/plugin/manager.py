@@ -323,9 +323,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         """How many tasks are on no disk here yet; None where all were fetched before they were served."""
         return None if self._far is None else self._far.count(self.vlora_store.state)
 
-    def held_paths(self) -> list[str]:
-        """The tasks on the device."""
-        return [task.path for task in self.vlora_store.tasks()]
+    def held_paths(self) -> dict[str, bool]:
+        """The tasks on the device, and which of them run direct."""
+        return {task.path: task.direct is not None for task in self.vlora_store.tasks()}
 
     def state(self) -> WorkerState:
         """What is served, and what could be."""
@@ -404,10 +404,6 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         empty = self.vlora_store.direct.empty
         task = ResidentTask(request.lora_name, request.lora_path, 0, {}, {}, empty)
         self._direct_models[request.lora_int_id] = TaskLoRAModel(request.lora_int_id, task)
-
-    def direct_paths(self) -> set[str]:
-        """Paths of the tasks that run direct."""
-        return {task.path for task in self.vlora_store.tasks() if task.direct is not None}
 
     def _activate_direct(self, lora_id: int, model: TaskLoRAModel) -> bool:
         assert self._direct_slots is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -46,8 +46,8 @@ class Held(NamedTuple):
 class Workers(Protocol):
     """Every worker of an engine core, asked at once."""
 
-    def held(self) -> Iterable[str]:
-        """The paths that all of them hold, in the order in which they may give way."""
+    def held(self) -> Mapping[str, bool]:
+        """Paths that all of them hold, in the order in which they may give way -> who runs direct."""
 
     def hold(self, request: Any, instead_of: Sequence[str]) -> list[Held]:
         """Tell each to have a request's task on its device, for which these may give way."""
@@ -82,7 +82,9 @@ class Residency:
         self._counters = counters or ServingCounters(0, 0)
         self._kinds = {} if kinds is None else kinds
         self.in_use = in_use
-        self._held: OrderedDict[str, None] = OrderedDict.fromkeys(workers.held())
+        held = workers.held()
+        self._held: OrderedDict[str, None] = OrderedDict.fromkeys(held)
+        self._kinds.update(held)
         # What may give way to tasks that the workers were asked for and have not answered.
         self._offered: list[str] = []
         self._pinned: set[str] = set()

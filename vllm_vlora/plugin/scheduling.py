@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_vlora.plugin.admission import Admission, kinds_of, pinned_of
-from vllm_vlora.plugin.identity import parse_task_path
 from vllm_vlora.plugin.manager import Setup
 from vllm_vlora.plugin.seam_table import Place
-from vllm_vlora.plugin.workers import manager_of
 
 
 def schedule_by_kind(setup: Setup, places: Mapping[str, Place]) -> list[tuple[Any, str, Any]]:
@@ -22,7 +20,6 @@ def schedule_by_kind(setup: Setup, places: Mapping[str, Place]) -> list[tuple[An
     add = places["Scheduler.add_request"].value
     finish = places["Scheduler.finish_requests"].value
     update = places["Scheduler.update_from_output"].value
-    core_add = places["EngineCore.add_request"].value
 
     def admission(scheduler: Any) -> Admission[Any]:
         held = scheduler.__dict__.get("_vlora_admission")
@@ -68,32 +65,9 @@ def schedule_by_kind(setup: Setup, places: Mapping[str, Place]) -> list[tuple[An
             release(self)
         return done
 
-    @functools.wraps(core_add)
-    def add_to_core(self: Any, request: Any, request_wave: int = 0) -> None:
-        lora = request.lora_request
-        if (
-            lora
-            and parse_task_path(lora.lora_path)
-            and lora.lora_path not in kinds_of(self.scheduler)
-        ):
-            _learn_kinds(self, lora.lora_path)
-        core_add(self, request, request_wave)
-
     patches = {
         "Scheduler.add_request": add_request,
         "Scheduler.finish_requests": finish_requests,
         "Scheduler.update_from_output": update_from_output,
-        "EngineCore.add_request": add_to_core,
     }
     return [(places[name].owner, places[name].attribute, new) for name, new in patches.items()]
-
-
-def _learn_kinds(core: Any, path: str) -> None:
-    """Ask the workers, which decided it when they loaded the tasks."""
-    kinds = kinds_of(core.scheduler)
-    kinds.update(dict.fromkeys(core.model_executor.collective_rpc(_direct_paths)[0], True))
-    kinds.setdefault(path, False)
-
-
-def _direct_paths(worker: Any) -> set[str]:
-    return manager_of(worker).direct_paths()

@@ -236,7 +236,7 @@ def _replaced() -> Iterator[Seam]:
     yield Seam(
         _CORE,
         "EngineCore.add_request",
-        "waits for its task; asks the workers which of our tasks need a slot",
+        "waits for its task",
         ("self", "request", "request_wave"),
     )
     yield Seam(

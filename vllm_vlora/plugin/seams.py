@@ -422,6 +422,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "OutputProcessor.do_tracing": say_task,
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
+        "EngineCore.add_request": lambda f: release_first(load_before_add_request(f)),
         "EngineCore.abort_requests": lambda f: release_first(advance_after_abort(f)),
         "EngineCoreProc.has_work": work_while_some_wait,
         "EngineCore.pin_lora": lambda f: keep_what_is_pinned(
@@ -461,35 +462,23 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     scheduling = schedule_by_kind(setup, seams) if setup.direct else []
     graphs = capture_by_kind(seams) if setup.direct else []
     before = {(owner, name): new for owner, name, new in scheduling}
-
-    def wrapped(seam: str) -> Any:
-        place = seams[seam]
-        return before.get((place.owner, place.attribute), place.value)
-
-    core, finish = seams["EngineCore.add_request"], seams["Scheduler.finish_requests"]
+    core, finish = seams["EngineCore.add_request"].owner, seams["Scheduler.finish_requests"]
+    finish_by_kind = before.get((finish.owner, finish.attribute), finish.value)
     own = [
-        # Outside of what asks the workers how a request's task runs: that one must be loaded.
-        (
-            core.owner,
-            core.attribute,
-            release_first(load_before_add_request(wrapped("EngineCore.add_request"))),
-        ),
         (
             finish.owner,
             finish.attribute,
-            finish_who_waits(
-                wrapped("Scheduler.finish_requests"), seams["Scheduler.add_request"].value
-            ),
+            finish_who_waits(finish_by_kind, seams["Scheduler.add_request"].value),
         ),
-        (core.owner, TASKS_METHOD, served_tasks),
-        (core.owner, ALIASES_METHOD, served_aliases),
-        (core.owner, ROUTER_METHOD, served_router),
-        (core.owner, FOLLOW_METHOD, follow),
-        (core.owner, METRICS_METHOD, metrics_snapshot),
-        (core.owner, OFFER_METHOD, offer),
-        (core.owner, ADOPT_METHOD, adopt),
-        (core.owner, WITHDRAW_METHOD, withdraw),
-        (core.owner, UNPUBLISH_METHOD, unpublish),
+        (core, TASKS_METHOD, served_tasks),
+        (core, ALIASES_METHOD, served_aliases),
+        (core, ROUTER_METHOD, served_router),
+        (core, FOLLOW_METHOD, follow),
+        (core, METRICS_METHOD, metrics_snapshot),
+        (core, OFFER_METHOD, offer),
+        (core, ADOPT_METHOD, adopt),
+        (core, WITHDRAW_METHOD, withdraw),
+        (core, UNPUBLISH_METHOD, unpublish),
     ]
     names = name_patches() if setup.checkpoint is not None else []
     return limit_tasks([*patches, *scheduling, *graphs, *own, *names], setup.settings, seams)

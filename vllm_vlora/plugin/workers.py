@@ -9,7 +9,7 @@ message queue), which keeps a core of an idle machine busy where something is as
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ def _tidy(worker: Any) -> None:
     manager_of(worker).vlora_store.tidy()
 
 
-def _held(worker: Any) -> list[str]:
+def _held(worker: Any) -> dict[str, bool]:
     return manager_of(worker).held_paths()
 
 
@@ -153,11 +153,11 @@ class Workers:
 
     # What they hold.
 
-    def held(self) -> Iterable[str]:
-        first, *others = self.ask(_held)
-        self.count = 1 + len(others)
-        everywhere = set(first).intersection(*others)
-        return [path for path in first if path in everywhere]
+    def held(self) -> dict[str, bool]:
+        first, *others = answers = self.ask(_held)
+        self.count = len(answers)
+        everywhere = first.keys() & set.intersection(*map(set, others)) if others else first
+        return {path: all(a[path] for a in answers) for path in first if path in everywhere}
 
     def freeze_heaps(self) -> None:
         """Have garbage collections pass over what is there now, which is to stay.
