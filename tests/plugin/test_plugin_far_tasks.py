@@ -69,22 +69,26 @@ def has_begun(opened: Checkpoint) -> bool:
 
 def test_a_worker_says_what_is_on_no_disk(server: FileServer) -> None:
     opened, far = take(server), FarTasks()
-    state, (first, *others) = State(opened), STORED
+    state, (first, second, *others) = State(opened), STORED
     paths = {task: task_path(opened, task) for task in STORED}
-    blend = blend_path(paths, (Term(first, Decimal(1)), Term(others[0], Decimal(1))))
-    assert all(far.has(state, path) for path in (*paths.values(), blend))
+    blend = blend_path(paths, (Term(first, Decimal(1)), Term(second, Decimal(1))))
+    half_near = blend_path(paths, (Term(first, Decimal(1)), Term(others[0], Decimal(1))))
+    assert all(far.has(state, path) for path in (*paths.values(), blend, half_near))
     assert far.count(state) == len(STORED)
     assert far.count(None) == 0
     assert not far.has(None, paths[first])
     opened.load_task(first)
     assert not far.has(state, paths[first])
-    assert all(far.has(state, paths[task]) for task in others)
+    assert far.has(state, blend)
+    opened.load_task(second)
+    assert not far.has(state, blend), "what it is made of is here"
+    assert all(far.has(state, path) for path in (half_near, *(paths[task] for task in others)))
     # Counted again after a while, of which counting takes a small part.
     until(lambda: far.count(state) == len(others))
     for task in others:
         opened.load_task(task)
     until(lambda: far.count(state) == 0)
-    assert not far.has(state, blend)
+    assert not far.has(state, half_near)
     # Another state's folder is another count, at once.
     shutil.rmtree(server.folder / "ck")
     build(server.folder / "ck", STORED, seed=1)

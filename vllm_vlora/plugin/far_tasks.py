@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vllm_vlora.checkpoint.manifest import TASKS_FOLDER
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.plugin.blend_paths import is_blend_path
+from vllm_vlora.plugin.blend_paths import is_blend_path, named_in
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.identity import TaskPath
 
@@ -25,17 +25,14 @@ class FarTasks:
         self._number = 0
 
     def has(self, state: State | None, path: TaskPath) -> bool:
-        """Whether a path's task has to be fetched.
-
-        Of a blend it is taken to be so as long as there are such tasks: what it is made of says only who
-        reads it.
-        """
+        """Whether a path's task, or one that it is a blend of, has to be fetched."""
         if state is None:
             return False
         if is_blend_path(path):
-            return self.count(state) > 0
-        task = state.tasks.get(str(path))
-        return task is not None and state.checkpoint.is_far(task)
+            tasks = [state.in_blends.get(name) for name in named_in(path)]
+        else:
+            tasks = [state.tasks.get(str(path))]
+        return any(task is not None and state.checkpoint.is_far(task) for task in tasks)
 
     def count(self, state: State | None) -> int:
         """How many tasks of a state have to be fetched, as of a moment ago."""

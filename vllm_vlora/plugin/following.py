@@ -24,6 +24,7 @@ from vllm_vlora.checkpoint.pinning import split_pin
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.router_files import ROUTER_FILE, read_router_weights
 from vllm_vlora.errors import CheckpointError, VLoRAError
+from vllm_vlora.plugin.blend_paths import names_in_blends
 from vllm_vlora.plugin.counters import reason_of
 from vllm_vlora.plugin.events import facts
 from vllm_vlora.plugin.identity import task_paths
@@ -53,6 +54,8 @@ class State:
         # and equal for equal states on every machine.
         self.aliases, self.router = checkpoint.aliases, checkpoint.router
         self.digest = checkpoint.content_digest
+        # Of tasks that may be far; here, as many take a while.
+        self.in_blends = names_in_blends(checkpoint) if checkpoint.count_far() else {}
 
 
 class WorkerState(NamedTuple):
