@@ -167,6 +167,7 @@ class Core:
                 follower=follower if store is self.stores[0] else None,
                 held_paths=lambda: {task.path: False for task in self.stores[0].tasks()},
                 far_tasks=lambda: self.far,
+                state=lambda: ("1", "1"),
                 forget=lambda path, wholly, store=store: store.forget(path),
             )
             for store in self.stores
@@ -259,15 +260,19 @@ def test_workers_are_asked_when_something_was_done_to_them_and_else_seldom(
     residents = metrics_snapshot(core)["residents"]["device"]
     assert asked(core) == 2
     assert first.task_id not in {name for name, _ in residents}
+    # And when they say something new of the folder, as that they refuse what is there.
+    tasks.workers.states()
+    metrics_snapshot(core)
+    assert asked(core) == 3
     # However many API servers ask.
     monkeypatch.setattr(core_metrics, "_APART", 60.0)
     for _ in range(3):
         tasks.workers.changes += 1
         metrics_snapshot(core)
-    assert asked(core) == 2
+    assert asked(core) == 3
     monkeypatch.setattr(core_metrics, "_SELDOM", -1.0)
     metrics_snapshot(core)
-    assert asked(core) == 3
+    assert asked(core) == 4
 
 
 def test_steps_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import time
@@ -138,6 +139,35 @@ def test_what_is_wrong_is_said_once_and_what_is_served_stays(
     later = build(world.root / "right", {"one": TASKS["one"]}, seed=3)
     later.path.rename(world.folder)
     assert world.look() == later.content_digest
+
+
+def test_what_was_refused_is_read_the_seldomer_the_longer_it_is_as_it_was(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, read = [1000.0], list[float]()
+    monkeypatch.setattr(following.time, "monotonic", lambda: now[0])
+    world.look()
+    missing = world.folder / "tasks" / "later.safetensors"
+    later = build(world.root / "next", {"later": TASKS["one"]}, seed=1)
+    world.publish(later.path)
+    kept = missing.read_bytes()
+    missing.unlink()
+    original = world.follower.sound_state
+    monkeypatch.setattr(
+        world.follower, "sound_state", lambda folder: read.append(now[0]) or original(folder)
+    )
+    for _ in range(4 * 3600):
+        now[0] += 0.25
+        assert world.look() == world.first.content_digest
+    apart = [later - before for before, later in itertools.pairwise(read)]
+    assert apart == sorted(apart)
+    assert (apart[0], apart[-1]) == (2, 30)
+    assert len(read) < 160
+    # A file that was late is found, and what is published at once.
+    missing.write_bytes(kept)
+    now[0] += 30
+    assert world.look() == later.content_digest
+    assert world.follower.state().refused == ""
 
 
 def test_a_folder_that_comes_back_is_the_state_that_is_served(world: World) -> None:

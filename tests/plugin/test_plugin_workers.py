@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +35,8 @@ class World:
         self.executor = Executor(
             [SimpleNamespace(state=f.state, adopt=f.adopt) for f in self.followers]
         )
-        self.workers = Workers(self.executor)
+        self.now = 0.0
+        self.workers = Workers(self.executor, lambda: self.now)
 
     def publish(self, seed: int) -> str:
         shutil.rmtree(self.folder)
@@ -79,7 +82,8 @@ def test_a_publication_is_asked_about_until_all_serve_it(world: World) -> None:
     assert (served, len(offered)) == ({world.first.content_digest}, 2)
     world.followers[1].look()
     assert world.workers.states() == States({world.first.content_digest}, {digest})
-    assert world.asks(), "it is not served yet"
+    # It may have to wait until nobody needs the bases of before.
+    assert not world.asks(), "what they offer stays as it is"
     assert world.workers.adopt(digest)
     assert world.asks()
     assert world.workers.states() == same(digest)
@@ -89,23 +93,57 @@ def test_a_publication_is_asked_about_until_all_serve_it(world: World) -> None:
     assert world.asks()
 
 
-def test_while_something_is_refused_they_are_asked(world: World) -> None:
-    world.look()
-    world.workers.states()
-    config = world.folder / "vlora_config.json"
-    sound = config.read_bytes()
-    config.write_text("{")
-    world.look()
-    for _ in range(3):
-        assert world.asks()
-    config.write_bytes(sound)
+def _no_json(folder: Path) -> None:
+    (folder / "vlora_config.json").write_text("{")
+
+
+@pytest.mark.parametrize("spoil", [_no_json, shutil.rmtree])
+def test_the_longer_something_is_refused_the_seldomer_they_are_asked(
+    world: World, spoil: Callable[[Path], None]
+) -> None:
     world.look()
     assert world.asks()
     assert not world.asks()
-    shutil.rmtree(world.folder)
+    kept = world.folder.with_name("kept")
+    shutil.copytree(world.folder, kept)
+    spoil(world.folder)
+    assert world.asks(), "no worker has looked"
+    changes = world.workers.changes
+    world.followers[0].look()
+    assert world.asks(), "one has"
     world.look()
     assert world.asks()
+    assert world.workers.changes > changes, "whoever counts refusals asks for them"
+    changes, asked = world.workers.changes, []
+    for _ in range(7200):
+        world.now += 0.5
+        if world.asks():
+            asked.append(world.now)
+    apart = [later - before for before, later in itertools.pairwise(asked)]
+    assert max(apart[:8]) <= 1, "a copy that is under way is seen soon"
+    assert apart == sorted(apart)
+    assert apart[-1] == 30
+    assert len(asked) < 200
+    assert world.workers.changes == changes
+    # At once, whatever was refused for how long.
+    shutil.rmtree(world.folder, ignore_errors=True)
+    kept.rename(world.folder)
     assert world.asks()
+    world.look()
+    assert world.asks()
+    assert not world.asks()
+    assert world.workers.states() == same(world.first.content_digest)
+
+
+def test_a_folder_that_only_others_see_and_that_is_gone_there_is_asked_about_always(
+    tmp_path: Path,
+) -> None:
+    gone = SimpleNamespace(state=lambda: ("1", "1", str(tmp_path / "elsewhere"), (), "no folder"))
+    executor = Executor([gone])
+    workers = Workers(executor)
+    for count in range(1, 4):
+        workers.states()
+        assert len(executor.asked) == count
 
 
 def test_a_worker_that_lost_an_offer_is_told_again(world: World) -> None:

@@ -100,10 +100,8 @@ class _Reports:
         return True
 
     def _is_due(self) -> bool:
-        tasks, age = self._tasks, time.monotonic() - self._asked_at
-        # What is refused of what is published nobody hears otherwise.
-        refuses = tasks.followed and not tasks.workers.settled
-        changed = refuses or tasks.workers.changes != self._changes
+        age = time.monotonic() - self._asked_at
+        changed = self._tasks.workers.changes != self._changes
         return age > _SELDOM or (changed and age > _APART)
 
 

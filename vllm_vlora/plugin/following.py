@@ -33,6 +33,8 @@ PERIOD = 0.25
 """Seconds between two looks at the manifest, which is one ``stat``."""
 # Seconds until a state that was refused is read again: it may be a copy that is still under way.
 _TRY_AGAIN = 2.0
+# And where it has long been as it is: such a part of that time, and at most so many.
+_PART, _SELDOM = 0.1, 30.0
 # What is new is read once before it is served, up to so many bytes, about two seconds' worth; beyond
 # them a file's size must do until it is loaded, which then fails for its own requests alone.
 READ_NBYTES = 2 << 30
@@ -64,14 +66,22 @@ class WorkerState(NamedTuple):
     Attributes:
         served, offered: digests of the state that is served, and of the newest sound one.
         folder: that is followed; "" where nothing is.
-        looked: ``folder_identity`` of it when that was found out; empty where another look may find more
-            though nothing was published since.
+        looked: ``folder_identity`` of it when that was found out; empty where there was no manifest, or
+            nobody has looked yet.
+        refused: why what was there is not what is offered: another look may find more though nothing was
+            published since. Empty where it is.
     """
 
     served: str
     offered: str
-    folder: str
-    looked: tuple[int, ...]
+    folder: str = ""
+    looked: tuple[int, ...] = ()
+    refused: str = ""
+
+
+def pause(refused_for: float) -> float:
+    """Seconds between two looks at what has been refused for so many: files that were late come late."""
+    return min(_PART * refused_for, _SELDOM)
 
 
 class Follower:
@@ -98,8 +108,8 @@ class Follower:
         self.served = self._offered = served
         # None: of before the served state was read, so that the first look reads the manifest again.
         self._seen: tuple[int, ...] | None = None
-        self._read_again = 0.0
-        # What was seen when the offered state was read, and nothing was refused since.
+        self._seen_at = self._read_again = 0.0
+        # What was seen when the newest answer to it was found.
         self._looked: tuple[int, ...] = ()
         self._said = ""
         self._refused: deque[str] = deque(maxlen=_MOST_REFUSALS)
@@ -109,13 +119,14 @@ class Follower:
     def state(self) -> WorkerState:
         """What is served, and the newest sound state; starts looking for one when it is first asked."""
         if self._pin is not None:
-            return WorkerState(self.served.digest, self._offered.digest, "", ())
+            return WorkerState(self.served.digest, self._offered.digest)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="vlora-follow", daemon=True)
             self._thread.start()
         # In this order: what is offered once that was seen, or later.
-        looked = self._looked
-        return WorkerState(self.served.digest, self._offered.digest, str(self._folder), looked)
+        looked, refused = self._looked, self._said
+        offered = self._offered.digest
+        return WorkerState(self.served.digest, offered, str(self._folder), looked, refused)
 
     def adopt(self, digest: str) -> bool:
         """Serve the state that is offered; False where another one is by now."""
@@ -138,18 +149,20 @@ class Follower:
 
     def look(self) -> None:
         """Read the manifest where it is another than at the last look."""
-        found = folder_identity(self._folder)
-        if found == self._seen and time.monotonic() < self._read_again:
+        found, now = folder_identity(self._folder), time.monotonic()
+        if found == self._seen and now < self._read_again:
             return
-        self._seen, self._read_again, self._looked = found, float("inf"), ()
+        if found != self._seen:
+            self._seen, self._seen_at, self._looked = found, now, ()
+        self._read_again = float("inf")
         try:
             self._offered = self.sound_state(self._folder)
-            self._looked = found or ()
             self._said = ""
         except VLoRAError as error:
             self._refuse(error, str(error))
         except Exception as error:  # noqa: BLE001 - a thread that ended would follow no more
             self._refuse(error, f"{type(error).__name__}: {error}")
+        self._looked = found or ()
 
     def take_refusals(self) -> list[str]:
         """Why states were not offered since this was asked last, a word each."""
@@ -160,7 +173,8 @@ class Follower:
         self._refused.append(reason_of(error))
 
     def _refuse(self, error: Exception, why: str) -> None:
-        self._read_again = time.monotonic() + _TRY_AGAIN
+        now = time.monotonic()
+        self._read_again = now + max(_TRY_AGAIN, pause(now - self._seen_at))
         if why != self._said:
             self._logger.error(
                 "vllm-vlora: what was published is not served, the state before it is: %s",

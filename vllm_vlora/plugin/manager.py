@@ -330,7 +330,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     def state(self) -> WorkerState:
         """What is served, and what could be."""
         if self.follower is None:
-            return WorkerState("", "", "", ())
+            return WorkerState("", "")
         if self._poller is not None:
             self._poller.start()
         return self.follower.state()

@@ -9,6 +9,7 @@ message queue), which keeps a core of an idle machine busy where something is as
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.router_files import encode_router
 from vllm_vlora.plugin.arrivals import Answer, Brought
-from vllm_vlora.plugin.following import WorkerState, folder_identity
+from vllm_vlora.plugin.following import WorkerState, folder_identity, pause
 from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import BasesReport
 
@@ -122,17 +123,20 @@ class Workers:
 
     Attributes:
         count: how many there are, once ``held`` was asked.
-        changes: how often something was done to what they hold.
+        changes: how often something was done to what they hold, or they said something new of the folder.
     """
 
-    def __init__(self, executor: Any) -> None:
+    def __init__(self, executor: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._rpc = executor.collective_rpc
         # vLLM's promise of what Ray's workers say takes it for a step's output and fails.
         self._promises = not executor.uses_ray
         self.count = self.changes = 0
-        self._states = States(set(), set())
-        # Folders that workers follow, and what each was when it was last looked at.
-        self._looked: set[tuple[str, tuple[int, ...]]] = set()
+        # What they said when they were last asked which state they serve, and since when they say so.
+        self._said: set[WorkerState] = set()
+        self._said_first = self._asked_at = 0.0
+        # Whether this process sees the folder that they follow.
+        self._same_folder = False
 
     def ask(self, question: Callable[..., Any], *args: Any) -> list[Any]:
         """What each says to ``question(worker, *args)``, which leaves what they hold as it is."""
@@ -206,30 +210,39 @@ class Workers:
 
     def states(self) -> States:
         """What they serve and could; asked for unless nothing can have changed since they said it."""
-        if not self.settled:
-            answers = [WorkerState(*answer) for answer in self.ask(_state)]
-            self._states = States(
-                {answer.served for answer in answers}, {answer.offered for answer in answers}
-            )
-            self._looked = {(answer.folder, answer.looked) for answer in answers}
-        return self._states
+        now = self._clock()
+        if self._may_say_more(now):
+            said = {WorkerState(*answer) for answer in self.ask(_state)}
+            if said != self._said:
+                # What they refused, whoever counts it asks for.
+                self._said, self._said_first = said, now
+                self.changes += 1
+            self._asked_at = now
+        return States({one.served for one in self._said}, {one.offered for one in self._said})
 
-    @property
-    def settled(self) -> bool:
-        """Whether all serve the newest state there is: each has seen the folder as it is now.
+    def _may_say_more(self, now: float) -> bool:
+        """Whether they may offer something else than they said: have they seen the folder as it is now?
 
         That this process sees the same folder shows in its identity, which another machine's has not.
         """
-        served, offered = self._states
-        if len(served) != 1 or served != offered or len(self._looked) != 1:
+        looked = {(one.folder, one.looked) for one in self._said}
+        if len(looked) != 1:
+            return True
+        ((folder, identity),) = looked
+        if not folder:
             return False
-        ((folder, looked),) = self._looked
-        return not folder or bool(looked and looked == folder_identity(folder))
+        as_they_saw_it = identity == (folder_identity(folder) or ())
+        self._same_folder |= as_they_saw_it and bool(identity)
+        if not (as_they_saw_it and self._same_folder):
+            return True
+        if any(one.refused for one in self._said):
+            return now - self._asked_at >= pause(now - self._said_first)
+        return not identity or len({one.offered for one in self._said}) != 1
 
     def adopt(self, digest: str) -> bool:
         """Whether all of them serve a state from now on; who lags behind is told again."""
         done = all(self.tell(_adopt, digest))
-        self._looked = set()
+        self._said = set()
         return done
 
     # Their bases.
