@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -25,6 +27,21 @@ class Tree:
     pair: tuple[torch.Tensor, ...]
     parts: dict[str, torch.Tensor]
     records: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a module, as a packed matrix is."""
+
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A task of many modules."""
+
+    pairs: Mapping[str, tuple[Part, Part]]
+    alone: Part
 
 
 def odd(nbytes: int, offset: int) -> torch.Tensor:
@@ -197,3 +214,21 @@ def test_an_arena_grows_up_to_its_limit_and_is_sealed() -> None:
     assert arena.nbytes == LEAST_CHUNK + 1024 + 5120
     assert not arena.grow(1)
     assert arena.allocate(5000) is not None
+
+
+def test_garbage_collections_do_not_look_at_what_an_engine_holds_of_its_tasks() -> None:
+    """Hundreds of modules a task, for each of which there are matrices, sides and places."""
+    modules, tasks = 40, 25
+    held = []
+    for _ in range(tasks):
+        pairs = {
+            f"module {i}": (Part(torch.zeros(4)), Part(torch.zeros(2))) for i in range(modules)
+        }
+        image = make_image(Whole(pairs, Part(torch.zeros(3))))
+        held.append((image, image.on(torch.empty(image.size, dtype=torch.uint8))))
+    gc.collect()
+    before = len(gc.get_objects())
+    assert torch.equal(held[0][1].pairs["module 7"][1].values, torch.zeros(2))
+    held.clear()
+    gc.collect()
+    assert before - len(gc.get_objects()) < tasks * modules

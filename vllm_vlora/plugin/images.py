@@ -14,7 +14,7 @@ import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -73,6 +73,12 @@ class _Place(msgspec.Struct, gc=False):
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
 
 
+class _Node(msgspec.Struct, gc=False):
+    """A dataclass of a tree with places, field by field. Untracked, as they are: there are as many."""
+
+    kind: ClassVar[Any]
+
+
 class _Later(Mapping[Any, Any]):
     """A mapping whose values are made once they are read: kernels read addresses, and most never are."""
 
@@ -109,7 +115,7 @@ class Image(Generic[Tree]):
     """What lies in host memory as it is to lie in a block of a device's.
 
     Attributes:
-        places: the tree, with the place in the block instead of each tensor of the image.
+        places: the tree, with the place in the block instead of each tensor of the image, as ``_Node``.
         pieces: where each begins in the block, and its bytes on the host, uint8, in this order; one alone
             unless what is in the image stayed where it was.
         size: bytes of the block. nbytes: of what lies in it, without the gaps.
@@ -118,7 +124,7 @@ class Image(Generic[Tree]):
         targets: like ``records``: for an address how far from the block's start it points, else -1.
     """
 
-    places: Tree
+    places: Any
     pieces: _Pieces
     size: int
     nbytes: int
@@ -256,7 +262,10 @@ def _targets(
 
 
 def _mapped(tree: Any, leaf: Callable[[Any], Any], later: bool = False) -> Any:
-    """A tree with something else in place of each tensor; ``later``: in mappings once they are read."""
+    """A tree with something else in place of each tensor; ``later``: in mappings once they are read.
+
+    Dataclasses become nodes, and nodes dataclasses.
+    """
     if isinstance(tree, _PLAIN):
         return tree
     if isinstance(tree, (torch.Tensor, _Place)):
@@ -267,20 +276,24 @@ def _mapped(tree: Any, leaf: Callable[[Any], Any], later: bool = False) -> Any:
         return {name: _mapped(value, leaf) for name, value in tree.items()}
     if isinstance(tree, tuple):
         return tuple(_mapped(value, leaf, later) for value in tree)
+    if isinstance(tree, _Node):
+        # Not by its class: what is checked when one is made was checked. And not by ``vars``, which gives
+        # each a dictionary.
+        found = object.__new__(tree.kind)
+        for name in tree.__struct_fields__:
+            object.__setattr__(found, name, _mapped(getattr(tree, name), leaf, later))
+        return found
     if not dataclasses.is_dataclass(tree):
         return tree
-    # Not ``replace``: what is checked when one is made was checked. And not by ``vars``, which gives each
-    # a dictionary.
-    kind: Any = type(tree)
-    found = object.__new__(kind)
-    for name in _fields_of(kind):
-        object.__setattr__(found, name, _mapped(getattr(tree, name), leaf, later))
-    return found
+    made = _node_of(type(tree))
+    return made(*(_mapped(getattr(tree, name), leaf) for name in made.__struct_fields__))
 
 
 @functools.cache
-def _fields_of(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
+def _node_of(kind: Any) -> type[_Node]:
+    names = [field.name for field in dataclasses.fields(kind)]
+    own = {"kind": kind}
+    return msgspec.defstruct(kind.__name__, names, bases=(_Node,), namespace=own, gc=False)
 
 
 def _moved(tensor: torch.Tensor, starts: list[int], spans: list[Span]) -> torch.Tensor:
