@@ -20,8 +20,14 @@ from plugin_world import STORED, TASKS, Store, build, make_path
 from vllm_vlora import snapshots
 from vllm_vlora.checkpoint.pinning import pinned
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelMismatchError
+from vllm_vlora.errors import (
+    CheckpointError,
+    CheckpointReplacedError,
+    MemoryBudgetError,
+    ModelMismatchError,
+)
 from vllm_vlora.plugin import resident
+from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.plugin.images import make_image
 from vllm_vlora.plugin.resident import ResidentStore
@@ -319,6 +325,47 @@ def test_bases_stay_while_what_is_staged_needs_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("basis", ["nf4", "float32"])
+def _updates(checkpoint: Checkpoint, task_id: str) -> dict[str, torch.Tensor]:
+    bases = dict(checkpoint.bases())
+    stored = checkpoint.load_task(task_id).modules
+    factors = {name: decode(module, bases.get(name)) for name, module in stored.items()}
+    return {name: b @ a for name, (a, b) in factors.items()}
+
+
+def test_an_image_of_a_task_that_was_published_again_answers_for_its_own_weights_alone(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "ck"
+    before = build(folder)
+    store = Store(budget=Budget(device=0, late=1 << 20, host=1 << 20)).store
+    store.preload(folder)
+    updates = {}
+    for name in TASKS:
+        path = task_path(before, name)
+        updates[path] = _updates(before, name)
+        store.place(path)
+        store.forget(str(path))
+    folder.rename(tmp_path / "gone")
+    after = build(folder, seed=1)
+    store.serve(State(after))
+    old = list(updates)
+    for name in TASKS:
+        updates[task_path(after, name)] = _updates(after, name)
+    assert len(updates) == 2 * len(TASKS)
+    # From the host those of before, which requests in flight name; from disk those of now.
+    for path, wanted in updates.items():
+        for module, (source_a, source_b) in store.task(path).sources.items():
+            got = source_b.to_dense().T @ source_a.to_dense()
+            torch.testing.assert_close(got, wanted[module], msg=f"{path}: {module}")
+        store.forget(str(path))
+    # Once nobody can ask for them any more nothing is kept of them.
+    store.tidy()
+    assert store.host_tasks(9)[0] == len(TASKS)
+    for path in old:
+        with pytest.raises(CheckpointReplacedError):
+            store.task(path)
+
+
 def test_tasks_that_are_read_side_by_side_share_one_basis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, basis: str
 ) -> None:
