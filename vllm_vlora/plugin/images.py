@@ -206,10 +206,7 @@ def make_image(
 
     places = _mapped(tree, leaf)
     runs = _merged(extents)
-    starts, size = [], 0
-    for run in runs:
-        starts.append(size + run.first % _WIDEST)
-        size = aligned(starts[-1] + run.nbytes)
+    starts, size = _laid_out(runs)
     firsts = [run.first for run in runs]
 
     def start_of(address: int) -> int:
@@ -233,6 +230,15 @@ def make_image(
     own.start = start_of(table.data_ptr())
     targets = _targets(table.numpy(), fields, firsts, starts)
     return Image(places, pieces, size, nbytes, pin, _within(pieces, own), targets)
+
+
+def _laid_out(runs: list[_Run]) -> tuple[list[int], int]:
+    """Where each run begins in a block, and how long that is."""
+    starts, size = list[int](), 0
+    for run in runs:
+        starts.append(size + run.first % _WIDEST)
+        size = aligned(starts[-1] + run.nbytes)
+    return starts, size
 
 
 def _joined(runs: list[_Run], starts: list[int], size: int, pin: bool) -> torch.Tensor:
