@@ -145,7 +145,7 @@ def test_what_was_refused_is_read_the_seldomer_the_longer_it_is_as_it_was(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, read = [1000.0], list[float]()
-    monkeypatch.setattr(following.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     world.look()
     missing = world.folder / "tasks" / "later.safetensors"
     later = build(world.root / "next", {"later": TASKS["one"]}, seed=1)

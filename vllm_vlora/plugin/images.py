@@ -296,7 +296,7 @@ def _mapped(tree: Any, leaf: Callable[[Any], Any], later: bool = False) -> Any:
 
 
 @functools.cache
-def _node_of(kind: Any) -> type[_Node]:
+def _node_of(kind: Any) -> Any:
     names = [field.name for field in dataclasses.fields(kind)]
     own = {"kind": kind}
     return msgspec.defstruct(kind.__name__, names, bases=(_Node,), namespace=own, gc=False)
