@@ -14,6 +14,8 @@ import httpx
 import pytest
 from engine_server import FORKED, Server, ids, words
 from engine_world import PROMPTS, World, all_directions
+from openai import Stream
+from openai.types import Completion
 from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.engine
@@ -129,12 +131,15 @@ class Published:
         for (name, weights), text in zip(wanted.items(), texts):
             assert ids(text) == words(self.world.reference[weights][0]), name
 
-    def long(self, name: str, tokens: int = 240) -> list[str]:
-        done = self.server.client.completions.create(
-            model=name, prompt=PROMPTS[1], max_tokens=tokens, temperature=0,
+    def begin_long(self, name: str) -> Stream[Completion]:
+        """An answer that has begun: what its name means is settled, whatever is published from now on."""
+        return self.server.client.completions.create(
+            model=name, prompt=PROMPTS[1], max_tokens=240, temperature=0, stream=True,
             extra_body={"ignore_eos": True, "skip_special_tokens": False},
         )  # fmt: skip
-        return ids(done.choices[0].text)
+
+    def long(self, name: str) -> list[str]:
+        return rest_of(self.begin_long(name))
 
     def ask_until(self, ended: threading.Event, name: str, *states: dict[str, str]) -> int:
         """How often a task was asked, which answered each time as in one of these states."""
@@ -166,6 +171,10 @@ class Published:
 
     def all_direct(self, tasks: dict[str, str]) -> bool:
         return self.value("vllm_vlora:direct_tasks") == len(tasks)
+
+
+def rest_of(answer: Stream[Completion]) -> list[str]:
+    return ids("".join(piece.choices[0].text for piece in answer))
 
 
 @contextmanager
@@ -206,9 +215,9 @@ def test_a_changed_basis_is_exchanged_and_what_runs_ends_on_the_one_before(
     # In this order, so that nobody asks on where something is wrong.
     with ThreadPoolExecutor(84) as pool, set_at_the_end(ended):
         # In flight while the basis changes, some of them waiting for a place in a batch.
-        running = [(name, pool.submit(published.long, name)) for name in "ab" for _ in range(40)]
-        # Not by the metrics, which lag: meanwhile all would have ended.
-        time.sleep(0.3)
+        names = [name for name in "ab" for _ in range(40)]
+        begun = list(pool.map(published.begin_long, names))
+        running = [(name, pool.submit(rest_of, answer)) for name, answer in zip(names, begun)]
         # Whoever asks meanwhile is answered, with the weights of before or those of after.
         asking = [pool.submit(published.ask_until, ended, name, FIRST, SECOND) for name in "aabc"]
         published.publish(SECOND)
@@ -259,14 +268,12 @@ def test_every_rank_exchanges_its_share_in_one_step(world: World, parallel: str)
         published.check(FIRST)
         before = published.long("b")
         published.make(SECOND)
-        with ThreadPoolExecutor(8) as pool:
-            running = [pool.submit(published.long, "b") for _ in range(6)]
-            published.server.wait_until_begun(running)
-            published.publish(SECOND)
-            published.until_served(SECOND, 1)
-            published.check(SECOND)
-            for future in running:
-                assert future.result() == before
+        running = [published.begin_long("b") for _ in range(6)]
+        published.publish(SECOND)
+        published.until_served(SECOND, 1)
+        published.check(SECOND)
+        for answer in running:
+            assert rest_of(answer) == before
         published.until(lambda: published.exchanges() == 1)
         published.check(SECOND)
         published.until(lambda: published.all_direct(SECOND))
