@@ -60,7 +60,7 @@ def named_in(path: TaskPath) -> list[str]:
 
 
 def names_in_blends(checkpoint: Checkpoint) -> dict[str, str]:
-    """What names a task of a checkpoint in a blend's path -> the task; of 100,000 in 0.1 s."""
+    """What names a task of a checkpoint in a blend's path -> the task; of 100,000 in 0.2 s."""
     return {_id_alone(task): task for task in checkpoint.tasks}
 
 

@@ -291,7 +291,8 @@ def _mapped(tree: Any, leaf: Callable[[Any], Any], later: bool = False) -> Any:
         return found
     if not dataclasses.is_dataclass(tree):
         return tree
-    made = _node_of(type(tree))
+    kind: Any = type(tree)
+    made = _node_of(kind)
     return made(*(_mapped(getattr(tree, name), leaf) for name in made.__struct_fields__))
 
 
