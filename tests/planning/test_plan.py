@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_vlora.compression.encoding import encode_option
+from vllm_vlora.compression.encoding import encode_kept
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric, Whitener
 from vllm_vlora.planning.allocation import (
     Point,
@@ -49,8 +49,9 @@ def test_private_curves_equal_what_encoding_loses(
 ) -> None:
     a, b = factors(rank, d_in, d_out, seed)
     scale = 0.5
-    svd_a, svd_b_t = leading_factors(a, b, scale, FROBENIUS)
-    svd_b = svd_b_t.T
+    scales = torch.tensor([scale], dtype=torch.float64)
+    svd_a, svd_b = (side[0] for side in leading_factors(a[None], b.T[None], scales, FROBENIUS)[:2])
+    svd_b = svd_b.T
     norm = squared_norm(a, b, scale)
     for curve in measure_private([(a, b, scale)], FORMATS, "float32")[0].curves:
         assert curve.count == 1 + min(rank, d_in, d_out)
@@ -255,7 +256,7 @@ def test_narrow_curves_equal_what_encoding_loses(rank: int, seed: int) -> None:
     assert sizes == sorted(sizes)
     for number in range(curve.count):
         option = curve.option(number)
-        stored = encode_option(a, b, 0.5, option, FROBENIUS)
+        stored, _ = encode_kept(a, b, 0.5, option, FROBENIUS)
         lost, _ = relative_error(a, b, 0.5, stored, None)
         assert option.loss == pytest.approx(lost, rel=1e-5, abs=1e-12 * norm)
         n4, n3, n2 = option.bits or (option.rank, 0, 0)
@@ -277,7 +278,7 @@ def test_whitened_losses_equal_those_of_the_dense_product() -> None:
     for curve in measure_private([(a, b, 0.5)], formats, "float32", metric)[0].curves:
         for number in range(curve.count):
             option = curve.option(number)
-            stored = encode_option(a, b, 0.5, option, metric)
+            stored, _ = encode_kept(a, b, 0.5, option, metric)
             new_a, new_b = decode(stored, None)
             white = metric.a(new_b.double() @ new_a.double() - delta)
             assert option.loss == pytest.approx(float(white.square().sum()), rel=1e-4, abs=1e-9)
@@ -292,7 +293,7 @@ def test_a_metric_loses_less_of_what_the_model_sees_than_frobenius_does() -> Non
         measure_private([(a, b, 1.0)], ["float32"], "bfloat16", m)[0].curves[0]
         for m in (FROBENIUS, metric)
     )
-    stored = encode_option(a, b, 1.0, plain.option(3), FROBENIUS)
+    stored, _ = encode_kept(a, b, 1.0, plain.option(3), FROBENIUS)
     new_a, new_b = decode(stored, None)
     seen = metric.a(new_b.double() @ new_a.double() - b.double() @ a.double()).square().sum()
     assert white.option(3).loss < 0.8 * float(seen)

@@ -21,11 +21,16 @@ from vllm_vlora.planning.private_curves import PrivateOption, leading_factors, s
 from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import Survey, Surveyor, SurveySettings
 from vllm_vlora.quantize import pack, stack_rows, unpack
-from vllm_vlora.representations.decode import decode, relative_error
-from vllm_vlora.representations.factors import changes_nothing, relative, squared_norm
+from vllm_vlora.representations.decode import decode, relative_error, relative_errors
+from vllm_vlora.representations.factors import (
+    ScaledFactors,
+    changes_nothing,
+    relative,
+    squared_norm,
+)
 from vllm_vlora.representations.flat import pack_flat
 from vllm_vlora.representations.joint import dual_rows, encode_joint
-from vllm_vlora.representations.private import encode_narrow, encode_private
+from vllm_vlora.representations.private import encode_stacked
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 
 _ATTEMPTS = 8
@@ -121,7 +126,8 @@ class Encoder:
                     self._encode_private(surveyor, plan, CoreSpool(Path(folder) / "kept"))
                 )
             worker = TaskEncoder(surveyor, plan, tuple(spools))
-            yield from self.executor.run(worker, range(len(surveyor.collection.adapters)))
+            for tasks in self.executor.run(worker, _small_runs(surveyor)):
+                yield from tasks
 
     def _encode_private(self, surveyor: Surveyor, plan: Plan, kept: CoreSpool) -> CoreSpool:
         """The spool, filled module by module with what tasks have of their own."""
@@ -161,9 +167,44 @@ class PrivateEncoder:
         return found
 
 
+def _small_runs(surveyor: Surveyor) -> list[range]:
+    """All tasks, neighbours together as long as they have no more numbers than are worked on at once."""
+    runs: list[range] = []
+    elements = 0
+    for task, adapter in enumerate(surveyor.collection.adapters):
+        own = sum(module.numel for module in adapter.modules.values())
+        elements += own
+        if runs and elements <= surveyor.batch_elements:
+            runs[-1] = range(runs[-1].start, task + 1)
+        else:
+            runs.append(range(task, task + 1))
+            elements = own
+    return runs
+
+
+class _Update(NamedTuple):
+    """One module of one task that is to be stored as an option says."""
+
+    task: int
+    name: str
+    factors: ScaledFactors
+    option: PrivateOption
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """The same of what can be encoded together."""
+        (a, b, _), option = self.factors, self.option
+        stored = option.format, option.rank, option.original, option.loss == 0, option.bits
+        return a.shape, b.shape, a.dtype, b.dtype, *stored
+
+
+_Encoded = dict[tuple[int, str], tuple[StoredModule, Loss]]
+"""(task number, module name) -> what is stored, and what that lost."""
+
+
 @dataclass
 class TaskEncoder:
-    """Puts one task together; travels to other processes.
+    """Puts tasks together; travels to other processes.
 
     Attributes:
         spools: what was encoded before, with its errors.
@@ -173,30 +214,63 @@ class TaskEncoder:
     plan: Plan
     spools: tuple[CoreSpool, ...]
 
-    def __call__(self, task: int) -> EncodedTask:
-        """The modules of one task as they are stored, and its errors.
+    def __call__(self, tasks: Sequence[int]) -> list[EncodedTask]:
+        """The modules of each task as they are stored, and its errors.
 
         Raises:
             AdapterError: a value cannot be packed.
         """
+        encoded: _Encoded = {}
+        waiting, elements = list[_Update](), 0
+        for task in tasks:
+            for update in self._updates(task, encoded):
+                waiting.append(update)
+                elements += update.factors[0].numel() + update.factors[1].numel()
+                if elements >= self.surveyor.batch_elements:
+                    self._encode(waiting, encoded)
+                    waiting, elements = [], 0
+        self._encode(waiting, encoded)
+        return [self._together(task, encoded) for task in tasks]
+
+    def _updates(self, task: int, encoded: _Encoded) -> Iterator[_Update]:
+        """What of a task is left to encode; the rest goes into ``encoded``."""
         collection, device = self.surveyor.collection, self.surveyor.device
-        names = list(collection.adapters[task].modules)
         kept = {name: module for spool in self.spools for name, module in spool.read(task).items()}
-        modules, losses = dict[str, StoredModule](), []
-        for name, (a, b, scale) in collection.read_task(task, names):
+        for name, (a, b, scale) in collection.read_task(
+            task, list(collection.adapters[task].modules)
+        ):
             a, b = a.to(device), b.to(device)
             if name in kept:
-                modules[name] = kept[name]
                 norm = squared_norm(a, b, scale)
                 loss = Loss(kept[name].error ** 2 * norm, norm, 0.0, 0.0)
+                encoded[task, name] = kept[name], loss
             else:
-                option = self.plan.private[task, name]
-                with collection.naming(task, name):
-                    encoded, loss = encode_kept(a, b, scale, option, FROBENIUS)
-                modules[name] = encoded.cpu()
-            losses.append(loss)
-        error = relative(sum(x.lost for x in losses), sum(x.norm for x in losses))
+                yield _Update(task, name, (a, b, scale), self.plan.private[task, name])
+
+    def _encode(self, updates: Sequence[_Update], encoded: _Encoded) -> None:
+        by_layout: dict[tuple[object, ...], list[_Update]] = {}
+        for update in updates:
+            by_layout.setdefault(update.layout, []).append(update)
+        for alike in by_layout.values():
+            factors, option = [update.factors for update in alike], alike[0].option
+            try:
+                found = encode_alike(factors, option, FROBENIUS)
+            except ValueError:
+                # One of them; which one, is worth a second attempt.
+                for update in alike:
+                    with self.surveyor.collection.naming(update.task, update.name):
+                        encode_alike([update.factors], option, FROBENIUS)
+                raise
+            for update, (stored, loss) in zip(alike, found):
+                encoded[update.task, update.name] = stored.cpu(), loss
+
+    def _together(self, task: int, encoded: _Encoded) -> EncodedTask:
+        names = self.surveyor.collection.adapters[task].modules
+        found = {name: encoded[task, name] for name in names}
+        lost = sum(loss.lost for _, loss in found.values())
+        error = relative(lost, sum(loss.norm for _, loss in found.values()))
         seen = math.sqrt(max(float(self.plan.losses[task]), 0.0))
+        modules = {name: stored for name, (stored, _) in found.items()}
         return EncodedTask(modules, error, seen if self.surveyor.calibrated else error)
 
 
@@ -288,30 +362,42 @@ class CoreProjection:
         )
 
 
-def encode_option(
-    a: torch.Tensor, b: torch.Tensor, scale: float, option: PrivateOption, metric: Metric
-) -> StoredModule:
-    """Private factors as an option says; its error is the caller's to measure."""
-    if option.original:
-        return encode_private(a, b, scale, option.format)
-    svd_a, svd_b_t = (rows[: option.rank] for rows in leading_factors(a, b, scale, metric))
-    if option.bits is None:
-        return encode_private(svd_a, svd_b_t.T, 1.0, option.format)
-    return encode_narrow(svd_a, svd_b_t.T, 1.0, option.bits)
-
-
 def encode_kept(
     a: torch.Tensor, b: torch.Tensor, scale: float, option: PrivateOption, metric: Metric
 ) -> tuple[StoredModule, Loss]:
     """Private factors as an option says, with their error, and what they lost."""
-    stored = encode_option(a, b, scale, option, metric)
+    return encode_alike([(a, b, scale)], option, metric)[0]
+
+
+def encode_alike(
+    factors: Sequence[ScaledFactors], option: PrivateOption, metric: Metric
+) -> list[tuple[StoredModule, Loss]]:
+    """``encode_kept`` of updates of one shape, whose options differ in what they lose at most."""
+    a = torch.stack([a for a, _, _ in factors])
+    b_t = torch.stack([b.T for _, b, _ in factors])
+    scales = [scale for _, _, scale in factors]
+    wide_scales = torch.tensor(scales, dtype=torch.float64, device=a.device)
+    if option.original:
+        stored = encode_stacked(a, b_t, scales, option.format)
+    else:
+        rows = leading_factors(a, b_t, wide_scales, metric)[:2]
+        first_a, first_b = (side[:, : option.rank] for side in rows)
+        ones = [1.0] * len(factors)
+        stored = encode_stacked(first_a, first_b, ones, option.format, option.bits)
     # Zero is only ever planned where the stored numbers are the adapter's own.
     if option.original and option.loss == 0:
-        return stored, Loss(
-            0.0, squared_norm(a, b, scale), 0.0, seen_squared_norm(a, b, scale, metric)
-        )
-    loss = measure_loss(a, b, scale, stored, None, metric)
-    return replace(stored, error=loss.error), loss
+        losses = [
+            Loss(0.0, squared_norm(*found), 0.0, seen_squared_norm(*found, metric))
+            for found in factors
+        ]
+    elif metric == FROBENIUS:
+        both = relative_errors(a, b_t, wide_scales, stored)
+        losses = [Loss(lost, norm, lost, norm) for lost, norm in both]
+    else:
+        losses = [
+            measure_loss(*found, module, None, metric) for found, module in zip(factors, stored)
+        ]
+    return [(replace(module, error=loss.error), loss) for module, loss in zip(stored, losses)]
 
 
 def measure_loss(

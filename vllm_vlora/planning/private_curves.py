@@ -132,22 +132,16 @@ Curve = PrivateCurve | NarrowCurve
 
 
 def leading_factors(
-    a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """SVD factors of scale * B A in the metric: A' (q, d_in) and B' transposed (q, d_out).
+    a: torch.Tensor, b_t: torch.Tensor, scales: torch.Tensor, metric: Metric
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """SVD factors of each scale * B A in the metric, and their squared norms in it (``stacked_svd``).
 
     The first t rows of both are the best approximation of rank t that the metric knows (Eckart-Young
     on S_out^T delta_W S_in, taken back).
+
+    Args:
+        a: (n, r, d_in). b_t: B transposed, (n, r, d_out). scales: (n,) float64.
     """
-    scales = torch.tensor([scale], dtype=torch.float64, device=a.device)
-    rows_a, rows_b, _ = _leading(a[None], b.T[None], scales, metric)
-    return rows_a[0], rows_b[0]
-
-
-def _leading(
-    a: torch.Tensor, b_t: torch.Tensor, scales: torch.Tensor, metric: Metric
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``leading_factors`` of (n, r, d) stacks, and ||scale * B A||^2 in the metric."""
     if metric == FROBENIUS:
         return stacked_svd(a, b_t, scales)
     svd_a, svd_b_t, norms = stacked_svd(
@@ -201,7 +195,7 @@ class _Stack:
         self.scales = torch.tensor([scale for _, _, scale in factors], dtype=torch.float64)
         self._metric = metric
         scales = self.scales.to(self.a.device)
-        self.svd_a, self.svd_b_t, self.norms = _leading(self.a, self.b_t, scales, metric)
+        self.svd_a, self.svd_b_t, self.norms = leading_factors(self.a, self.b_t, scales, metric)
         self._rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rounded(self, format: str) -> tuple[torch.Tensor, torch.Tensor]:

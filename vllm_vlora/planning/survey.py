@@ -245,6 +245,11 @@ class Surveyor:
         return ModuleSurvey(norms, private, joint, bases, affinity, flat)
 
     @property
+    def batch_elements(self) -> int:
+        """Numbers of several updates that are worked on at once."""
+        return _BATCH_ELEMENTS if self.device.type == "cpu" else _GPU_BATCH_ELEMENTS
+
+    @property
     def calibrated(self) -> bool:
         """Whether errors are measured in another metric than Frobenius."""
         return self.settings.calibration is not None
@@ -317,15 +322,15 @@ class Surveyor:
                 yield task, {label: by_format[format] for label, format in labels}, norm
 
     def _alike(
-        self, module: Module, tasks: Sequence[int], elements: int = _BATCH_ELEMENTS
+        self, module: Module, tasks: Sequence[int], elements: int | None = None
     ) -> Iterator[tuple[torch.dtype, list[tuple[int, ScaledFactors]]]]:
         """Neighbouring tasks of one rank and dtype, with so many elements at once at most."""
         parts = [self.collection.adapters[task].modules[module.name] for task in tasks]
         kinds = [(part.dtype, part.rank) for part in parts]
         factors = zip(tasks, self.read(module, tasks))
         for (dtype, rank), run in itertools.groupby(kinds):
-            if self.device.type != "cpu":
-                elements = _GPU_BATCH_ELEMENTS
+            if elements is None or self.device.type != "cpu":
+                elements = self.batch_elements
             most = max(elements // (rank * (module.d_in + module.d_out)), 1)
             left = len(list(run))
             while left:

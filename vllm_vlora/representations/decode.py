@@ -13,8 +13,11 @@ and export know only side sources. Each representation is one file; ``registry``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from vllm_vlora.quantize import stack_rows, unpack
 from vllm_vlora.representations.factors import small_product
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, StoredModule
@@ -40,13 +43,43 @@ def relative_error(
         matrices in float64; by QR decompositions where rounding would be seen in it.
     """
     a_new, b_new = decode(stored, basis)
-    a_old, b_old = a.double(), b.double() * scale
-    stacked_a = torch.cat([a_new.double(), a_old])
+    return _lost(a_new[None], b_new.T[None], a[None], b.T.double()[None] * scale)[0]
+
+
+def relative_errors(
+    a: torch.Tensor, b_t: torch.Tensor, scales: torch.Tensor, stored: Sequence[StoredModule]
+) -> list[tuple[float, float]]:
+    """``relative_error`` of many private modules of one shape and one format.
+
+    Args:
+        a: (n, r, d_in). b_t: B transposed, (n, r, d_out). scales: (n,) float64, of each B A.
+    """
+    a_new, b_new = (
+        unpack(stack_rows([module.matrices[side] for module in stored])).unflatten(
+            0, (len(stored), stored[0].rank)
+        )
+        for side in "AB"
+    )
+    kept = torch.tensor([module.scale for module in stored], device=b_new.device)
+    return _lost(a_new, b_new * kept[:, None, None], a, b_t.double() * scales[:, None, None])
+
+
+def _lost(
+    a_new: torch.Tensor, b_new: torch.Tensor, a_old: torch.Tensor, b_old: torch.Tensor
+) -> list[tuple[float, float]]:
+    """What ``relative_error`` returns, of (n, rows, d) stacks of A and of B transposed."""
+    rank = a_new.shape[1]
+    stacked_a = torch.cat([a_new.double(), a_old.double()], dim=1)
     stacked_b = torch.cat([b_new.double(), -b_old], dim=1)
-    products = (stacked_a @ stacked_a.T) * (stacked_b.T @ stacked_b)
-    rank = len(a_new)
-    difference, norm = float(products.sum()), float(products[rank:, rank:].sum())
-    if not (norm > 0 and difference > _SEEN * norm):
-        difference = float(small_product(stacked_a, stacked_b).square().sum())
-        norm = float(small_product(a_old, b_old).square().sum())
-    return difference, norm
+    products = (stacked_a @ stacked_a.mT) * (stacked_b @ stacked_b.mT)
+    differences = products.sum((1, 2)).tolist()
+    norms = products[:, rank:, rank:].sum((1, 2)).tolist()
+    found = list(zip(differences, norms))
+    for place, (difference, norm) in enumerate(found):
+        if not (norm > 0 and difference > _SEEN * norm):
+            both, old = stacked_b[place].T, stacked_b[place, rank:].T
+            found[place] = (
+                float(small_product(stacked_a[place], both).square().sum()),
+                float(small_product(stacked_a[place, rank:], old).square().sum()),
+            )
+    return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow, stack_rows
+from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 
@@ -19,13 +19,7 @@ def encode_private(a: torch.Tensor, b: torch.Tensor, scale: float, format: str) 
     With ``format`` the factors' own dtype this is exact. Truncation is the caller's: pass the
     leading rows and columns of ``balanced_svd``.
     """
-    return StoredModule(
-        "private",
-        format,
-        a.shape[0],
-        {"A": pack(a, format), "B": pack(b.T.contiguous(), format)},
-        scale,
-    )
+    return encode_stacked(a[None], b.T[None], [scale], format)[0]
 
 
 def encode_narrow(
@@ -43,19 +37,49 @@ def encode_narrow(
     Raises:
         ValueError: as ``quantize.pack_narrow``.
     """
-    assert sum(bits) == a.shape[0], f"bits {bits} for rank {a.shape[0]}"
-    matrices = {
-        "A": _pack_by_bits(a, bits),
-        "B": _pack_by_bits(b.T.contiguous(), bits),
+    return encode_stacked(a[None], b.T[None], [scale], "nf4-dq", bits)[0]
+
+
+def encode_stacked(
+    a: torch.Tensor,
+    b_t: torch.Tensor,
+    scales: Sequence[float],
+    format: str,
+    bits: tuple[int, int, int] | None = None,
+) -> list[StoredModule]:
+    """``encode_private``, or with ``bits`` ``encode_narrow``, of many updates of one shape.
+
+    Args:
+        a: (n, r, d_in). b_t: B transposed, (n, r, d_out). scales: n.
+    """
+    sides = zip(_pack_stack(a, format, bits), _pack_stack(b_t, format, bits), scales, strict=True)
+    kept = bits if bits is not None and (bits[1] or bits[2]) else None
+    return [
+        StoredModule("private", format, a.shape[1], {"A": one, "B": other}, scale, bits=kept)
+        for one, other, scale in sides
+    ]
+
+
+def _pack_stack(
+    rows: torch.Tensor, format: str, bits: tuple[int, int, int] | None
+) -> list[PackedMatrix]:
+    """Each matrix of a stack, of which all rows of one width are packed at once."""
+    count, rank, cols = rows.shape
+    if bits is None:
+        packed = [pack(rows.flatten(0, 1), format)]
+    else:
+        assert sum(bits) == rank, f"bits {bits} for rank {rank}"
+        four, three, two = (part.flatten(0, 1) for part in rows.split(list(bits), dim=1))
+        packed = [pack(four, format), pack_narrow(three, 3), pack_narrow(two, 2)]
+    parts = {
+        name: torch.cat([p.parts[name].unflatten(0, (count, p.rows // count)) for p in packed], 1)
+        for name in packed[0].parts
     }
-    kept = bits if bits[1] or bits[2] else None
-    return StoredModule("private", "nf4-dq", a.shape[0], matrices, scale, bits=kept)
-
-
-def _pack_by_bits(rows: torch.Tensor, bits: tuple[int, int, int]) -> PackedMatrix:
-    four, three, two = rows.split(list(bits))
-    parts = [pack(four, "nf4-dq"), pack_narrow(three, 3), pack_narrow(two, 2)]
-    return stack_rows([part for part in parts if part.rows] or parts[:1])
+    # Copies: a view would keep the whole stack, in memory and on the way to another process.
+    return [
+        PackedMatrix(format, rank, cols, {name: part[i].clone() for name, part in parts.items()})
+        for i in range(count)
+    ]
 
 
 def sides(segment: Segment, module: ModuleSpec) -> dict[str, tuple[int, int]]:
