@@ -15,6 +15,7 @@ from vllm_vlora.planning.allocation import (
     Point,
     allocate,
     build_path,
+    chains_and_hulls,
     cheapest_within,
     fit_to_budget,
     lower_hull,
@@ -141,6 +142,21 @@ def test_hull_lies_below_every_point(points: list[Point]) -> None:
             if n0 <= nbytes <= n1:
                 line = l0 + (l1 - l0) * (nbytes - n0) / (n1 - n0)
                 assert loss >= line - 1e-9 * (1 + l0)
+
+
+@given(chains=st.lists(chain, min_size=1, max_size=8))
+def test_hulls_of_chains_of_several_lengths_are_those_of_each(chains: list[list[Point]]) -> None:
+    found = list(chains_and_hulls(len(chains), chains.__getitem__))
+    assert found == [(points, lower_hull(points)) for points in chains]
+
+
+def test_a_hull_has_every_corner_and_no_point_on_its_edges() -> None:
+    # Loss 2^20 / bytes: convex, so that all are corners; exact, so that the midpoints lie on the edges.
+    corners = [(1 << n, float(1 << 20 - n)) for n in range(12)]
+    middles = [((n + m) // 2, (x + y) / 2) for (n, x), (m, y) in itertools.pairwise(corners[1:])]
+    above = [(nbytes, loss + 1) for nbytes, loss in middles]
+    points = [*middles, *corners, *above, (1 << 30, corners[-1][1])]
+    assert [points[i] for i in lower_hull(points)] == corners
 
 
 def brute_force(chains: list[list[Point]]) -> list[Point]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -22,22 +22,50 @@ _PRICE_ROUNDS = 40
 # about one step are at stake there, however many chains there are.
 _FILLED_CHAINS = 256
 _TRIMMED_CHAINS = 16
+# Chains whose options are held at once.
+_CHAINS_AT_ONCE = 1024
 Point = tuple[int, float]
 """(bytes, loss) of an option."""
 
 
 def lower_hull(points: Sequence[Point]) -> list[int]:
     """Indices of the lower convex hull, from the fewest bytes to the least loss, both strict."""
-    hull: list[int] = []
-    for index in _smaller_loss(points):
-        nbytes, loss = points[index]
-        while len(hull) >= 2:
-            (n0, l0), (n1, l1) = points[hull[-2]], points[hull[-1]]
-            if (l0 - l1) * (nbytes - n1) > (l1 - loss) * (n1 - n0):
-                break
-            hull.pop()
-        hull.append(index)
-    return hull
+    return _lower_hulls([points])[0]
+
+
+def chains_and_hulls(
+    count: int, points: Callable[[int], Sequence[Point]]
+) -> Iterator[tuple[Sequence[Point], list[int]]]:
+    """The options of each of ``count`` chains, and their ``lower_hull``."""
+    for first in range(0, count, _CHAINS_AT_ONCE):
+        chains = [points(number) for number in range(first, min(first + _CHAINS_AT_ONCE, count))]
+        yield from zip(chains, _lower_hulls(chains))
+
+
+def _lower_hulls(chains: Sequence[Sequence[Point]]) -> list[list[int]]:
+    """A corner of each at a time: the steepest way down, and the farthest along it (Jarvis' march)."""
+    lengths = np.array([len(points) for points in chains])
+    there = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    flat = np.array(list(itertools.chain.from_iterable(chains)), dtype=float).reshape(-1, 2)
+    sizes, losses = (np.full(there.shape, np.inf) for _ in range(2))
+    sizes[there], losses[there] = flat.T
+    rows = np.arange(len(chains))
+    fewest = sizes == sizes.min(axis=1, keepdims=True)
+    corner = np.where(fewest, losses, np.inf).argmin(axis=1)
+    hulls = [[place] for place in corner.tolist()]
+    while len(rows):
+        size, loss = (found[rows, corner][:, None] for found in (sizes, losses))
+        span = sizes[rows] - size
+        better = losses[rows] < loss
+        rates = np.subtract(loss, losses[rows], out=np.zeros(span.shape), where=better)
+        np.divide(rates, span, out=rates, where=better)
+        steepest = rates.max(axis=1)
+        down = steepest > 0
+        rows, rates, span, steepest = rows[down], rates[down], span[down], steepest[down]
+        corner = np.where(rates == steepest[:, None], span, -1.0).argmax(axis=1)
+        for row, place in zip(rows.tolist(), corner.tolist()):
+            hulls[row].append(place)
+    return hulls
 
 
 def _smaller_loss(points: Sequence[Point]) -> list[int]:
@@ -108,9 +136,7 @@ class StepPath:
 def build_path(count: int, points: Callable[[int], Sequence[Point]]) -> StepPath:
     """Hull of each of ``count`` chains, and their steps merged."""
     start, start_nbytes, steps = [], 0, []
-    for number in range(count):
-        options = points(number)
-        hull = lower_hull(options)
+    for number, (options, hull) in enumerate(chains_and_hulls(count, points)):
         start.append(hull[0])
         start_nbytes += options[hull[0]][0]
         for before, after in itertools.pairwise(hull):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from vllm_vlora.adapters.collection import Collection
+from vllm_vlora.adapters.collection import Collection, Module
 from vllm_vlora.checkpoint.layout import (
     BASIS_SHARD_BYTES,
     basis_nbytes,
@@ -40,47 +41,50 @@ def plan_nbytes(collection: Collection, plan: Plan) -> int:
     basis = basis_nbytes(specs)
     # Each further shard has a header of its own: a length word, padding and two braces.
     total = basis + 64 * (basis // BASIS_SHARD_BYTES)
-    block_of = {
-        (task, name): block
-        for name, blocks in plan.blocks.items()
-        for block in blocks
-        for task in block.shared.tasks
-    }
-    rows_of = {
-        block.group: plan.stored_rows(block) for found in plan.blocks.values() for block in found
-    }
-    spec_of = {spec.name: spec for spec in specs}
-    # Of small tasks many are stored alike.
-    known: dict[tuple[_Kind, ...], int] = {}
-    for task, adapter in enumerate(collection.adapters):
-        kinds: list[_Kind] = []
-        for name, module in adapter.modules.items():
-            spec, block = spec_of[name], block_of.get((task, name))
-            shape = (module.d_in, module.d_out)
-            if spec.flat is not None:
-                own = plan.flat[name].loadings_format, spec.flat.rank
-                kinds.append((*shape, spec.basis, spec.flat, "flat", *own))
-            elif block is not None:
-                shared = block.shared
-                core, rank, _ = core_shape(
-                    module.rank, shared.spec.k_out, shared.spec.k_in, shared.factored
-                )
-                rows = rows_of[block.group]
-                own = shared.core_format, rank
-                kinds.append((*shape, spec.basis, spec.flat, "joint", *own, None, core, rows))
-            else:
-                option = plan.private[task, name]
-                own = option.format, option.rank
+    # Of small tasks many are stored alike, so kinds get numbers: those are compared in less time.
+    numbers: dict[_Kind, int] = {}
+    kinds_of: list[list[int]] = [[] for _ in collection.adapters]
+    for module, spec in zip(collection.modules.values(), specs):
+        shape, shared = (module.d_in, module.d_out), _shared_kinds(plan, module, spec)
+        for task in module.tasks:
+            kind = shared.get(task)
+            if kind is None:
+                option = plan.private[task, module.name]
                 # Nearly all are private, and of few kinds: whatever the module's basis is.
-                kinds.append((*shape, None, None, "private", *own, option.bits))
-        key = tuple(kinds)
+                own = option.format, option.rank, option.bits
+                kind = (*shape, None, None, "private", *own)
+            kinds_of[task].append(numbers.setdefault(kind, len(numbers)))
+    by_number = list(numbers)
+    plain: Counter[tuple[int, ...]] = Counter()
+    for adapter, kinds in zip(collection.adapters, kinds_of):
         if adapter.extra:
-            total += file_nbytes(_together(key), adapter.extra)
-            continue
-        if key not in known:
-            known[key] = file_nbytes(_together(key))
-        total += known[key]
+            total += file_nbytes(_together([by_number[n] for n in kinds]), adapter.extra)
+        else:
+            plain[tuple(kinds)] += 1
+    for key, count in plain.items():
+        total += count * file_nbytes(_together([by_number[n] for n in key]))
     return total
+
+
+def _shared_kinds(plan: Plan, module: Module, spec: ModuleSpec) -> dict[int, _Kind]:
+    """What each task has of a module that it shares."""
+    common = module.d_in, module.d_out, spec.basis, spec.flat
+    if spec.flat is not None:
+        flat = (*common, "flat", plan.flat[module.name].loadings_format, spec.flat.rank)
+        return dict.fromkeys(module.tasks, flat)
+    found: dict[int, _Kind] = {}
+    ranks = dict(zip(module.tasks, module.ranks))
+    for block in plan.blocks.get(module.name, ()):
+        shared, rows = block.shared, plan.stored_rows(block)
+        by_rank: dict[int, _Kind] = {}
+        for task in shared.tasks:
+            if ranks[task] not in by_rank:
+                widths = shared.spec.k_out, shared.spec.k_in
+                core, rank, _ = core_shape(ranks[task], *widths, shared.factored)
+                own = shared.core_format, rank, None, core, rows
+                by_rank[ranks[task]] = (*common, "joint", *own)
+            found[task] = by_rank[ranks[task]]
+    return found
 
 
 # The arguments of ``_sizes``.

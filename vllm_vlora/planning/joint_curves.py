@@ -51,11 +51,12 @@ class JointCurve:
         """
         captured = self.captured.double()
         noise = _ROUNDING[core_format]
-        by_rank = {
-            rank: [core_shape(rank, b.k_out, b.k_in, factored)[0] == "factors" for b in self.bases]
-            for rank in set(ranks)
-        }
-        pairs = torch.tensor([by_rank[rank] for rank in ranks])
+        distinct, places = torch.tensor(ranks).unique(return_inverse=True)
+        by_rank = [
+            [core_shape(rank, b.k_out, b.k_in, factored)[0] == "factors" for b in self.bases]
+            for rank in distinct.tolist()
+        ]
+        pairs = torch.tensor(by_rank)[places]
         rounding = captured * noise * (1 + pairs.double())
         return (self.norms[:, None] - captured).clamp(min=0) + rounding
 

@@ -233,7 +233,8 @@ def _joint_entry(
 ) -> JointEntry:
     module, found = survey.collection.modules[group[0]], survey.joint[group]
     ranks = dict(zip(module.tasks, module.ranks))
-    places = [found.tasks.index(task) for task in tasks]
+    place_of = {task: place for place, task in enumerate(found.tasks)}
+    places = [place_of[task] for task in tasks]
     losses = curve.losses(core, [ranks[task] for task in found.tasks], factored)[places]
     weights = torch.tensor([survey.weights[task] for task in tasks], dtype=torch.float64)
     losses = losses * weights[:, None]
@@ -289,12 +290,16 @@ class Problem:
         return None if chosen is None else self._plan(chosen)
 
     def _within(self, nbytes: int, favour: Sequence[float]) -> Plan | None:
+        fitting: dict[tuple[int, ...], Plan] = {}
+
         def sizes(options: list[int]) -> tuple[int, int]:
             plan = self._sized(options)
+            if plan.nbytes <= nbytes:
+                fitting[tuple(options)] = plan
             return plan.data_nbytes, plan.nbytes
 
         chosen = fit_to_budget(self._path(favour), sizes, nbytes)
-        return None if chosen is None else self._plan(chosen)
+        return None if chosen is None else self._measured(fitting[tuple(chosen)], chosen)
 
     def _path(self, favour: Sequence[float] | None = None) -> StepPath:
         return build_path(len(self.entries), lambda number: self.entries[number].points(favour))
@@ -371,8 +376,11 @@ class Problem:
         return losses
 
     def _plan(self, chosen: list[int]) -> Plan:
+        return self._measured(self._sized(chosen), chosen)
+
+    def _measured(self, sized: Plan, chosen: list[int]) -> Plan:
         return replace(
-            self._sized(chosen),
+            sized,
             losses=self._losses(chosen),
             private_losses=self._private_losses(chosen),
         )

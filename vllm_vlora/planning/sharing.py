@@ -17,7 +17,7 @@ import torch
 
 from vllm_vlora.adapters.collection import Module
 from vllm_vlora.checkpoint.losses import SHARED_LOSS
-from vllm_vlora.planning.allocation import bisect_price, lower_hull
+from vllm_vlora.planning.allocation import Point, bisect_price, chains_and_hulls
 from vllm_vlora.planning.joint_curves import JointCurve, core_nbytes, rows_nbytes
 from vllm_vlora.planning.number_formats import Formats
 from vllm_vlora.planning.survey import Group, Survey
@@ -80,13 +80,16 @@ class _PricedModule:
         sizes: list[int] = []
         losses: list[float] = []
         starts: list[int] = []
-        for task in self._module.tasks:
-            points = [
-                point
-                for curve in survey.private[task, name].values()
-                for point in curve.points(survey.weights[task])
-            ]
-            hull = lower_hull(points)
+        tasks = self._module.tasks
+
+        def options(place: int) -> list[Point]:
+            curves, weight = (
+                survey.private[tasks[place], name].values(),
+                survey.weights[tasks[place]],
+            )
+            return [point for curve in curves for point in curve.points(weight)]
+
+        for points, hull in chains_and_hulls(len(tasks), options):
             starts.append(len(sizes))
             sizes += [points[i][0] for i in hull]
             losses += [points[i][1] for i in hull]
