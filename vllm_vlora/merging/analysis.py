@@ -258,15 +258,18 @@ def inner_products(adapters: Sequence[Update]) -> torch.Tensor:
 
 
 def add_products(products: torch.Tensor, pairs: Sequence[tuple[int, Factors]]) -> None:
-    """Add one layer's inner products to (N, N) float64 sums; symmetric but for rounding."""
+    """Add one layer's inner products to (N, N) float64 sums; half of the sum with its transpose."""
     owners = torch.tensor([place for place, (a, _) in pairs for _ in range(len(a))])
     rows_a = torch.cat([a for _, (a, _) in pairs])
     rows_b = torch.cat([b.T for _, (_, b) in pairs])
-    for chunk in torch.arange(len(owners)).split(_ROWS_AT_ONCE):
-        gram = _chunked_gram(rows_a, chunk) * _chunked_gram(rows_b, chunk)
-        by_column = torch.zeros(len(chunk), len(products), dtype=torch.float64)
-        by_column.index_add_(1, owners, gram)
-        products.index_add_(0, owners[chunk], by_column)
+    parts = list(zip(*(whole.split(_ROWS_AT_ONCE) for whole in (owners, rows_a, rows_b))))
+    for place, (own, a, b) in enumerate(parts):
+        for other, other_a, other_b in parts[: place + 1]:
+            gram = _row_products(a, other_a) * _row_products(b, other_b)
+            by_column = torch.zeros(len(own), len(products), dtype=torch.float64)
+            by_column.index_add_(1, other, gram)
+            # Of two parts' products the mirror image is left out.
+            products.index_add_(0, own, by_column, alpha=1 if other is own else 2)
 
 
 def cosines(products: torch.Tensor) -> torch.Tensor:
@@ -407,10 +410,13 @@ def _cosine(product: float, norms: tuple[float, float]) -> float:
     return 1.0 if cosine > 1 - 1e-12 else max(cosine, -1.0)
 
 
-def _chunked_gram(rows: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
-    """(len(chunk), R) float64 products of some rows with all."""
-    some = rows[chunk].double()
-    return torch.cat([some @ part.double().T for part in rows.split(_ROWS_AT_ONCE)], dim=1)
+def _row_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Float64 products of rows with others, which may be the same."""
+    wide = rows.detach().double().numpy()
+    if others is rows:
+        # numpy knows a matrix times its own transpose, at half of the operations.
+        return torch.from_numpy(wide @ wide.T)
+    return torch.from_numpy(wide @ others.detach().double().numpy().T)
 
 
 def _flat_coverage(layer: FlatLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
