@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -43,17 +43,21 @@ def plan_nbytes(collection: Collection, plan: Plan) -> int:
     total = basis + 64 * (basis // BASIS_SHARD_BYTES)
     # Of small tasks many are stored alike, so kinds get numbers: those are compared in less time.
     numbers: dict[_Kind, int] = {}
+
+    def number_of(kind: _Kind) -> int:
+        return numbers.setdefault(kind, len(numbers))
+
     kinds_of: list[list[int]] = [[] for _ in collection.adapters]
     for module, spec in zip(collection.modules.values(), specs):
-        shape, shared = (module.d_in, module.d_out), _shared_kinds(plan, module, spec)
+        shared = _shared_kinds(plan, module, spec, number_of)
         for task in module.tasks:
-            kind = shared.get(task)
-            if kind is None:
+            number = shared.get(task)
+            if number is None:
                 option = plan.private[task, module.name]
                 # Nearly all are private, and of few kinds: whatever the module's basis is.
-                own = option.format, option.rank, option.bits
-                kind = (*shape, None, None, "private", *own)
-            kinds_of[task].append(numbers.setdefault(kind, len(numbers)))
+                kind = module.d_in, module.d_out, None, None, "private"
+                number = number_of((*kind, option.format, option.rank, option.bits))
+            kinds_of[task].append(number)
     by_number = list(numbers)
     plain: Counter[tuple[int, ...]] = Counter()
     for adapter, kinds in zip(collection.adapters, kinds_of):
@@ -66,23 +70,25 @@ def plan_nbytes(collection: Collection, plan: Plan) -> int:
     return total
 
 
-def _shared_kinds(plan: Plan, module: Module, spec: ModuleSpec) -> dict[int, _Kind]:
-    """What each task has of a module that it shares."""
+def _shared_kinds(
+    plan: Plan, module: Module, spec: ModuleSpec, number_of: Callable[[_Kind], int]
+) -> dict[int, int]:
+    """The number of what each task has of a module that it shares."""
     common = module.d_in, module.d_out, spec.basis, spec.flat
     if spec.flat is not None:
         flat = (*common, "flat", plan.flat[module.name].loadings_format, spec.flat.rank)
-        return dict.fromkeys(module.tasks, flat)
-    found: dict[int, _Kind] = {}
+        return dict.fromkeys(module.tasks, number_of(flat))
+    found: dict[int, int] = {}
     ranks = dict(zip(module.tasks, module.ranks))
     for block in plan.blocks.get(module.name, ()):
         shared, rows = block.shared, plan.stored_rows(block)
-        by_rank: dict[int, _Kind] = {}
+        by_rank: dict[int, int] = {}
         for task in shared.tasks:
             if ranks[task] not in by_rank:
                 widths = shared.spec.k_out, shared.spec.k_in
                 core, rank, _ = core_shape(ranks[task], *widths, shared.factored)
                 own = shared.core_format, rank, None, core, rows
-                by_rank[ranks[task]] = (*common, "joint", *own)
+                by_rank[ranks[task]] = number_of((*common, "joint", *own))
             found[task] = by_rank[ranks[task]]
     return found
 
