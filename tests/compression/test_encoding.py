@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from synthetic import check, family, run
 
+from vllm_vlora.adapters.collection import Collection
 from vllm_vlora.compression import encoding
 from vllm_vlora.compression.encoding import encode_alike
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import Compression
+from vllm_vlora.errors import AdapterError
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric, Whitener
 from vllm_vlora.planning import survey
 from vllm_vlora.planning.private_curves import PrivateOption
@@ -77,3 +82,19 @@ def test_many_tasks_are_not_decomposed_one_by_one(
     assert batches == {1: updates}
     for path in (tmp_path / "together" / "tasks").iterdir():
         assert path.read_bytes() == (tmp_path / "apart" / "tasks" / path.name).read_bytes()
+
+
+def test_what_became_too_large_meanwhile_is_named(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 3, related=False, dtype=torch.float32)
+    options = CompressOptions("private", quantize="none", dtype="float16", ratio=1.5)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").mkdir()
+    with Compression(Collection(adapters), options, tmp_path / "scratch") as compression:
+        chosen = compression.choose()
+        task, adapter = list(adapters.items())[1]
+        module = list(adapter.modules)[-1]
+        tensors = load_file(adapter.path / "adapter_model.safetensors")
+        tensors[f"base_model.model.{module}.lora_A.weight"] *= 1e30
+        save_file(tensors, adapter.path / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=f"task '{task}', module {module}: .*too large"):
+            compression.write(tmp_path / "out", chosen)
