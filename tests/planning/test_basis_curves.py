@@ -48,6 +48,33 @@ def test_every_format_and_width_loses_what_its_projection_does(
             torch.testing.assert_close(said, lost, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("related", [True, False])
+def test_of_long_rows_every_format_loses_what_its_projection_does_but_for_chance(
+    tmp_path: Path, related: bool
+) -> None:
+    """Rows whose rounding is only expected, a quarter as many as they are long."""
+    shapes = {NAME: (1024, 1280)}
+    collection = Collection(family(tmp_path, 60, related=related, shapes=shapes))
+    settings = SurveySettings(Formats(FORMATS, None), byte_limit=8 * collection.original_nbytes)
+    found = Surveyor(collection, settings)(SurveyJob(NAME, False, ((0, tuple(range(60))),)))
+    u_t, v = found.bases[0]
+    assert u_t.shape == (270, 1280)
+    factors = list(collection.read_module(collection.modules[NAME]))
+    norms = torch.tensor([squared_norm(*f) for f in factors], dtype=torch.float64)
+    for format, curve in found.joint[0].curves.items():
+        for place in (len(curve.bases) // 2, -1):
+            basis = curve.bases[place]
+            left = torch.linalg.qr(unpack(pack(u_t[: basis.k_out], format)).double().T)[0]
+            right = torch.linalg.qr(unpack(pack(v[: basis.k_in], format)).double().T)[0]
+            cores = [
+                scale * (left.T @ b.double()) @ (a.double() @ right) for a, b, scale in factors
+            ]
+            lost = 1 - torch.stack([core.square().sum() for core in cores]) / norms
+            said = curve.losses("float32", collection.modules[NAME].ranks, False)[:, place] / norms
+            torch.testing.assert_close(said, lost, rtol=0.1, atol=2e-5)
+            torch.testing.assert_close(said.mean(), lost.mean(), rtol=0.015, atol=5e-6)
+
+
 def test_norms_are_those_of_the_updates(tmp_path: Path) -> None:
     collection = Collection(family(tmp_path, 4, related=False))
     settings = SurveySettings(Formats(FORMATS, None), byte_limit=collection.original_nbytes)

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
-from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, row_nbytes, unpack
+from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, as_stored, row_nbytes, unpack
 from vllm_vlora.representations.factors import ScaledFactors, gram_cholesky
 from vllm_vlora.representations.joint import core_shape
 from vllm_vlora.representations.spec import BasisSpec
@@ -157,6 +158,56 @@ def _gram_prefixes(rows: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
     starts = [0, *ends[:-1]]
     parts = [rows[..., start:end] for start, end in zip(starts, ends)]
     return torch.stack([part @ part.mT for part in parts]).cumsum(0)
+
+
+class FittedWidths(NamedTuple):
+    """What a fitted basis captures before it is packed.
+
+    Attributes:
+        pairs: (k_out, k_in) worth considering. captured: of ||delta_W||^2, (tasks, pairs) float32.
+        energies: of U and of V, what the first rows hold of all tasks together, at each of
+            ``widths_to_try``; float64.
+    """
+
+    pairs: list[tuple[int, int]]
+    captured: torch.Tensor
+    energies: tuple[torch.Tensor, torch.Tensor]
+
+
+# From this length on, what rounding rows does to what they capture is told by how much it changes them.
+_LONG = 1024
+
+
+def captured_packed(
+    fitted: FittedWidths, u_t: torch.Tensor, v: torch.Tensor, format: str
+) -> torch.Tensor | None:
+    """What is left of ``fitted.captured`` when the orthonormal rows are packed, as it is expected.
+
+    Changes e with |e|^2 = c of k orthonormal rows of length d: what lies in their span, k / d of it,
+    only turns them; the rest makes their Gram matrix (1 + c (1 - k / d)) I, and what they capture as
+    much less.
+
+    Args:
+        u_t: U transposed (k_out, d_out). v: (k_in, d_in).
+
+    Returns:
+        None where rows are too short for this, and it is to be measured.
+    """
+    kept = torch.ones(len(fitted.pairs), dtype=torch.float64)
+    for side, (rows, energy) in enumerate(zip((u_t, v), fitted.energies)):
+        length = rows.shape[1]
+        if length < _LONG:
+            return None
+        tried = widths_to_try(len(rows))
+        some = rows[torch.tensor(tried, device=rows.device) - 1]
+        changed = (as_stored(some, format) - some).square().sum(1).double().cpu()
+        # Every row counts by what it holds, and stands for those since the last one tried.
+        parts = energy.diff(prepend=energy.new_zeros(1)).clamp(min=0)
+        changed = (changed * parts).cumsum(0) / parts.cumsum(0).clamp(min=1e-300)
+        ends = [pair[side] for pair in fitted.pairs]
+        outside = 1 - torch.tensor(ends, dtype=torch.float64) / length
+        kept /= 1 + changed[[tried.index(end) for end in ends]] * outside
+    return (fitted.captured * kept).float()
 
 
 def widths_to_try(most: int) -> list[int]:

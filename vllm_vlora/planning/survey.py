@@ -22,8 +22,10 @@ from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.executors import Executor, device_of
 from vllm_vlora.planning.flat_curves import FlatGroup, flat_rows, flat_widths, measure_flat
 from vllm_vlora.planning.joint_curves import (
+    FittedWidths,
     JointCurve,
     JointMeter,
+    captured_packed,
     joint_nbytes,
     path_between,
     widths_to_try,
@@ -360,8 +362,8 @@ class Surveyor:
         )
         fitted = JointMeter.fitted(white_u[: len(u_t)], white_v[: len(v)], metric)
         widths = self._widths(module, tasks, u_t, v, norms, fitted)
-        curves = self._curves(module, tasks, u_t, v, widths, norms, metric, fitted)
-        k_out, k_in = max(w[0] for w in widths), max(w[1] for w in widths)
+        curves = self._curves(module, tasks, u_t, v, widths, norms, metric)
+        k_out, k_in = map(max, zip(*widths.pairs))
         return FittedGroup(tasks, curves), (u_t[:k_out].clone().cpu(), v[:k_in].clone().cpu())
 
     def _most_components(self, module: Module, tasks: tuple[int, ...], groups: int) -> int:
@@ -387,23 +389,39 @@ class Surveyor:
         v: torch.Tensor,
         norms: torch.Tensor,
         meter: JointMeter,
-    ) -> list[tuple[int, int]]:
-        """The pairs (k_out, k_in) to measure."""
-        if self.settings.num_components is not None:
-            return [(u_t.shape[0], v.shape[0])]
+    ) -> FittedWidths:
+        """The widths to measure, and what they capture before they are packed."""
         outs, ins = widths_to_try(len(u_t)), widths_to_try(len(v))
+        captured = torch.empty(len(tasks), len(outs), len(ins))
         total, place = torch.zeros(len(outs), len(ins), dtype=torch.float64), 0
         weights = torch.where(norms > 0, 1 / norms, 0.0)
         for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
-            captured = meter.captured_between([found for _, found in batch], outs, ins).cpu()
-            total += torch.einsum("toi,t->oi", captured, weights[place : place + len(batch)])
-            place += len(batch)
+            found = meter.captured_between([found for _, found in batch], outs, ins).cpu()
+            rows = slice(place, place + len(batch))
+            total += torch.einsum("toi,t->oi", found, weights[rows])
+            captured[rows], place = found, rows.stop
+        path = self._path(module, tasks, total, outs, ins)
+        places = [(outs.index(k_out), ins.index(k_in)) for k_out, k_in in path]
+        at_out, at_in = map(list, zip(*places))
+        return FittedWidths(path, captured[:, at_out, at_in], (total[:, -1], total[-1]))
+
+    def _path(
+        self,
+        module: Module,
+        tasks: tuple[int, ...],
+        total: torch.Tensor,
+        outs: Sequence[int],
+        ins: Sequence[int],
+    ) -> list[tuple[int, int]]:
+        """The pairs (k_out, k_in) to measure; ``total`` is what all of them capture."""
+        if self.settings.num_components is not None:
+            return [(outs[-1], ins[-1])]
         format = min(
             self.settings.formats.of(module.dtype),
             key=lambda f: row_nbytes(f, module.d_in) + row_nbytes(f, module.d_out),
         )
         # A row more on one side adds one number to every row of that side's core factor.
-        cores = 2.0 * sum(min(rank, len(u_t), len(v)) for rank in _ranks(module, tasks))
+        cores = 2.0 * sum(min(rank, outs[-1], ins[-1]) for rank in _ranks(module, tasks))
         row_out = row_nbytes(format, module.d_out) + cores
         return path_between(total, outs, ins, row_out, row_nbytes(format, module.d_in) + cores)
 
@@ -413,27 +431,32 @@ class Surveyor:
         tasks: tuple[int, ...],
         u_t: torch.Tensor,
         v: torch.Tensor,
-        widths: list[tuple[int, int]],
+        widths: FittedWidths,
         norms: torch.Tensor,
         metric: Metric,
-        fitted: JointMeter,
     ) -> dict[str, JointCurve]:
         by_label = self.settings.formats.of(module.dtype)
-        meters = {
-            # What is fitted is float32.
-            f: fitted if f == "float32" else JointMeter(pack(u_t, f), pack(v, f), metric)
-            for f in dict.fromkeys(by_label)
-        }
-        captured = {f: torch.zeros(len(tasks), len(widths)) for f in meters}
+        meters, captured = dict[str, JointMeter](), dict[str, torch.Tensor]()
+        for format in dict.fromkeys(by_label):
+            expected = captured_packed(widths, u_t, v, format) if metric is FROBENIUS else None
+            if format == "float32":  # What is fitted is.
+                captured[format] = widths.captured
+            elif expected is not None:
+                captured[format] = expected
+            else:
+                captured[format] = torch.zeros_like(widths.captured)
+                meters[format] = JointMeter(pack(u_t, format), pack(v, format), metric)
         place = 0
         for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
             factors = [found for _, found in batch]
             rows = slice(place, place + len(batch))
             for format, meter in meters.items():
-                captured[format][rows] = meter.captured_at(factors, widths).float().cpu()
+                captured[format][rows] = meter.captured_at(factors, widths.pairs).float().cpu()
             place = rows.stop
         return {
-            label: JointCurve([BasisSpec(*w, format) for w in widths], captured[format], norms)
+            label: JointCurve(
+                [BasisSpec(*w, format) for w in widths.pairs], captured[format], norms
+            )
             for label, format in zip(self.settings.formats.labels, by_label)
         }
 
