@@ -417,3 +417,19 @@ def test_the_model_is_believed_where_tasks_agree(
     report = compress_judged(adapters, tmp_path / "out", Jury(), CompressOptions(ratio=4.0))
     assert report.representation == chosen
     assert report.chosen_by == "a jury"
+
+
+def test_a_plan_under_two_names_is_encoded_once(tmp_path: Path) -> None:
+    """Here joint in NF4 and a mixture in which everybody shares are the same; int8 is another."""
+    stages: list[tuple[str, int, int]] = []
+    report = compress(
+        family(tmp_path / "adapters", 16, related=True),
+        tmp_path / "out",
+        CompressOptions(ratio=16.0, executor="serial"),
+        progress=lambda *stage: stages.append(stage),
+    )
+    found = {(c.representation, c.format): c for c in report.candidates}
+    joint, mixed = found["joint", "nf4"], found["mixed", "mixed"]
+    assert (joint.nbytes, joint.mean_error) == (mixed.nbytes, mixed.mean_error)
+    assert found["joint", "int8"].mean_error < joint.mean_error
+    assert sum(stage == "encode" and done == total for stage, done, total in stages) == 2

@@ -215,15 +215,22 @@ class Compression:
         order = sorted(range(len(plans)), key=lambda i: budget.order(plans[i]))
         best, cores = None, None
         worthless: Plan | None = None
+        known: list[Plan] = []
         for place in order:
             plan = plans[place]
             if best is not None and budget.clearly_prefers(best, plan):
                 break
+            own = budget.of_kind(plan.representation)
+            twin = next((p for p in known if p.keeps_the_same(plan) and own.allows(p.losses)), None)
+            if twin is not None:  # Under another name; its cores are the ones that it would get.
+                plans[place] = replace(plan, losses=twin.losses)
+                continue
             encoded = self._measured(plan, budget, misses)
             if encoded is None:
                 continue
             measured, spool = encoded
             plans[place] = measured
+            known.append(measured)
             if self.is_refused(measured):
                 worthless = worthless or measured
             elif best is None or budget.order(measured) < budget.order(best):
