@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,12 @@ from vllm_vlora.planning.private_curves import PrivateOption, leading_factors, s
 from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import Survey, Surveyor, SurveySettings
 from vllm_vlora.quantize import pack, stack_rows, unpack
-from vllm_vlora.representations.decode import decode, relative_error, relative_errors
+from vllm_vlora.representations.decode import (
+    decode,
+    decode_together,
+    decoded_error,
+    relative_errors,
+)
 from vllm_vlora.representations.factors import (
     ScaledFactors,
     changes_nothing,
@@ -29,11 +35,13 @@ from vllm_vlora.representations.factors import (
     squared_norm,
 )
 from vllm_vlora.representations.flat import pack_flat
-from vllm_vlora.representations.joint import dual_rows, encode_joint
+from vllm_vlora.representations.joint import dual_rows, encode_core
 from vllm_vlora.representations.private import encode_stacked
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 
 _ATTEMPTS = 8
+# Tasks that are projected at once: their products with a basis take half the time of one after another.
+_TOGETHER = 8
 
 
 class EncodedTask(NamedTuple):
@@ -305,33 +313,51 @@ class CoreEncoder:
             project = CoreProjection(basis, metric, shared.core_format, shared.factored)
             # Read once, and not for every task again.
             read = Basis(pack(unpack(basis.u), "float32"), pack(unpack(basis.v), "float32"))
-            for task, stored, seen in self._encode(module, shared.tasks, project, read, metric):
+            encode = project.together
+            for task, stored, seen in self._encode(module, shared.tasks, encode, read, metric):
                 found.append((task, replace(stored, rows=rows), seen))
         if job.flat is not None:
             u, v = self.bases.read_flat(module)
             device = self.surveyor.device
             flat = pack_flat(u.to(device), v.to(device), job.flat.spec)
             nearest = FlatProjection(flat, job.flat.loadings_format)
-            found += self._encode(module, job.flat.tasks, nearest, flat, metric)
+
+            def encode_flat(factors: Sequence[ScaledFactors]) -> Iterator[StoredModule]:
+                return (nearest(*one) for one in factors)
+
+            found += self._encode(module, job.flat.tasks, encode_flat, flat, metric)
         return found
 
     def _encode(
         self,
         module: Module,
         tasks: Sequence[int],
-        project: Callable[[torch.Tensor, torch.Tensor, float], StoredModule],
+        project: Callable[[Sequence[ScaledFactors]], Iterator[StoredModule]],
         basis: Basis,
         metric: Metric,
     ) -> Iterator[tuple[int, StoredModule, float]]:
-        collection = self.surveyor.collection
-        for task, (a, b, scale) in zip(tasks, self.surveyor.read(module, tasks)):
-            with collection.naming(task, module.name):
-                stored = project(a, b, scale)
-            if changes_nothing(a, b, scale):
-                # The nearest point that the components hold is not zero.
-                stored = replace(stored, scale=0.0)
-            loss = measure_loss(a, b, scale, stored, basis, metric)
-            yield task, replace(stored, error=loss.error).cpu(), loss.seen_lost
+        pairs = zip(tasks, self.surveyor.read(module, tasks))
+        while batch := list(itertools.islice(pairs, _TOGETHER)):
+            projected = project([factors for _, factors in batch])
+            stored = [self._next(task, module, *factors, projected) for task, factors in batch]
+            decoded = decode_together(stored, basis)
+            for (task, (a, b, scale)), one, (new_a, new_b) in zip(batch, stored, decoded):
+                loss = decoded_loss(a, b, scale, new_a, new_b, metric)
+                yield task, replace(one, error=loss.error).cpu(), loss.seen_lost
+
+    def _next(
+        self,
+        task: int,
+        module: Module,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        projected: Iterator[StoredModule],
+    ) -> StoredModule:
+        with self.surveyor.collection.naming(task, module.name):
+            stored = next(projected)
+        # The nearest point that the components hold is not zero.
+        return replace(stored, scale=0.0) if changes_nothing(a, b, scale) else stored
 
 
 class CoreProjection:
@@ -350,16 +376,16 @@ class CoreProjection:
 
     def __call__(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> StoredModule:
         """The core of one task, without its error."""
-        white_a, white_b_t = self._metric.factors(a, b, torch.float32)
-        return encode_joint(
-            white_a,
-            white_b_t.T,
-            scale,
-            self._dual_u,
-            self._dual_v,
-            self._core_format,
-            factored=self._factored,
-        )
+        return next(self.together([(a, b, scale)]))
+
+    def together(self, factors: Sequence[ScaledFactors]) -> Iterator[StoredModule]:
+        """The cores of several tasks; the basis is read once and not for each."""
+        white = [self._metric.factors(a, b, torch.float32) for a, b, _ in factors]
+        ranks = [len(a) for a, _ in white]
+        lefts = torch.cat([b_t for _, b_t in white]) @ self._dual_u.T
+        rights = torch.cat([a for a, _ in white]) @ self._dual_v.T
+        for left, right, (_, _, scale) in zip(lefts.split(ranks), rights.split(ranks), factors):
+            yield encode_core(left * scale, right, self._core_format, factored=self._factored)
 
 
 def encode_kept(
@@ -410,10 +436,21 @@ def measure_loss(
 ) -> Loss:
     """What encoding lost. ``basis`` is the group's own, of which ``stored`` uses every row."""
     plain = replace(stored, rows=None)
-    lost, norm = relative_error(a, b, scale, plain, basis)
+    return decoded_loss(a, b, scale, *decode(plain, basis), metric)
+
+
+def decoded_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    new_a: torch.Tensor,
+    new_b: torch.Tensor,
+    metric: Metric,
+) -> Loss:
+    """``measure_loss`` of what the stored numbers decode to."""
+    lost, norm = decoded_error(a, b, scale, new_a, new_b)
     if metric == FROBENIUS:
         return Loss(lost, norm, lost, norm)
-    new_a, new_b = decode(plain, basis)
     difference_a = torch.cat([new_a.double(), a.double()])
     difference_b = torch.cat([new_b.double(), -scale * b.double()], dim=1)
     white_a, white_b = metric.a(difference_a), metric.b_t(difference_b.T).T

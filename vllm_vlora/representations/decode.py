@@ -20,7 +20,7 @@ import torch
 from vllm_vlora.quantize import stack_rows, unpack
 from vllm_vlora.representations.factors import small_product
 from vllm_vlora.representations.registry import side_sources
-from vllm_vlora.representations.stored import Basis, StoredModule
+from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 
 # Above this part of the norm, rounding changes a difference by less than a millionth.
 _SEEN = 1e-9
@@ -32,17 +32,39 @@ def decode(stored: StoredModule, basis: Basis | None) -> tuple[torch.Tensor, tor
     return source_a.to_dense(), source_b.to_dense().T.contiguous()
 
 
+def decode_together(
+    stored: Sequence[StoredModule], basis: Basis
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """``decode`` of several that stand on all rows of a basis, which is read once and not for each."""
+    sources = zip(*(side_sources(one, basis) for one in stored))
+    dense_a, dense_b_t = map(_dense_together, sources)
+    return [(a, b_t.T.contiguous()) for a, b_t in zip(dense_a, dense_b_t)]
+
+
+def _dense_together(sources: Sequence[SideSource]) -> list[torch.Tensor]:
+    lefts = [source.left for source in sources if source.left is not None]
+    rows = torch.cat(lefts) @ unpack(sources[0].matrix)
+    parts = rows.split([len(left) for left in lefts])
+    return [part * source.scale for part, source in zip(parts, sources)]
+
+
 def relative_error(
     a: torch.Tensor, b: torch.Tensor, scale: float, stored: StoredModule, basis: Basis | None
 ) -> tuple[float, float]:
-    """Measure what encoding lost, from factors alone (d_out x d_in is never formed).
+    """Measure what encoding lost, from factors alone; see :func:`decoded_error`."""
+    return decoded_error(a, b, scale, *decode(stored, basis))
+
+
+def decoded_error(
+    a: torch.Tensor, b: torch.Tensor, scale: float, a_new: torch.Tensor, b_new: torch.Tensor
+) -> tuple[float, float]:
+    """What other factors in place of its own change in an update (d_out x d_in is never formed).
 
     Returns:
         (||delta_W' - delta_W||_F^2, ||delta_W||_F^2) with delta_W = scale * B A. The difference is
         itself a product of stacked factors, [B', -B] [A'; A], so its norm comes from two small Gram
         matrices in float64; by QR decompositions where rounding would be seen in it.
     """
-    a_new, b_new = decode(stored, basis)
     return _lost(a_new[None], b_new.T[None], a[None], b.T.double()[None] * scale)[0]
 
 

@@ -63,9 +63,19 @@ def encode_joint(
     The core's own factors are U^T B scale (k_out x r) and A V^T (r x k_in); the dense core is kept
     instead where it is smaller (``core_shape``).
     """
-    left = (b.T.float() @ u_t.T.float()) * scale  # (r, k_out): the core's B factor, transposed
-    right = a.float() @ v.T.float()  # (r, k_in)
-    form, rank, _ = core_shape(a.shape[0], u_t.shape[0], v.shape[0], factored)
+    left, right = (b.T.float() @ u_t.T.float()) * scale, a.float() @ v.T.float()
+    return encode_core(left, right, format, rows, factored)
+
+
+def encode_core(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    format: str,
+    rows: tuple[int, int, int, int] | None = None,
+    factored: bool = False,
+) -> StoredModule:
+    """``encode_joint`` from the core's factors: B's, transposed (r, k_out), and A's (r, k_in)."""
+    form, rank, _ = core_shape(len(left), left.shape[1], right.shape[1], factored)
     if form == "dense":
         core = pack(left.T @ right, format)
         return StoredModule("joint", format, rank, {"C": core}, core=form, rows=rows)
