@@ -48,8 +48,8 @@ modules, and bases on the 21 modules on which they are tried where they do not p
 The floor of private storage: the weights read once, seven roundings as one copy in float32 each, and the
 products of the Gram matrices in float64 and float32 at the speed of this machine on one thread. It leaves
 out codes, small decompositions and writing. The floor of bases: the operations of their fit (Gram
-matrices, eigenvectors, directions) and of measuring their widths in three formats, at the speed of
-float32 products; it leaves out packing and what is done in float64.
+matrices, eigenvectors, directions) and of measuring their widths once, at the speed of float32 products;
+it leaves out packing and what is done in float64.
 """
 EXAMPLES = """\
   python benchmarks/run.py compress --quick                  a check that it runs
@@ -260,8 +260,8 @@ def bases_floor_s(layer: Mapping[str, tuple[int, int]], adapters: int) -> float:
         short, wide = min(rows, d), min(rows, d, MOST_COMPONENTS)
         # A Gram matrix' half; its reduction, and its eigenvectors; then the directions themselves.
         fit = short * rows * d + 4 * short**3 + 2 * rows * d * wide
-        # Products with what was fitted and with it in three formats; four Gram matrices' halves.
-        operations += fit + 4 * 2 * rows * d * wide + 4 * wide**2 * d
+        # Products with what was fitted, and half of its Gram matrix.
+        operations += fit + 2 * rows * d * wide + wide**2 * d
     return operations / _product_rate(torch.float32) / len(layer)
 
 

@@ -447,7 +447,8 @@ class Surveyor:
                 captured[format] = torch.zeros_like(widths.captured)
                 meters[format] = JointMeter(pack(u_t, format), pack(v, format), metric)
         place = 0
-        for _, batch in self._alike(module, tasks, _METER_ELEMENTS):
+        # Nothing is read again for nothing.
+        for _, batch in self._alike(module, tasks, _METER_ELEMENTS) if meters else ():
             factors = [found for _, found in batch]
             rows = slice(place, place + len(batch))
             for format, meter in meters.items():
