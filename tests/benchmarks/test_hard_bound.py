@@ -19,15 +19,16 @@ from fidelity.hard.bound import Directions, bits, distortions, through_channel, 
     ("energy", "d_in", "d_out"), [(1.0, 64, 64), (0.3, 96, 32), (0.01, 8, 500)]
 )
 @pytest.mark.parametrize("price", [1e-7, 1e-5, 1e-4, 1e-2])
+@pytest.mark.parametrize("gap", [0, 0.33])
 def test_no_other_distortions_of_a_direction_cost_less(
-    energy: float, d_in: int, d_out: int, price: float
+    energy: float, d_in: int, d_out: int, price: float, gap: float
 ) -> None:
     grid = torch.cat([torch.logspace(-6, 0, 400, dtype=torch.float64)])
     p, q = torch.meshgrid(grid, grid, indexing="ij")
-    least = energy * (1 - (1 - p) * (1 - q)) + price * bits(p, q, d_in, d_out)
+    least = energy * (1 - (1 - p) * (1 - q)) + price * bits(p, q, d_in, d_out, gap)
     energies = torch.tensor([energy], dtype=torch.float64)
-    p, q = distortions(energies, d_in, d_out, price)
-    ours = energies * (1 - (1 - p) * (1 - q)) + price * bits(p, q, d_in, d_out)
+    p, q = distortions(energies, d_in, d_out, price, gap)
+    ours = energies * (1 - (1 - p) * (1 - q)) + price * bits(p, q, d_in, d_out, gap)
     assert float(ours) <= float(least.min()) * (1 + 1e-12)
     assert float(ours) == pytest.approx(float(least.min()), rel=0.01)
 

@@ -150,6 +150,12 @@ def test_hulls_of_chains_of_several_lengths_are_those_of_each(chains: list[list[
     assert found == [(points, lower_hull(points)) for points in chains]
 
 
+def test_of_options_of_one_size_the_one_that_loses_less_is_on_the_hull() -> None:
+    # Their rates from the first are the same when rounded.
+    assert lower_hull([(0, 1.0), (10, 2e-17), (10, 1e-17), (20, 0.0)]) == [0, 2, 3]
+    assert lower_hull([(0, 1.0), (10, 1e-17), (10, 2e-17)]) == [0, 1]
+
+
 def test_a_hull_has_every_corner_and_no_point_on_its_edges() -> None:
     # Loss 2^20 / bytes: convex, so that all are corners; exact, so that the midpoints lie on the edges.
     corners = [(1 << n, float(1 << 20 - n)) for n in range(12)]

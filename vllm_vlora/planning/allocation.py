@@ -56,13 +56,16 @@ def _lower_hulls(chains: Sequence[Sequence[Point]]) -> list[list[int]]:
     while len(rows):
         size, loss = (found[rows, corner][:, None] for found in (sizes, losses))
         span = sizes[rows] - size
-        better = losses[rows] < loss
+        # Of losses that differ by less than the rounding of a rate the larger may have been taken.
+        better = (losses[rows] < loss) & (span > 0)
         rates = np.subtract(loss, losses[rows], out=np.zeros(span.shape), where=better)
         np.divide(rates, span, out=rates, where=better)
         steepest = rates.max(axis=1)
         down = steepest > 0
         rows, rates, span, steepest = rows[down], rates[down], span[down], steepest[down]
-        corner = np.where(rates == steepest[:, None], span, -1.0).argmax(axis=1)
+        along = np.where(rates == steepest[:, None], span, -1.0)
+        farthest = along == along.max(axis=1, keepdims=True)
+        corner = np.where(farthest, losses[rows], np.inf).argmin(axis=1)
         for row, place in zip(rows.tolist(), corner.tolist()):
             hulls[row].append(place)
     return hulls
@@ -135,17 +138,21 @@ class StepPath:
 
 def build_path(count: int, points: Callable[[int], Sequence[Point]]) -> StepPath:
     """Hull of each of ``count`` chains, and their steps merged."""
-    start, start_nbytes, steps = [], 0, []
+    start, start_nbytes = list[int](), 0
+    steps: list[tuple[float, Step]] = []
     for number, (options, hull) in enumerate(chains_and_hulls(count, points)):
         start.append(hull[0])
         start_nbytes += options[hull[0]][0]
+        least = math.inf
         for before, after in itertools.pairwise(hull):
             nbytes = options[after][0] - options[before][0]
-            steps.append(Step(number, after, nbytes, options[before][1] - options[after][1]))
-    # The hull makes gains per byte fall along a chain, and the sort is stable, so the steps of a
-    # chain stay in order also where rounding makes two of them equal.
-    steps.sort(key=lambda step: -step.gain / step.nbytes)
-    return StepPath(points, start, start_nbytes, steps)
+            step = Step(number, after, nbytes, options[before][1] - options[after][1])
+            # Gains per byte fall along a hull, but for rounding.
+            least = min(least, step.gain / nbytes)
+            steps.append((least, step))
+    # The sort is stable, so that the steps of a chain stay in order.
+    steps.sort(key=lambda pair: -pair[0])
+    return StepPath(points, start, start_nbytes, [step for _, step in steps])
 
 
 def allocate(path: StepPath, budget: int) -> list[int] | None:

@@ -11,7 +11,8 @@ its bits is left out. What such a code would give back is drawn at random (the f
 y = (1 - D) x + noise of variance D (1 - D) s), written as an adapter and judged as all others are.
 
 ``codes``: in as many bytes as the private checkpoint's numbers take. ``whole file``: in as many as all of
-its files take, as if headers cost nothing.
+its files take, as if headers cost nothing. ``trellis``: as ``codes``, of codes that need so many bits a
+number more as a trellis with a table of 256 did at 3 bits (`python benchmarks/run.py distortion`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
+from fidelity.hard.command_tables import cell  # noqa: E402
 from fidelity.hard.forms import WEIGHTS  # noqa: E402
 from fidelity.hard.table import RATIOS, Judge, append, named, options_parser, read  # noqa: E402
 from fidelity.inputs import CollectionFolder  # noqa: E402
@@ -42,6 +44,8 @@ from vllm_vlora.compression.pipeline import Compression  # noqa: E402
 from vllm_vlora.representations.factors import balanced_svd  # noqa: E402
 
 RESULTS = Path("benchmarks/results/hard-bound-cpu.jsonl")
+# Bits a number above the bound, of each form.
+GAPS = {"codes": 0.0, "whole file": 0.0, "trellis": 0.33}
 # Halvings of the interval in which the price of a bit lies.
 _HALVINGS = 100
 
@@ -74,7 +78,7 @@ def directions_of(adapters: Mapping[str, Any]) -> list[Directions]:
 
 
 def distortions(
-    energies: torch.Tensor, d_in: int, d_out: int, price: float
+    energies: torch.Tensor, d_in: int, d_out: int, price: float, gap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is lost of each direction on both sides, between 0 and 1, when a bit costs ``price``.
 
@@ -92,29 +96,29 @@ def distortions(
     q = p - alpha + beta
     sound = (rest >= 0) & (p > 0) & (q > 0) & (p < 1) & (q < 1)
     p, q = torch.where(sound, p, 1.0), torch.where(sound, q, 1.0)
-    cost = energies * (1 - (1 - p) * (1 - q)) + price * bits(p, q, d_in, d_out)
+    cost = energies * (1 - (1 - p) * (1 - q)) + price * bits(p, q, d_in, d_out, gap)
     worth = cost < energies
     return torch.where(worth, p, 1.0), torch.where(worth, q, 1.0)
 
 
-def bits(p: torch.Tensor, q: torch.Tensor, d_in: int, d_out: int) -> torch.Tensor:
-    """The bits of each direction."""
-    return -(d_in * p.log2() + d_out * q.log2()) / 2
+def bits(p: torch.Tensor, q: torch.Tensor, d_in: int, d_out: int, gap: float = 0.0) -> torch.Tensor:
+    """The bits of each direction, ``gap`` a number more than the bound where it is stored at all."""
+    return -(d_in * p.log2() + d_out * q.log2()) / 2 + gap * (d_in + d_out) * (p < 1)
 
 
 def water_filled(
-    directions: Sequence[Directions], budget: float
+    directions: Sequence[Directions], budget: float, gap: float = 0.0
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What is lost of each direction when all together have ``budget`` bits."""
 
     def at(price: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [distortions(d.energies, d.a.shape[1], d.b.shape[0], price) for d in directions]
+        return [distortions(d.energies, d.a.shape[1], d.b.shape[0], price, gap) for d in directions]
 
     low, high = -60.0, 10.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         spent = sum(
-            float(bits(p, q, d.a.shape[1], d.b.shape[0]).sum())
+            float(bits(p, q, d.a.shape[1], d.b.shape[0], gap).sum())
             for d, (p, q) in zip(directions, at(2.0**middle))
         )
         low, high = (middle, high) if spent > budget else (low, middle)
@@ -132,12 +136,16 @@ def through_channel(
 
 
 def write(
-    directions: Sequence[Directions], nbytes: int, originals: Mapping[str, Path], folder: Path
+    directions: Sequence[Directions],
+    nbytes: int,
+    gap: float,
+    originals: Mapping[str, Path],
+    folder: Path,
 ) -> dict[str, Path]:
-    """Task -> a PEFT folder of what an ideal code of so many bytes gives back."""
+    """Task -> a PEFT folder of what a code of so many bytes gives back."""
     generator = torch.Generator().manual_seed(0)
     factors: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
-    for found, (p, q) in zip(directions, water_filled(directions, 8 * nbytes)):
+    for found, (p, q) in zip(directions, water_filled(directions, 8 * nbytes, gap)):
         a = through_channel(found.a, p, generator)
         b = through_channel(found.b.T.contiguous(), q, generator).T
         factors.setdefault(found.task, {})[found.module] = a, b
@@ -185,8 +193,9 @@ def measure(
             compression.write(target, chosen, trial=True)
             checkpoint, data = Checkpoint.open(target), chosen.plan.data_nbytes
             forms = {"private": export_all(checkpoint, shown, scratch / "p", dtype=torch.float32)}
-            for name, nbytes in (("codes", data), ("whole file", checkpoint.nbytes)):
-                forms[name] = write(directions, nbytes, collection.in_basis, scratch / name)
+            for name, gap in GAPS.items():
+                nbytes = checkpoint.nbytes if name == "whole file" else data
+                forms[name] = write(directions, nbytes, gap, collection.in_basis, scratch / name)
             kept = {
                 task: judge.kept(
                     task, collection.in_basis[task], {n: f[task] for n, f in forms.items()}, False
@@ -205,20 +214,13 @@ def measure(
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """KL kept and recovered, means of tasks, a row for each collection and size."""
-
-    def mean(kept: Mapping[str, Mapping[str, float]], measure: str) -> float:
-        return sum(task[measure] for task in kept.values()) / len(kept)
-
-    forms = ("private", "codes", "whole file")
+    forms = ("private", *GAPS)
     lines = [
         f"| collection | size | numbers' share | {' | '.join(forms)} |",
         "|" + "---|" * (3 + len(forms)),
     ]
     for record in records:
-        cells = [
-            f"{mean(record['kept'][form], 'kl_kept'):.4f} / {mean(record['kept'][form], 'recovered'):.3f}"
-            for form in forms
-        ]
+        cells = [cell(record["kept"][form]) for form in forms]
         share = record["data_nbytes"] / record["nbytes"]
         lines.append(
             f"| {record['collection']} | {record['ratio']:g}x | {share:.2f} | {' | '.join(cells)} |"
