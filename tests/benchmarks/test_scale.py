@@ -114,7 +114,7 @@ def test_reads_and_what_is_held_do_not_grow_with_the_adapters(
     # A module whose factors are few is read once; these are small, and are to be as many would.
     monkeypatch.setattr(survey, "_HELD_BYTES", 0)
     elements = 8 * RANK * min(map(sum, SHAPES.values()))
-    monkeypatch.setattr(survey.Surveyor._alike, "__defaults__", (elements,))
+    monkeypatch.setattr(survey, "_BATCH_ELEMENTS", elements)
     monkeypatch.setattr(survey, "_METER_ELEMENTS", elements)
     few = watched(adapters, 24, tmp_path, options)
     many = watched(adapters, 48, tmp_path, options)

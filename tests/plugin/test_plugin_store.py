@@ -324,7 +324,6 @@ def test_bases_stay_while_what_is_staged_needs_them(tmp_path: Path) -> None:
     assert store.arena_used == 0
 
 
-@pytest.mark.parametrize("basis", ["nf4", "float32"])
 def _updates(checkpoint: Checkpoint, task_id: str) -> dict[str, torch.Tensor]:
     bases = dict(checkpoint.bases())
     stored = checkpoint.load_task(task_id).modules
@@ -366,6 +365,7 @@ def test_an_image_of_a_task_that_was_published_again_answers_for_its_own_weights
             store.task(path)
 
 
+@pytest.mark.parametrize("basis", ["nf4", "float32"])
 def test_tasks_that_are_read_side_by_side_share_one_basis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, basis: str
 ) -> None:

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from fidelity.hard.command_tables import cell  # noqa: E402
+from fidelity.hard.command_tables import kept_cell  # noqa: E402
 from fidelity.hard.forms import WEIGHTS  # noqa: E402
 from fidelity.hard.table import RATIOS, Judge, append, named, options_parser, read  # noqa: E402
 from fidelity.inputs import CollectionFolder  # noqa: E402
@@ -220,7 +220,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         "|" + "---|" * (3 + len(forms)),
     ]
     for record in records:
-        cells = [cell(record["kept"][form]) for form in forms]
+        cells = [kept_cell(record["kept"][form]) for form in forms]
         share = record["data_nbytes"] / record["nbytes"]
         lines.append(
             f"| {record['collection']} | {record['ratio']:g}x | {share:.2f} | {' | '.join(cells)} |"

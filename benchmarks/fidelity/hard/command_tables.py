@@ -46,7 +46,7 @@ def _mean(kept: Kept, measure: str, tasks: Sequence[str] | None = None) -> float
     return statistics.fmean(known) if known else None
 
 
-def cell(kept: Kept) -> str:
+def kept_cell(kept: Kept) -> str:
     """KL kept / recovered, means of the tasks of which they are known."""
     first, second = _mean(kept, "kl_kept"), _mean(kept, "recovered")
     if first is None:
@@ -70,7 +70,7 @@ def _choices(found: Mapping[tuple[str, float], Forms], measured: Sequence[Record
         singles = [record["forms"][name] for name in SINGLE if name in record["forms"]]
         least = min(_gap(auto, single) for single in singles)
         most = max(map(abs, _gaps(auto, says, "in_basis", "kl_kept")))
-        row = [cell[0], f"{cell[1]:g}x", _stored(auto), _stored(says), cell(auto["in_basis"]),
+        row = [cell[0], f"{cell[1]:g}x", _stored(auto), _stored(says), kept_cell(auto["in_basis"]),
                f"{_gap(auto, says):+.4f}", f"{least:+.4f}", f"{most:.4f}"]  # fmt: skip
         yield f"| {' | '.join(row)} |"
 
@@ -105,7 +105,7 @@ def _singles(found: Mapping[tuple[str, float], Forms]) -> Iterator[str]:
             singles = {n: forms[n] for n in names if n in forms and _tasks(forms[n], place)}
             if not auto or (not singles and place == "in_basis"):
                 continue
-            row = [cell(_tasks(forms.get(name, {}), place)) for name in names]
+            row = [kept_cell(_tasks(forms.get(name, {}), place)) for name in names]
             # With --expand nothing of private tasks is to grow: what add stored is what counts.
             if place == "expanded":
                 singles |= {n: {place: forms[n]["added"]} for n in names
@@ -119,7 +119,7 @@ def _singles(found: Mapping[tuple[str, float], Forms]) -> Iterator[str]:
             stored = forms["auto"]["form"]
             if place != "in_basis":
                 stored = ", ".join(sorted(set(forms["auto"][place]["stored"].values())))
-            row += [cell(auto), stored, *less]
+            row += [kept_cell(auto), stored, *less]
             yield f"| {cell[0]} | {cell[1]:g}x | {place} | {' | '.join(row)} |"
 
 
@@ -165,6 +165,6 @@ def _scaled(found: Mapping[tuple[str, float], Forms]) -> Iterator[str]:
     columns = dict.fromkeys(name for forms in found.values() for name in forms if " x " in name)
     yield from _head("collection", "size", *columns)
     for (collection, size), forms in found.items():
-        row = [cell(_tasks(forms.get(name, {}), "in_basis")) for name in columns]
+        row = [kept_cell(_tasks(forms.get(name, {}), "in_basis")) for name in columns]
         if any(row):
             yield f"| {collection} | {size:g}x | {' | '.join(row)} |"
