@@ -412,11 +412,8 @@ def _cosine(product: float, norms: tuple[float, float]) -> float:
 
 def _row_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Float64 products of rows with others, which may be the same."""
-    wide = rows.detach().double().numpy()
-    if others is rows:
-        # numpy knows a matrix times its own transpose, at half of the operations.
-        return torch.from_numpy(wide @ wide.T)
-    return torch.from_numpy(wide @ others.detach().double().numpy().T)
+    wide = rows.double()
+    return wide @ (wide if others is rows else others.double()).T
 
 
 def _flat_coverage(layer: FlatLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
