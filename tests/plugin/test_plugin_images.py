@@ -216,6 +216,10 @@ def test_an_arena_grows_up_to_its_limit_and_is_sealed() -> None:
     assert arena.allocate(5000) is not None
 
 
+def _is_of_an_image(thing: object) -> bool:
+    return isinstance(thing, torch.Tensor) or type(thing).__module__.startswith("vllm_vlora.")
+
+
 def test_garbage_collections_do_not_look_at_what_an_engine_holds_of_its_tasks() -> None:
     """Hundreds of modules a task, for each of which there are matrices, sides and places."""
     modules, tasks = 40, 25
@@ -232,7 +236,9 @@ def test_garbage_collections_do_not_look_at_what_an_engine_holds_of_its_tasks() 
             held.append((image, image.on(torch.empty(image.size, dtype=torch.uint8))))
         del pairs, image
         gc.collect()
-        assert len(gc.get_objects()) < tasks * modules
+        # Other threads of a test process make objects meanwhile: these are an engine's alone.
+        looked_at = [thing for thing in gc.get_objects() if _is_of_an_image(thing)]
+        assert 0 < len(looked_at) < tasks * modules
     finally:
         gc.unfreeze()
     assert torch.equal(held[0][1].pairs["module 7"][1].values, torch.zeros(2))
