@@ -14,8 +14,10 @@ from vllm_vlora.plugin.counters import CATALOGUE, DEVICE, HOST, REMOTE, counters
 from vllm_vlora.plugin.engine_core import Tasks, tasks_of
 from vllm_vlora.plugin.workers import manager_of
 
-_SELDOM = 30.0
-"""Seconds after which workers are asked again though nothing is known to have been done to them."""
+_SELDOM = 300.0
+"""Seconds after which workers are asked again though nothing is known to have been done to them: only
+a failed question to the Hub or a URL is told that late. Every 30 s was most of what an idle server took.
+"""
 # Between two questions in any case: several API servers ask the engine core, each once a second.
 _APART = 0.9
 # Where an engine core keeps what its workers said.
