@@ -438,14 +438,14 @@ class Surveyor:
         by_label = self.settings.formats.of(module.dtype)
         meters, captured = dict[str, JointMeter](), dict[str, torch.Tensor]()
         for format in dict.fromkeys(by_label):
-            expected = captured_packed(widths, u_t, v, format) if metric is FROBENIUS else None
             if format == "float32":  # What is fitted is.
                 captured[format] = widths.captured
-            elif expected is not None:
-                captured[format] = expected
-            else:
-                captured[format] = torch.zeros_like(widths.captured)
+                continue
+            expected = captured_packed(widths, u_t, v, format) if metric is FROBENIUS else None
+            if expected is None:
+                expected = torch.zeros_like(widths.captured)
                 meters[format] = JointMeter(pack(u_t, format), pack(v, format), metric)
+            captured[format] = expected
         place = 0
         # Nothing is read again for nothing.
         for _, batch in self._alike(module, tasks, _METER_ELEMENTS) if meters else ():

@@ -259,12 +259,9 @@ class ServingCounters:
             seen: ``version`` of the snapshot that the caller has; where no other tasks are there since,
                 ``residents`` and ``materialized`` are None and not sent again.
         """
-        residents = {
-            tier: [list(name) for name in names] for tier, names in self._residents.items()
-        }
         return {
             "version": self._version,
-            "residents": None if seen == self._version else residents,
+            "residents": None if seen == self._version else self._named(),
             "materialized": None if seen == self._version else dict(self._materialized),
             "tiers": {tier: dict(values) for tier, values in self._tiers.items()},
             "requests": dict(self._requests),

@@ -18,7 +18,6 @@ number more as a trellis with a table of 256 did at 3 bits (`python benchmarks/r
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -35,8 +34,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from fidelity.hard.command_tables import kept_cell  # noqa: E402
 from fidelity.hard.forms import WEIGHTS  # noqa: E402
-from fidelity.hard.table import RATIOS, Judge, append, named, options_parser, read  # noqa: E402
-from fidelity.inputs import CollectionFolder  # noqa: E402
+from fidelity.hard.table import RATIOS, append, named, opened, options_parser, read  # noqa: E402
 from vllm_vlora import CompressOptions, export_all, open_adapter  # noqa: E402
 from vllm_vlora.adapters.collection import Collection  # noqa: E402
 from vllm_vlora.checkpoint.reader import Checkpoint  # noqa: E402
@@ -173,13 +171,8 @@ def measure(
     folder: Path, ratios: Sequence[float], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """A record for every size."""
-    collection = CollectionFolder(folder)
-    record = json.loads((folder / "collection.json").read_text(encoding="utf-8"))
-    adapters = {task: open_adapter(path) for task, path in collection.in_basis.items()}
-    directions, names = directions_of(adapters), list(adapters)
-    count = min(options.tasks, len(names))
-    shown = [names[place * len(names) // count] for place in range(count)]
-    judge = Judge(folder / record["model"], collection, options.examples)
+    collection, adapters, shown, judge = opened(folder, options)
+    directions = directions_of(adapters)
     for ratio in ratios:
         with tempfile.TemporaryDirectory(prefix="bench-hard-") as work:
             scratch, target = Path(work, "scratch"), Path(work, "out")

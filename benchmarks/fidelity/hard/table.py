@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -113,17 +113,32 @@ class Judge:
         return found
 
 
+class Opened(NamedTuple):
+    """A collection as it is measured: the adapters of its bases, who is judged, and the judge."""
+
+    collection: CollectionFolder
+    adapters: dict[str, Any]
+    shown: list[str]
+    judge: Judge
+
+
+def opened(folder: Path, options: argparse.Namespace) -> Opened:
+    """A collection with as many tasks shown as ``options.tasks`` says, spread over all of them."""
+    collection = CollectionFolder(folder)
+    record = json.loads((folder / "collection.json").read_text(encoding="utf-8"))
+    adapters = {task: open_adapter(path) for task, path in collection.in_basis.items()}
+    names, count = list(adapters), min(options.tasks, len(adapters))
+    shown = [names[place * len(names) // count] for place in range(count)]
+    judge = Judge(folder / record["model"], collection, options.examples)
+    return Opened(collection, adapters, shown, judge)
+
+
 def measure(
     folder: Path, ratios: Sequence[float], options: argparse.Namespace, until: float
 ) -> Iterator[dict[str, Any]]:
     """A record for every size."""
-    collection = CollectionFolder(folder)
-    record = json.loads((folder / "collection.json").read_text(encoding="utf-8"))
-    adapters = {task: open_adapter(path) for task, path in collection.in_basis.items()}
+    collection, adapters, shown, judge = opened(folder, options)
     new = {task: open_adapter(path) for task, path in collection.held_out.items()}
-    names, count = list(adapters), min(options.tasks, len(adapters))
-    shown = [names[place * len(names) // count] for place in range(count)]
-    judge = Judge(folder / record["model"], collection, options.examples)
     with tempfile.TemporaryDirectory(prefix="bench-hard-") as scratch:
         measured = Measured(adapters, Path(scratch))
         for ratio in ratios:
