@@ -37,35 +37,28 @@ from serving.world import World, WorldPlan, task_id
 
 DESCRIPTION = """\
 Two real `vllm serve` on CPU with the plugin and the same checkpoint take turns with the same requests.
-One is as users start it: it looks at the folder, and asks its engine core once a second what /metrics
-shows of it. The other does neither (VLLM_VLORA_FOLLOW=off, and it asks once an hour). Both are scraped
-once a second. Reported are requests a second and CPU seconds of all of a server's processes for a
-request, and their ratios, round by round; the answers are compared before any figure is printed.
+One looks at its folder, tells its API server what is served, and asks its engine core what /metrics
+shows of it, --often times as often as users' servers do. The other does none of that
+(VLLM_VLORA_FOLLOW=off, and it asks once an hour). Both are scraped once a second. Reported are requests
+a second and CPU seconds of all of a server's processes for a request, and their ratios, round by round;
+the answers are compared before any figure is printed. What watching as often as users' servers costs is
+what the ratios' medians say, divided by --often: a few per cent of noise become a tenth of one.
 
-Then both have nothing to do at the same time: what one takes more of a CPU than the other is what
-watching takes in every second, and a busy server is asked no more often.
+Then both have nothing to do at the same time, and what watching takes in a second is told likewise.
 """
 EXAMPLES = """\
   python benchmarks/run.py watching --quick          a check that it runs, about a minute
   python benchmarks/run.py watching --json FILE      some eight minutes on two cores
 """
 CHECKPOINT, RANK = "nf4", 8
-WATCHING, NEITHER = "watching and counting", "neither"
+WATCHING, NEITHER = "watching and counting, often", "neither"
 SERVERS = (WATCHING, NEITHER)
 # After the last request a worker looks for another one for a second, and is asked once more.
 _CALM_SECONDS = 5
-# The server's main process is its API server, whose module asks as often as this says.
-_PROGRAM = """\
-import os
-from vllm_vlora.plugin import metrics
-metrics.INTERVAL = float(os.environ.get("BENCH_INTERVAL", metrics.INTERVAL))
-from vllm.entrypoints.cli.main import main
-main()
-"""
-_ENVIRONMENT = {
-    WATCHING: {},
-    NEITHER: {"VLLM_VLORA_FOLLOW": "off", "BENCH_INTERVAL": "3600"},
-}
+_PROGRAM = "from vllm.entrypoints.cli.main import main; main()"
+# What makes each process of a server watch as often as BENCH_OFTEN says.
+_OFTEN = Path(__file__).with_name("often")
+_SELDOM = 1 / 3600
 _START_SECONDS, _LOG_CHARACTERS = 300, 4000
 
 
@@ -76,6 +69,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--together", type=count, default=8, help="requests at once (default: 8)")
     parser.add_argument("--prompt-len", type=count, default=16, help="tokens (default: 16)")
     parser.add_argument("--output-len", type=count, default=16, help="tokens (default: 16)")
+    parser.add_argument(
+        "--often", type=count, default=20, help="times as often as users' servers (default: 20)"
+    )
     parser.add_argument("--idle", type=count, help="seconds with nothing to do (default: 120)")
 
 
@@ -189,7 +185,7 @@ def _server(args: argparse.Namespace, world: World, name: str, logs: Path) -> It
         "--max-model-len", length, "--max-num-seqs", str(args.together),
         "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(256 * 2**20),
     ]  # fmt: skip
-    environment = os.environ | _ENVIRONMENT[name] | {
+    environment = os.environ | _watching(args, name) | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "VLLM_VLORA_CHECKPOINT": str(world.checkpoint(CHECKPOINT)),
@@ -206,6 +202,15 @@ def _server(args: argparse.Namespace, world: World, name: str, logs: Path) -> It
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
+
+
+def _watching(args: argparse.Namespace, name: str) -> dict[str, str]:
+    """The environment in which a server watches as it is to."""
+    paths = [str(_OFTEN), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    found = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if name == WATCHING:
+        return found | {"BENCH_OFTEN": str(args.often)}
+    return found | {"BENCH_OFTEN": str(_SELDOM), "VLLM_VLORA_FOLLOW": "off"}
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -262,12 +267,20 @@ def figures(
     costs = {
         name: [1e3 * turn.cpu_seconds / args.requests for turn in turns[name]] for name in SERVERS
     }
+    throughput = spread_of_ratios(rates[WATCHING], rates[NEITHER])
+    cpu = spread_of_ratios(costs[WATCHING], costs[NEITHER])
+    spent = {name: 1e3 * idle[name] / args.idle for name in SERVERS}
     return {
         "requests_per_second": {name: spread_of_rounds(rates[name]) for name in SERVERS},
         "cpu_milliseconds": {name: spread_of_rounds(costs[name]) for name in SERVERS},
-        "throughput_ratio": spread_of_ratios(rates[WATCHING], rates[NEITHER]),
-        "cpu_ratio": spread_of_ratios(costs[WATCHING], costs[NEITHER]),
-        "idle_cpu_milliseconds": {name: 1e3 * idle[name] / args.idle for name in SERVERS},
+        "throughput_ratio": throughput,
+        "cpu_ratio": cpu,
+        "idle_cpu_milliseconds": spent,
+        "as_often_as_users_servers": {
+            "throughput_lost": (1 / throughput["p50"] - 1) / args.often,
+            "cpu_more": (cpu["p50"] - 1) / args.often,
+            "idle_cpu_milliseconds": (spent[WATCHING] - spent[NEITHER]) / args.often,
+        },
     }
 
 
@@ -284,3 +297,8 @@ def print_figures(found: dict[str, Any]) -> None:
     for ratio, what in (("throughput_ratio", "requests/s"), ("cpu_ratio", "CPU")):
         p20, p50, p80 = (found[ratio][p] for p in ("p20", "p50", "p80"))
         print(f"{what} of {WATCHING} / {NEITHER}: {p50:.3f} (p20 {p20:.3f}, p80 {p80:.3f})")
+    once = found["as_often_as_users_servers"]
+    print(
+        f"as often as users' servers: {once['throughput_lost']:.2%} of the requests/s lost, "
+        f"{once['cpu_more']:.2%} more CPU, {once['idle_cpu_milliseconds']:.2f} ms of CPU a second, idle"
+    )
