@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
-import urllib.request
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,7 +32,10 @@ def ready(
         ),
     ] = None,
     url: Annotated[
-        str, typer.Option("--url", metavar="URL", help="The server.")
+        str,
+        typer.Option(
+            "--url", metavar="URL", help="The server: http://HOST:PORT, with or without /v1."
+        ),
     ] = "http://127.0.0.1:8000",
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -53,14 +56,16 @@ def ready(
         from vllm_vlora.checkpoint.serving import CHECKPOINT_VARIABLE
         from vllm_vlora.downloads import from_cache_alone
         from vllm_vlora.errors import OptionError
+        from vllm_vlora.tools.servers import server_url
 
+        where = server_url(url)
         ref = checkpoint or os.environ.get(CHECKPOINT_VARIABLE)
         if not ref:
             raise OptionError(f"name the checkpoint, or set {CHECKPOINT_VARIABLE}")
         # A probe asks every few seconds, and means what its server has fetched.
         with from_cache_alone():
             tasks = Checkpoint.open(ref, manifest_only=True).tasks
-        listed, why = _listed(url.rstrip("/"))
+        listed, why = _listed(where, os.environ.get("VLLM_API_KEY"))
         missing = [task for task in tasks if task not in listed]
         if not why and missing:
             why = f"it does not list {some_of(missing)}"
@@ -70,25 +75,21 @@ def ready(
             raise typer.Exit(EXIT_CHECK_FAILED)
 
 
-def _listed(url: str) -> tuple[set[str], str]:
+def _listed(server: str, key: str | None) -> tuple[set[str], str]:
     """The models that a server lists, or why there are none."""
+    from vllm_vlora.tools.servers import fetch, headers_with
+
+    headers = headers_with(key)
     try:
-        _get(f"{url}/health")
-        models = json.loads(_get(f"{url}/v1/models"))["data"]
+        fetch(f"{server}/health", headers, _SECONDS, _MOST_BYTES)
+        models = json.loads(fetch(f"{server}/v1/models", headers, _SECONDS, _MOST_BYTES))["data"]
         return {str(model["id"]) for model in models}, ""
     except urllib.error.HTTPError as error:
         return set(), f"it answers with {error.code}"
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         return set(), f"it does not answer ({why_unreachable(error) or first_line(error)})"
     except (ValueError, KeyError, TypeError, RecursionError):
         return set(), "its list of models is none"
-
-
-def _get(url: str) -> bytes:
-    key = os.environ.get("VLLM_API_KEY")
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
-    with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-        return bytes(answer.read(_MOST_BYTES))
 
 
 def _print_ready(console: Console, data: dict[str, Any]) -> None:

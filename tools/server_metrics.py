@@ -4,61 +4,42 @@ from __future__ import annotations
 
 import http.client
 import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from vllm_vlora.connections import why_unreachable
 from vllm_vlora.errors import OptionError, ServerError
+from vllm_vlora.tools.servers import fetch, headers_with, server_url
 from vllm_vlora.wording import first_line
 
 _OURS = "vllm_vlora:"
 # Seconds for an answer, and the most that is read of one: a thousand tasks make some 200 KB.
 _PATIENCE = 10.0
 _MOST_BYTES = 64 * 2**20
-_ROUTE = "/metrics"
-# What users have at hand is the address that clients are given.
-_CLIENTS_ROUTE = "/v1"
 
 Labels = dict[str, str]
 
 
 def metrics_url(url: str) -> str:
-    """The address of a server's metrics: of ``host:port``, of its root, of ``/v1`` or of ``/metrics``.
+    """The address of a server's metrics, of any that ``servers.server_url`` takes.
 
     Raises:
         OptionError: it is no address of a server.
     """
-    full = url if "://" in url else f"http://{url}"
-    try:
-        parts = urllib.parse.urlsplit(full)
-        usable = parts.scheme in ("http", "https") and parts.hostname and full.isprintable()
-        _ = parts.port
-    except ValueError:
-        usable = False
-    if not usable or " " in full:
-        raise OptionError(f"{url!r} is no address of a server; give http://HOST:PORT")
-    path = parts.path.rstrip("/").removesuffix(_CLIENTS_ROUTE)
-    if not path.endswith(_ROUTE):
-        path += _ROUTE
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+    return server_url(url) + "/metrics"
 
 
 def ask(url: str, key: str | None) -> str:
     """The text at an address, asked with an API key if there is one.
 
     Raises:
+        OptionError: no header can hold the key.
         ServerError: nothing answers there, or it answers with an error.
     """
-    request = urllib.request.Request(url)
+    headers = headers_with(key)
     try:
-        if key:
-            # Not for whoever the server may send us on to.
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
-            return answer.read(_MOST_BYTES).decode("utf-8", errors="replace")
+        return fetch(url, headers, _PATIENCE, _MOST_BYTES).decode("utf-8", errors="replace")
     except urllib.error.HTTPError as error:
         advice = (
             "give the server's API key in VLLM_API_KEY"
@@ -66,13 +47,11 @@ def ask(url: str, key: str | None) -> str:
             else "give the address that vLLM listens on"
         )
         raise ServerError(f"{url} answers {error.code} {error.reason}; {advice}") from error
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         why = why_unreachable(error) or first_line(error)
         raise ServerError(
             f"{url} does not answer ({why}); is the server up, and is that its address?"
         ) from error
-    except ValueError as error:
-        raise OptionError("the API key holds characters that no header can have") from error
 
 
 def read_metrics(text: str, url: str) -> dict[str, Any]:

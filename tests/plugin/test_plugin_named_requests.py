@@ -69,6 +69,23 @@ def test_what_vllm_does_with_a_dictionary(requests: TaskRequests) -> None:
     assert requests["ordinary"] is requests.get("ordinary") is ORDINARY
 
 
+def test_a_list_of_very_many_tasks_looks_none_up(
+    requests: TaskRequests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM goes through the list with each chat to the base model."""
+    looked_up: list[object] = []
+    contains = TaskRequests.__contains__
+
+    def counted(self: TaskRequests, name: object) -> bool:
+        looked_up.append(name)
+        return contains(self, name)
+
+    monkeypatch.setattr(TaskRequests, "__contains__", counted)
+    monkeypatch.setattr(TaskRequests, "__getitem__", lambda self, name: counted(self, name))
+    assert len(requests.values()) == len(requests.items()) == len(requests) == len(TASKS) + 4
+    assert not set(looked_up) & {"ordinary", *TASKS}
+
+
 def test_names_of_one_content_are_one_request(requests: TaskRequests, checkpoint: Path) -> None:
     assert requests["prod"] is requests["joint"]
     assert requests["joint*1"] is requests["joint"]

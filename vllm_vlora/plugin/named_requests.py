@@ -240,12 +240,16 @@ class TaskRequests(dict[str, LoRARequest]):
 
     def __iter__(self) -> Iterator[str]:
         yield from super().__iter__()
+        yield from self._beside()
+
+    def _beside(self) -> Iterator[str]:
+        """Names that are listed and have no request of their own."""
         yield from (name for name in self.aliases if self._stands(name))
         if self.routes:
             yield AUTO
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return super().__len__() + sum(1 for _ in self._beside())
 
     def keys(self) -> Any:
         """Names of tasks, ordinary adapters and aliases, and ``auto``."""
@@ -253,11 +257,12 @@ class TaskRequests(dict[str, LoRARequest]):
 
     def items(self) -> Any:
         """Pairs of ``keys`` and ``values``."""
-        return [(name, self._card(name)) for name in self]
+        return list(zip(self, self.values()))
 
     def values(self) -> Any:
         """A request for each of ``keys``, whose name is that."""
-        return [self._card(name) for name in self]
+        # vLLM goes through them with each chat to the base model: of very many tasks none is looked up.
+        return [*super().values(), *map(self._card, self._beside())]
 
     def _stands(self, alias: str) -> bool:
         """Whether an alias is to be listed: it is no adapter's name by now, and its tasks are there."""
@@ -265,8 +270,6 @@ class TaskRequests(dict[str, LoRARequest]):
         return self.own(alias) is None and all(self._path(task) is not None for task in tasks)
 
     def _card(self, name: str) -> LoRARequest:
-        if super().__contains__(name):
-            return dict.__getitem__(self, name)
         if name == AUTO and self.routes:
             assert self.routing is not None
             return LoRARequest(AUTO, FIRST_ID, str(self.routing.file))
