@@ -14,13 +14,22 @@ import pytest
 pytest.importorskip("vllm")
 
 from plugin_world import TASKS, build
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 
 from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.editing.aliasing import remove_alias, set_alias
 from vllm_vlora.editing.removing import remove_tasks
-from vllm_vlora.errors import BlendError, CheckpointError, TaskNotFoundError
+from vllm_vlora.errors import (
+    BlendError,
+    CheckpointError,
+    TaskIdError,
+    TaskNotFoundError,
+    VLoRAError,
+)
 from vllm_vlora.merging.blending import blend_tasks
 from vllm_vlora.plugin import named_requests
 from vllm_vlora.plugin.blend_paths import blend_of
@@ -69,21 +78,20 @@ def test_what_vllm_does_with_a_dictionary(requests: TaskRequests) -> None:
     assert requests["ordinary"] is requests.get("ordinary") is ORDINARY
 
 
-def test_a_list_of_very_many_tasks_looks_none_up(
+def test_the_list_looks_up_what_has_no_request_alone(
     requests: TaskRequests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM goes through the list with each chat to the base model."""
-    looked_up: list[object] = []
-    contains = TaskRequests.__contains__
+    """vLLM goes through it with each chat to the base model, of however many tasks."""
+    looked_up: list[str] = []
+    card = TaskRequests._card
 
-    def counted(self: TaskRequests, name: object) -> bool:
+    def counted(self: TaskRequests, name: str) -> LoRARequest:
         looked_up.append(name)
-        return contains(self, name)
+        return card(self, name)
 
-    monkeypatch.setattr(TaskRequests, "__contains__", counted)
-    monkeypatch.setattr(TaskRequests, "__getitem__", lambda self, name: counted(self, name))
-    assert len(requests.values()) == len(requests.items()) == len(requests) == len(TASKS) + 4
-    assert not set(looked_up) & {"ordinary", *TASKS}
+    monkeypatch.setattr(TaskRequests, "_card", counted)
+    assert len(requests.values()) == len(requests) == len(TASKS) + 4
+    assert looked_up == ["canary", "mix", "prod"]
 
 
 def test_names_of_one_content_are_one_request(requests: TaskRequests, checkpoint: Path) -> None:
@@ -184,6 +192,73 @@ def test_unloading(requests: TaskRequests) -> None:
     assert list(requests) == ["ordinary", "private", "mixed", "one"]
     assert "mix" not in requests
     assert [request.lora_name for request in requests.values()] == list(requests)
+
+
+# --- adapters that clients load -----------------------------------------------------------------------
+
+
+class Engine:
+    """What vLLM's ``OpenAIServingModels`` asks of an engine."""
+
+    model_config = renderer = input_processor = None
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[str, int]] = []
+
+    async def add_lora(self, request: LoRARequest) -> bool:
+        self.loaded.append((request.lora_name, request.lora_int_id))
+        return True
+
+
+def load(requests: TaskRequests, name: str, in_place: bool) -> tuple[Any, Engine]:
+    """vLLM's own load of an adapter, where clients may: (what it answers or raises, the engine)."""
+    engine: Any = Engine()
+    models = OpenAIServingModels(engine, [BaseModelPath("base", "base")])
+    models.lora_requests = requests
+    asked = LoadLoRAAdapterRequest(lora_name=name, lora_path="/adapters/x", load_inplace=in_place)
+    loading = named_requests._load_lora_adapter(OpenAIServingModels.load_lora_adapter)
+    try:
+        return asyncio.run(loading(models, asked)), engine
+    except VLoRAError as error:
+        return error, engine
+
+
+@pytest.mark.parametrize("name", ["joint", "prod", "mix", "canary"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_adapter_that_a_client_loads_takes_no_name_of_the_checkpoint(
+    requests: TaskRequests, name: str, in_place: bool
+) -> None:
+    """vLLM would give it the number of the task, which then answered for it, or it for the task."""
+    before = requests[name]
+    answer, engine = load(requests, name, in_place)
+    assert isinstance(answer, TaskIdError)
+    assert str(answer) == (
+        f"{name!r} is a task or an alias of the served checkpoint; give the adapter another name"
+    )
+    assert not engine.loaded
+    if name != "canary":
+        assert requests[name] is before
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_adapter_that_a_client_loads_may_be_called_as_a_blend(
+    requests: TaskRequests, in_place: bool
+) -> None:
+    blend = requests["joint-private"]
+    answer, engine = load(requests, "joint-private", in_place)
+    assert str(answer).startswith("Success")
+    assert engine.loaded == [("joint-private", 1)]
+    assert requests["joint-private"].lora_path == "/adapters/x"
+    assert requests["joint*1-private"] is blend
+    # And another one comes in its place, under its own number.
+    assert load(requests, "joint-private", True)[1].loaded == [("joint-private", 1)]
+
+
+def test_a_name_that_was_unloaded_is_free(requests: TaskRequests) -> None:
+    del requests["joint"]
+    answer, engine = load(requests, "joint", False)
+    assert str(answer).startswith("Success")
+    assert engine.loaded == [("joint", 1)]
 
 
 # --- a request's way ----------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ from vllm_vlora.blend_names import Blend, blend_text, is_alone, task_alone
 from vllm_vlora.blending.resolving import expand, resolve
 from vllm_vlora.blending.text_router import AUTO
 from vllm_vlora.checkpoint.aliases import Aliases
-from vllm_vlora.errors import BlendError
+from vllm_vlora.errors import BlendError, TaskIdError
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.identity import FIRST_ID, ID_SPAN, TaskPath, parse_task_path
 from vllm_vlora.plugin.prompt_routing import Routing
+from vllm_vlora.plugin.refusals import callers_error
 from vllm_vlora.plugin.seam_table import NAME_SEAMS
 from vllm_vlora.plugin.settings import BLENDS_VARIABLE, ROUTE_VARIABLE
 
@@ -73,6 +74,8 @@ class Asked:
 
 
 _asked: ContextVar[Asked | None] = ContextVar("vlora_asked", default=None)
+# A name is to be an adapter's, whatever could be read into it.
+_naming: ContextVar[bool] = ContextVar("vlora_naming", default=False)
 
 
 class TaskRequests(dict[str, LoRARequest]):
@@ -130,6 +133,10 @@ class TaskRequests(dict[str, LoRARequest]):
         """The request that a name has itself: a task's or an ordinary adapter's."""
         return super().get(name)
 
+    def is_checkpoints(self, name: str) -> bool:
+        """Whether a name is a task's of ours or an alias."""
+        return self._path(name) is not None or (self.own(name) is None and name in self.aliases)
+
     def meaning(self, name: str) -> LoRARequest:
         """The request that a name which is not in the dictionary stands for.
 
@@ -141,6 +148,8 @@ class TaskRequests(dict[str, LoRARequest]):
             return asked.answered[name]
         if self._is_model(name):
             raise BlendError("it is the served model's name")
+        if _naming.get():
+            raise BlendError("it is to be an adapter's name")
         if not self._takes_blends and name not in self.aliases:
             raise BlendError(f"no task is called so, and blends are off ({BLENDS_VARIABLE})")
         key = secrets.token_hex(8) if asked is None else asked.key
@@ -381,6 +390,30 @@ def _route(models: Any, request: Any, asked: Asked | None) -> None:
             asked.answered[found.lora_name] = found
 
 
+def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``OpenAIServingModels.load_lora_adapter`` that leaves names of the checkpoint to it.
+
+    In the place of a task or alias an adapter would get the task's number, by which the engine knows it,
+    and both would answer for either. What reads as a blend is a free name.
+    """
+
+    @functools.wraps(original)
+    async def load(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        requests, name = self.lora_requests, request.lora_name
+        if isinstance(requests, TaskRequests) and requests.is_checkpoints(name):
+            raise callers_error(
+                TaskIdError,
+                f"{name!r} is a task or an alias of the served checkpoint; give the adapter another name",
+            )
+        token = _naming.set(True)
+        try:
+            return await original(self, request, *args, **kwargs)
+        finally:
+            _naming.reset(token)
+
+    return load
+
+
 def _explain(refused: Any, name: str, requests: TaskRequests) -> None:
     """Say in a 404 what is wrong with a blend, where a name begins like one, and what ``auto`` needs."""
     if name == AUTO:
@@ -427,4 +460,8 @@ def name_patches() -> list[tuple[Any, str, Any]]:
     ]
 
 
-_WRAPPERS = {"_check_model": _check_model, "load_endpoint_plugins": _load_endpoint_plugins}
+_WRAPPERS = {
+    "_check_model": _check_model,
+    "load_lora_adapter": _load_lora_adapter,
+    "load_endpoint_plugins": _load_endpoint_plugins,
+}

@@ -912,6 +912,12 @@ NAME_SEAMS: tuple[Seam, ...] = (
         ("self", "request"),
     ),
     Seam(
+        _SERVING,
+        "OpenAIServingModels.load_lora_adapter",
+        "an adapter takes no name of the checkpoint's",
+        ("self", "request", "base_model_name"),
+    ),
+    Seam(
         "vllm.plugins",
         "load_endpoint_plugins",
         "a middleware reads the client's key and says which tasks answered",
