@@ -21,7 +21,7 @@ import msgspec
 
 from vllm_vlora.checkpoint import manifest
 from vllm_vlora.evaluation import figures
-from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS
+from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS, SHARED_FORMATS
 from vllm_vlora.representations.registry import REPRESENTATIONS
 from vllm_vlora.task_ids import MAX_TASK_ID_LENGTH
 
@@ -34,7 +34,7 @@ _ROW = re.compile(r"^\| (?P<names>`\w+`(?:, `\w+`)*)[^|]*\|[^|]*\| (?P<meaning>.
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SOME = {"minimum": 1}
 _COUNT = {"minimum": 0}
-_FORMAT = {"enum": list(FORMATS)}
+_FORMAT, _SHARED_FORMAT = {"enum": list(FORMATS)}, {"enum": list(SHARED_FORMATS)}
 _SHA256 = {"pattern": "^[0-9a-f]{64}$"}
 # Relative, and it stays inside.
 _INSIDE = {"pattern": r"^(?!/)(?!(.*/)?\.\.(/|$))[^\\\u0000]+$"}
@@ -46,8 +46,8 @@ _LIMITS: dict[str, dict[str, dict[str, Any]]] = {
         "d_out": _SOME,
         "kind": {"enum": ["linear", "embedding"]},
     },
-    "BasisSpec": {"k_out": _SOME, "k_in": _SOME, "format": _FORMAT},
-    "FlatSpec": {"rank": _SOME, "k_out": _SOME, "k_in": _SOME, "format": _FORMAT},
+    "BasisSpec": {"k_out": _SOME, "k_in": _SOME, "format": _SHARED_FORMAT},
+    "FlatSpec": {"rank": _SOME, "k_out": _SOME, "k_in": _SOME, "format": _SHARED_FORMAT},
     "FileRef": {"file": _INSIDE, "sha256": _SHA256, "nbytes": _COUNT},
     "TaskRecord": {
         "file": {"pattern": rf"^{manifest.TASKS_FOLDER}/[a-z0-9_.~-]+\.safetensors$"},
@@ -100,7 +100,6 @@ def _report_schema() -> dict[str, Any]:
 
 def _schema(kind: Any, name: str) -> dict[str, Any]:
     schema = msgspec.json.schema(kind)
-    last = manifest.INDEX_VERSION - 1 if name == "tasks.json" else manifest.FORMAT_VERSION
     meanings = _meanings()
     for struct, definition in schema["$defs"].items():
         definition["description"] = inspect.cleandoc(definition["description"])
@@ -110,7 +109,7 @@ def _schema(kind: Any, name: str) -> dict[str, Any]:
             content |= _LIMITS[struct].get(field, {})
     return {
         "$schema": _DIALECT,
-        "title": f"{name} of a vllm-vlora checkpoint, formats 1 to {last}",
+        "title": f"{name} of a vllm-vlora checkpoint, formats 1 to {manifest.FORMAT_VERSION}",
         **schema,
     }
 
@@ -154,9 +153,16 @@ def _between_fields() -> Iterator[dict[str, Any]]:
     }
     yield {
         "if": {
-            "properties": {"representation": {"const": "private"}, "format": {"const": "nf4-dq"}}
+            "properties": {
+                "representation": {"const": "private"},
+                "format": {"enum": ["nf4-dq", "trellis"]},
+            }
         },
         "else": {"properties": {"bits": {"const": None}}},
+    }
+    yield {
+        "if": {"properties": {"format": {"const": "trellis"}}},
+        "then": {"properties": {"representation": {"const": "private"}}},
     }
     yield {
         "if": {"properties": {"representation": {"const": "flat"}}},

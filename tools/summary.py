@@ -136,15 +136,16 @@ def _summarize_segments(segments: Sequence[Segment]) -> dict[str, Any]:
     return {
         "modules": len(segments),
         "stored_as": dict(stored.most_common()),
-        "nf4_rows_by_bits": _rows_by_bits(segments),
+        "nf4_rows_by_bits": _rows_by_bits(segments, "nf4-dq"),
+        "trellis_rows_by_bits": _rows_by_bits(segments, "trellis"),
     }
 
 
-def _rows_by_bits(segments: Sequence[Segment]) -> dict[str, int]:
-    """How many rows of doubly quantised NF4 factors have 4, 3 and 2 bits."""
+def _rows_by_bits(segments: Sequence[Segment], format: str) -> dict[str, int]:
+    """How many rows of private factors in a format have 4, 3 and 2 bits."""
     counts: Counter[str] = Counter()
     for segment in segments:
-        if segment.is_private and segment.format == "nf4-dq":
+        if segment.is_private and segment.format == format:
             for bits, rows in zip("432", segment.bits or (segment.rank, 0, 0)):
                 counts[bits] += rows
     return dict(counts)
@@ -162,7 +163,8 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
             format_bytes(task["bytes"]),
             format_ratio(task["original_bytes"], task["bytes"]),
             format_range(task["min_rank"], task["max_rank"]),
-            _stored_as(task["stored_as"]) + _mean_bits(task["nf4_rows_by_bits"]),
+            _stored_as(task["stored_as"])
+            + _mean_bits(Counter(task["nf4_rows_by_bits"]) + Counter(task["trellis_rows_by_bits"])),
             error_cell(
                 task["error"],
                 task["predicted_loss"],
@@ -585,7 +587,7 @@ def _stored_as(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {'/'.join(kinds)}" for name, kinds in formats.items())
 
 
-def _mean_bits(rows: dict[str, int]) -> str:
+def _mean_bits(rows: Counter[str]) -> str:
     """``, 3.2 bits``, where rows have fewer than four."""
     if not rows or rows["4"] == sum(rows.values()):
         return ""

@@ -10,11 +10,14 @@ import triton.language as tl
 
 from vllm_vlora.narrow_rows import NARROW_FORMAT
 from vllm_vlora.quantize import NARROW_CODES, NF4_BLOCK, NF4_CODEBOOK, SCALE_BLOCK
+from vllm_vlora.trellis import WINDOW
 
 _BOOK = tl.constexpr(NF4_CODEBOOK)
 _NF4_BLOCK = tl.constexpr(NF4_BLOCK)
 _SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
 _NARROW = tl.constexpr(NARROW_FORMAT)
+# Of a trellis row's table; those of 4, 3 and 2 bits follow each other.
+_WINDOWS = tl.constexpr(1 << WINDOW)
 
 
 def _code_word(bits: int) -> int:
@@ -106,11 +109,13 @@ def load_tile(  # type: ignore[no-untyped-def]
     FORMAT: tl.constexpr,
     planes=None,
     first_block=0,
+    table_ptr=None,
 ):
     """Elements ``[rows, cols]`` of a packed matrix, dequantised; masked elements are zero.
 
     ``planes`` (see ``narrow_planes``) and ``first_block`` are those of a narrow matrix; ``codes_ptr``
-    and its stride are for the others.
+    and its stride are for the others. Trellis codes need ``table_ptr``, of the ``TRELLIS_TABLES``; their
+    ``ranges`` are the rows' widths.
     """
     mask = row_mask[:, None] & col_mask[None, :]
     rows = rows.to(tl.int64)[:, None]
@@ -122,6 +127,16 @@ def load_tile(  # type: ignore[no-untyped-def]
         codes = tl.load(codes_ptr + rows * codes_stride + cols, mask=mask, other=0)
         scales = tl.load(scales_ptr + rows * scales_stride, mask=row_mask[:, None], other=0.0)
         values = codes.to(tl.float32) * scales
+    elif FORMAT == "trellis":
+        width_ptrs = ranges_ptr.to(tl.pointer_type(tl.uint8)) + rows * ranges_stride
+        widths = tl.load(width_ptrs, mask=row_mask[:, None], other=4).to(tl.int32)
+        bit = cols * widths
+        byte_ptrs = codes_ptr + rows * codes_stride + (bit >> 3)
+        pair = tl.load(byte_ptrs, mask=mask, other=0).to(tl.int32)
+        pair |= tl.load(byte_ptrs + 1, mask=mask, other=0).to(tl.int32) << 8
+        scales = tl.load(scales_ptr + rows * scales_stride, mask=row_mask[:, None], other=0.0)
+        window = (4 - widths) * _WINDOWS + ((pair >> (bit & 7)) & (_WINDOWS - 1))
+        values = tl.load(table_ptr + window, mask=mask, other=0.0) * scales
     else:
         # Neighbouring threads read the same byte: the same sector serves them, and any first
         # column, odd ones included, works.

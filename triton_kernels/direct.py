@@ -19,6 +19,7 @@ added to y is accumulated in float32, and y is rounded once a term.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ import torch
 
 from vllm_vlora.narrow_rows import CODEBOOKS, NARROW_FORMAT, NarrowMatrix
 from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, unpack
+from vllm_vlora.trellis_tables import TRELLIS_TABLES
 
 # One int64 record a slot and slice; zeros mean "no update". Kernels read these fields by number.
 CORE = 0  # address of the core
@@ -40,7 +42,14 @@ B_CODES, B_SCALES, B_RANGES = 8, 9, 10  # and of B transposed (r, d_out)
 ADDRESS_FIELDS = (CORE, A_CODES, A_SCALES, A_RANGES, B_CODES, B_SCALES, B_RANGES)
 BITS = 11  # of narrow factors: ``NarrowMatrix.word`` of A, and in 8 bits more B's first block
 RECORD_FIELDS = 12
-FORMAT_CODES = {"float": 0, "int8": 1, "nf4": 2, "nf4-dq": 3, NARROW_FORMAT: 4}
+FORMAT_CODES = {"float": 0, "int8": 1, "nf4": 2, "nf4-dq": 3, NARROW_FORMAT: 4, "trellis": 5}
+TRELLIS_BOOK = 32
+CODEBOOK = (
+    *CODEBOOKS,
+    *(0.0,) * (TRELLIS_BOOK - len(CODEBOOKS)),
+    *itertools.chain.from_iterable(TRELLIS_TABLES.values()),
+)
+"""What kernels look up: ``narrow_rows.CODEBOOKS``, and from ``TRELLIS_BOOK`` on ``TRELLIS_TABLES``."""
 RECORD_NBYTES = RECORD_FIELDS * 8
 TILE_SIZES = (16, 64)
 # Elements between the starts of two cores: their addresses are multiples of 16 bytes.
@@ -172,7 +181,7 @@ def _bits(a: PackedMatrix, b: PackedMatrix) -> int:
 
 
 def _addresses(matrix: PackedMatrix) -> list[int]:
-    names = [("values", "codes"), ("scales", "scale_codes"), ("scale_range",)]
+    names = [("values", "codes"), ("scales", "scale_codes"), ("scale_range", "widths")]
     return [
         next((_address(matrix.parts[name]) for name in group if name in matrix.parts), 0)
         for group in names
@@ -194,8 +203,8 @@ class SlotTable:
         records: ``[slots + 1, slices, RECORD_FIELDS]`` int64 on the device, at a fixed address, so that
             a captured graph sees what the slots hold now.
         tasks: the task in each slot, for the host; None where there is none.
-        codebook: ``narrow_rows.CODEBOOKS``, float32 on the device: a kernel without a tensor-core
-            product to hide them behind looks values up there instead of deciding by 15 selects.
+        codebook: ``CODEBOOK``, float32 on the device: a kernel without a tensor-core product to hide
+            them behind looks NF4's values up there instead of deciding by 15 selects.
     """
 
     def __init__(self, slots: int, slices: int, device: torch.device) -> None:
@@ -204,7 +213,7 @@ class SlotTable:
             (slots + 1, slices, RECORD_FIELDS), dtype=torch.int64, device=device
         )
         self.tasks: list[DirectTask | None] = [None] * (slots + 1)
-        self.codebook = torch.tensor(CODEBOOKS, dtype=torch.float32, device=device)
+        self.codebook = torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
 
     def set(self, slot: int, task: DirectTask) -> None:
         """Put a task into a slot: one copy of its records, on the current stream."""

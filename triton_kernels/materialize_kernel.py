@@ -22,6 +22,7 @@ import triton.language as tl
 
 from vllm_vlora.narrow_rows import NARROW_FORMAT, NarrowMatrix
 from vllm_vlora.quantize import FLOAT_DTYPES
+from vllm_vlora.trellis import trellis_tables
 from vllm_vlora.triton_kernels.dequantise import load_tile, narrow_planes
 from vllm_vlora.triton_kernels.device import aligned_pointer, low_precision, multiply
 from vllm_vlora.triton_kernels.materialize import (
@@ -79,6 +80,7 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     jobs_ptr,
     outs_ptr,
     tiles_ptr,
+    table_ptr,
     OUT: tl.constexpr,
     LEFT: tl.constexpr,
     CODES: tl.constexpr,
@@ -95,8 +97,8 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     """One ``BLOCK_M x BLOCK_N`` tile of one job; grid (tiles of all jobs).
 
     jobs_ptr: int64 ``[jobs, len(FIELDS)]``; outs_ptr: int64 addresses, read at a job's place;
-    tiles_ptr: int32 ``[tiles]``, each tile's job. A job's tiles follow each other, column blocks
-    fastest. LEFT is None for the identity.
+    tiles_ptr: int32 ``[tiles]``, each tile's job; table_ptr: ``TRELLIS_TABLES``, or None. A job's tiles
+    follow each other, column blocks fastest. LEFT is None for the identity.
     """
     tile = tl.program_id(0)
     row = jobs_ptr + tl.load(tiles_ptr + tile).to(tl.int64) * _COLUMNS
@@ -144,6 +146,7 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
             FORMAT,
             planes,
             first_block,
+            table_ptr,
         ).to(tl.float32)
     else:
         left_ptr = aligned_pointer(tl.load(row + _LEFT), LEFT, False)
@@ -173,6 +176,7 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
                 FORMAT,
                 planes,
                 first_block,
+                table_ptr,
             )
             value = multiply(left, right, value, LOW_PRECISION)
     inside = row_live[:, None] & col_live[None, :]
@@ -241,7 +245,9 @@ class KernelPlan:
             for launch in self.launches:
                 tiles = launch.tiles
                 constants = launch.constants | weaker
-                _materialize_kernel[(len(tiles),)](launch.jobs, pointers, tiles, **constants)
+                _materialize_kernel[(len(tiles),)](
+                    launch.jobs, pointers, tiles, launch.table, **constants
+                )
 
 
 @dataclass(frozen=True)
@@ -277,10 +283,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: its jobs' rows and its tiles' jobs on the device, and the compile-time arguments."""
+    """One launch: its jobs' rows and its tiles' jobs on the device, and the compile-time arguments.
+
+    ``table`` is what trellis codes are looked up in, None of other formats.
+    """
 
     jobs: torch.Tensor
     tiles: torch.Tensor
+    table: torch.Tensor | None
     constants: dict[str, Any]
 
 
@@ -294,7 +304,7 @@ def _read(job: MaterializeJob) -> _Read:
             )
     if left is not None and left.shape[1] > 1 and left.stride(1) != 1:
         left = left.contiguous()
-    ranges = parts.get("scale_range")
+    ranges = parts.get("scale_range", parts.get("widths"))
     codes, bits = parts["values"] if "values" in parts else parts["codes"], 0
     if isinstance(job.matrix, NarrowMatrix):
         codes, bits = job.matrix.planes()[0], job.matrix.word
@@ -369,7 +379,10 @@ def _make_launch(kind: Kind, jobs: Sequence[tuple[int, MaterializeJob, _Read]]) 
         tiles += [index] * (-(-n_rows // block_m) * -(-n_cols // block_n))
     device = jobs[0][1].out.device
     return Launch(
-        to_device(table, torch.int64, device), to_device(tiles, torch.int32, device), constants
+        to_device(table, torch.int64, device),
+        to_device(tiles, torch.int32, device),
+        trellis_tables(device) if kind.format == "trellis" else None,
+        constants,
     )
 
 

@@ -87,6 +87,7 @@ def _make_steps(jobs: Sequence[MaterializeJob]) -> Iterator[_Step]:
     kinds: dict[Callable[[list[_Item]], _Step], list[_Item]] = {
         _Copy: [],
         _Lookup: [],
+        _Unpacked: [],
         _Product: [],
     }
     zeros: list[_Region] = []
@@ -98,8 +99,7 @@ def _make_steps(jobs: Sequence[MaterializeJob]) -> Iterator[_Step]:
         if job.left is not None:
             kinds[_Product].append(item)
         else:
-            is_nf4 = job.matrix.format not in (*FLOAT_DTYPES, "int8")
-            kinds[_Lookup if is_nf4 else _Copy].append(item)
+            kinds[_kind_of(job.matrix.format)].append(item)
     if zeros:
         yield _Zero(zeros)
     for kind, items in kinds.items():
@@ -272,6 +272,26 @@ class _Nf4Factor:
         along = 0 if self._item.flip else 1
         values = values.flatten(along, along + 1)
         self._target.of(outs).copy_(values.narrow(along, self._offset, self._item.job.width))
+
+
+class _Unpacked:
+    """Private factors in trellis codes, one after another."""
+
+    def __init__(self, items: list[_Item]) -> None:
+        self._items = [(item, item.target) for item in items]
+
+    def run(self, outs: OutTable) -> None:
+        for item, region in self._items:
+            job = item.job
+            values = unpack(job.matrix, torch.float32, job.start, job.start + job.width)
+            region.of(outs).copy_(item.turned(values.mul_(job.scale)))
+
+
+def _kind_of(format: str) -> type[_Copy | _Lookup | _Unpacked]:
+    """What runs private factors in a format."""
+    if format == "trellis":
+        return _Unpacked
+    return _Copy if format in FLOAT_DTYPES or format == "int8" else _Lookup
 
 
 class _Product:

@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 
 from vllm_vlora.narrow_rows import BOOK_OF_2, BOOK_OF_3, NARROW_FORMAT
-from vllm_vlora.quantize import NF4_BLOCK, SCALE_BLOCK
+from vllm_vlora.quantize import NF4_BLOCK, SCALE_BLOCK, TRELLIS_ROOM
+from vllm_vlora.trellis import WINDOW
 from vllm_vlora.triton_kernels import direct
 from vllm_vlora.triton_kernels.dequantise import load_tile, narrow_planes
 from vllm_vlora.triton_kernels.device import (
@@ -72,6 +73,9 @@ _FORMAT_COUNT = tl.constexpr(len(direct.FORMAT_CODES))
 _BLOCK = tl.constexpr(NF4_BLOCK)
 _BYTES = tl.constexpr(NF4_BLOCK // 2)
 _SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
+_TRELLIS_ROOM = tl.constexpr(TRELLIS_ROOM)
+_TRELLIS_BOOK = tl.constexpr(direct.TRELLIS_BOOK)
+_WINDOWS = tl.constexpr(1 << WINDOW)
 
 # By the size of tiles: columns of d_in that a part should have at least, since fewer would be mostly
 # start-up; programs that a shrink should have; and the tiles that a batch is expected to have: in
@@ -145,11 +149,15 @@ def _locate(  # type: ignore[no-untyped-def]
         scales_ptr = addresses[1].to(tl.pointer_type(tl.uint8))
     else:
         scales_ptr = addresses[1].to(tl.pointer_type(tl.float32))
-    if FORMAT == "int8":
+    if FORMAT == "trellis":
+        codes_stride += _TRELLIS_ROOM
+    if FORMAT == "int8" or FORMAT == "trellis":
         scales_stride = 1
     else:
         scales_stride = blocks
-    if FORMAT == _NARROW:
+    if FORMAT == "trellis":
+        ranges_stride = 1
+    elif FORMAT == _NARROW:
         ranges_stride = tl.cdiv(blocks + addresses[5], _SCALE_BLOCK) * 2
     else:
         ranges_stride = tl.cdiv(blocks, _SCALE_BLOCK) * 2
@@ -272,8 +280,65 @@ def _look_up(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_trellis(  # type: ignore[no-untyped-def]
+    where,
+    book_ptr,
+    rows,
+    row_live,
+    first,
+    live_cols,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The same of trellis codes: eight windows of a row lie in five bytes, or in fewer."""
+    codes_ptr, scales_ptr, widths_ptr, codes_stride, _, _ = where
+    rows = rows.to(tl.int64)[:, None]
+    live_rows = row_live[:, None]
+    widths = tl.load(widths_ptr.to(tl.pointer_type(tl.uint8)) + rows, mask=live_rows, other=4)
+    widths = widths.to(tl.int32)
+    scales = tl.load(scales_ptr + rows, mask=live_rows, other=0.0)
+    groups = tl.arange(0, COLS // 8)[None, :]
+    mask = live_rows & (groups * 8 < live_cols)
+    byte_ptrs = codes_ptr + rows * codes_stride + (first // 8 + groups) * widths
+    bits = tl.load(byte_ptrs, mask=mask, other=0).to(tl.int64)
+    for place in tl.static_range(1, 5):
+        bits |= tl.load(byte_ptrs + place, mask=mask, other=0).to(tl.int64) << (8 * place)
+    # Of eight elements in a row first every other one, and then the others between them.
+    table_ptrs = book_ptr + _TRELLIS_BOOK + (4 - widths) * _WINDOWS
+    even = _join_windows(bits, widths, 0, table_ptrs, ROWS, COLS)
+    odd = _join_windows(bits, widths, 1, table_ptrs, ROWS, COLS)
+    values = tl.join(even, odd).reshape(ROWS, COLS)
+    return (values * scales).to(DTYPE)
+
+
+@triton.jit
+def _join_windows(  # type: ignore[no-untyped-def]
+    bits, widths, FIRST: tl.constexpr, table_ptrs, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """The values of elements FIRST, FIRST + 2, .. of each eight."""
+    outer = tl.join(
+        tl.load(table_ptrs + ((bits >> (FIRST * widths)) & 255).to(tl.int32)),
+        tl.load(table_ptrs + ((bits >> ((FIRST + 4) * widths)) & 255).to(tl.int32)),
+    ).reshape(ROWS, COLS // 4)
+    inner = tl.join(
+        tl.load(table_ptrs + ((bits >> ((FIRST + 2) * widths)) & 255).to(tl.int32)),
+        tl.load(table_ptrs + ((bits >> ((FIRST + 6) * widths)) & 255).to(tl.int32)),
+    ).reshape(ROWS, COLS // 4)
+    return tl.join(outer, inner).reshape(ROWS, COLS // 2)
+
+
+@triton.jit
 def _load_values(  # type: ignore[no-untyped-def]
-    where, addresses, rows, row_live, cols, col_live, FORMAT: tl.constexpr, DTYPE: tl.constexpr
+    where,
+    addresses,
+    book_ptr,
+    rows,
+    row_live,
+    cols,
+    col_live,
+    FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Elements ``[rows, cols]`` of a matrix that ``_locate`` found, rounded to DTYPE."""
     planes = addresses
@@ -281,7 +346,7 @@ def _load_values(  # type: ignore[no-untyped-def]
         planes = narrow_planes(addresses[0], addresses[3], addresses[4], where[4])
     values = load_tile(
         where[0], where[1], where[2], where[3], where[4], where[5],
-        rows, cols, row_live, col_live, FORMAT, planes, addresses[5],
+        rows, cols, row_live, col_live, FORMAT, planes, addresses[5], book_ptr + _TRELLIS_BOOK,
     )  # fmt: skip
     return values.to(DTYPE)
 
@@ -319,10 +384,20 @@ def _load_format(  # type: ignore[no-untyped-def]
         values = _load_narrow(
             where, addresses, book_ptr, rows, row_live, first, live_cols, DTYPE, ROWS, COLS
         )
+    elif LOOK_UP and ALIGNED and COLS >= _BLOCK and FORMAT == "trellis":
+        values = _load_trellis(where, book_ptr, rows, row_live, first, live_cols, DTYPE, ROWS, COLS)
     else:
         cols = tl.arange(0, COLS)
         values = _load_values(
-            where, addresses, rows, row_live, first + cols, cols < live_cols, FORMAT, DTYPE
+            where,
+            addresses,
+            book_ptr,
+            rows,
+            row_live,
+            first + cols,
+            cols < live_cols,
+            FORMAT,
+            DTYPE,
         )
     return values
 

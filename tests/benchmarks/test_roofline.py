@@ -16,7 +16,7 @@ from places import BENCHMARKS
 
 from vllm_vlora.checkpoint.serving import VLLM_LORA_RANKS
 from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_nbytes
-from vllm_vlora.quantize import FORMATS, row_nbytes
+from vllm_vlora.quantize import SHARED_FORMATS, row_nbytes
 from vllm_vlora.triton_kernels.direct import RECORD_FIELDS
 
 
@@ -161,12 +161,12 @@ def test_time_is_that_of_the_busiest_resource() -> None:
 
 
 def test_facts_that_have_another_home_agree_with_it() -> None:
-    for format in FORMATS:
+    for format in SHARED_FORMATS:
         for cols in (1, 63, 64, 65, 16384, 16385, 20000):
             assert floors.row_bytes(format, cols) == row_nbytes(format, cols), (format, cols)
     for cols in (1, 64, 65, 16385):
         assert 4 * floors.row_bytes(NARROW_FORMAT, cols) == narrow_nbytes((1, 1, 2), cols)
-    assert (*FORMATS, NARROW_FORMAT) == floors.FORMATS
+    assert (*SHARED_FORMATS, NARROW_FORMAT) == floors.FORMATS
     assert floors.SLOT_RANKS == VLLM_LORA_RANKS
     assert floors.RECORD_BYTES == 8 * RECORD_FIELDS
     with pytest.raises(ValueError, match="int3"):

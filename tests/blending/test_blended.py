@@ -20,7 +20,7 @@ from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.editing.aliasing import set_alias
 from vllm_vlora.errors import BlendError, TaskNotFoundError
 from vllm_vlora.narrow_rows import NarrowMatrix
-from vllm_vlora.quantize import pack, unpack
+from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS, pack, unpack
 from vllm_vlora.representations.decode import decode
 from vllm_vlora.representations.private import encode_private
 from vllm_vlora.representations.registry import segment_fault, segment_sides
@@ -85,11 +85,11 @@ def test_every_representation(tmp_path: Path, basis: str) -> None:
     assert {"joint float32", "private nf4-dq", "private float32"} <= kinds
 
 
-@pytest.mark.parametrize("format", ["float32", "float16", "bfloat16", "int8", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_every_number_format(tmp_path: Path, format: str) -> None:
     source = build(tmp_path / "ck", private=format)
     found = errors(source, blend_of("private", "mixed", "one"))
-    kept = format if format in ("int8", "nf4", "nf4-dq") else "float32"
+    kept = "float32" if format in FLOAT_DTYPES else format
     assert {name: kind for name, (_, kind) in found.items()} == {
         # Joint in one of the tasks and private in others.
         "q": "private float32",

@@ -27,7 +27,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, CheckpointVersionError, TaskNotFoundError
-from vllm_vlora.quantize import FORMATS, PackedMatrix, pack, unpack
+from vllm_vlora.quantize import FORMATS, SHARED_FORMATS, PackedMatrix, pack, unpack
 from vllm_vlora.representations.joint import encode_joint
 from vllm_vlora.representations.private import encode_private
 from vllm_vlora.representations.stored import Basis, StoredModule
@@ -77,7 +77,7 @@ def write_checkpoint(
             name: encode_private(*factors(name, 3 + i), scale, format)
             for i, name in enumerate(SHAPES)
         }
-        for format in FORMATS
+        for format in SHARED_FORMATS
     }
     tasks["mixed/../Ü"] = {
         V: encode_joint(*factors(V, 2), scale, *bases[V], "bfloat16"),
@@ -119,7 +119,7 @@ def assert_same_matrix(got: PackedMatrix, want: PackedMatrix) -> None:
 # --- round trips ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("basis_format", FORMATS)
+@pytest.mark.parametrize("basis_format", SHARED_FORMATS)
 def test_everything_written_reads_back_bit_for_bit(tmp_path: Path, basis_format: str) -> None:
     tasks = write_checkpoint(tmp_path / "c", basis_format=basis_format)
     checkpoint = Checkpoint.open(tmp_path / "c")
@@ -623,14 +623,14 @@ def test_an_unknown_task_is_named_with_the_tasks_there_are(ckpt: Path) -> None:
 # --- validate ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("basis_format", FORMATS)
+@pytest.mark.parametrize("basis_format", SHARED_FORMATS)
 def test_validate_finds_nothing_in_a_sound_checkpoint(tmp_path: Path, basis_format: str) -> None:
     write_checkpoint(tmp_path / "c", basis_format=basis_format)
     seen: list[tuple[int, int]] = []
     assert (
         validate(tmp_path / "c", progress=lambda _, done, total: seen.append((done, total))) == []
     )
-    assert seen == [(i, len(FORMATS) + 2) for i in range(1, len(FORMATS) + 3)]
+    assert seen == [(i, len(SHARED_FORMATS) + 2) for i in range(1, len(SHARED_FORMATS) + 3)]
 
 
 def test_validate_reports_every_damaged_task_and_a_skew_basis(ckpt: Path) -> None:

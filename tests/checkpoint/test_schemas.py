@@ -56,7 +56,7 @@ def test_the_schemas_are_schemas_whose_fields_say_what_they_mean(file: str) -> N
                 assert field.get("description"), name
 
 
-@pytest.mark.parametrize("name", ["format1", "format2", "format3"])
+@pytest.mark.parametrize("name", ["format1", "format2", "format3", "format5"])
 def test_the_pinned_examples_are_valid(name: str) -> None:
     _check(DATA / name)
 
@@ -72,7 +72,7 @@ def test_what_compress_writes_is_valid(tmp_path: Path, options: dict[str, Any]) 
 
 # Place in the JSON of tests/data/format2, and what is put there; None takes it away.
 BROKEN_CONFIGS: list[tuple[list[Any], Any]] = [
-    (["format_version"], 5),
+    (["format_version"], 6),
     (["format_version"], "2"),
     (["format_version"], 1),  # m.v has "flat"
     (["tasks"], None),
@@ -97,7 +97,7 @@ BROKEN_TASKS: list[tuple[list[Any], Any]] = [
     (["bits", "extra"], {"score": ["F128", [2]]}),
     (["bits", "renamed"], {"m.": 1}),
     (["bits", "segments", 0, "representation"], "sparse"),
-    (["bits", "segments", 0, "format"], "nf4"),  # bits are of nf4-dq alone
+    (["bits", "segments", 0, "format"], "nf4"),  # bits are of nf4-dq and trellis alone
     (["bits", "segments", 0, "rank"], 0),
     (["bits", "segments", 0, "module"], -1),
     (["bits", "segments", 0, "bits"], [1, 2]),

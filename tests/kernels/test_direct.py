@@ -525,7 +525,8 @@ def test_a_record_describes_private_factors(format: str, scale: float) -> None:
     kind = "float" if format in FLOAT_DTYPES else format
     assert record[direct.FORMAT] == direct.FORMAT_CODES[kind]
     names = {"float": ["values"], "int8": ["codes", "scales"], "nf4": ["codes", "scales"],
-             "nf4-dq": ["codes", "scale_codes", "scale_range"]}[kind]  # fmt: skip
+             "nf4-dq": ["codes", "scale_codes", "scale_range"],
+             "trellis": ["codes", "scales", "widths"]}[kind]  # fmt: skip
     for matrix, first in ((a, direct.A_CODES), (b, direct.B_CODES)):
         want = [matrix.parts[name].data_ptr() for name in names]
         assert record[first : first + 3] == want + [0] * (3 - len(want))

@@ -30,6 +30,7 @@ FORMATS = (
     ("nf4",),
     ("nf4", "nf4-dq"),
     ("nf4-narrow",),
+    ("trellis",),
     ("float", "int8", "nf4", "nf4-dq"),
 )
 # As many tasks as tokens, and many tokens of few tasks.

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_matrix
-from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow, stack_rows, unpack
+from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow, pack_trellis, stack_rows, unpack
 from vllm_vlora.triton_kernels.direct import (
     FORMAT_CODES,
     DirectLayer,
@@ -143,23 +143,25 @@ def private_task(case: Case, part: DirectSlice, number: int) -> SliceTask:
     a = torch.randn(rank, case.start_in + case.d_in) / case.d_in**0.5
     b = torch.randn(rank, case.start_out + part.width)
     scale = (0.37, -1.5)[number % 2]
-    if format == NARROW_FORMAT:
-        return SliceTask(a=narrow(case, a, number), b=narrow(case, b, number), scale=scale)
+    if format in (NARROW_FORMAT, "trellis"):
+        a, b = (narrow(case, side, number, format) for side in (a, b))
+        return SliceTask(a=a, b=b, scale=scale)
     return SliceTask(a=packed(a, format), b=packed(b, format), scale=scale)
 
 
-def narrow(case: Case, matrix: torch.Tensor, number: int) -> PackedMatrix:
+def narrow(case: Case, matrix: torch.Tensor, number: int, format: str) -> PackedMatrix:
     """The matrix in rows of 4, 3 and 2 bits, in turns most or none of one kind."""
     rank, before = len(matrix), 64 * case.first_block
     four = (rank // 3, 0, rank, 1)[number % 4]
     three = ((rank - four + 1) // 2, rank - four, 0, 0)[number // 2 % 4]
     counts = (four, three, rank - four - three)
     whole = torch.cat([torch.randn(rank, before), matrix], dim=1)
-    parts = [
-        pack(rows, "nf4-dq") if bits == 4 else pack_narrow(rows, bits)
-        for bits, rows in zip((4, 3, 2), whole.split(list(counts)))
-    ]
-    held = narrow_matrix(stack_rows(parts), counts)
+    by_bits = list(zip((4, 3, 2), whole.split(list(counts))))
+    if format == "trellis":
+        held = stack_rows([pack_trellis(rows, bits) for bits, rows in by_bits])
+    else:
+        parts = [pack_narrow(r, bits) if bits < 4 else pack(r, "nf4-dq") for bits, r in by_bits]
+        held = narrow_matrix(stack_rows(parts), counts)
     cut = held.column_blocks(before, held.cols) if before else held
     return replace(cut, parts=guarded(cut.parts))
 
@@ -286,7 +288,7 @@ if BACKEND:
             6, d_in=80, slices=((50, 3, 4),), ranks=(2,), private=("nf4-dq",), slots=2,
             start_in=64 * 255 + 9, start_out=64 * 256 - 3,
         ),
-        "every format": Case(20, private=("float", "int8", "nf4", "nf4-dq", NARROW_FORMAT)),
+        "every format": Case(20, private=tuple(FORMAT_CODES)),
         "narrow rows": Case(24, d_in=192, slices=EVEN, private=(NARROW_FORMAT,), slots=20),
         "narrow rows, bfloat16": Case(
             12, BF16, d_in=576, slices=EVEN, private=(NARROW_FORMAT,), ranks=(5, 18), slots=8
@@ -305,6 +307,16 @@ if BACKEND:
         "narrow rows, prefill": Case(
             1100, d_in=192, slices=EVEN, private=(NARROW_FORMAT,), slots=12
         ),
+        "trellis": Case(24, d_in=192, slices=EVEN, private=("trellis",), slots=20),
+        "trellis, bfloat16": Case(
+            12, BF16, d_in=576, slices=EVEN, private=("trellis",), ranks=(5, 18), slots=8
+        ),
+        "trellis, float32": Case(20, SINGLE, d_in=128, slices=EVEN, private=("trellis",)),
+        "trellis, uneven": Case(30, d_in=75, start_in=37, start_out=21, private=("trellis",)),
+        "trellis, cut": Case(
+            12, d_in=128, slices=((128, 3, 4),), private=("trellis",), first_block=3
+        ),
+        "trellis, prefill": Case(1100, d_in=192, slices=EVEN, private=("trellis",), slots=12),
         "prefill": Case(1100, d_in=70),
         "prefill, bfloat16": Case(
             1070, BF16, v="bfloat16", u=("nf4",), d_in=64, slices=EVEN, slots=3

@@ -37,6 +37,7 @@ def launch_slots(recording: Any) -> None:
         ("float", None, 16),
         ("nf4", None, 16),
         ("nf4-narrow", None, 16),
+        ("trellis", None, 16),
     ):
         run_materialize(recording, Engine("llama-8b", k=64, basis=basis, rank=rank), core, rank)
     run_unaligned(recording)

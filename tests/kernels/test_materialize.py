@@ -20,7 +20,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_matrix
-from vllm_vlora.quantize import FORMATS, PackedMatrix, pack, pack_narrow, stack_rows, unpack
+from vllm_vlora.quantize import (
+    FORMATS,
+    PackedMatrix,
+    pack,
+    pack_narrow,
+    pack_trellis,
+    stack_rows,
+    unpack,
+)
 from vllm_vlora.triton_kernels.materialize import (
     MaterializeJob,
     MaterializePlan,
@@ -95,8 +103,8 @@ def make_out(rows: int, cols: int, dtype: torch.dtype, layout: str) -> tuple[tor
 
 def make_matrix(rows: int, cols: int, format: str, wide: bool) -> PackedMatrix:
     matrix = torch.randn(rows, cols, dtype=torch.float64)
-    if format == NARROW_FORMAT:
-        return make_narrow(matrix.float())
+    if format in (NARROW_FORMAT, "trellis"):
+        return make_narrow(matrix.float(), format)
     packed = pack(matrix.float(), format).to(DEVICE)
     if not wide or "values" not in packed.parts:
         return packed
@@ -108,11 +116,14 @@ def make_matrix(rows: int, cols: int, format: str, wide: bool) -> PackedMatrix:
     return PackedMatrix(format, rows, cols, {"values": values[:, 2 : 2 + cols]})
 
 
-def make_narrow(matrix: torch.Tensor) -> PackedMatrix:
+def make_narrow(matrix: torch.Tensor, format: str) -> PackedMatrix:
     """A third of the rows with 4 bits, and about as many with 3."""
     rows = len(matrix)
     counts = (rows // 3, -(-rows // 3), rows - rows // 3 - -(-rows // 3))
     four, three, two = matrix.split(counts)
+    if format == "trellis":
+        parts = [pack_trellis(four, 4), pack_trellis(three, 3), pack_trellis(two, 2)]
+        return stack_rows(parts).to(DEVICE)
     whole = stack_rows([pack(four, "nf4-dq"), pack_narrow(three, 3), pack_narrow(two, 2)])
     return narrow_matrix(whole, counts).to(DEVICE)
 
@@ -200,6 +211,8 @@ def case(**changes: object) -> dict[str, object]:
 @example(case=case(format="nf4-dq", start=64 * 255 + 9, width=100, d=64 * 258, k=5))
 @example(case=case(format=NARROW_FORMAT, start=64 * 255 + 9, width=100, d=64 * 258, k=5))
 @example(case=case(format=NARROW_FORMAT, left_dtype=None, k=16, layout="transposed slot"))
+@example(case=case(format="trellis", start=37, width=100, d=301, k=33, layout="transposed"))
+@example(case=case(format="trellis", left_dtype=None, k=16, layout="slot", scale=0.3))
 @example(case=case(format="int8", rank=70, k=100, extra_rows=58, extra_cols=3))
 @example(case=case(format="nf4", left_dtype=None, rank=7, k=7, layout="transposed slot", scale=2.0))
 @example(case=case(format="nf4-dq", left_dtype=None, k=16, layout="slot", scale=2.0**-140))
@@ -266,7 +279,7 @@ def test_an_unquantised_factor_reaches_a_slot_of_its_dtype_unchanged(
 
 
 @each_way
-@pytest.mark.parametrize("format", ["nf4-dq", NARROW_FORMAT])
+@pytest.mark.parametrize("format", ["nf4-dq", NARROW_FORMAT, "trellis"])
 def test_fewer_rows_of_a_packed_factor_are_a_smaller_rank(run_jobs: Runner, format: str) -> None:
     torch.manual_seed(3)
     matrix = make_matrix(8, 100, format, wide=False)

@@ -23,7 +23,7 @@ from vllm_vlora.planning.allocation import (
 from vllm_vlora.planning.joint_curves import JointCurve, JointMeter
 from vllm_vlora.planning.number_formats import NARROW
 from vllm_vlora.planning.private_curves import leading_factors, measure_private
-from vllm_vlora.quantize import FORMATS, narrow_row_nbytes, pack, row_nbytes, unpack
+from vllm_vlora.quantize import SHARED_FORMATS, narrow_row_nbytes, pack, row_nbytes, unpack
 from vllm_vlora.representations.decode import decode, relative_error
 from vllm_vlora.representations.factors import squared_norm
 from vllm_vlora.representations.joint import core_shape, dual_rows, encode_joint
@@ -54,7 +54,7 @@ def test_private_curves_equal_what_encoding_loses(
     svd_a, svd_b = (side[0] for side in leading_factors(a[None], b.T[None], scales, FROBENIUS)[:2])
     svd_b = svd_b.T
     norm = squared_norm(a, b, scale)
-    for curve in measure_private([(a, b, scale)], FORMATS, "float32")[0].curves:
+    for curve in measure_private([(a, b, scale)], SHARED_FORMATS, "float32")[0].curves:
         assert curve.count == 1 + min(rank, d_in, d_out)
         for number in range(curve.count):
             option = curve.option(number)
@@ -263,7 +263,7 @@ def test_sizes_of_a_choice_are_asked_once() -> None:
 
 def test_zero_delta_is_measured_as_no_loss() -> None:
     a, b = torch.randn(3, 20), torch.zeros(10, 3)
-    for curve in measure_private([(a, b, 1.0)], FORMATS, "float32")[0].curves:
+    for curve in measure_private([(a, b, 1.0)], SHARED_FORMATS, "float32")[0].curves:
         assert all(loss == 0 for loss in curve.losses)
         assert curve.row_nbytes == row_nbytes(curve.format, 20) + row_nbytes(curve.format, 10)
 

@@ -20,7 +20,7 @@ from vllm_vlora.plugin.settings import Budget
 from vllm_vlora.quantize import pack, unpack
 from vllm_vlora.representations.decode import decode
 from vllm_vlora.representations.joint import encode_joint
-from vllm_vlora.representations.private import encode_narrow, encode_private
+from vllm_vlora.representations.private import encode_narrow, encode_private, encode_trellis
 from vllm_vlora.representations.stored import Basis
 from vllm_vlora.triton_kernels.direct import add_direct
 
@@ -63,7 +63,8 @@ def build(
 ) -> Checkpoint:
     """A checkpoint of these tasks with random weights, of which x of order 1 makes y of order 1.
 
-    ``private``: a number format, or "narrow" for rows of 4, 3 and 2 bits (``bits_of_rank``). ``widths``:
+    ``private``: a number format, or "narrow" for nf4-dq with rows of 4, 3 and 2 bits (``bits_of_rank``),
+    which "trellis" has too. ``widths``:
     of bases, in place of those of ``MODULES``.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -90,6 +91,9 @@ def build(
                 stored[name] = replace(encode_joint(8 * a, b, 2.0, u, v, "float32"), scale=-0.5)
             elif private == "narrow":
                 stored[name] = encode_narrow(a, b, 1.5, bits_of_rank(rank))
+            elif private == "trellis":
+                (found,) = encode_trellis([a], [b.T], [bits_of_rank(rank)])
+                stored[name] = replace(found, scale=1.5)
             else:
                 stored[name] = encode_private(a, b, 1.5, private)
         writer.add_task(

@@ -214,7 +214,7 @@ def _hull(parts: Sequence[Segment], whole: _Rows) -> _Rows | None:
 def _common_format(parts: Sequence[Segment]) -> str:
     """A format in which the rows of all parts can stand as they are."""
     formats = {part.format if part.is_private else "float32" for part in parts}
-    if len(formats) == 1 and formats <= {"int8", "nf4", "nf4-dq"}:
+    if len(formats) == 1 and formats <= {"int8", "nf4", "nf4-dq", "trellis"}:
         return formats.pop()
     return "nf4" if formats == {"nf4", "nf4-dq"} else "float32"
 

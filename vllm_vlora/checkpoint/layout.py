@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import torch
 
-from vllm_vlora.quantize import part_specs
+from vllm_vlora.quantize import part_specs, stored_code_nbytes
 from vllm_vlora.representations.registry import segment_sides, shared_sides
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 
@@ -49,15 +49,18 @@ def stored_parts(
     """(part, dtype, rows, shape of a row) of a segment's side of ``rows`` rows, as in the file.
 
     These are the parts of the number format, save that codes of rows with 3 and 2 bits are parts of
-    their own. A part without rows is left out.
+    their own, and that such parts say the widths. A part without rows is left out.
     """
+    by_bits = segment.format == "trellis" or segment.bits is not None
     for part, (dtype, row_shape) in part_specs(segment.format, cols).items():
-        if part != "codes" or segment.bits is None:
+        if part == "widths":
+            continue
+        if part != "codes" or not by_bits:
             yield part, dtype, rows, row_shape
             continue
-        for (bits, name), count in zip(CODE_PARTS.items(), segment.bits):
+        for (bits, name), count in zip(CODE_PARTS.items(), segment.bits or (rows, 0, 0)):
             if count:
-                yield name, dtype, count, (row_shape[0] * bits // 4,)
+                yield name, dtype, count, (stored_code_nbytes(segment.format, cols, bits),)
 
 
 def task_tensor_sizes(

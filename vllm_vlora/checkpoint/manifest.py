@@ -19,6 +19,7 @@ layout.
 Format 2 adds what format 1 cannot say: ``bits`` and ``rows`` of a segment, and ``flat``; format 3 adds
 ``renamed`` of a task. A checkpoint that uses none of it is written as format 1, byte for byte as ever.
 Format 4 is that of ``INDEXED_TASKS`` tasks and more, with ``tasks.index`` in place of ``tasks.json``.
+Format 5 is that of a checkpoint with the number format ``trellis``, whatever it has of the others.
 
 Everything read is checked: versions, names, extents, digests, and that paths stay inside.
 """
@@ -46,14 +47,16 @@ from vllm_vlora.representations.spec import ModuleSpec, Segment, Size
 from vllm_vlora.strict_json import JSONError, check_plain, decode, decode_typed
 from vllm_vlora.task_ids import encode_task_id, validate_task_id
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """The newest version. Each checkpoint is written in the least version that can say what it holds."""
 CONFIG_FILE = "vlora_config.json"
 TASKS_FILE = "tasks.json"
 INDEX_FILE = "tasks.index"
 RECORDS_FILE = "tasks.records"
 INDEX_VERSION = 4
-"""The first version that has these two in place of ``tasks.json``."""
+"""The first version that has these two in place of ``tasks.json``; a later one has them or not."""
+TRELLIS_VERSION = 5
+"""The first version with private factors in trellis codes."""
 INDEXED_TASKS = 2048
 """From so many tasks on a checkpoint is written with them: reading all records takes a second then."""
 TASKS_FOLDER = "tasks"
@@ -136,7 +139,16 @@ def format_version(modules: Iterable[ModuleSpec], tasks: Iterable[TaskRecord]) -
         for later, names in _LATER_FIELDS[type(struct)].items():
             if later > version and any(getattr(struct, name) for name in names):
                 version = later
+        if isinstance(struct, Segment) and struct.format == "trellis":
+            return TRELLIS_VERSION
     return version
+
+
+def is_indexed(config: Config) -> bool:
+    """Whether ``tasks.index`` names the tasks, and not ``tasks.json``."""
+    if config.format_version > INDEX_VERSION:
+        return config.tasks.file == INDEX_FILE
+    return config.format_version == INDEX_VERSION
 
 
 def _structs(
@@ -220,6 +232,7 @@ def read_tasks(path: Path, config: Config) -> dict[str, TaskRecord]:
         if record.file != task_file(task_id):
             raise CheckpointError(f"{file}: task {task_id!r} names a foreign file {record.file!r}")
         check_segments(file, task_id, record.segments, config.modules)
+        check_formats(file, record.segments, config.format_version)
         check_names(file, task_id, record, config.modules)
     return tasks
 
@@ -334,6 +347,15 @@ def check_segments(
         wrong = segment_fault(segment, module)
         if wrong:
             raise CheckpointError(f"{file}: task {task_id!r}, module {module.name}: {wrong}")
+
+
+def check_formats(file: Path, segments: Iterable[Segment], version: int) -> None:
+    """Raise CheckpointError where a segment has a number format that came with a later version."""
+    if version < TRELLIS_VERSION and any(segment.format == "trellis" for segment in segments):
+        raise CheckpointError(
+            f"{file}: it has the number format 'trellis', which format {version} has not; its "
+            "format_version is wrong"
+        )
 
 
 def check_names(

@@ -13,11 +13,11 @@ from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
     INDEX_FILE,
-    INDEX_VERSION,
     RECORDS_FILE,
     TASKS_FILE,
     TASKS_FOLDER,
     is_checkpoint,
+    is_indexed,
     read_checked,
     read_config,
     task_file,
@@ -69,7 +69,7 @@ def _named(data: bytes) -> Iterator[str]:
 def _indexed(path: Path) -> Iterator[str]:
     """The files of tasks that an index names, where it is whole."""
     config = read_config(path)
-    if config.format_version >= INDEX_VERSION:
+    if is_indexed(config):
         yield from map(task_file, read_ids(path, config))
 
 

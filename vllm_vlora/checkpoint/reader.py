@@ -58,6 +58,7 @@ from vllm_vlora.quantize import (
     is_finite,
     part_specs,
     stored_places,
+    trellis_parts_of,
     widen_codes,
 )
 from vllm_vlora.representations.registry import segment_sides, shared_of
@@ -69,6 +70,8 @@ from vllm_vlora.wording import some_of
 _Read = TypeVar("_Read")
 # How often a reader begins again when publications follow each other without a pause.
 _TRIES = 20
+# Part of a file -> bits of the rows whose codes it holds.
+_WIDTHS = {part: bits for bits, part in CODE_PARTS.items()}
 
 
 @dataclass(frozen=True)
@@ -508,14 +511,18 @@ def _take_parts(
     rows, cols = shape
     shapes = {part: row_shape for part, (_, row_shape) in part_specs(segment.format, cols).items()}
     taken: dict[str, list[torch.Tensor]] = {}
-    for part, _, count, _ in stored_parts(segment, rows, cols):
+    for part, _, count, stored in stored_parts(segment, rows, cols):
         key = tensor_name(segment, side, part)
+        width = _WIDTHS.get(part) if segment.format == "trellis" else None
         part = "codes" if part in CODE_PARTS.values() else part
         if key in flat:
-            start, size = offsets[key], count * math.prod(shapes[part])
-            taken.setdefault(part, []).append(
-                flat[key][start : start + size].view(count, *shapes[part])
-            )
+            shape = shapes[part] if width is None else stored
+            start, size = offsets[key], count * math.prod(shape)
+            found = {part: flat[key][start : start + size].view(count, *shape)}
+            if width is not None:
+                found = trellis_parts_of(found["codes"], cols, width)
+            for name, rows_of_it in found.items():
+                taken.setdefault(name, []).append(rows_of_it)
             offsets[key] = start + size
     return {name: t[0] if len(t) == 1 else torch.cat(t) for name, t in taken.items()}
 
@@ -550,12 +557,10 @@ def _planes(flat: Mapping[str, torch.Tensor]) -> dict[str, Planes]:
 
 
 def _widened(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A flat tensor of a task's file; codes of 3 and 2 bits, which lie in whole blocks, as of 4."""
-    part = name.rsplit(".", 1)[-1]
-    for bits, narrow in CODE_PARTS.items():
-        if part == narrow and bits < 4:
-            return widen_codes(tensor, bits)
-    return tensor
+    """A flat tensor of a task's file; NF4 codes of 3 and 2 bits, which lie in whole blocks, as of 4."""
+    *_, format, part = name.rsplit(".", 2)
+    bits = _WIDTHS.get(part, 4)
+    return tensor if bits == 4 or format == "trellis" else widen_codes(tensor, bits)
 
 
 def _load_checked(path: Path, ref: FileRef) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ class TaskEntry(NamedTuple):
 
     ``min_rank`` and ``max_rank`` are 0 and ``representation`` and ``format`` ``mixed`` without modules.
     ``lost_modules`` counts those of whose update nothing is left, ``narrow_rows`` says whether some rows
-    have 3 or 2 bits, ``carries`` whether there are heads or other whole modules.
+    of NF4 have 3 or 2 bits, ``carries`` whether there are heads or other whole modules.
     """
 
     sha256: str
@@ -82,7 +82,7 @@ def entry_of(record: TaskRecord) -> TaskEntry:
         common(segment.format for segment in segments),
         sum(segment.error >= LOST_MODULE for segment in segments),
         has_no_update(record),
-        any(segment.bits is not None for segment in segments),
+        any(segment.has_narrow_rows for segment in segments),
         bool(carried_tensors(record)),
     )
 

@@ -28,14 +28,15 @@ import numpy as np
 import torch
 
 from vllm_vlora.checkpoint.manifest import (
-    INDEX_VERSION,
     RECORDS_FILE,
     Config,
     FileRef,
     TaskRecord,
     check_adapter_config,
+    check_formats,
     check_names,
     check_segments,
+    is_indexed,
     plain,
     read_checked,
     read_tasks,
@@ -201,7 +202,7 @@ def open_tasks(path: Path, config: Config) -> Mapping[str, TaskRecord]:
     Raises:
         CheckpointError: what names the tasks is damaged, or contradicts itself.
     """
-    if config.format_version >= INDEX_VERSION:
+    if is_indexed(config):
         return IndexedTasks(path, config)
     return read_tasks(path, config)
 
@@ -221,7 +222,7 @@ def records_of(path: Path, config: Config) -> FileRef | None:
     Raises:
         CheckpointError: the index is damaged.
     """
-    if config.format_version < INDEX_VERSION:
+    if not is_indexed(config):
         return None
     return _Table(path / config.tasks.file, config).about.records
 
@@ -447,6 +448,7 @@ class _Table:
         self._check_ids()
         self._check_numbers()
         check_usage(file, self.about.usage, config.modules)
+        check_formats(file, self.about.usage, config.format_version)
 
     def _tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         tensor = self._tensors.pop(name, None)

@@ -22,6 +22,7 @@ from vllm_vlora.checkpoint.manifest import (
     INDEX_VERSION,
     RECORDS_FILE,
     TASKS_FILE,
+    TRELLIS_VERSION,
     FileRef,
     TaskRecord,
     encode_tasks,
@@ -109,9 +110,7 @@ class WrittenTasks(TaskTable):
     def finish(self, basis: Iterable[FileRef]) -> tuple[FileRef, int]:
         """Write what names the tasks; returns it, and the least format version that can say all."""
         if self._spool is not None:
-            return self._spool.finish(
-                self._folder, self._modules, basis_digest(basis)
-            ), INDEX_VERSION
+            return self._spool.finish(self._folder, self._modules, basis_digest(basis))
         version = format_version(self._modules, self._held.values())
         return write_file(self._folder, TASKS_FILE, encode_tasks(self._held)), version
 
@@ -183,7 +182,9 @@ class _Spool:
             file.seek(self._ends[part])
             return file.read(self._ends[part + 1] - self._ends[part])
 
-    def finish(self, folder: Path, modules: Sequence[ModuleSpec], basis: str) -> FileRef:
+    def finish(
+        self, folder: Path, modules: Sequence[ModuleSpec], basis: str
+    ) -> tuple[FileRef, int]:
         digests, usage = self._digests(modules, basis)
         entries = [row.entry for row in self.rows.values()]
         words = sorted({word for entry in entries for word in (entry.representation, entry.format)})
@@ -206,7 +207,8 @@ class _Spool:
         ):
             data = bytearray(msgspec.json.encode(text))
             tensors[name] = torch.frombuffer(data, dtype=torch.uint8)
-        return write_file(folder, INDEX_FILE, safetensors.torch.save(tensors))
+        version = TRELLIS_VERSION if "trellis" in {s.format for s in usage} else INDEX_VERSION
+        return write_file(folder, INDEX_FILE, safetensors.torch.save(tensors)), version
 
     def _digests(
         self, modules: Sequence[ModuleSpec], basis: str

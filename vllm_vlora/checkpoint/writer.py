@@ -39,7 +39,7 @@ from vllm_vlora.checkpoint.manifest import (
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.task_index import IndexedTasks
 from vllm_vlora.checkpoint.task_spool import WrittenTasks, write_file
-from vllm_vlora.quantize import PackedMatrix, narrow_codes
+from vllm_vlora.quantize import PackedMatrix, narrow_codes, stored_streams
 from vllm_vlora.representations.registry import shared_fault
 from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
@@ -273,11 +273,17 @@ def _narrowed(
     matrix: PackedMatrix, bits: tuple[int, int, int] | None
 ) -> Mapping[str, torch.Tensor]:
     """The parts of a matrix as its file has them (``layout.stored_parts``)."""
-    if bits is None:
+    is_trellis = matrix.format == "trellis"
+    if bits is None and not is_trellis:
         return matrix.parts
     parts = dict(matrix.parts)
-    whole = parts.pop("codes").split(list(bits))
+    parts.pop("widths", None)
+    whole = parts.pop("codes").split(list(bits or (matrix.rows, 0, 0)))
     for (width, name), codes in zip(CODE_PARTS.items(), whole):
-        if len(codes):
+        if not len(codes):
+            continue
+        if is_trellis:
+            parts[name] = stored_streams(codes, matrix.cols, width)
+        else:
             parts[name] = codes if width == 4 else narrow_codes(codes, width)
     return parts

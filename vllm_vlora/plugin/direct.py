@@ -132,7 +132,7 @@ class DirectPath:
         # Without a private task nothing looks for one; with one, every layer is ready for such tasks.
         self._max_rank = max((s.rank for s, _ in users if s.is_private), default=0)
         # Known now: captured graphs have one kernel for all tasks, with one body where it can be.
-        self.narrow_rows = narrow_rows and any(segment.bits is not None for segment, _ in users)
+        self.narrow_rows = narrow_rows and any(segment.has_narrow_rows for segment, _ in users)
         self._formats = _formats(users, self.narrow_rows)
         bases = _load_bases(self, checkpoint, packed_basis, basis_rows)
         limits = _Limits(self._max_rank, self._formats, dtype)

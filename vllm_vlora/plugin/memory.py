@@ -45,7 +45,7 @@ from vllm_vlora.checkpoint.serving import (
 )
 from vllm_vlora.checkpoint.task_entry import entries
 from vllm_vlora.errors import ModelMismatchError, OptionError
-from vllm_vlora.narrow_rows import CODEBOOKS, narrow_nbytes
+from vllm_vlora.narrow_rows import narrow_nbytes
 from vllm_vlora.plugin.held_bases import HeldBases
 from vllm_vlora.plugin.model_layers import (
     LM_HEAD,
@@ -61,7 +61,12 @@ from vllm_vlora.quantize import FLOAT_DTYPES, row_nbytes
 from vllm_vlora.representations.joint import dense_keeps_rank
 from vllm_vlora.representations.registry import shared_rows, shared_sides
 from vllm_vlora.representations.spec import BasisSpec, ModuleSpec, Segment, core_widths
-from vllm_vlora.triton_kernels.direct import CORE_ALIGNMENT, RECORD_NBYTES, routing_nbytes
+from vllm_vlora.triton_kernels.direct import (
+    CODEBOOK,
+    CORE_ALIGNMENT,
+    RECORD_NBYTES,
+    routing_nbytes,
+)
 from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
@@ -98,7 +103,7 @@ class ModeMemory:
         slots, slot_rank: number of vLLM's slots, and their rank.
         slots_nbytes, bases_nbytes, cores_nbytes, factors_nbytes: see the module.
         table_nbytes: records of the slots of direct tasks. records_nbytes: those of the tasks.
-        buffers_nbytes: routing of a batch to direct tasks, and the codebooks of NF4.
+        buffers_nbytes: routing of a batch to direct tasks, and the codebook.
         host_nbytes: pinned host memory for adapters that wait to be copied (all of them).
         direct_tasks, materialized_tasks: tasks by how they run; stock vLLM's count as materialized.
         distinct_tasks: different tasks that one batch may have.
@@ -486,7 +491,7 @@ class _Counter:
         )
 
     def _buffers_nbytes(self, max_loras: int) -> int:
-        return routing_nbytes(self.batched_tokens, max_loras) + 4 * len(CODEBOOKS)
+        return routing_nbytes(self.batched_tokens, max_loras) + 4 * len(CODEBOOK)
 
     def _bases_nbytes(self, direct: list[_Task], others: list[_Task]) -> int:
         sliced = frozenset[tuple[int, str]]().union(*(task.shared for task in direct))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS, PackedMatrix, pack, unpack
+from vllm_vlora.quantize import FLOAT_DTYPES, SHARED_FORMATS, PackedMatrix, pack, unpack
 from vllm_vlora.representations.spec import FlatSpec, ModuleSpec, Segment, rank_fault
 from vllm_vlora.representations.stored import Basis, FlatBasis, SideSource, StoredModule
 
@@ -84,7 +84,7 @@ def shared_fault(module: ModuleSpec) -> str | None:
     flat = module.flat
     if flat is not None and (
         min(flat.rank, flat.k_in, flat.k_out) < 1
-        or flat.format not in FORMATS
+        or flat.format not in SHARED_FORMATS
         or rank_fault(flat.rank, module.d_in, module.d_out)
     ):
         return "flat basis"

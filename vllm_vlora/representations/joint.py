@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from vllm_vlora.quantize import FLOAT_DTYPES, FORMATS, PackedMatrix, pack, unpack
+from vllm_vlora.quantize import FLOAT_DTYPES, SHARED_FORMATS, PackedMatrix, pack, unpack
 from vllm_vlora.representations.factors import balanced_svd, gram_cholesky
 from vllm_vlora.representations.spec import ModuleSpec, Segment, core_widths
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
@@ -55,7 +55,7 @@ def encode_joint(
             orthonormal by rows, and as they will be read back (after their own packing). A basis
             that packing has bent is replaced by its dual (``dual_rows``): the core is then the best
             one in the least-squares sense.
-        format: for the core, any of ``quantize.FORMATS``.
+        format: for the core, any of ``quantize.SHARED_FORMATS``.
         rows: which rows of the module's U transposed and V ``u_t`` and ``v`` are, (u_start, u_stop,
             v_start, v_stop); None: all of them.
         factored: keep factors also where the dense core is smaller.
@@ -175,7 +175,7 @@ def shared_fault(module: ModuleSpec) -> str | None:
     if basis is not None and (
         not 1 <= basis.k_in <= module.d_in
         or not 1 <= basis.k_out <= module.d_out
-        or basis.format not in FORMATS
+        or basis.format not in SHARED_FORMATS
     ):
         return "basis"
     return None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow
+from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow, pack_trellis
 from vllm_vlora.representations.spec import ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
 
-BITS_FAULT = "bits by row, which only private segments in nf4-dq have"
+_FORMATS_WITH_BITS = ("nf4-dq", "trellis")
+BITS_FAULT = "bits by row, which only private segments in nf4-dq or trellis codes have"
 
 
 def encode_private(a: torch.Tensor, b: torch.Tensor, scale: float, format: str) -> StoredModule:
@@ -60,6 +62,49 @@ def encode_stacked(
     ]
 
 
+def encode_trellis(
+    a: Sequence[torch.Tensor], b_t: Sequence[torch.Tensor], bits: Sequence[tuple[int, int, int]]
+) -> list[StoredModule]:
+    """Store many updates in trellis codes, each B A: all rows of a width are searched together.
+
+    Args:
+        a: of each (r, d_in), components in falling order of what they matter. b_t: B transposed,
+            (r, d_out).
+        bits: how many components of each have 4, 3 and 2 bits; they sum to its r.
+    """
+    matrices = _pack_together([*a, *b_t], [*bits, *bits])
+    return [
+        StoredModule(
+            "private",
+            "trellis",
+            sum(own),
+            {"A": matrices[place], "B": matrices[len(a) + place]},
+            bits=own if own[1] or own[2] else None,
+        )
+        for place, own in enumerate(bits)
+    ]
+
+
+def _pack_together(
+    matrices: Sequence[torch.Tensor], bits: Sequence[tuple[int, int, int]]
+) -> list[PackedMatrix]:
+    """Matrices in trellis codes, those of as many columns at once."""
+    by_cols: dict[int, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        by_cols.setdefault(matrix.shape[1], []).append(place)
+    found: dict[int, PackedMatrix] = {}
+    for places in by_cols.values():
+        rows = torch.cat([matrices[place] for place in places])
+        widths = [torch.tensor((4, 3, 2)).repeat_interleave(torch.tensor(bits[p])) for p in places]
+        packed, stop = pack_trellis(rows, torch.cat(widths).to(rows.device)), 0
+        for place in places:
+            start, stop = stop, stop + len(matrices[place])
+            # Copies: a view would keep all rows, in memory and on the way to another process.
+            own = packed.row_slice(start, stop)
+            found[place] = replace(own, parts={n: part.clone() for n, part in own.parts.items()})
+    return [found[place] for place in range(len(matrices))]
+
+
 def _pack_stack(
     rows: torch.Tensor, format: str, bits: tuple[int, int, int] | None
 ) -> list[PackedMatrix]:
@@ -91,7 +136,7 @@ def fault(segment: Segment, module: ModuleSpec) -> str | None:
     """What is wrong with a segment; None where nothing is."""
     if segment.bits is None:
         return None
-    if segment.format != "nf4-dq":
+    if segment.format not in _FORMATS_WITH_BITS:
         return BITS_FAULT
     if min(segment.bits) < 0 or sum(segment.bits) != segment.rank:
         return f"bits {list(segment.bits)} do not sum to the rank {segment.rank}"

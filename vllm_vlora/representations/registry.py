@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_vlora.quantize import FORMATS, PackedMatrix
+from vllm_vlora.quantize import FORMATS, SHARED_FORMATS, PackedMatrix
 from vllm_vlora.representations import flat, joint, private
 from vllm_vlora.representations.spec import ModuleSpec, Segment, fits_float32, rank_fault
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
@@ -62,6 +62,8 @@ def segment_fault(segment: Segment, module: ModuleSpec) -> str | None:
         return f"unknown representation {segment.representation!r}; upgrade vllm-vlora"
     if segment.format not in FORMATS:
         return f"unknown number format {segment.format!r}; upgrade vllm-vlora"
+    if not segment.is_private and segment.format not in SHARED_FORMATS:
+        return f"number format {segment.format!r}, which only private segments have"
     if segment.rank < 1:
         return f"rank must be positive, got {segment.rank}"
     wrong = rank_fault(segment.rank, module.d_in, module.d_out)

@@ -77,9 +77,9 @@ class Segment(HasRepresentation, msgspec.Struct, forbid_unknown_fields=True):
     A = mean + sum_j A_j * component j of flatV, and B transposed alike from flatU. ``error`` is the
     measured ||delta_W' - delta_W||_F / ||delta_W||_F.
 
-    ``bits`` (private, nf4-dq): how many rows of each side have 4, 3 and 2 bits, in this order; None is
-    4 bits for all. ``rows`` (joint): (u_start, u_stop, v_start, v_stop), the rows of U transposed and
-    of V that the core stands on; None is all of them.
+    ``bits`` (private, nf4-dq or trellis): how many rows of each side have 4, 3 and 2 bits, in this
+    order; None is 4 bits for all. ``rows`` (joint): (u_start, u_stop, v_start, v_stop), the rows of U
+    transposed and of V that the core stands on; None is all of them.
     """
 
     module: int
@@ -91,6 +91,11 @@ class Segment(HasRepresentation, msgspec.Struct, forbid_unknown_fields=True):
     core: str | None = None
     bits: tuple[int, int, int] | None = None
     rows: tuple[int, int, int, int] | None = None
+
+    @property
+    def has_narrow_rows(self) -> bool:
+        """Whether some rows are NF4 of 3 or 2 bits, which a device may hold as such."""
+        return self.format == "nf4-dq" and self.bits is not None
 
 
 def core_widths(segment: Segment, basis: BasisSpec) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from vllm_vlora.representations.kind import HasRepresentation
 class StoredModule(HasRepresentation):
     """One module of one task in memory: its segment's fields and its packed matrices by side.
 
-    The matrices of a task with ``bits`` hold 4-bit codes in every row, as ``pack_narrow`` makes them;
-    only the file has fewer.
+    The matrices of a task with ``bits`` have room for 4 bits in every row, as ``pack_narrow`` and
+    ``pack_trellis`` make them; only the file has fewer.
     """
 
     representation: str
