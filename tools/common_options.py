@@ -24,6 +24,13 @@ class Quantize(str, Enum):
     nf4 = "nf4"
 
 
+class Codes(str, Enum):
+    """What private factors of 4 bits and less are in."""
+
+    nf4 = "nf4"
+    trellis = "trellis"
+
+
 # A parameter that typer reads off an annotation.
 _Parameter = Any
 _ADAPTERS = "PEFT folders, Hub ids, URLs, or a folder whose sub-folders are adapters"

@@ -12,6 +12,7 @@ import typer
 from vllm_vlora.tools.common_options import (
     AdapterRefs,
     AllowLargeError,
+    Codes,
     MaxBytes,
     Names,
     Quantize,
@@ -138,6 +139,13 @@ class CompressFlags:
         ),
     ] = "auto"
     quantize: Annotated[Quantize, quantize_option("factors, bases and cores")] = Quantize.auto
+    codes: Annotated[
+        Codes,
+        typer.Option(
+            help="What private factors of 4 bits and less are in: trellis codes keep more in as many "
+            "bytes, and take a microsecond a number to find."
+        ),
+    ] = Codes.nf4
     dtype: Annotated[
         Dtype | None,
         typer.Option(
@@ -263,6 +271,7 @@ def _options(flags: CompressFlags) -> CompressOptions:
         gate=flags.gate,
         clusters=_parse_clusters(flags.clusters),
         quantize=flags.quantize.value,
+        codes=flags.codes.value,
         dtype=flags.dtype.value if flags.dtype else None,
         executor=flags.executor.value,
         jobs=flags.jobs,

@@ -95,7 +95,8 @@ def _search(units: torch.Tensor, width: int) -> torch.Tensor:
 def _costs(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What every state costs at every level, int32, over its highest bits; and each one's window."""
     states = torch.arange(_WINDOWS, device="cpu")
-    order = sum(((states >> bit) & 1) << (WINDOW - 1 - bit) for bit in range(WINDOW))
+    bits = torch.arange(WINDOW, device="cpu")[:, None]
+    order = (((states >> bits) & 1) << (WINDOW - 1 - bits)).sum(0)
     values = trellis_table(width, torch.device("cpu"))[order].double()
     levels = torch.arange(-_LEVELS * _REACH, _LEVELS * _REACH + 1, device="cpu").double() / _LEVELS
     squares = (levels[:, None] - values).square().mul_(_COST_PARTS).round_().int()

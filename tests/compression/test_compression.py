@@ -254,6 +254,13 @@ def test_budget_out_of_reach_says_what_is_reachable(
         {"quantize": "int4"},
         {"dtype": "float64"},
         {"dtype": "float32", "quantize": "nf4", "representation": "private"},
+        {"codes": "lattice"},
+        {"codes": "trellis"},
+        {"codes": "trellis", "max_error": 0.1},
+        {"codes": "trellis", "ratio": 4, "gate": 0.3},
+        {"codes": "trellis", "ratio": 4, "quantize": "int8"},
+        {"codes": "trellis", "ratio": 4, "representation": "joint"},
+        {"codes": "trellis", "ratio": 4, "num_components": 4},
     ],
 )
 def test_contradicting_options_are_refused(options: dict[str, Any]) -> None:

@@ -44,8 +44,10 @@ def test_updates_encoded_together(option: PrivateOption, metric: Metric) -> None
         (torch.randn(4, 70, generator=generator), torch.randn(90, 4, generator=generator), scale)
         for scale in (0.5, 2.0, -1.0)
     ]
-    for (a, b, scale), (stored, loss) in zip(factors, encode_alike(factors, option, metric)):
-        ((alone, _),) = encode_alike([(a, b, scale)], option, metric)
+    for (a, b, scale), (stored, loss) in zip(
+        factors, encode_alike(factors, [option] * len(factors), metric)
+    ):
+        ((alone, _),) = encode_alike([(a, b, scale)], [option], metric)
         for side, matrix in stored.matrices.items():
             for part, values in matrix.parts.items():
                 assert torch.equal(values, alone.matrices[side].parts[part])

@@ -870,6 +870,18 @@ def test_info_tells_bits_and_flat_bases() -> None:
     assert "flat " in table
 
 
+def test_trellis_codes_are_asked_for_and_told(adapters: Path, tmp_path: Path) -> None:
+    size = ("--ratio", "8", "--representation", "private")
+    invoke("compress", adapters, "-o", tmp_path / "ck", *size, "--codes", "trellis")
+    data = json.loads(invoke("info", tmp_path / "ck", "--json").stdout)
+    assert data["format_version"] == 5
+    for task in data["tasks"]:
+        assert list(task["stored_as"]) == ["private trellis"]
+        assert sum(task["trellis_rows_by_bits"].values()) > 0
+        assert not task["nf4_rows_by_bits"]
+    assert "private trellis" in invoke("info", tmp_path / "ck").stdout
+
+
 def test_a_plan_is_predicted_and_nothing_is_written(adapters: Path, tmp_path: Path) -> None:
     before = same_files(tmp_path)
     data = json.loads(invoke("compress", adapters, "--plan", "--json").stdout)

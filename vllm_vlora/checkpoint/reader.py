@@ -516,9 +516,9 @@ def _take_parts(
         width = _WIDTHS.get(part) if segment.format == "trellis" else None
         part = "codes" if part in CODE_PARTS.values() else part
         if key in flat:
-            shape = shapes[part] if width is None else stored
-            start, size = offsets[key], count * math.prod(shape)
-            found = {part: flat[key][start : start + size].view(count, *shape)}
+            row_shape = shapes[part] if width is None else stored
+            start, size = offsets[key], count * math.prod(row_shape)
+            found = {part: flat[key][start : start + size].view(count, *row_shape)}
             if width is not None:
                 found = trellis_parts_of(found["codes"], cols, width)
             for name, rows_of_it in found.items():

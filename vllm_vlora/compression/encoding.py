@@ -36,12 +36,15 @@ from vllm_vlora.representations.factors import (
 )
 from vllm_vlora.representations.flat import pack_flat
 from vllm_vlora.representations.joint import dual_rows, encode_core
-from vllm_vlora.representations.private import encode_stacked
+from vllm_vlora.representations.private import encode_stacked, encode_trellis
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 
 _ATTEMPTS = 8
 # Tasks that are projected at once: their products with a basis take half the time of one after another.
 _TOGETHER = 8
+# How many times as many numbers are worked on at once where codes are searched: each step of the search
+# then has so many more rows.
+_SEARCHED_TOGETHER = 8
 
 
 class EncodedTask(NamedTuple):
@@ -202,6 +205,8 @@ class _Update(NamedTuple):
     def layout(self) -> tuple[object, ...]:
         """The same of what can be encoded together."""
         (a, b, _), option = self.factors, self.option
+        if option.is_searched:
+            return ("searched",)
         stored = option.format, option.rank, option.original, option.loss == 0, option.bits
         return a.shape, b.shape, a.dtype, b.dtype, *stored
 
@@ -234,7 +239,8 @@ class TaskEncoder:
             for update in self._updates(task, encoded):
                 waiting.append(update)
                 elements += update.factors[0].numel() + update.factors[1].numel()
-                if elements >= self.surveyor.batch_elements:
+                times = _SEARCHED_TOGETHER if update.option.is_searched else 1
+                if elements >= times * self.surveyor.batch_elements:
                     self._encode(waiting, encoded)
                     waiting, elements = [], 0
         self._encode(waiting, encoded)
@@ -260,14 +266,15 @@ class TaskEncoder:
         for update in updates:
             by_layout.setdefault(update.layout, []).append(update)
         for alike in by_layout.values():
-            factors, option = [update.factors for update in alike], alike[0].option
+            factors, options = [u.factors for u in alike], [u.option for u in alike]
+            encode = encode_searched if options[0].is_searched else encode_alike
             try:
-                found = encode_alike(factors, option, FROBENIUS)
+                found = encode(factors, options, FROBENIUS)
             except ValueError:
                 # One of them; which one, is worth a second attempt.
                 for update in alike:
                     with self.surveyor.collection.naming(update.task, update.name):
-                        encode_alike([update.factors], option, FROBENIUS)
+                        encode([update.factors], [update.option], FROBENIUS)
                 raise
             for update, (stored, loss) in zip(alike, found):
                 encoded[update.task, update.name] = stored.cpu(), loss
@@ -392,13 +399,32 @@ def encode_kept(
     a: torch.Tensor, b: torch.Tensor, scale: float, option: PrivateOption, metric: Metric
 ) -> tuple[StoredModule, Loss]:
     """Private factors as an option says, with their error, and what they lost."""
-    return encode_alike([(a, b, scale)], option, metric)[0]
+    encode = encode_searched if option.is_searched else encode_alike
+    return encode([(a, b, scale)], [option], metric)[0]
+
+
+def encode_searched(
+    factors: Sequence[ScaledFactors], options: Sequence[PrivateOption], metric: Metric
+) -> list[tuple[StoredModule, Loss]]:
+    """``encode_kept`` of updates in trellis codes, of any shapes: the search wants many rows at once."""
+    sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for (a, b, scale), option in zip(factors, options):
+        own = torch.tensor([scale], dtype=torch.float64, device=a.device)
+        for side, rows in zip(sides, leading_factors(a[None], b.T[None], own, metric)):
+            side.append(rows[0, : option.rank])
+    bits = [option.bits or (option.rank, 0, 0) for option in options]
+    found = []
+    for (a, b, scale), stored in zip(factors, encode_trellis(*sides, bits)):
+        loss = measure_loss(a, b, scale, stored, None, metric)
+        found.append((replace(stored, error=loss.error), loss))
+    return found
 
 
 def encode_alike(
-    factors: Sequence[ScaledFactors], option: PrivateOption, metric: Metric
+    factors: Sequence[ScaledFactors], options: Sequence[PrivateOption], metric: Metric
 ) -> list[tuple[StoredModule, Loss]]:
     """``encode_kept`` of updates of one shape, whose options differ in what they lose at most."""
+    option = options[0]
     a = torch.stack([a for a, _, _ in factors])
     b_t = torch.stack([b.T for _, b, _ in factors])
     scales = [scale for _, _, scale in factors]

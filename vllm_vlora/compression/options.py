@@ -11,6 +11,7 @@ from vllm_vlora.quantize import FLOAT_DTYPES
 
 REPRESENTATION_CHOICES = ("auto", "joint", "factored", "flat", "private")
 QUANTIZE_CHOICES = ("auto", "none", "int8", "nf4")
+CODES_CHOICES = ("nf4", "trellis")
 DEFAULT_LOSS = 0.01
 """What a task may be predicted to lose of its gain when nothing is asked for (``losses``)."""
 _GATED_RATIO = 3.5
@@ -42,6 +43,9 @@ class CompressOptions:
             those above it get more of the bytes, up to their own factors untouched, and the others less.
         quantize: number format of factors, bases and cores. ``none`` is the adapters' own
             dtype; ``auto`` chooses by measured error among that, bfloat16, int8 and NF4.
+        codes: what private factors of 4 bits and less are in: ``nf4``, or ``trellis`` codes, which lose
+            less and take a microsecond a number to find. For a ``ratio`` or ``max_bytes``: errors are
+            planned nearly, and measured when they are stored.
         double_quantize: NF4 may store its scales in 8 bits.
         dtype: ``float32``, ``float16`` or ``bfloat16`` in place of the adapters' own dtype, and for
             the cores of ``joint``.
@@ -84,16 +88,19 @@ class CompressOptions:
     device: str = "auto"
     allow_large_error: bool = False
     tokenizers: bool = True
+    codes: str = "nf4"
 
     def __post_init__(self) -> None:
         _check_choice("representation", self.representation, REPRESENTATION_CHOICES)
         _check_choice("quantize", self.quantize, QUANTIZE_CHOICES)
+        _check_choice("codes", self.codes, CODES_CHOICES)
         if self.dtype is not None:
             _check_choice("dtype", self.dtype, tuple(FLOAT_DTYPES))
         Executor(self.executor, self.jobs)
         check_device(self.device)
         self._check_budget()
         self._check_clusters()
+        self._check_codes()
         if self.num_components is not None and self.representation == "private":
             raise OptionError(
                 "num_components is the width of a shared basis, which private has none of; "
@@ -134,6 +141,19 @@ class CompressOptions:
             )
         if self.num_components is not None and self.num_components < 1:
             raise OptionError(f"num_components must be at least 1, got {self.num_components}")
+
+    def _check_codes(self) -> None:
+        if self.codes == "nf4":
+            return
+        if self.quantize in ("none", "int8") or self.only_shared:
+            raise OptionError(
+                f"codes {self.codes} are for private factors in 4 bits and less; leave them out, or use "
+                "representation auto or private and quantize auto or nf4"
+            )
+        if (self.ratio is None and self.max_bytes is None) or self.gate is not None:
+            raise OptionError(
+                f"codes {self.codes} promise no error; give a ratio or max_bytes, and no gate"
+            )
 
     def _check_clusters(self) -> None:
         if self.clusters == "auto":

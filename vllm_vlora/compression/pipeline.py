@@ -156,7 +156,11 @@ class Compression:
         if budget.by_size or not bounded:
             limit = collection.original_nbytes
         formats = formats_to_try(
-            collection, options.number_format, options.dtype, options.double_quantize
+            collection,
+            options.number_format,
+            options.dtype,
+            options.double_quantize,
+            options.codes,
         )
         self._settings = SurveySettings(
             formats,

@@ -12,6 +12,8 @@ from vllm_vlora.quantize import FORMAT_OF_DTYPE, row_nbytes
 NARROW = "narrow"
 """Label of NF4 whose bits are spread over the singular directions: 4, 3 or 2 a row."""
 NARROW_FORMAT = "nf4-dq"
+TRELLIS = "trellis"
+"""Label of trellis codes whose bits are spread alike."""
 OWN = "own"
 """Label for each module's own dtype, where the adapters have several."""
 
@@ -23,11 +25,13 @@ _DOUBLE_QUANTIZE_HEADER = 2048
 class Formats:
     """The labels to try: number formats and ``own``.
 
-    ``dtype`` is what was asked for in place of the adapters' own, and for the cores.
+    ``dtype`` is what was asked for in place of the adapters' own, and for the cores; ``spread`` the label
+    whose bits are spread over the directions of private factors, where NF4 is tried.
     """
 
     labels: tuple[str, ...]
     dtype: str | None
+    spread: str = NARROW
 
     def of(self, dtype: torch.dtype) -> list[str]:
         """The number format that each label means for factors of this dtype."""
@@ -36,12 +40,12 @@ class Formats:
 
     @property
     def private_labels(self) -> tuple[str, ...]:
-        """The labels for private factors: NF4 may also spread its bits over the directions."""
-        return (*self.labels, NARROW) if NARROW_FORMAT in self.labels else self.labels
+        """The labels for private factors: few bits may also be spread over the directions."""
+        return (*self.labels, self.spread) if NARROW_FORMAT in self.labels else self.labels
 
     def private_of(self, dtype: torch.dtype) -> list[str]:
         """What each label of ``private_labels`` means for factors of this dtype."""
-        return self.of(dtype) + ([NARROW] if NARROW_FORMAT in self.labels else [])
+        return self.of(dtype) + ([self.spread] if NARROW_FORMAT in self.labels else [])
 
     def cores(self, basis_format: str) -> list[str]:
         """The formats of cores to try on bases of this one: a float one, and quantised ones."""
@@ -54,9 +58,13 @@ class Formats:
 
 
 def formats_to_try(
-    collection: Collection, quantize: str, dtype: str | None, double_quantize: bool
+    collection: Collection,
+    quantize: str,
+    dtype: str | None,
+    double_quantize: bool,
+    codes: str = "nf4",
 ) -> Formats:
-    """The formats that ``quantize`` (auto, none, int8, nf4) allows.
+    """The formats that ``quantize`` (auto, none, int8, nf4) and ``codes`` (nf4, trellis) allow.
 
     ``own`` is named for what it is where all modules agree on it.
     """
@@ -67,7 +75,7 @@ def formats_to_try(
     labels = {"none": [own_label], "int8": ["int8"], "nf4": nf4}.get(
         quantize, [own_label, "bfloat16", "int8", *nf4]
     )
-    return Formats(tuple(dict.fromkeys(labels)), dtype)
+    return Formats(tuple(dict.fromkeys(labels)), dtype, TRELLIS if codes == "trellis" else NARROW)
 
 
 def _own_format(own: torch.dtype, wanted: str | None) -> str:

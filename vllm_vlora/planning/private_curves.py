@@ -9,8 +9,9 @@ Losses are squared norms in the module's ``Metric``: Frobenius, or as the model 
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,14 +21,24 @@ import torch
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.allocation import Point, pareto_front
 from vllm_vlora.planning.changes import Changes, by_rows, changes_of, grams_of
-from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT
-from vllm_vlora.quantize import as_stored, as_stored_narrow, narrow_row_nbytes, row_nbytes
+from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT, TRELLIS
+from vllm_vlora.quantize import (
+    as_stored,
+    as_stored_narrow,
+    narrow_row_nbytes,
+    row_nbytes,
+    trellis_row_nbytes,
+)
 from vllm_vlora.representations.factors import ScaledFactors, squared_norm, stacked_svd
 
 # Every cut between 4, 3 and 2 bits up to this rank, about as many cuts above it.
 _NARROW_CUTS = 20
 # Points of a narrow curve that are kept; the front of a rank-16 module has some 60.
 _NARROW_POINTS = 32
+# Share of a row's energy that a trellis code of so many bits loses: means over rows of five collections,
+# which differ by 2 to 4 %.
+_TRELLIS_LOST = {4: 0.0059, 3: 0.0211, 2: 0.0768}
+_NOISE_SEED = 0x7E1115
 
 
 def seen_squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:
@@ -53,6 +64,11 @@ class PrivateOption:
     nbytes: int
     loss: float
     bits: tuple[int, int, int] | None = None
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether its codes are found by a search, which takes its time, and ``loss`` is expected."""
+        return self.format == "trellis"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +116,11 @@ class NarrowCurve:
     """The spreads of 4, 3 and 2 bits over the leading SVD factors that nothing smaller beats.
 
     Attributes:
+        format: number format.
         nbytes, losses: of every option. cuts: its rows with 4, 3 and 2 bits, one after another.
     """
 
+    format: str
     nbytes: array[int]
     losses: array[float]
     cuts: array[int]
@@ -117,7 +135,7 @@ class NarrowCurve:
         n4, n3, n2 = self.cuts[3 * number : 3 * number + 3]
         bits = (n4, n3, n2) if n3 or n2 else None
         nbytes, loss = self.nbytes[number], self.losses[number]
-        return PrivateOption(NARROW_FORMAT, n4 + n3 + n2, False, nbytes, loss, bits)
+        return PrivateOption(self.format, n4 + n3 + n2, False, nbytes, loss, bits)
 
     def loss(self, number: int) -> float:
         """Of an option."""
@@ -167,7 +185,7 @@ def measure_private(
 
     Args:
         factors: (A (r, d_in), B (d_out, r), scale) of each task, all of one shape.
-        formats: the number formats to try, and ``NARROW``.
+        formats: the number formats to try, and ``NARROW`` or ``TRELLIS``.
         own_format: the one in which the adapters' own factors lose nothing.
 
     Raises:
@@ -176,8 +194,8 @@ def measure_private(
     stack = _Stack(factors, metric)
     by_format: list[Sequence[Curve]] = []
     for format in formats:
-        if format == NARROW:
-            by_format.append(_measure_narrow(stack))
+        if format in _SPREAD:
+            by_format.append(_measure_spread(stack, _SPREAD[format]))
         else:
             by_format.append(_measure_format(stack, format, own_format))
     return [
@@ -214,6 +232,15 @@ class _Stack:
             flat = as_stored_narrow(rows.flatten(0, 1))
             found.append(torch.cat([wide, *(x.unflatten(0, rows.shape[:2]) for x in flat)], dim=1))
         return found[0], found[1]
+
+    def trellis(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in trellis codes, nearly: searching for the codes would take a microsecond a number.
+
+        What comes back of a row is drawn as from the test channel of as much loss (Cover and Thomas,
+        *Elements of Information Theory*, 10.3.2).
+        """
+        a, b_t = (_through_channel(rows) for rows in (self.svd_a, self.svd_b_t))
+        return a, b_t
 
     def changes(self, stored: tuple[torch.Tensor, torch.Tensor]) -> Changes:
         """What storing does to the leading rank-one terms; stored are one or more rows of each."""
@@ -260,12 +287,42 @@ def _own_losses(stack: _Stack, format: str) -> list[float]:
     return (lost * stack.scales.square()).tolist()
 
 
-def _measure_narrow(stack: _Stack) -> list[Curve]:
+def _through_channel(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (n, r, d) with 4, 3 and 2 bits, one after another: (n, 3 r, d)."""
+    # The same noise for every task, so that a plan does not depend on which are measured together.
+    generator = torch.Generator(device="cpu").manual_seed(_NOISE_SEED)
+    noise = torch.randn(rows.shape[1:], generator=generator, device="cpu").to(rows.device)
+    # What is lost of each row is that share exactly.
+    energy = rows.square().sum(dim=2, keepdim=True)
+    along = (rows * noise).sum(dim=2, keepdim=True) / energy.clamp(min=1e-30)
+    noise = noise - along * rows
+    noise = noise * (energy / noise.square().sum(dim=2, keepdim=True).clamp(min=1e-30)).sqrt()
+    found = [
+        (1 - lost) * rows + math.sqrt(lost * (1 - lost)) * noise for lost in _TRELLIS_LOST.values()
+    ]
+    return torch.cat(found, dim=1)
+
+
+class _Spread(NamedTuple):
+    """Codes of 4, 3 and 2 bits: their format, what comes back of them, and the bytes of a row."""
+
+    format: str
+    stored: Callable[[_Stack], tuple[torch.Tensor, torch.Tensor]]
+    row_nbytes: Callable[[int, int], int]
+
+
+_SPREAD = {
+    NARROW: _Spread(NARROW_FORMAT, _Stack.narrow, narrow_row_nbytes),
+    TRELLIS: _Spread("trellis", _Stack.trellis, trellis_row_nbytes),
+}
+
+
+def _measure_spread(stack: _Stack, spread: _Spread) -> list[Curve]:
     rank = stack.svd_a.shape[1]
-    terms, cross, inner = stack.changes(stack.narrow())
+    terms, cross, inner = stack.changes(spread.stored(stack))
     cuts = _cuts(rank)
     d_in, d_out = stack.svd_a.shape[2], stack.svd_b_t.shape[2]
-    rows = [narrow_row_nbytes(d_in, bits) + narrow_row_nbytes(d_out, bits) for bits in (4, 3, 2)]
+    rows = [spread.row_nbytes(d_in, bits) + spread.row_nbytes(d_out, bits) for bits in (4, 3, 2)]
     counts = torch.stack([cuts[:, 0], cuts[:, 1] - cuts[:, 0], cuts[:, 2] - cuts[:, 1]], dim=1)
     nbytes = (counts * torch.tensor(rows)).sum(dim=1).tolist()
     # What the chosen rows' changes have in common with all terms, less that with the chosen ones.
@@ -282,6 +339,7 @@ def _measure_narrow(stack: _Stack) -> list[Curve]:
         front = pareto_front(list(zip(nbytes, found.tolist())), _NARROW_POINTS)
         curves.append(
             NarrowCurve(
+                spread.format,
                 array("q", [nbytes[i] for i in front]),
                 array("d", found[front].tolist()),
                 array("H", counts[front].flatten().tolist()),
