@@ -17,7 +17,9 @@ from vllm_vlora.quantize import (
     narrow_row_nbytes,
     pack,
     pack_narrow,
+    pack_trellis,
     row_nbytes,
+    trellis_row_nbytes,
     unpack,
 )
 
@@ -35,6 +37,13 @@ def stored(rows: torch.Tensor, bits: int) -> Coded:
         return unpack(pack(rows, "int8")), 8 * row_nbytes("int8", cols) / cols
     packed = pack(rows, "nf4-dq") if bits == 4 else pack_narrow(rows, bits)
     return unpack(packed), 8 * narrow_row_nbytes(cols, bits) / cols
+
+
+def stored_trellis(rows: torch.Tensor, bits: int) -> Coded:
+    """Rows as a checkpoint has them with ``--codes trellis``: 4, 3 or 2 bits."""
+    return unpack(pack_trellis(rows, bits)), 8 * trellis_row_nbytes(
+        rows.shape[1], bits
+    ) / rows.shape[1]
 
 
 def entropy_coded(rows: torch.Tensor, bits: int) -> Coded:

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from harness import count_list, cpu_name, end_record, print_record, record, say, table, write_json
 
-from distortion.codes import Coded, Trellis, entropy_coded, lloyd_max, lloyd_max_points, stored
+from distortion.codes import (
+    Coded,
+    Trellis,
+    entropy_coded,
+    lloyd_max,
+    lloyd_max_points,
+    stored,
+    stored_trellis,
+)
 from vllm_vlora.adapters.discovery import find_adapters
 from vllm_vlora.adapters.peft_folder import open_adapter
 from vllm_vlora.representations.factors import balanced_svd
@@ -121,6 +129,7 @@ def codes(
         name = "nf4-dq" if bits == 4 else f"nf4-dq, {bits} bits"
         yield name, partial(stored, bits=bits)
         yield f"{name}, entropy", partial(entropy_coded, bits=bits)
+        yield f"stored trellis, {bits} bits", partial(stored_trellis, bits=bits)
         yield f"Lloyd-Max {bits}", partial(lloyd_max, bits=bits)
         for trellis in trellises:
             if trellis.bits == bits:

@@ -14,7 +14,14 @@ from places import BENCHMARKS
 # Programs there import each other by bare names.
 sys.path.append(str(BENCHMARKS))
 
-from distortion.codes import Trellis, entropy_coded, lloyd_max, lloyd_max_points, stored
+from distortion.codes import (
+    Trellis,
+    entropy_coded,
+    lloyd_max,
+    lloyd_max_points,
+    stored,
+    stored_trellis,
+)
 
 
 def gaussian(rows: int, cols: int) -> torch.Tensor:
@@ -59,6 +66,15 @@ def test_a_trained_trellis_loses_less_than_scalars_and_no_more_than_can_be() -> 
     assert 2 ** (-2 * bits) < lost(rows, values) < 0.8 * lost(rows, stored(rows, 2)[0])
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_stored_trellis_codes_lose_nearly_as_little_as_a_table_of_their_own(bits: int) -> None:
+    """One table serves the three widths."""
+    rows = gaussian(16, 512)
+    values, taken = stored_trellis(rows, bits)
+    assert taken == 8 * (-(-(512 * bits + 8 - bits) // 8) + 4) / 512
+    assert lost(rows, values) < 1.05 * lost(rows, Trellis.trained(bits, 8).coded(rows)[0])
+
+
 def test_the_entropy_of_codes_is_below_their_bits() -> None:
     rows = gaussian(8, 4096)
     for bits in (2, 3, 4):
@@ -75,4 +91,5 @@ def test_the_program_measures_gaussian_rows_and_the_demo_adapters(tmp_path: Path
     cells = json.loads(written.read_text())["cells"]
     assert {cell["source"] for cell in cells} == {"Gaussian", "adapters"}
     assert all(cell["lost"] > cell["bound"] for cell in cells if cell["source"] == "Gaussian")
-    assert shown.count("trellis") == 6
+    assert shown.count("stored trellis") == 6
+    assert shown.count("window 6") == 6
