@@ -267,6 +267,7 @@ READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path, Path], None]]
     "a checkpoint of format 1": (stored("format1"), read_checkpoint),
     "a checkpoint of format 2": (stored("format2"), read_checkpoint),
     "a checkpoint of format 4": (stored("format4"), read_checkpoint),
+    "a checkpoint of format 5": (stored("format5"), read_checkpoint),
     "a checkpoint with attachments": (with_attachments, read_checkpoint),
     "a checkpoint with a router": (with_router, read_routed),
     "vlora's files": (stored("seeds/vlora-1.0.0-float"), read_foreign),
