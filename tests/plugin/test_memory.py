@@ -180,7 +180,7 @@ def test_one_device_by_hand(mixed: Checkpoint) -> None:
         "factors": factors,
         "table": 5 * 2 * 96,
         "records": 3 * 2 * 96,
-        "buffers": 4 * (2 * 64 + 3 * ((4 + 4) + (4 + 1))) + 4 * 28,
+        "buffers": 4 * (2 * 64 + 3 * ((4 + 4) + (4 + 1))) + 4 * (32 + 3 * 256),
     }
     auto = plan.mode("auto")
     assert (auto.direct_tasks, auto.materialized_tasks, auto.distinct_tasks) == (2, 1, 3)
