@@ -22,7 +22,6 @@ import math
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from fidelity.hard.command_tables import kept_cell  # noqa: E402
 from fidelity.hard.forms import WEIGHTS  # noqa: E402
-from fidelity.hard.table import RATIOS, append, named, opened, options_parser, read  # noqa: E402
+from fidelity.hard.table import RATIOS, opened, options_parser, records_of  # noqa: E402
 from vllm_vlora import CompressOptions, export_all, open_adapter  # noqa: E402
 from vllm_vlora.adapters.collection import Collection  # noqa: E402
 from vllm_vlora.checkpoint.reader import Checkpoint  # noqa: E402
@@ -171,7 +170,8 @@ def measure(
     folder: Path, ratios: Sequence[float], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """A record for every size."""
-    collection, adapters, shown, judge = opened(folder, options)
+    opening = opened(folder, options)
+    collection, adapters, shown, _ = opening
     directions = directions_of(adapters)
     for ratio in ratios:
         with tempfile.TemporaryDirectory(prefix="bench-hard-") as work:
@@ -189,19 +189,13 @@ def measure(
             for name, gap in GAPS.items():
                 nbytes = checkpoint.nbytes if name == "whole file" else data
                 forms[name] = write(directions, nbytes, gap, collection.in_basis, scratch / name)
-            kept = {
-                task: judge.kept(
-                    task, collection.in_basis[task], {n: f[task] for n, f in forms.items()}, False
-                )
-                for task in shown
-            }
             yield {
                 "collection": collection.name,
                 "ratio": ratio,
                 "examples": options.examples,
                 "nbytes": checkpoint.nbytes,
                 "data_nbytes": data,
-                "kept": {name: {task: kept[task][name] for task in shown} for name in forms},
+                "kept": opening.kept(forms),
             }
 
 
@@ -224,15 +218,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is named, or all that is there, as far as it is missing; print the table."""
     options = options_parser(__doc__, RATIOS, RESULTS).parse_args(arguments)
-    until = time.monotonic() + 60 * options.minutes
-    records = read(options.json)
-    for name in named(options):
-        done = {record["ratio"] for record in records if record["collection"] == name}
-        missing = [ratio for ratio in options.ratios if ratio not in done]
-        if missing and time.monotonic() < until:
-            for record in measure(options.folder / name, missing, options):
-                records.append(append(options.json, record))
-    print(table([record for record in records if record["collection"] in named(options)]))
+    print(table(records_of(options, measure)))
     return 0
 
 

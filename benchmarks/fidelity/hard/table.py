@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +120,19 @@ class Opened(NamedTuple):
     adapters: dict[str, Any]
     shown: list[str]
     judge: Judge
+
+    def kept(self, forms: Mapping[str, Mapping[str, Path]]) -> dict[str, dict[str, Any]]:
+        """Form -> task -> what ``Judge.kept`` finds, of the shown tasks in these forms."""
+        found = {
+            task: self.judge.kept(
+                task,
+                self.collection.in_basis[task],
+                {name: folders[task] for name, folders in forms.items()},
+                False,
+            )
+            for task in self.shown
+        }
+        return {name: {task: found[task][name] for task in self.shown} for name in forms}
 
 
 def opened(folder: Path, options: argparse.Namespace) -> Opened:
@@ -258,6 +271,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records.append(append(options.json, seconds(options.folder / name)))
     print(tables([record for record in records if record["collection"] in names]))
     return 0
+
+
+def records_of(
+    options: argparse.Namespace,
+    measure: Callable[[Path, Sequence[float], argparse.Namespace], Iterable[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Those of the named collections at every size, measured as far as they are missing."""
+    until = time.monotonic() + 60 * options.minutes
+    records = read(options.json)
+    for name in named(options):
+        done = {record["ratio"] for record in records if record["collection"] == name}
+        missing = [ratio for ratio in options.ratios if ratio not in done]
+        if missing and time.monotonic() < until:
+            for record in measure(options.folder / name, missing, options):
+                records.append(append(options.json, record))
+    return [record for record in records if record["collection"] in named(options)]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

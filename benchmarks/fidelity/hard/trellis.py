@@ -9,7 +9,6 @@ Both are written as ``vllm-vlora compress`` writes them, exported and judged on 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -22,9 +21,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from fidelity.hard.command_tables import kept_cell  # noqa: E402
-from fidelity.hard.table import Judge, append, named, options_parser, read  # noqa: E402
-from fidelity.inputs import CollectionFolder  # noqa: E402
-from vllm_vlora import CompressOptions, compress, export_all, open_adapter  # noqa: E402
+from fidelity.hard.table import opened, options_parser, records_of  # noqa: E402
+from vllm_vlora import CompressOptions, compress, export_all  # noqa: E402
 from vllm_vlora.checkpoint.reader import Checkpoint  # noqa: E402
 from vllm_vlora.compression.options import CODES_CHOICES  # noqa: E402
 
@@ -36,21 +34,17 @@ def measure(
     folder: Path, ratios: Sequence[float], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """A record for every size."""
-    collection = CollectionFolder(folder)
-    record = json.loads((folder / "collection.json").read_text(encoding="utf-8"))
-    adapters = {task: open_adapter(path) for task, path in collection.in_basis.items()}
-    names, count = list(adapters), min(options.tasks, len(adapters))
-    shown = [names[place * len(names) // count] for place in range(count)]
-    judge = Judge(folder / record["model"], collection, options.examples)
+    opening = opened(folder, options)
     for ratio in ratios:
         with tempfile.TemporaryDirectory(prefix="bench-hard-") as work:
-            forms, found = {}, {}
+            forms: dict[str, Mapping[str, Path]] = {}
+            found = {}
             for codes in CODES_CHOICES:
                 target, started = Path(work, codes), time.process_time()
                 asked = CompressOptions(
                     "private", ratio=ratio, codes=codes, executor="serial", allow_large_error=True
                 )
-                report = compress(adapters, target, asked)
+                report = compress(opening.adapters, target, asked)
                 found[codes] = {
                     "cpu_s": time.process_time() - started,
                     "nbytes": Checkpoint.open(target).nbytes,
@@ -58,20 +52,14 @@ def measure(
                 }
                 exported = Path(work, f"{codes}-exported")
                 forms[codes] = export_all(
-                    Checkpoint.open(target), shown, exported, dtype=torch.float32
+                    Checkpoint.open(target), opening.shown, exported, dtype=torch.float32
                 )
-            kept = {
-                task: judge.kept(
-                    task, collection.in_basis[task], {n: f[task] for n, f in forms.items()}, False
-                )
-                for task in shown
-            }
             yield {
-                "collection": collection.name,
+                "collection": opening.collection.name,
                 "ratio": ratio,
                 "examples": options.examples,
                 "codes": found,
-                "kept": {name: {task: kept[task][name] for task in shown} for name in forms},
+                "kept": opening.kept(forms),
             }
 
 
@@ -92,15 +80,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is named, or all that is there, as far as it is missing; print the table."""
     options = options_parser(__doc__, RATIOS, RESULTS).parse_args(arguments)
-    until = time.monotonic() + 60 * options.minutes
-    records = read(options.json)
-    for name in named(options):
-        done = {record["ratio"] for record in records if record["collection"] == name}
-        missing = [ratio for ratio in options.ratios if ratio not in done]
-        if missing and time.monotonic() < until:
-            for record in measure(options.folder / name, missing, options):
-                records.append(append(options.json, record))
-    print(table([record for record in records if record["collection"] in named(options)]))
+    print(table(records_of(options, measure)))
     return 0
 
 
