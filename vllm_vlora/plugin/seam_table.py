@@ -307,6 +307,12 @@ def _replaced() -> Iterator[Seam]:
         "/metrics shows what the engine cores count of our tasks",
         ("app",),
     )
+    yield Seam(
+        "vllm.v1.metrics.loggers",
+        "PrometheusStatLogger.__init__",
+        "a series for each of the newest combinations of running adapters, not for all that ever were",
+        ("self", "vllm_config", "engine_indexes"),
+    )
     processor = "vllm.v1.engine.output_processor"
     yield Seam(
         processor,

@@ -31,6 +31,7 @@ from vllm_vlora.errors import (
     VLoRAError,
 )
 from vllm_vlora.plugin.chat_templates import TaskTemplates
+from vllm_vlora.plugin.combinations import keep_newest
 from vllm_vlora.plugin.core_metrics import metrics_snapshot
 from vllm_vlora.plugin.counters import METRICS_METHOD
 from vllm_vlora.plugin.engine_core import (
@@ -420,6 +421,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "AsyncLLM.generate": renew_requests,
         "AsyncLLM.encode": renew_requests,
         "OutputProcessor.do_tracing": say_task,
+        "PrometheusStatLogger.__init__": keep_newest,
         "instrument_manual": add_task,
         "EngineCore.add_lora": load_before_add_lora,
         "EngineCore.add_request": lambda f: release_first(load_before_add_request(f)),
