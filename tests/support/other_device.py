@@ -125,6 +125,8 @@ def _registered() -> torch.device:
 def other_device() -> Iterator[_OtherDevice]:
     """Tensors of that device can be made within; yields what counts the operations on it."""
     device = _registered()
+    module = torch.get_device_module(device)
+    module.is_available = lambda: True
     # As torch's own fake tensors do: torch.tensor(device=...) is then seen too.
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
@@ -134,5 +136,7 @@ def other_device() -> Iterator[_OtherDevice]:
             yield mode
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
+        # It stays registered, and a Trainer of a later test would pin its batches for it.
+        module.is_available = lambda: False
         for table in tables:
             table.cache_clear()
