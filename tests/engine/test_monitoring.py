@@ -132,20 +132,6 @@ def test_requests_are_counted_by_task_on_every_api_server(server: Server) -> Non
         assert shown.value("vllm_vlora:snapshot_age_seconds", engine="0") < 5
 
 
-def test_combinations_of_what_ran_do_not_stay_for_good(
-    server: Server, request: pytest.FixtureRequest
-) -> None:
-    """In files that API servers share they stay, up to a bound."""
-    for number in range(1, 25):
-        assert server.text(f"{FIRST}*0.{number:02}+{SECOND}", PROMPTS[0])
-    found = _scrape(server).samples("vllm:lora_requests_info")
-    assert found
-    if request.node.callspec.params["server"] == 1:
-        assert len(found) == 16
-    else:
-        assert 24 <= len(found) < 60
-
-
 def test_every_query_of_the_dashboard_names_what_the_server_has(server: Server) -> None:
     for task, prompt in zip(TASKS, PROMPTS):
         assert server.text("auto", prompt) == server.text(task, prompt)
@@ -185,6 +171,20 @@ def test_top_reads_the_server(server: Server) -> None:
     assert engine["tasks"] == {"device": 6, "host": 0, "catalogue": 6}
     assert 0 < engine["bytes"]["device"] <= engine["budget_bytes"]["device"]
     assert engine["age_seconds"] < 5
+
+
+def test_combinations_of_what_ran_do_not_stay_for_good(
+    server: Server, request: pytest.FixtureRequest
+) -> None:
+    """In files that API servers share they stay, up to a bound."""
+    for number in range(1, 25):
+        assert server.text(f"{FIRST}*0.{number:02}+{SECOND}", PROMPTS[0])
+    found = _scrape(server).samples("vllm:lora_requests_info")
+    assert found
+    if request.node.callspec.params["server"] == 1:
+        assert len(found) == 16
+    else:
+        assert 24 <= len(found) < 60
 
 
 def test_a_requests_span_names_its_task(server: Server, spans: SpanCollector, world: World) -> None:
