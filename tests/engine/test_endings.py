@@ -75,12 +75,16 @@ def ask(server: Server, model: str) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=asked, timeout=120)
 
 
-def counted(server: Server) -> tuple[float, float]:
-    """How many requests are in flight, and how many wait for their task."""
+def counted(server: Server) -> tuple[float, float, float]:
+    """How many requests are in flight, how many wait for their task, and how many for tasks ever came."""
     scrape = Scrape(httpx.get(f"{server.url}/metrics", timeout=30).text)
-    names = ("vllm:num_requests_running", "vllm_vlora:requests_waiting_for_load")
-    running, waiting = (sum(scrape.samples(name).values()) for name in names)
-    return running, waiting
+    names = (
+        "vllm:num_requests_running",
+        "vllm_vlora:requests_waiting_for_load",
+        "vllm_vlora:requests_total",
+    )
+    running, waiting, let_in = (sum(scrape.samples(name).values()) for name in names)
+    return running, waiting, waiting + let_in
 
 
 def until(seen: Callable[[], bool], server: Server) -> None:
@@ -93,10 +97,16 @@ def until(seen: Callable[[], bool], server: Server) -> None:
 @contextmanager
 def asked(server: Server, names: Sequence[str]) -> Iterator[dict[Future[httpx.Response], str]]:
     """Requests, of which some are in flight and, of those for tasks, some wait for room for theirs."""
-    waiting = int(names[0] in TASKS)
+    tasks = sum(name in TASKS for name in names)
+
+    def all_are_there() -> bool:
+        # One that comes after a server was told to end is sent away.
+        running, waiting, came = counted(server)
+        return running >= 1 and waiting >= min(tasks, 1) and came >= tasks
+
     with ThreadPoolExecutor(len(names)) as pool:
         answers = {pool.submit(ask, server, name): name for name in names}
-        until(lambda: counted(server)[0] >= 1 and counted(server)[1] >= waiting, server)
+        until(all_are_there, server)
         assert not any(answer.done() for answer in answers)
         yield answers
 
