@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pinned import assert_same_but_for_program
 from places import DATA
 
 from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
@@ -322,16 +323,7 @@ def test_a_checkpoint_of_format_1_reads_to_the_same_values_for_ever() -> None:
 def test_the_writer_still_writes_format_1(tmp_path: Path) -> None:
     """Byte for byte, but for the version of the program in the manifest."""
     write_pinned(tmp_path)
-    files = sorted(p.relative_to(DATA) for p in DATA.rglob("*") if p.is_file())
-    assert files == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    for file in files:
-        if file.name == CONFIG_FILE:
-            old, new = (json.loads((folder / file).read_text()) for folder in (DATA, tmp_path))
-            assert old.pop("created_by").startswith("vllm-vlora ")
-            del new["created_by"]
-            assert old == new
-        else:
-            assert (tmp_path / file).read_bytes() == (DATA / file).read_bytes(), file
+    assert_same_but_for_program(tmp_path, DATA)
 
 
 # --- identity ------------------------------------------------------------------------------------

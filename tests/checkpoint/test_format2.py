@@ -26,6 +26,7 @@ from format2_world import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pinned import assert_same_but_for_program
 from places import DATA, ROOT
 
 from vllm_vlora.checkpoint.export import export_all
@@ -392,16 +393,7 @@ def test_the_bytes_of_narrow_codes() -> None:
 def test_the_writer_still_writes_format_2(tmp_path: Path) -> None:
     """Byte for byte, but for the version of the program in the manifest."""
     write_pinned(tmp_path)
-    files = sorted(p.relative_to(DATA) for p in DATA.rglob("*") if p.is_file())
-    assert files == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    for file in files:
-        if file.name == CONFIG_FILE:
-            old, new = (json.loads((folder / file).read_text()) for folder in (DATA, tmp_path))
-            assert old.pop("created_by").startswith("vllm-vlora ")
-            del new["created_by"]
-            assert old == new
-        else:
-            assert (tmp_path / file).read_bytes() == (DATA / file).read_bytes(), file
+    assert_same_but_for_program(tmp_path, DATA)
 
 
 # --- the reader on the format's page -------------------------------------------------------------

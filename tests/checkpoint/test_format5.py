@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pinned import assert_same_but_for_program
 from places import ROOT
 from safetensors.torch import load_file
 
@@ -115,16 +116,7 @@ def test_a_file_takes_no_byte_more_than_the_rows(tmp_path: Path) -> None:
 def test_the_writer_still_writes_format_5(tmp_path: Path) -> None:
     """Byte for byte, but for the version of the program in the manifest."""
     write_pinned(tmp_path)
-    files = sorted(p.relative_to(DATA) for p in DATA.rglob("*") if p.is_file())
-    assert files == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    for file in files:
-        if file.name == CONFIG_FILE:
-            old, new = (json.loads((folder / file).read_text()) for folder in (DATA, tmp_path))
-            assert old.pop("created_by").startswith("vllm-vlora ")
-            del new["created_by"]
-            assert old == new
-        else:
-            assert (tmp_path / file).read_bytes() == (DATA / file).read_bytes(), file
+    assert_same_but_for_program(tmp_path, DATA)
 
 
 def test_what_was_encoded_is_what_is_read() -> None:
