@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from plugin_world import TASKS, build
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.lora.request import LoRARequest
 
@@ -259,6 +260,51 @@ def test_a_name_that_was_unloaded_is_free(requests: TaskRequests) -> None:
     answer, engine = load(requests, "joint", False)
     assert str(answer).startswith("Success")
     assert engine.loaded == [("joint", 1)]
+
+
+# --- adapters that vLLM chooses by what a message holds ------------------------------------------------
+
+
+def chosen(requests: TaskRequests, *kinds: str) -> LoRARequest | None:
+    """What vLLM takes for a chat to the base model whose message has parts of these kinds."""
+    serving = object.__new__(BaseServing)
+    serving.models = SimpleNamespace(  # type: ignore[assignment]
+        lora_requests=requests, is_base_model=lambda name: name == "base"
+    )
+    parts = [{"type": kind} for kind in kinds]
+    chat: Any = SimpleNamespace(model="base", messages=[{"role": "user", "content": parts}])
+    return serving._maybe_get_adapters(chat, supports_default_mm_loras=True)
+
+
+def test_a_task_answers_no_chat_to_the_base_model_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build(tmp_path / "ck", {"text": TASKS["joint"], "image": TASKS["private"]}).path
+    set_alias(path, "audio", "text")
+    listed = {request.lora_name: request for request in all_requests(path)}
+    requests = TaskRequests(listed, Checkpoint.open(path).aliases)
+    # This is what it is for: vLLM's own takes it.
+    assert chosen(requests, "text") is requests["text"]
+    name = "_get_active_default_mm_loras"
+    ours = named_requests._get_active_default_mm_loras(getattr(BaseServing, name))
+    monkeypatch.setattr(BaseServing, name, ours)
+    assert chosen(requests, "text") is None
+    assert chosen(requests, "text", "image_url", "input_audio", "audio_url") is None
+
+
+def test_ordinary_adapters_of_a_kind_of_part_are_taken_as_without_the_plugin(
+    requests: TaskRequests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, audio = (LoRARequest(name, n, "/x") for n, name in enumerate(("image", "audio"), 1))
+    requests["image"], requests["audio"] = image, audio
+    name = "_get_active_default_mm_loras"
+    ours = named_requests._get_active_default_mm_loras(getattr(BaseServing, name))
+    asked = [("text",), ("text", "image_url"), ("audio_url",), ("image_url", "audio_url"), ()]
+    stock = [chosen(requests, *kinds) for kinds in asked]
+    monkeypatch.setattr(BaseServing, name, ours)
+    assert (
+        [chosen(requests, *kinds) for kinds in asked] == stock == [None, image, audio, None, None]
+    )
 
 
 # --- a request's way ----------------------------------------------------------------------------------

@@ -137,6 +137,10 @@ class TaskRequests(dict[str, LoRARequest]):
         """Whether a name is a task's of ours or an alias."""
         return self._path(name) is not None or (self.own(name) is None and name in self.aliases)
 
+    def is_adapters(self, name: str) -> bool:
+        """Whether a name is an ordinary adapter's."""
+        return self.own(name) is not None and self._path(name) is None
+
     def meaning(self, name: str) -> LoRARequest:
         """The request that a name which is not in the dictionary stands for.
 
@@ -414,6 +418,24 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
+def _get_active_default_mm_loras(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``BaseServing._get_active_default_mm_loras`` that knows ordinary adapters only.
+
+    A chat to the base model is answered by the adapter whose name is the kind of a part of its messages
+    (``--default-mm-loras``): by a task that happens to be called ``text`` or ``image``, too.
+    """
+
+    @functools.wraps(original)
+    def active(self: Any, request: Any) -> LoRARequest | None:
+        requests = self.models.lora_requests
+        if not isinstance(requests, TaskRequests):
+            return original(self, request)
+        kinds = {kind for kind in self._get_message_types(request) if requests.is_adapters(kind)}
+        return requests.own(kinds.pop()) if len(kinds) == 1 else None
+
+    return active
+
+
 def _explain(refused: Any, name: str, requests: TaskRequests) -> None:
     """Say in a 404 what is wrong with a blend, where a name begins like one, and what ``auto`` needs."""
     if name == AUTO:
@@ -462,6 +484,7 @@ def name_patches() -> list[tuple[Any, str, Any]]:
 
 _WRAPPERS = {
     "_check_model": _check_model,
+    "_get_active_default_mm_loras": _get_active_default_mm_loras,
     "load_lora_adapter": _load_lora_adapter,
     "load_endpoint_plugins": _load_endpoint_plugins,
 }

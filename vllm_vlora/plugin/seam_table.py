@@ -414,6 +414,12 @@ def _called() -> Iterator[Seam]:
     for name in ("lora_name", "lora_int_id", "lora_path"):
         yield Seam(_REQUEST, f"LoRARequest.{name}", "a task's name, number and path")
     yield Seam(
+        "vllm.entrypoints.serve.engine.serving",
+        "BaseServing._get_message_types",
+        "the kinds of parts that a chat has",
+        ("self", "request"),
+    )
+    yield Seam(
         _LAYERS,
         "LoRAMapping",
         "the batch's mapping without its direct tasks",
@@ -922,6 +928,12 @@ NAME_SEAMS: tuple[Seam, ...] = (
         "OpenAIServingModels.load_lora_adapter",
         "an adapter takes no name of the checkpoint's",
         ("self", "request", "base_model_name"),
+    ),
+    Seam(
+        "vllm.entrypoints.serve.engine.serving",
+        "BaseServing._get_active_default_mm_loras",
+        "a task that is called `text` or `image` answers no request that did not ask for it",
+        ("self", "request"),
     ),
     Seam(
         "vllm.plugins",
