@@ -43,7 +43,8 @@ the machine changes less than the clock's:
   analyze               ten adapters with all 210 modules of SmolLM2-135M, rank 16, float32
 
 All of an 8B model (224 modules) is extrapolated from the layer, and says so: private storage of all
-modules, and bases on the 21 modules on which they are tried where they do not pay.
+modules, and bases on the 21 modules on which they are tried where they do not pay. With --layers 32 it is
+compressed as a whole, in as many processes as the machine has cores, as a user's is.
 
 The floor of private storage: the weights read once, seven roundings as one copy in float32 each, and the
 products of the Gram matrices in float64 and float32 at the speed of this machine on one thread. It leaves
@@ -55,6 +56,8 @@ EXAMPLES = """\
   python benchmarks/run.py compress --quick                  a check that it runs
   python benchmarks/run.py compress                          some minutes
   python benchmarks/run.py compress --cells 8b-auto --adapters 100
+  python benchmarks/run.py compress --cells 8b-auto --adapters 100 --layers 32 --rounds 1
+                                                             a whole 8B model; 17 GB of disk
 """
 WIDE, INSIDE, NARROW, RANK = 4096, 14336, 1024, 16
 LAYERS, ADAPTERS, TRIED = 32, 100, 21
@@ -90,6 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Which cells, and how many adapters."""
     parser.add_argument("--cells", type=lambda text: text.split(","), default=list(CELLS))
     parser.add_argument("--adapters", type=count, help="of the 8B layer (default: 20)")
+    parser.add_argument("--layers", type=count, default=1, help="of the 8B cells (default: 1)")
     parser.add_argument("--tiny", type=count, help="tiny adapters (default: 1000)")
 
 
@@ -108,10 +112,13 @@ def run(args: argparse.Namespace) -> int:
     report = record(args, f"{cpu_name()}, {cores()} cores", "torch")
     print_record(report)
     layer = QUICK if args.quick else LAYER
+    model = {
+        f"layers.{n}.{name}": shape for n in range(args.layers) for name, shape in layer.items()
+    }
     collections = {
-        "8b-private": (layer, args.adapters, RANK, torch.bfloat16),
-        "8b-auto": (layer, args.adapters, RANK, torch.bfloat16),
-        "8b-family": (layer, args.adapters, RANK, torch.bfloat16, PARENTS),
+        "8b-private": (model, args.adapters, RANK, torch.bfloat16),
+        "8b-auto": (model, args.adapters, RANK, torch.bfloat16),
+        "8b-family": (model, args.adapters, RANK, torch.bfloat16, PARENTS),
         "tiny": (TINY, args.tiny, 4, torch.float32),
         "analyze": (dict(list(SMOL.items())[:3]) if args.quick else SMOL, 10, RANK, torch.float32),
     }
@@ -121,16 +128,21 @@ def run(args: argparse.Namespace) -> int:
             write(Path(folder) / name, *collections[name])
         for _ in range(args.rounds):
             for name in args.cells:
-                found = in_another_process(measure, name, str(Path(folder) / name))
+                found = in_another_process(measure, name, str(Path(folder) / name), args.layers > 1)
                 report["cells"][name].append(found)
     pairs = {name: len(shapes) * many for name, (shapes, many, *_) in collections.items()}
     report["floor_ms"] = floor_ms(layer)
     report["bases_floor_s"] = bases_floor_s(layer, args.adapters)
-    report["summary"] = summarise(report["cells"], pairs, len(layer))
+    report["summary"] = summarise(report["cells"], pairs, len(model))
+    if args.layers > 1:
+        # Bases are tried on some modules only, so that nothing is said of the others.
+        report["summary"]["extrapolated_cpu_s"].clear()
     rows = [
-        [n, f"{s['cpu_s']:.2f}", f"{s['ms']:.2f}"] for n, s in report["summary"]["cells"].items()
+        [n, f"{s['cpu_s']:.2f}", f"{s['clock_s']:.1f}", f"{s['ms']:.2f}", f"{s['peak_gb']:.2f}"]
+        for n, s in report["summary"]["cells"].items()
     ]
-    print(table(["", "CPU s", "ms a module and adapter"], rows))
+    head = ["", "CPU s", "clock, s", "CPU ms a module and adapter", "GB of the largest process"]
+    print(table(head, rows))
     print(
         f"floor of private storage: {report['floor_ms']:.2f} ms a module and adapter of the layer; of "
         f"bases: {report['bases_floor_s']:.2f} s a module of {args.adapters} adapters"
@@ -184,14 +196,19 @@ def write(
         (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def measure(name: str, folder: str) -> dict[str, Any]:
-    """CPU seconds and peak memory of one cell; in a process of its own, imports left out."""
+def measure(name: str, folder: str, whole: bool) -> dict[str, Any]:
+    """Seconds and peak memory of one cell; in a process of its own, whose imports are left out.
+
+    Args:
+        whole: use all cores, and not one thread.
+    """
     from vllm_vlora.adapters.peft_folder import open_adapter
     from vllm_vlora.compression.options import CompressOptions
     from vllm_vlora.compression.pipeline import compress
     from vllm_vlora.merging.comparing import analyze_adapters
 
-    torch.set_num_threads(1)
+    if not whole:
+        torch.set_num_threads(1)
     used, begun = _cpu_seconds(), time.monotonic()
     adapters = {path.name: open_adapter(path) for path in sorted(Path(folder).iterdir())}
     found: dict[str, Any] = {}
@@ -201,12 +218,13 @@ def measure(name: str, folder: str) -> dict[str, Any]:
         options = CompressOptions(
             representation="private" if name == "8b-private" else "auto",
             ratio=4.0 if name == "tiny" else 8.0,
-            executor="serial",
+            executor="auto" if whole else "serial",
         )
         with tempfile.TemporaryDirectory() as output:
             report = compress(adapters, Path(output) / "out", options)
         found = {"representation": report.representation, "mean_error": report.mean_error}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(who).ru_maxrss for who in both) * 1024
     return found | {
         "cpu_s": _cpu_seconds() - used,
         "clock_s": time.monotonic() - begun,
@@ -222,9 +240,18 @@ def _cpu_seconds() -> float:
 def summarise(
     cells: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Mapping[str, int], modules: int
 ) -> dict[str, Any]:
-    """The least time of each cell, and what it means for a whole 8B model."""
-    least = {name: min(found["cpu_s"] for found in runs) for name, runs in cells.items()}
-    shown = {n: {"cpu_s": s, "ms": 1e3 * s / pairs[n]} for n, s in least.items()}
+    """The turn of each cell that took least, and what it means for a whole 8B model."""
+    best = {name: min(runs, key=lambda found: found["cpu_s"]) for name, runs in cells.items()}
+    least = {name: found["cpu_s"] for name, found in best.items()}
+    shown = {
+        name: {
+            "cpu_s": found["cpu_s"],
+            "clock_s": found["clock_s"],
+            "ms": 1e3 * found["cpu_s"] / pairs[name],
+            "peak_gb": found["peak_nbytes"] / 1e9,
+        }
+        for name, found in best.items()
+    }
     whole: dict[str, float] = {}
     if "8b-private" in least:
         whole["private"] = shown["8b-private"]["ms"] / 1e3 * LAYERS * len(LAYER) * ADAPTERS

@@ -27,11 +27,24 @@ def test_a_quick_run_has_every_cell(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "extrapolated" in capsys.readouterr().out
 
 
+def test_layers_are_compressed_as_one_model(tmp_path: Path) -> None:
+    options = ["--cells", "8b-auto", "--layers", "3", "--json", str(tmp_path / "x.json")]
+    assert run.main(["compress", "--quick", *options]) == 0
+    report = json.loads((tmp_path / "x.json").read_text())
+    one = report["summary"]["cells"]["8b-auto"]
+    # Three adapters of three layers with one module.
+    assert one["ms"] == pytest.approx(1e3 * one["cpu_s"] / 9)
+
+
 def test_what_a_whole_model_takes_is_extrapolated() -> None:
-    cells = {"8b-private": [{"cpu_s": 3.0}, {"cpu_s": 1.4}], "8b-auto": [{"cpu_s": 4.9}]}
+    cells = {
+        name: [{"cpu_s": s, "clock_s": 2 * s, "peak_nbytes": 1_000_000_000} for s in seconds]
+        for name, seconds in {"8b-private": (3.0, 1.4), "8b-auto": (4.9,)}.items()
+    }
     pairs = {"8b-private": 70, "8b-auto": 70}
     summary = field.summarise(cells, pairs, 7)
     assert summary["cells"]["8b-private"]["ms"] == pytest.approx(20.0)
+    assert summary["cells"]["8b-private"]["clock_s"] == 2.8
     # 224 modules of 100 adapters at 20 ms, and half a second for each module's bases.
     whole = summary["extrapolated_cpu_s"]
     assert whole["private"] == pytest.approx(448.0)
