@@ -12,35 +12,45 @@ import torch
 
 from vllm_vlora.adapters.state_dicts import read_state_dict
 from vllm_vlora.plugin import offers
-from vllm_vlora.plugin.spare_memory import SPARE_MEMORY, SpareMemory
+from vllm_vlora.plugin.spare_memory import SPARE_MEMORY, Memory, SpareMemory
 
 SIZE = 3 * 4096 + 5
 
 
+MADE: list[Memory] = []
+
+
 @pytest.fixture(autouse=True)
-def close_all() -> Iterator[None]:
+def close_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    begin = Memory.__init__
+
+    def make(memory: Memory, size: int) -> None:
+        begin(memory, size)
+        MADE.append(memory)
+
+    monkeypatch.setattr(Memory, "__init__", make)
     yield
-    for file in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # The listing's own, which is closed by now.
-            if os.readlink(f"/proc/self/fd/{file}").startswith("/memfd:vllm-vlora-task"):
-                os.close(int(file))
+    while MADE:
+        MADE.pop().close()
 
 
-def taken(spare: SpareMemory, size: int = SIZE) -> tuple[int, bool]:
-    """A file, and whether its pages are there already."""
-    file = spare.take(size)
-    found = os.fstat(file)
-    ready = found.st_blocks * 512 >= size
-    assert found.st_size == (size if ready else 0)
-    return file, ready
+def taken(spare: SpareMemory, size: int = SIZE) -> tuple[Memory, bool]:
+    """Memory, and whether it lay ready."""
+    lay_ready = spare._ready
+    memory = spare.take(size)
+    found = os.fstat(memory.file)
+    # Its pages are there in any case, so that nobody is killed for writing where there is no room.
+    assert found.st_size == len(memory.data) == size
+    assert found.st_blocks * 512 >= size
+    return memory, memory is lay_ready
 
 
-def prepare(spare: SpareMemory) -> bool:
-    """Whether there was something to prepare, which is done."""
-    thread = spare.prepare()
-    if thread is not None:
-        thread.join()
-    return thread is not None
+def done_with(spare: SpareMemory, memory: Memory) -> bool:
+    """Whether something lies ready after memory was written, which nobody maps any more."""
+    memory.close()
+    spare.renew(memory).join()
+    assert not hasattr(memory, "data")
+    return spare._ready is not None
 
 
 @pytest.fixture
@@ -51,45 +61,47 @@ def spare() -> SpareMemory:
 
 def with_something_ready(spare: SpareMemory) -> SpareMemory:
     for ready in (False, True):
-        file, found = taken(spare)
+        memory, found = taken(spare)
         assert not found
-        os.pwrite(file, b"x" * SIZE, 0)
-        os.close(file)
-        assert prepare(spare) == ready
+        memory.data[:] = ord("x")
+        assert done_with(spare, memory) == ready
     return spare
 
 
 def test_the_third_of_a_size_finds_its_pages_there_and_they_are_empty(spare: SpareMemory) -> None:
-    file, ready = taken(spare)
+    memory, ready = taken(spare)
     assert ready
-    assert os.pread(file, 2 * SIZE, 0) == bytes(SIZE)
+    assert not memory.data.any()
+    # What is written there is what others read.
+    memory.data[5] = 7
+    assert os.pread(memory.file, 2 * SIZE, 0) == bytes(5) + b"\7" + bytes(SIZE - 6)
     # It is handed out once.
     other, ready = taken(spare)
     assert not ready
-    assert not os.path.sameopenfile(file, other)
+    assert not os.path.sameopenfile(memory.file, other.file)
 
 
 def test_another_size_gets_memory_of_its_own_and_what_was_ready_is_freed(
     spare: SpareMemory,
 ) -> None:
     open_before = len(os.listdir("/proc/self/fd"))
-    file, ready = taken(spare, SIZE + 1)
+    memory, ready = taken(spare, SIZE + 1)
     assert not ready
     assert len(os.listdir("/proc/self/fd")) == open_before
-    os.close(file)
-    assert not prepare(spare)
+    assert not done_with(spare, memory)
     assert not taken(spare)[1]
 
 
 def test_one_is_ready_at_most(spare: SpareMemory) -> None:
     open_before = len(os.listdir("/proc/self/fd"))
-    assert not prepare(spare)
-    # Also of two that are found at once.
-    taken(spare)
-    threads = [spare.prepare() for _ in range(3)]
-    for thread in filter(None, threads):
+    found = [taken(spare)[0] for _ in range(3)]
+    # Also of those that are found at once.
+    threads = [spare.renew(memory) for memory in found]
+    for thread in threads:
         thread.join()
-    assert len(os.listdir("/proc/self/fd")) == open_before + 1
+    for memory in found:
+        memory.close()
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 class _Watched(SpareMemory):
@@ -99,14 +111,16 @@ class _Watched(SpareMemory):
         super().__init__()
         self.were_ready: list[bool] = []
 
-    def take(self, size: int) -> int:
-        file = super().take(size)
-        self.were_ready.append(os.fstat(file).st_blocks > 0)
-        return file
+    def take(self, size: int) -> Memory:
+        lay_ready = self._ready
+        memory = super().take(size)
+        self.were_ready.append(memory is lay_ready)
+        return memory
 
-    def prepare(self) -> None:
-        if (thread := super().prepare()) is not None:
-            thread.join()
+    def renew(self, memory: Memory) -> threading.Thread:
+        thread = super().renew(memory)
+        thread.join()
+        return thread
 
 
 def test_a_task_that_is_published_again_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,19 +154,21 @@ def test_a_fork_has_none_of_it() -> None:
     assert taken(SPARE_MEMORY)[1]
 
 
-def test_without_room_there_is_none_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_there_is_none_ready(
+    spare: SpareMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, _ = taken(spare)
+    open_before = len(os.listdir("/proc/self/fd"))
+
     def fail(*args: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", fail)
-    spare = SpareMemory()
-    for _ in range(3):
-        open_before = len(os.listdir("/proc/self/fd"))
-        file, ready = taken(spare)
-        assert not ready
-        os.close(file)
-        prepare(spare)
-        assert len(os.listdir("/proc/self/fd")) == open_before
+    assert not done_with(spare, memory)
+    with pytest.raises(OSError, match="No space left"):
+        spare.take(SIZE)
+    # Its file, and the one by which it was mapped.
+    assert len(os.listdir("/proc/self/fd")) == open_before - 2
 
 
 def test_many_threads_never_get_the_same(spare: SpareMemory) -> None:
@@ -161,9 +177,9 @@ def test_many_threads_never_get_the_same(spare: SpareMemory) -> None:
     def publish() -> None:
         barrier.wait()
         for _ in range(50):
-            file = spare.take(SIZE)
-            found.append(os.fstat(file).st_ino)
-            prepare(spare)
+            memory = spare.take(SIZE)
+            found.append(os.fstat(memory.file).st_ino)
+            spare.renew(memory).join()
 
     threads = [threading.Thread(target=publish) for _ in range(4)]
     for thread in threads:

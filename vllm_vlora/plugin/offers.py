@@ -8,6 +8,7 @@ with vLLM's own messages is an ``Offer`` of some kB, which says what lies where.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import os
@@ -16,7 +17,7 @@ import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import msgspec
 import torch
@@ -25,9 +26,9 @@ from vllm_vlora._version import __version__
 from vllm_vlora.adapters.peft_folder import Factors, LoRAModule
 from vllm_vlora.checkpoint.manifest import FORMAT_VERSION, Config, FileRef, TaskRecord, task_file
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
-from vllm_vlora.errors import AdapterError, CheckpointError
+from vllm_vlora.errors import AdapterError, CheckpointError, TaskLoadError
 from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path
-from vllm_vlora.plugin.spare_memory import SPARE_MEMORY
+from vllm_vlora.plugin.spare_memory import SPARE_MEMORY, Memory
 from vllm_vlora.quantize import (
     FLOAT_DTYPES,
     FORMAT_OF_DTYPE,
@@ -92,6 +93,11 @@ class Part(msgspec.Struct, frozen=True):
         """Bytes of it."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def end(self) -> int:
+        """Where it ends."""
+        return self.start + self.nbytes
+
 
 def parts_of(modules: Sequence[OfferedModule]) -> tuple[list[list[Part]], int]:
     """The parts of each module, in the order in which they lie, and the bytes of all."""
@@ -123,33 +129,38 @@ def offered(
 
     Raises:
         AdapterError: a value is NaN or infinite, or too large for the format.
+        TaskLoadError: there is no memory for it.
     """
     described = [_described(module, quantize) for module, _ in modules]
     parts, nbytes = parts_of(described)
-    memory = SPARE_MEMORY.take(nbytes + _MARK_NBYTES)
-    try:
+    with closing(_memory(task, nbytes + _MARK_NBYTES)) as memory:
         mark = secrets.token_bytes(_MARK_NBYTES)
-        _write_all(memory, mark, nbytes)
+        try:
+            memory.data[nbytes:] = torch.frombuffer(bytearray(mark), dtype=torch.uint8)
+            _write_all(memory.data, f"task {task!r}", modules, described, parts)
+            yield Offer(
+                task,
+                str(TaskPath(MEMORY, task_file(task), secrets.token_hex(16))),
+                f"/proc/{os.getpid()}/fd/{memory.file}",
+                mark.hex(),
+                nbytes,
+                2 * sum(module.numel for module, _ in modules),
+                described,
+            )
+        except BaseException:
+            memory.unmap()
+            raise
+        SPARE_MEMORY.renew(memory)
 
-        def write(place: int) -> None:
-            _, factors = modules[place]
-            _write(memory, f"task {task!r}", described[place], factors, parts[place])
 
-        # Packing has use for more threads; of plain writes the kernel lets one through at a time.
-        with ThreadPoolExecutor(min(_PACKERS, os.cpu_count() or 1)) as pool:
-            deque((pool.map if quantize else map)(write, range(len(modules))), maxlen=0)
-        yield Offer(
-            task,
-            str(TaskPath(MEMORY, task_file(task), secrets.token_hex(16))),
-            f"/proc/{os.getpid()}/fd/{memory}",
-            mark.hex(),
-            nbytes,
-            2 * sum(module.numel for module, _ in modules),
-            described,
-        )
-        SPARE_MEMORY.prepare()
-    finally:
-        os.close(memory)
+def _memory(task: str, size: int) -> Memory:
+    try:
+        return SPARE_MEMORY.take(size)
+    except OSError as error:
+        raise TaskLoadError(
+            f"task {task!r} is not published: no {size} bytes of memory to hand it over "
+            f"({error.strerror})"
+        ) from error
 
 
 def _described(module: LoRAModule, quantize: str | None) -> OfferedModule:
@@ -159,22 +170,68 @@ def _described(module: LoRAModule, quantize: str | None) -> OfferedModule:
     )
 
 
-def _write(
-    memory: int, where: str, module: OfferedModule, factors: Factors, parts: Sequence[Part]
+def _write_all(
+    memory: torch.Tensor,
+    where: str,
+    modules: Sequence[tuple[LoRAModule, Factors]],
+    described: Sequence[OfferedModule],
+    parts: Sequence[Sequence[Part]],
 ) -> None:
-    """Write one module, and check it."""
+    """Write all modules, and check them."""
+
+    def write(place: int) -> None:
+        _write(memory, where, described[place], modules[place][1], parts[place])
+
+    # Packing has use for more threads, and a copy uses them by itself.
+    if any(module.format not in FLOAT_DTYPES for module in described):
+        with ThreadPoolExecutor(min(_PACKERS, os.cpu_count() or 1)) as pool:
+            deque(pool.map(write, range(len(modules))), maxlen=0)
+    else:
+        deque(map(write, range(len(modules))), maxlen=0)
+    _check_written(memory, where, described, parts)
+
+
+def _write(
+    memory: torch.Tensor,
+    where: str,
+    module: OfferedModule,
+    factors: Factors,
+    parts: Sequence[Part],
+) -> None:
+    """Write one module."""
     for side, matrix in zip("AB", factors):
         tensors = _packed(matrix, side, module, where)
         for part in parts:
             if part.side == side:
-                values = tensors[part.name].cpu().contiguous()
-                _write_all(memory, values.view(torch.uint8).numpy().data.cast("B"), part.start)
-        # In this order it is read from the cache; nobody has seen yet what was written.
-        if not is_finite(matrix):
-            raise AdapterError(
-                f"{where}: lora_{side} of module {module.name!r} holds NaN or infinite values; the "
-                "training diverged, and what was published before it goes on serving"
-            )
+                values = tensors[part.name]
+                whole = memory[part.start : part.end].view(part.dtype)
+                whole.view(values.shape).copy_(values)
+
+
+def _check_written(
+    memory: torch.Tensor,
+    where: str,
+    described: Sequence[OfferedModule],
+    parts: Sequence[Sequence[Part]],
+) -> None:
+    """Refuse NaN and infinity, which packing has refused.
+
+    Neighbours of one format are looked at as a whole, gaps of zeros and all: one by one they took twice
+    the time.
+    """
+    for format, run in itertools.groupby(zip(described, parts), lambda pair: pair[0].format):
+        dtype, found = FLOAT_DTYPES.get(format), list(run)
+        if dtype is None:
+            continue
+        start, end = found[0][1][0].start, found[-1][1][-1].end
+        if is_finite(memory[start:end].view(dtype)):
+            continue
+        for module, part in ((module, part) for module, own in found for part in own):
+            if not is_finite(memory[part.start : part.end].view(dtype)):
+                raise AdapterError(
+                    f"{where}: lora_{part.side} of module {module.name!r} holds NaN or infinite values; "
+                    "the training diverged, and what was published before it goes on serving"
+                )
 
 
 def _packed(
@@ -190,13 +247,6 @@ def _packed(
         return {"values": pack(matrix, module.format).parts["values"]}
     except ValueError as error:
         raise AdapterError(f"{where}: lora_{side} of module {module.name!r}: {error}") from error
-
-
-def _write_all(file: int, data: bytes | memoryview, start: int) -> None:
-    left = memoryview(data)
-    while left:
-        written = os.pwrite(file, left, start)
-        left, start = left[written:], start + written
 
 
 # --- in a worker ----------------------------------------------------------------------------------
@@ -272,7 +322,7 @@ class OfferedCheckpoint(Checkpoint):
         return StoredTask(task_id, self._own_digest, modules, {})
 
     def _tensor(self, part: Part) -> torch.Tensor:
-        flat = self._memory[part.start : part.start + part.nbytes].view(part.dtype)
+        flat = self._memory[part.start : part.end].view(part.dtype)
         return flat.view(part.shape[::-1]).T if part.turned else flat.view(part.shape)
 
 
