@@ -46,6 +46,7 @@ LAYERS, WIDTH, INNER, KEYS, RANK = 32, 256, 896, 64, 256
 # Of Llama-3.1-8B.
 TRUE = {"width": 4096, "inner": 14336, "keys": 1024, "rank": 16}
 PLACES = {"in process": "0", "own process": "1"}
+_PAUSE = 0.3
 KV_BYTES = 64 * 2**20
 
 
@@ -160,6 +161,8 @@ def _shapes(args: argparse.Namespace) -> dict[str, Any]:
     tensors = factors(LAYERS, seed=1, **TRUE)
     copy, samples = _Copy(tensors), _Samples()
     for number in range(args.rounds + 1):
+        # Between two publications of a loop there is a step at least.
+        time.sleep(_PAUSE)
         _changed(tensors, number)
         found: dict[str, tuple[float, float]] = {}
         wall, cpu, modules = _timed(read_state_dict, tensors, _config(16), None, "here")

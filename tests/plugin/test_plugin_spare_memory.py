@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -169,6 +171,18 @@ def test_without_room_there_is_none_ready(
         spare.take(SIZE)
     # Its file, and the one by which it was mapped.
     assert len(os.listdir("/proc/self/fd")) == open_before - 2
+
+
+def test_a_process_ends_well_while_pages_are_found() -> None:
+    program = (
+        "from vllm_vlora.plugin.spare_memory import SpareMemory\n"
+        "spare = SpareMemory()\n"
+        "for _ in range(2):\n"
+        "    memory = spare.take(1 << 28)\n"
+        "    spare.renew(memory)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, ""), found.stderr
 
 
 def test_many_threads_never_get_the_same(spare: SpareMemory) -> None:

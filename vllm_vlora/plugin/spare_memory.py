@@ -88,9 +88,8 @@ class SpareMemory:
         Returns:
             The thread that does: for 84 MB it takes 10 ms, and then 80.
         """
-        thread = threading.Thread(
-            target=self._renew, args=(memory,), name="vlora-spare-memory", daemon=True
-        )
+        # No daemon: a process that ends while one is in torch is aborted.
+        thread = threading.Thread(target=self._renew, args=(memory,), name="vlora-spare-memory")
         thread.start()
         return thread
 
