@@ -548,11 +548,27 @@ def narrow_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Raises:
         ValueError: a code that such rows do not have.
     """
-    index = narrow_places(codes, bits)
-    planes = [_join_bits(index >> (bits - 2), 2)]
+    words = codes.reshape(codes.numel() // 2, 2).view(torch.int16)[:, 0].int() & 0xFFFF
+    keys = torch.index_select(_narrow_keys(bits).to(codes.device), 0, words).view(-1, 16)
+    if bool((keys < 0).any()):
+        raise ValueError(_OTHER_CODES.format(bits))
+    planes = [(keys >> 4 * (bits - 2)).to(torch.uint8)]
     if bits == 3:
-        planes.append(_join_bits(index & 1, 1))
+        lowest = (keys & 15).to(torch.uint8)
+        planes.append((lowest[:, ::2] << 4) | lowest[:, 1::2])
     return torch.cat(planes, dim=1).view(*codes.shape[:-1], codes.shape[-1] * bits // 4)
+
+
+_OTHER_CODES = "the codes are not those of rows with {} bits: pack with pack_narrow"
+
+
+@cache
+def _narrow_keys(bits: int) -> torch.Tensor:
+    """The inverse of ``_wide_words``: the key of every word, -1 for those that such rows do not have."""
+    words = _wide_words(bits).int() & 0xFFFF
+    keys = torch.full((1 << 16,), -1, dtype=torch.int16, device="cpu")
+    keys[words] = torch.arange(len(words), dtype=torch.int16, device="cpu")
+    return keys
 
 
 def narrow_places(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -577,7 +593,7 @@ def narrow_places(codes: torch.Tensor, bits: int) -> torch.Tensor:
     places[kept] = torch.arange(len(kept), dtype=torch.uint8, device=codes.device)
     index = places[pairs.int()]
     if bool((index == 255).any()):
-        raise ValueError(f"the codes are not those of rows with {bits} bits: pack with pack_narrow")
+        raise ValueError(_OTHER_CODES.format(bits))
     return index
 
 
@@ -935,17 +951,8 @@ def _narrow_thresholds(bits: int) -> tuple[float, ...]:
     return tuple(((book[1:] + book[:-1]) / 2).tolist())
 
 
-def _join_bits(fields: torch.Tensor, bits: int) -> torch.Tensor:
-    """Fields of 1 or 2 bits ``[n, 64]`` as bytes ``[n, 8 * bits]``, the earlier the higher."""
-    fields = fields.view(len(fields), 8 * bits, 8 // bits)
-    joined = torch.zeros_like(fields[..., 0])
-    for place in range(8 // bits):
-        joined |= fields[..., place] << (8 - bits * (place + 1))
-    return joined
-
-
 def _split_bits(joined: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of ``_join_bits``."""
+    """Fields of 1 or 2 bits ``[n, 64]`` of bytes ``[n, 8 * bits]``, the earlier the higher."""
     mask = (1 << bits) - 1
     fields = [(joined >> (8 - bits * (place + 1))) & mask for place in range(8 // bits)]
     return torch.stack(fields, dim=2).flatten(1)

@@ -15,7 +15,6 @@ from vllm_vlora.planning.allocation import (
     Point,
     allocate,
     build_path,
-    chains_and_hulls,
     cheapest_within,
     fit_to_budget,
     lower_hull,
@@ -142,12 +141,6 @@ def test_hull_lies_below_every_point(points: list[Point]) -> None:
             if n0 <= nbytes <= n1:
                 line = l0 + (l1 - l0) * (nbytes - n0) / (n1 - n0)
                 assert loss >= line - 1e-9 * (1 + l0)
-
-
-@given(chains=st.lists(chain, min_size=1, max_size=8))
-def test_hulls_of_chains_of_several_lengths_are_those_of_each(chains: list[list[Point]]) -> None:
-    found = list(chains_and_hulls(len(chains), chains.__getitem__))
-    assert found == [(points, lower_hull(points)) for points in chains]
 
 
 def test_of_options_of_one_size_the_one_that_loses_less_is_on_the_hull() -> None:

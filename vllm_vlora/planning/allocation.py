@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -22,62 +22,36 @@ _PRICE_ROUNDS = 40
 # about one step are at stake there, however many chains there are.
 _FILLED_CHAINS = 256
 _TRIMMED_CHAINS = 16
-# Chains whose options are held at once.
-_CHAINS_AT_ONCE = 1024
 Point = tuple[int, float]
 """(bytes, loss) of an option."""
 
 
 def lower_hull(points: Sequence[Point]) -> list[int]:
-    """Indices of the lower convex hull, from the fewest bytes to the least loss, both strict."""
-    return _lower_hulls([points])[0]
+    """Indices of the lower convex hull, from the fewest bytes to the least loss, both strict.
 
-
-def chains_and_hulls(
-    count: int, points: Callable[[int], Sequence[Point]]
-) -> Iterator[tuple[Sequence[Point], list[int]]]:
-    """The options of each of ``count`` chains, and their ``lower_hull``."""
-    for first in range(0, count, _CHAINS_AT_ONCE):
-        chains = [points(number) for number in range(first, min(first + _CHAINS_AT_ONCE, count))]
-        yield from zip(chains, _lower_hulls(chains))
-
-
-def _lower_hulls(chains: Sequence[Sequence[Point]]) -> list[list[int]]:
-    """A corner of each at a time: the steepest way down, and the farthest along it (Jarvis' march)."""
-    lengths = np.array([len(points) for points in chains])
-    there = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    flat = np.array(list(itertools.chain.from_iterable(chains)), dtype=float).reshape(-1, 2)
-    sizes, losses = (np.full(there.shape, np.inf) for _ in range(2))
-    sizes[there], losses[there] = flat.T
-    rows = np.arange(len(chains))
-    fewest = sizes == sizes.min(axis=1, keepdims=True)
-    corner = np.where(fewest, losses, np.inf).argmin(axis=1)
-    hulls = [[place] for place in corner.tolist()]
-    while len(rows):
-        size, loss = (found[rows, corner][:, None] for found in (sizes, losses))
-        span = sizes[rows] - size
-        # Of losses that differ by less than the rounding of a rate the larger may have been taken.
-        better = (losses[rows] < loss) & (span > 0)
-        rates = np.subtract(loss, losses[rows], out=np.zeros(span.shape), where=better)
-        np.divide(rates, span, out=rates, where=better)
-        steepest = rates.max(axis=1)
-        down = steepest > 0
-        rows, rates, span, steepest = rows[down], rates[down], span[down], steepest[down]
-        along = np.where(rates == steepest[:, None], span, -1.0)
-        farthest = along == along.max(axis=1, keepdims=True)
-        corner = np.where(farthest, losses[rows], np.inf).argmin(axis=1)
-        for row, place in zip(rows.tolist(), corner.tolist()):
-            hulls[row].append(place)
-    return hulls
+    Andrew's monotone chain: a corner stays where it lies below the line between its neighbours.
+    """
+    hull: list[int] = []
+    for place in _smaller_loss(points):
+        nbytes, loss = points[place]
+        while len(hull) > 1:
+            (n0, l0), (n1, l1) = points[hull[-2]], points[hull[-1]]
+            if (l0 - l1) * (nbytes - n0) > (l0 - loss) * (n1 - n0):
+                break
+            hull.pop()
+        hull.append(place)
+    return hull
 
 
 def _smaller_loss(points: Sequence[Point]) -> list[int]:
     """Indices by rising bytes, of the options that lose less than all before them."""
-    sizes, losses = np.array(points, dtype=float).reshape(-1, 2).T
-    order = np.lexsort((losses, sizes))
-    least = np.minimum.accumulate(losses[order])
-    smaller = np.append(True, least[1:] < least[:-1])[: len(order)]
-    return order[smaller].tolist()
+    found, least = list[int](), math.inf
+    for place in sorted(range(len(points)), key=points.__getitem__):
+        loss = points[place][1]
+        if not found or loss < least:
+            found.append(place)
+            least = loss
+    return found
 
 
 def pareto_front(points: Sequence[Point], most: int) -> list[int]:
@@ -140,7 +114,9 @@ def build_path(count: int, points: Callable[[int], Sequence[Point]]) -> StepPath
     """Hull of each of ``count`` chains, and their steps merged."""
     start, start_nbytes = list[int](), 0
     steps: list[tuple[float, Step]] = []
-    for number, (options, hull) in enumerate(chains_and_hulls(count, points)):
+    for number in range(count):
+        options = points(number)
+        hull = lower_hull(options)
         start.append(hull[0])
         start_nbytes += options[hull[0]][0]
         least = math.inf

@@ -17,7 +17,7 @@ import torch
 
 from vllm_vlora.adapters.collection import Module
 from vllm_vlora.checkpoint.losses import SHARED_LOSS
-from vllm_vlora.planning.allocation import Point, bisect_price, chains_and_hulls
+from vllm_vlora.planning.allocation import Point, bisect_price, lower_hull
 from vllm_vlora.planning.joint_curves import JointCurve, core_nbytes, rows_nbytes
 from vllm_vlora.planning.number_formats import Formats
 from vllm_vlora.planning.survey import Group, Survey
@@ -89,7 +89,8 @@ class _PricedModule:
             )
             return [point for curve in curves for point in curve.points(weight)]
 
-        for points, hull in chains_and_hulls(len(tasks), options):
+        for points in map(options, range(len(tasks))):
+            hull = lower_hull(points)
             starts.append(len(sizes))
             sizes += [points[i][0] for i in hull]
             losses += [points[i][1] for i in hull]
