@@ -91,6 +91,13 @@ def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> 
     assert read_settings() == Settings("direct", 3)
 
 
+@pytest.mark.parametrize("name", ["MODE", "TASK_QUEUE", "ROUTE", "ROUTE_THRESHOLD", "WEIGHTS"])
+def test_a_line_that_refuses_a_value_does_not_repeat_all_of_a_long_one(name: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        read_settings({"VLLM_VLORA_FAIR": "on", f"VLLM_VLORA_{name}": "x" * 5000})
+    assert len(str(caught.value)) < 250
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

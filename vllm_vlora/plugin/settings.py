@@ -211,10 +211,15 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     )
 
 
+def _shown(value: str) -> str:
+    """What a variable has, for the line that refuses it: not all of a pasted file."""
+    return f"{value!r:.80}"
+
+
 def _choice(environment: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
     value = environment.get(name) or choices[0]
     if value not in choices:
-        raise SettingError(f"{name}={value!r}: use one of {', '.join(choices)}")
+        raise SettingError(f"{name}={_shown(value)}: use one of {', '.join(choices)}")
     return value
 
 
@@ -224,7 +229,7 @@ def _whole(
     text = environment.get(name) or str(default)
     if not re.fullmatch(r"[0-9]{1,20}", text, re.ASCII) or not least <= int(text) <= most:
         raise SettingError(
-            f"{name}={text!r:.80}: use a whole number from {least} on, {most} at most"
+            f"{name}={_shown(text)}: use a whole number from {least} on, {most} at most"
         )
     return int(text)
 
@@ -234,7 +239,7 @@ def _route(environment: Mapping[str, str]) -> int:
     named = {"top1": 1, "off": 0, **{f"blend:{n}": n for n in range(2, MAX_TERMS + 1)}}
     if value not in named:
         raise SettingError(
-            f"{ROUTE_VARIABLE}={value!r}: use top1, off or blend:K with K from 2 to {MAX_TERMS}"
+            f"{ROUTE_VARIABLE}={_shown(value)}: use top1, off or blend:K with K from 2 to {MAX_TERMS}"
         )
     return named[value]
 
@@ -242,7 +247,7 @@ def _route(environment: Mapping[str, str]) -> int:
 def _share(environment: Mapping[str, str], name: str, default: float) -> float:
     text = environment.get(name) or str(default)
     if not re.fullmatch(r"[0-9]*\.?[0-9]+", text, re.ASCII) or not 0 <= float(text) <= 1:
-        raise SettingError(f"{name}={text!r}: use a number from 0 to 1, such as {default}")
+        raise SettingError(f"{name}={_shown(text)}: use a number from 0 to 1, such as {default}")
     return float(text)
 
 
@@ -270,14 +275,14 @@ def _weights(environment: Mapping[str, str]) -> dict[str, float]:
         weights = decode(text.encode(errors="surrogateescape"), dict[str, float])
     except JSONError as error:
         raise SettingError(
-            f"{WEIGHTS_VARIABLE}={text!r}: use a JSON object of names and numbers, such as "
+            f"{WEIGHTS_VARIABLE}={_shown(text)}: use a JSON object of names and numbers, such as "
             f'{{"sql": 2}} ({error})'
         ) from error
     least, most = _WEIGHTS
     for name, weight in weights.items():
         if not least <= weight <= most:
             raise SettingError(
-                f"{WEIGHTS_VARIABLE}: {name!r} has {weight:g}; use a number above 0, from {least:g} "
-                f"to {most:g}"
+                f"{WEIGHTS_VARIABLE}: {_shown(name)} has {weight:g}; use a number above 0, "
+                f"from {least:g} to {most:g}"
             )
     return weights
