@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 from plugin_world import STORED, TASKS, Store, build, make_path
+from routers import network
 
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.editing.aliasing import remove_alias, set_alias
+from vllm_vlora.editing.routing import attach_router, remove_router
 from vllm_vlora.errors import CheckpointError, ModelMismatchError, ModelStateError, VLoRAError
 from vllm_vlora.plugin.direct_slots import DirectSlots
+from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.identity import task_path
 from vllm_vlora.plugin.settings import Settings
 
@@ -525,3 +530,30 @@ def test_heads_go_through_every_check_that_vllm_has(
     assert shown == [(name, ["score"], ["classifier"]) for name in HEAD_CHECKS[release]]
     with pytest.raises(ModelMismatchError, match="ck: task 't': is refused"):
         make("refused")
+
+
+def test_the_line_of_a_new_state_names_what_changed_beside_the_tasks(
+    managing: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = build(tmp_path / "ck").path
+    states = [State(Checkpoint.open(folder))]
+    changes = (
+        lambda: set_alias(folder, "prod", "one"),
+        lambda: attach_router(folder, ["one", "private"], network(2)),
+        lambda: (set_alias(folder, "prod", "private"), set_alias(folder, "next", "one")),
+        lambda: (remove_alias(folder, "prod"), remove_router(folder)),
+    )
+    caplog.set_level(logging.INFO, logger=managing.logger.name)
+    for change in changes:
+        change()
+        states.append(State(Checkpoint.open(folder)))
+        managing._log_change(*states[-2:])
+    managing._log_change(states[-1], states[-1])
+    ends = [line.partition("; 0 gone")[2] for line in caplog.messages]
+    assert ends == [
+        "; 1 of the aliases changed (prod)",
+        "; the router was trained",
+        "; 2 of the aliases changed (next, prod)",
+        "; 1 of the aliases changed (prod); the router was taken away",
+        "",
+    ]

@@ -619,7 +619,7 @@ def _log_change(before: State, now: State) -> None:
     changed = sorted(task for task in new.keys() & old.keys() if new[task] != old[task])
     logger.info(
         "vllm-vlora: %s was published again and is served now: %s, %d of them new%s, %d changed%s; "
-        "%d gone%s",
+        "%d gone%s%s",
         shown(str(now.checkpoint.path)),
         count_of(len(new), "task"),
         len(came),
@@ -628,6 +628,7 @@ def _log_change(before: State, now: State) -> None:
         _named(changed),
         len(gone),
         _named(gone),
+        _changed_beside(before, now),
         extra=facts(
             "publication",
             digest=now.digest,
@@ -637,6 +638,16 @@ def _log_change(before: State, now: State) -> None:
             gone=len(gone),
         ),
     )
+
+
+def _changed_beside(before: State, now: State) -> str:
+    """What was published beside the tasks, which is all of it where somebody only moves an alias."""
+    old, new = before.aliases, now.aliases
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    said = f"; {len(names)} of the aliases changed{_named(names)}" if names else ""
+    if before.router == now.router:
+        return said
+    return f"{said}; the router was {'trained' if now.router else 'taken away'}"
 
 
 def _named(tasks: list[str]) -> str:
