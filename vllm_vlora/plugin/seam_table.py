@@ -821,6 +821,12 @@ def _refusals() -> Iterator[Seam]:
         yield Seam(
             processor, f"RequestOutputCollector.{name}", "a refusal, to its caller", takes
         )  # fmt: skip
+    why = "requests are told that their server ends"
+    yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.shutdown", why)
+    for name in ("output_handler", "output_processor"):
+        yield Seam("vllm.v1.engine.async_llm", f"AsyncLLM.{name}", why)
+    yield Seam(processor, "OutputProcessor.propagate_error", why, ("self", "e"))
+    yield Seam("vllm.v1.engine.exceptions", "EngineDeadError", why)
     yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's")
     yield Seam(
         "vllm.exceptions",

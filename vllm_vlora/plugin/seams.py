@@ -34,6 +34,7 @@ from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.combinations import keep_newest
 from vllm_vlora.plugin.core_metrics import metrics_snapshot
 from vllm_vlora.plugin.counters import METRICS_METHOD
+from vllm_vlora.plugin.endings import end_requests
 from vllm_vlora.plugin.engine_core import (
     ALIASES_METHOD,
     FOLLOW_METHOD,
@@ -420,6 +421,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         "OutputProcessor.process_outputs": raise_refusals,
         "AsyncLLM.generate": renew_requests,
         "AsyncLLM.encode": renew_requests,
+        "AsyncLLM.shutdown": end_requests,
         "OutputProcessor.do_tracing": say_task,
         "PrometheusStatLogger.__init__": keep_newest,
         "instrument_manual": add_task,
