@@ -826,7 +826,6 @@ def _refusals() -> Iterator[Seam]:
     for name in ("output_handler", "output_processor"):
         yield Seam("vllm.v1.engine.async_llm", f"AsyncLLM.{name}", why)
     yield Seam(processor, "OutputProcessor.propagate_error", why, ("self", "e"))
-    yield Seam("vllm.v1.engine.exceptions", "EngineDeadError", why)
     yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's")
     yield Seam(
         "vllm.exceptions",
@@ -898,7 +897,6 @@ def _limits() -> Iterator[Seam]:
         serving, "BaseServing._maybe_get_adapters", why, accepts=("request",), limits=True
     )  # fmt: skip
     yield Seam(serving, "BaseServing.models", why, limits=True)
-    yield Seam("vllm.v1.engine.async_llm", "AsyncLLM.output_processor", why, limits=True)
     output_processor = "vllm.v1.engine.output_processor"
     yield Seam(output_processor, "RequestState.lora_name", why, limits=True)
     for owner, name in {
