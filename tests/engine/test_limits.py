@@ -510,8 +510,12 @@ def test_a_stream_gets_its_status_where_one_server_knows(world: World, tmp_path:
     try:
         assert server.wait(), server.log.read_text()[-4000:]
         found = asyncio.run(_while_three_are_there(server))
+        # With nothing to do, one begins at once, and two wait.
+        prompts = [{"model": BURST, "prompt": [PROMPTS[0]] * n} for n in (3, 4)]
+        many = [_together(server, [asked])[0][0] for asked in prompts]
     finally:
         server.stop()
+    assert [status for status, *_ in many] == [200, 429]
     assert [status for status, _ in found] == [200, 200, 200, 429, 200]
     assert json.loads(found[3][1])["error"]["code"] == 429
     assert '"error"' not in found[4][1]

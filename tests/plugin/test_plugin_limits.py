@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_vlora.errors import TaskBusyError
+from vllm_vlora.plugin.fair_queue import Tenants
 from vllm_vlora.plugin.seam_table import Place, find_seams
 from vllm_vlora.plugin.settings import Settings
 
@@ -78,7 +79,7 @@ def test_what_others_put_there_is_wrapped_and_not_lost(limits: Any) -> None:
         if patch[0] is Core
     ]
     assert (owner, name) == (Core, "add_request")
-    tenants = SimpleNamespace(waiting={"sql": 0})
+    tenants = tenants_of(0, {})
     core = SimpleNamespace(scheduler=SimpleNamespace(_vlora_tenants=tenants, requests={}))
     add(core, request("a"), 2)
     assert [r.request_id for r in asked] == ["a"]
@@ -101,6 +102,17 @@ def waiting(name: str, task: str | None, tokens: int = 10, status: str = "WAITIN
     one.priority, one.arrival_time, one.status = 0, 0.0, RequestStatus[status]
     one.num_tokens, one.num_computed_tokens = tokens, 0
     return one
+
+
+def tenants_of(limit: int, waiting: dict[Any, int]) -> Tenants[Any]:
+    """Whose so many requests wait."""
+    found: Tenants[Any] = Tenants(
+        fair=False, limit=limit, by_priority=False, tenant_of=lambda r: None, price=lambda r: 0.0
+    )
+    for tenant, count in waiting.items():
+        for _ in range(count):
+            found.come(tenant)
+    return found
 
 
 class Scheduler:
@@ -206,13 +218,60 @@ def test_only_as_many_run_as_may(make_scheduler: Any) -> None:
     assert scheduler.schedule().scheduled_new_reqs[0].req_id == "b"
 
 
+@pytest.mark.parametrize(
+    ("limit", "running", "others", "entered"),
+    [
+        (0, [], 0, 8 + 2),  # All places of the engine, and so many wait.
+        (3, [], 0, 3 + 2),
+        (3, ["sql", "sql", "french"], 0, 1 + 2),
+        (3, ["sql"] * 4, 0, 2),
+        (0, ["french"] * 6, 0, 2 + 2),
+        (0, ["french"] * 6, 1, 1 + 2),
+        (0, ["french"] * 8, 3, 2),
+    ],
+)
+def test_what_the_next_step_has_room_for_does_not_wait(
+    limits: Any, limit: int, running: list[str], others: int, entered: int
+) -> None:
+    """So that an engine with nothing to do takes `n` answers, whatever the bound is."""
+    tenants = tenants_of(limit, {"other": others})
+    scheduler = SimpleNamespace(
+        _vlora_tenants=tenants,
+        requests={},
+        running=[request("x", task) for task in running],
+        max_num_running_reqs=8,
+    )
+    core = SimpleNamespace(
+        output_queue=queue.Queue(),
+        scheduler=scheduler,
+        vllm_config=SimpleNamespace(),
+    )
+    taken: list[str] = []
+
+    def take(self: Any, one: Any, wave: int) -> None:
+        taken.append(one.request_id)
+        tenants.come("sql")
+
+    add = limits._refuse_above(take, 2)
+    for number in range(20):
+        add(core, request(str(number)))
+    assert taken == [str(number) for number in range(entered)]
+    # In a later step what is left of them waits, whatever room there seems to be.
+    tenants.begin_step([])
+    add(core, request("late"))
+    assert len(taken) == entered
+
+
 def test_too_many_that_wait_are_refused_and_pieces_of_sessions_and_the_base_model_are_not(
     limits: Any,
 ) -> None:
     entered: list[str] = []
     add = limits._refuse_above(lambda self, request, wave: entered.append(request.request_id), 2)
-    tenants = SimpleNamespace(waiting={"sql": 2, "free": 1, None: 900})
-    scheduler = SimpleNamespace(_vlora_tenants=tenants, requests={"session": object()})
+    tenants = tenants_of(2, {"sql": 2, "free": 1, None: 900})
+    tenants.begin_step([])
+    scheduler = SimpleNamespace(
+        _vlora_tenants=tenants, requests={"session": object()}, running=[], max_num_running_reqs=8
+    )
     core = SimpleNamespace(
         output_queue=queue.Queue(), scheduler=scheduler, vllm_config=SimpleNamespace()
     )

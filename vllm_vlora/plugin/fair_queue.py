@@ -24,7 +24,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 Tenant = str | None
@@ -73,6 +73,8 @@ class Tenants(Generic[RequestT]):
         self.fair, self.limit, self.by_priority = fair, limit, by_priority
         self.tenant_of, self._price, self._weight = tenant_of, price, weight
         self.waiting: Counter[Tenant] = Counter()
+        # Of these, since the last step began.
+        self._came: Counter[Tenant] = Counter()
         self._served: dict[Tenant, float] = {}
         self._running: Counter[Tenant] = Counter()
         # What was taken in this step, with its price: it may come back before the step ends.
@@ -94,10 +96,25 @@ class Tenants(Generic[RequestT]):
     def begin_step(self, running: Iterable[Tenant]) -> None:
         """Before requests are taken: whose run now, each once for every request."""
         self._taken.clear()
+        self._came.clear()
         if self.limit:
             self._running = Counter(running)
             for queue in self._queues:
                 queue.look_again()
+
+    def kept_waiting(self, tenant: Tenant, running: Sequence[Tenant], places: int) -> int:
+        """How many of a tenant's requests wait, but for those for which the next step has room.
+
+        What came since the last step had no step to begin with yet.
+
+        Args:
+            running: whose requests run, each once for every request. places: requests that may run.
+        """
+        waiting = self.waiting[tenant]
+        room = places - len(running) - (self.waiting.total() - waiting)
+        if self.limit:
+            room = min(room, self.limit - running.count(tenant))
+        return waiting - max(min(room, self._came[tenant]), 0)
 
     def may_run(self, tenant: Tenant) -> bool:
         """Whether one more of a tenant's requests may run; the base model is not limited."""
@@ -132,6 +149,7 @@ class Tenants(Generic[RequestT]):
         if self.fair and not self.waiting[tenant]:
             self._lift(tenant)
         self.waiting[tenant] += 1
+        self._came[tenant] += 1
 
     def leave(self, tenant: Tenant, requests: int = 1) -> None:
         """Requests wait no longer."""

@@ -135,7 +135,7 @@ def _refuse_above(original: Callable[..., Any], bound: int) -> Callable[..., Any
         # A request of a known id is a piece of a session.
         if (
             tenant is not None
-            and getattr(self.scheduler, _TENANTS).waiting[tenant] >= bound
+            and _must_wait(self.scheduler, tenant, bound)
             and request.request_id not in self.scheduler.requests
             and not getattr(self.vllm_config, _ONE_CALLER, False)
         ):
@@ -144,6 +144,16 @@ def _refuse_above(original: Callable[..., Any], bound: int) -> Callable[..., Any
         return original(self, request, request_wave)
 
     return add_request
+
+
+def _must_wait(scheduler: Any, tenant: str, bound: int) -> bool:
+    """Whether a tenant's requests wait, so many that one more is to be refused."""
+    tenants: Tenants[Any] = getattr(scheduler, _TENANTS)
+    # What runs is looked through where it may matter.
+    if tenants.waiting[tenant] < bound:
+        return False
+    running = [tenant_of(request) for request in scheduler.running]
+    return tenants.kept_waiting(tenant, running, scheduler.max_num_running_reqs) >= bound
 
 
 def _say_that_it_has_one_caller(original: Callable[..., Any]) -> Callable[..., Any]:

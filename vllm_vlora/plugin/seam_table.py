@@ -840,7 +840,7 @@ def _limits() -> Iterator[Seam]:
     """What limits tasks and shares the engine among them; see ``limits``."""
     why = "its queue of waiting requests becomes one that knows tenants"
     yield Seam(_SCHEDULER, "Scheduler.__init__", why, limits=True)
-    for name in ("waiting", "policy", "running"):
+    for name in ("waiting", "policy", "running", "max_num_running_reqs"):
         yield Seam(_SCHEDULER, f"Scheduler.{name}", why, limits=True)
     yield Seam(_SCHEDULER, "Scheduler.skipped_waiting", f"{why}; up to 0.30 or 0.31", optional=True)
     yield Seam(
