@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import queue
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from scrapes import Scrape, busy_counters, scrape_of
 
 from vllm_vlora.plugin import metrics
-from vllm_vlora.plugin.counters import DEVICE, HOST, METRICS_METHOD, ServingCounters
+from vllm_vlora.plugin.counters import DEVICE, ENDING, HOST, METRICS_METHOD, ServingCounters
 from vllm_vlora.plugin.metrics import FAMILIES, TaskMetrics
 
 
@@ -197,6 +198,32 @@ def test_one_that_fails_and_one_that_is_silent_do_not_hold_up_the_others(
     assert len(warnings) == 1
     assert "engine core 0" in warnings[0]
     assert "dead" in warnings[0]
+
+
+def test_one_that_ends_is_asked_no_more(ours: TaskMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would log a warning a second until the last request is answered."""
+    monkeypatch.setattr(metrics, "INTERVAL", 0.0)
+    warnings: list[str] = []
+    monkeypatch.setattr(metrics.logger, "warning", lambda *a: warnings.append(str(a)))
+    client = Client(busy_counters(), RuntimeError(ENDING))
+    engine_client = _engine_client(client)
+
+    async def run() -> None:
+        await asyncio.wait_for(metrics._keep_refreshing(engine_client), 10)
+
+    asyncio.run(run())
+    assert (client.asked, warnings) == ([0, 1], [])
+    assert len(scrape_of(ours).samples("vllm:num_gpu_loaded_lora_adapters")) == 1
+
+
+def test_what_vllm_answers_while_it_drains() -> None:
+    from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+
+    core: Any = object.__new__(EngineCoreProc)
+    core.shutdown_state, core.output_queue = EngineShutdownState.REQUESTED, queue.Queue()
+    assert core._reject_utility_in_shutdown(0, 1, METRICS_METHOD)
+    _, outputs = core.output_queue.get_nowait()
+    assert ENDING in outputs.utility_output.failure_message
 
 
 def test_an_engine_core_that_left_is_gone_from_the_metrics(ours: TaskMetrics) -> None:

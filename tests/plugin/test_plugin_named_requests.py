@@ -32,8 +32,9 @@ from vllm_vlora.errors import (
     VLoRAError,
 )
 from vllm_vlora.merging.blending import blend_tasks
-from vllm_vlora.plugin import named_requests
+from vllm_vlora.plugin import listing, named_requests
 from vllm_vlora.plugin.blend_paths import blend_of
+from vllm_vlora.plugin.counters import ENDING
 from vllm_vlora.plugin.engine_core import ALIASES_METHOD, FOLLOW_METHOD, TASKS_METHOD
 from vllm_vlora.plugin.following import State, folder_identity
 from vllm_vlora.plugin.identity import parse_task_path, task_paths
@@ -433,6 +434,23 @@ class Server:
     def follow(self, checkpoint: Path) -> None:
         self.core.show(checkpoint)
         asyncio.run(self._listing._update())
+
+
+def test_a_server_that_ends_asks_no_more(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "PERIOD", 0.0)
+    warnings: list[str] = []
+    monkeypatch.setattr(listing.logger, "warning", lambda *a: warnings.append(str(a)))
+    server = Server(checkpoint)
+    told = iter([RuntimeError("not now"), RuntimeError(f"call: {ENDING}")])
+
+    async def fail(*question: Any, engine: int) -> None:
+        if engine == 0:
+            raise next(told)
+
+    monkeypatch.setattr(server.core, "_call_utility_async", fail)
+    asyncio.run(asyncio.wait_for(server._listing._follow(), 10))
+    assert len(warnings) == 1
+    assert "not now" in warnings[0]
 
 
 def test_names_follow_what_is_published(checkpoint: Path) -> None:

@@ -26,6 +26,8 @@ from vllm_vlora.plugin.settings import read_settings
 
 METRICS_METHOD = "vlora_metrics"
 """The name under which an engine core answers ``ServingCounters.snapshot``."""
+ENDING = "Server shutting down"
+"""What vLLM answers to every question once it drains, and logs a warning for each."""
 
 DEVICE, HOST, DISK, REMOTE = "device", "host", "disk", "remote"
 """Where tasks are: on the device, in host memory, on disk alone, or on no disk of this machine yet."""

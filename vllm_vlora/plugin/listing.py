@@ -18,6 +18,7 @@ from vllm_vlora.blending.text_router import AUTO, RoutePolicy
 from vllm_vlora.checkpoint.aliases import Route, decode_aliases
 from vllm_vlora.checkpoint.router_files import decode_router
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.plugin.counters import ENDING
 from vllm_vlora.plugin.engine_core import (
     ALIASES_METHOD,
     CHANGED,
@@ -91,6 +92,8 @@ class Listing:
             except EngineDeadError:
                 return
             except Exception as error:  # noqa: BLE001 - what is listed stays, and the next look comes
+                if ENDING in str(error):
+                    return
                 logger.warning("vllm-vlora: the list of tasks is as it was: %s", error)
 
     async def _update(self) -> None:

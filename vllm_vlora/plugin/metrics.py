@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_vlora.plugin.counters import (
     DEVICE,
     DISK,
+    ENDING,
     HOST,
     LOAD_SECONDS,
     METRICS_METHOD,
@@ -40,6 +41,8 @@ INTERVAL = 1.0
 """Seconds between two questions to the engine cores."""
 # Of a state's digest: enough to tell states apart.
 _DIGITS = 12
+# Where an engine's client has that it is to end.
+_ENDS = "_vlora_ends"
 # Until one that is not answered is no longer waited for.
 _PATIENCE = 2.0
 # What vLLM's proposal calls the tiers, and the ways between them.
@@ -400,6 +403,8 @@ def _take_answer(engine_client: Any, rank: int, question: asyncio.Future[dict[st
     if error is None and not question.cancelled():
         METRICS.update(rank, question.result())
         silent.discard(rank)
+    elif ENDING in str(error):
+        engine_client.__dict__[_ENDS] = True
     elif rank not in silent:
         silent.add(rank)
         logger.warning(
@@ -429,7 +434,7 @@ def refresh_after(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def _keep_refreshing(engine_client: Any) -> None:
-    while True:
+    while not engine_client.__dict__.get(_ENDS, False):
         await asyncio.sleep(INTERVAL)
         await refresh(engine_client)
 
