@@ -176,6 +176,24 @@ def test_installing_twice_writes_once(lines) -> None:
     assert len(lines()) == 1
 
 
+@pytest.mark.parametrize("log", [TEXT, JSON])
+def test_a_warning_of_the_library_is_seen_whatever_the_root_is_set_to(log: str) -> None:
+    program = (
+        "import logging\n"
+        "from vllm_vlora.plugin import events\n"
+        "logging.getLogger().setLevel(logging.ERROR)\n"
+        f"events.install({log!r})\n"
+        "logging.getLogger('vllm_vlora.downloads').warning('seen')\n"
+        "logging.getLogger('vllm_vlora.downloads').info('not seen')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    (line,) = done.stderr.splitlines()
+    assert "seen" in line
+    assert "not" not in line
+
+
 def test_every_event_is_documented() -> None:
     page = Path(__file__, "../../../docs/monitoring.md").resolve().read_text()
     for event in EVENTS:

@@ -59,6 +59,9 @@ def install(log: str) -> None:
         library.propagate = True
         for name in _OURS:
             logging.getLogger(name).removeFilter(before.take)
+    # In the processes of vLLM 0.28 and 0.30 the root's level is ERROR, and so is that of libraries.
+    if library.getEffectiveLevel() > logging.WARNING and not library.level:
+        library.setLevel(logging.WARNING)
     if log == TEXT:
         return
     lines = _Lines()
