@@ -107,3 +107,29 @@ def test_what_has_no_values_here_is_refused() -> None:
     factors = {"q": (torch.ones(2, 8, device="meta"), torch.ones(8, 2))}
     with pytest.raises(AdapterError, match=r"'q' is a part of a sharded tensor.*gather it"):
         read_state_dict(factors, None, 1.0, "here")
+
+
+def test_an_adapter_that_comes_again_is_read_by_its_config_of_now() -> None:
+    """Of names and shapes that were read before only the values are new."""
+    tensors = {"q_proj.lora_A.weight": torch.ones(4, 8), "q_proj.lora_B.weight": torch.ones(8, 4)}
+    config: dict[str, Any] = {"r": 4, "lora_alpha": 8, "alpha_pattern": {}}
+    ((module, factors),) = read_state_dict(tensors, config, None, "here")
+    assert module.scale == 2.0
+    tensors = {key: 3 * tensor for key, tensor in tensors.items()}
+    ((again, factors),) = read_state_dict(tensors, dict(config), None, "here")
+    assert again == module
+    assert bool((factors[0] == 3).all())
+    assert bool((factors[1] == 3).all())
+    # The caller's own mapping, changed in place.
+    config["alpha_pattern"]["q_proj"] = 16
+    ((module, _),) = read_state_dict(tensors, config, None, "here")
+    assert module.scale == 4.0
+    ((module, _),) = read_state_dict(tensors, None, 2.0, "here")
+    assert module.scale == 0.5
+    tensors["q_proj.lora_A.weight"] = torch.ones(4, 6, dtype=torch.bfloat16)
+    ((module, _),) = read_state_dict(tensors, None, 2.0, "here")
+    assert (module.d_in, module.dtype) == (6, torch.float32)
+    tensors["q_proj.lora_A.weight"] = torch.ones(3, 6)
+    for _ in range(2):
+        with pytest.raises(AdapterError, match="ranks differ"):
+            read_state_dict(tensors, None, 2.0, "here")

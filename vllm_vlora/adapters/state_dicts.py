@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -45,14 +46,43 @@ def read_state_dict(
     Raises:
         AdapterError: they contradict each other, or are not plain LoRA; one line.
     """
+    global _last
     if (config is None) == (alpha is None):
         raise AdapterError(f"{where}: give the adapter's alpha= or its config=, one of the two")
     flat = dict(_flat(tensors, where))
     options = _options(config, where) if alpha is None else _uniform(flat, alpha, where)
+    shapes = {key: (tensor.dtype, tensor.shape) for key, tensor in flat.items()}
+    last = _last
+    if last is None or (last.options, last.shapes) != (options, shapes):
+        _last = last = _Adapter(deepcopy(options), shapes, _modules(shapes, options, where))
+    return [(module, (flat[a], flat[b])) for module, a, b in last.modules]
+
+
+class _Adapter(NamedTuple):
+    """What is known of an adapter without its values.
+
+    Attributes:
+        options: PEFT's. shapes: key -> dtype and shape. modules: with the keys of their A and B.
+    """
+
+    options: Mapping[str, Any]
+    shapes: Mapping[str, tuple[torch.dtype, torch.Size]]
+    modules: list[tuple[LoRAModule, str, str]]
+
+
+# What was read last: a loop gives one adapter with other values again and again, and for an 8B model's
+# to look at its names took a sixth of publishing it.
+_last: _Adapter | None = None
+
+
+def _modules(
+    shapes: Mapping[str, tuple[torch.dtype, torch.Size]], options: Mapping[str, Any], where: str
+) -> list[tuple[LoRAModule, str, str]]:
+    """The modules, sorted by name, with the keys of their A and B."""
     check_config(options, where)
     header = {
-        key: StoredTensor(_DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), _NO_FILE, key)
-        for key, t in flat.items()
+        key: StoredTensor(_DTYPES.get(dtype, str(dtype)), tuple(shape), _NO_FILE, key)
+        for key, (dtype, shape) in shapes.items()
     }
     pairs, whole = sort_tensors(header, options, where)
     for name in whole:
@@ -69,7 +99,8 @@ def read_state_dict(
     return [
         (
             describe_module(name, pairs[name], options, where),
-            (flat[pairs[name].sides["A"].key], flat[pairs[name].sides["B"].key]),
+            pairs[name].sides["A"].key,
+            pairs[name].sides["B"].key,
         )
         for name in sorted(pairs)
     ]
