@@ -182,7 +182,7 @@ def _write_all(
     def write(place: int) -> None:
         _write(memory, where, described[place], modules[place][1], parts[place])
 
-    # Packing has use for more threads, and a copy uses them by itself.
+    # Packing has use for more threads; memory has none.
     if any(module.format not in FLOAT_DTYPES for module in described):
         with ThreadPoolExecutor(min(_PACKERS, os.cpu_count() or 1)) as pool:
             deque(pool.map(write, range(len(modules))), maxlen=0)
@@ -203,9 +203,10 @@ def _write(
         tensors = _packed(matrix, side, module, where)
         for part in parts:
             if part.side == side:
-                values = tensors[part.name]
-                whole = memory[part.start : part.end].view(part.dtype)
-                whole.view(values.shape).copy_(values)
+                values = tensors[part.name].cpu().contiguous().view(-1).view(torch.uint8)
+                # By one thread: where others keep the cores busy, torch's wait for each other at each of
+                # hundreds of copies.
+                memory[part.start : part.end].numpy()[:] = values.numpy()
 
 
 def _check_written(
