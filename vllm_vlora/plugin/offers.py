@@ -183,11 +183,9 @@ def _write_all(
         _write(memory, where, described[place], modules[place][1], parts[place])
 
     # Packing has use for more threads; memory has none.
-    if any(module.format not in FLOAT_DTYPES for module in described):
-        with ThreadPoolExecutor(min(_PACKERS, os.cpu_count() or 1)) as pool:
-            deque(pool.map(write, range(len(modules))), maxlen=0)
-    else:
-        deque(map(write, range(len(modules))), maxlen=0)
+    packs = any(module.format not in FLOAT_DTYPES for module in described)
+    with ThreadPoolExecutor(min(_PACKERS, os.cpu_count() or 1)) as pool:
+        deque((pool.map if packs else map)(write, range(len(modules))), maxlen=0)
     _check_written(memory, where, described, parts)
 
 
