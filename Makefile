@@ -13,7 +13,7 @@ REQUIREMENTS := $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint test-fast test-slow test-engine architectures attack compat compat-triton lowest docs requirements bench collections bench-fidelity bench-fit clean
+.PHONY: help demo test lint test-fast test-slow test-engine test-several soak architectures attack compat compat-triton lowest docs requirements bench collections bench-fidelity bench-fit clean
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -43,6 +43,14 @@ test-slow: $(VENV)/.ready ## The long tests; records the sources that they passe
 test-engine: $(VENV)/.ready ## The tests through a real vLLM engine
 	# Two processes of one thread. A file, and so its engine, stays in one; the longest files come first.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=40 -m engine tests/engine tests/attacks tests/benchmarks
+
+test-several: $(VENV)/.ready ## Several servers at once: data and tensor parallel, polling, Ray Serve; some 15 minutes
+	VLORA_SEVERAL_SERVERS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/engine/test_scaled_out.py tests/engine/test_polling.py \
+	  tests/engine/test_ray_serve.py tests/engine/test_endings.py
+
+# What a server goes through in weeks: Zipf's requests, publications, wrong names, blends and hang-ups, every answer checked.
+soak: $(VENV)/.ready ## 20,000 requests for 300 tasks while they are published anew; some 10 minutes
+	VLORA_SOAK_REQUESTS=20000 VLORA_SOAK_TASKS=300 $(BIN)/pytest -q -s tests/engine/test_soak.py
 
 architectures: $(VENV)/.ready ## An engine of every model class that is tried, beside PEFT or stock vLLM; prints the table
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m architectures tests/engine/test_architectures.py
