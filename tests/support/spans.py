@@ -55,13 +55,23 @@ class SpanCollector:
     def clear(self) -> None:
         self._spans.clear()
 
-    def wait_for(self, name: str, count: int, seconds: float = 20) -> list[Attributes]:
-        """The attributes of the spans of a name, as soon as there are that many."""
+    def wait_for(self, count: int, prompt_tokens: int, seconds: float = 20) -> list[Attributes]:
+        """The attributes of the spans of requests with so many tokens, as soon as there are that many.
+
+        Of requests that others made before, spans may come at any time.
+        """
         deadline = time.monotonic() + seconds
-        while len(found := [held for seen, held in self._spans if seen == name]) < count:
+        while len(found := self._requests(prompt_tokens)) < count:
             assert time.monotonic() < deadline, self._spans
             time.sleep(0.1)
         return found
+
+    def _requests(self, prompt_tokens: int) -> list[Attributes]:
+        return [
+            held
+            for name, held in self._spans
+            if name == "llm_request" and held["gen_ai.usage.prompt_tokens"] == prompt_tokens
+        ]
 
     def stop(self) -> None:
         self._server.shutdown()
