@@ -27,12 +27,17 @@ Point = tuple[int, float]
 
 
 def lower_hull(points: Sequence[Point]) -> list[int]:
-    """Indices of the lower convex hull, from the fewest bytes to the least loss, both strict.
+    """Indices of the lower convex hull, from the fewest bytes to the least loss, both strict."""
+    return _corners(points, _smaller_loss(points))
+
+
+def _corners(points: Sequence[Point], front: Sequence[int]) -> list[int]:
+    """Those of the hull among ``_smaller_loss``.
 
     Andrew's monotone chain: a corner stays where it lies below the line between its neighbours.
     """
     hull: list[int] = []
-    for place in _smaller_loss(points):
+    for place in front:
         nbytes, loss = points[place]
         while len(hull) > 1:
             (n0, l0), (n1, l1) = points[hull[-2]], points[hull[-1]]
@@ -63,11 +68,11 @@ def pareto_front(points: Sequence[Point], most: int) -> list[int]:
     front = _smaller_loss(points)
     if len(front) <= most:
         return front
-    kept = set(lower_hull([points[i] for i in front]))
-    others = [place for place in range(len(front)) if place not in kept]
+    kept = set(_corners(points, front))
+    others = [place for place in front if place not in kept]
     room = max(most - len(kept), 0)
     kept.update(others[number * len(others) // room] for number in range(room))
-    return [front[place] for place in sorted(kept)]
+    return [place for place in front if place in kept]
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,7 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _CORE = "vllm.v1.engine.core"
 _CLIENT = "vllm.v1.engine.core_client"
 _SERVING = "vllm.entrypoints.openai.models.serving"
+_BASE_SERVING = "vllm.entrypoints.serve.engine.serving"
 _PUNICA = "vllm.lora.punica_wrapper.punica_base"
 _MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
 _RUNNER_V1 = "vllm.v1.worker.gpu_model_runner"
@@ -414,7 +415,7 @@ def _called() -> Iterator[Seam]:
     for name in ("lora_name", "lora_int_id", "lora_path"):
         yield Seam(_REQUEST, f"LoRARequest.{name}", "a task's name, number and path")
     yield Seam(
-        "vllm.entrypoints.serve.engine.serving",
+        _BASE_SERVING,
         "BaseServing._get_message_types",
         "the kinds of parts that a chat has",
         ("self", "request"),
@@ -891,12 +892,11 @@ def _limits() -> Iterator[Seam]:
         accepts=("vllm_config",),
         limits=True,
     )
-    serving = "vllm.entrypoints.serve.engine.serving"
     why = "a stream is refused before it is answered"
     yield Seam(
-        serving, "BaseServing._maybe_get_adapters", why, accepts=("request",), limits=True
+        _BASE_SERVING, "BaseServing._maybe_get_adapters", why, accepts=("request",), limits=True
     )  # fmt: skip
-    yield Seam(serving, "BaseServing.models", why, limits=True)
+    yield Seam(_BASE_SERVING, "BaseServing.models", why, limits=True)
     output_processor = "vllm.v1.engine.output_processor"
     yield Seam(output_processor, "RequestState.lora_name", why, limits=True)
     for owner, name in {
@@ -916,7 +916,7 @@ in the worker. The last is there from 0.32 on."""
 
 NAME_SEAMS: tuple[Seam, ...] = (
     Seam(
-        "vllm.entrypoints.serve.engine.serving",
+        _BASE_SERVING,
         "BaseServing._check_model",
         "whose request it is, for canaries, and what is wrong with a blend's name",
         ("self", "request"),
@@ -934,7 +934,7 @@ NAME_SEAMS: tuple[Seam, ...] = (
         ("self", "request", "base_model_name"),
     ),
     Seam(
-        "vllm.entrypoints.serve.engine.serving",
+        _BASE_SERVING,
         "BaseServing._get_active_default_mm_loras",
         "a task that is called `text` or `image` answers no request that did not ask for it",
         ("self", "request"),
