@@ -458,12 +458,21 @@ def trellis_rows(packed: PackedMatrix) -> Iterator[tuple[int, slice | torch.Tens
             yield width, rows
 
 
-def as_stored(matrix: torch.Tensor, format: str) -> torch.Tensor:
+def as_stored(matrix: torch.Tensor, format: str, amax: torch.Tensor | None = None) -> torch.Tensor:
     """The float32 values that ``pack`` would store, in less time than packing and unpacking take.
+
+    Args:
+        amax: for int8, where these are columns of longer rows, the greatest magnitude in each of those,
+            ``[rows, 1]``.
 
     Raises:
         ValueError: as :func:`pack`.
     """
+    if format == "int8":
+        chunks = _chunks(matrix)
+        tops = [None] * len(chunks) if amax is None else amax.split(_chunk_rows(matrix))
+        both = (_int8_codes(chunk, top) for chunk, top in zip(chunks, tops))
+        return torch.cat([codes.mul_(scales) for codes, scales in both])
     if format not in ("nf4", "nf4-dq"):
         return unpack(pack(matrix, format))
     found = []
@@ -717,13 +726,22 @@ def _pack_rows(matrix: torch.Tensor, format: str) -> dict[str, torch.Tensor]:
 
 
 def _pack_int8(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scales = _int8_codes(matrix)
+    return {"codes": codes.to(torch.int8), "scales": scales}
+
+
+def _int8_codes(
+    matrix: torch.Tensor, amax: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The code of every element, float32, and the rows' scales; ``amax`` as of ``as_stored``."""
     values = matrix.float()
-    amax = values.abs().amax(dim=1, keepdim=True)
+    if amax is None:
+        amax = values.abs().amax(dim=1, keepdim=True)
     _check_held(amax, matrix, "int8")
     scales = (amax / _INT8_MAX).clamp_(max=_INT8_SCALE_MAX)
     # A zero scale (a zero row, or an amax that underflows) gives x / 0; such rows have code 0.
     codes = torch.where(scales > 0, values / scales, 0.0).round_()
-    return {"codes": codes.clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8), "scales": scales}
+    return codes.clamp_(-_INT8_MAX, _INT8_MAX), scales
 
 
 def _pack_trellis_rows(matrix: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

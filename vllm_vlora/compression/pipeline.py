@@ -169,6 +169,7 @@ class Compression:
             options.seed,
             options.calibration,
             options.device,
+            sampled=bounded and (budget.limits is None or budget.of_gain),
         )
         self._bases = FittedBases(scratch / "fit")
         self._executor = Executor(options.executor, options.jobs)

@@ -2,7 +2,8 @@
 
 Rows are packed independently, so quantising the balanced SVD factors once at full rank gives the error
 of every truncation, and of every spread of 4, 3 and 2 bits over the singular directions, from small
-Gram matrices. Tasks of one shape are measured together.
+Gram matrices. Tasks of one shape are measured together. Of long rows a sample of blocks stands for all,
+where no error is promised.
 
 Losses are squared norms in the module's ``Metric``: Frobenius, or as the model sees them.
 """
@@ -20,9 +21,10 @@ import torch
 
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
 from vllm_vlora.planning.allocation import Point, pareto_front
-from vllm_vlora.planning.changes import Changes, by_rows, changes_of, grams_of
+from vllm_vlora.planning.changes import Changes, Sides, by_rows, changes_of, grams_of
 from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT, TRELLIS
 from vllm_vlora.quantize import (
+    NF4_BLOCK,
     as_stored,
     as_stored_narrow,
     narrow_row_nbytes,
@@ -39,6 +41,10 @@ _NARROW_POINTS = 32
 # which differ by 2 to 4 %.
 _TRELLIS_LOST = {4: 0.0059, 3: 0.0211, 2: 0.0768}
 _NOISE_SEED = 0x7E1115
+# Rows of twice so many blocks are measured by as many of them, drawn by this seed.
+_SAMPLED_BLOCKS, _SAMPLE_SEED = 16, 0x5A3B1E
+# How far the energy of a sample may be from its share of a row's, as a factor.
+_UNEVEN = 2.0
 
 
 def seen_squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:
@@ -180,6 +186,7 @@ def measure_private(
     formats: Sequence[str],
     own_format: str,
     metric: Metric = FROBENIUS,
+    sampled: bool = False,
 ) -> list[Measured]:
     """Measure every rank in every format, of several tasks at once.
 
@@ -187,11 +194,28 @@ def measure_private(
         factors: (A (r, d_in), B (d_out, r), scale) of each task, all of one shape.
         formats: the number formats to try, and ``NARROW`` or ``TRELLIS``.
         own_format: the one in which the adapters' own factors lose nothing.
+        sampled: long rows may be measured by a sample of their blocks, where the metric is Frobenius:
+            the losses are then expected ones, within a few per cent.
 
     Raises:
         ValueError: a value does not fit a format.
     """
-    stack = _Stack(factors, metric)
+    a = torch.stack([a for a, _, _ in factors]).float()
+    b_t = torch.stack([b for _, b, _ in factors]).float().mT.contiguous()
+    scales = torch.tensor([scale for _, _, scale in factors], dtype=torch.float64)
+    if not sampled or metric != FROBENIUS:
+        return _measure_stack(_Stack(a, b_t, scales, metric, False), formats, own_format)
+    even = (_is_even(a) & _is_even(b_t)).cpu()
+    found: dict[int, Measured] = {}
+    for by_sample in even.unique().tolist():
+        places = torch.nonzero(even == by_sample).flatten()
+        at = slice(None) if len(places) == len(factors) else places.to(a.device)
+        stack = _Stack(a[at], b_t[at], scales[places], metric, by_sample)
+        found.update(zip(places.tolist(), _measure_stack(stack, formats, own_format)))
+    return [found[place] for place in range(len(factors))]
+
+
+def _measure_stack(stack: _Stack, formats: Sequence[str], own_format: str) -> list[Measured]:
     by_format: list[Sequence[Curve]] = []
     for format in formats:
         if format in _SPREAD:
@@ -204,33 +228,101 @@ def measure_private(
     ]
 
 
-class _Stack:
-    """Updates of one shape: their own factors, and the leading ones with what rounding them changes."""
+def _sample_of(rows: torch.Tensor) -> torch.Tensor:
+    """The sample of rows (n, r, d); of rows that are not long, all."""
+    count = rows.shape[2] // NF4_BLOCK
+    if count < 2 * _SAMPLED_BLOCKS:
+        return rows
+    # Drawn, since heads and what else returns every so many columns would fall together with a stride.
+    generator = torch.Generator(device="cpu").manual_seed(_SAMPLE_SEED)
+    drawn = torch.randperm(count, generator=generator, device="cpu")[:_SAMPLED_BLOCKS]
+    blocks = rows[:, :, : count * NF4_BLOCK].unflatten(2, (count, NF4_BLOCK))
+    return blocks[:, :, drawn.sort().values.to(rows.device)].flatten(2)
 
-    def __init__(self, factors: Sequence[ScaledFactors], metric: Metric) -> None:
-        self.a = torch.stack([a for a, _, _ in factors])
-        self.b_t = torch.stack([b.T for _, b, _ in factors])
-        self.scales = torch.tensor([scale for _, _, scale in factors], dtype=torch.float64)
-        self._metric = metric
-        scales = self.scales.to(self.a.device)
-        self.svd_a, self.svd_b_t, self.norms = leading_factors(self.a, self.b_t, scales, metric)
+
+def _is_even(rows: torch.Tensor) -> torch.Tensor:
+    """Of each task's rows (n, r, d), whether a sample has about its share of every row's energy.
+
+    A row whose numbers are in few blocks, as one of a fused layer's parts, is measured as a whole.
+    """
+    part = _sample_of(rows)
+    share = part.shape[2] / rows.shape[2] * torch.linalg.vector_norm(rows, dim=2).square()
+    energy = torch.linalg.vector_norm(part, dim=2).square()
+    return ((energy <= _UNEVEN * share) & (share <= _UNEVEN * energy)).all(1)
+
+
+class _Rows:
+    """Rows (n, r, d) float32 of one side as they are measured: a sample has the energy of the whole.
+
+    Attributes:
+        values: the sampled columns, or all.
+    """
+
+    def __init__(self, rows: torch.Tensor, sampled: bool) -> None:
+        self._whole, self.values = rows, rows
+        self._weight = torch.ones((), device=rows.device)
+        if sampled:
+            part = _sample_of(rows)
+            energy, own = (torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in (rows, part))
+            self._weight = torch.where(own > 0, energy / own, 0.0)
+            self.values = part * self._weight
+
+    def as_stored(self, format: str) -> torch.Tensor:
+        """As a format stores them."""
+        amax = None
+        if format == "int8":
+            # The scale of a row is its greatest number's, in whichever block that lies.
+            low, high = self._whole.aminmax(dim=2, keepdim=True)
+            amax = (torch.maximum(high, -low) * self._weight).flatten(0, 1)
+        return by_rows(lambda rows: as_stored(rows, format, amax), self.values)
+
+
+class _Stack:
+    """Updates of one shape: their own factors, and the leading ones with what rounding them changes.
+
+    Args:
+        a: (n, r, d_in). b_t: B transposed, (n, r, d_out); float32. scales: (n,) float64.
+        sampled: rows are measured by a sample.
+    """
+
+    def __init__(
+        self,
+        a: torch.Tensor,
+        b_t: torch.Tensor,
+        scales: torch.Tensor,
+        metric: Metric,
+        sampled: bool,
+    ) -> None:
+        self.a, self.b_t, self.scales = a, b_t, scales
+        self._metric, self._sampled = metric, sampled
+        svd_a, svd_b_t, self.norms = leading_factors(a, b_t, scales.to(a.device), metric)
+        self.leading_grams = grams_of((svd_a, svd_b_t), metric)
+        self._leading = _Rows(svd_a, sampled), _Rows(svd_b_t, sampled)
         self._rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def rank(self) -> int:
+        """Of the leading factors."""
+        return self._leading[0].values.shape[1]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """d_in and d_out."""
+        return self.a.shape[2], self.b_t.shape[2]
 
     def rounded(self, format: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The leading factors as a format stores them."""
         if format not in self._rounded:
-            self._rounded[format] = (
-                by_rows(lambda rows: as_stored(rows, format), self.svd_a),
-                by_rows(lambda rows: as_stored(rows, format), self.svd_b_t),
-            )
+            a, b_t = (side.as_stored(format) for side in self._leading)
+            self._rounded[format] = a, b_t
         return self._rounded[format]
 
     def narrow(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The leading factors with 4, 3 and 2 bits, one after another: (n, 3 q, d)."""
         found = []
-        for wide, rows in zip(self.rounded(NARROW_FORMAT), (self.svd_a, self.svd_b_t)):
-            flat = as_stored_narrow(rows.flatten(0, 1))
-            found.append(torch.cat([wide, *(x.unflatten(0, rows.shape[:2]) for x in flat)], dim=1))
+        for wide, side in zip(self.rounded(NARROW_FORMAT), self._leading):
+            flat = as_stored_narrow(side.values.flatten(0, 1))
+            found.append(torch.cat([wide, *(x.unflatten(0, wide.shape[:2]) for x in flat)], dim=1))
         return found[0], found[1]
 
     def trellis(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,28 +331,25 @@ class _Stack:
         What comes back of a row is drawn as from the test channel of as much loss (Cover and Thomas,
         *Elements of Information Theory*, 10.3.2).
         """
-        a, b_t = (_through_channel(rows) for rows in (self.svd_a, self.svd_b_t))
+        a, b_t = (_through_channel(side.values) for side in self._leading)
         return a, b_t
 
     def changes(self, stored: tuple[torch.Tensor, torch.Tensor]) -> Changes:
         """What storing does to the leading rank-one terms; stored are one or more rows of each."""
-        return changes_of((self.svd_a, self.svd_b_t), self.leading_grams, stored, self._metric)
-
-    @cached_property
-    def leading_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Products of the leading factors' rows in the metric."""
-        return grams_of((self.svd_a, self.svd_b_t), self._metric)
+        values = tuple(side.values for side in self._leading)
+        return changes_of(values, self.leading_grams, stored, self._metric)
 
     def own_changes(self, format: str) -> Changes:
         """What a format does to the terms of the own factors."""
-        rows = self.a.float(), self.b_t.float()
-        stored = tuple(by_rows(lambda r: as_stored(r, format), side) for side in rows)
-        return changes_of(rows, self.own_grams, stored, self._metric)
+        sides, grams = self._own
+        stored = tuple(side.as_stored(format) for side in sides)
+        return changes_of(tuple(side.values for side in sides), grams, stored, self._metric)
 
     @cached_property
-    def own_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Products of the own factors' rows in the metric."""
-        return grams_of((self.a.float(), self.b_t.float()), self._metric)
+    def _own(self) -> tuple[tuple[_Rows, _Rows], Sides]:
+        """The own factors' rows, and the products of all their columns in the metric."""
+        grams = grams_of((self.a, self.b_t), self._metric)
+        return (_Rows(self.a, self._sampled), _Rows(self.b_t, self._sampled)), grams
 
 
 def _measure_format(stack: _Stack, format: str, own_format: str) -> list[Curve]:
@@ -274,8 +363,7 @@ def _measure_format(stack: _Stack, format: str, own_format: str) -> list[Curve]:
     squares = inner.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
     losses = (rest - 2 * products + squares).clamp(min=0).tolist()
     own_losses = [0.0] * len(losses) if format == own_format else _own_losses(stack, format)
-    (_, rank, d_in), d_out = stack.a.shape, stack.b_t.shape[2]
-    row = row_nbytes(format, d_in) + row_nbytes(format, d_out)
+    rank, row = stack.a.shape[1], sum(row_nbytes(format, cols) for cols in stack.widths)
     return [
         PrivateCurve(format, row, array("d", found), rank, own)
         for found, own in zip(losses, own_losses)
@@ -318,11 +406,10 @@ _SPREAD = {
 
 
 def _measure_spread(stack: _Stack, spread: _Spread) -> list[Curve]:
-    rank = stack.svd_a.shape[1]
+    rank = stack.rank
     terms, cross, inner = stack.changes(spread.stored(stack))
     cuts = _cuts(rank)
-    d_in, d_out = stack.svd_a.shape[2], stack.svd_b_t.shape[2]
-    rows = [spread.row_nbytes(d_in, bits) + spread.row_nbytes(d_out, bits) for bits in (4, 3, 2)]
+    rows = [sum(spread.row_nbytes(cols, bits) for cols in stack.widths) for bits in (4, 3, 2)]
     counts = torch.stack([cuts[:, 0], cuts[:, 1] - cuts[:, 0], cuts[:, 2] - cuts[:, 1]], dim=1)
     nbytes = (counts * torch.tensor(rows)).sum(dim=1).tolist()
     # What the chosen rows' changes have in common with all terms, less that with the chosen ones.
@@ -332,8 +419,9 @@ def _measure_spread(stack: _Stack, spread: _Spread) -> list[Curve]:
         terms[:, :rank, :rank].flip(1, 2).cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2).flip(1),
         (0, 1),
     )
-    losses = left[:, cuts[:, 2]] - 2 * _cut_sums(with_all, cuts, rank)
-    losses = (losses + _cut_squares(between, cuts, rank)).clamp(min=0)
+    chosen = _chosen(cuts, rank)
+    losses = left[:, cuts[:, 2]] - 2 * with_all @ chosen.T
+    losses = (losses + (chosen @ between * chosen).sum(2)).clamp(min=0)
     curves: list[Curve] = []
     for found in losses:
         front = pareto_front(list(zip(nbytes, found.tolist())), _NARROW_POINTS)
@@ -359,29 +447,9 @@ def _cuts(rank: int) -> torch.Tensor:
     return triples[(first <= second) & (second <= last) & (last > 0)]
 
 
-def _bounds(cuts: torch.Tensor, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Start and end of each width's rows among the three packings stacked."""
-    first, second, last = cuts.unbind(1)
-    zero = torch.zeros_like(first)
-    return [
-        (zero, first),
-        (rank + first, rank + second),
-        (2 * rank + second, 2 * rank + last),
-    ]
-
-
-def _cut_sums(values: torch.Tensor, cuts: torch.Tensor, rank: int) -> torch.Tensor:
-    sums = torch.nn.functional.pad(values.cumsum(1), (1, 0))
-    bounds = _bounds(cuts, rank)
-    return sum((sums[:, stop] - sums[:, start] for start, stop in bounds), torch.zeros(1))
-
-
-def _cut_squares(gram: torch.Tensor, cuts: torch.Tensor, rank: int) -> torch.Tensor:
-    sums = torch.nn.functional.pad(gram.cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
-    width, bounds = 3 * rank + 1, _bounds(cuts, rank)
-    total = torch.zeros(len(gram), len(cuts), dtype=gram.dtype)
-    for top, bottom in bounds:
-        for left, right in bounds:
-            total += sums[:, bottom * width + right] - sums[:, top * width + right]
-            total += sums[:, top * width + left] - sums[:, bottom * width + left]
-    return total
+def _chosen(cuts: torch.Tensor, rank: int) -> torch.Tensor:
+    """(cuts, 3 rank): one where a row of the three packings, one after another, is chosen, else zero."""
+    starts = torch.cat([torch.zeros(len(cuts), 1, dtype=cuts.dtype), cuts[:, :2]], dim=1)
+    rows = torch.arange(rank)
+    chosen = (starts[:, :, None] <= rows) & (rows < cuts[:, :, None])
+    return chosen.flatten(1).double()

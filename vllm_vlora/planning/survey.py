@@ -108,6 +108,7 @@ class SurveySettings:
         seed: of the fits' random start.
         calibration: folder of the second moments; None measures in the Frobenius norm.
         device: what measures and fits, as of ``executors.device_of``.
+        sampled: expected losses of private storage will do, as of ``measure_private``.
     """
 
     formats: Formats
@@ -116,6 +117,7 @@ class SurveySettings:
     seed: int = 0
     calibration: str | None = None
     device: str = "cpu"
+    sampled: bool = False
 
 
 class SurveyJob(NamedTuple):
@@ -311,7 +313,9 @@ class Surveyor:
             distinct = list(dict.fromkeys(by_label))
             own = FORMAT_OF_DTYPE[dtype]
             try:
-                found = measure_private([f for _, f in batch], distinct, own, metric)
+                found = measure_private(
+                    [f for _, f in batch], distinct, own, metric, self.settings.sampled
+                )
             except ValueError:
                 # One of them; which one, is worth a second measurement.
                 for task, factors in batch:
