@@ -44,7 +44,7 @@ _NOISE_SEED = 0x7E1115
 # Rows of twice so many blocks are measured by as many of them, drawn by this seed.
 _SAMPLED_BLOCKS, _SAMPLE_SEED = 16, 0x5A3B1E
 # How far the energy of a sample may be from its share of a row's, as a factor.
-_UNEVEN = 2.0
+_UNEVEN = 1.25
 
 
 def seen_squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:
