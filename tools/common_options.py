@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from vllm_vlora.errors import OptionError
+from vllm_vlora.urls import is_url
+from vllm_vlora.wording import without_secrets
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ki|mi|gi|ti|[kmgt])?b?\s*", re.IGNORECASE)
@@ -43,7 +45,19 @@ def adapters_argument(more: str = "") -> _Parameter:
 
 def output_option(help: str = "The folder to write.", metavar: str = "DIR") -> _Parameter:
     """``--output`` and ``-o``."""
-    return typer.Option("--output", "-o", metavar=metavar, help=help, show_default=False)
+    return typer.Option(
+        "--output", "-o", metavar=metavar, help=help, show_default=False, parser=_local
+    )
+
+
+def _local(text: str) -> Path:
+    """As a path ``s3://bucket/x`` would be the folder ``s3:`` of the working one."""
+    if is_url(text):
+        # Of our own errors that are built-in ones too, click would keep the type alone.
+        raise typer.BadParameter(
+            f"{without_secrets(text)} is a URL; name a folder of this machine, and copy that to the store"
+        )
+    return Path(text)
 
 
 def force_option(what: str) -> _Parameter:

@@ -23,6 +23,8 @@ from vllm_vlora.wording import without_secrets
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _LOCAL = re.compile(r"(?:file|local)://", re.IGNORECASE)
 _HTTP = ("http", "https")
+# Their packages take what stands before an @ for a part of the bucket's name.
+_BUCKETS = ("s3", "s3a", "gs", "gcs")
 _CHUNK = 8 << 20
 # What file systems say of a file that changes with its content; not when it was listed.
 _IDENTITY = (
@@ -73,9 +75,14 @@ class RemoteFile:
         )
 
 
+def is_url(ref: str) -> bool:
+    """Whether a reference is a URL, of whatever kind, ``file://`` too."""
+    return _URL.match(ref) is not None
+
+
 def is_remote(ref: str | Path) -> bool:
     """Whether a reference is a URL, and neither a path nor a Hub id nor a local folder's URL."""
-    return isinstance(ref, str) and _URL.match(ref) is not None and not _LOCAL.match(ref)
+    return isinstance(ref, str) and is_url(ref) and not _LOCAL.match(ref)
 
 
 def local_folder(ref: str | Path) -> Path | None:
@@ -234,11 +241,26 @@ class RemoteFolder:
             yield from self._answered(name, start, end)
             return
         while start < end:
-            data = self._fs.cat_file(self._path(name), start=start, end=min(start + _CHUNK, end))
-            if not data:
+            wanted = min(_CHUNK, end - start)
+            data = self._piece(self._path(name), start, start + wanted)
+            if data:
+                yield data
+            if len(data) < wanted:
                 return
-            yield data
-            start += len(data)
+            start += wanted
+
+    def _piece(self, path: str, start: int, end: int) -> bytes:
+        """What there is of these bytes: stores refuse a range behind a file's end, each in its words."""
+        try:
+            return self._fs.cat_file(path, start=start, end=end)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception:
+            # Not the length that it was listed with.
+            self._fs.invalidate_cache()
+            if self._fs.size(path) > start:
+                raise
+            return b""
 
     def _answered(self, name: str, start: int, end: int) -> Iterator[bytes]:
         """One request, whatever the length; fsspec's own way is one for every block, and one before."""
@@ -269,6 +291,11 @@ def _check_address(url: str, scheme: str) -> None:
             f"nothing reads {scheme}:// (fsspec does not know it); use s3://, gs://, abfs:// or https://"
         ) from None
     behind = url.partition("://")[2]
+    if scheme in _BUCKETS and "@" in behind.partition("/")[0]:
+        raise RemoteError(
+            f"{scheme}:// takes no keys in the URL; give them in the environment or the files that its "
+            "package reads"
+        )
     # Other stores may have a default host, as hdfs:///models.
     if not behind.strip("/") or (scheme in _HTTP and behind.startswith(("/", "?", "#"))):
         raise RemoteError(f"the URL names nothing behind {scheme}://; give it whole")
@@ -313,12 +340,15 @@ def _in_words(name: str, problem: Exception) -> RemoteError:
     if status is not None:
         return RemoteError(f"{name}: the server answers with {status}", reached=status < 500)
     if "Credential" in type(problem).__name__:
-        return RemoteError(f"{name}: there are no credentials ({type(problem).__name__})")
-    why = why_unreachable(problem) or type(problem).__name__
-    return RemoteError(
-        f"{name} cannot be reached ({why}); check the network and the URL",
-        reached=False,
-    )
+        return RemoteError(
+            f"{name}: there are no credentials ({type(problem).__name__}); give them in the environment "
+            "or the files that the store's package reads"
+        )
+    why = why_unreachable(problem)
+    check = "the network and the URL"
+    if why is None:
+        why, check = type(problem).__name__, "the network, the URL and the store's settings"
+    return RemoteError(f"{name} cannot be reached ({why}); check {check}", reached=False)
 
 
 def _line(problem: Exception) -> str:

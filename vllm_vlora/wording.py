@@ -32,6 +32,8 @@ _URL_PARTS = re.compile(
     r"(?P<query>[?#]\S*)?",
     re.IGNORECASE,
 )
+# There a container stands before the @.
+_CONTAINERS = ("abfs://", "abfss://", "az://")
 # What is the sentence's at the end of a query, and the digest that a reference may end with.
 _AFTER_QUERY = re.compile(r"(@sha256:[0-9a-f]{64})?['\"})\]]*[:;,.]?$")
 
@@ -52,7 +54,10 @@ def _without_secrets(url: re.Match[str]) -> str:
     # What was shown already stays as it is.
     after = _AFTER_QUERY.search((url["query"] or "").removeprefix("?..."))
     query = f"?...{after[0]}" if url["query"] and after else ""
-    return f"{url['scheme']}{url['path']}{query}"
+    # What has a colon is a password.
+    user = url["user"] or ""
+    container = user if url["scheme"].lower() in _CONTAINERS and ":" not in user else ""
+    return f"{url['scheme']}{container}{url['path']}{query}"
 
 
 def quoted(words: Iterable[str]) -> str:

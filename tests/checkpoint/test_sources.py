@@ -23,12 +23,13 @@ import fsspec
 import pytest
 from edited_world import NEW, OLD, World
 from file_server import FileServer, file_server
+from fsspec.implementations.memory import MemoryFileSystem
 from places import ROOT
 from rich.console import Console
 from routers import network
 from typer.testing import CliRunner
 
-from vllm_vlora import downloads
+from vllm_vlora import downloads, urls
 from vllm_vlora.adapters.peft_folder import open_adapter
 from vllm_vlora.checkpoint.attachments import AttachmentWriter
 from vllm_vlora.checkpoint.hub import pull_checkpoint
@@ -147,13 +148,52 @@ def test_every_format_is_fetched_whole(version: int) -> None:
         assert validate(server.url) == []
 
 
-def test_object_stores_are_read_through_fsspec(world: World) -> None:
-    opened = Checkpoint.open(to_memory(world.checkpoint, "/bucket/ckpt"))
+class Store(MemoryFileSystem):
+    """Object stores answer 416 where a range begins behind the end of what they have."""
+
+    protocol = "store"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("store://"))
+
+    def cat_file(self, path: str, start: int = 0, end: int | None = None, **more: Any) -> bytes:
+        data = super().cat_file(path, **more)
+        if start >= len(data):
+            raise OSError(errno.EINVAL, "The requested range is not satisfiable")
+        return data[start:end]
+
+
+fsspec.register_implementation("store", Store, clobber=True)
+
+
+@pytest.mark.parametrize("scheme", ["memory", "store"])
+@pytest.mark.parametrize("chunk", [urls._CHUNK, 10])
+def test_object_stores_are_read_through_fsspec(
+    world: World, monkeypatch: pytest.MonkeyPatch, scheme: str, chunk: int
+) -> None:
+    """Also what is empty, and what has as many bytes as are asked for at once."""
+    (world.checkpoint / "LICENSE.md").write_bytes(b"")
+    (world.checkpoint / "LICENSE.txt").write_bytes(b"ten bytes.")
+    monkeypatch.setattr(urls, "_CHUNK", chunk)
+    to_memory(world.checkpoint, "/bucket/ckpt")
+    opened = Checkpoint.open(f"{scheme}://bucket/ckpt")
     assert content(opened.path) == content(world.checkpoint)
     with pytest.raises(
-        CheckpointError, match=r"memory://bucket/none is not a vllm-vlora checkpoint"
+        CheckpointError, match=rf"{scheme}://bucket/none is not a vllm-vlora checkpoint"
     ):
-        Checkpoint.open("memory://bucket/none")
+        Checkpoint.open(f"{scheme}://bucket/none")
+
+
+def test_a_file_that_is_shorter_by_now_is_another_one() -> None:
+    files = fsspec.filesystem("store")
+    files.pipe("/bucket/one/f", b"abc")
+    remote = urls.RemoteFolder("store://bucket/one")
+    assert list(remote.stream(urls.RemoteFile("f", 9), 5)) == []
+    assert list(remote.stream(urls.RemoteFile("f", 9), 1)) == [b"bc"]
+    with pytest.raises(urls.RemoteError, match="more than the 2 bytes"):
+        remote.read("f", 2)
+    assert remote.read("f", 3) == b"abc"
 
 
 def test_a_file_url_is_the_folder_where_it_lies(world: World, cache: Path) -> None:
@@ -497,6 +537,8 @@ def test_a_missing_backend_is_named(url: str) -> None:
         ("https://", "the URL names nothing behind https://"),
         ("http:///ckpt", "the URL names nothing behind http://"),
         ("https://?sig=secret", "the URL names nothing behind https://"),
+        ("s3://key:secret@bucket/ckpt", "s3:// takes no keys in the URL"),
+        ("GS://secret@bucket/ckpt", "gs:// takes no keys in the URL"),
     ],
 )
 def test_a_url_that_names_no_store_is_refused_as_such(url: str, said: str) -> None:
@@ -504,6 +546,30 @@ def test_a_url_that_names_no_store_is_refused_as_such(url: str, said: str) -> No
         Checkpoint.open(url)
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
+
+
+def test_two_containers_of_an_account_are_two_places() -> None:
+    one, other = (f"abfs://{box}@account.dfs.core.windows.net/tasks" for box in ("one", "other"))
+    assert downloads.cache_name(one) != downloads.cache_name(other)
+
+
+@pytest.mark.parametrize("url", ["s3://key:s3cret@bucket/out", "file:///out"])
+def test_nothing_is_written_to_a_url(
+    world: World, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.chdir(world.root)
+    before = sorted(world.root.rglob("*"))
+    for arguments in (
+        ["compress", str(world.adapter(NEW[0]))],
+        ["pull", str(world.checkpoint)],
+        ["export", str(world.checkpoint), OLD[0]],
+        ["add", str(world.checkpoint), str(world.adapter(NEW[0]))],
+    ):
+        done = CliRunner().invoke(app, [*arguments, "-o", url])
+        assert done.exit_code == 2, arguments
+        shown = url.replace("key:s3cret@", "")
+        assert f"{shown} is a URL; name a folder of this machine" in done.output
+    assert sorted(world.root.rglob("*")) == before
 
 
 def test_a_file_url_without_a_path_is_not_the_working_folder(

@@ -46,6 +46,11 @@ PIN = "@sha256:" + "ab" * 32
         ("'https://host/t?sig=a%2Fb': gone", "'https://host/t?...': gone"),
         (f"https://u:p@host/t?sig=1;2&x=3{PIN}", f"https://host/t?...{PIN}"),
         (f"memory://tasks{PIN}", f"memory://tasks{PIN}"),
+        (
+            "abfs://box@one.dfs.core.windows.net/t?sig=x",
+            "abfs://box@one.dfs.core.windows.net/t?...",
+        ),
+        ("abfss://box:key@one.dfs.core.windows.net/t", "abfss://one.dfs.core.windows.net/t"),
         ("s3://key:secret@bucket/t and HTTPS://h/x#frag", "s3://bucket/t and HTTPS://h/x?..."),
     ],
 )
