@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import httpx
 import openai
 import pytest
 from engine_server import OURS, Server, ids, words
-from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact, mixed
+from engine_world import ADAPTERS, MAX_TOKENS, PROMPTS, World, exact, for_stock, mixed
 from file_server import file_server
 from places import ROOT
 from scrapes import Scrape
@@ -207,6 +208,67 @@ def test_runtime_updating_resolves_and_renews_tasks(world: World, tmp_path: Path
         assert ids(server.text("task", PROMPTS[0])) == words(world.reference[second][0])
         with pytest.raises(openai.NotFoundError):
             server.text("nobody", PROMPTS[0])
+    finally:
+        server.stop()
+
+
+def test_ordinary_adapters_come_and_go_beside_tasks(world: World, tmp_path: Path) -> None:
+    """By vLLM's own routes and its own resolver, all with stock vLLM's answers."""
+    first, second, third, *_ = ADAPTERS
+    path = world.compress("beside", {"task": world.adapters[first]}, ratio=0.1)
+    kept = shutil.copytree(for_stock(world.adapters[third]), tmp_path / "kept" / "resolved")
+    config = json.loads((kept / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(world.model)
+    (kept / "adapter_config.json").write_text(json.dumps(config))
+    server = Server(
+        world,
+        tmp_path / "log",
+        path,
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
+        VLLM_PLUGINS="vlora,lora_filesystem_resolver",
+        VLLM_LORA_RESOLVER_CACHE_DIR=str(kept.parent),
+    )
+    answered = {"base": "base", "ordinary": "ordinary", "task": first}
+
+    def post(route: str, name: str, **more: str) -> int:
+        asked = {"lora_name": name, **more}
+        return httpx.post(f"{server.url}/v1/{route}", json=asked, timeout=60).status_code
+
+    def load(name: str, adapter: Path) -> int:
+        return post("load_lora_adapter", name, lora_path=str(adapter))
+
+    def check() -> None:
+        items = [(name, number) for number in range(len(PROMPTS)) for name in answered]
+        with ThreadPoolExecutor(len(items)) as pool:
+            texts = list(pool.map(lambda item: server.text(item[0], PROMPTS[item[1]]), items))
+        for (name, number), text in zip(items, texts):
+            assert ids(text) == words(world.reference[answered[name]][number]), (name, number)
+        assert server.listed() == set(answered)
+
+    try:
+        assert server.wait(), server.log.read_text()[-4000:]
+        check()
+        assert load("loaded", for_stock(world.adapters[second])) == 200
+        answered |= {"loaded": second, "resolved": third}
+        check()
+        assert load("loaded", for_stock(world.adapters[third])) == 400, "it is loaded"
+        assert load("other", tmp_path / "none") == 404
+        assert load("task", for_stock(world.adapters[second])) == 400, "the checkpoint has it"
+        check()
+        assert post("unload_lora_adapter", "loaded") == 200
+        assert post("unload_lora_adapter", "loaded") == 404
+        del answered["loaded"]
+        with pytest.raises(openai.NotFoundError):
+            server.text("loaded", PROMPTS[0])
+        check()
+        assert load("loaded", for_stock(world.adapters[third])) == 200
+        answered["loaded"] = third
+        # What a resolver finds, an adapter or a task, is listed no more and comes back by its name.
+        for name in ("resolved", "task"):
+            assert post("unload_lora_adapter", name) == 200
+            assert post("unload_lora_adapter", name) == 404
+        assert server.listed() == set(answered) - {"resolved", "task"}
+        check()
     finally:
         server.stop()
 
