@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_vlora.blend_names import task_alone
+from vllm_vlora.checkpoint.aliases import Aliases, Route, encode_aliases
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.errors import CheckpointError, SettingError, TaskLoadError
@@ -363,17 +365,23 @@ class _Client:
     def __init__(self, *answers: list[tuple[str, str]]) -> None:
         self.answers = answers
         self.core_engines = range(len(answers))
+        self.aliases: Aliases = {}
 
     async def _call_utility_async(self, method: str, *, engine: int) -> Any:
         from vllm_vlora.plugin.engine_core import ALIASES_METHOD, TASKS_METHOD
 
         if method == ALIASES_METHOD:
-            return '{"version": 1, "aliases": {}}'
+            return encode_aliases(self.aliases).decode()
         assert method == TASKS_METHOD
         return [list(pair) for pair in self.answers[engine]]  # As it comes over the wire.
 
 
-def _init(client: _Client, lora_config: object = True, templates: Any = None) -> Any:
+def _init(
+    client: _Client,
+    lora_config: object = True,
+    templates: Any = None,
+    weights: Iterable[str] = (),
+) -> Any:
     """The start of an API server that serves ``base``; what it lists then."""
     from vllm_vlora.plugin.seams import _init_static_loras
 
@@ -383,16 +391,21 @@ def _init(client: _Client, lora_config: object = True, templates: Any = None) ->
         def __init__(self) -> None:
             config = SimpleNamespace(lora_config=lora_config)
             self.engine_client = SimpleNamespace(vllm_config=config, engine_core=client)
+            self.base_model_paths = [SimpleNamespace(name="base"), SimpleNamespace(name="other")]
             self.lora_requests: dict[str, Any] = {}
 
         def is_base_model(self, model: str) -> bool:
-            return model == "base"
+            return model in ("base", "other")
 
         async def init_static_loras(self) -> None:
-            """No --lora-modules."""
+            """One of --lora-modules."""
+            from vllm.lora.request import LoRARequest
+
+            self.lora_requests["ordinary"] = LoRARequest("ordinary", 1, "/adapters/ordinary")
 
     models = Models()
-    asyncio.run(_init_static_loras(Models.init_static_loras, templates, False)(models))
+    init = _init_static_loras(Models.init_static_loras, templates, False, weights=weights)
+    asyncio.run(init(models))
     return models
 
 
@@ -410,10 +423,30 @@ def test_the_api_server_lists_what_every_engine_core_holds() -> None:
     seen: list[Any] = []
     models = _init(_Client(tasks, tasks), templates=seen.append)
     listed = {name: request.lora_path for name, request in models.lora_requests.items()}
-    assert listed == dict(tasks)
+    assert listed == {"ordinary": "/adapters/ordinary", **dict(tasks)}
     assert {task: str(path) for task, path in seen[0].items()} == dict(tasks)
     with pytest.raises(CheckpointError, match="published again while the engine started"):
         _init(_Client(tasks, [("b", _path("b")), ("a", _path("a", "2"))]))
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ([], None),
+        (["sql", "french", "french+sql", "ordinary", "base"], None),
+        (["sql", "sqll"], "has a share for 'sqll', and no"),
+        # The scheduler knows the base model by the first of its names, and a blend in its one form.
+        (["other", "sql+french", "prod"], "has a share for 'other', 'sql+french', 'prod', and no"),
+    ],
+)
+def test_a_share_for_a_name_that_no_request_has_is_said_once(
+    caplog: pytest.LogCaptureFixture, named: list[str], said: str | None
+) -> None:
+    client = _Client([("sql", _path("sql")), ("french", _path("french", "1"))])
+    client.aliases = {"prod": (Route(1, task_alone("sql")),)}
+    _init(client, weights=named)
+    assert len(caplog.messages) == (said is not None)
+    assert said is None or f"VLLM_VLORA_WEIGHTS {said}" in caplog.messages[0]
 
 
 def _start_rust(tasks: list[str], *, templates: bool = False, **options: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vllm.lora.request import LoRARequest
@@ -32,6 +32,8 @@ from vllm_vlora.plugin.named_requests import TaskRequests
 from vllm_vlora.plugin.prompt_routing import Routing
 from vllm_vlora.plugin.renewal import renew_from
 from vllm_vlora.plugin.requests import requests_for
+from vllm_vlora.plugin.settings import WEIGHTS_VARIABLE
+from vllm_vlora.wording import some_of
 
 PERIOD = 0.5
 """Seconds between two questions whether another state is served."""
@@ -193,6 +195,24 @@ class Listing:
             await client._call_utility_async(method, *arguments, engine=engine)
             for engine in client.core_engines
         ]
+
+
+def say_which_weigh_nothing(weights: Iterable[str], models: Any) -> None:
+    """Warn of names with a share of the engine that no request counts by: an alias, a slip of the pen."""
+
+    def counts(name: str) -> bool:
+        request = models.lora_requests.get(name)
+        return name == base if request is None else request.lora_name == name
+
+    base = models.base_model_paths[0].name
+    nobody = [name for name in weights if not counts(name)]
+    if nobody:
+        logger.warning(
+            "vllm-vlora: %s has a share for %s, and no task, adapter or base model is called so now; an "
+            "alias goes by the tasks that it stands for",
+            WEIGHTS_VARIABLE,
+            some_of(map(repr, nobody)),
+        )
 
 
 # Of very many tasks it takes a second, for which an event loop must not stand still.

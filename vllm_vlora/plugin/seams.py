@@ -13,7 +13,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vllm.lora.lora_model import LoRAModel
@@ -57,7 +57,12 @@ from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.graph_cases import capture_by_kind
 from vllm_vlora.plugin.identity import TaskPath, parse_task_path
 from vllm_vlora.plugin.limits import limit_tasks
-from vllm_vlora.plugin.listing import NAME_TAKEN, Listing, refuse_without_lora
+from vllm_vlora.plugin.listing import (
+    NAME_TAKEN,
+    Listing,
+    refuse_without_lora,
+    say_which_weigh_nothing,
+)
 from vllm_vlora.plugin.manager import Setup, TaskLoRAManager, TaskLoRAModel
 from vllm_vlora.plugin.metrics import refresh_after, show_in_metrics
 from vllm_vlora.plugin.named_requests import TaskRequests, name_patches
@@ -216,6 +221,7 @@ def _init_static_loras(
     follows: bool,
     blends: bool = True,
     policy: RoutePolicy | None = None,
+    weights: Iterable[str] = (),
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     async def init(self: Any) -> None:
@@ -224,6 +230,7 @@ def _init_static_loras(
         self.lora_requests = TaskRequests(self.lora_requests, {}, blends, self.is_base_model)
         listing = Listing(self, load_templates, policy)
         await listing.start()
+        say_which_weigh_nothing(weights, self)
         if follows:
             listing.follow()
 
@@ -451,6 +458,7 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
                 setup.settings.follow,
                 setup.settings.blends,
                 _policy(setup.settings),
+                setup.settings.weights,
             )
         )
         if setup.settings.chat_templates:
