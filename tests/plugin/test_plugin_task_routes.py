@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import sys
 import threading
 from pathlib import Path
@@ -116,7 +117,40 @@ def test_a_task_has_its_digest_and_tier(app: FastAPI, ours: TaskMetrics) -> None
     assert [first(name)["tier"] for name in ("t000", "t001")] == ["device", None]
 
 
-@pytest.mark.parametrize("limit", ["0", "-1", "1001", "many"])
+def test_ten_thousand_names_of_every_kind_are_paged(app: FastAPI) -> None:
+    """Whatever a name has that means something in a URL: the last of a page is where the next begins."""
+    kinds = ["a/b", "../x", "100%", "%2F", "a&after=b", "a=b", "a#b", "a?limit=1", "a+b", "a b"]
+    kinds += [
+        "ä",
+        "日本語",
+        "😀",
+        "e\u0301",
+        "\u00e9",
+        "\u202e",
+        '"',
+        "\\",
+        "<b>",
+        "sql*0.5+french",
+        "~",
+    ]
+    names = [*kinds, *(f"{kind}{i}" for i in range(476) for kind in kinds)]
+    random.Random(0).shuffle(names)
+    requests = {name: lora(f"/c/tasks/{i}.safetensors@{DIGEST}") for i, name in enumerate(names)}
+    app.state.openai_serving_models.lora_requests = TaskRequests(requests, {})
+    client, found, more = TestClient(app), [], True
+    while more:
+        query = {"limit": 1000, "after": found[-1] if found else ""}
+        page = client.get(task_routes.ROUTE, params=query).json()
+        found += [task["id"] for task in page["data"]]
+        more = page["has_more"]
+    assert len(found) > 10_000
+    assert found == sorted(names)
+    # And each alone, as the one behind the one before it.
+    for i in random.Random(1).sample(range(1, len(found)), 50):
+        assert [t["id"] for t in _get(app, limit=1, after=found[i - 1])["data"]] == [found[i]]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "1001", "many", "", "1.5", "1e3", "9" * 5000])
 def test_a_page_has_its_bounds(app: FastAPI, limit: str) -> None:
     assert TestClient(app).get(task_routes.ROUTE, params={"limit": limit}).status_code == 422
 
