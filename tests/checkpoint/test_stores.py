@@ -1,6 +1,6 @@
 """S3 through s3fs, against moto's server: what a real client and store make of the places at URLs.
 
-Where these packages are (``make test-stores`` brings them).
+Where these packages are (``make test-beside`` brings them).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """``examples/deploy``: files that a cluster takes, with variables, options and commands that there are.
 
 The schemas of Kubernetes (``kubernetes-validate``) and of compose files (``check-jsonschema``) take more
-than 100 MB and are used where they are installed; otherwise the keys are those that are listed here by
-hand, which were checked with both, and with the chart's own ``values.schema.json`` (vLLM's production
-stack, chart 0.1.12).
+than 100 MB and are used where they are (``make test-beside``); otherwise the keys are those listed
+here by hand, which were checked with both, and with the chart's own ``values.schema.json`` (vLLM's
+production stack, chart 0.1.12).
 """
 
 from __future__ import annotations
