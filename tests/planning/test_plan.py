@@ -183,7 +183,8 @@ def test_allocation_keeps_the_budget_and_loses_within_one_step_of_the_best(
     nbytes, loss = total(chains, chosen)
     assert nbytes <= budget
     # The greedy path is optimal but for the step that the budget cuts.
-    largest = max((step.gain for step in path.steps), default=0.0)
+    losses = [total(chains, path.prefix(count))[1] for count in range(len(path.sizes) + 1)]
+    largest = max((more - less for more, less in itertools.pairwise(losses)), default=0.0)
     assert loss <= min(affordable) + largest + 1e-6
 
 
@@ -200,7 +201,7 @@ def test_cheapest_keeps_the_limit_and_costs_within_one_step_of_the_best(
     nbytes, loss = total(chains, chosen)
     assert loss <= limit + 1e-9
     path = build_path(len(chains), chains.__getitem__)
-    largest = max((step.nbytes for step in path.steps), default=0)
+    largest = max(path.sizes, default=0)
     assert nbytes <= min(good, default=nbytes) + largest
 
 

@@ -75,65 +75,67 @@ def pareto_front(points: Sequence[Point], most: int) -> list[int]:
     return [place for place in front if place in kept]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Moving one chain on to its next option on the hull."""
-
-    chain: int
-    option: int
-    nbytes: int
-    gain: float
-
-
 @dataclass(frozen=True)
 class StepPath:
     """Where every chain starts (fewest bytes), and all steps by falling gain per byte.
 
-    ``points`` gives the options of a chain again; they are not kept, being many.
+    A step moves one chain on to its next option on the hull. ``points`` gives the options of a chain
+    again; they are not kept, being many.
+
+    Attributes:
+        chains, options, sizes: of every step the chain, the option it moves on to, and its bytes.
     """
 
     points: Callable[[int], Sequence[Point]]
     start: list[int]
     start_nbytes: int
-    steps: list[Step]
+    chains: list[int]
+    options: list[int]
+    sizes: list[int]
 
     @cached_property
     def totals(self) -> np.ndarray:
         """Bytes of the first 1, 2, ... steps together, (steps,) int64."""
-        return np.cumsum(np.array([step.nbytes for step in self.steps], dtype=np.int64))
+        return np.cumsum(np.array(self.sizes, dtype=np.int64))
 
     @cached_property
     def least_step(self) -> int:
         """Bytes of the smallest step."""
-        return min((step.nbytes for step in self.steps), default=0)
+        return min(self.sizes, default=0)
 
     def prefix(self, count: int) -> list[int]:
         """The option of every chain after ``count`` steps."""
         chosen = list(self.start)
-        for step in self.steps[:count]:
-            chosen[step.chain] = step.option
+        for chain, option in zip(self.chains[:count], self.options):
+            chosen[chain] = option
         return chosen
 
 
 def build_path(count: int, points: Callable[[int], Sequence[Point]]) -> StepPath:
     """Hull of each of ``count`` chains, and their steps merged."""
     start, start_nbytes = list[int](), 0
-    steps: list[tuple[float, Step]] = []
+    # Of plain numbers: there are too many steps for an object each.
+    rates, chains, reached, sizes = list[float](), list[int](), list[int](), list[int]()
     for number in range(count):
         options = points(number)
         hull = lower_hull(options)
         start.append(hull[0])
-        start_nbytes += options[hull[0]][0]
+        nbytes, loss = options[hull[0]]
+        start_nbytes += nbytes
         least = math.inf
-        for before, after in itertools.pairwise(hull):
-            nbytes = options[after][0] - options[before][0]
-            step = Step(number, after, nbytes, options[before][1] - options[after][1])
+        for option in itertools.islice(hull, 1, None):
+            more, less = options[option]
             # Gains per byte fall along a hull, but for rounding.
-            least = min(least, step.gain / nbytes)
-            steps.append((least, step))
+            least = min(least, (loss - less) / (more - nbytes))
+            rates.append(least)
+            chains.append(number)
+            reached.append(option)
+            sizes.append(more - nbytes)
+            nbytes, loss = more, less
     # The sort is stable, so that the steps of a chain stay in order.
-    steps.sort(key=lambda pair: -pair[0])
-    return StepPath(points, start, start_nbytes, [step for _, step in steps])
+    order = sorted(range(len(rates)), key=rates.__getitem__, reverse=True)
+    merged = ([of[place] for place in order] for of in (chains, reached, sizes))
+    return StepPath(points, start, start_nbytes, *merged)
 
 
 def allocate(path: StepPath, budget: int) -> list[int] | None:
@@ -145,14 +147,15 @@ def allocate(path: StepPath, budget: int) -> list[int] | None:
     chosen = path.prefix(taken)
     room -= int(path.totals[taken - 1]) if taken else 0
     blocked: dict[int, None] = {}
-    for step in itertools.islice(path.steps, taken, None):
-        if step.chain in blocked:
+    for place in range(taken, len(path.sizes)):
+        chain, nbytes = path.chains[place], path.sizes[place]
+        if chain in blocked:
             continue
-        if step.nbytes <= room:
-            chosen[step.chain] = step.option
-            room -= step.nbytes
+        if nbytes <= room:
+            chosen[chain] = path.options[place]
+            room -= nbytes
             continue
-        blocked[step.chain] = None
+        blocked[chain] = None
         if room < path.least_step and len(blocked) >= _FILLED_CHAINS:
             break
     # The step that did not fit may span options which do: those above the hull between its ends.
@@ -238,7 +241,7 @@ def shortest_prefix(path: StepPath, good: Callable[[list[int]], bool]) -> int | 
 
     Losses fall along the path for every task, so bisection finds it.
     """
-    low, high = 0, len(path.steps)
+    low, high = 0, len(path.sizes)
     if not good(path.prefix(high)):
         return None
     while low < high:
@@ -259,7 +262,7 @@ def trim(path: StepPath, count: int, chosen: list[int], good: Callable[[int, int
         path, count: ``chosen`` are the options after that many steps of the path; changed in place.
         good: whether (chain, option) may replace what is chosen.
     """
-    last = dict.fromkeys(step.chain for step in reversed(path.steps[:count]))
+    last = dict.fromkeys(reversed(path.chains[:count]))
     for chain in itertools.islice(last, _TRIMMED_CHAINS):
         points = path.points(chain)
         nbytes, _ = points[chosen[chain]]
