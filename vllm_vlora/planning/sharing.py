@@ -9,7 +9,7 @@ finds the price at which the bytes meet the budget (Lagrangian relaxation, as in
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,7 @@ class _PricedModule:
         shared_loss: float,
     ) -> None:
         self._module = survey.collection.modules[name]
-        self._row = {task: row for row, task in enumerate(self._module.tasks)}
+        row_of = {task: row for row, task in enumerate(self._module.tasks)}
         sizes: list[int] = []
         losses: list[float] = []
         starts: list[int] = []
@@ -96,10 +96,19 @@ class _PricedModule:
             losses += [points[i][1] for i in hull]
         self._sizes, self._losses = np.array(sizes, dtype=float), np.array(losses)
         self._starts = np.array(starts)
+        self._counts = np.diff(self._starts, append=len(sizes))
         self._groups = {
             group: [
                 _PricedBasis(
-                    survey, self._module, found.tasks, label, curve, core, private, shared_loss
+                    survey,
+                    self._module,
+                    row_of,
+                    found.tasks,
+                    label,
+                    curve,
+                    core,
+                    private,
+                    shared_loss,
                 )
                 for label, curve in found.curves.items()
                 for core in formats.cores(curve.bases[0].format)
@@ -122,47 +131,51 @@ class _PricedModule:
             return self._at[price]
         costs = self._losses + price * self._sizes
         least = np.minimum.reduceat(costs, self._starts)
-        ends = np.append(self._starts[1:], len(costs))
-        best = [s + int(np.argmin(costs[s:e])) for s, e in zip(self._starts, ends)]
-        sizes = self._sizes[best]
+        # The first of each task's that costs no more.
+        best = np.flatnonzero(~(costs > np.repeat(least, self._counts)))
+        sizes = self._sizes[best[np.searchsorted(best, self._starts)]]
         chosen: dict[Group, tuple[str, str, tuple[int, ...]]] = {}
         # All groups of a module stand in one stored basis, so they have one format.
-        label = self._best_label(price, least)
-        for group, bases in self._groups.items():
-            offers = [b.offer(price, least, self._row) for b in bases if b.label == label]
-            if not offers:
-                continue
-            offer = min(offers, key=lambda o: o.cost)
-            if offer.cost < 0 and len(offer.tasks) > 1:
-                chosen[group] = (offer.label, offer.core, offer.tasks)
-                for task, nbytes in zip(offer.tasks, offer.core_sizes):
-                    sizes[self._row[task]] = nbytes
+        offered = {
+            group: [basis.offer(price, least) for basis in bases]
+            for group, bases in self._groups.items()
+        }
+        label = _best_label(offered.values())
+        for group, offers in offered.items():
+            offer = min((o for o in offers if o.label == label), key=lambda o: o.cost, default=None)
+            if offer is not None and offer.cost < 0 and len(offer.rows) > 1:
+                tasks = tuple(self._module.tasks[row] for row in offer.rows.tolist())
+                chosen[group] = (offer.label, offer.core, tasks)
+                sizes[offer.rows] = offer.core_sizes
                 sizes = np.append(sizes, offer.basis_size)
         found = float(sizes.sum()), chosen
         self._at = {price: found}
         return found
 
-    def _best_label(self, price: float, least: np.ndarray) -> str | None:
-        saved: dict[str, float] = {}
-        for bases in self._groups.values():
-            by_label: dict[str, float] = {}
-            for basis in bases:
-                cost = basis.offer(price, least, self._row).cost
-                by_label[basis.label] = min(by_label.get(basis.label, 0.0), cost)
-            for label, cost in by_label.items():
-                saved[label] = saved.get(label, 0.0) + cost
-        return min(saved, key=saved.__getitem__, default=None)
+
+def _best_label(offered: Iterable[Sequence[_Offer]]) -> str | None:
+    saved: dict[str, float] = {}
+    for offers in offered:
+        by_label: dict[str, float] = {}
+        for offer in offers:
+            by_label[offer.label] = min(by_label.get(offer.label, 0.0), offer.cost)
+        for label, cost in by_label.items():
+            saved[label] = saved.get(label, 0.0) + cost
+    return min(saved, key=saved.__getitem__, default=None)
 
 
 @dataclass(frozen=True)
 class _Offer:
-    """What a basis costs at a price, less what its sharers would cost privately."""
+    """What a basis costs at a price, less what its sharers would cost privately.
+
+    ``rows`` are the sharers' among the module's tasks, ``core_sizes`` the bytes of their cores.
+    """
 
     cost: float
     label: str
     core: str
-    tasks: tuple[int, ...]
-    core_sizes: list[float]
+    rows: np.ndarray
+    core_sizes: np.ndarray
     basis_size: float
 
 
@@ -173,6 +186,7 @@ class _PricedBasis:
         self,
         survey: Survey,
         module: Module,
+        row_of: Mapping[int, int],
         tasks: tuple[int, ...],
         label: str,
         curve: JointCurve,
@@ -180,7 +194,8 @@ class _PricedBasis:
         private: Set[int],
         shared_loss: float,
     ) -> None:
-        self.label, self._core, self._tasks = label, core, tasks
+        self._label, self._core = label, core
+        self._rows = np.array([row_of[task] for task in tasks])
         by_task = dict(zip(module.tasks, module.ranks))
         ranks = [by_task[task] for task in tasks]
         step = -(-len(curve.bases) // _WIDTHS)
@@ -195,23 +210,23 @@ class _PricedBasis:
         )
         self._core_sizes = _core_sizes(widths, ranks, core)
 
-    def offer(self, price: float, least: np.ndarray, row: dict[int, int]) -> _Offer:
+    def offer(self, price: float, least: np.ndarray) -> _Offer:
         """The best width, for the tasks that gain by it."""
-        rows = [row[task] for task in self._tasks]
-        gains = self._losses + price * self._core_sizes - least[rows][:, None]
+        gains = self._losses + price * self._core_sizes - least[self._rows][:, None]
         costs = np.minimum(gains, 0).sum(axis=0) + price * self._basis_sizes
         width = int(np.argmin(costs))
         places = np.flatnonzero(gains[:, width] < 0)
         return _Offer(
             float(costs[width]),
-            self.label,
+            self._label,
             self._core,
-            tuple(self._tasks[i] for i in places),
-            [float(self._core_sizes[i, width]) for i in places],
+            self._rows[places],
+            self._core_sizes[places, width],
             float(self._basis_sizes[width]),
         )
 
 
 def _core_sizes(widths: Sequence[BasisSpec], ranks: Sequence[int], core: str) -> np.ndarray:
-    by_rank = {rank: [core_nbytes(basis, rank, core) for basis in widths] for rank in set(ranks)}
-    return np.array([by_rank[rank] for rank in ranks], dtype=float)
+    distinct, places = np.unique(ranks, return_inverse=True)
+    sizes = [[core_nbytes(basis, rank, core) for basis in widths] for rank in distinct.tolist()]
+    return np.array(sizes, dtype=float)[places]
