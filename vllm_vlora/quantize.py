@@ -673,6 +673,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     values = tensor.detach()
+    # Nothing makes a finite sum of a NaN or an infinity. A fourth of the time of what follows on 4 x 64;
+    # where finite values overflow, that decides.
+    if values.dtype in _BITS and math.isfinite(values.sum().item()):
+        return True
     if values.dtype in _BITS and values.device.type == "cpu" and values.nbytes <= _CACHED_NBYTES:
         # As integers, infinities and NaN have the greatest bits, with a sign and without one. This took a
         # third of aminmax() on 14336 x 16, and a sixteenth on its transpose.
