@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_adapters import SHAPES, delta_w, save_tiny_adapters, tiny_adapters, tiny_weights
 
+from vllm_vlora.adapters import weights_files
 from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.adapters.weights_files import open_weights
 from vllm_vlora.errors import AdapterError, OptionError
+from vllm_vlora.merging import analysis
 from vllm_vlora.merging.analysis import (
     adapter_diff,
     centroid_distances,
@@ -94,6 +97,22 @@ def test_similarity_does_not_depend_on_the_factoring() -> None:
     assert float(compute_similarity_matrix([weights, copy])[0, 1]) == pytest.approx(1.0, abs=1e-6)
     flat = [torch.cat([w.lora_a[n].flatten().double() for n in SHAPES]) for w in (weights, copy)]
     assert float(torch.nn.functional.cosine_similarity(*flat, dim=0)) < 0.95
+
+
+@pytest.mark.parametrize("most", [0, 64])
+def test_files_of_few_adapters_are_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    adapters = tiny_adapters(3)
+    opened = [open_adapter(folder) for folder in save_tiny_adapters(tmp_path, adapters)]
+    layers = sum(len(adapter.modules) for adapter in opened)
+    asked = []
+    monkeypatch.setattr(analysis, "_OPEN_FILES", most)
+    monkeypatch.setattr(
+        weights_files, "open_weights", lambda *a: asked.append(a) or open_weights(*a)
+    )
+    assert torch.equal(inner_products(opened), inner_products(adapters))
+    assert len(asked) == (3 if most else layers)
 
 
 def test_opened_adapters_give_the_same(tmp_path: Path) -> None:

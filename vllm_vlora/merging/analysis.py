@@ -13,7 +13,8 @@ Modules that one of two adapters does not have count as zero there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # Rows of stacked factors that are held in float64 at a time.
 _ROWS_AT_ONCE = 1024
+# Adapters whose files stay open while all of their layers are read.
+_OPEN_FILES = 64
 
 
 class LayerDifference(TypedDict):
@@ -322,13 +325,15 @@ def effective_rank(sigma: torch.Tensor) -> float:
     return math.exp(float(torch.special.entr(share).sum()))
 
 
-def scaled_layers(adapter: Update) -> Iterator[tuple[str, Factors]]:
-    """Yield (layer name, (A, s B)) in float32, by name."""
+def scaled_layers(
+    adapter: Update, names: Sequence[str] | None = None
+) -> Generator[tuple[str, Factors]]:
+    """Yield (layer name, (A, s B)) in float32, of these layers, or of all by name."""
     if isinstance(adapter, Adapter):
-        for name, (a, b) in adapter.iter_factors(sorted(adapter.modules)):
+        for name, (a, b) in adapter.iter_factors(names or sorted(adapter.modules)):
             yield name, (a.float(), b.float() * adapter.modules[name].scale)
     else:
-        for name in sorted(adapter.layer_names):
+        for name in names or sorted(adapter.layer_names):
             yield name, adapter.scaled(name)
 
 
@@ -339,21 +344,18 @@ def by_layer(adapters: Sequence[Update]) -> Iterator[tuple[str, list[tuple[int, 
         {*(adapter.modules if isinstance(adapter, Adapter) else adapter.layer_names)}
         for adapter in adapters
     ]
-    for name in sorted(set().union(*owned)):
-        pairs = []
-        for place, adapter in enumerate(adapters):
-            if name in owned[place]:
-                pairs.append((place, _scaled(adapter, name)))
-        _check_shapes(name, pairs)
-        yield name, pairs
-
-
-def _scaled(adapter: Update, name: str) -> Factors:
-    if isinstance(adapter, Adapter):
-        a, b = adapter.factors(name)
-        return a.float(), b.float() * adapter.modules[name].scale
-    a, b = adapter.scaled(name)
-    return a.cpu(), b.cpu()
+    few = len(adapters) <= _OPEN_FILES
+    with ExitStack() as files:
+        # Of few adapters each is opened once, and not once a layer.
+        reads = [files.enter_context(closing(scaled_layers(a))) if few else None for a in adapters]
+        for name in sorted(set().union(*owned)):
+            pairs = []
+            for place, (adapter, read) in enumerate(zip(adapters, reads)):
+                if name in owned[place]:
+                    a, b = next(scaled_layers(adapter, [name]) if read is None else read)[1]
+                    pairs.append((place, (a.cpu(), b.cpu())))
+            _check_shapes(name, pairs)
+            yield name, pairs
 
 
 def _check_shapes(name: str, pairs: Sequence[tuple[int, Factors]]) -> None:
