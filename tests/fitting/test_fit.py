@@ -214,6 +214,25 @@ def test_how_often_the_adapters_are_read(ranks: list[int], reads: int) -> None:
     assert starts == reads
 
 
+def test_adapters_that_are_kept_are_read_once_and_give_the_same_bits() -> None:
+    # One that is wider than a stack among them, and one of zero.
+    adapters = random_adapters([4] * 40 + [150] + [7] * 40, 200, 180)
+    adapters[3] = (adapters[3][0], torch.zeros_like(adapters[3][1]), 1.0)
+    starts = 0
+
+    def read() -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        nonlocal starts
+        starts += 1
+        yield from adapters
+
+    kept = fit_bases(read, 200, 180, 16, keep=True)
+    assert starts == 1
+    again = fit_bases(read, 200, 180, 16)
+    assert starts == 4
+    assert torch.equal(kept[0], again[0])
+    assert torch.equal(kept[1], again[1])
+
+
 def test_memory_does_not_grow_with_the_adapters() -> None:
     """The peak of a process of its own, for 500 adapters that together take 98 MB."""
     script = textwrap.dedent("""

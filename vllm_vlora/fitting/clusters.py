@@ -8,9 +8,12 @@ O (d x s) keeps it up to a constant (Johnson and Lindenstrauss, 1984), in s^2 nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+
+from vllm_vlora.representations.factors import ScaledFactors
 
 _SKETCH = 24
 # Below this mean silhouette the tasks form no groups: measured 0.02 and less on unrelated ones.
@@ -18,23 +21,34 @@ _LEAST_SILHOUETTE = 0.1
 _MOST_CLUSTERS = 8
 
 
-def sketch_task(a: torch.Tensor, b: torch.Tensor, scale: float, seed: int) -> torch.Tensor:
-    """(2 s^2,) float32 sketches of both sides of one delta_W; zeros where it is zero.
+def sketch_tasks(factors: Iterable[ScaledFactors], seed: int) -> torch.Tensor:
+    """(tasks, 2 s^2) float32 sketches of both sides of each delta_W; zeros where it is zero.
 
     Args:
-        a: (r, d_in). b: (d_out, r). scale: of B A.
-        seed: of the projection, one a module.
+        factors: (A (r, d_in), B (d_out, r), scale) of one module of every task.
+        seed: of the projections, one a module.
     """
-    a, b = a.float(), b.float() * scale
+    sides: tuple[torch.Tensor, ...] = ()
+    found = []
+    for a, b, scale in factors:
+        if not sides:
+            generator = torch.Generator().manual_seed(seed)
+            # Drawn on the CPU, so that they are the same for every device.
+            sides = tuple(
+                torch.randn(d, _SKETCH, generator=generator).to(a.device)
+                for d in (a.shape[1], b.shape[0])
+            )
+        found.append(_sketch(a.float(), b.float() * scale, *sides))
+    return torch.stack(found)
+
+
+def _sketch(
+    a: torch.Tensor, b: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
     gram_a, gram_b = a @ a.T, b.T @ b
     norm = float((gram_a * gram_b).sum())
     if norm <= 0:
         return torch.zeros(2 * _SKETCH**2, device=a.device)
-    generator = torch.Generator().manual_seed(seed)
-    # Drawn on the CPU, so that they are the same for every device.
-    left, right = (
-        torch.randn(d, _SKETCH, generator=generator).to(a.device) for d in (a.shape[1], b.shape[0])
-    )
     thin_a, thin_b = a @ left, b.T @ right
     sides = (thin_a.T @ gram_b @ thin_a, thin_b.T @ gram_a @ thin_b)
     return torch.cat([side.flatten() for side in sides]) / norm / _SKETCH
@@ -73,24 +87,25 @@ def cluster_tasks(affinity: torch.Tensor, count: int | str) -> list[tuple[int, .
 def _linkage(distance: torch.Tensor, wanted: set[int]) -> dict[int, list[int]]:
     """Labels of the tasks for each wanted number of groups, merged by least average distance."""
     count = len(distance)
-    labels = torch.arange(count)
-    sizes = torch.ones(count, dtype=torch.float64)
-    between = distance.clone().fill_diagonal_(torch.inf)
+    labels = np.arange(count)
+    sizes = np.ones(count)
+    between = distance.numpy().copy()
+    np.fill_diagonal(between, np.inf)
     # Of each row; merging changes only those of the two, and of rows that were nearest to one of them.
-    least, nearest = between.min(dim=1)
+    least, nearest = between.min(axis=1), between.argmin(axis=1)
     found = {count: labels.tolist()}
     for left in range(count - 1, 0, -1):
         i = int(least.argmin())
         j = int(nearest[i])
         merged = (between[i] * sizes[i] + between[j] * sizes[j]) / (sizes[i] + sizes[j])
-        merged[i] = torch.inf
+        merged[i] = np.inf
         between[i], between[:, i] = merged, merged
-        between[j], between[:, j] = torch.inf, torch.inf
+        between[j], between[:, j] = np.inf, np.inf
         sizes[i] += sizes[j]
         labels[labels == j] = i
-        changed = torch.nonzero((nearest == i) | (nearest == j)).flatten()
-        changed = torch.cat([changed, torch.tensor([i, j])]).unique()
-        least[changed], nearest[changed] = between[changed].min(dim=1)
+        changed = np.union1d(np.flatnonzero((nearest == i) | (nearest == j)), (i, j))
+        rows = between[changed]
+        least[changed], nearest[changed] = rows.min(axis=1), rows.argmin(axis=1)
         if left in wanted:
             found[left] = labels.tolist()
         if left <= min(wanted, default=count):

@@ -87,6 +87,7 @@ def fit_bases(
     passes: int = 2,
     oversample: int = 8,
     seed: int = 0,
+    keep: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit the bases of one module: (U transposed (k_out, d_out), V (k_in, d_in)), float32.
 
@@ -104,6 +105,7 @@ def fit_bases(
         passes: reads that multiply, which is nearly all the time. A third is worth it only where
             adapters share little. oversample: further directions carried and dropped at the end.
         seed: of the random start.
+        keep: hold all adapters in memory, in float32, from the first read on, and read them once.
 
     Raises:
         ValueError: ``num_components`` or ``passes`` below one, or no adapters.
@@ -123,7 +125,7 @@ def fit_bases(
     else:
         device = held[0][0].device
         first = chain(_drain(held), adapters)
-        u, v = _fit_streaming(first, read, d_in, d_out, width, passes, seed, device)
+        u, v = _fit_streaming(first, read, d_in, d_out, width, passes, seed, device, keep)
     k_out, k_in = (min(num_components, d, total_rank) for d in (d_out, d_in))
     return u[:, :k_out].T.float().contiguous(), v[:, :k_in].T.float().contiguous()
 
@@ -228,11 +230,14 @@ def _fit_streaming(
     passes: int,
     seed: int,
     device: torch.device,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """U and V; ``first`` is a read already begun."""
-    right, left = _sketch(first, d_in, d_out, width, seed, device)
+    stacks: Iterable[_Stack] = _stacks(first, d_in, d_out, device, keep)
+    kept = list(stacks) if keep else None
+    right, left = _sketch(kept or stacks, d_in, d_out, width, seed, device)
     for remaining in range(passes - 1, -1, -1):
-        for stack in _stacks(read(), d_in, d_out, device):
+        for stack in kept or _stacks(read(), d_in, d_out, device):
             stack.multiply(right, left)
         if remaining:
             right.advance()
@@ -241,7 +246,7 @@ def _fit_streaming(
 
 
 def _sketch(
-    adapters: Iterable[ScaledFactors],
+    stacks: Iterable[_Stack],
     d_in: int,
     d_out: int,
     width: int,
@@ -252,7 +257,7 @@ def _sketch(
     generator = torch.Generator().manual_seed(seed)
     sums_a = torch.zeros(min(width, d_in), d_in, device=device).T
     sums_b = torch.zeros(d_out, min(width, d_out), device=device)
-    for stack in _stacks(adapters, d_in, d_out, device):
+    for stack in stacks:
         stack.scatter(sums_a, sums_b, generator)
     return KrylovSide(torch.linalg.qr(sums_a)[0]), KrylovSide(torch.linalg.qr(sums_b)[0])
 
@@ -318,17 +323,24 @@ _STACKED_ROWS = 128
 
 
 def _stacks(
-    adapters: Iterable[ScaledFactors], d_in: int, d_out: int, device: torch.device
+    adapters: Iterable[ScaledFactors],
+    d_in: int,
+    d_out: int,
+    device: torch.device,
+    keep: bool = False,
 ) -> Iterator[_Stack]:
-    """All adapters, as many at once as fit; what is yielded is filled anew afterwards."""
-    stack = _Stack(d_in, d_out, _STACKED_ROWS, device)
+    """All adapters, as many at once as fit; what is yielded is filled anew afterwards, or kept."""
+    rows = _STACKED_ROWS
+    stack = _Stack(d_in, d_out, rows, device)
     for a, b, scale in adapters:
         rank = a.shape[0]
         if not stack.has_room(rank):
             yield stack
-            stack.clear()
-            if not stack.has_room(rank):
-                stack = _Stack(d_in, d_out, rank, device)
+            if keep or rank > rows:
+                rows = max(rows, rank)
+                stack = _Stack(d_in, d_out, rows, device)
+            else:
+                stack.clear()
         stack.push(a, b, scale)
     yield stack
 

@@ -15,7 +15,7 @@ import torch
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress
 from vllm_vlora.fitting.calibration import Calibration
-from vllm_vlora.fitting.clusters import affinities, sketch_task
+from vllm_vlora.fitting.clusters import affinities, sketch_tasks
 from vllm_vlora.fitting.flat_basis import fit_flat
 from vllm_vlora.fitting.shared_basis import fit_bases
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric
@@ -275,7 +275,7 @@ class Surveyor:
 
     def _affinity(self, module: Module) -> torch.Tensor:
         factors = self.read(module, module.tasks)
-        return affinities(torch.stack([sketch_task(*f, seed=module.index) for f in factors])).cpu()
+        return affinities(sketch_tasks(factors, seed=module.index)).cpu()
 
     def _flat(self, module: Module, metric: Metric) -> tuple[FlatGroup, torch.Tensor, torch.Tensor]:
         """Fit a flat basis to all tasks of a module; measure its widths, in formats that hold it."""
@@ -355,7 +355,9 @@ class Surveyor:
                 yield white_a, white_b_t.T, scale
 
         most = self._most_components(module, tasks, groups)
-        white_u, white_v = fit_bases(read, module.d_in, module.d_out, most, seed=self.settings.seed)
+        white_u, white_v = fit_bases(
+            read, module.d_in, module.d_out, most, seed=self.settings.seed, keep=bool(self._held)
+        )
         u_t = _orthonormal(metric.unwhiten_b_t(white_u), metric is FROBENIUS)
         v = _orthonormal(metric.unwhiten_a(white_v), metric is FROBENIUS)
         # Together the blocks are no wider than the module, on either side.
