@@ -6,6 +6,7 @@ special tokens), and often where it does not. The names are those that transform
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vllm_vlora.errors import AdapterError
@@ -45,11 +46,15 @@ def companion_files(folder: Path) -> dict[str, Path]:
         AdapterError: one of these names is no regular file, or the folder cannot be read.
     """
     try:
-        entries = [*folder.iterdir(), *folder.glob(f"{TEMPLATES_FOLDER}/*.jinja")]
+        names = os.listdir(folder)
+        if TEMPLATES_FOLDER in names:
+            names += [
+                f"{TEMPLATES_FOLDER}/{path.name}"
+                for path in folder.glob(f"{TEMPLATES_FOLDER}/*.jinja")
+            ]
     except OSError as error:
         raise AdapterError(f"{folder}: {error.strerror}") from error
-    found = {entry.relative_to(folder).as_posix(): entry for entry in entries}
-    files = {name: path for name, path in sorted(found.items()) if is_companion(name)}
+    files = {name: folder / name for name in sorted(names) if is_companion(name)}
     for path in files.values():
         refuse_link_out(path, folder, AdapterError)
         if not path.is_file():
