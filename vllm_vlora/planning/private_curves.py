@@ -10,6 +10,7 @@ Losses are squared norms in the module's ``Metric``: Frobenius, or as the model 
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -53,9 +54,8 @@ def seen_squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Me
     return squared_norm(white_a, white_b_t.T, scale)
 
 
-@dataclass(frozen=True, slots=True)
-class PrivateOption:
-    """One way to store one module of one task privately.
+class PrivateOption(NamedTuple):
+    """One way to store one module of one task privately; a plan of very many has one of each.
 
     Attributes:
         format: number format. rank: rows kept.
@@ -422,15 +422,16 @@ def _measure_spread(stack: _Stack, spread: _Spread) -> list[Curve]:
     chosen = _chosen(cuts, rank)
     losses = left[:, cuts[:, 2]] - 2 * with_all @ chosen.T
     losses = (losses + (chosen @ between * chosen).sum(2)).clamp(min=0)
+    triples = counts.tolist()
     curves: list[Curve] = []
-    for found in losses:
-        front = pareto_front(list(zip(nbytes, found.tolist())), _NARROW_POINTS)
+    for found in losses.tolist():
+        front = pareto_front(list(zip(nbytes, found)), _NARROW_POINTS)
         curves.append(
             NarrowCurve(
                 spread.format,
                 array("q", [nbytes[i] for i in front]),
-                array("d", found[front].tolist()),
-                array("H", counts[front].flatten().tolist()),
+                array("d", [found[i] for i in front]),
+                array("H", itertools.chain.from_iterable(triples[i] for i in front)),
             )
         )
     return curves
