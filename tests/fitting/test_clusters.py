@@ -16,7 +16,7 @@ def by_definition(distance: torch.Tensor, count: int) -> list[tuple[int, ...]]:
     while len(groups) > count:
         one, other = min(
             itertools.combinations(groups, 2),
-            key=lambda pair: distance[pair[0], :][:, pair[1]].mean(),
+            key=lambda pair: float(distance[pair[0], :][:, pair[1]].mean()),
         )
         groups = [group for group in groups if group not in (one, other)]
         groups.append(tuple(sorted(one + other)))

@@ -33,6 +33,7 @@ from vllm_vlora.merging.analysis import (
 )
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.subspace.weights import LoRAWeights
+from vllm_vlora.tensor_files import Stamp, TensorFile
 
 MORE = {**SHAPES, "layers.1.q_proj": (12, 8)}
 
@@ -106,11 +107,14 @@ def test_files_of_few_adapters_are_opened_once(
     adapters = tiny_adapters(3)
     opened = [open_adapter(folder) for folder in save_tiny_adapters(tmp_path, adapters)]
     layers = sum(len(adapter.modules) for adapter in opened)
-    asked = []
+    asked: list[Path] = []
+
+    def counted(path: Path, known: Stamp | None = None) -> TensorFile:
+        asked.append(path)
+        return open_weights(path, known)
+
     monkeypatch.setattr(analysis, "_OPEN_FILES", most)
-    monkeypatch.setattr(
-        weights_files, "open_weights", lambda *a: asked.append(a) or open_weights(*a)
-    )
+    monkeypatch.setattr(weights_files, "open_weights", counted)
     assert torch.equal(inner_products(opened), inner_products(adapters))
     assert len(asked) == (3 if most else layers)
 
