@@ -327,7 +327,7 @@ def effective_rank(sigma: torch.Tensor) -> float:
 
 def scaled_layers(
     adapter: Update, names: Sequence[str] | None = None
-) -> Generator[tuple[str, Factors]]:
+) -> Generator[tuple[str, Factors], None, None]:
     """Yield (layer name, (A, s B)) in float32, of these layers, or of all by name."""
     if isinstance(adapter, Adapter):
         for name, (a, b) in adapter.iter_factors(names or sorted(adapter.modules)):
