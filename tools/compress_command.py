@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from vllm_vlora.compression.quality import Jury
     from vllm_vlora.evaluation.judge import SelfJudge
 
+# Tasks that are told of one by one; of a thousand the table took longer than writing them.
+_SHOWN_TASKS = 50
+
 
 class Representation(str, Enum):
     """How tasks are stored."""
@@ -414,7 +417,7 @@ def _print(
 ) -> None:
     from vllm_vlora.tools import summary as show
 
-    show.print_tasks(console, data)
+    show.print_tasks(console, data, _SHOWN_TASKS)
     show.print_candidates(console, data, (report.representation, report.format), by_error=by_size)
     show.print_quality(console, data)
     show.print_losses(console, data["losses"])

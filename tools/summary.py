@@ -151,12 +151,20 @@ def _rows_by_bits(segments: Sequence[Segment], format: str) -> dict[str, int]:
     return dict(counts)
 
 
-def print_tasks(console: Console, summary: dict[str, Any]) -> None:
-    """The table of tasks, with the shared bases and the total below."""
+def print_tasks(console: Console, summary: dict[str, Any], most: int | None = None) -> None:
+    """The table of tasks, with the shared bases and the total below.
+
+    Args:
+        most: where there are more tasks, so many with the greatest errors; ``info`` lists them all.
+    """
+    tasks, rest = summary["tasks"], ", with --json"
+    if most is not None and len(tasks) > most:
+        worst = sorted(tasks, key=lambda task: -task["error"])[:most]
+        tasks, rest = worst, ": vllm-vlora info"
     table = make_table(["Task"], ["Before", "Stored", "Ratio", "Rank"])
     table.add_column("Stored as", overflow="fold")
     table.add_column("Error", justify="right", no_wrap=True)
-    for task in summary["tasks"][:_SHOWN_TASKS]:
+    for task in tasks[:_SHOWN_TASKS]:
         table.add_row(
             Text(task["task"]),
             format_bytes(task["original_bytes"]),
@@ -171,9 +179,9 @@ def print_tasks(console: Console, summary: dict[str, Any]) -> None:
                 no_update=task["task"] in summary["losses"]["no_update"],
             ),
         )
-    more = len(summary["tasks"]) - _SHOWN_TASKS
+    more = len(summary["tasks"]) - len(tasks[:_SHOWN_TASKS])
     if more > 0:
-        table.add_row(f"and {more} more, with --json", *[""] * 6)
+        table.add_row(f"and {more} more{rest}", *[""] * 6)
     table.add_section()
     if summary["basis_bytes"]:
         table.add_row("shared bases", "", format_bytes(summary["basis_bytes"]), "", "", "", "")

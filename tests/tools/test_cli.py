@@ -102,6 +102,24 @@ def adapters(tmp_path: Path) -> Path:
     return folder
 
 
+def test_compress_tells_of_the_worst_of_many_tasks_and_info_of_all(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_vlora.tools.compress_command._SHOWN_TASKS", 1)
+    output = tmp_path / "ckpt"
+    shown = invoke("compress", *adapters.iterdir(), "-o", output, "--ratio", "3").stdout
+    (worst, *others) = sorted(
+        Checkpoint.open(output).tasks.items(), key=lambda pair: -pair[1].error
+    )
+    assert worst[1].error > others[0][1].error
+    assert f"│ {worst[0]} " in shown
+    assert all(f"│ {name} " not in shown for name, _ in others)
+    assert "and 2 more: vllm-vlora info" in shown
+    listed = invoke("info", output).stdout
+    assert all(f"│ {name} " in listed for name in ("sql", "chat", "Zürich 東京"))
+    assert "and 2 more" not in listed
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that tests only read: awkward task ids, one task kept exactly."""
