@@ -241,13 +241,11 @@ class RemoteFolder:
             yield from self._answered(name, start, end)
             return
         while start < end:
-            wanted = min(_CHUNK, end - start)
-            data = self._piece(self._path(name), start, start + wanted)
-            if data:
-                yield data
-            if len(data) < wanted:
+            data = self._piece(self._path(name), start, min(start + _CHUNK, end))
+            if not data:
                 return
-            start += wanted
+            yield data
+            start += len(data)
 
     def _piece(self, path: str, start: int, end: int) -> bytes:
         """What there is of these bytes: stores refuse a range behind a file's end, each in its words."""
@@ -258,7 +256,8 @@ class RemoteFolder:
         except Exception:
             # Not the length that it was listed with.
             self._fs.invalidate_cache()
-            if self._fs.size(path) > start:
+            size = self._fs.size(path)
+            if size is None or size > start:
                 raise
             return b""
 

@@ -12,6 +12,7 @@ from vllm_vlora.compression.encoding import encode_kept
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.fitting.whitening import FROBENIUS, Metric, Whitener
+from vllm_vlora.planning import private_curves
 from vllm_vlora.planning.number_formats import NARROW, TRELLIS
 from vllm_vlora.planning.private_curves import Curve, measure_private
 from vllm_vlora.quantize import as_stored, pack, unpack
@@ -99,6 +100,37 @@ def test_rows_of_zeros_lose_nothing() -> None:
     b.zero_()
     found = measure_private([(a, b, scale)], FORMATS, "bfloat16", sampled=True)[0]
     assert all(loss == 0 for curve in found.curves for loss in losses(curve))
+
+
+def test_what_a_format_holds_exactly_it_holds_in_a_sample() -> None:
+    """Numbers of bfloat16 in an adapter of float32; and where only the sample's are such, it loses."""
+    a, b, scale = factors("one size", 8)
+    wide = a.float(), b.float(), scale
+    own = measure_private([wide], ["bfloat16"], "float32", sampled=True)[0].curves[0].option(0)
+    assert (own.original, own.loss) == (True, 0.0)
+    columns = torch.arange(4096).float().expand(1, 1, -1)
+    outside = torch.ones(4096, dtype=torch.bool)
+    outside[private_curves._sample_of(columns).flatten().long()] = False
+    a, b = torch.ones(6, 4096), torch.ones(96, 6)
+    a *= 1 - 2.0 * (torch.arange(4096) // 64 % 2)
+    a[:, outside] *= torch.tensor([1.2, 0.748]).repeat(1536)
+    own = measure_private([(a, b, 1.0)], ["bfloat16"], "float32", sampled=True)[0].curves[0]
+    assert own.option(0).loss > 0
+
+
+def test_directions_that_lie_in_few_blocks_are_measured_as_a_whole() -> None:
+    """The rows are even, and their differences are not."""
+    generator = torch.Generator().manual_seed(9)
+    common = torch.randn(4096, generator=generator)
+    a = common.repeat(6, 1) * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])[:, None]
+    for number in range(6):
+        block = slice(640 * number, 640 * number + 64)
+        a[number, block] += 0.44 * 8 * torch.randn(64, generator=generator)
+    given = [(a, torch.randn(96, 6, generator=generator), 1.0)]
+    whole, sampled = (
+        measure_private(given, ["int8"], "float32", sampled=s)[0].curves[0] for s in (False, True)
+    )
+    assert losses(sampled) == losses(whole)
 
 
 def test_int8_columns_of_longer_rows_have_their_scale() -> None:

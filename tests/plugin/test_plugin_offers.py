@@ -95,6 +95,25 @@ def test_packed_factors_are_those_that_pack_makes(format: str) -> None:
         assert torch.equal(unpack(matrices["B"]), unpack(pack(b.T.contiguous(), format)))
 
 
+def test_factors_are_copied_by_their_numbers_and_not_by_whatever_memory_they_have() -> None:
+    given = factors()
+    odd = dict(given)
+    a, b = given[NAMES[0]]
+    odd[NAMES[0]] = [torch.nn.Parameter(a.T.contiguous().T), torch._neg_view(-b)]
+    with offered("t", read_state_dict(odd, None, 6.0, "here"), None) as offer:
+        matrices = OfferedCheckpoint(offer).load_task("t").modules[NAMES[0]].matrices
+    assert torch.equal(matrices["A"].parts["values"], a)
+    assert torch.equal(matrices["B"].parts["values"], b.T)
+
+
+def test_factors_whose_memory_was_freed_are_refused() -> None:
+    """As a sharded model leaves its own between two steps."""
+    given = modules()
+    given[1][1][0].untyped_storage().resize_(0)
+    with pytest.raises(AdapterError, match=r"lora_A of .*q_proj.* gather the parameters"):
+        next(_steps_of(given, None))
+
+
 def test_every_publication_has_a_path_of_its_own() -> None:
     """Whatever is published under a name is told from what was before, of the same tensors too."""
     paths = set()

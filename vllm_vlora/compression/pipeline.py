@@ -169,7 +169,7 @@ class Compression:
             options.seed,
             options.calibration,
             options.device,
-            sampled=bounded and (budget.limits is None or budget.of_gain),
+            sampled=bounded and budget.limits is None and options.calibration is None,
         )
         self._bases = FittedBases(scratch / "fit")
         self._executor = Executor(options.executor, options.jobs)

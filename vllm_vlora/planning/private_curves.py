@@ -25,6 +25,7 @@ from vllm_vlora.planning.allocation import Point, pareto_front
 from vllm_vlora.planning.changes import Changes, Sides, by_rows, changes_of, grams_of
 from vllm_vlora.planning.number_formats import NARROW, NARROW_FORMAT, TRELLIS
 from vllm_vlora.quantize import (
+    FLOAT_DTYPES,
     NF4_BLOCK,
     as_stored,
     as_stored_narrow,
@@ -46,6 +47,8 @@ _NOISE_SEED = 0x7E1115
 _SAMPLED_BLOCKS, _SAMPLE_SEED = 16, 0x5A3B1E
 # How far the energy of a sample may be from its share of a row's, as a factor.
 _UNEVEN = 1.25
+# Share of ||delta_W||^2 that is lost at least where a sample loses nothing.
+_SOMETHING = 1e-12
 
 
 def seen_squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float, metric: Metric) -> float:
@@ -203,14 +206,15 @@ def measure_private(
     a = torch.stack([a for a, _, _ in factors]).float()
     b_t = torch.stack([b for _, b, _ in factors]).float().mT.contiguous()
     scales = torch.tensor([scale for _, _, scale in factors], dtype=torch.float64)
-    if not sampled or metric != FROBENIUS:
-        return _measure_stack(_Stack(a, b_t, scales, metric, False), formats, own_format)
-    even = (_is_even(a) & _is_even(b_t)).cpu()
+    sides = a, b_t, *leading_factors(a, b_t, scales.to(a.device), metric)
+    even = torch.zeros(len(factors), dtype=torch.bool)
+    if sampled and metric == FROBENIUS:
+        even = torch.stack([_is_even(rows) for rows in sides[:4]]).all(0).cpu()
     found: dict[int, Measured] = {}
     for by_sample in even.unique().tolist():
         places = torch.nonzero(even == by_sample).flatten()
         at = slice(None) if len(places) == len(factors) else places.to(a.device)
-        stack = _Stack(a[at], b_t[at], scales[places], metric, by_sample)
+        stack = _Stack(*(side[at] for side in sides), scales[places], metric, by_sample)
         found.update(zip(places.tolist(), _measure_stack(stack, formats, own_format)))
     return [found[place] for place in range(len(factors))]
 
@@ -259,13 +263,17 @@ class _Rows:
     """
 
     def __init__(self, rows: torch.Tensor, sampled: bool) -> None:
-        self._whole, self.values = rows, rows
-        self._weight = torch.ones((), device=rows.device)
+        self._whole, self._part, self.values = rows, rows, rows
+        self._weight: torch.Tensor | None = None
         if sampled:
-            part = _sample_of(rows)
-            energy, own = (torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in (rows, part))
+            self._part = _sample_of(rows)
+            energy, own = (
+                torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in (rows, self._part)
+            )
             self._weight = torch.where(own > 0, energy / own, 0.0)
-            self.values = part * self._weight
+            self.values = self._part * self._weight
+
+    # Rounded first and scaled afterwards: what a format holds exactly it is to hold here too.
 
     def as_stored(self, format: str) -> torch.Tensor:
         """As a format stores them."""
@@ -273,8 +281,24 @@ class _Rows:
         if format == "int8":
             # The scale of a row is its greatest number's, in whichever block that lies.
             low, high = self._whole.aminmax(dim=2, keepdim=True)
-            amax = (torch.maximum(high, -low) * self._weight).flatten(0, 1)
-        return by_rows(lambda rows: as_stored(rows, format, amax), self.values)
+            amax = torch.maximum(high, -low).flatten(0, 1)
+        return self._scaled(by_rows(lambda rows: as_stored(rows, format, amax), self._part))
+
+    def as_stored_narrow(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """With 3 bits, and with 2."""
+        three, two = as_stored_narrow(self._part.flatten(0, 1))
+        shape = self._part.shape[:2]
+        return self._scaled(three.unflatten(0, shape)), self._scaled(two.unflatten(0, shape))
+
+    def _scaled(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self._weight is None else rows * self._weight
+
+    def held_by(self, format: str) -> torch.Tensor:
+        """(n,) whether a format of plain numbers holds all columns of each update's rows exactly."""
+        dtype = FLOAT_DTYPES.get(format)
+        if dtype is None:
+            return torch.zeros(len(self._whole), dtype=torch.bool, device=self._whole.device)
+        return (self._whole.to(dtype).float() == self._whole).flatten(1).all(1)
 
 
 class _Stack:
@@ -282,6 +306,7 @@ class _Stack:
 
     Args:
         a: (n, r, d_in). b_t: B transposed, (n, r, d_out); float32. scales: (n,) float64.
+        svd_a, svd_b_t, norms: their ``leading_factors``.
         sampled: rows are measured by a sample.
     """
 
@@ -289,13 +314,15 @@ class _Stack:
         self,
         a: torch.Tensor,
         b_t: torch.Tensor,
+        svd_a: torch.Tensor,
+        svd_b_t: torch.Tensor,
+        norms: torch.Tensor,
         scales: torch.Tensor,
         metric: Metric,
         sampled: bool,
     ) -> None:
-        self.a, self.b_t, self.scales = a, b_t, scales
-        self._metric, self._sampled = metric, sampled
-        svd_a, svd_b_t, self.norms = leading_factors(a, b_t, scales.to(a.device), metric)
+        self.a, self.b_t, self.norms, self.scales = a, b_t, norms, scales
+        self._metric, self.sampled = metric, sampled
         self.leading_grams = grams_of((svd_a, svd_b_t), metric)
         self._leading = _Rows(svd_a, sampled), _Rows(svd_b_t, sampled)
         self._rounded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -321,8 +348,7 @@ class _Stack:
         """The leading factors with 4, 3 and 2 bits, one after another: (n, 3 q, d)."""
         found = []
         for wide, side in zip(self.rounded(NARROW_FORMAT), self._leading):
-            flat = as_stored_narrow(side.values.flatten(0, 1))
-            found.append(torch.cat([wide, *(x.unflatten(0, wide.shape[:2]) for x in flat)], dim=1))
+            found.append(torch.cat([wide, *side.as_stored_narrow()], dim=1))
         return found[0], found[1]
 
     def trellis(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -345,11 +371,16 @@ class _Stack:
         stored = tuple(side.as_stored(format) for side in sides)
         return changes_of(tuple(side.values for side in sides), grams, stored, self._metric)
 
+    def holds_own(self, format: str) -> torch.Tensor:
+        """(n,) whether a format holds the own factors exactly."""
+        a, b_t = (side.held_by(format) for side in self._own[0])
+        return (a & b_t).cpu()
+
     @cached_property
     def _own(self) -> tuple[tuple[_Rows, _Rows], Sides]:
         """The own factors' rows, and the products of all their columns in the metric."""
         grams = grams_of((self.a, self.b_t), self._metric)
-        return (_Rows(self.a, self._sampled), _Rows(self.b_t, self._sampled)), grams
+        return (_Rows(self.a, self.sampled), _Rows(self.b_t, self.sampled)), grams
 
 
 def _measure_format(stack: _Stack, format: str, own_format: str) -> list[Curve]:
@@ -371,8 +402,12 @@ def _measure_format(stack: _Stack, format: str, own_format: str) -> list[Curve]:
 
 
 def _own_losses(stack: _Stack, format: str) -> list[float]:
-    lost = stack.own_changes(format).inner.sum((1, 2)).clamp(min=0)
-    return (lost * stack.scales.square()).tolist()
+    lost = stack.own_changes(format).inner.sum((1, 2)).clamp(min=0) * stack.scales.square()
+    if stack.sampled:
+        # Nothing is taken for exact by its sample: it would be stored unmeasured.
+        least = torch.where(stack.holds_own(format), 0.0, _SOMETHING * stack.norms.cpu())
+        lost = torch.maximum(lost, least)
+    return lost.tolist()
 
 
 def _through_channel(rows: torch.Tensor) -> torch.Tensor:
@@ -421,7 +456,9 @@ def _measure_spread(stack: _Stack, spread: _Spread) -> list[Curve]:
     )
     chosen = _chosen(cuts, rank)
     losses = left[:, cuts[:, 2]] - 2 * with_all @ chosen.T
-    losses = (losses + (chosen @ between * chosen).sum(2)).clamp(min=0)
+    # One by one: all of many tasks' cuts at once would take gigabytes.
+    squares = torch.stack([(chosen @ gram * chosen).sum(1) for gram in between])
+    losses = (losses + squares).clamp(min=0)
     triples = counts.tolist()
     curves: list[Curve] = []
     for found in losses.tolist():

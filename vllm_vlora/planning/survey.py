@@ -320,7 +320,7 @@ class Surveyor:
                 # One of them; which one, is worth a second measurement.
                 for task, factors in batch:
                     with self.collection.naming(task, module.name):
-                        measure_private([factors], distinct, own, metric)
+                        measure_private([factors], distinct, own, metric, self.settings.sampled)
                 raise
             for (task, _), (curves, norm) in zip(batch, found):
                 by_format = dict(zip(distinct, curves))

@@ -207,11 +207,31 @@ def _write(
         tensors = _packed(matrix, side, module, where)
         for part in parts:
             if part.side == side:
-                values = tensors[part.name].cpu().contiguous()
-                assert values.nbytes == part.nbytes
-                # By one thread: where others keep the cores busy, torch's wait for each other at each of
-                # hundreds of copies. As memory: the views of an assignment take as long as 60 kB.
-                ctypes.memmove(memory.data_ptr() + part.start, values.data_ptr(), part.nbytes)
+                try:
+                    _copy(tensors[part.name], memory, part)
+                except ValueError as error:
+                    raise AdapterError(
+                        f"{where}: lora_{side} of module {module.name!r} {error}"
+                    ) from error
+
+
+def _copy(tensor: torch.Tensor, memory: torch.Tensor, part: Part) -> None:
+    """A tensor's bytes to where they lie.
+
+    Raises:
+        ValueError: its storage is smaller than itself, as FSDP leaves what it has sharded.
+    """
+    values = tensor.cpu().contiguous().resolve_neg()
+    if type(values) not in (torch.Tensor, torch.nn.Parameter):
+        # Whose memory need not be its numbers, or is none.
+        memory[part.start : part.end] = values.view(-1).view(torch.uint8)
+        return
+    end = values.storage_offset() * values.element_size() + values.nbytes
+    if values.nbytes != part.nbytes or end > values.untyped_storage().nbytes():
+        raise ValueError("has no memory of its own (sharded?): gather the parameters first")
+    # By one thread: where others keep the cores busy, torch's wait for each other at each of hundreds of
+    # copies. As memory: the views of an assignment take as long as 60 kB.
+    ctypes.memmove(memory.data_ptr() + part.start, values.data_ptr(), part.nbytes)
 
 
 def _check_written(
