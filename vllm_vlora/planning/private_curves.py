@@ -214,7 +214,9 @@ def measure_private(
     for by_sample in even.unique().tolist():
         places = torch.nonzero(even == by_sample).flatten()
         at = slice(None) if len(places) == len(factors) else places.to(a.device)
-        stack = _Stack(*(side[at] for side in sides), scales[places], metric, by_sample)
+        own_a, own_b_t, svd_a, svd_b_t, norms = (side[at] for side in sides)
+        kept = scales[places]
+        stack = _Stack(own_a, own_b_t, svd_a, svd_b_t, norms, kept, metric, by_sample)
         found.update(zip(places.tolist(), _measure_stack(stack, formats, own_format)))
     return [found[place] for place in range(len(factors))]
 
