@@ -254,7 +254,8 @@ class RemoteFolder:
         except (FileNotFoundError, PermissionError):
             raise
         except Exception:
-            # Not the length that it was listed with.
+            # Whatever it was, nothing is lost by it where the file, asked anew and not as it was listed,
+            # ends here; elsewhere it is raised.
             self._fs.invalidate_cache()
             size = self._fs.size(path)
             if size is None or size > start:

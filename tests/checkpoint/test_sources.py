@@ -196,6 +196,21 @@ def test_a_file_that_is_shorter_by_now_is_another_one() -> None:
     assert remote.read("f", 3) == b"abc"
 
 
+@pytest.mark.parametrize("size", [3, None])
+def test_what_goes_wrong_within_a_file_is_no_end_of_it(
+    monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    def fail(*_: Any, **__: Any) -> bytes:
+        raise OSError(errno.EIO, "the store is ill")
+
+    fsspec.filesystem("store").pipe("/bucket/one/f", b"abc")
+    monkeypatch.setattr(Store, "cat_file", fail)
+    monkeypatch.setattr(Store, "size", lambda *_: size)
+    remote = urls.RemoteFolder("store://bucket/one")
+    with pytest.raises(urls.RemoteError):
+        list(remote.stream(urls.RemoteFile("f", 3), 1))
+
+
 def test_a_file_url_is_the_folder_where_it_lies(world: World, cache: Path) -> None:
     named = world.place / "my tasks"
     world.checkpoint.rename(named)

@@ -36,6 +36,13 @@ def factors(
     return a.bfloat16(), b.bfloat16(), 0.5
 
 
+def outside_the_sample(cols: int) -> torch.Tensor:
+    """The columns, block by block, that a sample of so many has not."""
+    columns = torch.arange(cols)
+    drawn = private_curves._sample_of(columns.float().view(1, 1, -1)).flatten().long()
+    return columns[~torch.isin(columns, drawn)]
+
+
 def losses(curve: Curve) -> list[float]:
     return [curve.loss(number) for number in range(curve.count)]
 
@@ -108,12 +115,12 @@ def test_what_a_format_holds_exactly_it_holds_in_a_sample() -> None:
     wide = a.float(), b.float(), scale
     own = measure_private([wide], ["bfloat16"], "float32", sampled=True)[0].curves[0].option(0)
     assert (own.original, own.loss) == (True, 0.0)
-    columns = torch.arange(4096).float().expand(1, 1, -1)
-    outside = torch.ones(4096, dtype=torch.bool)
-    outside[private_curves._sample_of(columns).flatten().long()] = False
-    a, b = torch.ones(6, 4096), torch.ones(96, 6)
-    a *= 1 - 2.0 * (torch.arange(4096) // 64 % 2)
-    a[:, outside] *= torch.tensor([1.2, 0.748]).repeat(1536)
+    generator = torch.Generator().manual_seed(8)
+    signs = torch.randint(0, 2, (6, 4096), generator=generator) * 2.0 - 1
+    sizes = torch.ones(4096)
+    sizes[outside_the_sample(4096)] = torch.tensor([1.2, 0.748]).repeat(1536)
+    a, b = signs * sizes, torch.randn(96, 6, generator=generator).bfloat16().float()
+    assert private_curves._is_even(a[None])
     own = measure_private([(a, b, 1.0)], ["bfloat16"], "float32", sampled=True)[0].curves[0]
     assert own.option(0).loss > 0
 
@@ -123,9 +130,9 @@ def test_directions_that_lie_in_few_blocks_are_measured_as_a_whole() -> None:
     generator = torch.Generator().manual_seed(9)
     common = torch.randn(4096, generator=generator)
     a = common.repeat(6, 1) * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])[:, None]
-    for number in range(6):
-        block = slice(640 * number, 640 * number + 64)
+    for number, block in enumerate(outside_the_sample(4096).view(-1, 64)[:6]):
         a[number, block] += 0.44 * 8 * torch.randn(64, generator=generator)
+    assert private_curves._is_even(a[None])
     given = [(a, torch.randn(96, 6, generator=generator), 1.0)]
     whole, sampled = (
         measure_private(given, ["int8"], "float32", sampled=s)[0].curves[0] for s in (False, True)
