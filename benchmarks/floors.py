@@ -21,7 +21,7 @@ from dataclasses import astuple, dataclass, replace
 NF4_BLOCK = 64
 SCALE_BLOCK = 256
 FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-FORMATS = (*FLOAT_BYTES, "int8", "nf4", "nf4-dq", "nf4-narrow")
+FORMATS = (*FLOAT_BYTES, "int8", "nf4", "nf4-dq", "nf4-narrow", "trellis")
 # What vLLM accepts for --max-lora-rank.
 SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 RECORD_BYTES = 12 * 8
@@ -202,7 +202,7 @@ class Work:
 def row_bytes(format: str, cols: int) -> int:
     """Bytes of one row of ``cols`` packed columns, as checkpoints store them.
 
-    Of nf4-narrow the mean of four: a quarter of the rows has 4 bits, a quarter 3 and half 2.
+    Of nf4-narrow and trellis the mean of four: a quarter of the rows has 4 bits, a quarter 3 and half 2.
 
     Raises:
         ValueError: an unknown format.
@@ -215,6 +215,8 @@ def row_bytes(format: str, cols: int) -> int:
     codes = blocks * NF4_BLOCK // 2
     if format == "nf4":
         return codes + 4 * blocks
+    if format == "trellis":
+        return sum(-(-(cols * bits + 8 - bits) // 8) for bits in (4, 3, 2, 2)) // 4 + 4
     if format == "nf4-narrow":
         codes -= codes * 5 // 16
     if format in ("nf4-dq", "nf4-narrow"):

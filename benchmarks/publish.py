@@ -14,7 +14,6 @@ from typing import Any
 
 from harness import (
     WrongResultError,
-    cpu_name,
     end_record,
     in_another_process,
     print_record,
@@ -23,7 +22,7 @@ from harness import (
     table,
     write_json,
 )
-from serving.program import CPU_ENVIRONMENT, ENVIRONMENT
+from serving.program import CPU_ENVIRONMENT, ENVIRONMENT, probe_device
 
 from vllm_vlora.timing import percentile
 
@@ -48,6 +47,7 @@ TRUE = {"width": 4096, "inner": 14336, "keys": 1024, "rank": 16}
 PLACES = {"in process": "0", "own process": "1"}
 _PAUSE = 0.3
 KV_BYTES = 64 * 2**20
+GPU_ARGUMENTS = {"kernel_config": {"enable_jit_warmup": False}, "gpu_memory_utilization": 0.5}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,9 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write."""
-    report = record(args, cpu_name(), "vllm", "torch")
+    device = in_another_process(probe_device)
+    args.gpu = device["type"] != "cpu"
+    report = record(args, device["name"], "vllm", "torch")
     print_record(report)
     report["samples"], report["summary"] = {}, {}
 
@@ -214,6 +216,7 @@ def _engine(args: argparse.Namespace, model: Path, place: str) -> dict[str, Any]
         str(model), skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, enable_lora=True,
         max_loras=2, max_cpu_loras=2, max_lora_rank=RANK, max_model_len=64, max_num_seqs=4,
         kv_cache_memory_bytes=KV_BYTES, enable_prefix_caching=False,
+        **(GPU_ARGUMENTS if args.gpu else {}),
     )  # fmt: skip
     tensors = factors(2 if args.quick else LAYERS, WIDTH, INNER, KEYS, RANK, seed=1)
     copy, samples = _Copy(tensors), _Samples()

@@ -2,9 +2,9 @@
 # Everything that only a GPU can say, in stages of a fixed time each, the most telling first.
 #   benchmarks/run_gpu.sh [FOLDER] [--stages NAME...] [--box SECONDS] [--tiny] [--list]
 # FOLDER    of the results, written as they come (default: build/gpu in the repository)
-# --stages  names of stages or of the presets "first" and "second" (default: first)
+# --stages  names of stages or of the presets "first", "second" and "third" (default: first)
 # --box     seconds for the whole run (default: what the stages may take; first is under 8 minutes, second
-#           under 4)
+#           under 4, third under 6)
 # --tiny    tiny shapes on a CPU, in Triton's interpreter: tries the stages, no time means anything
 # --list    print the stages and end
 # A stage that fails does not end the run: FOLDER/stages.txt has a line a stage, FOLDER/logs.txt what each
@@ -18,6 +18,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 
 first="smoke tests kernels profile cliffs memory large"
 second="materialize serving"
+third="sizes residency publish"
 # name, seconds at most, what it says, the file with its rows
 stages="\
 smoke        60   results, then graphs replayed with other tasks (checks.jsonl)
@@ -28,7 +29,10 @@ cliffs       60   257 tasks and more, 1024 slots (kernels-cliffs.json)
 memory       40   results under compute-sanitizer (checks.jsonl)
 large        40   llama-70b (kernels-70b.json)
 materialize  40   a task into a slot (activation.json)
-serving      190  real engines side by side (serving.json)"
+serving      190  real engines side by side (serving.json)
+sizes        110  the private kernels with other sizes than they choose (checks.jsonl)
+residency    120  tasks that come from host memory and disk (residency.json)
+publish      100  a task from tensors in memory (publish.json)"
 
 wrong() {
     echo "run_gpu.sh: $1" >&2
@@ -42,7 +46,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
     --list)
         echo "$stages"
-        printf 'first: %s\nsecond: %s\n' "$first" "$second"
+        printf 'first: %s\nsecond: %s\nthird: %s\n' "$first" "$second" "$third"
         exit 0
         ;;
     --tiny) tiny=1 ;;
@@ -56,6 +60,7 @@ while [ $# -gt 0 ]; do
             case "$2" in
             first) wanted+=($first) ;;
             second) wanted+=($second) ;;
+            third) wanted+=($third) ;;
             *)
                 grep -q "^$2 " <<< "$stages" || wrong "no stage '$2'; --list has them"
                 wanted+=("$2")
@@ -155,6 +160,17 @@ plan() {
             --prefill-len 128 --prompt-len 16 --output-len 32"
         [ -z "$tiny" ] || options="--quick --configurations base,stock-N,direct-k32,direct-nf4"
         bench serving ${SERVING:-$options} --json "$out/serving.json"
+        ;;
+    sizes) check sizes ;;
+    residency)
+        has vllm || skip="vLLM is not installed"
+        bench residency --tasks 200 --held 20 --kept 60 --requests 100 --rounds 1 --json "$out/residency.json"
+        [ -z "$tiny" ] || command+=(--quick)
+        ;;
+    publish)
+        has vllm || skip="vLLM is not installed"
+        bench publish --rounds 4 --json "$out/publish.json"
+        [ -z "$tiny" ] || command+=(--quick)
         ;;
     esac
 }

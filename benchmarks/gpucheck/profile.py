@@ -55,14 +55,14 @@ def kernels(
                 ways["graph"] = capture(run)
             world.routing.update(spread_slots(tokens, tasks, 0))
             for mode, way in ways.items():
-                for kernel, us in _profile(way, flush, repeats).items():
+                for kernel, us in profile_kernels(way, flush, repeats).items():
                     yield {
                         "check": "profile", "layer": shape.name, "tokens": tokens, "tasks": tasks,
                         "slots": slots, "kind": name, "mode": mode, "kernel": kernel, "us": us,
                     }  # fmt: skip
 
 
-def _profile(run: Callable[[], None], flush: torch.Tensor, repeats: int) -> dict[str, float]:
+def profile_kernels(run: Callable[[], None], flush: torch.Tensor, repeats: int) -> dict[str, float]:
     """Kernel -> microseconds (median of the repeats) of one call, the caches emptied before each."""
     gpu = flush.is_cuda
     run()

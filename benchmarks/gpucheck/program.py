@@ -22,6 +22,7 @@ Check the direct kernels where only a device can: on real shapes, in graphs, ker
   beside   a layer in a graph: alone, and with its direct work after it or beside it, as in an engine
   idle     the same when the batch has no task
   profile  microseconds of every kernel, launched and in a graph, the caches emptied before each call
+  sizes    the same of the private kernels in the graph of a long batch, with other sizes than they choose
 
 Every row is written to --json as it comes (a line of JSON each); a failing check does not end the run,
 and the exit status is 1 when one failed.
@@ -33,7 +34,7 @@ EXAMPLES = """\
 """
 TINY = floors.llama("tiny", 1, 128, 192, 64)
 MODELS = {**floors.MODELS, "tiny": TINY}
-STAGES = ("smoke", "replay", "beside", "idle", "profile")
+STAGES = ("smoke", "replay", "beside", "idle", "profile", "sizes")
 DECODE_PROFILE = ((1, 1, 1), (64, 64, 64), (256, 256, 256), (512, 512, 512), (64, 64, 1024))
 # vLLM's longest decode batches: of few tasks, of some, each token's own.
 CROWDED_PROFILE = ((1024, 1, 1024), (1024, 64, 1024), (1024, 1024, 1024))
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def _rows(
     stage: str, layer: floors.Layer, dtype: torch.dtype, device: torch.device, few: bool
 ) -> Iterable[dict[str, Any]]:
-    from gpucheck import profile, replay, smoke
+    from gpucheck import profile, replay, sizes, smoke
 
     gpu = device.type == "cuda"
     if stage == "smoke":
@@ -116,6 +117,10 @@ def _rows(
     if stage == "profile":
         batches = FEW_PROFILE if few else DECODE_PROFILE + CROWDED_PROFILE + PREFILL_PROFILE
         return profile.kernels(layer, batches, dtype, device, repeats=10 if gpu else 1)
+    if stage == "sizes":
+        tokens, tasks = (4, (1, 4)) if few else (1024, (1, 64, 256, 1024))
+        variants = sizes.VARIANTS[:2] if few else sizes.VARIANTS
+        return sizes.search(layer, tokens, tasks, variants, dtype, device, 5 if gpu else 1)
     if stage == "beside":
         decode = ((1, 1),) if few else ((64, 64), (1, 1), (256, 256))
         return profile.beside(layer, decode, dtype, device, rounds=15 if gpu else 1)

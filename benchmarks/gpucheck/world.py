@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import floors
 import numpy as np
 import torch
+from streams import random_trellis
 
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, PackedMatrix, pack
 from vllm_vlora.triton_kernels.direct import (
@@ -22,7 +23,7 @@ from vllm_vlora.triton_kernels.direct import (
     make_task,
 )
 
-PRIVATE = ("float", "int8", "nf4", "nf4-dq")
+PRIVATE = ("float", "int8", "nf4", "nf4-dq", "trellis")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,10 @@ def _private(
 ) -> SliceTask:
     a = torch.randn(rank, d_in, device=device) / d_in**0.5
     b = torch.randn(rank, width, device=device) / rank**0.5
+    if format == "trellis":
+        counts = (rank // 4, rank // 4, rank - rank // 4 * 2)
+        a, b = (random_trellis(side, counts) for side in (a, b))
+        return SliceTask(a=a, b=b, scale=0.5)
     name = FORMAT_OF_DTYPE[dtype] if format == "float" else format
     return SliceTask(a=pack(a, name), b=pack(b, name), scale=0.5)
 

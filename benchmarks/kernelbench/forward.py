@@ -12,11 +12,19 @@ from dataclasses import dataclass, replace
 
 import floors
 import torch
+from streams import random_trellis
 
 from kernelbench.batches import SCALE, Batch
 from kernelbench.punica import Punica
 from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_matrix
-from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, pack, pack_narrow, stack_rows, unpack
+from vllm_vlora.quantize import (
+    FLOAT_DTYPES,
+    PackedMatrix,
+    pack,
+    pack_narrow,
+    stack_rows,
+    unpack,
+)
 from vllm_vlora.triton_kernels.direct import (
     DirectLayer,
     DirectSlice,
@@ -183,13 +191,14 @@ def private_operation(batch: Batch, work: floors.Work, factors: Factors, cache: 
 
 
 def _pack_factors(factors: torch.Tensor, format: str) -> list[PackedMatrix]:
-    """Each of the factors ``[n, rank, cols]``, its rows views of one large packed matrix; narrow ones,
-    of which a quarter of the rows has 4 bits, a quarter 3 and half 2, lie by themselves."""
+    """Each of the factors ``[n, rank, cols]``, its rows views of one large packed matrix; narrow ones lie
+    by themselves. Of narrow and trellis rows a quarter has 4 bits, a quarter 3 and half 2."""
     count, rank, _ = factors.shape
-    if format != NARROW_FORMAT:
-        whole = pack(factors.flatten(0, 1), format)
-        return [whole.row_slice(n * rank, (n + 1) * rank) for n in range(count)]
     bits = (rank // 4, rank // 4, rank - rank // 4 * 2)
+    if format != NARROW_FORMAT:
+        flat = factors.flatten(0, 1)
+        whole = random_trellis(flat, bits) if format == "trellis" else pack(flat, format)
+        return [whole.row_slice(n * rank, (n + 1) * rank) for n in range(count)]
     four, three, two = (rows.flatten(0, 1) for rows in factors.split(list(bits), dim=1))
     groups = (pack(four, "nf4-dq"), pack_narrow(three, 3), pack_narrow(two, 2))
     return [

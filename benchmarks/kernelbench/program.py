@@ -60,7 +60,7 @@ EXAMPLES = """\
   python benchmarks/run.py roofline --measured out.json                 the same rows, other rates
 """
 MODELS = {**floors.MODELS, "tiny": floors.llama("tiny", 2, 128, 192, 64)}
-FORMATS = ("float", "int8", "nf4", "nf4-dq", "nf4-narrow")
+FORMATS = ("float", "int8", "nf4", "nf4-dq", "nf4-narrow", "trellis")
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {
         "shapes": ["llama-7b", "llama-70b"],
@@ -85,7 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "modules": ["qkv_proj"],
         "rank": 8,
         "k": [16],
-        "formats": ["float", "nf4", "nf4-narrow"],
+        "formats": ["float", "nf4", "nf4-narrow", "trellis"],
         "tasks": [2],
         "prefill_tokens": [],
         "prefill_tasks": [1],

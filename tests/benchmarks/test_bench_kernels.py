@@ -76,7 +76,7 @@ def test_all_of_it_on_tiny_shapes(tmp_path: Path) -> None:
     data = json.loads(file.read_text())
     rows = data["rows"]
     assert {row["op"] for row in rows} == set(floors.PATHS) | {"copy-pinned"}
-    assert {row["format"] for row in rows} == {None, "float16", "nf4", "nf4-narrow"}
+    assert {row["format"] for row in rows} == {None, "float16", "nf4", "nf4-narrow", "trellis"}
     for row in rows:
         assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
         assert row["ratio_to_floor"] == pytest.approx(row["us_p50"] / row["floor_us"])

@@ -16,7 +16,7 @@ from places import BENCHMARKS
 
 from vllm_vlora.checkpoint.serving import VLLM_LORA_RANKS
 from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_nbytes
-from vllm_vlora.quantize import SHARED_FORMATS, row_nbytes
+from vllm_vlora.quantize import SHARED_FORMATS, row_nbytes, trellis_row_nbytes
 from vllm_vlora.triton_kernels.direct import RECORD_FIELDS
 
 
@@ -166,7 +166,10 @@ def test_facts_that_have_another_home_agree_with_it() -> None:
             assert floors.row_bytes(format, cols) == row_nbytes(format, cols), (format, cols)
     for cols in (1, 64, 65, 16385):
         assert 4 * floors.row_bytes(NARROW_FORMAT, cols) == narrow_nbytes((1, 1, 2), cols)
-    assert (*SHARED_FORMATS, NARROW_FORMAT) == floors.FORMATS
+    for cols in (1, 64, 65, 4096):
+        exact = sum(trellis_row_nbytes(cols, bits) for bits in (4, 3, 2, 2)) / 4
+        assert 0 <= exact - floors.row_bytes("trellis", cols) < 1
+    assert (*SHARED_FORMATS, NARROW_FORMAT, "trellis") == floors.FORMATS
     assert floors.SLOT_RANKS == VLLM_LORA_RANKS
     assert floors.RECORD_BYTES == 8 * RECORD_FIELDS
     with pytest.raises(ValueError, match="int3"):

@@ -44,16 +44,21 @@ def results(folder: Path) -> dict[str, str]:
 
 
 def test_the_presets_hold_every_stage_and_fit_their_time() -> None:
-    *stages, first, second = call("--list").splitlines()
+    *stages, first, second, third = call("--list").splitlines()
     limits = {line.split()[0]: int(line.split()[1]) for line in stages}
-    presets = [line.partition(": ")[2].split() for line in (first, second)]
-    assert sorted(presets[0] + presets[1]) == sorted(limits)
+    presets = [line.partition(": ")[2].split() for line in (first, second, third)]
+    assert sorted(name for preset in presets for name in preset) == sorted(limits)
     assert sum(limits[name] for name in presets[0]) < 8 * 60
     assert sum(limits[name] for name in presets[1]) < 4 * 60
-    files = re.findall(r"\((\S+)\)$", "\n".join(stages), re.M)
-    # With the lines and the logs: no more than one transfer brings home, under plain names.
-    assert len({*files, "stages.txt", "logs.txt"}) <= 8
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in files)
+    assert sum(limits[name] for name in presets[2]) < 6 * 60
+    files = {
+        name: re.findall(r"\((\S+)\)$", line) for name, line in zip(limits, stages, strict=True)
+    }
+    for preset in presets:
+        # With the lines and the logs: no more than one transfer brings home, under plain names.
+        of_preset = {file for name in preset for file in files[name]}
+        assert len({*of_preset, "stages.txt", "logs.txt"}) <= 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for found in files.values() for name in found)
 
 
 @needs_triton
