@@ -1,11 +1,12 @@
-"""What all tests share: their order, and memory that shows when nobody wrote it."""
+"""What all tests share: their order, reports, and memory that shows when nobody wrote it."""
 
 from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
+import engine_logs
 import pytest
 from hypothesis import settings
 
@@ -46,12 +47,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What tests record under "shown" is printed at the end, from whichever process they ran in."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    engine_logs.begin_test()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections.extend(engine_logs.sections())
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter,
+) -> Generator[None, None, None]:
+    """What tests record under "shown" is printed, and behind all else why engines of tests failed."""
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == "shown":
                 terminalreporter.write_line(str(value))
+    yield
+    failed = [*terminalreporter.getreports("failed"), *terminalreporter.getreports("error")]
+    for line in engine_logs.summary((report.nodeid, report.sections) for report in failed):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True, scope="module")

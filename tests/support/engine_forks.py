@@ -7,6 +7,7 @@ here pays for none: the engine core is in its process, and what vLLM would spawn
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import engine_logs
 import pytest
 
 ENGINE_ENVIRONMENT = {
@@ -52,6 +54,7 @@ def start(script: str, *arguments: str, log: Path, **environment: str) -> ForkSe
         for name, value in {**ENGINE_ENVIRONMENT, "PYTHONSAFEPATH": "1"}.items():
             patch.setenv(name, value)
         process.start()
+    engine_logs.follow(log, process)
     return process
 
 
@@ -60,6 +63,8 @@ def _run(script: str, arguments: tuple[str, ...], log: Path, variables: dict[str
     with log.open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    # What dies by a signal says where, and so does what it forks.
+    faulthandler.enable()
     os.environ.clear()
     os.environ.update(variables)
     sys.argv = ["-c", *arguments]
@@ -76,6 +81,7 @@ def _run(script: str, arguments: tuple[str, ...], log: Path, variables: dict[str
 
 def stop(process: ForkServerProcess, *signals: int) -> None:
     """End a process and what it started; a second signal is for one that the first did not end."""
+    engine_logs.end(process)
     for number in signals:
         if process.is_alive():
             os.killpg(process.pid or 0, number)
