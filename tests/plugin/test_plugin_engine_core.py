@@ -13,6 +13,7 @@ from residency_world import Executor, Workers, lora, path_of
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError
 from vllm_vlora.plugin import engine_core, exchange, workers
 from vllm_vlora.plugin.admission import Admission, pinned_of
+from vllm_vlora.plugin.arrivals import Waiter
 from vllm_vlora.plugin.engine_core import (
     advance_after_abort,
     ensure_in_process,
@@ -23,6 +24,7 @@ from vllm_vlora.plugin.engine_core import (
     load_before_add_request,
     release_what_is_removed,
     served_tasks,
+    tasks_of,
 )
 from vllm_vlora.plugin.residency import Residency
 from vllm_vlora.plugin.resident import BasesReport
@@ -426,6 +428,23 @@ def test_a_worker_that_lags_behind_is_told_again() -> None:
     assert core.states == [["2", "2"]] * 2
     core.states = [["2", "2"], ["1", "1"]]
     assert follow(core) == "", "nothing is listed that not all of them serve"
+
+
+def test_a_task_that_is_published_no_more_stays_for_those_who_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vllm_vlora.plugin.residency.GRACE", 0.0)
+    core: Any = Core(a=4)
+    tasks, entered = tasks_of(core), list[str]()
+    tasks.residency.place(lora("a"))
+    tasks.residency.retire([])
+    # The workers say that they hold it before they are told to forget it.
+    tasks.arrivals.wait(lora("a"), Waiter(lambda: entered.append("a"), pytest.fail))
+    follow(core)
+    assert (entered, core.dropped) == (["a"], [])
+    assert core.workers.on == [{"a"}, {"a"}]
+    follow(core)
+    assert core.dropped == ["a"]
 
 
 def test_requests_on_new_bases_wait_for_those_on_the_old_ones_and_others_pass(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from residency_world import Workers, lora, path_of
+from residency_world import Workers, lora, name_of, path_of
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
 from vllm_vlora.plugin.arrivals import Arrivals, Brought, Waiter
@@ -172,6 +173,8 @@ class World:
             [budget] * workers, {n: [size] * workers for n, size in sizes.items()}
         )
         self.questions: list[Asked] = []
+        self._forget = self.workers.forget
+        self.workers.forget = self._forget_later  # type: ignore[method-assign]
         self.asked: list[str] = []
         self.entered: list[str] = []
         self.failed: list[tuple[str, VLoRAError]] = []
@@ -189,7 +192,7 @@ class World:
 
         def answer() -> list[list[Brought]]:
             for path in drop:
-                self.workers.forget(path, wholly=True)
+                self._forget(path, wholly=True)
             return [
                 self.workers.bring_to(worker, requests, hold, instead_of, fetch)
                 for worker in range(len(self.workers.staged))
@@ -197,6 +200,16 @@ class World:
 
         self.questions.append(Asked(answer))
         return self.questions[-1]
+
+    def _forget_later(self, path: str, wholly: bool = False) -> None:
+        """Workers do what they are told in that order: first they answer."""
+        self.answer()
+        self._forget(path, wholly)
+
+    def answer(self) -> None:
+        """Let the workers answer what they were asked."""
+        if self.questions and not self.questions[-1].done():
+            self.questions[-1].answer()
 
     def wait(self, request_id: str) -> None:
         """A request for the task of its first letter."""
@@ -494,6 +507,122 @@ def test_who_may_give_way_is_counted_on_by_nobody_until_it_has_stayed() -> None:
     assert world.entered == ["c1"]
     assert world.workers.on == [{"a", "c"}], "a was used last"
     assert world.workers.dropped == []
+
+
+def test_who_waits_for_a_task_that_might_have_given_way_finds_it_there() -> None:
+    """It stands in the question that follows, with others that take its place."""
+    world = World(8, dict.fromkeys("abcd", 4))
+    for name in "ab":
+        world.workers.residency.place(lora(name))
+    world.steps_go_on = True
+    world.wait("c1")
+    world.arrivals.advance()
+    assert not world.workers.residency.touch(path_of("a"))
+    world.wait("a1")
+    world.wait("d1")
+    world.arrivals.withdraw({"c1"})
+    world.questions[-1].answer()
+    world.workers.stage("a", "d")
+    world.arrivals.advance(1)
+    world.steps_go_on = False
+    world.arrivals.advance()
+    assert world.entered == ["a1", "d1"]
+    assert world.workers.on == [{"a", "d"}]
+
+
+def test_who_waits_for_a_task_that_is_there_needs_no_room() -> None:
+    world = World(8, dict.fromkeys("abcd", 4))
+    for name in "ab":
+        world.workers.residency.place(lora(name))
+    world.workers.used = {"b"}
+    world.workers.stage("a", "d")
+    world.steps_go_on = True
+    world.wait("c1")
+    world.arrivals.advance()
+    world.wait("d1")
+    world.wait("a1")
+    world.arrivals.withdraw({"c1"})
+    world.questions[-1].answer()
+    world.arrivals.advance(1)
+    world.steps_go_on = False
+    for _ in range(4):
+        world.arrivals.advance()
+    assert world.entered == ["a1"], "and d waits for one of the two to end"
+    assert world.workers.on == [{"a", "b"}]
+    world.workers.used = {"b"}
+    for _ in range(4):
+        world.arrivals.advance()
+    assert world.entered == ["a1", "d1"]
+
+
+LETTERS = "abcdefgh"
+
+
+class History:
+    """Requests, answers, ends, hang-ups and publications in any order."""
+
+    def __init__(self, seed: int, workers: int) -> None:
+        self.random, self.asked = Random(seed), 0
+        sizes = {name: self.random.choice([2, 3, 4]) for name in LETTERS}
+        self.world = World(8, sizes, workers)
+        self.residency, self.used = self.world.workers.residency, self.world.workers.used
+
+    def come(self) -> None:
+        self.asked += 1
+        name = self.random.choice(LETTERS)
+        here = not self.world.arrivals.awaits(path_of(name)) and self.residency.touch(path_of(name))
+        if here:
+            self.used.add(name)
+        else:
+            self.world.wait(f"{name}{self.asked}")
+
+    def go(self) -> None:
+        if self.used:
+            self.used.remove(self.random.choice(sorted(self.used)))
+
+    def hang_up(self) -> None:
+        number = self.random.randint(1, self.asked + 1)
+        self.world.arrivals.withdraw({f"{name}{number}" for name in LETTERS})
+
+    def publish(self) -> None:
+        self.residency.retire(map(path_of, self.random.sample(LETTERS, 4)))
+        self.world.workers.now += GRACE
+
+    def release(self) -> None:
+        self.residency.release(self.world.arrivals.paths())
+
+    def stage(self) -> None:
+        self.random.choice(self.world.workers.staged).add(self.random.choice(LETTERS))
+
+    def advance(self) -> None:
+        self.world.steps_go_on = self.random.random() < 0.8
+        self.world.arrivals.advance(self.random.randint(0, 1))
+
+    def go_on(self) -> None:
+        often = [self.come] * 2 + [self.advance] * 3
+        seldom = [self.go, self.hang_up, self.publish, self.release, self.stage, self.world.answer]
+        self.random.choice([*often, *seldom])()
+
+    def end(self) -> None:
+        """All tasks are read, and requests end one by one."""
+        self.world.workers.stage(*LETTERS)
+        self.world.steps_go_on = False
+        for _ in range(60):
+            self.go()
+            self.world.arrivals.advance()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_who_is_let_in_finds_his_task_until_he_ends_whatever_comes(workers: int) -> None:
+    for seed in range(400):
+        history = History(seed, workers)
+        for _ in range(150):
+            history.go_on()
+            assert all(on >= history.used for on in history.world.workers.on), seed
+        history.end()
+        assert not history.world.arrivals.busy, seed
+        held = set(map(name_of, history.residency.paths()))
+        assert all(on == held for on in history.world.workers.on), seed
 
 
 def test_a_large_task_takes_the_place_of_many_small_ones() -> None:

@@ -80,6 +80,20 @@ def test_an_excerpt_is_short_whatever_was_written() -> None:
     assert len(line) == engine_logs.WIDTH + len(" ...")
 
 
+def test_a_summary_has_what_was_raised_and_not_where() -> None:
+    start = "(Worker pid=2) ERROR 11-28 03:33:45 [multiproc_executor.py:1063]"
+    raised = ["WorkerProc hit an exception.", "Traceback (most recent call last):", "MyError: it"]
+    frames = ['  File "worker.py", line 1', "    return self.execute()", "           ^^^^^^^"] * 30
+    written = [f"{start} {line}" for line in (*raised[:2], *frames, raised[2])]
+    found = engine_logs.excerpt("\n".join(written).encode())
+    title = f"{engine_logs.TITLE}, which runs: engine.log"
+    lines = engine_logs.summary([("one", [(title, found)]), ("two", [(title, found)])])
+    assert lines[:2] == [f"one: {title}", "--- errors:"]
+    assert f"{start} MyError: it" in lines
+    assert not any("File" in line or "^" in line for line in lines)
+    assert len(lines) <= 1 + engine_logs.SUMMARY_LINES
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -91,4 +105,4 @@ def test_an_excerpt_is_short_whatever_was_written() -> None:
 )
 def test_what_is_an_error(line: str) -> None:
     assert "--- errors:" in engine_logs.excerpt(line.encode())
-    assert "--- errors:" not in engine_logs.excerpt(b"INFO errors: none")
+    assert "--- errors:" not in engine_logs.excerpt(b"WARNING may end in `OSError: [Errno 24]`")

@@ -10,8 +10,13 @@ from typing import Protocol
 
 TITLE = "log of an engine"
 # Lines of a report, and of the summary at a run's end; characters of a line.
-LINES, SUMMARY_LINES, WIDTH = 60, 30, 300
-_ERROR = re.compile(r"\b(ERROR|CRITICAL|Traceback|Fatal Python error|[A-Z]\w*(Error|Exception):)")
+LINES, SUMMARY_LINES, WIDTH = 60, 12, 300
+_ERROR = re.compile(
+    r"^(?!.*\b(INFO|WARNING)\b)"
+    r".*\b(ERROR|CRITICAL|Traceback|Fatal Python error|[A-Z]\w*(Error|Exception):)"
+)
+# Where a traceback goes through, behind vLLM's own beginning of each line.
+_FRAME = re.compile(r"(^|\]) {2,}")
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -81,9 +86,9 @@ def _under(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def summary(reports: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> list[str]:
-    """The beginning of every engine's section, once each, for the end of a run's output.
+    """The beginning of every engine's section without the frames of tracebacks, once each.
 
-    There a tool that shows only the end of it shows them.
+    It stands at the end of a run's output, which is shown where the whole is not.
 
     Args:
         reports: of the tests that failed the name and the sections.
@@ -93,5 +98,6 @@ def summary(reports: Iterable[tuple[str, Sequence[tuple[str, str]]]]) -> list[st
         for title, text in found:
             file = title.rpartition(": ")[2]
             if title.startswith(TITLE) and file not in said:
-                said[file] = [f"{test}: {title}", *text.splitlines()[:SUMMARY_LINES]]
+                lines = [line for line in text.splitlines() if not _FRAME.search(line)]
+                said[file] = [f"{test}: {title}", *lines[:SUMMARY_LINES]]
     return [line for lines in said.values() for line in lines]

@@ -95,8 +95,9 @@ class Workers:
                 continue
             if request.lora_name in self.far and request.lora_name not in self.fetched:
                 self.fetched.append(request.lora_name)
-            if request.lora_name not in self.staged[worker] or number >= hold:
-                said.append(request.lora_name in self.staged[worker])
+            read = request.lora_name in self.staged[worker] | self.on[worker]
+            if not read or number >= hold:
+                said.append(read)
                 continue
             held = self.hold_on(worker, request, left)
             said.append(held)

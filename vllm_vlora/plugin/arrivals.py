@@ -229,17 +229,24 @@ class Arrivals:
             asked = [one for one in asked if not one.staged]
         if not asked and not self._dropped:
             return
-        # Those that all workers have read come first, and keep their order.
-        asked.sort(key=lambda one: not one.staged)
-        ready = 0 if full else sum(one.staged or self._alone for one in asked)
+        # Who waits because his task was to give way, and it stayed, needs no room. Behind those come the
+        # ones that all workers have read, and all keep their order.
+        asked.sort(key=lambda one: (not self._is_held(one), not one.staged))
+        coming = [one for one in asked if not self._is_held(one)]
+        ready = 0 if full else sum(one.staged or self._alone for one in coming)
         # What was not read when it was asked for last is seldom read by now.
-        likely = sum(one.staged or not one.source for one in asked[:ready])
-        offered = self._residency.offer(self._offer * max(likely, min(ready, 1)))
+        likely = sum(one.staged or not one.source for one in coming[:ready])
+        most = self._offer * max(likely, min(ready, 1))
+        offered = self._residency.offer(most, {one.request.lora_path for one in asked})
+        ready += len(asked) - len(coming)
         fetch = [number for number, one in enumerate(asked) if one.far]
         requests = [one.request for one in asked]
         answer = self._bring(requests, ready, offered, list(self._dropped), fetch)
         self._question = _Question(asked, answer)
         self._dropped.clear()
+
+    def _is_held(self, arrival: _Arrival) -> bool:
+        return arrival.request.lora_path in self._residency
 
     def _hear(self, question: _Question) -> None:
         answers = question.answer.result()

@@ -433,7 +433,7 @@ def follow(core: Any, server: str = "", listed: str = "") -> str:
     """
     tasks = tasks_of(core)
     tasks.followed = True
-    tasks.residency.release()
+    tasks.residency.release(tasks.arrivals.paths())
     tasks.exchange.heard(server, listed.partition("\n")[0])
     tasks.advance()
     served, offered = tasks.workers.states()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -135,9 +135,14 @@ class Residency:
                 return nbytes
             most *= 2
 
-    def offer(self, most: int) -> list[str]:
-        """Tasks that may give way, the first first. Until ``settle`` no request counts on them."""
-        self._offered = list(islice(self._idle(), most))
+    def offer(self, most: int, asked: Collection[str] = ()) -> list[str]:
+        """Tasks that may give way, the first first. Until ``settle`` no request counts on them.
+
+        Args:
+            asked: what they may give way to. None of these is among them: one that had been found held
+                would go for the next, and those who wait for it would be let in nevertheless.
+        """
+        self._offered = list(islice((path for path in self._idle() if path not in asked), most))
         return self._offered
 
     def can_offer(self) -> bool:
@@ -227,11 +232,15 @@ class Residency:
         self._retired = {path: self._retired.get(path, now) for path in gone}
         self._tidy_at = now + GRACE
 
-    def release(self) -> None:
-        """Let go of retired tasks that no request has needed for ``GRACE`` seconds."""
+    def release(self, awaited: Collection[str] = ()) -> None:
+        """Let go of retired tasks that no request has needed for ``GRACE`` seconds.
+
+        Args:
+            awaited: paths that requests wait for, which the workers may have said to hold already.
+        """
         if self._tidy_at is None:
             return
-        now, used = self._clock(), self.in_use() | self._pinned
+        now, used = self._clock(), self.in_use().union(self._pinned, awaited)
         for path, since in list(self._retired.items()):
             if path in used:
                 self._retired[path] = now
