@@ -26,6 +26,7 @@ from vllm_vlora.plugin.engine_core import (
     served_tasks,
     tasks_of,
 )
+from vllm_vlora.plugin.published import adopt, release_first
 from vllm_vlora.plugin.residency import Residency
 from vllm_vlora.plugin.resident import BasesReport
 
@@ -102,6 +103,8 @@ class Core:
             vlora_store=SimpleNamespace(
                 served=lambda: self.tasks[number],
                 tidy=lambda: None,
+                # Of a task from memory there is nothing to read again.
+                discard=lambda path: workers.broken.add(_name(path)),
                 bases=lambda in_use, awaited: self.bases(number, in_use, awaited),
                 hold_back=self.hold_back,
             ),
@@ -225,6 +228,69 @@ def test_in_its_own_process_a_request_waits_and_others_go_on() -> None:
         core.turn()
     time.sleep(0.05)
     assert core.input_queue.empty()
+
+
+def test_a_version_that_was_waited_for_is_not_let_go_while_its_requests_enter() -> None:
+    class Published(OneWorker):
+        add_request = release_first(OneWorker.add_request)  # As seams put it.
+        abort_requests = release_first(OneWorker.abort_requests)
+
+    core: Any = Published(a=4, b=4)
+    adopt(core, "t", path_of("a"))
+    for number in "12":
+        core.add_request(request(number, lora("a")))
+    adopt(core, "t", path_of("b"))
+    core.workers.stage("a")
+    for _ in range(2):
+        core.turn()
+    assert (core.added, core.refused()) == (["1", "2"], [])
+    assert core.workers.on == [{"a"}]
+
+
+@pytest.fixture
+def data_parallel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's own of several engine cores that step together, over the one that stands in."""
+    vllm_core = pytest.importorskip("vllm.v1.engine.core")
+    interface = pytest.importorskip("vllm.v1.core.sched.interface")
+    monkeypatch.setattr(vllm_core.EngineCore, "add_request", OneWorker.add_request)
+    core = vllm_core.DPEngineCoreProc.__new__(vllm_core.DPEngineCoreProc)
+    core.__dict__ |= OneWorker(a=4).__dict__
+    core.has_coordinator, core.current_wave, core.engines_running = True, 4, False
+    core.ignore_start_dp_wave = False
+    core.scheduler.pause_state = interface.PauseState.UNPAUSED
+    return core
+
+
+@pytest.mark.parametrize(
+    ("wave", "running", "told"),
+    [
+        # Peers were told of this wave.
+        (4, True, []),
+        # And of a later one, which this one has not heard of.
+        (5, True, []),
+        # Of one that is over they have to be told.
+        (3, True, [4]),
+    ],
+)
+def test_a_data_parallel_core_whose_request_waits_steps_with_its_peers(
+    data_parallel: Any, wave: int, running: bool, told: list[int]
+) -> None:
+    core = data_parallel
+    core.add_request(request("1", lora("a")), wave)
+    assert core.added == []
+    assert core.engines_running is running
+    outputs = [core.output_queue.get_nowait()[1] for _ in range(core.output_queue.qsize())]
+    assert [output.start_wave for output in outputs] == told
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_a_paused_data_parallel_core_steps_with_nobody(data_parallel: Any, ignores: bool) -> None:
+    core = data_parallel
+    core.ignore_start_dp_wave = ignores
+    if not ignores:
+        core.scheduler.pause_state = type(core.scheduler.pause_state).PAUSED_ALL
+    core.add_request(request("1", lora("a")), 4)
+    assert core.engines_running is False
 
 
 def test_a_task_that_cannot_be_loaded_ends_its_requests_alone() -> None:

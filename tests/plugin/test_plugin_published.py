@@ -42,6 +42,7 @@ class Core:
             unpublished={},
             looks=None,
             followed=False,
+            letting_in=False,
             workers=Workers(executor),
             residency=SimpleNamespace(
                 in_use=lambda: self.in_use,
@@ -103,6 +104,18 @@ def test_a_version_leaves_when_no_request_needs_it() -> None:
     assert core.left == core.discarded == [OLD]
     release(core)
     assert core.left == [OLD]
+
+
+def test_who_is_told_again_after_another_published_keeps_what_is_served() -> None:
+    core = Core()
+    adopt(core, "t", OLD)
+    core.in_use = {OLD}
+    adopt(core, "t", NEW)
+    assert adopt(core, "t", OLD) == NEW
+    core.in_use = set()
+    release(core)
+    assert core.left == core.discarded == [NEW]
+    assert core.tasks.published == {"t": OLD}
 
 
 def test_api_servers_are_given_time_to_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from residency_world import Workers, lora, name_of, path_of
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
 from vllm_vlora.plugin.arrivals import Arrivals, Brought, Waiter
-from vllm_vlora.plugin.residency import GRACE
+from vllm_vlora.plugin.residency import GRACE, Residency
 
 NAMES = list("abcdef")
 sizes = st.fixed_dictionaries(
@@ -553,6 +553,48 @@ def test_who_waits_for_a_task_that_is_there_needs_no_room() -> None:
     for _ in range(4):
         world.arrivals.advance()
     assert world.entered == ["a1", "d1"]
+
+
+def test_who_waits_for_room_gets_that_of_a_task_that_is_pinned_no_more() -> None:
+    world = World(8, dict.fromkeys("apc", 4))
+    residency = world.workers.residency
+    for name in "ap":
+        residency.place(lora(name))
+    residency.number(path_of("p"), 7)
+    residency.pin(7)
+    world.workers.used = {"a"}
+    world.workers.stage("c")
+    world.wait("c1")
+    for _ in range(4):
+        world.arrivals.advance()
+    assert world.entered == []
+    residency.unpin(7)
+    for _ in range(4):
+        world.arrivals.advance()
+    assert (world.entered, world.workers.on) == (["c1"], [{"a", "c"}])
+
+
+def test_of_requests_that_never_entered_no_number_is_kept() -> None:
+    world = World(8, dict.fromkeys("ab", 4))
+    residency = world.workers.residency
+    residency.place(lora("b"))
+    for name, number in (("a", 3), ("b", 4)):
+        assert residency.number(path_of(name), number) == number
+        world.wait(f"{name}1")
+        world.arrivals.withdraw({f"{name}1"})
+    world.workers.used = {"a", "b"}
+    assert residency.number(path_of("x"), 3) == 3, "of a nothing is left"
+    assert residency.number(path_of("y"), 4) != 4, "b is held, and goes by it"
+
+
+def test_a_pinned_task_that_the_workers_gave_up_keeps_no_slot() -> None:
+    """As where its bases were exchanged; its number is another's to have."""
+    slots = {7, 8}
+    residency = Residency(Workers([8], {"a": [4]}), set, slots=slots)
+    residency.place(lora("a"))
+    residency.number(path_of("a"), 7)
+    residency.lose([path_of("a")])
+    assert slots == {8}
 
 
 LETTERS = "abcdefgh"

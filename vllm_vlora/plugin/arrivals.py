@@ -217,7 +217,11 @@ class Arrivals:
             self._hear(question)
 
     def _ask(self) -> None:
-        if self._full_of is not None and self._full_of != self._residency.in_use():
+        if self._full_of is not None and (
+            self._full_of != self._residency.in_use()
+            # One is pinned no more, or came that nobody needs.
+            or self._residency.can_offer()
+        ):
             self._full_of = None
             self._stir()
         full = self._full_of is not None
@@ -309,6 +313,7 @@ class Arrivals:
                 # another form, which requests use.
                 if path not in self._residency:
                     self._dropped[path] = None
+                    self._residency.lose([path])
         return found
 
 

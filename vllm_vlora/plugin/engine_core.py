@@ -54,6 +54,7 @@ class Tasks:
             lambda: _paths_in_use(core.scheduler),
             counters=counters,
             kinds=kinds_of(core.scheduler),
+            slots=pinned_of(core.scheduler),
         )
         # Whether steps are under way, which bring the answers to ``Workers.ask_later``.
         self.steps_go_on = lambda: core.scheduler.has_requests() or bool(core.batch_queue)
@@ -267,9 +268,27 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
                 tasks.letting_in = False
 
         failed = functools.partial(_refuse, self, request)
-        return tasks.wait(lora, Waiter(enter, failed, request))
+        tasks.wait(lora, Waiter(enter, failed, request))
+        _step_with_peers(self, request_wave)
+        return None
 
     return add_request
+
+
+def _step_with_peers(core: Any, request_wave: int) -> None:
+    """Have a data-parallel engine core whose request waits take part in the steps of this wave.
+
+    Its peers were told to begin them because of this request, and each step waits for all engine cores.
+    Of a wave that is over ``DPEngineCoreProc.add_request`` tells them itself, then and when the request
+    enters.
+    """
+    if not hasattr(core, "current_wave") or request_wave < core.current_wave:
+        return
+    paused = getattr(core.scheduler, "pause_state", None)
+    if (paused is None or paused.name == "UNPAUSED") and not getattr(
+        core, "ignore_start_dp_wave", False
+    ):
+        core.engines_running = True
 
 
 def _refuse(core: Any, request: Any, error: VLoRAError) -> None:

@@ -84,6 +84,7 @@ def adopt(core: Any, task: str, path: str) -> str:
     if before:
         tasks.unpublished[before] = time.monotonic()
     tasks.published[task] = path
+    tasks.unpublished.pop(path, None)
     if before:
         if hasattr(core, "input_queue"):
             # To give 84 MB back takes 30 ms, and who publishes waits for the answer alone.
@@ -118,7 +119,8 @@ def release(core: Any) -> None:
     With each go the blends that it is in.
     """
     tasks = tasks_of(core)
-    if not tasks.unpublished:
+    # Who is just let in is neither among those that wait nor among those inside.
+    if not tasks.unpublished or tasks.letting_in:
         return
     asked, now = tasks.residency.in_use() | tasks.arrivals.paths(), time.monotonic()
     # An API server may not have heard of it yet, and asks for it.

@@ -68,6 +68,7 @@ class Residency:
         clock: seconds that only grow.
         counters: where it is counted that a task gave way.
         kinds: path -> whether the task runs direct, kept for those that are held.
+        slots: numbers of adapters that are pinned to a slot, from which those of tasks that go are taken.
     """
 
     def __init__(
@@ -77,10 +78,12 @@ class Residency:
         clock: Callable[[], float] = time.monotonic,
         counters: ServingCounters | None = None,
         kinds: dict[str, bool] | None = None,
+        slots: set[int] | None = None,
     ) -> None:
         self._workers, self._clock = workers, clock
         self._counters = counters or ServingCounters(0, 0)
         self._kinds = {} if kinds is None else kinds
+        self._slots = set() if slots is None else slots
         self.in_use = in_use
         held = workers.held()
         self._held: OrderedDict[str, None] = OrderedDict.fromkeys(held)
@@ -208,7 +211,7 @@ class Residency:
         self._let_go(path)
 
     def lose(self, paths: Iterable[str]) -> None:
-        """Take paths out of the books that the workers gave up by themselves."""
+        """Take paths out of the books that the workers hold no more, or never will."""
         for path in paths:
             self._let_go(path)
 
@@ -222,6 +225,7 @@ class Residency:
         for number in self._given.pop(path, ()):
             if self._numbers.get(number) == path:
                 del self._numbers[number]
+                self._slots.discard(number)
 
     # --- what is no longer in the checkpoint -------------------------------------------------------
 
