@@ -223,12 +223,12 @@ def test_a_direct_task_is_an_adapter_of_the_managers(worker: Worker) -> None:
     assert not manager.add_direct(worker.request("head", 13)), "it needs a slot"
     assert not manager.add_direct(LoRARequest("ordinary", 14, "/peft/14"))
     assert not manager.add_direct(LoRARequest("ordinary", 11, "/peft/11"))
-    assert manager.pin_adapter(11)
+    assert manager.add_direct(worker.request("joint", 11))
     assert manager.add_direct(worker.request("one", 15))
     assert set(held_ids(manager)) == {11, 15}
     assert set(manager.list_adapters()) == {11, 12, 15}, "12 gave its slot up and stays known"
     assert manager.activate_adapter(12)
-    assert set(held_ids(manager)) == {11, 12}
+    assert set(held_ids(manager)) == {12, 15}
     assert manager.remove_adapter(11)
     assert not manager.remove_adapter(11)
     assert set(manager.list_adapters()) == {12, 15}
@@ -243,6 +243,32 @@ def test_a_direct_task_is_an_adapter_of_the_managers(worker: Worker) -> None:
 
 def held_ids(manager: Any) -> list[int]:
     return [adapter for adapter in range(1, 100) if adapter in manager._direct_slots]
+
+
+@pytest.mark.parametrize("pinned", [(11,), (11, 12)])
+def test_a_pinned_direct_task_takes_no_slot_from_a_batch_of_others(
+    worker: Worker, pinned: tuple[int, ...]
+) -> None:
+    """vLLM's scheduler lets in as many distinct adapters as ``--max-loras``, whatever is pinned."""
+    from vllm.lora.layers import LoRAMapping
+
+    manager, slots = worker.manager, 2
+    for task, number in (("joint", 11), ("private", 12)):
+        assert manager.add_direct(worker.request(task, number))
+    for number in pinned:
+        assert manager.pin_adapter(number)
+    path = manager.vlora_store.direct
+    batches = ((("one", 13), ("mixed", 14)), (("joint", 11), ("one", 13)), (("mixed", 14),))
+    for batch in batches:
+        for task, number in batch:
+            assert manager.add_direct(worker.request(task, number))
+        tokens = tuple(number for _, number in batch)
+        manager.set_adapter_mapping(LoRAMapping(tokens, tokens))
+        rows = path.routing.token_slots[: len(tokens)].tolist()
+        assert all(row < slots for row in rows), "a token ran as the base model's"
+        got = [path.table.tasks[row] for row in rows]
+        assert got == [manager._direct_models[number].task.direct for number in tokens]
+    assert set(manager.list_adapters()) == {11, 12, 13, 14}, "what is pinned stays known"
 
 
 def test_punica_sees_direct_tokens_as_the_base_models(worker: Worker) -> None:

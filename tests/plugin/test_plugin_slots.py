@@ -1,11 +1,10 @@
-"""Slots of direct tasks: who gives way, who is pinned, and where a batch's tokens go."""
+"""Slots of direct tasks: who gives way, and where a batch's tokens go."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plugin_world import CPU
@@ -47,7 +46,6 @@ operations = st.one_of(
     rounds,
     rounds,
     rounds,
-    st.tuples(st.just("pin"), st.integers(1, IDS)),
     st.tuples(st.just("remove"), st.integers(1, IDS)),
     st.tuples(st.just("replace"), st.integers(1, IDS)),
 )
@@ -60,30 +58,24 @@ def test_slots_give_way_by_last_use_and_say_when_they_change(count: int, script:
     slots = bare_slots(count)
     tasks = {adapter: new_task() for adapter in range(1, IDS + 1)}
     used: list[int] = []  # The ids inside, the least recently used first.
-    pinned: set[int] = set()
     for kind, what in script:
         before, version = held(slots), slots.version
         if kind == "remove":
             slots.remove(what)
             used = [adapter for adapter in used if adapter != what]
-            pinned.discard(what)
-        elif kind == "pin" and what in slots:
-            slots.pin(what)
-            pinned.add(what)
         elif kind == "replace":
             tasks[what] = new_task()
             if what in slots:
                 assert slots.activate(what, tasks[what])
                 used = [a for a in used if a != what] + [what]
         elif kind == "round":
-            # A batch never has more distinct tasks than there are slots beside the pinned ones.
-            room = count - len(pinned)
-            batch = [a for a in what if a in pinned] + [a for a in what if a not in pinned][:room]
+            # A batch never has more distinct tasks than there are slots.
+            batch = what[:count]
             for place, adapter in enumerate(batch):
                 was_inside = adapter in used
                 assert slots.activate(adapter, tasks[adapter]) is not was_inside
                 if not was_inside and len(used) == count:
-                    used.remove(next(a for a in used if a not in pinned))
+                    used.pop(0)
                 used = [a for a in used if a != adapter] + [adapter]
                 assert all(a in slots for a in batch[: place + 1]), "one of this round gave way"
         after = held(slots)
@@ -107,26 +99,6 @@ def test_a_task_that_is_there_is_not_written_again() -> None:
     assert slots.activate(1, other), "the id came with another task"
     assert slots.version == version + 1
     assert held(slots)[1] == (before[1][0], id(other))
-
-
-def test_pinned_slots_never_give_way() -> None:
-    slots = bare_slots(2)
-    slots.activate(1, new_task())
-    slots.pin(1)
-    for adapter in (2, 3, 4):
-        slots.activate(adapter, new_task())
-        assert set(held(slots)) == {1, adapter}
-    slots.pin(4)
-    version = slots.version
-    with pytest.raises(ValueError, match="all 2 slots of direct tasks are pinned"):
-        slots.activate(5, new_task())
-    assert (set(held(slots)), slots.version) == ({1, 4}, version)
-    slots.remove(1)
-    with pytest.raises(AssertionError):
-        slots.pin(1)
-    for adapter in (1, 5, 2):
-        slots.activate(adapter, new_task())
-        assert set(held(slots)) == {4, adapter}, "an id that was removed is pinned no more"
 
 
 def test_tokens_are_routed_by_their_adapters_id() -> None:

@@ -11,12 +11,16 @@ from vllm_vlora.triton_kernels.direct import DirectTask
 
 
 class DirectSlots:
-    """Which adapter id has which slot of the table; the least recently used gives way."""
+    """Which adapter id has which slot of the table; the least recently used gives way.
+
+    A batch has no more direct tasks than there are slots, and every one of them is activated for it, so
+    that none of its own gives way. No slot can be kept beyond that, not for an adapter that is pinned
+    either: the scheduler counts a batch's adapters alone.
+    """
 
     def __init__(self, path: DirectPath) -> None:
         self._path = path
         self._slots: OrderedDict[int, int] = OrderedDict()
-        self._pinned: set[int] = set()
         self._free = list(range(path.table.slots))[::-1]
         self.version = 0
 
@@ -24,11 +28,7 @@ class DirectSlots:
         return adapter in self._slots
 
     def activate(self, adapter: int, task: DirectTask) -> bool:
-        """Give an adapter a slot and put its task there; False when it is there already.
-
-        Raises:
-            ValueError: every slot is pinned.
-        """
+        """Give an adapter a slot and put its task there; False when it is there already."""
         table, held = self._path.table, self._slots.get(adapter)
         if held is not None:
             self._slots.move_to_end(adapter)
@@ -36,25 +36,17 @@ class DirectSlots:
                 return False
             self._free.append(held)  # The id was given to another task.
         elif not self._free:
-            oldest = next((held for held in self._slots if held not in self._pinned), None)
-            if oldest is None:
-                raise ValueError(f"all {table.slots} slots of direct tasks are pinned")
-            self._free.append(self._slots.pop(oldest))
+            _, oldest = self._slots.popitem(last=False)
+            self._free.append(oldest)
         slot = self._free.pop()
         table.set(slot, task)
         self._slots[adapter] = slot
         self.version += 1
         return True
 
-    def pin(self, adapter: int) -> None:
-        """Keep an active adapter in its slot until it is removed."""
-        assert adapter in self._slots
-        self._pinned.add(adapter)
-
     def remove(self, adapter: int) -> None:
         """Give an adapter's slot back, if it has one; the table then holds nothing of its task."""
         slot = self._slots.pop(adapter, None)
-        self._pinned.discard(adapter)
         if slot is not None:
             self._free.append(slot)
             self._path.table.set(slot, self._path.empty)

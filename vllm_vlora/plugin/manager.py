@@ -437,9 +437,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     def pin_adapter(self, lora_id: int) -> bool:
         if lora_id not in self._direct_models:
             return super().pin_adapter(lora_id)
-        assert self._direct_slots is not None
-        self.activate_adapter(lora_id)
-        self._direct_slots.pin(lora_id)
+        # The engine core keeps the task on the device. A step that needs it gives it a slot; one that it
+        # kept would be missing to a batch of others, of which the scheduler allows as many as slots.
         return True
 
     def is_direct(self, lora_id: int) -> bool:
