@@ -26,7 +26,12 @@ from vllm_vlora.plugin.engine_core import (
     served_tasks,
     tasks_of,
 )
-from vllm_vlora.plugin.published import adopt, release_first
+from vllm_vlora.plugin.published import (
+    adopt,
+    leave_devices,
+    release_first,
+    return_to_devices,
+)
 from vllm_vlora.plugin.residency import Residency
 from vllm_vlora.plugin.resident import BasesReport
 
@@ -391,6 +396,60 @@ def test_asleep_nothing_is_brought() -> None:
     offline.model_executor.is_sleeping = True
     with pytest.raises(ModelStateError, match="'a' is not on the device, and the engine sleeps"):
         offline.add_request(request("1", lora("a")))
+
+
+def _sleep_and_wake(core: Any) -> None:
+    """Level 2, which loses the devices' memory, while requests stay in the scheduler."""
+    core.model_executor.is_sleeping = True
+    leave_devices(core)
+    assert core.workers.on == [set()] * core.workers_count
+    core.model_executor.is_sleeping = False
+    return_to_devices(core)
+
+
+def test_what_requests_need_that_stayed_inside_is_back_before_others_take_its_room() -> None:
+    core: Any = OneWorker(budget=6, a=4, b=4, o=2)
+    core.workers.on[0] |= {"a", "o"}
+    core.workers.stage("a", "b")
+    core.add_request(request("1", lora("a")))
+    core.add_request(request("2", lora("a")))
+    _sleep_and_wake(core)
+    assert core.workers.on == [{"a"}], "and what no request needs when it is asked for"
+    core.add_request(request("3", lora("b")))
+    for _ in range(2):
+        core.turn()
+    assert core.added == ["1", "2"]
+    assert core.workers.on == [{"a"}]
+    assert list(tasks_of(core).residency.paths()) == [path_of("a")]
+    core.scheduler.requests.clear()
+    core.turn()
+    assert core.added == ["1", "2", "3"]
+
+
+def test_requests_inside_whose_task_does_not_come_back_end_alone() -> None:
+    core: Any = OneWorker(budget=8, a=4, c=4)
+    core.workers.on[0] |= {"a", "c"}
+    for name, task in (("1", "a"), ("2", "c"), ("3", "a")):
+        core.add_request(request(name, lora(task)))
+    core.add_request(request("4", None))
+    core.workers.broken.add("a")
+    _sleep_and_wake(core)
+    why = "vllm-vlora: CheckpointError: task 'a': a is damaged"
+    assert core.refused() == [(3, "1", why), (3, "3", why)]
+    assert list(core.scheduler.requests) == ["2", "4"]
+    assert core.scheduler.finished == ["1", "3"]
+    assert core.workers.on == [{"c"}]
+
+
+def test_in_the_callers_process_it_hears_what_does_not_come_back() -> None:
+    core: Any = Core(budget=8, a=4, c=4)
+    for name in "ac":
+        core.add_request(request(name, lora(name)))
+    core.workers.broken.add("a")
+    with pytest.raises(CheckpointError, match="a is damaged"):
+        _sleep_and_wake(core)
+    assert core.workers.on == [{"c"}] * 2
+    assert list(core.scheduler.requests) == ["a", "c"], "the caller's, to be aborted"
 
 
 def test_a_pinned_task_stays_until_it_is_removed() -> None:

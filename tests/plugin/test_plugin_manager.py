@@ -112,7 +112,7 @@ def test_a_sleep_that_would_lose_the_tasks_is_refused_before_anything_else(
     held = ["a", "b"]
     core = SimpleNamespace(
         pause_scheduler=lambda **kwargs: slept.append("paused"),
-        model_executor=SimpleNamespace(sleep=slept.append),
+        model_executor=SimpleNamespace(sleep=slept.append, wake_up=None),
         _vlora_tasks_held=SimpleNamespace(
             residency=SimpleNamespace(paths=lambda: held, forget=held.remove),
             arrivals=SimpleNamespace(unask=list),
@@ -145,7 +145,9 @@ def test_tasks_leave_the_devices_when_their_memory_is_lost_and_not_before(
     paused, events, held = Future[None](), list[Any](), ["a", "b"]
     core = SimpleNamespace(
         pause_scheduler=lambda **kwargs: paused,
-        model_executor=SimpleNamespace(sleep=lambda level: events.append((level, list(held)))),
+        model_executor=SimpleNamespace(
+            sleep=lambda level: events.append((level, list(held))), wake_up=None
+        ),
         _vlora_tasks_held=SimpleNamespace(
             residency=SimpleNamespace(paths=lambda: held, forget=held.remove),
             arrivals=SimpleNamespace(unask=lambda: events.append("unasked") or ["c"]),
@@ -158,6 +160,45 @@ def test_tasks_leave_the_devices_when_their_memory_is_lost_and_not_before(
     paused.set_result(None)
     slept.result(10)
     assert events == ["unasked", (2, [])]
+
+
+def test_tasks_come_back_with_the_last_of_the_memory_and_before_steps_go_on(
+    seams: Any, managing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    events = list[str]()
+    for name in ("leave_devices", "return_to_devices"):
+        monkeypatch.setattr(seams, name, lambda core, name=name: events.append(name))
+    setup = managing.Setup(None, Settings("materialize"))
+    patches = {(owner, name): value for owner, name, value in seams._patches(setup, list)}
+
+    class Executor:
+        is_sleeping = False
+
+        def sleep(self, level: int) -> None:
+            self.is_sleeping = True
+
+        def wake_up(self, tags: list[str] | None) -> None:
+            self.is_sleeping = tags == ["weights"]
+
+    core = SimpleNamespace(
+        model_executor=Executor(),
+        pause_scheduler=lambda **kwargs: None,
+        resume_scheduler=lambda: events.append("resume"),
+    )
+    sleep = patches[EngineCore, "sleep"]
+    for _ in range(2):
+        sleep(core, level=2, mode="keep")
+        EngineCore.wake_up(core, ["weights"])
+        assert events == ["leave_devices"]
+        EngineCore.wake_up(core)
+        assert events == ["leave_devices", "return_to_devices", "resume"]
+        events.clear()
+        sleep(core, level=1, mode="keep")
+        EngineCore.wake_up(core)
+        assert events == ["resume"], "level 1 keeps them"
+        events.clear()
 
 
 # --- seams: the manager ----------------------------------------------------------------------------

@@ -199,21 +199,26 @@ def tasks_so_far(core: Any) -> Tasks | None:
     return core.__dict__.get(_TASKS)
 
 
-def _paths_in_use(scheduler: Any) -> set[str]:
-    """The adapters' paths of the requests that the scheduler holds and of those that wait for a slot."""
+def requests_inside(scheduler: Any) -> list[Any]:
+    """The requests for adapters that the scheduler holds and those that wait for a slot."""
     outside = scheduler.__dict__.get("_vlora_admission")
     requests = [*scheduler.requests.values(), *(outside.waiting() if outside else ())]
-    return {request.lora_request.lora_path for request in requests if request.lora_request}
+    return [request for request in requests if request.lora_request]
+
+
+def _paths_in_use(scheduler: Any) -> set[str]:
+    return {request.lora_request.lora_path for request in requests_inside(scheduler)}
 
 
 def ensure_in_process(client: Any, lora_request: Any) -> None:
     """Hold a task of ours where the client's engine core is in this process; else nothing."""
     core = getattr(client, "engine_core", None)
-    if core is not None and _is_ours(lora_request):
+    if core is not None and is_ours(lora_request):
         tasks_of(core).here(lora_request)
 
 
-def _is_ours(lora_request: Any) -> bool:
+def is_ours(lora_request: Any) -> bool:
+    """Whether an adapter is a task of ours."""
     return parse_task_path(lora_request.lora_path) is not None
 
 
@@ -225,7 +230,7 @@ def load_before_add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def add_lora(self: Any, lora_request: Any) -> Any:
-        if not _is_ours(lora_request):
+        if not is_ours(lora_request):
             return original(self, lora_request)
         tasks = tasks_of(self)
         if tasks.here(lora_request):
@@ -251,7 +256,7 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_request(self: Any, request: Any, request_wave: int = 0) -> Any:
         lora = request.lora_request
-        if not lora or not _is_ours(lora):
+        if not lora or not is_ours(lora):
             return original(self, request, request_wave)
         tasks = tasks_of(self)
         if tasks.here(lora):
@@ -267,7 +272,7 @@ def load_before_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
             finally:
                 tasks.letting_in = False
 
-        failed = functools.partial(_refuse, self, request)
+        failed = functools.partial(refuse_request, self, request)
         tasks.wait(lora, Waiter(enter, failed, request))
         _step_with_peers(self, request_wave)
         return None
@@ -291,7 +296,7 @@ def _step_with_peers(core: Any, request_wave: int) -> None:
         core.engines_running = True
 
 
-def _refuse(core: Any, request: Any, error: VLoRAError) -> None:
+def refuse_request(core: Any, request: Any, error: VLoRAError) -> None:
     """End a request with an error, which must not be the engine core's end."""
     logger.error("vllm-vlora: request %s is refused: %s", request.request_id, error)
     refuse(core, request, error)

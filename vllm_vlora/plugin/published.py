@@ -16,9 +16,17 @@ from typing import Any
 
 import msgspec
 
-from vllm_vlora.errors import VLoRAError
+from vllm_vlora.errors import MemoryBudgetError, VLoRAError
 from vllm_vlora.plugin.blend_paths import is_made_of
-from vllm_vlora.plugin.engine_core import tasks_of, tasks_so_far, wake_message
+from vllm_vlora.plugin.counters import counters_of
+from vllm_vlora.plugin.engine_core import (
+    is_ours,
+    refuse_request,
+    requests_inside,
+    tasks_of,
+    tasks_so_far,
+    wake_message,
+)
 from vllm_vlora.plugin.events import logger
 from vllm_vlora.plugin.identity import MEMORY
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint
@@ -147,6 +155,52 @@ def leave_devices(core: Any) -> None:
     # Also what came to them and is not in the books yet.
     for path in dict.fromkeys([*tasks.arrivals.unask(), *tasks.residency.paths()]):
         tasks.residency.forget(path)
+
+
+def return_to_devices(core: Any) -> None:
+    """Have on the devices again what requests need that stayed in the engine, before steps go on.
+
+    They do so with ``mode="keep"``, or where they came while a pause was waited for. A step would find
+    the room taken, or read the task itself. Requests whose task does not come are ended.
+
+    Raises:
+        VLoRAError: one did not come, in an engine core of the caller's process; its requests stay.
+    """
+    tasks = tasks_so_far(core)
+    if tasks is None:
+        return
+    inside: dict[str, list[Any]] = {}
+    for request in filter(
+        lambda request: is_ours(request.lora_request), requests_inside(core.scheduler)
+    ):
+        inside.setdefault(request.lora_request.lora_path, []).append(request)
+    failed = [
+        (error, requests)
+        for requests in inside.values()
+        if (error := _return(tasks, requests[0].lora_request)) is not None
+    ]
+    # Last, since it lets others in, which want room too.
+    for error, requests in failed:
+        if not hasattr(core, "output_queue"):
+            raise error
+        counters_of(core).refused(error, requests[0].lora_request.lora_name)
+        core.abort_requests([request.request_id for request in requests])
+        for request in requests:
+            refuse_request(core, request, error)
+
+
+def _return(tasks: Any, lora: Any) -> VLoRAError | None:
+    """Have a task held again for requests that use its adapter's number; why it is not."""
+    tasks.residency.number(lora.lora_path, lora.lora_int_id)
+    try:
+        if tasks.residency.place(lora) is not None:
+            return None
+    except VLoRAError as error:
+        return error
+    return MemoryBudgetError(
+        f"no room for task {lora.lora_name!r} beside the tasks that requests in flight use, after a "
+        "sleep of level 2; ask again later"
+    )
 
 
 def _look_again(core: Any, tasks: Any) -> None:

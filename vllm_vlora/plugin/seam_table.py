@@ -488,6 +488,9 @@ def _called() -> Iterator[Seam]:
     yield Seam(_CORE, "EngineCoreProc.is_running", "does it accept requests, or end?", ("self",))
     yield Seam("vllm.v1.executor.abstract", "Executor.is_sleeping", "is there memory for tasks?")
     yield Seam("vllm.v1.executor.abstract", "Executor.sleep", "when is it lost?", ("self", "level"))
+    yield Seam(
+        "vllm.v1.executor.abstract", "Executor.wake_up", "when is it there?", ("self", "tags")
+    )
     yield Seam("vllm.v1.executor.abstract", "Executor.uses_ray", "does it keep its promises?")
     yield Seam(_CORE, "EngineCore.batch_queue", "do steps go on?")
     yield Seam(_SCHEDULER, "Scheduler.has_requests", "do steps go on?", ("self",))

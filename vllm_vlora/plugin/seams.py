@@ -75,6 +75,7 @@ from vllm_vlora.plugin.published import (
     leave_devices,
     offer,
     release_first,
+    return_to_devices,
     unpublish,
     withdraw,
 )
@@ -193,21 +194,37 @@ def _sleep(original: Callable[..., Any], checkpoint: str | None) -> Callable[...
                     "sleep level 2 would lose the tasks of VLLM_VLORA_CHECKPOINT; use level 1, which "
                     "keeps them in host memory, or end the engine and start another"
                 )
-            _before_sleep(self.model_executor, functools.partial(leave_devices, self))
+            _around_sleep(
+                self.model_executor,
+                functools.partial(leave_devices, self),
+                functools.partial(return_to_devices, self),
+            )
         return original(self, *args, **kwargs)
 
     return sleep
 
 
-def _before_sleep(executor: Any, leave: Callable[[], None]) -> None:
-    """Have something done once the workers lose their memory: requests in flight may be waited for."""
-    original = executor.sleep
+def _around_sleep(executor: Any, leave: Callable[[], None], come: Callable[[], None]) -> None:
+    """Have something done once the workers lose their memory, and once they have all of it again.
+
+    The first is not now: requests in flight may be waited for. The second is before steps go on.
+    """
+    original, wake = executor.sleep, executor.wake_up
 
     @functools.wraps(original)
     def sleep(*args: Any, **kwargs: Any) -> Any:
-        executor.sleep = original
+        executor.sleep, executor.wake_up = original, wake_up
         leave()
         return original(*args, **kwargs)
+
+    @functools.wraps(wake)
+    def wake_up(*args: Any, **kwargs: Any) -> Any:
+        done = wake(*args, **kwargs)
+        # Weights and cache may be woken one after the other.
+        if not executor.is_sleeping:
+            executor.wake_up = wake
+            come()
+        return done
 
     executor.sleep = sleep
 
