@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_vlora.quantize import TRELLIS_WIDTHS, PackedMatrix, part_specs
+from vllm_vlora.quantize import PackedMatrix, part_specs
+from vllm_vlora.trellis import TRELLIS_WIDTHS
 
 
 def random_trellis(like: torch.Tensor, counts: Sequence[int]) -> PackedMatrix:
