@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -28,7 +29,7 @@ from vllm_vlora.errors import (
 )
 from vllm_vlora.plugin import resident
 from vllm_vlora.plugin.following import State
-from vllm_vlora.plugin.identity import task_path
+from vllm_vlora.plugin.identity import TaskPath, task_path
 from vllm_vlora.plugin.images import make_image
 from vllm_vlora.plugin.resident import ResidentStore
 from vllm_vlora.plugin.settings import Budget
@@ -322,6 +323,104 @@ def test_bases_stay_while_what_is_staged_needs_them(tmp_path: Path) -> None:
     assert _numbers(store)["b"] == full["b"]
     store.forget(str(paths["b"]))
     assert store.arena_used == 0
+
+
+def _check_joint(store: ResidentStore, checkpoint: Checkpoint, task_id: str) -> None:
+    """A task that is materialized has the weights of the checkpoint."""
+    task, bases = store.task(task_path(checkpoint, task_id)), dict(checkpoint.bases())
+    for name, module in checkpoint.load_task(task_id).modules.items():
+        a, b = decode(module, bases.get(name))
+        source_a, source_b = task.sources[name]
+        torch.testing.assert_close(source_b.to_dense().T @ source_a.to_dense(), b @ a)
+
+
+def _staged(store: ResidentStore, path: TaskPath) -> None:
+    store.stage(path)
+    store._staging[str(path)].result(30)
+
+
+def _room_of(checkpoint: Checkpoint, task_id: str) -> int:
+    """Bytes that a task takes on a device with its bases."""
+    store = Store(budget=Budget(device=0, late=1 << 20, host=0)).store
+    store.seal()
+    store.task(task_path(checkpoint, task_id))
+    return store.arena_used
+
+
+@pytest.mark.parametrize("host", [0, 1 << 20])
+def test_bases_that_only_the_host_needs_give_way_to_a_task(tmp_path: Path, host: int) -> None:
+    tasks = dict.fromkeys(("a", "b"), TASKS["joint"])
+    one, *others = (build(tmp_path / f"{n}", tasks, seed=n) for n in range(3))
+    room = _room_of(one, "a")
+    store = Store(budget=Budget(device=0, late=room + room // 2, host=host)).store
+    store.seal()
+    a, b = (task_path(one, name) for name in ("a", "b"))
+    _check_joint(store, one, "a")
+    _staged(store, b)  # Beside the bases that a brought.
+    store.forget(str(a))
+    for other in others:
+        _check_joint(store, other, "a")
+        store.forget(str(task_path(other, "a")))
+    for task in ("b", "a", "b"):
+        _check_joint(store, one, task)
+    # Both are on the device now, and keep what they stand on.
+    assert store.place(task_path(others[0], "a")) > 0
+    assert len(store) == 2
+    for task in ("a", "b"):
+        _check_joint(store, one, task)
+    for path in (a, b, *(task_path(other, "a") for other in others)):
+        store.drop(str(path))
+    assert (store.arena_used, store.host_nbytes, len(store)) == (0, 0, 0)
+
+
+def test_a_task_that_was_read_beside_bases_which_left_is_read_again(tmp_path: Path) -> None:
+    """As at sleep level 2, which keeps nothing of the device's memory."""
+    checkpoint = build(tmp_path / "ck", dict.fromkeys(("a", "b", "c"), TASKS["joint"]))
+    store = Store(budget=Budget(device=0, late=1 << 20, host=1 << 20)).store
+    store.seal()
+    paths = [task_path(checkpoint, name) for name in checkpoint.tasks]
+    for path in paths[:2]:
+        store.task(path)
+    _staged(store, paths[2])
+    for path in paths[:2]:
+        store.forget(str(path))
+    store.leave_bases()
+    assert store.arena_used == 0
+    for chunk in store._arena._chunks:
+        chunk.fill_(0x7F)
+    # The second stood beside what the first brought, and so did the third, which was only staged.
+    assert [store.stage(path) for path in paths] == [True, False, False]
+    for name in ("c", "b", "a"):
+        _check_joint(store, checkpoint, name)
+    for path in paths:
+        store.drop(str(path))
+    assert store.arena_used == 0
+
+
+def test_a_task_is_read_again_where_bases_left_while_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = build(tmp_path / "ck", dict.fromkeys(("a", "b"), TASKS["joint"]))
+    store = Store(budget=Budget(device=0, late=1 << 20, host=0)).store
+    store.seal()
+    a, b = (task_path(checkpoint, name) for name in checkpoint.tasks)
+    store.task(a)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return make_image(*args, **kwargs)
+
+    monkeypatch.setattr(resident, "make_image", slowly)
+    store.stage(b)
+    assert begun.wait(30)
+    store.forget(str(a))
+    store.leave_bases()
+    go_on.set()
+    for chunk in store._arena._chunks:
+        chunk.fill_(0x7F)
+    _check_joint(store, checkpoint, "b")
 
 
 def _updates(checkpoint: Checkpoint, task_id: str) -> dict[str, torch.Tensor]:

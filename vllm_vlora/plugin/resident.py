@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -89,7 +89,7 @@ class _Staged:
 
     Attributes:
         bases: what of the bases it needs, all of which it keeps from being given up.
-        brought: those of them that the device did not have.
+        brought: those of them that the device did not have. beside: those that it had, as they lay there.
         memory: of a direct task.
         stands_on: digest of the bases that the layers must hold where it runs direct; of a task that is
             materialized, those on which it will run direct. Empty where it needs none, or never will.
@@ -100,6 +100,7 @@ class _Staged:
     brought: dict[BasisKey, Image[Basis]]
     memory: DirectMemory | None
     stands_on: str = ""
+    beside: dict[BasisKey, Basis] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,8 @@ class ResidentStore:
         self._bases: dict[BasisKey, _PlacedBasis] = {}
         # Tasks on the device and images on the host that need a basis, by basis.
         self._uses: Counter[BasisKey] = Counter()
+        # Of these the tasks on the device alone.
+        self._uses_there: Counter[BasisKey] = Counter()
         self._using = threading.Lock()
         # Of stagings that failed; taken back by the thread that has the arena.
         self._unused: deque[frozenset[BasisKey]] = deque()
@@ -439,6 +442,8 @@ class ResidentStore:
 
     def _is_stale(self, staged: _Staged) -> bool:
         """Whether a task was read in a form that it is not to have, as the bases are by now."""
+        if self._lost_bases(staged):
+            return True
         if not staged.stands_on or self.direct is None:
             return False
         runs_direct = staged.memory is not None
@@ -447,6 +452,14 @@ class ResidentStore:
         if self._next is not None and staged.stands_on == self._next.digest:
             return runs_direct != self._next.held_back
         return runs_direct
+
+    def _lost_bases(self, staged: _Staged) -> bool:
+        """Whether bases that a task was read beside are no longer where they lay."""
+        there = self._bases
+        return any(
+            key not in there or there[key].basis is not basis
+            for key, basis in staged.beside.items()
+        )
 
     def _waits_for_bases(self, path: TaskPath) -> bool:
         """Whether how a task is to be read depends on bases that are still being read."""
@@ -563,14 +576,7 @@ class ResidentStore:
         name = str(path)
         if name in self._placed:
             return 0
-        staged = self._images.held.get(name)
-        if staged is None:
-            self.stage(path)
-            try:
-                staged = self._staging[name].result()
-            except BaseException:
-                del self._staging[name]
-                raise
+        staged = self._read_now(path)
         if self._is_stale(staged) or self._is_held_back(staged):
             self._discard(name)
             raise TaskLoadError(f"{path}: its basis is being exchanged; ask again")
@@ -579,6 +585,23 @@ class ResidentStore:
         self._staging.pop(name, None)
         self._keep(name, staged)
         return 0
+
+    def _read_now(self, path: TaskPath) -> _Staged:
+        """A task on the host, which is waited for; errors as of ``place``."""
+        name = str(path)
+        while True:
+            staged = self._images.held.get(name)
+            if staged is None:
+                self.stage(path)
+                try:
+                    staged = self._staging[name].result()
+                except BaseException:
+                    del self._staging[name]
+                    raise
+            if not self._lost_bases(staged):
+                return staged
+            # They may have gone while it was read. Nobody takes any while this thread waits.
+            self._discard(name)
 
     def task(self, path: TaskPath) -> ResidentTask:
         """The task of a path, brought to the device if it is not there.
@@ -601,6 +624,7 @@ class ResidentStore:
             if placed.memory is not None:
                 assert self.direct is not None
                 self.direct.count(-placed.memory)
+            self._uses_there -= Counter(placed.bases)
             self._let_go(placed.bases)
 
     def drop(self, path: str) -> None:
@@ -799,9 +823,11 @@ class ResidentStore:
     ) -> _Staged:
         narrow = self._narrow_rows and checkpoint.has_narrow_rows([task_id])
         stored = self._load(checkpoint, task_id, narrow)
-        held = {key: self._bases[key].basis for key in bases if key in self._bases}
-        brought = self._read_bases(checkpoint, bases - held.keys())
-        held.update((key, image.tree) for key, image in brought.items())
+        # At one moment: the thread that has the arena may take some away.
+        there = dict(self._bases)
+        beside = {key: there[key].basis for key in bases if key in there}
+        brought = self._read_bases(checkpoint, bases - beside.keys())
+        held = {**beside, **{key: image.tree for key, image in brought.items()}}
         digest = checkpoint.basis_digest
         sources = {
             self._engine_name(name): side_sources(
@@ -814,7 +840,7 @@ class ResidentStore:
         task = self._resident(checkpoint, task_id, sources, extra, None, obstacle)
         leave = [*extra.values(), *(t for basis in held.values() for t in _basis_tensors(basis))]
         image = make_image(task, leave, pin=self._pins, stay=self._stays(checkpoint))
-        return _Staged(image, bases, brought, None)
+        return _Staged(image, bases, brought, None, beside=beside)
 
     def _to_stand_on(
         self, checkpoint: Checkpoint, task_id: str, following: _NextBases | None
@@ -887,15 +913,12 @@ class ResidentStore:
     def _place(self, path: str, staged: _Staged) -> bool:
         """Copy a task, and what it needs of bases, to the device; False where that has no room."""
         new = [key for key in staged.brought if key not in self._bases]
-        blocks: list[Block] = []
         sizes = [*(staged.brought[key].size for key in new), staged.image.size]
-        for size in sizes:
-            block = self._allocate(size)
-            if block is None:
-                for taken in blocks:
-                    self._arena.free(taken)
-                return False
-            blocks.append(block)
+        blocks = self._blocks(sizes)
+        if not blocks and self.leave_bases(staged.bases):
+            blocks = self._blocks(sizes)
+        if not blocks:
+            return False
         for key, block in zip(new, blocks):
             image = staged.brought[key]
             self._bases[key] = _PlacedBasis(image.on(block.memory), block, image.nbytes)
@@ -914,6 +937,7 @@ class ResidentStore:
             assert self.direct is not None
             self.direct.count(staged.memory)
         self._use(staged.bases)
+        self._uses_there.update(staged.bases)
         self._placed[path] = _Placed(
             task,
             blocks[-1],
@@ -923,6 +947,31 @@ class ResidentStore:
             staged.stands_on,
         )
         return True
+
+    def leave_bases(self, kept: Collection[BasisKey] = ()) -> bool:
+        """Take the bases off the device that no task there needs; whether there were any.
+
+        What else needs them brings them, or was read beside them and is read again.
+
+        Args:
+            kept: those that stay nevertheless.
+        """
+        idle = [key for key in self._bases if key not in self._uses_there and key not in kept]
+        for key in idle:
+            self._arena.free(self._bases.pop(key).block)
+        return bool(idle)
+
+    def _blocks(self, sizes: Sequence[int]) -> list[Block]:
+        """A block of each of these sizes, or none at all where there is no room for all."""
+        blocks: list[Block] = []
+        for size in sizes:
+            block = self._allocate(size)
+            if block is None:
+                for taken in blocks:
+                    self._arena.free(taken)
+                return []
+            blocks.append(block)
+        return blocks
 
     def _allocate(self, nbytes: int) -> Block | None:
         grow = self._arena.allocate_growing if self._growing else self._arena.allocate
