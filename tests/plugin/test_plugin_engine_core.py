@@ -71,6 +71,8 @@ class Core:
         self.dropped: list[str] = []
         self.exchanged: list[int] = []
         self.wants_bases = self.holds_back = False
+        # What was on the first device when it was told to give up its bases.
+        self.left_bases: list[set[str]] = []
         # Of what they begin with, by worker.
         self.runs_direct = [True] * count
         self.pinned = {ord("a")}
@@ -112,6 +114,7 @@ class Core:
                 discard=lambda path: workers.broken.add(_name(path)),
                 bases=lambda in_use, awaited: self.bases(number, in_use, awaited),
                 hold_back=self.hold_back,
+                leave_bases=lambda: self.left_bases.append(set(workers.on[number])),
             ),
             exchange_bases=lambda: self.exchanged.append(number) or [path_of("a")],
         )
@@ -450,6 +453,17 @@ def test_in_the_callers_process_it_hears_what_does_not_come_back() -> None:
         _sleep_and_wake(core)
     assert core.workers.on == [{"c"}] * 2
     assert list(core.scheduler.requests) == ["a", "c"], "the caller's, to be aborted"
+
+
+def test_who_leaves_the_devices_leaves_no_bases_there() -> None:
+    core: Any = OneWorker(a=4, b=4)
+    leave_devices(core)
+    assert not core.left_bases, "no task has come yet"
+    core.workers.stage("a")
+    core.add_request(request("1", lora("a")))
+    assert core.workers.on == [{"a"}]
+    leave_devices(core)
+    assert core.left_bases == [set()]
 
 
 def test_a_pinned_task_stays_until_it_is_removed() -> None:

@@ -116,6 +116,7 @@ def test_a_sleep_that_would_lose_the_tasks_is_refused_before_anything_else(
         _vlora_tasks_held=SimpleNamespace(
             residency=SimpleNamespace(paths=lambda: held, forget=held.remove),
             arrivals=SimpleNamespace(unask=list),
+            workers=SimpleNamespace(tell=lambda order: None),
         ),
     )
     sleep(core)
@@ -151,6 +152,7 @@ def test_tasks_leave_the_devices_when_their_memory_is_lost_and_not_before(
         _vlora_tasks_held=SimpleNamespace(
             residency=SimpleNamespace(paths=lambda: held, forget=held.remove),
             arrivals=SimpleNamespace(unask=lambda: events.append("unasked") or ["c"]),
+            workers=SimpleNamespace(tell=lambda order: events.append(("bases", list(held)))),
         ),
     )
     slept = patches[EngineCore, "sleep"](core, level=2, mode="wait")
@@ -159,7 +161,7 @@ def test_tasks_leave_the_devices_when_their_memory_is_lost_and_not_before(
     held.append("c")  # Came to the device while they went on, and no engine core has heard of it.
     paused.set_result(None)
     slept.result(10)
-    assert events == ["unasked", (2, [])]
+    assert events == ["unasked", ("bases", []), (2, [])]
 
 
 def test_tasks_come_back_with_the_last_of_the_memory_and_before_steps_go_on(

@@ -65,6 +65,10 @@ def _discard(worker: Any, path: str) -> None:
     manager_of(worker).vlora_store.discard(path)
 
 
+def _leave_bases(worker: Any) -> None:
+    manager_of(worker).vlora_store.leave_bases()
+
+
 # --- an engine core's methods ---------------------------------------------------------------------
 
 
@@ -155,6 +159,8 @@ def leave_devices(core: Any) -> None:
     # Also what came to them and is not in the books yet.
     for path in dict.fromkeys([*tasks.arrivals.unask(), *tasks.residency.paths()]):
         tasks.residency.forget(path)
+    # Which what the host keeps of tasks would take to be there still.
+    tasks.workers.tell(_leave_bases)
 
 
 def return_to_devices(core: Any) -> None:
