@@ -26,7 +26,12 @@ from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.downloads import Parts
-from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, OutputError
+from vllm_vlora.errors import (
+    CheckpointError,
+    CheckpointReplacedError,
+    OutputError,
+    TaskLoadError,
+)
 from vllm_vlora.plugin.arrivals import FAR
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.far_tasks import FarTasks
@@ -130,6 +135,58 @@ def test_a_manager_fetches_only_what_it_is_told_to(server: FileServer) -> None:
     manager._far = None
     assert manager.bring(asked, 0) == [True, True]
     assert manager.far_tasks() is None
+
+
+def test_a_disk_that_cannot_be_asked_is_an_error_of_its_task_alone(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = take(server)
+    bad, good, *_ = STORED
+    opened.load_task(bad)
+    opened.load_task(good)
+    manager = manager_of(opened)
+    for task in (bad, good):
+        manager.vlora_store.forget(str(task_path(opened, task)))
+    asked = [request(task_path(opened, task)) for task in (bad, good)]
+    file = str(opened.path / task_file(bad))
+
+    def stale(original: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if str(path) == file:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), file)
+            return original(path, *args, **kwargs)
+
+        return ask
+
+    monkeypatch.setattr(os, "stat", stale(os.stat))
+    monkeypatch.setattr(os, "open", stale(os.open))
+    until(lambda: manager.bring(asked, 0) == [True, True])
+    with pytest.raises(CheckpointError, match="Stale file handle"):
+        manager.vlora_store.place(task_path(opened, bad))
+    assert manager.vlora_store.place(task_path(opened, good)) == 0
+    assert tasks_asked(server) == {f"ck/{task_file(task)}" for task in (bad, good)}
+
+
+def test_whatever_goes_wrong_is_an_error_of_its_task_alone(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = take(server)
+    bad, good, *_ = STORED
+    opened.load_task(good)
+    manager = manager_of(opened)
+    asked = [request(task_path(opened, task)) for task in (bad, good)]
+    is_far = Checkpoint.is_far
+
+    def fails(self: Checkpoint, task: str) -> bool:
+        if task == bad:
+            raise RuntimeError("what nobody thought of")
+        return is_far(self, task)
+
+    monkeypatch.setattr(Checkpoint, "is_far", fails)
+    of_bad, of_good = manager.bring(asked, 0)
+    assert isinstance(of_bad.error, TaskLoadError)
+    assert "what nobody thought of" in str(of_bad.error)
+    assert of_good is True
 
 
 def test_blends_that_are_fetched_hold_up_no_task_that_is_here(server: FileServer) -> None:

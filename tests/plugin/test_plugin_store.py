@@ -26,6 +26,7 @@ from vllm_vlora.errors import (
     CheckpointReplacedError,
     MemoryBudgetError,
     ModelMismatchError,
+    TaskLoadError,
 )
 from vllm_vlora.plugin import resident
 from vllm_vlora.plugin.following import State
@@ -421,6 +422,55 @@ def test_a_task_is_read_again_where_bases_left_while_it_was_read(
     for chunk in store._arena._chunks:
         chunk.fill_(0x7F)
     _check_joint(store, checkpoint, "b")
+
+
+def _no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_where_no_thread_can_be_had_the_task_fails_and_is_read_once_when_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = build(tmp_path / "ck")
+    store = Store(budget=Budget(device=0, late=1 << 20, host=0)).store
+    store.seal()
+    path, read = task_path(checkpoint, "joint"), list[str]()
+    load_task = Checkpoint.load_task
+
+    def load(self: Checkpoint, task: str, *args: Any, **kwargs: Any) -> Any:
+        read.append(task)
+        return load_task(self, task, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoint, "load_task", load)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", _no_thread)
+        for fetched in (False, True):
+            assert store.stage(path, fetched), "what went wrong is told by ``place``"
+            with pytest.raises(
+                TaskLoadError, match=r"no thread to read it .can't start new thread"
+            ):
+                store.place(path)
+    for fetched in (False, True):
+        assert store.stage(path, fetched) is False
+        assert store.place(path) == 0
+        store.drop(str(path))
+        # Done by the pool's one thread after whatever is left of what failed.
+        pool = store._fetchers if fetched else store._readers
+        pool.submit(int).result(30)
+    assert read == ["joint", "joint"]
+    assert store.arena_used == 0
+
+
+def test_bases_that_no_thread_can_read_are_not_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store().store
+    store.preload(build(tmp_path / "ck").path, make_path)
+    monkeypatch.setattr(threading.Thread, "start", _no_thread)
+    store.serve(State(build(tmp_path / "next", seed=1)))
+    report = store.bases([], [])
+    assert report.wanted
+    assert "can't start new thread" in report.refused
 
 
 def _updates(checkpoint: Checkpoint, task_id: str) -> dict[str, torch.Tensor]:

@@ -46,7 +46,12 @@ from vllm_vlora.checkpoint.pinning import (
     task_digest,
 )
 from vllm_vlora.checkpoint.router_files import RouterRecord, read_router
-from vllm_vlora.checkpoint.sources import checkpoint_folder, fetch_task, fetches_tasks
+from vllm_vlora.checkpoint.sources import (
+    checkpoint_folder,
+    fetch_task,
+    fetches_tasks,
+    may_be_here,
+)
 from vllm_vlora.checkpoint.task_entry import TaskEntry, column, entry
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage, open_tasks
 from vllm_vlora.downloads import Parts
@@ -282,7 +287,7 @@ class Checkpoint:
 
     def is_far(self, task_id: str) -> bool:
         """Whether a task's file is not on this machine, and is fetched when it is read."""
-        return fetches_tasks(self.path) and not (self.path / task_file(task_id)).exists()
+        return fetches_tasks(self.path) and not may_be_here(self.path / task_file(task_id))
 
     def far_tasks(self) -> set[str]:
         """The tasks that are far, by one look at the folder."""

@@ -137,6 +137,17 @@ def fetches_tasks(folder: Path) -> bool:
     return _origin(folder) is not None
 
 
+def may_be_here(file: Path) -> bool:
+    """Whether a file is on this machine, or its disk cannot be asked: who reads it says why."""
+    try:
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def fetch_task(folder: Path, ref: FileRef) -> None:
     """Fetch the file of a task where it is not here and this process took the checkpoint without.
 
@@ -145,7 +156,7 @@ def fetch_task(folder: Path, ref: FileRef) -> None:
         CheckpointError: it cannot be had. OutputError: the cache cannot be written.
     """
     origin = _origin(folder)
-    if origin is None or (folder / ref.file).exists():
+    if origin is None or may_be_here(folder / ref.file):
         return
     root, where = origin
     if not is_remote(where):

@@ -251,6 +251,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     ) -> list[Brought]:
         """Have tasks read into host memory, beside the steps, and on the device once that is done.
 
+        Nothing is raised, as of ``hold``: an error is in the answer of its task.
+
         Args:
             hold: how many of them, the first, may come to the device.
             instead_of: paths of tasks whose places there may be given up for them, the first first.
@@ -264,13 +266,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         left = list(instead_of)
         answers: list[Brought] = []
         for number, request in enumerate(requests):
-            path, fetched = _path_of(request), number in fetch
-            if not fetched and self._is_far(path):
-                answers.append(FAR)
-                continue
-            staged = self.vlora_store.stage(path, fetched)
-            if not staged or number >= hold:
-                answers.append(staged)
+            read = self._read(request, number in fetch)
+            if read is not True or number >= hold:
+                answers.append(read)
                 continue
             held = self.hold(request, left)
             answers.append(held)
@@ -278,6 +276,16 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             if held.over:
                 hold = 0  # Who comes later must not take its place.
         return answers
+
+    def _read(self, request: LoRARequest, fetched: bool) -> Brought:
+        """Have a task read into host memory; as ``bring`` of one that may not be held."""
+        try:
+            path = _path_of(request)
+            if not fetched and self._is_far(path):
+                return FAR
+            return self.vlora_store.stage(path, fetched)
+        except Exception as error:  # noqa: BLE001 - it is in the answer
+            return _failure(request, error)
 
     def hold(self, request: LoRARequest, instead_of: Sequence[str] = ()) -> Held:
         """Have a task on the device; an error is in the answer.
@@ -300,12 +308,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             self._prepare(self.task_model(request).task)
         except torch.OutOfMemoryError:
             return Held(over=_ALL, gave_way=gave_way)
-        except VLoRAError as error:
-            return Held(error=error, gave_way=gave_way)
-        except Exception as error:  # noqa: BLE001 - it is in the log, and in the answer
-            logger.exception("vllm-vlora: %s cannot be loaded", shown(request.lora_path))
-            told = TaskLoadError(f"{request.lora_path}: {error}")
-            return Held(error=told, gave_way=gave_way)
+        except Exception as error:  # noqa: BLE001 - it is in the answer
+            return _failure(request, error, gave_way)
         nbytes = self.vlora_store.nbytes_of(request.lora_path)
         direct = self.runs_direct(request)
         return Held(nbytes=nbytes if before is None else 0, direct=direct, gave_way=gave_way)
@@ -598,6 +602,14 @@ def _path_of(request: LoRARequest) -> TaskPath:
     path = parse_task_path(request.lora_path)
     assert path is not None
     return path
+
+
+def _failure(request: LoRARequest, error: Exception, gave_way: int = 0) -> Held:
+    """What is said of a task that cannot be loaded; what a user cannot mend is in the log as well."""
+    if not isinstance(error, VLoRAError):
+        logger.error("vllm-vlora: %s cannot be loaded", shown(request.lora_path), exc_info=error)
+        error = TaskLoadError(f"{request.lora_path}: {error}")
+    return Held(error=error, gave_way=gave_way)
 
 
 def _make_poller(follower: Follower, settings: Settings) -> Poller | None:

@@ -41,6 +41,7 @@ from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.held_bases import Bases
 from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path, task_path
 from vllm_vlora.plugin.images import Image, Span, make_image
+from vllm_vlora.plugin.reading import begin
 from vllm_vlora.plugin.settings import LATE_VARIABLE, Budget
 from vllm_vlora.quantize import PackedMatrix
 from vllm_vlora.representations.registry import side_sources
@@ -332,7 +333,7 @@ class ResidentStore:
         ):
             # A thread of its own: tasks that need no bases are read meanwhile.
             reader = ThreadPoolExecutor(1, "vlora-bases")
-            found = reader.submit(self._read_next, checkpoint)
+            found = begin(reader, self._read_next, checkpoint)
             reader.shutdown(wait=False)
             self._next = _NextBases(checkpoint.basis_digest, found)
 
@@ -500,7 +501,7 @@ class ResidentStore:
                 return None
             self._sweep()
             readers = self._fetchers if fetched else self._readers
-            future = self._staging[name] = readers.submit(self._read_path, path)
+            future = self._staging[name] = begin(readers, self._read_path, path)
         # Not True where it was read just now: in which form is seen at the next question.
         return _failed(future)
 
