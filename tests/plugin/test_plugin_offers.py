@@ -18,6 +18,7 @@ import torch
 
 from vllm_vlora.adapters.state_dicts import read_state_dict
 from vllm_vlora.blend_names import parse_blend
+from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import (
     AdapterError,
     BlendError,
@@ -289,6 +290,30 @@ def test_one_that_is_larger_than_all_room_is_refused_and_not_kept(
         store.take(checkpoint.task_path, checkpoint)
     with pytest.raises(CheckpointError, match="published again or unpublished"):
         store.place(checkpoint.task_path)
+
+
+def test_one_that_is_published_waits_for_no_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one for which is waited until it is laid out, as it is nearly as large as all room."""
+    store, on_disk = _store(late=2048), build(tmp_path / "ck")
+    mounted = threading.Event()
+    load_task = Checkpoint.load_task
+
+    def hang(*args: Any, **kwargs: Any) -> Any:
+        assert mounted.wait(10)
+        return load_task(*args, **kwargs)
+
+    monkeypatch.setattr(Checkpoint, "load_task", hang)
+    disk = [task_path(on_disk, task) for task in list(on_disk.tasks)[:2]]
+    for path in disk:
+        store.stage(path)
+    with offered("t", modules(), None) as offer:
+        checkpoint = OfferedCheckpoint(offer)
+    with pytest.raises(MemoryBudgetError, match="no room for task 't'"):
+        store.take(checkpoint.task_path, checkpoint)
+    assert not any(store._staging[str(path)].done() for path in disk)
+    mounted.set()
 
 
 # --- blends of them --------------------------------------------------------------------------------

@@ -247,6 +247,8 @@ class ResidentStore:
         self._given_up: set[str] = set()
         self._readers = ThreadPoolExecutor(_READERS, "vlora-stage")
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "vlora-fetch")
+        # Of what is in memory: who publishes it waits, and with him the engine, for no disk that hangs.
+        self._takers = ThreadPoolExecutor(_READERS, "vlora-take")
         self._next: _NextBases | None = None
         # Tasks that are in no file, by path.
         self._in_memory: dict[str, Checkpoint] = {}
@@ -500,10 +502,15 @@ class ResidentStore:
             if self._waits_for_bases(path):
                 return None
             self._sweep()
-            readers = self._fetchers if fetched else self._readers
+            readers = self._readers_of(path, fetched)
             future = self._staging[name] = begin(readers, self._read_path, path)
         # Not True where it was read just now: in which form is seen at the next question.
         return _failed(future)
+
+    def _readers_of(self, path: TaskPath, fetched: bool) -> ThreadPoolExecutor:
+        if path.checkpoint == MEMORY:
+            return self._takers
+        return self._fetchers if fetched else self._readers
 
     def take(self, path: TaskPath, checkpoint: Checkpoint) -> None:
         """Have a task from a checkpoint in memory, which is kept until ``discard``, and stage it.
