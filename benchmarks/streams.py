@@ -10,6 +10,11 @@ from vllm_vlora.quantize import PackedMatrix, part_specs
 from vllm_vlora.trellis import TRELLIS_WIDTHS
 
 
+def mixed_rows(rank: int) -> tuple[int, int, int]:
+    """How many rows of a task have 4, 3 and 2 bits: a quarter, a quarter and half."""
+    return rank // 4, rank // 4, rank - rank // 4 * 2
+
+
 def random_trellis(like: torch.Tensor, counts: Sequence[int]) -> PackedMatrix:
     """A matrix as wide as ``like`` and with scales of its rows, in trellis codes of random streams.
 

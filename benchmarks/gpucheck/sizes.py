@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -116,6 +115,9 @@ def _chosen(sizes: Sizes) -> Iterator[None]:
     def changed(choose: Callable[..., dict[str, Any]], other: dict[str, int]) -> Callable[..., Any]:
         return lambda *given: choose(*given) | other
 
+    def into_parts(cols: int, *_: int) -> tuple[int, int]:
+        return choices.cut_columns(cols, programs=1, least=1, wanted=parts or 1)
+
     kernel, parts = private_kernel, sizes.parts
     small = choices.SMALL_TILE_TOKENS if sizes.small_tiles is None else sizes.small_tiles
     with (
@@ -123,13 +125,7 @@ def _chosen(sizes: Sizes) -> Iterator[None]:
         patch.object(kernel, "_PLANS", {}),
         patch.object(kernel, "shrink_config", changed(kernel.shrink_config, sizes.shrink)),
         patch.object(kernel, "expand_config", changed(kernel.expand_config, sizes.expand)),
-        patch.object(kernel, "cut_columns", partial(_cut, parts) if parts else kernel.cut_columns),
+        patch.object(kernel, "cut_columns", into_parts if parts else kernel.cut_columns),
         patch.object(choices, "SMALL_TILE_TOKENS", small),
     ):
         yield
-
-
-def _cut(parts: int, cols: int, *_: int) -> tuple[int, int]:
-    """``cut_columns`` for so many parts."""
-    size = choices.PART_ALIGNMENT
-    return parts, choices.count_blocks(choices.count_blocks(cols, parts), size) * size

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import floors
 import numpy as np
 import torch
-from streams import random_trellis
+from streams import mixed_rows, random_trellis
 
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, PackedMatrix, pack
 from vllm_vlora.triton_kernels.direct import (
@@ -109,8 +109,7 @@ def _private(
     a = torch.randn(rank, d_in, device=device) / d_in**0.5
     b = torch.randn(rank, width, device=device) / rank**0.5
     if format == "trellis":
-        counts = (rank // 4, rank // 4, rank - rank // 4 * 2)
-        a, b = (random_trellis(side, counts) for side in (a, b))
+        a, b = (random_trellis(side, mixed_rows(rank)) for side in (a, b))
         return SliceTask(a=a, b=b, scale=0.5)
     name = FORMAT_OF_DTYPE[dtype] if format == "float" else format
     return SliceTask(a=pack(a, name), b=pack(b, name), scale=0.5)

@@ -12,19 +12,12 @@ from dataclasses import dataclass, replace
 
 import floors
 import torch
-from streams import random_trellis
+from streams import mixed_rows, random_trellis
 
 from kernelbench.batches import SCALE, Batch
 from kernelbench.punica import Punica
 from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_matrix
-from vllm_vlora.quantize import (
-    FLOAT_DTYPES,
-    PackedMatrix,
-    pack,
-    pack_narrow,
-    stack_rows,
-    unpack,
-)
+from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, pack, pack_narrow, stack_rows, unpack
 from vllm_vlora.triton_kernels.direct import (
     DirectLayer,
     DirectSlice,
@@ -192,9 +185,9 @@ def private_operation(batch: Batch, work: floors.Work, factors: Factors, cache: 
 
 def _pack_factors(factors: torch.Tensor, format: str) -> list[PackedMatrix]:
     """Each of the factors ``[n, rank, cols]``, its rows views of one large packed matrix; narrow ones lie
-    by themselves. Of narrow and trellis rows a quarter has 4 bits, a quarter 3 and half 2."""
+    by themselves. Of narrow and trellis rows so many have 4, 3 and 2 bits as ``mixed_rows`` says."""
     count, rank, _ = factors.shape
-    bits = (rank // 4, rank // 4, rank - rank // 4 * 2)
+    bits = mixed_rows(rank)
     if format != NARROW_FORMAT:
         flat = factors.flatten(0, 1)
         whole = random_trellis(flat, bits) if format == "trellis" else pack(flat, format)

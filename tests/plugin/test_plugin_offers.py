@@ -34,12 +34,12 @@ from vllm_vlora.errors import (
 pytest.importorskip("vllm")
 
 from plugin_world import MODULES, build, make_path
+from slow_images import hold_images
 from vllm.lora.request import LoRARequest
 
-from vllm_vlora.plugin import publishing, resident
+from vllm_vlora.plugin import publishing
 from vllm_vlora.plugin.blend_paths import blend_path
 from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path, task_path
-from vllm_vlora.plugin.images import make_image
 from vllm_vlora.plugin.offers import ElsewhereError, Offer, OfferedCheckpoint, offered, read_whole
 from vllm_vlora.plugin.published import ADOPT_METHOD, ELSEWHERE, OFFER_METHOD, WITHDRAW_METHOD
 from vllm_vlora.plugin.requests import lora_request
@@ -238,14 +238,7 @@ def test_of_two_publications_in_a_row_the_first_leaves_nothing(
 ) -> None:
     """It is given up while a thread lays it out."""
     store, before = _store(late=4 << 20, host=1 << 20), _mappings()
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slowly(*args: Any, **kwargs: Any) -> Any:
-        begun.set()
-        assert go_on.wait(30)
-        return make_image(*args, **kwargs)
-
-    monkeypatch.setattr(resident, "make_image", slowly)
+    begun, go_on = hold_images(monkeypatch)
     for number in range(2):
         with offered("t", modules(), None) as offer:
             checkpoint = OfferedCheckpoint(offer)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from plugin_world import STORED, TASKS, Store, build, make_path
+from slow_images import hold_images
 
 from vllm_vlora import snapshots
 from vllm_vlora.checkpoint.pinning import pinned
@@ -406,14 +407,7 @@ def test_a_task_is_read_again_where_bases_left_while_it_was_read(
     store.seal()
     a, b = (task_path(checkpoint, name) for name in checkpoint.tasks)
     store.task(a)
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slowly(*args: Any, **kwargs: Any) -> Any:
-        begun.set()
-        assert go_on.wait(30)
-        return make_image(*args, **kwargs)
-
-    monkeypatch.setattr(resident, "make_image", slowly)
+    begun, go_on = hold_images(monkeypatch)
     store.stage(b)
     assert begun.wait(30)
     store.forget(str(a))

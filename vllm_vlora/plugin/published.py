@@ -176,10 +176,9 @@ def return_to_devices(core: Any) -> None:
     if tasks is None:
         return
     inside: dict[str, list[Any]] = {}
-    for request in filter(
-        lambda request: is_ours(request.lora_request), requests_inside(core.scheduler)
-    ):
-        inside.setdefault(request.lora_request.lora_path, []).append(request)
+    for request in requests_inside(core.scheduler):
+        if is_ours(request.lora_request):
+            inside.setdefault(request.lora_request.lora_path, []).append(request)
     failed = [
         (error, requests)
         for requests in inside.values()
