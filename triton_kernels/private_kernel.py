@@ -418,11 +418,18 @@ def _load_any(  # type: ignore[no-untyped-def]
     LOOK_UP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    APART: tl.constexpr = False,
 ):
-    """``_load_format`` for a format known at run time, one of those whose bits FORMATS has."""
+    """``_load_format`` for a format known at run time, one of those whose bits FORMATS has.
+
+    APART: by a branch even where there is one format only. The compiler looks for the bits of what a
+    product's operand was loaded as, not beyond a branch, and has each thread hold so many neighbours
+    along the product's inner side as make 32 bits of them: 8 of what came from nibbles. Where that
+    side has less than 4 times as many, here 16, Triton 3.6 multiplies some twice and others never.
+    """
     values = tl.zeros((ROWS, COLS), dtype=DTYPE)
     for code in tl.static_range(_FORMAT_COUNT):
-        if 1 << code == FORMATS:
+        if not APART and 1 << code == FORMATS:
             # Triton before 3.7 takes an element of a constexpr tuple for a string.
             FORMAT: tl.constexpr = _FORMATS[code]
             values = _load_format(
@@ -718,7 +725,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
                     b = _load_any(
                         format, addresses, start_out + width, book_ptr, rows, rows < rank,
                         start_out + start, width - start,
-                        FORMATS, dtype, ALIGNED, BLOCK_T < 64, BLOCK_R, BLOCK_D,
+                        FORMATS, dtype, ALIGNED, BLOCK_T < 64, BLOCK_R, BLOCK_D, BLOCK_R < 32,
                     )  # fmt: skip
                     total = multiply((h * scale).to(dtype), b, total, LOW_PRECISION)
                 tl.store(y_ptrs, (y.to(tl.float32) + total).to(dtype), mask=mask)

@@ -288,6 +288,13 @@ if BACKEND:
             6, d_in=80, slices=((50, 3, 4),), ranks=(2,), private=("nf4-dq",), slots=2,
             start_in=64 * 255 + 9, start_out=64 * 256 - 3,
         ),
+        # Kernels of one format are others than those of several.
+        "float alone": Case(24, d_in=192, slices=EVEN, private=("float",), slots=20),
+        "int8 alone": Case(24, d_in=192, slices=EVEN, private=("int8",), slots=20),
+        "nf4 alone": Case(24, d_in=192, slices=EVEN, private=("nf4",), slots=20),
+        "nf4 alone, bfloat16": Case(
+            12, BF16, d_in=576, slices=EVEN, private=("nf4",), ranks=(5, 18), slots=8
+        ),
         "every format": Case(20, private=tuple(FORMAT_CODES)),
         "narrow rows": Case(24, d_in=192, slices=EVEN, private=(NARROW_FORMAT,), slots=20),
         "narrow rows, bfloat16": Case(

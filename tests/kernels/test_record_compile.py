@@ -10,7 +10,14 @@ from typing import Any
 import compile_kernels
 import pytest
 import triton_record
-from compile_kernels import TARGETS, compile_launches, complaints, in_own_process
+from compile_kernels import (
+    TARGETS,
+    compile_launches,
+    complaints,
+    in_own_process,
+    short_products,
+    triton_version,
+)
 from places import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -111,6 +118,30 @@ def launch_wrong(recording: Any) -> None:
     wrong[(1,)](x)
 
 
+def launch_products(recording: Any) -> None:
+    """Products with an operand that is decoded from nibbles; the inner side is 16, and 32."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def product(x_ptr, codes_ptr, y_ptr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+        rows, halves, cols = tl.arange(0, ROWS), tl.arange(0, 64), tl.arange(0, 128)
+        tokens = tl.arange(0, 16)
+        x = tl.load(x_ptr + tokens[:, None] * ROWS + rows[None, :])
+        codes = tl.load(codes_ptr + rows[:, None] * 64 + halves[None, :])
+        low, high = (codes & 15).to(tl.float16), (codes >> 4).to(tl.float16)
+        y = tl.dot(x, tl.join(low, high).reshape(ROWS, 128))
+        tl.store(y_ptr + tokens[:, None] * 128 + cols[None, :], y)
+
+    x = torch.empty(16, 32, dtype=torch.float16, device="meta")
+    codes = torch.empty(32, 64, dtype=torch.uint8, device="meta")
+    y = torch.empty(16, 128, device="meta")
+    for rows in (16, 32):
+        recording.label = f"inner {rows}"
+        product[(1,)](x, codes, y, ROWS=rows)
+
+
 def test_a_variant_is_what_triton_looks_at(tmp_path: Path) -> None:
     found = in_own_process(__file__, "record_some", tmp_path)
     bf16, fp32 = ["*bf16", "i32", "i32", "constexpr"], ["*fp32", "i32", "i32", "constexpr"]
@@ -142,6 +173,32 @@ def test_what_does_not_compile_or_takes_too_much_is_reported(tmp_path: Path) -> 
     assert "power of 2" in wrong[0]["error"]
     assert len(complaints(rows)) == 1
     assert complaints(rows) == complaints(rows, held=False)
+
+
+@pytest.mark.parametrize(
+    ("inner", "width", "right"),
+    [(16, 2, True), (16, 4, True), (16, 8, False), (32, 8, True), (64, 8, True)],
+)
+def test_a_product_that_is_shorter_than_its_layout_is_found(
+    inner: int, width: int, right: bool
+) -> None:
+    left, other = (
+        f"#ttg.dot_op<{{opIdx = {place}, parent = #mma, kWidth = {width}}}>>" for place in (0, 1)
+    )
+    types = f"tensor<16x{inner}xf16, {left} * tensor<{inner}x128xf16, {other}"
+    line = f"%y = tt.dot %h, %b, %y_0, inputPrecision = tf32 : {types} -> tensor<16x128xf32, #mma>"
+    wgmma = f"%y = ttng.warp_group_dot %h, %b, %y_0 {{isAsync = true}} : {types} -> tensor"
+    for text in (line, wgmma):
+        assert short_products(f"  {text}\n") == (
+            [] if right else [f"tensor<16x{inner}xf16, {left}"]
+        )
+
+
+def test_products_of_nibbles_are_reported_where_the_compiler_is_wrong(tmp_path: Path) -> None:
+    rows = compile_launches(__file__, "launch_products", tmp_path, {"sm_90": TARGETS["sm_90"]})
+    found = {row["label"]: len(row["short"]) for row in rows}
+    assert found == {"inner 16": triton_version().startswith("3.6."), "inner 32": 0}
+    assert len(complaints(rows, held=False)) == found["inner 16"]
 
 
 @pytest.mark.parametrize(

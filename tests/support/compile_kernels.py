@@ -84,7 +84,8 @@ def compile_launches(
     Returns:
         For each target and variant ``target``, ``kernel``, ``label`` (what launches it), and either
         ``error``, or ``warps`` a program, ``registers`` a thread, ``spilled`` (bytes, or registers on
-        AMD), ``shared`` (bytes of shared memory a program) and ``seconds`` that it took to compile.
+        AMD), ``shared`` (bytes of shared memory a program), ``short`` (products that are too short, see
+        ``short_products``) and ``seconds`` that it took to compile.
     """
     kept = CACHE / f"{_key(test_file, name, targets, measured)}.json"
     if kept.exists():
@@ -113,9 +114,21 @@ def complaints(
     for row in rows:
         most = (allowed or {}).get(f"{row['target']} {row['kernel']}", MAX_REGISTERS)
         counts = held and is_held(row["target"])
-        if "error" in row or (counts and _takes_much(row, most)):
+        if "error" in row or row.get("short") or (counts and _takes_much(row, most)):
             found.append(" ".join(f"{name} {value};" for name, value in row.items()))
     return found
+
+
+def short_products(ttgir: str) -> list[str]:
+    """Operands of NVIDIA's matrix instructions that are shorter than their layout along the inner side.
+
+    Four neighbouring threads hold ``kWidth`` elements each of a row of the left operand. With fewer than
+    four times as many, Triton 3.6 leaves elements out and multiplies others twice (seen on an H200);
+    3.9 chooses a narrower layout.
+    """
+    operand = r"tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d+)\}>>"
+    found = re.findall(rf"= (?:tt\.dot|ttng\.warp_group_dot) .*?({operand})", ttgir)
+    return [text for text, inner, width in found if int(inner) < 4 * int(width)]
 
 
 def is_held(target: str) -> bool:
@@ -255,6 +268,7 @@ def _compile_one(variant: Any, target: Any, measured: bool) -> dict[str, Any]:
     return {
         "warps": variant.options.num_warps,
         "shared": kernel.metadata.shared,
+        "short": short_products(kernel.asm["ttgir"]) if target.backend == "cuda" else [],
         "seconds": round(time.perf_counter() - began, 1),
         **(_resources(kernel, target) if measured else {}),
     }
