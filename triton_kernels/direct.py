@@ -23,6 +23,7 @@ import itertools
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -252,7 +253,6 @@ class Routing:
         order: int32 ``[max_tokens]``, token numbers grouped by slot, those without one left out.
         tiles: tile size -> int32 ``[max_tiles(max_tokens), 3]``: (slot, first place in ``order``,
             count) of up to that many tokens of one slot; count is 0 beyond the batch's tiles.
-        runs: (first token, end, slot) of neighbours with one slot, in token order, for the host.
         routed, live_tiles: tokens of the last batch that have a direct task, and its tiles by size.
         derived: what a host path keeps until the next update.
     """
@@ -260,7 +260,6 @@ class Routing:
     max_tokens: int
     slots: int
     device: torch.device
-    runs: list[tuple[int, int, int]] = field(default_factory=list)
     derived: dict[object, object] = field(default_factory=dict)
     routed: int = 0
     live_tiles: dict[int, int] = field(default_factory=lambda: dict.fromkeys(TILE_SIZES, 0))
@@ -271,6 +270,15 @@ class Routing:
         self.token_slots, self.order, *tiles = self._buffer.split(counts)
         self.tiles = {size: t.view(-1, 3) for size, t in zip(TILE_SIZES, tiles)}
         self.token_slots.fill_(self.slots)
+        self._batch = np.zeros(0, dtype=np.int32)
+        self._runs: list[tuple[int, int, int]] | None = []
+
+    @property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(first token, end, slot) of neighbours with one slot, in token order; for a host path alone."""
+        if self._runs is None:
+            self._runs = self._find_runs(self._batch)
+        return self._runs
 
     @property
     def nbytes(self) -> int:
@@ -293,7 +301,7 @@ class Routing:
         if count and not 0 <= token_slots.min() <= token_slots.max() <= self.slots:
             raise ValueError(f"direct: slots must be 0 to {self.slots}")
         self.derived.clear()
-        self.runs = self._find_runs(token_slots)
+        self._batch, self._runs = token_slots.copy(), None
         host = torch.zeros(
             len(self._buffer), dtype=torch.int32, pin_memory=self._buffer.is_cuda
         )  # A new one each time: the copy of the last one may still be under way.
@@ -305,8 +313,9 @@ class Routing:
         self.routed = len(order)
         flat[self.max_tokens : self.max_tokens + len(order)] = order
         end = 2 * self.max_tokens
+        groups = _find_groups(token_slots[order])
         for size, tiles in self.tiles.items():
-            rows = _cut_tiles(token_slots[order], size)
+            rows = _cut_tiles(groups, size)
             flat[end : end + rows.size] = rows.reshape(-1)
             self.live_tiles[size] = len(rows)
             end += tiles.numel()
@@ -323,15 +332,28 @@ class Routing:
         ]
 
 
-def _cut_tiles(grouped: np.ndarray, size: int) -> np.ndarray:
-    """Rows (slot, first place, count) that cut each group of equal slots into tiles."""
-    slots, first, counts = np.unique(grouped, return_index=True, return_counts=True)
-    tiles = -(-counts // size)
-    group = np.repeat(np.arange(len(slots)), tiles)
+class _Groups(NamedTuple):
+    """Places with equal slots in an order: the slot, first place and length of each."""
+
+    slots: np.ndarray
+    first: np.ndarray
+    counts: np.ndarray
+
+
+def _find_groups(grouped: np.ndarray) -> _Groups:
+    """The groups of slots of which equal ones stand together."""
+    first = np.flatnonzero(np.diff(grouped, prepend=-1))
+    return _Groups(grouped[first], first, np.diff(first, append=len(grouped)))
+
+
+def _cut_tiles(groups: _Groups, size: int) -> np.ndarray:
+    """Rows (slot, first place, count) that cut each group into tiles."""
+    tiles = -(-groups.counts // size)
+    group = np.repeat(np.arange(len(tiles)), tiles)
     within = np.arange(len(group)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    starts = first[group] + within * size
-    left = np.minimum(size, counts[group] - within * size)
-    return np.stack([slots[group], starts, left], axis=1).astype(np.int32)
+    starts = groups.first[group] + within * size
+    left = np.minimum(size, groups.counts[group] - within * size)
+    return np.stack([groups.slots[group], starts, left], axis=1).astype(np.int32)
 
 
 def add_direct(
