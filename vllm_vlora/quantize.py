@@ -241,6 +241,12 @@ class PackedMatrix:
         parts = {**self.parts, name: self.parts[name].T.contiguous().T}
         return PackedMatrix(self.format, self.rows, self.cols, parts)
 
+    def by_rows(self) -> PackedMatrix:
+        """The same matrix with each part row by row in memory, as the kernels read it."""
+        if all(part.is_contiguous() for part in self.parts.values()):
+            return self
+        return replace(self, parts={n: part.contiguous() for n, part in self.parts.items()})
+
     def column_blocks(self, start: int, stop: int) -> PackedMatrix:
         """A copy of the columns from ``start``, rounded down to a multiple of 64, to ``stop``.
 

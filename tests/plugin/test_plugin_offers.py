@@ -168,9 +168,9 @@ def test_a_value_too_large_for_the_format_is_refused() -> None:
 # --- in a worker ----------------------------------------------------------------------------------
 
 
-def _store(late: int, host: int = 0) -> ResidentStore:
+def _store(late: int, host: int = 0, device: str = "cpu") -> ResidentStore:
     store = ResidentStore(
-        torch.device("cpu"), lambda name: name, lambda *_: None, budget=Budget(0, late, host)
+        torch.device(device), lambda name: name, lambda *_: None, budget=Budget(0, late, host)
     )
     store.seal()
     return store
@@ -195,6 +195,26 @@ def test_a_task_comes_back_from_memory_until_it_is_discarded() -> None:
     store.discard(str(path))
     with pytest.raises(CheckpointError, match="published again or unpublished; use the request"):
         store.place(path)
+
+
+@pytest.mark.parametrize("format", [None, "int8", "nf4"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_factors_lie_as_the_device_reads_them(device: str, format: str | None) -> None:
+    """A slot on CPU is filled by columns of B; the kernels of a GPU read rows."""
+    store = _store(late=1 << 20, host=1 << 20, device=device)
+    with offered("t", modules(), format) as offer:
+        checkpoint = OfferedCheckpoint(offer)
+    store.take(checkpoint.task_path, checkpoint)
+    assert store.place(checkpoint.task_path) == 0
+    task = store.held(str(checkpoint.task_path))
+    assert task is not None
+    for side_a, side_b in task.sources.values():
+        for matrix in (side_a.matrix, side_b.matrix):
+            assert matrix.rows > 1
+            values = next(iter(matrix.parts.values()))
+            by_columns = device == "cpu" and matrix is side_b.matrix and format != "nf4"
+            assert values.stride()[0 if by_columns else 1] == 1
+            assert values.device.type == device
 
 
 def _mappings() -> int:

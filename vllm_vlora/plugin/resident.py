@@ -913,8 +913,11 @@ class ResidentStore:
         return replace(module, matrices=matrices)
 
     def _by_slot(self, matrix: PackedMatrix) -> PackedMatrix:
-        """On CPU: the matrix laid out as a slot's B is, which is several times quicker to copy from."""
-        return matrix.by_columns() if self._device.type == "cpu" else matrix
+        """On CPU: the matrix laid out as a slot's B is, which is several times quicker to copy from.
+
+        Elsewhere by rows, which kernels read: from memory it comes as it is in a slot.
+        """
+        return matrix.by_columns() if self._device.type == "cpu" else matrix.by_rows()
 
     # --- from host to device ---
 
