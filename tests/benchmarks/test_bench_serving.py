@@ -234,7 +234,12 @@ def _answers(tokens: list[list[int]], runner_up: float = -3.0) -> Trace:
 def test_equal_tokens_pass() -> None:
     reference = _answers([[1, 2], [3, 4]])
     found = correctness.compare("x", _answers([[1, 2], [3, 4]]), reference, exact=True)
-    assert found == {"tokens_compared": 4, "answers": 2, "parted_at_near_ties": 0}
+    assert found == {
+        "tokens_compared": 4,
+        "answers": 2,
+        "parted_at_near_ties": 0,
+        "largest_difference_nats": 0,
+    }
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -245,10 +250,12 @@ def test_another_token_is_an_error(exact: bool) -> None:
 
 def test_a_near_tie_passes_only_where_arithmetic_differs() -> None:
     found, reference = _answers([[1, 3, 9]]), _answers([[1, 2, 7]], runner_up=-0.01)
+    found.logprobs[0][1] = {3: -0.48, 2: -0.53}
     assert correctness.compare("x", found, reference, exact=False) == {
         "tokens_compared": 2,
         "answers": 1,
         "parted_at_near_ties": 1,
+        "largest_difference_nats": 0.03,
     }
     with pytest.raises(correctness.WrongResultError):
         correctness.compare("x", found, reference, exact=True)
@@ -257,6 +264,15 @@ def test_a_near_tie_passes_only_where_arithmetic_differs() -> None:
 def test_a_token_that_is_not_among_the_likeliest_is_no_near_tie() -> None:
     with pytest.raises(correctness.WrongResultError, match="inf nats"):
         correctness.compare("x", _answers([[9]]), _answers([[1]], runner_up=-0.01), exact=False)
+
+
+@pytest.mark.parametrize("said", [{2: -0.3, 1: -0.8}, {2: -0.3, 5: -4.0}, {1: -0.2}])
+def test_what_is_said_of_the_references_tokens_must_be_alike(said: dict[int, float]) -> None:
+    """Also where another token is one that the reference hardly prefers less, or none is another."""
+    found, reference = _answers([[2]]), _answers([[1]], runner_up=-0.01)
+    found.tokens[0][0], found.logprobs[0][0] = max(said, key=lambda token: said[token]), said
+    with pytest.raises(correctness.WrongResultError, match="token 0, 1, has logarithm"):
+        correctness.compare("x", found, reference, exact=False)
 
 
 def test_a_shorter_answer_is_an_error() -> None:
