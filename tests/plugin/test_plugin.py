@@ -449,6 +449,33 @@ def test_a_share_for_a_name_that_no_request_has_is_said_once(
     assert said is None or f"VLLM_VLORA_WEIGHTS {said}" in caplog.messages[0]
 
 
+def test_a_step_finds_its_tasks_without_taking_their_paths_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM's second model runner compares each of a step's requests with another of its task, twice."""
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    from vllm_vlora.plugin import seams
+
+    taken_apart: list[str] = []
+    parse = seams.parse_task_path
+    monkeypatch.setattr(
+        seams, "parse_task_path", lambda path: taken_apart.append(path) or parse(path)
+    )
+    monkeypatch.setattr(LoRARequest, "__eq__", seams._equal_requests(LoRARequest.__eq__))
+    state, ids = LoraState(64), [str(number) for number in range(64)]
+    for number, name in enumerate(ids):
+        task = "ab"[number % 2]
+        state.add_request(name, number, LoRARequest(task, 1, _path(task, "1")))
+    found = state.get_activate_loras(ids)
+    assert sorted(request.lora_name for request in found) == ["a", "b"]
+    assert taken_apart == []
+    # Of two states of a task a step has both.
+    state.add_request("64", 0, LoRARequest("a", 2, _path("a", "2")))
+    assert len(state.get_activate_loras([*ids, "64"])) == 3
+
+
 def _start_rust(tasks: list[str], *, templates: bool = False, **options: Any) -> Any:
     """The options that vLLM's start of its Rust frontend gets with a checkpoint of these tasks."""
     from vllm.lora.request import LoRARequest
