@@ -725,7 +725,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
                     b = _load_any(
                         format, addresses, start_out + width, book_ptr, rows, rows < rank,
                         start_out + start, width - start,
-                        FORMATS, dtype, ALIGNED, BLOCK_T < 64, BLOCK_R, BLOCK_D, BLOCK_R < 32,
+                        FORMATS, dtype, ALIGNED, BLOCK_T < 64, BLOCK_R, BLOCK_D, BLOCK_T < 64,
                     )  # fmt: skip
                     total = multiply((h * scale).to(dtype), b, total, LOW_PRECISION)
                 tl.store(y_ptrs, (y.to(tl.float32) + total).to(dtype), mask=mask)
