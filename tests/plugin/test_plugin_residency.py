@@ -16,6 +16,7 @@ from residency_world import Workers, lora, name_of, path_of
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, VLoRAError
 from vllm_vlora.plugin.arrivals import Arrivals, Brought, Waiter
+from vllm_vlora.plugin.counters import ServingCounters
 from vllm_vlora.plugin.residency import GRACE, Residency
 
 NAMES = list("abcdef")
@@ -179,9 +180,11 @@ class World:
         self.entered: list[str] = []
         self.failed: list[tuple[str, VLoRAError]] = []
         self.steps_go_on = False
+        self.counters = ServingCounters(9, 9)
         self.arrivals = Arrivals(
             self.workers.residency,
             self._bring,
+            self.counters,
             steps_go_on=lambda: self.steps_go_on,
             alone=workers == 1,
             clock=lambda: self.workers.now,
@@ -528,6 +531,32 @@ def test_who_waits_for_a_task_that_might_have_given_way_finds_it_there() -> None
     world.arrivals.advance()
     assert world.entered == ["a1", "d1"]
     assert world.workers.on == [{"a", "d"}]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_what_might_have_given_way_is_counted_where_it_was(stays: bool) -> None:
+    world = World(8, dict.fromkeys("abc", 4))
+    for name in "ab":
+        world.workers.residency.place(lora(name))
+    world.steps_go_on = True
+    world.wait("c1")
+    world.arrivals.advance()
+    world.wait("a1")
+    if not stays:
+        world.workers.stage("c")
+    world.questions[-1].answer()
+    world.arrivals.advance(1)
+    world.steps_go_on = False
+    world.workers.stage("a", "c")
+    world.workers.used.clear()
+    for _ in range(4):
+        world.arrivals.advance()
+    assert sorted(world.entered) == ["a1", "c1"]
+    counted = world.counters.snapshot()
+    requests = {tier: n for tier, n in counted["requests"].items() if n}
+    loads = sum(sum(found["counts"]) for found in counted["load_seconds"].values())
+    assert (requests.get("device", 0), loads) == ((1, 1) if stays else (0, 2))
+    assert sum(requests.values()) == 2
 
 
 def test_who_waits_for_a_task_that_is_there_needs_no_room() -> None:

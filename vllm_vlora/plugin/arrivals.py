@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from vllm_vlora.errors import VLoRAError
-from vllm_vlora.plugin.counters import DISK, HOST, REMOTE, ServingCounters
+from vllm_vlora.plugin.counters import DEVICE, DISK, HOST, REMOTE, ServingCounters
 from vllm_vlora.plugin.residency import Held, Residency
 
 # Tasks that are staged at once. More would hold more host memory, and the first not sooner.
@@ -93,7 +93,7 @@ class _Arrival:
     request: Any
     since: float
     waiters: list[Waiter] = field(default_factory=list)
-    # Where it was when the workers were first asked for it.
+    # Where it was when the workers were first asked for it; on the device one that was to give way.
     source: str = ""
     # All of them have read it.
     staged: bool = False
@@ -174,7 +174,10 @@ class Arrivals:
     def wait(self, lora: Any, waiter: Waiter) -> None:
         """Wait for the task of an adapter request."""
         self._dropped.pop(lora.lora_path, None)
-        arrival = self._awaited.setdefault(lora.lora_path, _Arrival(lora, self._clock()))
+        source = DEVICE if lora.lora_path in self._residency else ""
+        arrival = self._awaited.setdefault(
+            lora.lora_path, _Arrival(lora, self._clock(), source=source)
+        )
         arrival.waiters.append(waiter)
         self._stir()
 
@@ -229,6 +232,9 @@ class Arrivals:
         near = islice((one for one in next_ones if not one.far), _STAGED_AT_ONCE)
         far = islice((one for one in next_ones if one.far), _FETCHED_AT_ONCE)
         asked = [*near, *far]
+        for one in asked:
+            if one.source == DEVICE and not self._is_held(one):
+                one.source = ""  # It did give way.
         if full:
             asked = [one for one in asked if not one.staged]
         if not asked and not self._dropped:
@@ -286,8 +292,9 @@ class Arrivals:
             return
         self._offer = 1
         self._arrived(arrival)
-        seconds = self._clock() - arrival.since
-        self._counters.loaded(arrival.source, seconds, nbytes, arrival.request.lora_name)
+        if arrival.source != DEVICE:
+            seconds = self._clock() - arrival.since
+            self._counters.loaded(arrival.source, seconds, nbytes, arrival.request.lora_name)
         for waiter in arrival.waiters:
             waiter.ready()
 
