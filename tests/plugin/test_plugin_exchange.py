@@ -230,6 +230,26 @@ def test_tasks_on_the_new_bases_wait_and_others_do_not(tmp_path: Path) -> None:
     assert {task.task_id for task in store.tasks() if task.direct} == set(TASKS)
 
 
+def test_who_does_not_wait_is_told_while_the_new_bases_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, read, go_on = Served(tmp_path), ResidentStore._read_next, threading.Event()
+
+    def slow(self: ResidentStore, checkpoint: Checkpoint) -> Any:
+        assert go_on.wait(30)
+        return read(self, checkpoint)
+
+    monkeypatch.setattr(ResidentStore, "_read_next", slow)
+    served.store.check(served.second, served.second.tasks)
+    served.store.serve(State(served.second))
+    assert served.store.stage(served.path("joint")) is None
+    with pytest.raises(TaskLoadError, match="its basis is being exchanged; ask again"):
+        served.store.place(served.path("joint"))
+    assert served.store.place(served.path("private")) == 0
+    go_on.set()
+    until(lambda: served.report().ready)
+
+
 def test_a_blend_of_tasks_on_the_new_bases_waits_for_them_too(tmp_path: Path) -> None:
     store = Store().store
     tasks = {"a": {"q": ("joint", 2)}, "b": {"q": ("joint", 1), "o": ("joint", 1)}}

@@ -587,7 +587,7 @@ class ResidentStore:
         staged = self._read_now(path)
         if self._is_stale(staged) or self._is_held_back(staged):
             self._discard(name)
-            raise TaskLoadError(f"{path}: its basis is being exchanged; ask again")
+            raise _being_exchanged(path)
         if not self._place(name, staged):
             return staged.image.size
         self._staging.pop(name, None)
@@ -600,7 +600,8 @@ class ResidentStore:
         while True:
             staged = self._images.held.get(name)
             if staged is None:
-                self.stage(path)
+                if self.stage(path) is None:
+                    raise _being_exchanged(path)
                 try:
                     staged = self._staging[name].result()
                 except BaseException:
@@ -1017,6 +1018,10 @@ def _speakers(checkpoint: Checkpoint, tasks: set[str]) -> set[str]:
     listed = entries(known if isinstance(known, TaskTable) else {t: known[t] for t in tasks})
     found.update(task for task, entry in listed if entry.carries and task in tasks)
     return found
+
+
+def _being_exchanged(path: TaskPath) -> TaskLoadError:
+    return TaskLoadError(f"{path}: its basis is being exchanged; ask again")
 
 
 def _result(future: Future[_Staged] | None) -> _Staged | None:
