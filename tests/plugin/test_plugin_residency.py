@@ -264,6 +264,30 @@ def test_what_fails_is_told_to_all_who_wait_for_it_and_to_no_other() -> None:
     assert isinstance(error, MemoryBudgetError)
 
 
+def test_what_one_who_is_let_in_raises_keeps_out_no_other() -> None:
+    world = World(10, {"a": 4, "b": 4})
+    world.workers.stage("a")
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no such pooling task")
+
+    world.wait("a1")
+    world.arrivals.wait(lora("a"), Waiter(refuse, refuse))
+    world.wait("a2")
+    with pytest.raises(RuntimeError, match="no such pooling task"):
+        world.arrivals.advance()
+    assert world.entered == ["a1", "a2"]
+    world.workers.broken.add("b")
+    world.workers.stage("b")
+    world.wait("b1")
+    world.arrivals.wait(lora("b"), Waiter(refuse, refuse))
+    world.wait("b2")
+    with pytest.raises(RuntimeError, match="no such pooling task"):
+        world.arrivals.advance()
+    assert [request_id for request_id, _ in world.failed] == ["b1", "b2"]
+    assert len(world.arrivals) == 0
+
+
 def test_without_room_they_wait_for_others_to_end_and_workers_are_not_asked_in_vain() -> None:
     world = World(4, {"a": 4, "b": 4})
     world.workers.stage("a", "b")

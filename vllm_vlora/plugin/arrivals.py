@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -281,8 +283,7 @@ class Arrivals:
         except VLoRAError as error:
             self._counters.refused(error, arrival.request.lora_name)
             self._arrived(arrival)
-            for waiter in arrival.waiters:
-                waiter.failed(error)
+            _call_all(partial(waiter.failed, error) for waiter in arrival.waiters)
             return
         if nbytes is None:
             if self._residency.can_offer():
@@ -295,8 +296,7 @@ class Arrivals:
         if arrival.source != DEVICE:
             seconds = self._clock() - arrival.since
             self._counters.loaded(arrival.source, seconds, nbytes, arrival.request.lora_name)
-        for waiter in arrival.waiters:
-            waiter.ready()
+        _call_all(waiter.ready for waiter in arrival.waiters)
 
     def _arrived(self, arrival: _Arrival) -> None:
         """Take note that nobody waits for a task any more."""
@@ -322,6 +322,14 @@ class Arrivals:
                     self._dropped[path] = None
                     self._residency.lose([path])
         return found
+
+
+def _call_all(calls: Iterable[Callable[[], None]]) -> None:
+    """In their order; what one raises keeps none behind it from being called."""
+    with ExitStack() as stack:
+        # What was pushed last is called first.
+        for call in reversed(list(calls)):
+            stack.callback(call)
 
 
 def _source(arrival: _Arrival) -> str:
