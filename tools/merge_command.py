@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +25,7 @@ from vllm_vlora.tools.terminal import (
     progress_bar,
     reported,
 )
-from vllm_vlora.wording import count_of
+from vllm_vlora.wording import count_of, some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,17 +143,22 @@ def merge(
         if output is None:
             raise OptionError("nowhere to write; give -o DIR, or --checkpoint CKPT --as TASK")
         _check_absent(output, force)
-        names, opened = _read(adapters, checkpoint, output)
+        names, opened, found = _read(adapters, checkpoint, output)
         if len(opened) < 2:
             raise OptionError(
                 f"{count_of(len(opened), 'adapter')} given; name at least two to merge"
             )
         from vllm_vlora.merging.merging import MERGE_METHODS
         from vllm_vlora.subspace.weights import save_adapter
+        from vllm_vlora.tools.summary import print_warnings
 
-        merged = MERGE_METHODS[method.value](opened, weights=chosen, **options)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            merged = MERGE_METHODS[method.value](opened, weights=chosen, **options)
+        found += [str(warning.message) for warning in said]
+        print_warnings(open_console(stderr=True), found)
         folder = save_adapter(merged, output, force=force)
-        data = _describe(merged, names, method, chosen, folder)
+        data = _describe(merged, names, method, chosen, folder) | {"warnings": found}
         print_result(data, _print, as_json)
 
 
@@ -199,7 +205,8 @@ def _check_absent(output: Path, force: bool) -> None:
 
 def _read(
     refs: list[str], checkpoint: str | None, output: Path
-) -> tuple[list[str], list[LoRAWeights]]:
+) -> tuple[list[str], list[LoRAWeights], list[str]]:
+    """Names, weights, and what was found in them and is not followed."""
     from vllm_vlora.atomic import check_apart
     from vllm_vlora.tools.summary import having_companions, print_left_behind
 
@@ -214,7 +221,8 @@ def _read(
             check_apart(output, [opened.path])
             weights = read_tasks(opened, refs)
             print_left_behind(messages, [task for task in refs if task in opened.attachments])
-            return refs, weights
+            return refs, weights, []
+        from vllm_vlora.adapters.collection import reading_warnings
         from vllm_vlora.subspace.weights import LoRAWeights
         from vllm_vlora.tools.inputs import collect_shown
 
@@ -225,7 +233,7 @@ def _read(
         for done, adapter in enumerate(adapters.values(), 1):
             read.append(LoRAWeights.from_adapter(adapter))
             advance("read", done, len(adapters))
-        return list(adapters), read
+        return list(adapters), read, reading_warnings(adapters)
 
 
 def _check_blend(checkpoint: str | None, output: Path | None, method: Method) -> None:
@@ -311,6 +319,7 @@ def _describe(
         "modules": len(merged.layer_names),
         "max_rank": merged.rank,
         "truncation_error": merged.truncation_error,
+        "adds_nothing": merged.adds_nothing,
     }
 
 
@@ -331,3 +340,6 @@ def _print(console: Console, data: dict[str, Any]) -> None:
     )
     if lost:
         line(console, "A larger --rank loses less.", style="dim")
+    if data["adds_nothing"]:
+        what = count_of(len(data["adds_nothing"]), "module")
+        line(console, f"Nothing is left of {what}: {some_of(data['adds_nothing'])}", style="yellow")

@@ -291,7 +291,7 @@ def test_read_tasks_are_what_was_compressed(tmp_path: Path) -> None:
 
 CASES: list[tuple[type[VLoRAError], str, Callable[[SharedSubspace], object]]] = [
     (OptionError, "no tasks given", lambda s: blend_tasks(s, {})),
-    (OptionError, "is not finite", lambda s: blend_tasks(s, {"task_0": float("inf")})),
+    (OptionError, "does not fit float32", lambda s: blend_tasks(s, {"task_0": float("inf")})),
     (TaskNotFoundError, "no task 'absent'", lambda s: blend_tasks(s, {"absent": 1.0})),
     (TaskNotFoundError, "no task 'absent'", lambda s: core_similarity(s, ["absent"])),
     (TaskIdError, "is empty", lambda s: negate_task(s, "task_0", "")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,39 @@ def test_one_head_travels_and_two_are_refused() -> None:
         task_arithmetic([_with_head(plain, head), _with_head(other, -head)])
 
 
+def test_heads_are_compared_as_they_lie() -> None:
+    plain, other = unequal(2)
+    head = torch.randn(3, 14).to(torch.float8_e4m3fn)
+    same = task_arithmetic([_with_head(plain, head), _with_head(other, head.clone())])
+    assert torch.equal(
+        same.extra["base_model.model.score.weight"].view(torch.uint8), head.view(torch.uint8)
+    )
+    for wrong in (head.float(), (-head.float()).to(head.dtype)):
+        with pytest.raises(AdapterError, match="heads cannot be merged"):
+            task_arithmetic([_with_head(plain, head), _with_head(other, wrong)])
+
+
+def test_a_merge_is_of_new_factors_for_peft_too(tmp_path: Path) -> None:
+    """Literally PEFT's own reader: "orthogonal" begins with no odd rank."""
+    options = {"init_lora_weights": "orthogonal", "bias": "lora_only"}
+    adapters = tiny_adapters(3, **options)
+    for rank in (3, 2):
+        folder = save_adapter(task_arithmetic(adapters, rank=rank), tmp_path / f"{rank}")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert (config["init_lora_weights"], config["bias"]) == (True, "none")
+    own = json.loads(
+        (save_adapter(adapters[0], tmp_path / "own") / "adapter_config.json").read_text()
+    )
+    assert {name: own[name] for name in options} == options, "what is as it was keeps its words"
+
+
+def test_adapters_of_other_base_models_are_named() -> None:
+    adapters = [tiny_weights(0), tiny_weights(1, base_model_name_or_path="org/other")]
+    for method in MERGE_METHODS.values():
+        with pytest.warns(UserWarning, match="org/base, org/other; merged as org/base's"):
+            method(adapters)
+
+
 def test_embeddings_stay_embeddings() -> None:
     shapes = {"embed_tokens": (50, 12)}
     adapters = [tiny_weights(seed, shapes=shapes) for seed in range(2)]
@@ -394,7 +428,8 @@ def test_embeddings_stay_embeddings() -> None:
 CASES: list[tuple[str, Callable[[], object]]] = [
     ("no adapters", lambda: task_arithmetic([])),
     ("2 weights for 3 adapters", lambda: task_arithmetic(unequal(), [0.5, 0.5])),
-    ("not all finite", lambda: task_arithmetic(unequal(2), [0.5, float("nan")])),
+    ("weight nan does not fit", lambda: task_arithmetic(unequal(2), [0.5, float("nan")])),
+    ("weight 1e+300 does not fit", lambda: ties_merge(unequal(2), weights=[1e300, 1.0])),
     ("rank 0", lambda: task_arithmetic(unequal(), rank=0)),
     ("density 0", lambda: ties_merge(unequal(), density=0)),
     ("density 1.5", lambda: ties_merge(unequal(), density=1.5)),

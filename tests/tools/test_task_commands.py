@@ -253,6 +253,8 @@ def test_merge_writes_the_weighted_sum(folders: list[str], tmp_path: Path) -> No
         "modules": 2,
         "max_rank": 6,
         "truncation_error": 0.0,
+        "adds_nothing": [],
+        "warnings": [],
     }
 
 
@@ -272,6 +274,21 @@ def test_merge_by_ties_and_dare_is_the_librarys(folders: list[str], tmp_path: Pa
             assert torch.equal(merged.lora_a[name], wanted.lora_a[name])
     text = invoke("merge", *folders, "-o", tmp_path / "t", "--method", "ties").stdout
     assert "of its norm" in text
+
+
+def test_merge_says_what_is_odd(folders: list[str], tmp_path: Path) -> None:
+    config = Path(folders[2]) / "adapter_config.json"
+    changed = {"base_model_name_or_path": "org/other", "init_lora_weights": "lora_ga"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    call = ("merge", folders[0], folders[2], "-o", tmp_path / "out", "--force")
+    found = data_of(*call)["warnings"]
+    assert len(found) == 2
+    assert "lora_ga" in found[0]
+    assert "org/base, org/other; merged as org/base's" in found[1]
+    assert "different base models" in invoke(*call).stderr
+    nothing = ("--method", "ties", "--density", "1e-9")
+    assert data_of(*call, *nothing)["adds_nothing"] == ["layers.0.q_proj", "layers.0.v_proj"]
+    assert "Nothing is left of 2 modules: layers.0.q_proj" in invoke(*call, *nothing).stdout
 
 
 def test_merge_of_tasks(checkpoint: Path, tmp_path: Path) -> None:
@@ -318,6 +335,12 @@ def test_merge_refuses(folders: list[str], checkpoint: Path, tmp_path: Path) -> 
     assert "1 adapter given" in error_line("analyze", folders[0])
     assert "1 name given" in error_line("diff", folders[0])
     assert "not numbers" in error_line("merge", *two, "-o", out, "--weights", "a,b")
+    blend = ("--checkpoint", checkpoint, "task0", "task1", "--as", "blend", "--weights")
+    assert "weight 1e+300 of task 'task0'" in error_line("merge", *blend, "1e300,1")
+    for weight, format in (("1e12", "float16"), ("3e38", "float32")):
+        huge = error_line("merge", *blend, f"{weight},1", "--format", format)
+        assert "task 'blend', module" in huge
+        assert f"too large for {format}" in huge
     assert "--density is for --method ties" in error_line(
         "merge", *two, "-o", out, "--density", "0.5"
     )

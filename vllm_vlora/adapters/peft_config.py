@@ -30,6 +30,15 @@ GATHER = (
 )
 """What to do about tensors that sharded training left empty."""
 
+# Of factors that no training made as the others say. No trained bias is ever stored, and vLLM refuses an
+# adapter that says that it has one; PEFT's "orthogonal" cannot even begin with an odd rank.
+OF_NEW_FACTORS: Mapping[str, Any] = {
+    "bias": "none",
+    "init_lora_weights": True,
+    "eva_config": None,
+    "lora_ga_config": None,
+}
+
 _LORA_BIAS_KEY = re.compile(r".+\.lora_B(?:\.default)?\.bias")
 _LORA_LIKE_KEY = re.compile(r"(^|.*\.)lora[_.].*")
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
+from vllm_vlora.adapters.peft_config import OF_NEW_FACTORS, lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import Factors, write_adapter
 from vllm_vlora.adapters.peft_targets import full_targets, selects_all
 from vllm_vlora.atomic import check_apart, exists_error
@@ -300,16 +300,10 @@ def _new_config(
 ) -> dict[str, Any]:
     """``original`` with ranks, alphas and targets that describe the decoded factors."""
     pairs = {name: (stored.rank, scale * stored.rank) for name, stored in modules.items()}
-    config = {"task_type": None, **original}
+    config = {"task_type": None, **original, **OF_NEW_FACTORS}
     config.update(
         rank_options(pairs),
         peft_type="LORA",
-        # No trained bias is ever stored, and vLLM refuses an adapter that says that it has one.
-        bias="none",
-        # The others are for training, and PEFT's "orthogonal" cannot even begin with an odd rank.
-        init_lora_weights=True,
-        eva_config=None,
-        lora_ga_config=None,
         **full_targets(pairs),
     )
     if not config.get("base_model_name_or_path"):

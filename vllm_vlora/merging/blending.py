@@ -12,7 +12,6 @@ update of the summed factors, with a product of every A with every B.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +27,13 @@ from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.successor import Successor, edited
 from vllm_vlora.checkpoint.task_entry import common
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
-from vllm_vlora.merging.merging import common_config, common_extra, unscaled_config
-from vllm_vlora.quantize import FORMATS, unpack
+from vllm_vlora.merging.merging import (
+    check_weight,
+    common_config,
+    common_extra,
+    unscaled_config,
+)
+from vllm_vlora.quantize import FORMATS, is_finite, unpack
 from vllm_vlora.representations.decode import decode, relative_error
 from vllm_vlora.representations.factors import balanced_svd, relative, squared_norm
 from vllm_vlora.representations.joint import basis_rows, core_factors, encode_joint
@@ -450,7 +454,12 @@ class _Blend:
             ]
             if not parts:
                 continue
-            stored, (module_lost, module_norm) = self._module(spec, parts)
+            try:
+                stored, (module_lost, module_norm) = self._module(spec, parts)
+            except ValueError as error:
+                raise OptionError(
+                    f"task {task_id!r}, module {spec.name}: {error}, or give smaller weights"
+                ) from error
             original += 2 * stored.rank * (spec.d_in + spec.d_out)
             modules[spec.name] = replace(stored, error=relative(module_lost, module_norm))
             lost, norm = lost + module_lost, norm + module_norm
@@ -534,9 +543,14 @@ def _summed(parts: Sequence[tuple[float, Factors]]) -> tuple[Factors, Factors]:
     """sum_i w_i B_i A_i as stacked factors, and in the fewest rows that hold it, at least one.
 
     Of parts that cancel only rounding is left, which counts as zero.
+
+    Raises:
+        ValueError: it is beyond float32.
     """
     a = torch.cat([factors[0].float() for _, factors in parts])
     b = torch.cat([weight * factors[1].float() for weight, factors in parts], dim=1)
+    if not is_finite(b):
+        raise ValueError("the weighted sum holds values too large for float32")
     largest = max(squared_norm(*factors, weight) for weight, factors in parts) ** 0.5
     short_a, short_b, sigma = balanced_svd(a, b, 1.0)
     kept = int((sigma > _NEGLIGIBLE * largest).sum())
@@ -573,8 +587,9 @@ def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
     if not weights:
         raise OptionError("no tasks given; name at least one with its weight")
     for task_id, weight in weights.items():
-        if isinstance(weight, bool) or not math.isfinite(weight):
-            raise OptionError(f"weight {weight!r} of task {task_id!r} is not finite; give a number")
+        if isinstance(weight, bool):
+            raise OptionError(f"weight {weight!r} of task {task_id!r} is no number; give one")
+        check_weight(weight, f" of task {task_id!r}")
     return {task_id: float(weight) for task_id, weight in weights.items()}
 
 

@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from vllm_vlora.errors import AdapterError, OptionError
-from vllm_vlora.representations.factors import balanced_svd, squared_norm
+from vllm_vlora.representations.factors import balanced_svd, changes_nothing, squared_norm
+from vllm_vlora.representations.spec import fits_float32
 from vllm_vlora.subspace.weights import LoRAWeights, exact_config, under_shared_names
-from vllm_vlora.wording import count_of
+from vllm_vlora.wording import count_of, some_of
 
 SPACES = ("weights", "factors")
 SIGN_METHODS = ("total", "frequency")
@@ -53,6 +55,12 @@ class MergedWeights(LoRAWeights):
     truncation_errors: dict[str, float] = field(default_factory=dict)
     truncation_error: float = 0.0
     seed: int | None = None
+
+    @property
+    def adds_nothing(self) -> list[str]:
+        """Layers whose update is zero."""
+        names = self.layer_names
+        return [n for n in names if changes_nothing(self.lora_a[n], self.lora_b[n], 1.0)]
 
 
 def task_arithmetic(
@@ -422,7 +430,21 @@ def _merged(
         truncation_error=math.sqrt(lost / norm) if norm > 0 else 0.0,
     )
     merged.metadata = exact_config(merged)
+    warning = other_bases(a.metadata.get("base_model_name_or_path") for a in adapters)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=4)
     return merged
+
+
+def other_bases(models: Iterable[Any]) -> str | None:
+    """What to say of adapters that name several base models, in the order of the adapters."""
+    named = list(dict.fromkeys(str(model) for model in models if model))
+    if len(named) < 2:
+        return None
+    return (
+        f"the adapters name different base models: {some_of(named)}; merged as {named[0]}'s. If they are "
+        "not copies of one model, the merge is of no use"
+    )
 
 
 def _parts(adapters: Sequence[LoRAWeights], weights: Sequence[float], name: str) -> Iterator[_Part]:
@@ -463,12 +485,20 @@ def common_extra(extras: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torc
     for place, tensors in enumerate(extras):
         for key, tensor in tensors.items():
             known = extra.setdefault(key, tensor)
-            if known.shape != tensor.shape or not torch.equal(known.cpu(), tensor.cpu()):
+            if not _same_bytes(known, tensor):
                 raise AdapterError(
                     f"tensor {key} of number {place} differs from that of another one, and heads "
                     "cannot be merged; keep it in one of them only, or choose others"
                 )
     return extra
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """As bytes: torch compares no float8."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    flat = (tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)
 
 
 def unscaled_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -508,9 +538,19 @@ def _checked_weights(
             f"{count_of(len(chosen), 'weight')} for {count_of(len(adapters), 'adapter')}; give one "
             "weight each"
         )
-    if not all(map(math.isfinite, chosen)):
-        raise OptionError(f"weights {chosen} are not all finite; give numbers")
+    for weight in chosen:
+        check_weight(weight)
     return chosen
+
+
+def check_weight(weight: float, whose: str = "") -> None:
+    """Refuse a weight that no scale can be.
+
+    Raises:
+        OptionError: it is not finite, or not in float32.
+    """
+    if not fits_float32(weight):
+        raise OptionError(f"weight {weight!r}{whose} does not fit float32; give a number within it")
 
 
 def _check_rank(rank: int | None) -> None:

@@ -17,7 +17,7 @@ from vllm_vlora.adapters.module_names import (
     renamed,
     shared_prefixes,
 )
-from vllm_vlora.adapters.peft_config import lora_rank, lora_scale, rank_options
+from vllm_vlora.adapters.peft_config import OF_NEW_FACTORS, lora_rank, lora_scale, rank_options
 from vllm_vlora.adapters.peft_folder import KINDS, Adapter, Factors, open_adapter, write_adapter
 from vllm_vlora.adapters.peft_targets import full_targets, selects_all
 from vllm_vlora.errors import AdapterError
@@ -271,6 +271,7 @@ def described(
     config["peft_type"] = config.get("peft_type") or "LORA"
     if not _describes(config, pairs):
         config.update(rank_options(pairs))
+        config.update((name, value) for name, value in OF_NEW_FACTORS.items() if name in config)
     return config if selects_all(config, pairs) else {**config, **full_targets(pairs)}
 
 
