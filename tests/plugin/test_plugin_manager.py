@@ -85,10 +85,13 @@ def test_the_longest_batch_may_be_a_padded_one(managing: Any) -> None:
 
 
 def test_compiled_graphs_of_another_mode_are_not_taken(seams: Any) -> None:
-    def name(layers: list[str] | None, config: Any) -> Any:
+    def name(layers: list[str] | None, config: Any, overlap: bool = False) -> Any:
         path = None if layers is None else SimpleNamespace(layers=dict.fromkeys(layers))
         vllm_config = SimpleNamespace(additional_config=config)
-        manager = SimpleNamespace(vlora_store=SimpleNamespace(direct=path))
+        manager = SimpleNamespace(
+            vlora_store=SimpleNamespace(direct=path),
+            setup=SimpleNamespace(settings=SimpleNamespace(overlap=overlap)),
+        )
         seams._name_graphs(vllm_config, manager)
         return vllm_config.additional_config
 
@@ -97,6 +100,7 @@ def test_compiled_graphs_of_another_mode_are_not_taken(seams: Any) -> None:
     assert first["user"] == 1
     assert first["vllm_vlora"] != second["vllm_vlora"]
     assert first["vllm_vlora"] == name(["b", "a"], {})["vllm_vlora"]
+    assert first["vllm_vlora"] != name(["a", "b"], {}, overlap=True)["vllm_vlora"]
 
 
 @pytest.mark.parametrize("checkpoint", ["folder", None])

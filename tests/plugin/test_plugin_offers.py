@@ -757,6 +757,29 @@ def test_what_is_no_task_is_refused_before_anything_is_asked(
     assert "\n" not in str(caught.value)
 
 
+def test_what_streams_have_yet_to_write_is_waited_for_before_threads_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No thread's stream is the caller's; each device once, and the CPU's tensors not at all."""
+
+    class There(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda:1")
+
+    waited: list[str] = []
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda device: SimpleNamespace(synchronize=lambda: waited.append(str(device))),
+    )
+    here, there = torch.ones(2), torch.ones(2).as_subclass(There)
+    publishing._settle({"a": here, "b": (there, here), "c": [there], "d": 3})
+    assert waited == ["cuda:1"]
+    publishing._settle({"a": (here, here)})
+    publishing._settle(None)  # type: ignore[arg-type]
+    assert waited == ["cuda:1"]
+
+
 def test_only_what_was_published_is_taken_away() -> None:
     asked = publishing._unpublishing(Engine(), "t")
     next(asked)

@@ -33,7 +33,7 @@ from vllm_vlora.plugin import resident
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.identity import TaskPath, task_path
 from vllm_vlora.plugin.images import make_image
-from vllm_vlora.plugin.resident import ResidentStore
+from vllm_vlora.plugin.resident import ResidentStore, _HostImages
 from vllm_vlora.plugin.settings import Budget
 from vllm_vlora.quantize import unpack
 from vllm_vlora.representations.decode import decode
@@ -676,3 +676,24 @@ def test_no_other_content_is_loaded_than_the_one_asked_for(tmp_path: Path) -> No
         store.task(task_path(other, "one"))
     checkpoint.path.rename(tmp_path / "copy")
     assert store.task(task_path(Checkpoint.open(tmp_path / "copy"), "one")).task_id == "one"
+
+
+@pytest.mark.parametrize(
+    ("pinned", "sizes", "held", "nbytes"),
+    [
+        (False, (100, 100, 100), "bc", 200),
+        (True, (100, 65, 64, 0), "bcd", 192),
+        (True, (129,), "", 0),
+    ],
+)
+def test_pinned_images_count_as_what_their_allocator_takes(
+    pinned: bool, sizes: tuple[int, ...], held: str, nbytes: int
+) -> None:
+    """torch rounds each block of pinned memory up to a power of two, and never gives it back."""
+    images = _HostImages(250, pinned)
+    for name, size in zip("abcd", sizes):
+        images.put(name, SimpleNamespace(image=SimpleNamespace(size=size)))  # type: ignore[arg-type]
+    assert ("".join(images.held), images.nbytes) == (held, nbytes)
+    for name in held:
+        images.pop(name)
+    assert images.nbytes == 0

@@ -14,9 +14,10 @@ targets written anew. Any other task gets a config that describes the decoded fa
 Modules have the names that the task's own adapter had, also where the checkpoint has others.
 Tokenizer files and chat templates that were kept with the task are written beside them.
 
-Factors stored in a floating-point format are written in that format's dtype, quantised ones in
-float32, which holds what they decode to. 16 bits round it once more (2**-9 relative in bfloat16), which
-on a model in float32 changes answers that are near a tie; vLLM casts to the model's type either way.
+Private factors in a floating-point format are written in that format's dtype where their scale stays,
+all others in float32, which holds what they decode to: products of a core and a basis too. 16 bits round
+it once more (2**-9 relative in bfloat16), which on a model in float32 changes answers that are near a
+tie; vLLM casts to the model's type either way.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.wording import count_of
 
-_QUANTIZED_DTYPE = torch.float32
+_DECODED_DTYPE = torch.float32
 # What tasks share, by the module's name and the tasks' representation.
 _Shared = Mapping[tuple[str, str], Basis]
 
@@ -278,7 +279,9 @@ def _factors(
         source_a, source_b = side_sources(stored, bases.get((name, stored.representation)))
         remaining = stored.scale / scale if scale is not None else 1.0
         b = dataclasses.replace(source_b, scale=remaining).to_dense().T
-        wanted = dtype or FLOAT_DTYPES.get(stored.format, _QUANTIZED_DTYPE)
+        as_stored = stored.is_private and remaining == 1.0
+        own = FLOAT_DTYPES.get(stored.format) if as_stored else None
+        wanted = dtype or own or _DECODED_DTYPE
         yield name, (_cast(task, name, source_a.to_dense(), wanted), _cast(task, name, b, wanted))
 
 

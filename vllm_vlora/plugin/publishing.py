@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
+import torch
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -79,6 +80,7 @@ def publish(
         OptionError: an unknown number format. TaskIdError: the name cannot be a task's.
     """
     engine = _engine(llm)
+    _settle(tensors)
     return _answered(engine, _publishing(engine, task, tensors, alpha, config, quantize))
 
 
@@ -96,6 +98,7 @@ async def publish_async(
     API servers of that engine list the task within a second.
     """
     _check(engine, AsyncLLM, "publish_async is for AsyncLLM; call publish")
+    _settle(tensors)
     steps = _publishing(engine, task, tensors, alpha, config, quantize)
     return await _answered_async(engine, steps)
 
@@ -119,6 +122,19 @@ async def unpublish_async(engine: AsyncLLM, task: str) -> None:
     """:func:`unpublish` for an ``AsyncLLM``."""
     _check(engine, AsyncLLM, "unpublish_async is for AsyncLLM; call unpublish")
     await _answered_async(engine, _unpublishing(engine, task))
+
+
+def _settle(tensors: LoRATensors) -> None:
+    """Wait for what the caller's streams have yet to write: threads read the tensors on their own."""
+    if not isinstance(tensors, Mapping):
+        return
+    given = (one for value in tensors.values() for one in _each(value))
+    for device in {one.device for one in given if isinstance(one, torch.Tensor) and one.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _each(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 # --- what is asked --------------------------------------------------------------------------------

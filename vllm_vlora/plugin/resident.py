@@ -164,9 +164,13 @@ class _PlacedBasis:
 
 @dataclass
 class _HostImages:
-    """Images on the host, the least recently used first."""
+    """Images on the host, the least recently used first.
+
+    Pinned, each takes the next power of two, as torch's allocator of such memory gives it.
+    """
 
     limit: int
+    pinned: bool = False
     held: OrderedDict[str, _Staged] = field(default_factory=OrderedDict)
     nbytes: int = 0
 
@@ -177,7 +181,7 @@ class _HostImages:
             return []
         gone = self.pop(path)
         self.held[path] = staged
-        self.nbytes += staged.image.size
+        self.nbytes += self._takes(staged)
         while self.nbytes > self.limit:
             gone += self.pop(next(iter(self.held)))
         return gone
@@ -187,8 +191,12 @@ class _HostImages:
         staged = self.held.pop(path, None)
         if staged is None:
             return []
-        self.nbytes -= staged.image.size
+        self.nbytes -= self._takes(staged)
         return [staged]
+
+    def _takes(self, staged: _Staged) -> int:
+        size = staged.image.size
+        return 1 << (size - 1).bit_length() if self.pinned and size else size
 
 
 class ResidentStore:
@@ -241,7 +249,7 @@ class ResidentStore:
         self._using = threading.Lock()
         # Of stagings that failed; taken back by the thread that has the arena.
         self._unused: deque[frozenset[BasisKey]] = deque()
-        self._images = _HostImages(0 if budget is None else budget.host)
+        self._images = _HostImages(0 if budget is None else budget.host, self._pins)
         self._staging: dict[str, Future[_Staged]] = {}
         # Those of them that were given up while a thread was at them.
         self._given_up: set[str] = set()

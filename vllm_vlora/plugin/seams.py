@@ -174,7 +174,9 @@ def _name_graphs(vllm_config: Any, manager: TaskLoRAManager) -> None:
     if path is not None and isinstance(vllm_config.additional_config, dict):
         layers = sorted(path.layers)
         digest = hashlib.sha256("".join(layers).encode()).hexdigest()[:16]
-        vllm_config.additional_config["vllm_vlora"] = f"{__version__} direct {digest}"
+        # What is begun ahead of a layer is another operation in its graph.
+        way = "overlap" if manager.setup.settings.overlap else "direct"
+        vllm_config.additional_config["vllm_vlora"] = f"{__version__} {way} {digest}"
 
 
 # --- the engine core ------------------------------------------------------------------------------
