@@ -26,7 +26,7 @@ from vllm_vlora.checkpoint.manifest import TaskRecord
 from vllm_vlora.checkpoint.reader import Checkpoint, StoredTask
 from vllm_vlora.checkpoint.successor import Successor, edited
 from vllm_vlora.checkpoint.task_entry import common
-from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
+from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError, VLoRAError
 from vllm_vlora.merging.merging import (
     check_weight,
     common_config,
@@ -456,6 +456,8 @@ class _Blend:
                 continue
             try:
                 stored, (module_lost, module_norm) = self._module(spec, parts)
+            except VLoRAError:
+                raise
             except ValueError as error:
                 raise OptionError(
                     f"task {task_id!r}, module {spec.name}: {error}, or give smaller weights"
