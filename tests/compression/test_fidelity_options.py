@@ -209,6 +209,20 @@ def test_clusters_are_not_made_up(tmp_path: Path) -> None:
     assert {segment.rows for segment in segments} == {None}
 
 
+@pytest.mark.parametrize("clusters", [3, 5])
+def test_as_many_clusters_as_tasks_are_passed_over_with_a_warning(
+    clusters: int, tmp_path: Path
+) -> None:
+    adapters = family(tmp_path / "in", 3, related=True)
+    report = run(adapters, tmp_path / "out", clusters=clusters, ratio=4.0)
+    check(tmp_path / "out", adapters, report)
+    [said] = [line for line in report.warnings if "clusters" in line]
+    assert f"clusters is {clusters}" in said
+    without = run(adapters, tmp_path / "without", clusters=1, ratio=4.0)
+    assert (report.nbytes, report.worst_error) == (without.nbytes, without.worst_error)
+    assert not any("clusters" in line for line in without.warnings)
+
+
 def test_a_gate_lifts_the_worst_task(tmp_path: Path) -> None:
     adapters = family(tmp_path / "in", 8, related=True)
     adapters |= family(tmp_path / "strange", 1, related=False, seed=3) and {

@@ -55,6 +55,9 @@ class Candidates:
     Args:
         settings: of the survey: formats, widths, calibration. bases: keeps what is fitted.
 
+    Attributes:
+        warnings: what was asked for and not tried, one line each.
+
     Raises:
         OptionError: nothing can be shared as the options want it.
     """
@@ -76,6 +79,7 @@ class Candidates:
         self._executor = executor
         self._progress = progress
         self._shareable = _modules_to_share(collection, options)
+        self.warnings: list[str] = []
 
     @cached_property
     def survey(self) -> Survey:
@@ -167,6 +171,13 @@ class Candidates:
             if len(kept) > min(module.d_in, module.d_out):  # a row for each is more than it has
                 kept = ((0, module.tasks),)
             jobs.append(SurveyJob(module.name, False, kept))
+        if not any(job.groups for job in jobs):
+            if self._options.clusters != "auto":
+                self.warnings.append(
+                    f"clusters is {self._options.clusters}, which leaves no two tasks on one basis; "
+                    "none was tried for each cluster; use fewer"
+                )
+            return None
         return self._run(replace(survey, joint={}), jobs, "fit clusters")
 
     def plans(self, budget: Budget) -> tuple[list[Plan], list[float]]:

@@ -359,7 +359,7 @@ class Compression:
             kept=kept,
             allow_large_error=self._options.allow_large_error,
             tokenizers=self._options.tokenizers and not trial,
-            warnings=self.warnings,
+            warnings=[*self.warnings, *self.candidates.warnings],
         )
 
 
