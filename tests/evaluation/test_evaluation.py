@@ -934,6 +934,17 @@ def test_a_task_id_may_hold_an_equals_sign(world: World, tmp_path: Path) -> None
     assert found == {"a": [Path("y.jsonl")], "a=b": [Path("x.jsonl")]}
 
 
+def test_a_folder_of_data_has_one_file_a_task(world: World, tmp_path: Path) -> None:
+    from vllm_vlora.checkpoint.task_files import find_data
+
+    checkpoint = Checkpoint.open(world.exact)
+    (tmp_path / "sql.JSONL").touch()
+    assert find_data(checkpoint, [str(tmp_path)]) == {"sql": [tmp_path / "sql.JSONL"]}
+    (tmp_path / "sql.txt").touch()
+    with pytest.raises(OptionError, match=r"sql\.JSONL and sql\.txt.*TASK=FILE"):
+        find_data(checkpoint, [str(tmp_path)])
+
+
 def test_mistakes_are_one_line_that_says_what_to_do(world: World, tmp_path: Path) -> None:
     base = [world.exact, "--base", world.model]
     sql = ["--data", f"sql={world.data['sql']}"]

@@ -32,20 +32,14 @@ def find_data(checkpoint: KnownTasks, given: Iterable[str]) -> dict[str, list[Pa
     """Task id -> data files, from ``TASK=FILE`` and from folders of files named as tasks.
 
     Raises:
-        OptionError: not of that form, or a folder has no file of any task.
+        OptionError: not of that form, or a folder has no file of any task, or two of one name.
         TaskNotFoundError: the checkpoint has no such task.
     """
     found: dict[str, list[Path]] = {}
     for text in given:
         if Path(text).expanduser().is_dir():
             folder = Path(text).expanduser()
-            # By listing, since a task may be called "../x".
-            names = {
-                child.stem: child
-                for child in sorted(folder.iterdir())
-                if child.suffix in _DATA_SUFFIXES and child.is_file()
-            }
-            matches = _match_tasks(checkpoint, names)
+            matches = _match_tasks(checkpoint, _data_in(folder))
             if not matches:
                 raise OptionError(
                     f"--data {text}: no file there is named as a task of {checkpoint.path} with "
@@ -57,6 +51,21 @@ def find_data(checkpoint: KnownTasks, given: Iterable[str]) -> dict[str, list[Pa
             found.setdefault(task, []).append(path)
     # In the checkpoint's order, whatever the order of the options.
     return {task: found[task] for task in checkpoint.tasks if task in found}
+
+
+def _data_in(folder: Path) -> dict[str, Path]:
+    """Name -> file; by listing, since a task may be called "../x"."""
+    names: dict[str, Path] = {}
+    for child in sorted(folder.iterdir()):
+        if child.suffix.lower() not in _DATA_SUFFIXES or not child.is_file():
+            continue
+        other = names.setdefault(child.stem, child)
+        if other is not child:
+            raise OptionError(
+                f"--data {folder} has {other.name} and {child.name}, of which one task's text can be "
+                "but one; take one away, or give --data TASK=FILE for each"
+            )
+    return names
 
 
 def find_originals(
