@@ -89,7 +89,7 @@ def evaluate(
     max_length: Annotated[int, typer.Option(metavar="N", help="Cut examples to N tokens.")] = 1024,
     batch_size: BatchSize = _BATCH_SIZE,
     max_examples: Annotated[
-        int | None, typer.Option(metavar="N", help="Use the first N examples of each file.")
+        int | None, typer.Option(metavar="N", min=1, help="Use the first N examples of each file.")
     ] = None,
     device: Device = None,
     dtype: ModelDtype = None,

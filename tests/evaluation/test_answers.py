@@ -49,6 +49,9 @@ def test_a_question_is_what_stands_before_the_answer(tmp_path: Path) -> None:
     [first], _ = read_questions(files, tokenizer, "loss", 100, most=1)
     scored = [t for t, label in zip(first.row.input_ids, first.row.labels) if label != IGNORED]
     assert tokenizer.decode(scored, skip_special_tokens=True) == "4"
+    for most in (0, -1):
+        with pytest.raises(OptionError, match=f"max_examples must be at least 1, got {most}"):
+            read_questions(files, tokenizer, "loss", 100, most=most)
     with pytest.raises(DataError, match="at most 3 tokens"):
         read_questions(files, tokenizer, "exact-match", 3)
     with pytest.raises(DataError, match=r"jsonl:1: a plain text has no right answer"):

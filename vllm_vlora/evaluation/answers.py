@@ -107,8 +107,11 @@ def read_questions(
         longest: tokens that may be given. most: examples taken of each file.
 
     Raises:
+        OptionError: ``most`` is below 1.
         DataError: a file cannot be read, has no right answers, or no question that fits.
     """
+    if most is not None and most < 1:
+        raise OptionError(f"max_examples must be at least 1, got {most}")
     examples = [one for path in files for one in read_examples(path)[:most]]
     questions = [_question(one, tokenizer, metric) for one in examples]
     fitting = [
