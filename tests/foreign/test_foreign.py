@@ -342,7 +342,7 @@ def test_the_output_is_never_replaced_unasked(tmp_path: Path) -> None:
         convert(SEEDS / VLORA, tmp_path / "mine", force=True)
 
 
-@pytest.mark.parametrize("alpha", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [0.0, float("nan"), float("inf"), 1e39, -1e300])
 def test_an_alpha_that_is_none(alpha: float, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="alpha"):
         convert(SEEDS / VLORA, tmp_path / "ckpt", alpha=alpha)
@@ -501,6 +501,14 @@ def test_reading_lorashare_directly() -> None:
     assert torch.allclose(a.T @ v, wanted_a, atol=1e-6)
     assert torch.allclose(u.T @ b, wanted_b, atol=1e-6)
     assert (adapter.scales[Q], adapter.source) == (4.5, "heads/mrpc")
+
+
+@pytest.mark.parametrize("alpha", [1e38, -(2.0**64), 2.0**53])
+def test_a_huge_alpha_is_read_as_it_was_given(alpha: float, tmp_path: Path) -> None:
+    convert(SEEDS / VLORA, tmp_path / "ckpt", alpha=alpha)
+    record = Checkpoint.open(tmp_path / "ckpt").record("cola")
+    assert {segment.scale for segment in record.segments} == {alpha / 4}
+    assert record.adapter_config["lora_alpha"] == alpha
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -280,8 +280,8 @@ def name_ends(name: str) -> Iterator[str]:
 
 
 def _number(value: float) -> int | float:
-    """PEFT declares alpha as a whole number, and usually it is one."""
-    return int(value) if math.isfinite(value) and value == int(value) else value
+    """PEFT declares alpha as a whole number; written as one only where that is exact."""
+    return int(value) if abs(value) < 1 << 53 and value == int(value) else value
 
 
 def _match_pattern(pattern: dict[str, Any] | None, name: str) -> Any:

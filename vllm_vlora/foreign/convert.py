@@ -14,7 +14,6 @@ means are not packed at all, so that no packed format of ours means the same num
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from vllm_vlora.foreign.lorashare_files import LoraShareFiles, ShareAdapter
 from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
 from vllm_vlora.quantize import FORMAT_OF_DTYPE, pack
 from vllm_vlora.representations.flat import encode_flat
+from vllm_vlora.representations.spec import fits_float32
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.wording import some_of
 
@@ -118,11 +118,11 @@ def convert(
     kind = detect_kind(folder)
     if kind not in ("vlora", "lorashare"):
         raise CheckpointError(_nothing_to_convert(folder, kind))
-    if alpha is not None and (kind == "lorashare" or not math.isfinite(alpha) or alpha == 0):
+    if alpha is not None and (kind == "lorashare" or not fits_float32(alpha) or alpha == 0):
         raise OptionError(
             f"alpha is {alpha}, but lorashare keeps each adapter's own; leave alpha out"
             if kind == "lorashare"
-            else f"alpha must be a finite number other than zero, got {alpha}"
+            else f"alpha must be a number other than zero that float32 holds, got {alpha}"
         )
     check_apart(output, [folder])
     with publish_folder(output, force=force, owned=checkpoint_files) as target:
