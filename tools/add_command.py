@@ -144,13 +144,14 @@ def add(
             allow_large_error=allow_large_error,
             tokenizers=tokenizers,
         )
+        named: list[str | tuple[str, str]] = [*(name or [])]
         if task_id is not None:
-            adapters, name = None, [f"{task_id}={_only(adapters, name)}"]
+            adapters, named = None, [(task_id, _only(adapters, name))]
         messages = open_console(stderr=True)
         # A rebuild may also come without new adapters, after some were removed.
         inputs = (
-            collect_shown(adapters or [], name or [], messages)
-            if adapters or name or not rebuild
+            collect_shown(adapters or [], named, messages)
+            if adapters or named or not rebuild
             else Inputs({}, {}, {})
         )
         collected = inputs.adapters

@@ -291,6 +291,8 @@ def _parse_clusters(text: str) -> int | str:
 def _check_unused(flags: CompressFlags) -> None:
     from vllm_vlora.errors import OptionError
 
+    if flags.plan and (flags.data or flags.min_kept is not None):
+        raise OptionError("--plan asks no model: leave out --data and --min-kept, or it")
     gathers = flags.calibration is not None and not flags.calibration.is_dir()
     if flags.judge and (flags.data or flags.min_kept is not None):
         raise OptionError("--judge is for where there is no held-out text; leave out --data, or it")

@@ -53,14 +53,14 @@ class Inputs:
         return [{"path": path, "why": why} for path, why in self.passed_over.items()]
 
 
-def collect(refs: Iterable[str], names: Iterable[str]) -> Inputs:
+def collect(refs: Iterable[str], names: Iterable[str | tuple[str, str]]) -> Inputs:
     """Open every adapter and give each a task id.
 
     Args:
         refs: adapters, and folders that hold some; the task id is the folder's or repository's name, or
             the part of the path that tells the adapters of a folder apart.
-        names: ``ID=PATH``. A path that is also among ``refs`` or in a folder of theirs gets the id
-            instead of its own name, any other is one more adapter.
+        names: ``ID=PATH``, or the two apart. A path that is also among ``refs`` or in a folder of theirs
+            gets the id instead of its own name, any other is one more adapter.
 
     Raises:
         AdapterError: an adapter cannot be opened.
@@ -71,7 +71,7 @@ def collect(refs: Iterable[str], names: Iterable[str]) -> Inputs:
     found = Inputs({}, {}, {})
     named: dict[str, list[str]] = {}
     paths: dict[str, str] = {}
-    for task_id, path in map(parse_name, names):
+    for task_id, path in (parse_name(one) if isinstance(one, str) else one for one in names):
         named.setdefault(_identity(path), []).append(task_id)
         paths[_identity(path)] = path
     chosen: list[tuple[str, str | None, str | None]] = []
@@ -144,7 +144,9 @@ def _identity(ref: str) -> str:
     return os.path.realpath(path) if path.exists() else ref
 
 
-def collect_shown(given: Iterable[str], names: Iterable[str], messages: Console) -> Inputs:
+def collect_shown(
+    given: Iterable[str], names: Iterable[str | tuple[str, str]], messages: Console
+) -> Inputs:
     """As :func:`collect`; says how many adapters a folder stands for, and what there was left out."""
     from vllm_vlora.tools.summary import line
 

@@ -277,6 +277,11 @@ def print_candidates(
 
 def print_curve(console: Console, predicted: dict[str, Any]) -> None:
     """What every size would cost."""
+    if not predicted["points"]:
+        size = format_bytes(predicted["original_bytes"])
+        said = f"These adapters ({size} at 16 bits) are too small for any ratio that is tried"
+        line(console, f"{said}; compress them with --max-error, or without a size.", style="yellow")
+        return
     columns = ["Ratio", "Size", "Mean error", "Worst error"]
     table = make_table([], columns, title="Predicted; nothing was written")
     table.add_column("Best stored as", overflow="fold")

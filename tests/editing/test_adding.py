@@ -814,6 +814,9 @@ def test_the_command_adds_and_says_why(tmp_path: Path) -> None:
     one = ("--task-id", "y", "--incremental", "--max-bytes", "40kB", "-o", tmp_path / "with-y")
     invoke(commands, "add", path, folder / "task13", *one)
     assert "y" in Checkpoint.open(tmp_path / "with-y").tasks
+    equals = ("--task-id", "y=1", *one[2:-1], tmp_path / "with-equals")
+    invoke(commands, "add", path, folder / "task13", *equals)
+    assert "y=1" in Checkpoint.open(tmp_path / "with-equals").tasks
     assert "single adapter" in invoke(commands, "add", path, *["--task-id", "y"], code=2).stderr
     data = json.loads(invoke(commands, "remove", path, "x", "task13", "--json").stdout)
     assert data["removed"] == ["x", "task13"]

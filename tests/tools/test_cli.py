@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import typer
 from huggingface_hub import ModelCard
 from places import DATA
 from plugin_world import build
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -32,7 +34,7 @@ from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.tools.cli import app
 from vllm_vlora.tools.common_options import parse_size
-from vllm_vlora.tools.summary import print_tasks, summarize
+from vllm_vlora.tools.summary import print_curve, print_tasks, summarize
 from vllm_vlora.tools.terminal import open_console
 
 FORMAT2 = DATA / "format2"
@@ -908,6 +910,12 @@ def test_a_plan_is_predicted_and_nothing_is_written(adapters: Path, tmp_path: Pa
     assert all(data["original_bytes"] / p["bytes"] >= p["ratio"] for p in data["points"])
     assert "Predicted" in invoke("compress", adapters, "--plan").stdout
     assert "give -o CKPT" in usage_error("compress", adapters)
+    asked = ("compress", adapters, "--plan", "--data", tmp_path)
+    assert "--plan asks no model" in error_line(*asked)
+    assert "--plan asks no model" in error_line(*asked, "--min-kept", "0.9")
+    console = Console(width=200, file=io.StringIO())
+    print_curve(console, {"points": [], "original_bytes": 3000})
+    assert "(3.00 kB at 16 bits) are too small for any ratio" in console.file.getvalue()
     assert same_files(tmp_path) == before
 
 
