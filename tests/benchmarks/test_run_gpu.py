@@ -70,7 +70,7 @@ def test_a_stage_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
     assert "no lora_shrink_op.py" in text
     assert "no lora_shrink_op.py" in (tmp_path / "logs.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "checks.jsonl").read_text().splitlines()]
-    assert [row["right"] for row in rows if "right" in row] == [True] * 3
+    assert [row["right"] for row in rows if "right" in row] == [True] * 4
     timed = {row["check"] for row in rows if row.get("us", 0) > 0}
     assert timed == {"beside", "idle", "profile"}
 
