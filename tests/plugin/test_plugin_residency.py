@@ -513,13 +513,19 @@ def test_of_several_workers_none_holds_what_another_has_not_read() -> None:
     assert world.workers.on == [{"b", "c"}] * 2
 
 
-def test_who_may_give_way_is_counted_on_by_nobody_until_it_has_stayed() -> None:
-    world = World(8, dict.fromkeys("abc", 4))
+def where_a_may_give_way(names: str) -> World:
+    """Full with a and b, with a question under way that offers a for c; steps go on."""
+    world = World(8, dict.fromkeys(names, 4))
     for name in "ab":
         world.workers.residency.place(lora(name))
     world.steps_go_on = True
     world.wait("c1")
     world.arrivals.advance()
+    return world
+
+
+def test_who_may_give_way_is_counted_on_by_nobody_until_it_has_stayed() -> None:
+    world = where_a_may_give_way("abc")
     assert not world.workers.residency.touch(path_of("a"))
     assert world.workers.residency.touch(path_of("b"))
     # A request for it waits too, and hangs up.
@@ -538,12 +544,7 @@ def test_who_may_give_way_is_counted_on_by_nobody_until_it_has_stayed() -> None:
 
 def test_who_waits_for_a_task_that_might_have_given_way_finds_it_there() -> None:
     """It stands in the question that follows, with others that take its place."""
-    world = World(8, dict.fromkeys("abcd", 4))
-    for name in "ab":
-        world.workers.residency.place(lora(name))
-    world.steps_go_on = True
-    world.wait("c1")
-    world.arrivals.advance()
+    world = where_a_may_give_way("abcd")
     assert not world.workers.residency.touch(path_of("a"))
     world.wait("a1")
     world.wait("d1")
@@ -559,12 +560,7 @@ def test_who_waits_for_a_task_that_might_have_given_way_finds_it_there() -> None
 
 @pytest.mark.parametrize("stays", [True, False])
 def test_what_might_have_given_way_is_counted_where_it_was(stays: bool) -> None:
-    world = World(8, dict.fromkeys("abc", 4))
-    for name in "ab":
-        world.workers.residency.place(lora(name))
-    world.steps_go_on = True
-    world.wait("c1")
-    world.arrivals.advance()
+    world = where_a_may_give_way("abc")
     world.wait("a1")
     if not stays:
         world.workers.stage("c")
