@@ -93,26 +93,41 @@ def compare(
         compared += held
         if first is not None:
             likeliest = reference.logprobs[place][first]
-            behind = likeliest[wanted[first]] - likeliest.get(tokens[first], -float("inf"))
-            if exact or behind > tie:
-                raise WrongResultError(
-                    f"{where}: token {first} is {tokens[first]}, stock vLLM gives {wanted[first]}, which "
-                    f"is likelier by {behind:.3g} nats"
-                )
+            _check_parting(
+                where, first, tokens[first], wanted[first], likeliest, None if exact else tie
+            )
             parted += 1
-        for number in range(held):
-            token = wanted[number]
-            theirs = reference.logprobs[place][number][token]
-            ours = found.logprobs[place][number].get(token, -float("inf"))
-            largest = max(largest, abs(ours - theirs))
-            if abs(ours - theirs) > tie:
-                raise WrongResultError(
-                    f"{where}: token {number}, {token}, has logarithm {ours:.3g}, with stock vLLM "
-                    f"{theirs:.3g}"
-                )
+        ours, theirs = (trace.logprobs[place][:held] for trace in (found, reference))
+        for number, (token, *said) in enumerate(zip(wanted[:held], ours, theirs, strict=True)):
+            apart = _apart(f"{where}: token {number}", token, *said, tie)
+            largest = max(largest, apart)
     return {
         "tokens_compared": compared,
         "answers": len(found.tokens),
         "parted_at_near_ties": parted,
         "largest_difference_nats": round(largest, 4),
     }
+
+
+def _check_parting(
+    where: str, number: int, token: int, wanted: int, likeliest: dict[int, float], tie: float | None
+) -> None:
+    """Refuse a token that the reference finds less likely than its own by more than a tie; None: any."""
+    behind = likeliest[wanted] - likeliest.get(token, -float("inf"))
+    if tie is None or behind > tie:
+        raise WrongResultError(
+            f"{where}: token {number} is {token}, stock vLLM gives {wanted}, which is likelier by "
+            f"{behind:.3g} nats"
+        )
+
+
+def _apart(
+    where: str, token: int, found: dict[int, float], reference: dict[int, float], tie: float
+) -> float:
+    """How far apart in nats both find a token of the reference; more than a tie is refused."""
+    ours, theirs = found.get(token, -float("inf")), reference[token]
+    if abs(ours - theirs) > tie:
+        raise WrongResultError(
+            f"{where}, {token}, has logarithm {ours:.3g}, with stock vLLM {theirs:.3g}"
+        )
+    return abs(ours - theirs)

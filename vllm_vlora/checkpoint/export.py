@@ -279,7 +279,8 @@ def _factors(
         source_a, source_b = side_sources(stored, bases.get((name, stored.representation)))
         remaining = stored.scale / scale if scale is not None else 1.0
         b = dataclasses.replace(source_b, scale=remaining).to_dense().T
-        as_stored = stored.is_private and remaining == 1.0
+        # Times 1 and times 0 every dtype holds what it held.
+        as_stored = stored.is_private and remaining in (0.0, 1.0)
         own = FLOAT_DTYPES.get(stored.format) if as_stored else None
         wanted = dtype or own or _DECODED_DTYPE
         yield name, (_cast(task, name, source_a.to_dense(), wanted), _cast(task, name, b, wanted))
