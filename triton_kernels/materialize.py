@@ -100,6 +100,12 @@ class MaterializePlan(Protocol):
     A plan holds on to the tensors of its jobs; what they read must not change meanwhile.
     """
 
+    def warm_up(self) -> None:
+        """Have everything compiled that ``run`` launches; nothing is written.
+
+        A kernel takes some two seconds the first time on a machine, which would be a step's otherwise.
+        """
+
     def run(self, outs: OutTable | None = None) -> None:
         """Run the jobs, into their own ``out`` or into the tensors of ``outs``.
 

@@ -230,6 +230,12 @@ class KernelPlan:
             for kind, places in _by_kind(self._jobs, self._reads).items()
         ]
 
+    def warm_up(self) -> None:
+        """See :class:`vllm_vlora.triton_kernels.materialize.MaterializePlan`."""
+        for launch in self.launches:
+            # Without a grid nothing is launched.
+            self._launch(launch, self._own.pointers, {}, None)
+
     def run(self, outs: OutTable | None = None) -> None:
         """See :class:`vllm_vlora.triton_kernels.materialize.MaterializePlan`."""
         if not self.launches:
@@ -240,14 +246,21 @@ class KernelPlan:
             self._fitting[outs] = _is_as_aligned(outs, self._own)
         weaker = {} if self._fitting[outs] else {"ALIGNED_OUT": False}
         pointers = outs.pointers
+        for launch in self.launches:
+            self._launch(launch, pointers, weaker, (len(launch.tiles),))
+
+    @staticmethod
+    def _launch(
+        launch: Launch, pointers: torch.Tensor, constants: dict[str, Any], grid: tuple[int] | None
+    ) -> None:
+        arguments = (launch.jobs, pointers, launch.tiles, launch.table)
+        constants = launch.constants | constants
         on_device = torch.cuda.device(pointers.device) if pointers.is_cuda else None
         with on_device or contextlib.nullcontext():
-            for launch in self.launches:
-                tiles = launch.tiles
-                constants = launch.constants | weaker
-                _materialize_kernel[(len(tiles),)](
-                    launch.jobs, pointers, tiles, launch.table, **constants
-                )
+            if grid is None:
+                _materialize_kernel.warmup(*arguments, grid=(1,), **constants)
+            else:
+                _materialize_kernel[grid](*arguments, **constants)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class TorchPlan:
         with torch.no_grad():
             self._steps = list(_make_steps(jobs))
 
+    def warm_up(self) -> None:
+        """Nothing is compiled here."""
+
     @torch.no_grad()
     def run(self, outs: OutTable | None = None) -> None:
         """See :class:`vllm_vlora.triton_kernels.materialize.MaterializePlan`."""

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 import pytest
-from compile_kernels import TARGETS, compile_launches, complaints, triton_version
+from compile_kernels import TARGETS, compile_launches, complaints, in_own_process, triton_version
 
 H100 = {"sm_90": TARGETS["sm_90"]}
 # What a version is known to need more of: registers by target and kernel.
@@ -67,6 +67,33 @@ def launch_tests(recording: Any) -> None:
     assert len(recording.launches) > 50
 
 
+def late_variants() -> dict[str, list[int]]:
+    """Way of storing -> variants after the warm-up and after runs, and launches of both."""
+    import torch
+    from engine_launches import Engine, materialize_plan
+    from record_launches import recording
+
+    from vllm_vlora.triton_kernels.materialize import OutTable
+
+    found: dict[str, list[int]] = {}
+    for basis, core in (
+        ("float", torch.bfloat16),
+        ("nf4-dq", torch.float32),
+        ("nf4", None),
+        ("nf4-narrow", None),
+        ("trellis", None),
+    ):
+        plan = materialize_plan(Engine("llama-8b", k=64, basis=basis), core, 16)
+        with recording(TARGETS["sm_90"]) as recorded:
+            plan.warm_up()
+            before = [len(recorded.variants), len(recorded.launches)]
+            plan.run()
+            plan.run(OutTable([job.out for job in plan._jobs]))
+        kinds, launches = before
+        found[basis] = [kinds, len(recorded.variants), launches, len(recorded.launches)]
+    return found
+
+
 # --- the tests ------------------------------------------------------------------------------------
 
 
@@ -83,6 +110,14 @@ def test_materialize_compiles_without_spilling(
     rows = compile_launches(__file__, launches, tmp_path, targets)
     assert {row["target"] for row in rows} == set(targets)
     assert complaints(rows, allowed=ALLOWED.get(triton_version())) == []
+
+
+def test_the_first_write_compiles_nothing_that_the_warm_up_did_not(tmp_path: Any) -> None:
+    found = in_own_process(__file__, "late_variants", tmp_path)
+    assert len(found) == 5
+    for basis, (warm, all_kinds, launched, ran) in found.items():
+        assert (warm, launched) == (all_kinds, 0), basis
+        assert ran == 2 * all_kinds >= 4, basis
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     manager = object.__new__(TaskLoRAManager)
     manager.vlora_store, manager.checkpoint = store, checkpoint
     manager._direct_models, manager._direct_slots = {}, DirectSlots(store.direct)
-    manager._routed_version, manager._stock_free = -1, None
+    manager._routed_version = -1
     manager._warm_up, manager.direct_apart = None, False
     manager._last_mapping = manager._last_slot_layout = None
     manager.lora_index_to_id = [None] * 2
@@ -180,10 +180,15 @@ def runner_v2(cases: Any, manager: Any, config: Any, mode: Any) -> Runner:
         )
         return graphs.dispatch(tokens, tokens, 1, count)
 
-    dummy = model_runner.get_num_active_loras_for_dispatch(
-        config.lora_config, runner.lora_state, [], True
-    )
-    assert dummy == MAX_LORAS + 1
+    def of_dummies() -> int:
+        return model_runner.get_num_active_loras_for_dispatch(
+            config.lora_config, runner.lora_state, [], True
+        )
+
+    assert of_dummies() == MAX_LORAS + 1
+    with importlib.import_module("vllm_vlora.plugin.idle_steps")._idle(runner):
+        assert of_dummies() == (0 if manager.direct_apart else MAX_LORAS + 1)
+    assert of_dummies() == MAX_LORAS + 1
     return keys, key_of
 
 
@@ -289,9 +294,7 @@ def test_a_warm_up_batch_runs_everything_and_leaves_no_mapping_behind(
     for count, punica in ((MAX_LORAS + 1, (1, 2, 3, 4)), (1, (0,) * 4), (0, (0,) * 4)):
         captured(cases, manager, count)
         assert manager.in_batch == (True, True)
-        assert manager._stock_free == (None if any(punica) else (4, 4, True))
-        if any(punica):
-            assert manager.punica[-1].index_mapping == punica
+        assert manager.punica[-1].index_mapping == punica
         assert routing.token_slots[:4].tolist() == [0, 1, 2, 3]
         # The same mapping from a real batch is one of the base model alone, and is set anew.
         manager.set_adapter_mapping(_mapping((0,) * 4, (0,) * 4))

@@ -245,7 +245,7 @@ def worker(managing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
     manager.vlora_store = store
     manager.lora_config = SimpleNamespace(max_loras=2, max_cpu_loras=4)
     manager._direct_models, manager._direct_slots = {}, DirectSlots(store.direct)
-    manager._routed_version, manager._stock_free = -1, None
+    manager._routed_version = -1
     manager.in_batch, manager.in_graph = (True, False), (True, True)
     manager._warm_up, manager.direct_apart, manager._writer = None, False, None
     manager._last_mapping = manager._last_slot_layout = None
@@ -365,30 +365,6 @@ def test_the_same_mapping_is_routed_again_when_a_slot_holds_another_task(worker:
     path = manager.vlora_store.direct
     slot = path.routing.token_slots[0].item()
     assert path.table.tasks[slot] is manager._direct_models[11].task.direct
-
-
-def test_batches_without_stock_adapters_trouble_punica_once_a_shape(worker: Worker) -> None:
-    from vllm.lora.layers import LoRAMapping
-
-    manager = worker.manager
-    for task, number in (("joint", 11), ("private", 12)):
-        manager.add_direct(worker.request(task, number))
-
-    def calls(*tokens: int, is_prefill: bool = False) -> int:
-        before = len(worker.stock)
-        manager.set_adapter_mapping(LoRAMapping(tokens, tokens, is_prefill=is_prefill))
-        return len(worker.stock) - before
-
-    assert calls(11, 12) == 1
-    assert calls(12, 11) == calls(0, 11) == calls(0, 0) == 0
-    assert worker.stock[-1] == LoRAMapping((0, 0), (0, 0))
-    assert calls(0, 11, 12) == 1
-    assert calls(0, 11, 12, is_prefill=True) == 1
-    assert calls(0, 7, 12, is_prefill=True) == 1
-    assert worker.stock[-1].index_mapping == (0, 7, 0)
-    assert calls(0, 8, 12, is_prefill=True) == 1
-    assert calls(0, 11, 12, is_prefill=True) == 1, "punica still holds an adapter"
-    assert calls(12, 11, 12, is_prefill=True) == 0
 
 
 def test_towers_see_direct_tokens_as_the_base_models(worker: Worker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 SEED = 7
+MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
 
 
 @pytest.fixture
@@ -100,17 +102,98 @@ def _second_runner_classes() -> dict[str, Any]:
     return {"GPUModelRunner": GPUModelRunner, "LoraState": LoraState}
 
 
+class Worker:
+    """As vLLM's worker, whose step of a rank without requests is a dummy batch."""
+
+    model_runner: Any
+
+    def execute_dummy_batch(self) -> Any:
+        return self.model_runner._dummy_run()
+
+
+def _idle_runner(second: bool) -> Any:
+    """A runner of vLLM's with adapters: its first, or as its second one."""
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    class Runner(LoRAModelRunnerMixin):
+        def __init__(self) -> None:
+            self.lora_config = SimpleNamespace(max_loras=3, max_lora_rank=8)
+            self.lora_manager = Adapters()
+            if second:
+                self.lora_state = SimpleNamespace()
+
+        def _dummy_run(self) -> Any:
+            scheduled = np.array([3, 4], dtype=np.int32)
+            told = (None, True, 3) if second else (np.ones(2, dtype=np.int32), True, 0)
+            with self.maybe_dummy_run_with_lora(self.lora_config, scheduled, *told):
+                self.lora_manager.done.append("step")
+                return idle_steps().is_idle(self.lora_state) if second else None
+
+    return Runner()
+
+
+def idle_steps() -> Any:
+    return importlib.import_module("vllm_vlora.plugin.idle_steps")
+
+
+class Adapters:
+    """What a worker's adapters are told."""
+
+    def __init__(self) -> None:
+        self.done: list[Any] = []
+
+    def get_dummy_lora_warmup_rank(self, rank: int) -> int:
+        return rank
+
+    def dummy_lora_cache(self) -> Any:
+        return contextlib.nullcontext()
+
+    def add_dummy_lora(self, request: Any, rank: int) -> None:
+        self.done.append("add")
+
+    def remove_all_adapters(self) -> None:
+        self.done.append("remove all")
+
+    def set_active_adapters(self, requests: Any, mapping: Any) -> None:
+        counted = (len(requests), mapping.index_mapping, mapping.prompt_mapping)
+        self.done.append(counted)
+
+
 @pytest.fixture
 def classes(steps: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """Both, patched; the function of later versions is in neither."""
     v1, v2 = _runner_class(), _worker_class()
-    others = {"PromptLogprobsWorker": v2, **_second_runner_classes()}
-    for name in {seam.module for seam in steps.STEP_SEAMS}:
+    others = {"PromptLogprobsWorker": v2, **_second_runner_classes(), "Worker": Worker}
+    for name in {seam.module for seam in steps.STEP_SEAMS} - {MIXIN}:
         holder = {"GPUModelRunner": v1} if name.endswith("gpu_model_runner") else others
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**holder))
     for _ in range(2):
         steps.adapt_steps()
     return v1, v2
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_rank_without_requests_leaves_adapters_as_they_are(
+    classes: tuple[Any, Any], second: bool
+) -> None:
+    worker = Worker()
+    runner = worker.model_runner = _idle_runner(second)
+    assert worker.execute_dummy_batch() is (True if second else None)
+    base_model = [(0, (0,) * 7, (0, 0)), "step"]
+    assert runner.lora_manager.done == base_model
+    # The start's dummy batches are vLLM's, also after an idle step.
+    runner.lora_manager.done.clear()
+    assert runner._dummy_run() is (False if second else None)
+    assert runner.lora_manager.done.count("add") == 3
+    assert runner.lora_manager.done[-1] == "remove all"
+    runner.lora_manager.set_active_adapters = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        worker.execute_dummy_batch()
+    assert "maybe_dummy_run_with_lora" not in vars(runner)
+    runner.lora_config = None
+    runner.lora_manager.done.clear()
+    worker.execute_dummy_batch()
+    assert runner.lora_manager.done == ["step"]
 
 
 def test_drafts_have_the_adapter_of_their_request(classes: tuple[Any, Any]) -> None:

@@ -83,9 +83,15 @@ def test_every_slot_holds_its_last_task_and_nothing_of_those_before() -> None:
             model.assert_holds(written, task)
 
 
-def test_preparing_a_task_writes_nothing() -> None:
-    model = Model()
+def test_preparing_a_task_compiles_its_writes_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm_vlora.triton_kernels.materialize_torch import TorchPlan
+
+    model, compiled = Model(), []
+    monkeypatch.setattr(TorchPlan, "warm_up", lambda plan: compiled.append(plan))
     model.writer.prepare(TASKS[0])
+    assert compiled == [model.writer._plans[TASKS[0].path].plan]
     assert all(slots.isnan().all() for slots in (*model.a.values(), *model.b.values()))
     model.writer.write(1, TASKS[0])
     model.assert_holds(1, TASKS[0])

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -32,6 +32,9 @@ from vllm_vlora.triton_kernels.materialize import MaterializeJob
 
 sys.path.append(str(ROOT / "benchmarks"))
 import floors
+
+if TYPE_CHECKING:
+    from vllm_vlora.triton_kernels.materialize_kernel import KernelPlan
 
 MODELS = floors.MODELS
 
@@ -230,10 +233,15 @@ def run_materialize(
         core: dtype of the cores; None for private factors.
         slot_rank: rows of A that a slot has.
     """
+    recording.label = f"materialize {engine}, slots of {slot_rank}"
+    materialize_plan(engine, core, slot_rank).run()
+
+
+def materialize_plan(engine: Engine, core: torch.dtype | None, slot_rank: int) -> KernelPlan:
+    """What ``run_materialize`` runs."""
     from vllm_vlora.triton_kernels.materialize_kernel import KernelPlan
 
     format = FORMAT_OF_DTYPE[engine.dtype] if engine.basis == "float" else engine.basis
-    recording.label = f"materialize {engine}, slots of {slot_rank}"
     jobs = []
     for layer in direct_layers(engine):
         for part in layer.slices:
@@ -246,7 +254,7 @@ def run_materialize(
                 rows = engine.rank if core is None else engine.k
                 packed = matrix(rows, out.shape[1], format)
                 jobs.append(MaterializeJob(out, packed, left, 1.0, 0, out.shape[1]))
-    KernelPlan(jobs).run()
+    return KernelPlan(jobs)
 
 
 def run_unaligned(recording: Recording) -> None:

@@ -30,6 +30,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_vlora.errors import IncompatibleVLLMError
 from vllm_vlora.plugin.events import logger
+from vllm_vlora.plugin.idle_steps import is_idle
 from vllm_vlora.plugin.layer_calls import DIRECT_ONLY, EVERYTHING, NOTHING, Kinds
 from vllm_vlora.plugin.manager import TaskLoRAManager
 from vllm_vlora.plugin.seam_table import RUNNER_SEAMS, Place
@@ -169,6 +170,8 @@ def _count_by_kind(original: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(original)
     def count(lora_config: Any, lora_state: Any, req_ids: list[str], dummy_run: bool) -> int:
         ours = lora_state.__dict__.get("_vlora_count")
+        if ours is not None and dummy_run and is_idle(lora_state):
+            return 0
         if ours is None or dummy_run:
             return original(lora_config, lora_state, req_ids, dummy_run)
         return int(ours(lora_state.get_activate_loras(req_ids)))

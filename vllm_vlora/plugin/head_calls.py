@@ -16,8 +16,7 @@ looks up only those tokens that did not come as embeddings, with the same two en
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,6 +24,8 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+
+from vllm_vlora.plugin.instead import instead_of
 
 Logits = Callable[..., Any]
 
@@ -120,7 +121,7 @@ def score_in_runner(original: Callable[..., Any]) -> Callable[..., Any]:
     def score(self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: Any) -> Any:
         if not self.lora_config or not self.num_prompt_logprobs:
             return original(self, hidden_states, num_scheduled_tokens)
-        with _instead_of(self.model, "compute_logits", lambda f: by_token(f, hidden_states)):
+        with instead_of(self.model, "compute_logits", lambda f: by_token(f, hidden_states)):
             return original(self, hidden_states, num_scheduled_tokens)
 
     return score
@@ -159,20 +160,6 @@ def map_logits(original: Callable[..., Any]) -> Callable[..., Any]:
     return make_lora_inputs
 
 
-@contextmanager
-def _instead_of(model: Any, name: str, wrap: Callable[[Logits], Logits]) -> Iterator[None]:
-    """A method of the model is another one meanwhile."""
-    own, original = name in vars(model), getattr(model, name)
-    setattr(model, name, wrap(original))
-    try:
-        yield
-    finally:
-        if own:
-            setattr(model, name, original)
-        else:
-            delattr(model, name)
-
-
 def by_token(logits: Logits, hidden_states: torch.Tensor) -> Logits:
     """The same function of rows of ``hidden_states``, whose row i is the batch's token i.
 
@@ -201,7 +188,7 @@ def embed_in_runner(original: Callable[..., Any]) -> Callable[..., Any]:
         if not self.lora_config or not self.enable_prompt_embeds:
             return original(self, scheduler_output, *args, **kwargs)
         is_token = self.is_token_ids.np[: scheduler_output.total_num_scheduled_tokens]
-        with _instead_of(self.model, "embed_input_ids", lambda f: of_some(f, is_token)):
+        with instead_of(self.model, "embed_input_ids", lambda f: of_some(f, is_token)):
             return original(self, scheduler_output, *args, **kwargs)
 
     return preprocess

@@ -59,6 +59,7 @@ from vllm_vlora.plugin.polling import Poller, polled
 from vllm_vlora.plugin.residency import Held
 from vllm_vlora.plugin.resident import ResidentStore, ResidentTask
 from vllm_vlora.plugin.settings import Settings
+from vllm_vlora.plugin.slot_updates import update_seldom, without_adapters
 from vllm_vlora.plugin.slots import SlotWriter
 from vllm_vlora.plugin.steps import adapt_steps
 from vllm_vlora.wording import count_of, shown, some_of
@@ -133,7 +134,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         self._direct_models: dict[int, TaskLoRAModel] = {}
         self._direct_slots: DirectSlots | None = None
         self._routed_version = -1
-        self._stock_free: tuple[Any, ...] | None = None
+        for wrapper in self.punica_wrapper_mapping.values():
+            update_seldom(wrapper)
         # Read by the layers; see ``layer_calls.Batch``.
         self.in_batch, self.in_graph = Kinds(stock=True, direct=False), EVERYTHING
         # What the graph of a warm-up batch must serve, while one is set up; None for other batches.
@@ -485,16 +487,13 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             super()._set_adapter_mapping(mapping)
             return
         if self._warm_up is not None and not self._warm_up.stock:
-            mapping = _without_adapters(mapping)
+            mapping = _of_the_base_model(mapping)
         tokens = np.asarray(mapping.index_mapping, dtype=np.int64)
         direct = slots.route(tokens)
         self._routed_version = slots.version
         stock = bool((tokens[~direct] > 0).any())
-        # Two batches of equal size without stock adapters mean the same to punica.
-        shape = (len(tokens), len(mapping.prompt_mapping), mapping.is_prefill)
-        if stock or shape != self._stock_free:
-            super()._set_adapter_mapping(_without_direct(mapping, tokens, direct, slots))
-        self._stock_free = None if stock else shape
+        seen = _without_direct(mapping, tokens, direct, slots) if stock else None
+        super()._set_adapter_mapping(seen or _of_the_base_model(mapping))
         self.in_batch, self.in_graph = Kinds(stock, bool(direct.any())), EVERYTHING
         if self._warm_up is not None:
             self._set_warm_up(self._warm_up, len(tokens))
@@ -693,13 +692,8 @@ def _without_direct(
     )
 
 
-def _without_adapters(mapping: LoRAMapping) -> LoRAMapping:
-    return LoRAMapping(
-        (0,) * len(mapping.index_mapping),
-        (0,) * len(mapping.prompt_mapping),
-        is_prefill=mapping.is_prefill,
-        type=mapping.type,
-    )
+def _of_the_base_model(mapping: LoRAMapping) -> LoRAMapping:
+    return without_adapters(mapping, len(mapping.index_mapping), len(mapping.prompt_mapping))
 
 
 def _log_direct(manager: TaskLoRAManager, path: DirectPath) -> None:

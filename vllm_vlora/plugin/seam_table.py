@@ -177,6 +177,7 @@ _SERVING = "vllm.entrypoints.openai.models.serving"
 _BASE_SERVING = "vllm.entrypoints.serve.engine.serving"
 _PUNICA = "vllm.lora.punica_wrapper.punica_base"
 _MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
+_GPU_WORKER = "vllm.v1.worker.gpu_worker"
 _RUNNER_V1 = "vllm.v1.worker.gpu_model_runner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
 
@@ -620,6 +621,14 @@ def _layers() -> Iterator[Seam]:
     )
     for name in ("token_lora_indices", "sampler_indices", "_embeddings_indices"):
         yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", "whose row it is")
+    why = "batches without adapters in slots are told once"
+    yield Seam(
+        _PUNICA, "PunicaWrapperBase.update_metadata", why, accepts=("mapping", "lora_index_to_id")
+    )
+    for name in ("indices_len", "is_prefill", "_token_lora_indices", "_sampler_indices"):
+        yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", why)
+    gpu = "vllm.lora.punica_wrapper.punica_gpu"
+    yield Seam(gpu, "PunicaWrapperGPU.token_mapping_meta", why, optional=True)
 
 
 def _held() -> Iterator[Seam]:
@@ -767,6 +776,17 @@ def _steps() -> Iterator[Seam]:
     )
     for name in ("enable_prompt_embeds", "is_token_ids"):
         yield Seam(_RUNNER_V1, f"GPUModelRunner.{name}", "which tokens are embedded", optional=True)
+    why = "a step of a rank without requests is the base model's"
+    yield Seam(_GPU_WORKER, "Worker.execute_dummy_batch", why, ("self",), optional=True)
+    for name in ("lora_config", "_set_active_loras"):
+        yield Seam(_MIXIN, f"LoRAModelRunnerMixin.{name}", why, optional=True)
+    yield Seam(
+        _MIXIN,
+        "LoRAModelRunnerMixin.maybe_dummy_run_with_lora",
+        why,
+        accepts=("lora_config", "num_scheduled_tokens", "num_sampled_tokens"),
+        optional=True,
+    )
     why = "rows of drafts' logits are mapped to adapters as their requests are"
     for module, name, accepts in (
         (_RUNNER_V2, "GPUModelRunner.prepare_inputs", ("scheduler_output",)),

@@ -107,8 +107,8 @@ class SlotWriter:
                 _check_shape(str(checkpoint.path), module, layout)
 
     def prepare(self, task: ResidentTask) -> None:
-        """Arrange a task's writes now, which its first ``write`` would do otherwise."""
-        self._plan(task, 0)
+        """Arrange a task's writes and compile them now, which its first ``write`` would do otherwise."""
+        self._plan(task, 0).plan.warm_up()
 
     def write(self, slot: int, task: ResidentTask) -> None:
         """Fill a slot whole with a task; slices that the task does not adapt become zero."""

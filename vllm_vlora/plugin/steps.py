@@ -21,6 +21,7 @@ from vllm_vlora.plugin.head_calls import (
     score_in_runner,
     score_in_worker,
 )
+from vllm_vlora.plugin.idle_steps import step_without_adapters
 from vllm_vlora.plugin.seam_table import STEP_SEAMS, MissingSeamError
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -43,6 +44,7 @@ def adapt_steps() -> None:
         _NEWER: score_in_worker,
         "GPUModelRunner.prepare_inputs": count_logits,
         "LoraState.make_lora_inputs": map_logits,
+        "Worker.execute_dummy_batch": step_without_adapters,
     }
     if current_platform.is_cpu():
         wrappers["GPUModelRunner.sample_tokens"] = keep_seeds
