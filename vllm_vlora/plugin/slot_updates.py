@@ -23,7 +23,7 @@ def update_seldom(wrapper: Any) -> None:
 
 
 class _OnHost:
-    """``update_metadata`` that does nothing for a batch of the last one's size without adapters in either.
+    """``update_metadata`` that does nothing for a batch without adapters after another one of its size.
 
     Other wrappers than those of CUDA and ROCm keep more of a batch than its tensors, such as its longest
     sequence.
