@@ -67,8 +67,6 @@ class Gpu:
 
 @pytest.fixture
 def on_gpu(updates: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Gpu]:
-    monkeypatch.setattr(updates.current_platform, "is_cuda_alike", lambda: True, raising=False)
-
     def make() -> Gpu:
         gpu = Gpu(monkeypatch)
         updates.update_seldom(gpu.wrapper)

@@ -628,7 +628,7 @@ def _layers() -> Iterator[Seam]:
     for name in ("indices_len", "is_prefill", "_token_lora_indices", "_sampler_indices"):
         yield Seam(_PUNICA, f"PunicaWrapperBase.{name}", why)
     gpu = "vllm.lora.punica_wrapper.punica_gpu"
-    yield Seam(gpu, "PunicaWrapperGPU.token_mapping_meta", why, optional=True)
+    yield Seam(gpu, "PunicaWrapperGPU.token_mapping_meta", why)
 
 
 def _held() -> Iterator[Seam]:

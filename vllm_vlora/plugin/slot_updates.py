@@ -13,13 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.lora.layers import LoRAMapping
-from vllm.platforms import current_platform
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
 
 def update_seldom(wrapper: Any) -> None:
     """Have one of vLLM's punica wrappers derive its tensors only where they change."""
-    device = current_platform.is_cuda_alike()
-    wrapper.update_metadata = (_OnDevice if device else _OnHost)(wrapper)
+    on_device = isinstance(wrapper, PunicaWrapperGPU)
+    wrapper.update_metadata = (_OnDevice if on_device else _OnHost)(wrapper)
 
 
 class _OnHost:
