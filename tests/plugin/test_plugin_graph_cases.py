@@ -51,7 +51,8 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     manager = object.__new__(TaskLoRAManager)
     manager.vlora_store, manager.checkpoint = store, checkpoint
     manager._direct_models, manager._direct_slots = {}, DirectSlots(store.direct)
-    manager._routed_version = -1
+    manager._routed_version = manager._ready_version = -1
+    manager._ready = set()
     manager._warm_up, manager.direct_apart = None, False
     manager._last_mapping = manager._last_slot_layout = None
     manager.lora_index_to_id = [None] * 2

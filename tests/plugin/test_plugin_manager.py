@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import random
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -245,7 +246,8 @@ def worker(managing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
     manager.vlora_store = store
     manager.lora_config = SimpleNamespace(max_loras=2, max_cpu_loras=4)
     manager._direct_models, manager._direct_slots = {}, DirectSlots(store.direct)
-    manager._routed_version = -1
+    manager._routed_version = manager._ready_version = -1
+    manager._ready = set()
     manager.in_batch, manager.in_graph = (True, False), (True, True)
     manager._warm_up, manager.direct_apart, manager._writer = None, False, None
     manager._last_mapping = manager._last_slot_layout = None
@@ -316,6 +318,53 @@ def test_a_pinned_direct_task_takes_no_slot_from_a_batch_of_others(
         got = [path.table.tasks[row] for row in rows]
         assert got == [manager._direct_models[number].task.direct for number in tokens]
     assert set(manager.list_adapters()) == {11, 12, 13, 14}, "what is pinned stays known"
+
+
+def test_every_direct_task_of_a_batch_has_a_slot_and_is_asked_for_once(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    manager, draw = worker.manager, random.Random(0)
+    asked: list[int] = []
+    add = manager.add_direct
+    monkeypatch.setattr(
+        manager, "add_direct", lambda request: asked.append(request.lora_int_id) or add(request)
+    )
+
+    def batch(*numbers: int) -> int:
+        """How many were asked for, of a batch of tasks and ordinary adapters (from 20 on)."""
+        asked.clear()
+        requests = [
+            LoRARequest("x", n, f"/peft/{n}") if n >= 20 else worker.request(NUMBERED[n], n)
+            for n in numbers
+        ]
+        rest = manager.in_slots([None, *requests])
+        assert {r.lora_int_id for r in rest} == {n for n in numbers if n >= 20}
+        tasks = manager._direct_slots._path.table.tasks
+        for request in set(requests) - rest:
+            slot = manager._direct_slots._slots[request.lora_int_id]
+            assert tasks[slot] is manager.get_adapter(request.lora_int_id).task.direct
+        assert manager.all_direct(list(requests)) == (not rest)
+        return len(asked)
+
+    assert batch(11, 12) == 2
+    assert batch(11, 12) == batch(12) == batch() == 0
+    assert batch(11, 20) == 1, "the ordinary one alone"
+    assert batch(13, 11) in (1, 3), "it may take the other one's slot, which is given another"
+    assert batch(13, 11) == 0
+    manager.remove_adapter(13)
+    assert batch(13, 11) == 2
+    for _ in range(100):
+        batch(*draw.sample([11, 12, 13, 14], k=draw.randint(0, 2)), *draw.sample([20, 21], k=1))
+    # The number of a task is given to another one.
+    assert batch(11) <= 1
+    manager.add_direct(worker.request("private", 11))
+    assert batch(11) == 1
+    assert manager.get_adapter(11).task.task_id == NUMBERED[11]
+
+
+NUMBERED = {11: "joint", 12: "private", 13: "one", 14: "mixed"}
 
 
 def test_punica_sees_direct_tokens_as_the_base_models(worker: Worker) -> None:

@@ -110,7 +110,7 @@ def active_loras(
     """The number of active adapters under which a batch with these requests finds its graph."""
     if not requests:
         return 0
-    return ONE_ADAPTER if all(map(manager.runs_direct, requests)) else max_loras + 1
+    return ONE_ADAPTER if manager.all_direct(requests) else max_loras + 1
 
 
 def capture_direct_apart(runner: Any, manager: TaskLoRAManager) -> bool:

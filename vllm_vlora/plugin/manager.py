@@ -134,6 +134,9 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         self._direct_models: dict[int, TaskLoRAModel] = {}
         self._direct_slots: DirectSlots | None = None
         self._routed_version = -1
+        # Adapters' ids and paths that are known to have direct slots, as long as no slot changes.
+        self._ready: set[tuple[int, str]] = set()
+        self._ready_version = -1
         for wrapper in self.punica_wrapper_mapping.values():
             update_seldom(wrapper)
         # Read by the layers; see ``layer_calls.Batch``.
@@ -404,11 +407,46 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         self._activate_direct(request.lora_int_id, model)
         return True
 
+    def in_slots(self, requests: Collection[LoRARequest | None]) -> set[LoRARequest]:
+        """Have a batch's direct tasks in their slots; the requests of the others, which stand in vLLM's.
+
+        Most batches have the tasks of the one before, which is found out without asking for each: 0.2 ms
+        for 1,024, and 0.95 otherwise.
+        """
+        slots = self._direct_slots
+        if slots is None:
+            return set(filter(None, requests))
+        asked = {(request.lora_int_id, request.lora_path) for request in requests if request}
+        ready = self._known_ready()
+        if asked <= ready:
+            return set()
+        before = slots.version
+        rest = {r for r in requests if r and _key(r) not in ready and not self.add_direct(r)}
+        if slots.version != before:
+            # Who came may have taken the slot of one that was not asked for.
+            if any(r.lora_int_id not in slots for r in requests if r and r not in rest):
+                rest = {r for r in requests if r and not self.add_direct(r)}
+            ready = set()
+        self._ready = ready | (asked - set(map(_key, rest)))
+        self._ready_version = slots.version
+        return rest
+
+    def _known_ready(self) -> set[tuple[int, str]]:
+        slots = self._direct_slots
+        return self._ready if slots and slots.version == self._ready_version else set()
+
+    def all_direct(self, requests: Collection[LoRARequest]) -> bool:
+        """Whether all requests of a batch are for tasks that are loaded and run direct."""
+        ready = self._known_ready()
+        asked = {(request.lora_int_id, request.lora_path) for request in requests}
+        return asked <= ready or all(map(self.runs_direct, requests))
+
     def add_direct_dummy(self, request: LoRARequest) -> None:
         """Register a warm-up adapter that adds nothing."""
         assert self.vlora_store.direct is not None
         empty = self.vlora_store.direct.empty
         task = ResidentTask(request.lora_name, request.lora_path, 0, {}, {}, empty)
+        self._ready_version = -1
         self._direct_models[request.lora_int_id] = TaskLoRAModel(request.lora_int_id, task)
 
     def _activate_direct(self, lora_id: int, model: TaskLoRAModel) -> bool:
@@ -595,6 +633,10 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
     def _absorbed(self) -> set[str]:
         """A look at every module of the model, which stays as it is."""
         return read_absorbed(self)
+
+
+def _key(request: LoRARequest) -> tuple[int, str]:
+    return request.lora_int_id, request.lora_path
 
 
 def _path_of(request: LoRARequest) -> TaskPath:

@@ -131,8 +131,7 @@ def _apply_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: LRUCacheWorkerLoRAManager, lora_requests: set[LoRARequest]) -> None:
         # The original copies the list of adapters once per adapter and step, and counts every adapter
         # of the batch against the slots.
-        direct = _manager(self).add_direct
-        original(self, {r for r in lora_requests if r and not direct(r)})
+        original(self, _manager(self).in_slots(lora_requests))
 
     return apply
 
