@@ -216,6 +216,13 @@ class SlotTable:
         self.tasks: list[DirectTask | None] = [None] * (slots + 1)
         self.codebook = torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
 
+    def release(self, slot: int) -> None:
+        """Let go of a slot's task. Its record stays on the device, which no token refers to any more.
+
+        Nothing is written: the device's memory may be away, as while an engine sleeps.
+        """
+        self.tasks[slot] = None
+
     def set(self, slot: int, task: DirectTask) -> None:
         """Put a task into a slot: one copy of its records, on the current stream."""
         assert 0 <= slot < self.slots
@@ -279,6 +286,11 @@ class Routing:
         if self._runs is None:
             self._runs = self._find_runs(self._batch)
         return self._runs
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the last batch."""
+        return len(self._batch)
 
     @property
     def nbytes(self) -> int:
@@ -522,6 +534,12 @@ def _check(
     if x.shape[0] > routing.max_tokens:
         raise ValueError(
             f"direct: {x.shape[0]} tokens, the routing has room for {routing.max_tokens}"
+        )
+    if x.shape[0] < routing.tokens:
+        # The kernels would read and write rows that are not there.
+        raise ValueError(
+            f"direct: x has {x.shape[0]} rows of a batch of {routing.tokens} tokens: the model runs this "
+            "layer on a part of the batch"
         )
     if table.slots != routing.slots:
         raise ValueError(f"direct: {table.slots} slots, the routing has {routing.slots}")

@@ -33,6 +33,7 @@ def make_layer(
     *,
     tp: tuple[int, int] = (0, 1),
     ep: tuple[int, int] = (0, 1),
+    dp: int = 1,
     gated: bool = True,
     padding: int = 0,
     **options: bool,
@@ -51,7 +52,9 @@ def make_layer(
         intermediate_size_per_partition_unpadded=inner,
         num_experts=EXPERTS,
         num_local_experts=EXPERTS // ep[1],
-        moe_parallel_config=SimpleNamespace(ep_rank=ep[0], ep_size=ep[1], use_ep=ep[1] > 1),
+        moe_parallel_config=SimpleNamespace(
+            ep_rank=ep[0], ep_size=ep[1], use_ep=ep[1] > 1, dp_size=dp
+        ),
     )
     layer.tp_rank, layer.tp_size = tp
     layer.device = torch.device("cpu")
@@ -210,8 +213,9 @@ def test_padded_layers_take_the_models_own_width() -> None:
         (FusedMoEWithLoRA, {"enable_moe_shared_loras": True}, "without that option"),
         (FusedMoEWithLoRA, {"fully_sharded_loras": True}, "--fully-sharded-loras"),
         (FusedMoEWithLoRA, {"padding": 8, "tp": (0, 2)}, "--enable-expert-parallel"),
+        (FusedMoEWithLoRA, {"dp": 2}, "without --data-parallel-size"),
     ],
-    ids=["gate and up in one", "shared factors", "sharded ranks", "padded shares"],
+    ids=["gate and up in one", "shared factors", "sharded ranks", "padded shares", "data parallel"],
 )
 def test_what_cannot_be_filled_is_refused_with_the_way_out(
     tmp_path: Path, kind: type, options: dict[str, Any], message: str

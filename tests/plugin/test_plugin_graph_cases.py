@@ -193,14 +193,14 @@ def runner_v2(cases: Any, manager: Any, config: Any, mode: Any) -> Runner:
     return keys, key_of
 
 
-def captured(cases: Any, manager: Any, count: int) -> tuple[bool, bool]:
+def captured(cases: Any, manager: Any, count: int, max_loras: int = MAX_LORAS) -> tuple[bool, bool]:
     """What vLLM's warm-up batch of this many adapters captures, in a layer with direct tasks."""
     select = cases._maybe_select_dummy_loras(_mixin().maybe_select_dummy_loras)
     runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
     runner._set_active_loras = lambda prompts, tokens, found, kind: manager.set_adapter_mapping(
         _mapping(tokens, prompts, kind)
     )
-    config = SimpleNamespace(max_loras=MAX_LORAS)
+    config = SimpleNamespace(max_loras=max_loras)
     with select(runner, config, np.ones(4, dtype=np.int32), num_active_loras=count):
         pass
     # The second runner captures when the warm-up batch was set up, the first one within.
@@ -302,6 +302,17 @@ def test_a_warm_up_batch_runs_everything_and_leaves_no_mapping_behind(
         assert (manager.in_batch, manager.in_graph) == ((False, False), (True, True))
         assert manager.punica[-1].index_mapping == (0,) * 4
         assert routing.token_slots[:4].tolist() == [routing.slots] * 4
+
+
+def test_one_adapter_at_most_is_measured_as_an_adapter_and_captured_as_a_direct_task(
+    cases: Any, manager: Any
+) -> None:
+    """``--max-loras 1``: vLLM's second runner measures memory with the number of direct tasks' graphs."""
+    manager.direct_apart = True
+    assert captured(cases, manager, 1, max_loras=1) == (False, True)
+    assert manager.punica[-1].index_mapping == (1, 1, 1, 1)
+    assert captured(cases, manager, 0, max_loras=1) == (False, False)
+    assert manager.punica[-1].index_mapping == (0, 0, 0, 0)
 
 
 def test_towers_are_no_business_of_ours(cases: Any, manager: Any) -> None:

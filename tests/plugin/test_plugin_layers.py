@@ -122,24 +122,118 @@ class Wrapped(torch.nn.Module):
         self.base_layer = base_layer
 
 
+def served(model: Any, modules: dict[str, Any], **options: Any) -> SimpleNamespace:
+    """A manager of vLLM's, of a model of float32, as far as it is read here."""
+    config = SimpleNamespace(is_encoder_decoder=False, dtype=torch.float32)
+    vars(config).update(options)
+    wrapper = object()
+    for layer in modules.values():
+        layer.punica_wrapper = wrapper
+    return SimpleNamespace(
+        model=model,
+        modules=modules,
+        packed_modules={},
+        supports_mm=False,
+        punica_wrapper_mapping={"language_model": wrapper},
+        _vllm_config=SimpleNamespace(model_config=config),
+    )
+
+
 @pytest.mark.parametrize("alias", ["the wrapper", "the layer itself"])
 def test_what_latent_attention_reads_once_is_refused(tmp_path: Any, alias: str) -> None:
     """vLLM makes its layer's other names the wrapper; both are known, lest one becomes the other."""
-    from vllm_vlora.plugin.layers import read_absorbed
-    from vllm_vlora.plugin.manager import _check_absorbed
+    from vllm_vlora.plugin.layers import read_unserved
+    from vllm_vlora.plugin.manager import _check_unserved
 
     wrapped, other = Wrapped(torch.nn.Linear(2, 2)), Wrapped(torch.nn.Linear(2, 2))
     seen = wrapped if alias == "the wrapper" else wrapped.base_layer
     model = torch.nn.ModuleList([Latent(seen, True), Latent(other, False), wrapped])
-    manager = SimpleNamespace(model=model, modules={"kv_b_proj": wrapped, "o_proj": other})
-    absorbed = read_absorbed(manager)
-    assert absorbed == {"kv_b_proj"}
-    assert read_absorbed(SimpleNamespace(model=model[1], modules=manager.modules)) == set()
+    manager = served(model, {"kv_b_proj": wrapped, "o_proj": other})
+    unserved = read_unserved(manager)
+    assert list(unserved) == ["kv_b_proj"]
+    assert read_unserved(served(model[1], manager.modules)) == {}
 
     checkpoint = build(tmp_path / "checkpoint", {"task": {"o": ("private", 1)}})
-    _check_absorbed(checkpoint, "task", absorbed, str)
+    _check_unserved(checkpoint, "task", unserved, str)
     with pytest.raises(ModelMismatchError, match=r"'task' adapts o, .*start vLLM with VLLM_MLA_"):
-        _check_absorbed(checkpoint, "task", absorbed, lambda name: "kv_b_proj")
+        _check_unserved(checkpoint, "task", unserved, lambda name: "kv_b_proj")
+
+
+class MambaMixer(torch.nn.Module):
+    """What tells vLLM's layer of Mamba-1, whose x_proj and dt_proj see a part of the rows."""
+
+    def __init__(self, **layers: torch.nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+def test_what_vllm_runs_on_a_part_of_the_rows_is_refused_and_never_direct(tmp_path: Any) -> None:
+    from vllm_vlora.plugin.layers import read_direct_layouts
+    from vllm_vlora.plugin.manager import _check_unserved
+
+    layers = {name: one_slice() for name in ("in_proj", "x_proj", "dt_proj")}
+    manager = served(MambaMixer(**layers), dict(layers))
+    assert [layout.name for layout in read_direct_layouts(manager)] == ["in_proj"]
+    checkpoint = build(tmp_path / "checkpoint", {"task": {"o": ("private", 1)}})
+    from vllm_vlora.plugin.layers import read_unserved
+
+    for name in ("x_proj", "dt_proj"):
+        with pytest.raises(ModelMismatchError, match=r"'task' adapts o, .*apart, .*leave the task"):
+            _check_unserved(checkpoint, "task", read_unserved(manager), lambda _, to=name: to)
+
+
+def one_slice() -> Any:
+    return make_layer("MergedColumnParallelLinearWithLoRA", (4,), 0, 1)
+
+
+def test_a_router_of_experts_that_computes_in_float32_is_never_direct() -> None:
+    """vLLM gives ``GateLinear`` a LoRA layer: x is of 16 bits and y is not."""
+    from vllm_vlora.plugin.layers import read_direct_layouts
+
+    layers = {name: one_slice() for name in ("proj", "made", "asked", "same")}
+    layers["made"].base_layer.params_dtype = torch.float32
+    layers["asked"].base_layer.params_dtype = torch.bfloat16
+    layers["asked"].base_layer.out_dtype = torch.float32
+    layers["same"].base_layer.out_dtype = None
+    layers["same"].base_layer.params_dtype = torch.bfloat16
+    manager = served(torch.nn.ModuleDict(layers), dict(layers), dtype=torch.bfloat16)
+    assert [layout.name for layout in read_direct_layouts(manager)] == ["proj", "same"]
+
+
+class ImageModel(torch.nn.Module):
+    """A model with a tower, of which vLLM has no map: no ``get_mm_mapping``."""
+
+    supports_multimodal = True
+
+    def __init__(self, tower: torch.nn.Module, language: torch.nn.Module) -> None:
+        super().__init__()
+        self.tower, self.language = torch.nn.ModuleList([tower]), torch.nn.ModuleList([language])
+
+    def get_language_model(self) -> torch.nn.Module:
+        return self.language
+
+
+def test_a_tower_without_a_map_of_its_adapters_is_refused_and_never_direct() -> None:
+    from vllm_vlora.plugin.layers import read_direct_layouts, read_unserved
+
+    layers = {"tower.0": one_slice(), "language.0": one_slice()}
+    manager = served(ImageModel(*layers.values()), layers)
+    assert list(read_unserved(manager)) == ["tower.0"]
+    assert "knows no adapters" in read_unserved(manager)["tower.0"]
+    assert [layout.name for layout in read_direct_layouts(manager)] == ["language.0"]
+    # With a map vLLM has a wrapper for each part.
+    manager.supports_mm = True
+    assert read_unserved(manager) == {}
+
+
+def test_nothing_is_direct_whose_rows_may_be_an_encoders() -> None:
+    from vllm_vlora.plugin.layers import read_direct_layouts, read_unserved
+
+    layers = {"tower.0": one_slice(), "language.0": one_slice()}
+    manager = served(ImageModel(*layers.values()), layers, is_encoder_decoder=True)
+    assert read_direct_layouts(manager) == []
+    assert read_unserved(manager) == {}, "as stock vLLM serves it"
 
 
 def test_a_classification_head_is_never_direct() -> None:
@@ -150,18 +244,11 @@ def test_a_classification_head_is_never_direct() -> None:
 
     name = "MergedColumnParallelLinearWithLoRA"
     layers = {"score": ClassificationHeadWithLoRA, "proj": None}
-    wrapper = object()
     modules = {}
     for module, cls in layers.items():
         layer = make_layer(name, (4,), 0, 1)
-        layer.punica_wrapper = wrapper
         if cls is not None:
             layer.__class__ = cls
         modules[module] = layer
-    manager = SimpleNamespace(
-        modules=modules,
-        packed_modules={},
-        supports_mm=False,
-        punica_wrapper_mapping={"language_model": wrapper},
-    )
+    manager = served(torch.nn.ModuleDict(), modules)
     assert [layout.name for layout in read_direct_layouts(manager)] == ["proj"]

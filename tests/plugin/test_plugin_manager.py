@@ -44,15 +44,33 @@ def test_what_direct_tasks_were_not_made_for_is_refused(
 ) -> None:
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
 
-    def config(specialize: bool = False, sharded: bool = False) -> Any:
+    def config(specialize: bool = False, sharded: bool = False, **parts: Any) -> Any:
         lora = SimpleNamespace(specialize_active_lora=specialize, fully_sharded_loras=sharded)
-        return SimpleNamespace(lora_config=lora)
+        parallel = {
+            "use_ubatching": False,
+            "prefill_context_parallel_size": 1,
+            "use_sequence_parallel_moe": False,
+        }
+        cache = SimpleNamespace(kv_sharing_fast_prefill=parts.pop("fast_prefill", False))
+        return SimpleNamespace(
+            lora_config=lora,
+            cache_config=cache,
+            parallel_config=SimpleNamespace(**parallel | parts),
+        )
 
     managing._refuse_direct_config(config())
     with pytest.raises(ModelMismatchError, match=r"--specialize-active-lora, which .*=materialize"):
         managing._refuse_direct_config(config(specialize=True))
     with pytest.raises(ModelMismatchError, match=r"--fully-sharded-loras, whose .*=materialize"):
         managing._refuse_direct_config(config(sharded=True))
+    for parts, option in (
+        ({"fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"use_ubatching": True}, "--enable-dbo"),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"use_sequence_parallel_moe": True}, "--enable-expert-parallel with tensor and data"),
+    ):
+        with pytest.raises(ModelMismatchError, match=f"{option}.*; leave it out"):
+            managing._refuse_direct_config(config(**parts))
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(ModelMismatchError, match=r"VLLM_BATCH_INVARIANT.*=materialize"):
         managing._refuse_direct_config(config())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plugin_world import CPU
@@ -99,6 +100,28 @@ def test_a_task_that_is_there_is_not_written_again() -> None:
     assert slots.activate(1, other), "the id came with another task"
     assert slots.version == version + 1
     assert held(slots)[1] == (before[1][0], id(other))
+
+
+def test_the_device_is_told_nothing_of_a_task_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an engine sleeps its memory is away: writing to it would be the engine's end."""
+    slots = bare_slots(3)
+    for adapter in (1, 2):
+        slots.activate(adapter, new_task())
+    table = slots._path.table
+    left, kept = slots._slots[1], slots._slots[2]
+    with monkeypatch.context() as asleep:
+        asleep.setattr(table, "records", None)
+        slots.remove(1)
+    assert table.tasks[left] is None
+    # A warm-up, which runs every slot, finds nothing of it.
+    slots.spread(3)
+    assert table.tasks[left] is slots._path.empty
+    assert table.tasks[kept] is not slots._path.empty
+    task = new_task()
+    slots.remove(2)
+    slots.activate(3, task)
+    slots.spread(3)
+    assert any(held is task for held in table.tasks), "its slot had been another's"
 
 
 def test_tokens_are_routed_by_their_adapters_id() -> None:

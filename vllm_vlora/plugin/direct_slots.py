@@ -22,6 +22,8 @@ class DirectSlots:
         self._path = path
         self._slots: OrderedDict[int, int] = OrderedDict()
         self._free = list(range(path.table.slots))[::-1]
+        # Free ones in which the record of a task was left.
+        self._left: set[int] = set()
         self.version = 0
 
     def __contains__(self, adapter: int) -> bool:
@@ -40,16 +42,18 @@ class DirectSlots:
             self._free.append(oldest)
         slot = self._free.pop()
         table.set(slot, task)
+        self._left.discard(slot)
         self._slots[adapter] = slot
         self.version += 1
         return True
 
     def remove(self, adapter: int) -> None:
-        """Give an adapter's slot back, if it has one; the table then holds nothing of its task."""
+        """Give an adapter's slot back, if it has one. The device is told nothing: it may be asleep."""
         slot = self._slots.pop(adapter, None)
         if slot is not None:
             self._free.append(slot)
-            self._path.table.set(slot, self._path.empty)
+            self._left.add(slot)
+            self._path.table.release(slot)
             self.version += 1
 
     def route(self, token_adapters: np.ndarray) -> np.ndarray:
@@ -66,5 +70,11 @@ class DirectSlots:
         return token_slots != none
 
     def spread(self, tokens: int) -> None:
-        """Route so many tokens over all slots in turn, whatever these hold: a warm-up's worst case."""
+        """Route so many tokens over all slots in turn: a warm-up's worst case.
+
+        Records that were left in free slots go first: memory that they name may hold other things by now.
+        """
+        for slot in self._left:
+            self._path.table.set(slot, self._path.empty)
+        self._left.clear()
         self._path.routing.update(np.arange(tokens) % self._path.table.slots)

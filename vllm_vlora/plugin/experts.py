@@ -66,6 +66,11 @@ def expert_obstacle(layer: Any, names: list[str]) -> str | None:
             "--enable-expert-parallel or without tensor parallel"
         )
     parallel = config.moe_parallel_config
+    if parallel.dp_size > 1:
+        return (
+            "data-parallel ranks send each other tokens with the numbers of their own slots, in which "
+            "others have other adapters; start vLLM without --data-parallel-size"
+        )
     if parallel.use_ep and layer.global_num_experts % parallel.ep_size:
         return (
             f"{layer.global_num_experts} experts do not divide among {parallel.ep_size} expert-parallel "

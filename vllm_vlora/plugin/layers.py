@@ -15,6 +15,7 @@ from vllm.distributed import get_pp_group
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY
 from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.model_executor.models.interfaces import supports_multimodal
 
 from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.errors import ModelMismatchError
@@ -123,16 +124,29 @@ def read_direct_layouts(manager: Any) -> list[LayerLayout]:
     """The linear layers that may run direct: those of the language model, by vLLM's own classes.
 
     A classification head is one of them by its class, and is none: its rows are requests, not tokens.
-    A module that vLLM cuts into several slices is one here: its columns of y lie side by side.
+    Nor is a router of experts that computes in float32. An encoder's rows, and those of attention to
+    them, are not the batch's tokens. A module that vLLM cuts into several slices is one here: its columns
+    of y lie side by side.
     """
-    wrapper = _language_wrapper(manager)
+    model = manager._vllm_config.model_config
+    if model.is_encoder_decoder:
+        return []
+    wrapper, unserved = _language_wrapper(manager), read_unserved(manager)
     return [
         LayerLayout(name, _joined(_linear_layouts(manager.packed_modules.get(name, [name]), layer)))
         for name, layer in manager.modules.items()
         if isinstance(layer, BaseLinearLayerWithLoRA)
         and layer.punica_wrapper is wrapper
         and not is_full_head(layer)
+        and name not in unserved
+        and _dtype_of_output(layer, model.dtype) == model.dtype
     ]
+
+
+def _dtype_of_output(layer: Any, usual: torch.dtype) -> torch.dtype:
+    """A layer's own dtype, where it is made with one other than the model's (vLLM's ``GateLinear``)."""
+    base = layer.base_layer
+    return getattr(base, "out_dtype", None) or getattr(base, "params_dtype", None) or usual
 
 
 def is_full_head(layer: Any) -> bool:
@@ -162,21 +176,53 @@ def read_elsewhere(manager: Any) -> dict[str, bool]:
     return {name: form for name, form in merged.items() if name not in mine}
 
 
-def read_absorbed(manager: Any) -> set[str]:
-    """Modules of which no adapter would tell: attention reads their weights at the start, not later.
+def read_unserved(manager: Any) -> dict[str, str]:
+    """Modules of which an adapter has no effect, or another one's -> why, and the way out.
 
-    Multi-head latent attention multiplies kv_b_proj into its queries and outputs.
+    Stock vLLM gives them LoRA layers like any others and says nothing.
     """
-    held = [
-        module.kv_b_proj
-        for module in manager.model.modules()
-        if hasattr(module, "impl") and hasattr(module, "kv_b_proj")
-    ]
-    return {
-        name
-        for name, layer in manager.modules.items()
-        if any(layer is other or getattr(layer, "base_layer", None) is other for other in held)
-    }
+    reasons: dict[int, str] = {}
+    for module in manager.model.modules():
+        if hasattr(module, "impl") and hasattr(module, "kv_b_proj"):
+            reasons[id(module.kv_b_proj)] = _ABSORBED
+        if type(module).__name__ == "MambaMixer":
+            reasons |= {id(getattr(module, name)): _IN_PIECES for name in ("x_proj", "dt_proj")}
+    towers = _towers_without_map(manager)
+    found = {}
+    for name, layer in manager.modules.items():
+        # Other names of a layer lead to vLLM's wrapper of it or to the layer itself.
+        known = (reasons.get(id(seen)) for seen in (layer, getattr(layer, "base_layer", None)))
+        why = next(filter(None, known), None) or (_TOWER if name in towers else None)
+        if why is not None:
+            found[name] = why
+    return found
+
+
+# Multi-head latent attention multiplies kv_b_proj into its queries and outputs.
+_ABSORBED = (
+    "vLLM multiplies into latent attention (MLA) once, so that no adapter of it has an effect; start "
+    "vLLM with VLLM_MLA_DISABLE=1, or leave"
+)
+_IN_PIECES = (
+    "vLLM runs on prompts and on answers of a batch apart, each time with the adapters of the batch's "
+    "first tokens; leave"
+)
+_TOWER = "lies outside of the language model, where vLLM knows no adapters in this model; leave"
+
+
+def _towers_without_map(manager: Any) -> set[str]:
+    """Modules outside of the language model where vLLM does not know that they are.
+
+    It has one punica wrapper for all of such a model, whose rows are the language model's.
+    """
+    model = manager.model
+    if manager.supports_mm or not bool(supports_multimodal(model)):
+        return set()
+    if manager._vllm_config.model_config.is_encoder_decoder:
+        return set()  # Its encoder is part of what vLLM calls its language model.
+    language: Any = model.get_language_model()
+    inside = {id(module) for module in language.modules()}
+    return {name for name, layer in manager.modules.items() if id(layer) not in inside}
 
 
 def _language_wrapper(manager: Any) -> Any:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -49,10 +49,10 @@ from vllm_vlora.plugin.layers import (
     is_embedding,
     is_full_head,
     is_logits,
-    read_absorbed,
     read_direct_layouts,
     read_elsewhere,
     read_layouts,
+    read_unserved,
     slot_nbytes,
 )
 from vllm_vlora.plugin.polling import Poller, polled
@@ -87,6 +87,13 @@ class Setup:
     def direct(self) -> bool:
         """Whether tasks may run direct: it takes the bases' places before the engine starts."""
         return self.checkpoint is not None and self.settings.direct
+
+
+class _WarmUp(NamedTuple):
+    """See ``TaskLoRAManager.warm_up``."""
+
+    in_graph: Kinds
+    empty: bool
 
 
 class TaskLoRAModel(LoRAModel):
@@ -142,7 +149,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         # Read by the layers; see ``layer_calls.Batch``.
         self.in_batch, self.in_graph = Kinds(stock=True, direct=False), EVERYTHING
         # What the graph of a warm-up batch must serve, while one is set up; None for other batches.
-        self._warm_up: Kinds | None = None
+        self._warm_up: _WarmUp | None = None
         # Whether batches of direct tasks alone have graphs of their own; see ``graph_cases``.
         self.direct_apart = False
 
@@ -495,9 +502,13 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         return task is not None and task.direct is not None
 
     @contextmanager
-    def warm_up(self, in_graph: Kinds) -> Iterator[None]:
-        """Take a mapping that is set now as a warm-up batch's, whose graph serves such batches."""
-        self._warm_up = in_graph
+    def warm_up(self, in_graph: Kinds, empty: bool) -> Iterator[None]:
+        """Take a mapping that is set now as a warm-up batch's, whose graph serves such batches.
+
+        Args:
+            empty: punica sees no adapter in it, so that none of its launches is captured.
+        """
+        self._warm_up = _WarmUp(in_graph, empty)
         try:
             yield
         finally:
@@ -524,7 +535,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
             mapping = _without_direct(mapping, tokens, direct, slots)
             super()._set_adapter_mapping(mapping)
             return
-        if self._warm_up is not None and not self._warm_up.stock:
+        if self._warm_up is not None and self._warm_up.empty:
             mapping = _of_the_base_model(mapping)
         tokens = np.asarray(mapping.index_mapping, dtype=np.int64)
         direct = slots.route(tokens)
@@ -534,7 +545,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         super()._set_adapter_mapping(seen or _of_the_base_model(mapping))
         self.in_batch, self.in_graph = Kinds(stock, bool(direct.any())), EVERYTHING
         if self._warm_up is not None:
-            self._set_warm_up(self._warm_up, len(tokens))
+            self._set_warm_up(self._warm_up.in_graph, len(tokens))
 
     def _set_warm_up(self, in_graph: Kinds, tokens: int) -> None:
         """Run everything and in every slot: memory is measured then, and kernels are compiled.
@@ -627,12 +638,12 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         writer.check(checkpoint, task_ids, self._engine_name)
         for task_id in task_ids:
             _check_extra(checkpoint, task_id, self)
-            _check_absorbed(checkpoint, task_id, self._absorbed, self._engine_name)
+            _check_unserved(checkpoint, task_id, self._unserved, self._engine_name)
 
     @functools.cached_property
-    def _absorbed(self) -> set[str]:
+    def _unserved(self) -> dict[str, str]:
         """A look at every module of the model, which stays as it is."""
-        return read_absorbed(self)
+        return read_unserved(self)
 
 
 def _key(request: LoRARequest) -> tuple[int, str]:
@@ -828,17 +839,20 @@ def _check_extra(checkpoint: Checkpoint, task_id: str, manager: TaskLoRAManager)
             )
 
 
-def _check_absorbed(
-    checkpoint: Checkpoint, task_id: str, absorbed: set[str], engine_name: Callable[[str], str]
+def _check_unserved(
+    checkpoint: Checkpoint,
+    task_id: str,
+    unserved: dict[str, str],
+    engine_name: Callable[[str], str],
 ) -> None:
-    """Refuse an update of weights that are read once: stock vLLM leaves it out without a word."""
-    for segment in checkpoint.record(task_id).segments:
+    """Refuse an update that would have no effect, or another one's: stock vLLM says no word of it."""
+    for segment in checkpoint.record(task_id).segments if unserved else ():
         module = checkpoint.modules[segment.module].name
-        if absorbed and engine_name(module) in absorbed:
+        why = unserved.get(engine_name(module))
+        if why is not None:
             raise ModelMismatchError(
-                f"{checkpoint.path}: task {task_id!r} adapts {module}, which vLLM multiplies into "
-                "latent attention (MLA) once, so that no adapter of it has an effect; start vLLM with "
-                "VLLM_MLA_DISABLE=1, or leave the task out of the served checkpoint"
+                f"{checkpoint.path}: task {task_id!r} adapts {module}, which {why} the task out of the "
+                "served checkpoint"
             )
 
 
@@ -860,11 +874,28 @@ def _refuse_direct_config(vllm_config: Any) -> None:
             "vllm-vlora does not run tasks direct with --specialize-active-lora, which captures graphs "
             f"by the number of adapters in a batch and counts direct tasks with them; {otherwise}"
         )
+    in_parts = next((option for option, on in _options_of_parts(vllm_config).items() if on), None)
+    if in_parts is not None:
+        raise ModelMismatchError(
+            f"vllm-vlora does not run tasks direct with {in_parts}, under which layers see a part of a "
+            "batch's tokens and adapters are known by all of them, also in vLLM's own LoRA; leave it out"
+        )
     if envs.VLLM_BATCH_INVARIANT:
         # How the kernels cut a sum depends on the batch.
         raise ModelMismatchError(
             f"vllm-vlora does not run tasks direct with VLLM_BATCH_INVARIANT; {otherwise}"
         )
+
+
+def _options_of_parts(vllm_config: Any) -> dict[str, bool]:
+    """Options under which layers do not see all of a batch's tokens -> whether they are on."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    return {
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        "--enable-dbo or --ubatch-size": parallel.use_ubatching,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--enable-expert-parallel with tensor and data parallel": parallel.use_sequence_parallel_moe,
+    }
 
 
 def _warn_of_base_model(checkpoint: Checkpoint, manager: TaskLoRAManager) -> None:

@@ -687,8 +687,25 @@ def _held() -> Iterator[Seam]:
     yield Seam("vllm.v1.worker.worker_base", "WorkerBase.model_runner", "our manager, in a worker")
     for name in ("max_loras", "max_lora_rank", "fully_sharded_loras", "specialize_active_lora"):
         yield Seam("vllm.config", f"LoRAConfig.{name}", "slots, ranks, what is refused")
-    for name in ("additional_config", "compilation_config", "lora_config", "model_config"):
+    for name in (
+        "additional_config",
+        "cache_config",
+        "compilation_config",
+        "lora_config",
+        "model_config",
+        "parallel_config",
+    ):
         yield Seam("vllm.config", f"VllmConfig.{name}", "what the engine was started with")
+    why = "which layers see all of a batch's tokens"
+    for name in ("prefill_context_parallel_size", "use_sequence_parallel_moe", "use_ubatching"):
+        yield Seam("vllm.config", f"ParallelConfig.{name}", why, direct=True)
+    yield Seam("vllm.config", "CacheConfig.kv_sharing_fast_prefill", why, direct=True)
+    yield Seam("vllm.config", "ModelConfig.is_encoder_decoder", why)
+    for name in ("supports_multimodal", "SupportsMultiModal.get_language_model"):
+        yield Seam("vllm.model_executor.models.interfaces", name, why)
+    mixer = "vllm.model_executor.layers.mamba.mamba_mixer"
+    for name in ("x_proj", "dt_proj"):
+        yield Seam(mixer, f"MambaMixer.{name}", why, optional=True)
     yield Seam("vllm.config", "ModelConfig.dtype", "dtype of the bases on the device")
     yield Seam(
         "vllm.config", "ModelConfig.served_model_name", "names the model in metrics and weights"
