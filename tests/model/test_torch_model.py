@@ -512,6 +512,44 @@ def test_gradients_reach_the_weights_of_a_blend_and_the_inputs(either: SharedSub
     close(x.grad, y.grad, 1e-4)
 
 
+@pytest.mark.parametrize("move", ["double", "bfloat16", "refresh"])
+def test_a_blend_survives_moving_the_model(either: SharedSubspace, move: str) -> None:
+    base = TinyModel()
+    model = VLoRAModel(base, either)
+    weights = torch.tensor([[0.7, 0.3], [0.0, -1.0], [0.5, 0.5]], requires_grad=True)
+    model.set_blend(weights, TASKS[:2])
+    parts = [deltas_of(either.reconstruct(task)) for task in TASKS[:2]]
+    getattr(model, move)()
+    assert model.is_running
+    assert "mixed" in repr(model)
+    y = model(X.to(base.layers[0].q_proj.weight.dtype))  # type: ignore[union-attr]
+    for row in range(3):
+        w = weights[row].detach().double()
+        blended = {name: w[0] * parts[0][name] + w[1] * parts[1][name] for name in SHAPES}
+        wanted = expected(base, blended, X)[row]
+        close(y[row], wanted, 0.05 if move == "bfloat16" else 1e-4)
+    y.sum().backward()
+    assert weights.grad is not None
+    model.clear_task()
+    assert not model.is_running
+
+
+def test_a_with_restores_where_the_model_is_now(either: SharedSubspace) -> None:
+    model = VLoRAModel(TinyModel(), either)
+    for call in (
+        lambda: model.set_task("task_1"),
+        lambda: model.set_tasks(["task_1"]),
+        lambda: model.set_blend(torch.ones(1, 1), ["task_1"]),
+    ):
+        model.float()
+        call()
+        with model.task("task_2"):
+            model.double()
+        after = model(X.double())
+        call()
+        assert torch.equal(model(X.double()), after)
+
+
 def test_bad_weights_are_refused(joint: SharedSubspace) -> None:
     model = VLoRAModel(TinyModel(), joint)
     for weights in (torch.ones(4), torch.ones(2, 3), torch.ones(0, 4)):

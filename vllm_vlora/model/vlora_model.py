@@ -22,8 +22,18 @@ from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.shared import SharedSubspace
 from vllm_vlora.wording import count_of
 
-_Active = str | tuple[str | None, ...] | None
 _NO_HEADS: Heads = {}
+
+
+@dataclass(frozen=True, eq=False)
+class _Blend:
+    """What ``set_blend`` was given."""
+
+    weights: torch.Tensor
+    task_ids: list[str]
+
+
+_Active = str | tuple[str | None, ...] | _Blend | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,7 @@ class VLoRAModel(nn.Module):
         self._plans: OrderedDict[str, _Plan] = OrderedDict()
         self._bases: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._active: _Active = None
+        self._moves = 0
         self._merged: str | None = None
         self._originals: list[tuple[nn.Parameter, torch.Tensor]] = []
 
@@ -209,7 +220,7 @@ class VLoRAModel(nn.Module):
                 f"task {own_heads[0]!r} has a head of its own, which cannot be blended; use set_task or "
                 "set_tasks"
             )
-        self._activate(self._mixed(plans, weights), None)
+        self._activate(self._mixed(plans, weights), _Blend(weights, names))
 
     def _mixed(self, plans: Sequence[_Plan], weights: torch.Tensor) -> list[Update | None]:
         mixed: list[Update | None] = []
@@ -249,7 +260,7 @@ class VLoRAModel(nn.Module):
             >>> model.active_task is None
             True
         """
-        before = self._state()
+        before, moves = self._state(), self._moves
         if task_id is None:
             self.clear_task()
         elif isinstance(task_id, str):
@@ -260,6 +271,8 @@ class VLoRAModel(nn.Module):
             yield self
         finally:
             self._activate(*before)
+            if self._moves != moves:
+                self.refresh()
 
     @property
     def active_task(self) -> str | None:
@@ -287,7 +300,7 @@ class VLoRAModel(nn.Module):
         return sorted(self._source.task_ids())
 
     def refresh(self) -> None:
-        """Forget what was prepared, and prepare the active task anew.
+        """Forget what was prepared, and prepare the active task, tasks or blend anew.
 
         Needed after a tensor of the subspace was changed in place, or the base model was moved other
         than through this object. A task or basis that was replaced is noticed when it is set.
@@ -297,13 +310,20 @@ class VLoRAModel(nn.Module):
         """
         self._refuse_merged("refresh")
         active = self._active
-        self._forget()
+        self._moved()
         if isinstance(active, str):
             self.set_task(active)
         elif isinstance(active, tuple):
             self.set_tasks(active)
+        elif isinstance(active, _Blend):
+            self.set_blend(active.weights, active.task_ids)
         else:
             self.clear_task()
+
+    def _moved(self) -> None:
+        """What was prepared, also what a ``with`` is going to restore, lies where the layers are not."""
+        self._moves += 1
+        self._forget()
 
     def _forget(self) -> None:
         self._plans.clear()
@@ -436,7 +456,8 @@ class VLoRAModel(nn.Module):
         return self
 
     def __repr__(self) -> str:
-        active = "mixed" if isinstance(self._active, tuple) else self._active or "none"
+        mixed = isinstance(self._active, tuple | _Blend)
+        active = "mixed" if mixed else self._active or "none"
         merged = " merged" if self.is_merged else ""
         return (
             f"VLoRAModel(tasks={len(self._source.task_ids())}, active={active!r}{merged}, "
@@ -450,7 +471,7 @@ class VLoRAModel(nn.Module):
         super()._apply(fn, recurse)
         self._heads.move(fn)
         if self.is_merged:
-            self._forget()
+            self._moved()
         else:
             self.refresh()
         return self
