@@ -647,6 +647,34 @@ def test_merging_and_unmerging_is_exact(either: SharedSubspace, dtype: torch.dty
         model.merge()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_merge_that_fails_half_way_changes_nothing(
+    either: SharedSubspace, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    base = TinyModel()
+    original = {name: p.clone() for name, p in base.named_parameters()}
+    model = VLoRAModel(base, either)
+    model.set_task("task_1")
+    wanted, calls, delta = model(X), [], LowRankUpdate.delta
+
+    def second_fails(update: LowRankUpdate) -> torch.Tensor:
+        calls.append(update)
+        if len(calls) == 2:
+            raise error
+        return delta(update)
+
+    monkeypatch.setattr(LowRankUpdate, "delta", second_fails)
+    with pytest.raises(error):
+        model.merge("task_0")
+    assert all(torch.equal(p, original[name]) for name, p in base.named_parameters())
+    assert not model.is_merged
+    assert model.active_task == "task_1"
+    assert torch.equal(model(X), wanted)
+    model.merge("task_0")
+    model.unmerge()
+    assert all(torch.equal(p, original[name]) for name, p in base.named_parameters())
+
+
 def test_a_tied_weight_is_not_merged() -> None:
     base = TinyModel()
     base.head = nn.Linear(12, 8)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import ModelMismatchError, ModelStateError, OptionError, VLoRAError
+from vllm_vlora.errors import ModelMismatchError, ModelStateError, OptionError
 from vllm_vlora.model.attaching import AdaptedLayer, Update, find_layers, place
 from vllm_vlora.model.heads import Heads, HeadSwitch
 from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, check_scaling, open_source
@@ -363,7 +363,8 @@ class VLoRAModel(nn.Module):
     def merge(self, task_id: str | None = None) -> None:
         """Add a task to the base model's weights, so that it runs without hooks.
 
-        The original weights are kept beside, and ``unmerge`` puts these very bits back.
+        The original weights are kept beside, and ``unmerge`` puts these very bits back, as does a merge
+        that fails half-way.
 
         Args:
             task_id: the task; the active one when None.
@@ -388,16 +389,16 @@ class VLoRAModel(nn.Module):
         heads = self._plan(task_id).heads
         updates = self._source.updates(task_id)
         changed = [layer for layer in self._layers if layer.name in updates]
-        with self._kept_if_refused():
+        with self._kept_if_it_fails():
             # With its own head a layer may share its weight no longer, and without another's again.
             self._activate([None] * len(self._layers), None, (heads,), private=True)
             self._check_mergeable(changed)
-        for layer in changed:
-            weight = layer.module.weight
-            assert isinstance(weight, nn.Parameter)
-            self._originals.append((weight, weight.detach().clone()))
-            # Not the factors that run, which have the layer's dtype.
-            _add_to_weight(layer, weight, self.scaling * updates[layer.name].delta())
+            for layer in changed:
+                weight = layer.module.weight
+                assert isinstance(weight, nn.Parameter)
+                self._originals.append((weight, weight.detach().clone()))
+                # Not the factors that run, which have the layer's dtype.
+                _add_to_weight(layer, weight, self.scaling * updates[layer.name].delta())
         self._active = self._merged = task_id
 
     def unmerge(self) -> None:
@@ -408,12 +409,15 @@ class VLoRAModel(nn.Module):
         """
         if self._merged is None:
             raise ModelStateError("the model is not merged, so there is nothing to unmerge")
+        self._restore_weights()
+        self._merged = None
+        self.clear_task()
+
+    def _restore_weights(self) -> None:
         with torch.no_grad():
             for weight, original in self._originals:
                 weight.copy_(original)
         self._originals.clear()
-        self._merged = None
-        self.clear_task()
 
     @property
     def is_merged(self) -> bool:
@@ -494,11 +498,13 @@ class VLoRAModel(nn.Module):
         return [layer.update for layer in self._layers], self._active, self._heads.shown
 
     @contextmanager
-    def _kept_if_refused(self) -> Iterator[None]:
+    def _kept_if_it_fails(self) -> Iterator[None]:
         before = self._state()
         try:
             yield
-        except VLoRAError:
+        except BaseException:
+            # Also where a device has no room for a layer's delta_W, or the user gave up.
+            self._restore_weights()
             self._activate(*before)
             raise
 
