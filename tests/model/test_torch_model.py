@@ -19,6 +19,7 @@ from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import (
     ModelMismatchError,
+    ModelStateError,
     OptionError,
     TaskNotFoundError,
     VLoRAError,
@@ -380,6 +381,25 @@ def test_a_with_restores_what_was_active(either: SharedSubspace) -> None:
     assert torch.equal(model(X), wanted)
 
 
+def test_a_merge_inside_a_with_stays_alone(either: SharedSubspace) -> None:
+    base = TinyModel()
+    model = VLoRAModel(base, either)
+    model.set_task("task_0")
+    with model.task("task_1"):
+        model.merge()
+    assert model.active_task == "task_1"
+    wanted = expected(TinyModel(), deltas_of(either.reconstruct("task_1")), X)
+    close(model(X), wanted)
+    model.unmerge()
+    close(model(X), expected(base, {}, X))
+    model.set_task("task_0")
+    with model.task("task_1"):
+        model.merge()
+        model.unmerge()
+    assert model.active_task == "task_0"
+    close(model(X), expected(base, deltas_of(either.reconstruct("task_0")), X))
+
+
 def test_an_input_may_be_given_by_its_name(joint: SharedSubspace) -> None:
     base = TinyModel()
     model = VLoRAModel(base, joint)
@@ -693,6 +713,26 @@ def test_unloading_leaves_the_base_as_it_was(either: SharedSubspace) -> None:
     assert model.unload() is base
     assert torch.equal(base(X), wanted)
     assert not base.layers[0].q_proj._forward_hooks  # type: ignore[union-attr]
+
+
+def test_an_unloaded_model_runs_nothing_and_says_so(either: SharedSubspace) -> None:
+    base = TinyModel()
+    wanted = base(X)
+    model = VLoRAModel(base, either)
+    model.set_task("task_0")
+    with model.task("task_1"):
+        model.unload()
+    assert model.active_task is None
+    for call in (
+        lambda: model.set_task("task_0"),
+        lambda: model.set_tasks(["task_0"]),
+        lambda: model.set_blend(torch.ones(1, 4)),
+    ):
+        with pytest.raises(ModelStateError, match="unload"):
+            call()
+    model.float()
+    assert torch.equal(model(X), wanted)
+    assert model.unload() is base
 
 
 # --- the base model -------------------------------------------------------------------------------

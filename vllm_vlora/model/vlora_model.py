@@ -138,7 +138,7 @@ class VLoRAModel(nn.Module):
         Raises:
             TaskNotFoundError: there is no such task.
             ModelMismatchError: it brings a head that the model has no place for.
-            ModelStateError: a task is merged.
+            ModelStateError: a task is merged, or the model was unloaded.
 
         Examples:
             >>> model = VLoRAModel(base_model, subspace)
@@ -250,6 +250,8 @@ class VLoRAModel(nn.Module):
     def task(self, task_id: str | Sequence[str | None] | None) -> Iterator[VLoRAModel]:
         """Make a task, one task a row, or (None) the base model active inside a ``with``.
 
+        What was active before is restored, unless a task is merged or the model unloaded by then.
+
         Raises:
             TaskNotFoundError, OptionError, ModelStateError: as ``set_task`` and ``set_tasks``.
 
@@ -270,9 +272,10 @@ class VLoRAModel(nn.Module):
         try:
             yield self
         finally:
-            self._activate(*before)
-            if self._moves != moves:
-                self.refresh()
+            if not (self.is_merged or self._is_unloaded):
+                self._activate(*before)
+                if self._moves != moves:
+                    self.refresh()
 
     @property
     def active_task(self) -> str | None:
@@ -332,6 +335,8 @@ class VLoRAModel(nn.Module):
     def unload(self) -> nn.Module:
         """Take the hooks off, undo a merge, and return the base model as it was.
 
+        No task can be set afterwards.
+
         Examples:
             >>> VLoRAModel(base_model, subspace).unload() is base_model
             True
@@ -343,6 +348,10 @@ class VLoRAModel(nn.Module):
             hook.remove()
         self._hooks.clear()
         return self.base_model
+
+    @property
+    def _is_unloaded(self) -> bool:
+        return bool(self._layers) and not self._hooks
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -510,6 +519,10 @@ class VLoRAModel(nn.Module):
 
     def _plan(self, task_id: str) -> _Plan:
         """A task with its updates where the layers are; kept for the next time."""
+        if self._is_unloaded:
+            raise ModelStateError(
+                "the model was unloaded, so that no task reaches it; wrap it in a VLoRAModel again"
+            )
         self._source.check(task_id)
         state = self._source.state(task_id)
         known = self._plans.get(task_id)
