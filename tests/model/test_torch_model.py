@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from synthetic import run
 from tiny_adapters import SHAPES, TinyModel, save_tiny_adapters, tiny_adapters, tiny_weights
 from tiny_llama import write_tiny_llama
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from vllm_vlora.adapters.peft_folder import open_adapter
 from vllm_vlora.checkpoint.export import export_task
@@ -838,6 +840,112 @@ def test_real_4_and_8_bit_layers(joint: SharedSubspace) -> None:
             model.merge()
 
 
+class Fp8Linear(nn.Linear):
+    """As transformers' FP8Linear with one scale: a Parameter of codes, and what they are times."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.scale = nn.Parameter(linear.weight.detach().abs().max() / 448)
+        codes = (linear.weight.detach() / self.scale).to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+class BufferLinear(nn.Module):
+    """As the layers of BitNet, GPTQ and AWQ: codes and scales in buffers, and no parameter."""
+
+    def __init__(self, linear: nn.Linear, name: str = "weight") -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("scales", scale.half())
+        self.register_buffer(name, (linear.weight.detach() / scale).round().to(torch.int8))
+        self._codes = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (getattr(self, self._codes).to(x.dtype) * self.scales).T
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (Fp8Linear, "fp8"),
+        (BufferLinear, "other"),
+        (lambda linear: BufferLinear(linear, "qweight"), "other"),
+    ],
+    ids=["fp8", "weight in a buffer", "no weight"],
+)
+def test_whatever_is_not_plain_is_quantised(
+    joint: SharedSubspace, make: Callable[[nn.Linear], nn.Module], method: str
+) -> None:
+    base = TinyModel()
+    for name in ("q_proj", "v_proj"):
+        setattr(base.layers[0], name, make(getattr(base.layers[0], name)))
+    kept = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    bare = base(X)
+    model = VLoRAModel(base, joint)
+    assert model.qlora_info == {
+        "quantized": True,
+        "method": method,
+        "num_quantized_layers": 2,
+        "num_target_layers": 2,
+    }
+    deltas = deltas_of(joint.reconstruct("task_1"))
+    added = torch.cat([X.double() @ deltas[name].T for name in SHAPES], dim=-1)
+    model.set_task("task_1")
+    close(model(X) - bare, added)
+    model.set_tasks(["task_1", None, "task_1"])
+    close((model(X) - bare)[[0, 2]], added[[0, 2]])
+    with pytest.raises(ModelStateError, match="quantised"):
+        model.merge("task_1")
+    assert all(torch.equal(t, kept[name]) for name, t in base.state_dict().items())
+
+
+def test_a_weight_that_wraps_others_is_not_merged(joint: SharedSubspace) -> None:
+    # torchao's and quanto's weights call themselves what they dequantise to.
+    base = TinyModel()
+    linear = base.get_submodule("layers.0.q_proj")
+    whole = linear.weight.detach()
+    linear.weight = nn.Parameter(TwoTensor(whole, whole.clone()))
+    model = VLoRAModel(base, joint)
+    assert model.qlora_info["num_quantized_layers"] == 1
+    with pytest.raises(ModelStateError, match="quantised"):
+        model.merge("task_1")
+
+
+@pytest.mark.parametrize(("kind", "method"), [("Embedding8bit", "int8"), ("Embedding4bit", "fp4")])
+def test_a_quantised_embedding_is_adapted_and_not_merged(kind: str, method: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    adapters = tiny_adapters(2, shapes={"embed": (20, 64)})
+    for weights in adapters:
+        weights.kinds = {"embed": "embedding"}
+    joint = SharedSubspace.from_adapters(adapters, num_components=4, representation="joint")
+    base = nn.ModuleDict({"embed": getattr(bnb.nn, kind)(20, 64)})
+    base["embed"].load_state_dict(nn.Embedding(20, 64).state_dict())
+    base.to("cpu")
+    ids = torch.tensor([[3, 19], [0, 7]])
+    embed = base["embed"]
+    bare = embed(ids)
+    model = VLoRAModel(base, joint)
+    assert model.qlora_info["method"] == method
+    model.set_task("task_1")
+    close(embed(ids) - bare, deltas_of(adapters[1])["embed"].T[ids], 1e-3)
+    with pytest.raises(ModelStateError, match="quantised"):
+        model.merge()
+
+
+def test_a_layer_without_tensors_is_named(joint: SharedSubspace) -> None:
+    class Hidden(nn.Module):
+        in_features, out_features = 12, 8
+
+    base = TinyModel()
+    base.layers[0].q_proj = Hidden()  # type: ignore[union-attr]
+    with pytest.raises(ModelMismatchError, match=r"layers\.0\.q_proj is a Hidden"):
+        VLoRAModel(base, joint).set_task("task_0")
+
+
 # --- heads ----------------------------------------------------------------------------------------
 
 
@@ -896,6 +1004,21 @@ def test_a_task_brings_its_classifier_head(tmp_path: Path) -> None:
         assert small.active_task == "task_2"
         with pytest.raises(ModelMismatchError, match="has none"):
             VLoRAModel(TinyModel(), source).set_task("task_0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_head_does_not_take_the_place_of_a_quantised_one(dtype: torch.dtype) -> None:
+    adapters = tiny_adapters(2)
+    adapters[0].extra = {"base_model.model.score.weight": torch.rand(3, 14)}
+    adapters[0].metadata["modules_to_save"] = ["score"]
+    joint = SharedSubspace.from_adapters(adapters, num_components=4, representation="joint")
+    base = TinyModel()
+    base.score = nn.Linear(14, 3, bias=False)
+    base.score.weight = nn.Parameter(torch.ones(3, 14).to(dtype), requires_grad=False)
+    model = VLoRAModel(base, joint)
+    with pytest.raises(ModelMismatchError, match=r"has it quantised, as (float8_e4m3fn|int8);"):
+        model.set_task("task_0")
+    model.set_task("task_1")
 
 
 # --- scale ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_vlora.adapters.module_names import find_name
 from vllm_vlora.errors import ModelMismatchError, OptionError
@@ -15,11 +16,16 @@ from vllm_vlora.model.updates import AdaptedShape
 
 Update = Callable[[torch.Tensor], torch.Tensor]
 
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Dtypes of values; a weight of any other holds codes, which mean nothing without their scales."""
+
 _QUANTIZED_METHODS = {
     "Linear4bit": "nf4",
     "LinearNF4": "nf4",
     "LinearFP4": "fp4",
     "Linear8bitLt": "int8",
+    "Embedding4bit": "nf4",
+    "Embedding8bit": "int8",
 }
 """Class of a quantised layer in bitsandbytes -> how its weight is stored."""
 
@@ -61,26 +67,48 @@ class AdaptedLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer's weight lies."""
-        return next(self.module.parameters()).device
+        """Where the layer's tensors lie."""
+        return self._stored.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layer computes in: its weight's dtype, or that a quantised layer names."""
+        """What the layer computes in: its weight's dtype. Of a quantised layer the ``compute_dtype`` that
+        it names; where it names none and stores codes float32, which loses nothing.
+        """
         named = getattr(self.module, "compute_dtype", None)
-        weight = next(self.module.parameters()).dtype
-        if self.quantized is None and weight.is_floating_point:
-            return weight
-        return named if isinstance(named, torch.dtype) else torch.float32
+        if self.quantized is not None and isinstance(named, torch.dtype):
+            return named
+        stored = self._stored.dtype
+        return stored if stored in FLOATS else torch.float32
 
     @property
     def quantized(self) -> str | None:
-        """ "nf4", "fp4" or "int8" for a layer of bitsandbytes, else None."""
+        """ "nf4", "fp4" or "int8" for a layer of bitsandbytes, "fp8" or "other" for another one that
+        stores no plain weight, else None.
+        """
+        stored = self._stored
         for kind in type(self.module).__mro__:
             if kind.__name__ in _QUANTIZED_METHODS:
-                named = getattr(getattr(self.module, "weight", None), "quant_type", None)
+                named = getattr(stored, "quant_type", None)
                 return named if isinstance(named, str) else _QUANTIZED_METHODS[kind.__name__]
-        return None
+        if stored.dtype in FLOATS:
+            # Those of torchao and quanto have the dtype of what they dequantise to.
+            return "other" if is_traceable_wrapper_subclass(stored) else None
+        return "fp8" if stored.is_floating_point() and stored.itemsize == 1 else "other"
+
+    @property
+    def _stored(self) -> torch.Tensor:
+        """The weight. Where no parameter is called so, as in BitNet, GPTQ and AWQ, codes if there are."""
+        weight = self.module._parameters.get("weight")
+        if weight is not None:
+            return weight
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        if not tensors:
+            raise ModelMismatchError(
+                f"layer {self.name} is a {type(self.module).__name__} without parameters and buffers, so "
+                "that nothing says where it computes; give the plain base model"
+            )
+        return next((tensor for tensor in tensors if tensor.dtype not in FLOATS), tensors[0])
 
     @property
     def transposed(self) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from vllm_vlora.adapters.saved_tensors import SavedTensor, saved_tensors
 from vllm_vlora.errors import ModelMismatchError, OptionError
+from vllm_vlora.model.attaching import FLOATS
 from vllm_vlora.model.row_layers import RowLayer
 
 Heads: TypeAlias = Mapping[str, torch.Tensor]
@@ -56,7 +57,7 @@ class HeadSwitch:
 
         Raises:
             ModelMismatchError: the model has no such tensor, several that may be meant, or one of another
-                shape; or the task has a part only of what belongs together.
+                shape or quantised; or the task has a part only of what belongs together.
         """
         if not tensors:
             return {}
@@ -65,7 +66,7 @@ class HeadSwitch:
         whole: dict[str, torch.Tensor] = {}
         for saved in saved_tensors(tensors, config):
             path, tensor = _match(saved, own), tensors[saved.key]
-            self._check_shape(saved, tensor, path, own[path])
+            self._check_fits(saved, tensor, path, own[path])
             if saved.whole:
                 whole[path] = tensor
                 continue
@@ -145,7 +146,7 @@ class HeadSwitch:
 
     # --- what fits --------------------------------------------------------------------------------
 
-    def _check_shape(
+    def _check_fits(
         self, saved: SavedTensor, tensor: torch.Tensor, path: str, own: torch.Tensor
     ) -> None:
         sized = isinstance(self._layer(path), nn.Linear | nn.Embedding)
@@ -154,6 +155,12 @@ class HeadSwitch:
             raise ModelMismatchError(
                 f"the task brings {saved.key} of shape {tuple(tensor.shape)} and the model has "
                 f"{tuple(own.shape)} there; give the base model that it was trained on"
+            )
+        if tensor.is_floating_point() and own.dtype not in FLOATS:
+            # Values that are cast to a dtype of codes are other values.
+            raise ModelMismatchError(
+                f"the task brings {saved.key} and the model has it quantised, as "
+                f"{str(own.dtype).removeprefix('torch.')}; load the base model without quantising it"
             )
 
     def _check_rows(self, found: Heads, own: Mapping[str, torch.Tensor]) -> None:

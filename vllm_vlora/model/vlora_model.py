@@ -56,11 +56,12 @@ class VLoRAModel(nn.Module):
     installed once and read what is active. Gradients flow to the inputs, and to the weights of a blend.
 
     Layers are found by name, also where the model's names have one prefix more or less: ``nn.Linear``,
-    ``nn.Embedding``, GPT-2's ``Conv1D``, the 4- and 8-bit layers of bitsandbytes, and other
-    quantised layers with ``in_features`` and ``out_features``. Attributes that this class lacks, such as
-    ``generate`` and ``config``, are the base model's. Modules that a task brings whole (classifier heads,
-    embeddings, an output layer of more tokens) take the places of the model's while the task is active,
-    as PEFT's do: layers that are tied to them keep the model's weight. Not thread-safe.
+    ``nn.Embedding``, GPT-2's ``Conv1D``, the 4- and 8-bit layers of bitsandbytes, and other quantised
+    layers (FP8, GPTQ, AWQ) with ``in_features`` and ``out_features``. Attributes that this class lacks,
+    such as ``generate`` and ``config``, are the base model's. Modules that a task brings whole
+    (classifier heads, embeddings, an output layer of more tokens) take the places of the model's while
+    the task is active, as PEFT's do: layers that are tied to them keep the model's weight. Not
+    thread-safe.
 
     Args:
         base_model: the model that the adapters were trained on; it keeps its weights.
@@ -69,7 +70,7 @@ class VLoRAModel(nn.Module):
             vlora). Where it is known it is folded in, and a value that would change it is refused.
         lora_alpha: the same as alpha / rank; only one of both.
         compute_dtype: dtype of the updates; None for that of each layer's weight (of a quantised
-            layer, its ``compute_dtype``).
+            layer, the ``compute_dtype`` that it names, else float32).
         cached_tasks: tasks whose factors are kept ready; on a shared basis these are cores only.
 
     Raises:
@@ -438,8 +439,8 @@ class VLoRAModel(nn.Module):
         """What is quantised in the base model.
 
         Returns:
-            ``quantized``; ``method`` ("nf4", "fp4", "int8" or None); ``num_quantized_layers`` and
-            ``num_target_layers``, of the subspace's layers.
+            ``quantized``; ``method``, that of most layers ("nf4", "fp4" or "int8" of bitsandbytes, "fp8",
+            "other" or None); ``num_quantized_layers`` and ``num_target_layers``, of the subspace's.
 
         Examples:
             >>> VLoRAModel(base_model, subspace).qlora_info["num_target_layers"]
@@ -578,8 +579,8 @@ class VLoRAModel(nn.Module):
                 getattr(layer.module, "weight", None), nn.Parameter
             ):
                 raise ModelStateError(
-                    f"layer {layer.name} is quantised, so that nothing can be added to its weight; use "
-                    "set_task"
+                    f"layer {layer.name} is quantised, or has no weight of its own, so that nothing can "
+                    "be added to it; use set_task"
                 )
         users = Counter(
             id(parameter)
