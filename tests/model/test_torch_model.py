@@ -363,6 +363,34 @@ def test_a_task_that_was_absorbed_later_can_be_set(joint: SharedSubspace) -> Non
         )
 
 
+@pytest.mark.parametrize("representation", ["flat", "joint"])
+def test_layers_that_a_subspace_gained_are_not_left_out(representation: str) -> None:
+    q_only = {"layers.0.q_proj": SHAPES["layers.0.q_proj"]}
+    subspace = SharedSubspace.from_adapters(
+        tiny_adapters(3, shapes=q_only), num_components=2, representation=representation
+    )
+    base = TinyModel()
+    model = VLoRAModel(base, subspace)
+    model.set_task("task_0")
+    wanted = model(X)
+    subspace.absorb(tiny_weights(7), "new", num_components=8, missing="zero")
+    for call in (
+        lambda: model.set_task("new"),
+        lambda: model.set_tasks(["new"]),
+        lambda: model.set_blend(torch.ones(1, 1), ["new"]),
+        lambda: model.merge("new"),
+    ):
+        with pytest.raises(
+            ModelStateError, match=r"changes layers\.0\.v_proj, which .* unload\(\)"
+        ):
+            call()
+        assert model.active_task == "task_0"
+        close(model(X), wanted)
+    again = VLoRAModel(model.unload(), subspace)
+    again.set_task("new")
+    close(again(X), expected(base, deltas_of(subspace.reconstruct("new")), X), 1e-4)
+
+
 def test_a_with_restores_what_was_active(either: SharedSubspace) -> None:
     model = VLoRAModel(TinyModel(), either)
     model.set_task("task_1")

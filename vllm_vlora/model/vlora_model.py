@@ -139,7 +139,8 @@ class VLoRAModel(nn.Module):
         Raises:
             TaskNotFoundError: there is no such task.
             ModelMismatchError: it brings a head that the model has no place for.
-            ModelStateError: a task is merged, or the model was unloaded.
+            ModelStateError: a task is merged, the model was unloaded, or the subspace has gained a layer
+                of this task since the model was wrapped.
 
         Examples:
             >>> model = VLoRAModel(base_model, subspace)
@@ -382,7 +383,8 @@ class VLoRAModel(nn.Module):
         Raises:
             OptionError: no task is given and none is active.
             TaskNotFoundError: there is no such task.
-            ModelStateError: a task is merged already, or a layer is quantised.
+            ModelStateError: a task is merged already, a layer is quantised, or the subspace has gained a
+                layer of this task since the model was wrapped.
             ModelMismatchError: a layer shares its weight with another one, which would change too.
 
         Examples:
@@ -397,7 +399,7 @@ class VLoRAModel(nn.Module):
         if task_id is None:
             raise OptionError("no task to merge; give one, or call set_task first")
         heads = self._plan(task_id).heads
-        updates = self._source.updates(task_id)
+        updates = self._updates(task_id)
         changed = [layer for layer in self._layers if layer.name in updates]
         with self._kept_if_it_fails():
             # With its own head a layer may share its weight no longer, and without another's again.
@@ -533,7 +535,7 @@ class VLoRAModel(nn.Module):
         if known is not None:
             # The subspace changed: other tasks, and the bases themselves, may have too.
             self._forget()
-        updates = self._source.updates(task_id)
+        updates = self._updates(task_id)
         plan = _Plan(
             state,
             [self._placed(layer, updates.get(layer.name)) for layer in self._layers],
@@ -543,6 +545,17 @@ class VLoRAModel(nn.Module):
         if len(self._plans) > self._cached_tasks:
             self._plans.popitem(last=False)
         return plan
+
+    def _updates(self, task_id: str) -> dict[str, LowRankUpdate]:
+        """The layers that a task changes, all of them layers that have a hook."""
+        updates = self._source.updates(task_id)
+        gained = updates.keys() - {layer.name for layer in self._layers}
+        if gained:
+            raise ModelStateError(
+                f"task {task_id!r} changes {min(gained)}, which the subspace gained after the model was "
+                "wrapped; call unload() and make a new VLoRAModel"
+            )
+        return updates
 
     def _placed(self, layer: AdaptedLayer, update: LowRankUpdate | None) -> LowRankUpdate | None:
         if update is None:
