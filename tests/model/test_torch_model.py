@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -389,6 +391,24 @@ def test_layers_that_a_subspace_gained_are_not_left_out(representation: str) -> 
     again = VLoRAModel(model.unload(), subspace)
     again.set_task("new")
     close(again(X), expected(base, deltas_of(subspace.reconstruct("new")), X), 1e-4)
+
+
+def test_bases_of_before_are_let_go(joint: SharedSubspace) -> None:
+    model = VLoRAModel(TinyModel(), joint, compute_dtype=torch.float64)
+    model.set_task("task_0")
+    for seed in range(3):
+        bases = [
+            weakref.ref(basis)
+            for layer in model._layers
+            for basis in (layer.update.v, layer.update.u, joint.layers[layer.name].v)  # type: ignore[union-attr]
+        ]
+        joint.absorb(tiny_weights(seed + 9), f"new_{seed}", num_components=4)
+        model.set_task(f"new_{seed}")
+        gc.collect()
+        assert [basis() for basis in bases] == [None] * 6
+    joint.remove_task("new_2")
+    model.set_task("task_0")
+    close(model(X), expected(model.base_model, deltas_of(joint.reconstruct("task_0")), X))  # type: ignore[arg-type]
 
 
 def test_a_with_restores_what_was_active(either: SharedSubspace) -> None:

@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.errors import ModelMismatchError, ModelStateError, OptionError
+from vllm_vlora.errors import (
+    ModelMismatchError,
+    ModelStateError,
+    OptionError,
+    TaskNotFoundError,
+)
 from vllm_vlora.model.attaching import AdaptedLayer, Update, find_layers, place
 from vllm_vlora.model.heads import Heads, HeadSwitch
 from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, check_scaling, open_source
@@ -532,7 +537,7 @@ class VLoRAModel(nn.Module):
         if known is not None and _same_objects(known.state, state):
             self._plans.move_to_end(task_id)
             return known
-        if known is not None:
+        if not all(self._is_current(*item) for item in self._plans.items()):
             # The subspace changed: other tasks, and the bases themselves, may have too.
             self._forget()
         updates = self._updates(task_id)
@@ -545,6 +550,13 @@ class VLoRAModel(nn.Module):
         if len(self._plans) > self._cached_tasks:
             self._plans.popitem(last=False)
         return plan
+
+    def _is_current(self, task_id: str, plan: _Plan) -> bool:
+        try:
+            self._source.check(task_id)
+        except TaskNotFoundError:
+            return False
+        return _same_objects(plan.state, self._source.state(task_id))
 
     def _updates(self, task_id: str) -> dict[str, LowRankUpdate]:
         """The layers that a task changes, all of them layers that have a hook."""
