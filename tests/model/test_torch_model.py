@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 import weakref
@@ -28,6 +29,7 @@ from vllm_vlora.errors import (
     TaskNotFoundError,
     VLoRAError,
 )
+from vllm_vlora.model.training import SubspaceTrainer, orthogonal_init
 from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, updates_of
 from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.representations.decode import decode
@@ -717,6 +719,23 @@ def test_merging_and_unmerging_is_exact(either: SharedSubspace, dtype: torch.dty
         model.merge()
 
 
+def test_merging_zero_changes_no_float64_weight() -> None:
+    joint = SharedSubspace.from_adapters(tiny_adapters(2), representation="joint")
+    orthogonal_init(joint, "zero", scale=0.0)
+    base = TinyModel().double()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1 + 1e-12)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    model = VLoRAModel(base, joint)
+    model.merge("zero")
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+    model.unmerge()
+    model.merge("task_1")
+    for name, delta in deltas_of(joint.reconstruct("task_1")).items():
+        close(base.get_parameter(f"{name}.weight"), before[f"{name}.weight"] + delta, 1e-6)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 def test_a_merge_that_fails_half_way_changes_nothing(
     either: SharedSubspace, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
@@ -992,6 +1011,76 @@ def test_a_layer_without_tensors_is_named(joint: SharedSubspace) -> None:
     base.layers[0].q_proj = Hidden()  # type: ignore[union-attr]
     with pytest.raises(ModelMismatchError, match=r"layers\.0\.q_proj is a Hidden"):
         VLoRAModel(base, joint).set_task("task_0")
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.attn(x, x, x, need_weights=False)[0])  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def attention() -> tuple[Attention, list[LoRAWeights]]:
+    """A model whose out_proj is never called, and adapters of it."""
+    torch.manual_seed(0)
+    adapters = tiny_adapters(3, shapes={"attn.out_proj": (8, 8), "out": (8, 8)})
+    # As PEFT leaves it: no gradient reaches such a layer.
+    adapters[2].lora_b["attn.out_proj"].zero_()
+    return Attention(), adapters
+
+
+def test_a_layer_that_is_not_called_is_merged_and_not_run(
+    attention: tuple[Attention, list[LoRAWeights]],
+) -> None:
+    (base, adapters), x = attention, torch.randn(2, 3, 8)
+    joint = SharedSubspace.from_adapters(adapters, num_components=6, representation="joint")
+    model = VLoRAModel(base, joint)
+    bare = model(x)
+    for call in (
+        lambda: model.set_task("task_0"),
+        lambda: model.set_tasks(["task_0", None]),
+        lambda: model.set_blend(torch.ones(1, 1), ["task_0"]),
+    ):
+        with pytest.raises(
+            ModelStateError, match=r"attn\.out_proj .* MultiheadAttention .* merge\(\)"
+        ):
+            call()
+        assert torch.equal(model(x), bare)
+    twin = copy.deepcopy(base).double()
+    with torch.no_grad():
+        for name, delta in deltas_of(adapters[0]).items():
+            twin.get_parameter(f"{name}.weight").add_(delta)
+    model.merge("task_0")
+    close(model(x), twin(x.double()), 1e-4)
+    model.unmerge()
+    with (
+        pytest.raises(ModelStateError, match=r"attn\.out_proj"),
+        SubspaceTrainer(joint, "task_0").attach(base),
+    ):
+        pass
+    assert torch.equal(base(x), bare)
+
+
+def test_a_layer_that_is_not_called_may_be_left_as_it_is(
+    attention: tuple[Attention, list[LoRAWeights]],
+) -> None:
+    (base, adapters), x = attention, torch.randn(2, 3, 8)
+    joint = SharedSubspace.from_adapters(adapters, num_components=6, representation="joint")
+    for weights in adapters:
+        weights.lora_b["attn.out_proj"].zero_()
+    flat = SharedSubspace.from_adapters(adapters, num_components=2)
+    twin = copy.deepcopy(base).double()
+    with torch.no_grad():
+        twin.out.weight.add_(deltas_of(adapters[2])["out"])
+    for subspace in (joint, flat):
+        model = VLoRAModel(base, subspace)
+        model.set_task("task_2")
+        close(model(x), twin(x.double()), 1e-4)
+        model.unload()
 
 
 # --- heads ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_vlora.adapters.module_names import find_name
-from vllm_vlora.errors import ModelMismatchError, OptionError
+from vllm_vlora.errors import ModelMismatchError, ModelStateError, OptionError
 from vllm_vlora.model.updates import AdaptedShape
 
 Update = Callable[[torch.Tensor], torch.Tensor]
@@ -38,12 +38,15 @@ class AdaptedLayer:
 
     Attributes:
         name: of the layer in the subspace. module: the layer. kind: "linear" or "embedding".
+        reader: the module that reads the layer's weight and never calls the layer, so that hooks see
+            nothing; None of any other layer.
         update: applied to the layer's input; None leaves the output as it is.
     """
 
     name: str
     module: nn.Module
     kind: str
+    reader: nn.Module | None = None
     update: Update | None = None
 
     def install(self) -> torch.utils.hooks.RemovableHandle:
@@ -64,6 +67,14 @@ class AdaptedLayer:
             # Gemma's embeddings scale what they return; PEFT scales the update alike.
             added = added * getattr(module, "embed_scale", 1.0)
         return output + added.to(output.dtype)
+
+    def refuse_to_run(self, instead: str) -> None:
+        """Raise ModelStateError, with what to do ``instead``, if no update reaches the layer."""
+        if self.reader is not None:
+            raise ModelStateError(
+                f"layer {self.name} is never called: its {type(self.reader).__name__} reads the weight, "
+                f"and would not see a task that runs beside it; {instead}"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -116,18 +127,24 @@ class AdaptedLayer:
         return self.kind == "embedding" or type(self.module).__name__ == "Conv1D"
 
 
-def find_layers(model: nn.Module, shapes: Mapping[str, AdaptedShape]) -> list[AdaptedLayer]:
+def find_layers(
+    model: nn.Module, shapes: Mapping[str, AdaptedShape], *, uncalled: bool = False
+) -> list[AdaptedLayer]:
     """The layers of ``model`` that ``shapes`` names, in its order.
 
     Names may differ by one prefix on either side, as those of a model and of its inner model do
     ("model.layers.0.q_proj", "layers.0.q_proj"), or be those that the layers have in another model class
     (``adapters.module_names``).
 
+    Args:
+        uncalled: take layers, too, that the model never calls, since it reads their weight.
+
     Raises:
         ModelMismatchError: a layer is missing, is of another shape or no linear layer, or its name fits
             several parts of the model.
         OptionError: the model is compiled, and compiled code does not see hooks that come later; or a
             task runs in it already, to which another would be added.
+        ModelStateError: a layer is never called.
     """
     modules = dict(model.named_modules())
     if any(_is_compiled(module) for module in modules.values()):
@@ -155,8 +172,19 @@ def find_layers(model: nn.Module, shapes: Mapping[str, AdaptedShape]) -> list[Ad
             raise OptionError(
                 f"a task runs in layer {name} already; call clear_task(), or a callback's detach(), first"
             )
-        layers.append(AdaptedLayer(name, module, shape.kind))
+        layer = AdaptedLayer(name, module, shape.kind, _reader(names[name], modules))
+        if not uncalled:
+            layer.refuse_to_run("train a subspace without this layer")
+        layers.append(layer)
     return layers
+
+
+def _reader(name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """What reads a layer's weight in its stead; a class with a forward of its own may call the layer."""
+    parent, _, own = name.rpartition(".")
+    owner = modules[parent]
+    reads = own == "out_proj" and type(owner).forward is nn.MultiheadAttention.forward
+    return owner if reads else None
 
 
 def _resizing(shape: AdaptedShape, found: tuple[int, int]) -> str:

@@ -113,7 +113,7 @@ class VLoRAModel(nn.Module):
         self.scaling = check_scaling(self._source, scaling, lora_alpha)
         self.compute_dtype = compute_dtype
         self._cached_tasks = cached_tasks
-        self._layers = find_layers(base_model, self._source.layers)
+        self._layers = find_layers(base_model, self._source.layers, uncalled=True)
         self._hooks = [layer.install() for layer in self._layers]
         self._heads = HeadSwitch(base_model)
         self._plans: OrderedDict[str, _Plan] = OrderedDict()
@@ -144,8 +144,8 @@ class VLoRAModel(nn.Module):
         Raises:
             TaskNotFoundError: there is no such task.
             ModelMismatchError: it brings a head that the model has no place for.
-            ModelStateError: a task is merged, the model was unloaded, or the subspace has gained a layer
-                of this task since the model was wrapped.
+            ModelStateError: a task is merged, the model was unloaded, the subspace has gained a layer of
+                this task since the model was wrapped, or the task changes a layer that is never called.
 
         Examples:
             >>> model = VLoRAModel(base_model, subspace)
@@ -403,8 +403,7 @@ class VLoRAModel(nn.Module):
         task_id = self.active_task if task_id is None else task_id
         if task_id is None:
             raise OptionError("no task to merge; give one, or call set_task first")
-        heads = self._plan(task_id).heads
-        updates = self._updates(task_id)
+        updates, heads = self._updates(task_id), self._own_heads(task_id)
         changed = [layer for layer in self._layers if layer.name in updates]
         with self._kept_if_it_fails():
             # With its own head a layer may share its weight no longer, and without another's again.
@@ -544,7 +543,7 @@ class VLoRAModel(nn.Module):
         plan = _Plan(
             state,
             [self._placed(layer, updates.get(layer.name)) for layer in self._layers],
-            self._heads.find(self._source.extra(task_id), self._source.config(task_id)),
+            self._own_heads(task_id),
         )
         self._plans[task_id] = plan
         if len(self._plans) > self._cached_tasks:
@@ -569,9 +568,15 @@ class VLoRAModel(nn.Module):
             )
         return updates
 
+    def _own_heads(self, task_id: str) -> dict[str, torch.Tensor]:
+        return self._heads.find(self._source.extra(task_id), self._source.config(task_id))
+
     def _placed(self, layer: AdaptedLayer, update: LowRankUpdate | None) -> LowRankUpdate | None:
         if update is None:
             return None
+        # PEFT writes zeros for such a layer, since no gradient reaches it.
+        if layer.reader is not None and update.delta().any():
+            layer.refuse_to_run("use merge()")
         a = update.a if self.scaling == 1.0 else update.a * self.scaling
         return LowRankUpdate(
             place(a.detach(), layer, self.compute_dtype),
@@ -625,7 +630,8 @@ def _same_objects(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _add_to_weight(layer: AdaptedLayer, weight: nn.Parameter, delta: torch.Tensor) -> None:
-    """W += delta_W, summed in float32 and rounded once."""
+    """W += delta_W, summed in float32 or what is wider, and rounded once."""
     delta = delta.to(weight.device)
     with torch.no_grad():
-        weight.copy_(weight.float() + (delta.T if layer.transposed else delta))
+        # delta_W is float32, and torch adds in the wider of both dtypes.
+        weight.copy_(weight + (delta.T if layer.transposed else delta))
