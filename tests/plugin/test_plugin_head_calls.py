@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SLOTS, RANK, HIDDEN, VOCABULARY = 3, 4, 16, 40
 
@@ -50,6 +51,38 @@ def test_every_row_gets_its_slots_update(
     head_calls.add_logits(y, x, a, b, torch.tensor(slots, dtype=torch.long))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = op(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not op.is_view and made is not args[0]:
+            self.largest = max(self.largest, made.nbytes)
+        return made
+
+
+def test_a_prompt_s_rows_take_little_memory_beside_the_logits(head_calls: Any) -> None:
+    """A whole update in float32 is twice what logits in bfloat16 are, and no profile has seen it."""
+    torch.manual_seed(0)
+    rows, hidden, vocabulary = 700, 30_000, 40_003
+    a, b = torch.randn(2, 1, RANK, hidden), torch.randn(2, 1, vocabulary, RANK)
+    a, b = a.bfloat16(), b.bfloat16()
+    x = torch.randn(rows, hidden).bfloat16() / hidden**0.5
+    slots = torch.where(torch.arange(rows) % 50 == 7, -1, (torch.arange(rows) % 50 == 8).long())
+    y = torch.randn(rows, vocabulary).bfloat16()
+    before = y[:100].double()
+    with Sizes() as sizes:
+        head_calls.add_logits(y, x, a, b, slots)
+    assert y.nbytes > 50 << 20
+    assert sizes.largest <= 32 << 20
+    held = slots[:100]
+    inner = torch.einsum("nh,nrh->nr", x[:100].double(), a[held, 0].double())
+    update = torch.einsum("nr,nvr->nv", inner, b[held, 0].double()) * (held >= 0)[:, None]
+    torch.testing.assert_close(y[:100].double(), before + update, rtol=2e-2, atol=2e-2)
 
 
 class Punica:

@@ -29,6 +29,10 @@ from vllm_vlora.plugin.instead import instead_of
 
 Logits = Callable[..., Any]
 
+# Float32 numbers that a temporary may have: 32 MiB. A prompt has a row of logits a token, and the update
+# of all of them at once would be larger than they are. No profile of vLLM's has seen it.
+_TEMPORARY = 1 << 23
+
 # The tokens of the batch that the rows are of; None where rows are as vLLM's map has them.
 _TOKENS: ContextVar[slice | torch.Tensor | None] = ContextVar("vllm_vlora_tokens", default=None)
 
@@ -92,17 +96,28 @@ def add_logits(
     """
     shrunk = torch.empty(len(x), a.shape[2], dtype=torch.float32, device=x.device)
     for slot, rows in _rows_by_slot(slots):
-        shrunk[rows] = x[rows].float() @ a[slot, 0].float().T
+        left = a[slot, 0].float().T
+        for some in rows.split(_at_once(x.shape[1])):
+            shrunk[some] = x[some].float() @ left
     _expand(y, shrunk, b, slots)
 
 
 def _expand(y: torch.Tensor, x: torch.Tensor, b: torch.Tensor, slots: torch.Tensor) -> None:
     """y[i] += B x[i] with the B in row i's slot, over the columns that both have."""
     assert len(slots) == len(x) == len(y)
-    width = min(y.shape[1], b.shape[2])
+    width, step = min(y.shape[1], b.shape[2]), _at_once(b.shape[3])
     for slot, rows in _rows_by_slot(slots):
-        update = x[rows].float() @ b[slot, 0, :width].float().T
-        y[:, :width].index_add_(0, rows, update.to(y.dtype))
+        for start in range(0, width, step):
+            cols = slice(start, min(start + step, width))
+            right = b[slot, 0, cols].float().T
+            for some in rows.split(_at_once(right.shape[1])):
+                update = x[some].float() @ right
+                y[:, cols].index_add_(0, some, update.to(y.dtype))
+
+
+def _at_once(size: int) -> int:
+    """How many rows or columns of ``size`` float32 numbers each are computed at a time."""
+    return max(_TEMPORARY // size, 1)
 
 
 def _rows_by_slot(slots: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
