@@ -253,73 +253,105 @@ class Linear(torch.nn.Module):
         return self.apply(x, None) * 2
 
 
-class Stream:
-    """Notes whom a stream waits for."""
+class Streams:
+    """Notes which streams are made, used and waited for; the first is the one that a step runs on."""
 
-    def __init__(self, name: str, events: list[str]) -> None:
-        self.name, self.events = name, events
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.current = self.main = Stream("main", self)
+
+    def make(self, device: torch.device) -> Stream:
+        return Stream(f"beside {self.current.name}", self)
+
+
+class Stream:
+    device = torch.device("cuda", 0)
+
+    def __init__(self, name: str, streams: Streams) -> None:
+        self.name, self.streams = name, streams
 
     def wait_stream(self, other: Stream) -> None:
-        self.events.append(f"{self.name} waits for {other.name}")
+        self.streams.events.append(f"{self.name} waits for {other.name}")
 
     def __enter__(self) -> None:
-        self.events.append(f"on {self.name}")
+        self.outer, self.streams.current = self.streams.current, self
 
     def __exit__(self, *error: object) -> None:
-        self.events.append(f"off {self.name}")
+        self.streams.current = self.outer
 
 
 @pytest.fixture
 def beside(
     own_calls: Any, tmp_path: Path, capturing: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> tuple[Layer, Linear, list[str]]:
+) -> tuple[Layer, Linear, Streams]:
     """A layer whose direct update begins ahead, on streams that only note what is asked of them."""
-    events: list[str] = []
+    streams = Streams()
     layer = make_punica(own_calls, build(tmp_path / "ck"), on_cpu=False)
     layer.manager.in_graph = own_calls.DIRECT_ONLY
 
     def begin(x: torch.Tensor, *rest: Any) -> Any:
-        events.append("begun")
+        streams.events.append(f"begun on {streams.current.name}")
         kept = x.clone()
 
         def finish(y: torch.Tensor) -> None:
-            events.append("finished")
+            streams.events.append(f"finished on {streams.current.name}")
             add_direct(y, kept, *rest)
 
         return finish
 
-    main, side = Stream("main", events), Stream("side", events)
     monkeypatch.setattr(own_calls, "begin_direct", begin)
-    monkeypatch.setattr(own_calls, "_side_stream", lambda device: side)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(torch.cuda, "Stream", streams.make)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams.current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     module = Linear(layer.wrapper)
     own_calls.begin_ahead(module, layer.wrapper)
     capturing[0] = True
-    return layer, module, events
+    return layer, module, streams
 
 
-AHEAD = ["side waits for main", "on side", "begun", "off side", "main waits for side", "finished"]
+def ahead(caller: str = "main") -> list[str]:
+    return [
+        f"beside {caller} waits for {caller}",
+        f"begun on beside {caller}",
+        f"{caller} waits for beside {caller}",
+        f"finished on {caller}",
+    ]
 
 
 def test_a_graph_has_the_update_begin_beside_the_base_layer(
-    beside: tuple[Layer, Linear, list[str]], capturing: list[bool], own_calls: Any
+    beside: tuple[Layer, Linear, Streams], capturing: list[bool], own_calls: Any
 ) -> None:
-    layer, module, events = beside
+    layer, module, streams = beside
     want = (layer.x @ WEIGHT + layer.update) * 2
     torch.testing.assert_close(module(layer.x), want)
-    assert events == AHEAD
+    assert streams.events == ahead()
     # Outside of graphs, and in graphs without direct tasks, the layer is as it was.
-    events.clear()
+    streams.events.clear()
     capturing[0] = False
     torch.testing.assert_close(module(layer.x), want)
     capturing[0], layer.manager.in_graph = True, own_calls.NOTHING
     torch.testing.assert_close(module(layer.x), layer.x @ WEIGHT * 2)
-    assert events == []
+    assert streams.events == []
+
+
+def test_what_runs_on_another_stream_begins_on_another(
+    beside: tuple[Layer, Linear, Streams],
+) -> None:
+    """vLLM runs shared experts beside the gate. What was begun for them is memory of the stream that it
+    was begun on: one for both callers would give it to the gate while the experts still read it."""
+    layer, module, streams = beside
+    want = (layer.x @ WEIGHT + layer.update) * 2
+    experts = Stream("experts", streams)
+    for _ in range(2):
+        streams.events.clear()
+        with experts:
+            torch.testing.assert_close(module(layer.x), want)
+        torch.testing.assert_close(module(layer.x), want)
+        assert streams.events == ahead("experts") + ahead()
 
 
 def test_what_was_begun_is_used_once(
-    beside: tuple[Layer, Linear, list[str]], capturing: list[bool]
+    beside: tuple[Layer, Linear, Streams], capturing: list[bool]
 ) -> None:
     """A base layer that fails leaves nothing for the next call, which has another x."""
     layer, module, _ = beside
@@ -335,14 +367,14 @@ def test_what_was_begun_is_used_once(
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_a_compiled_layer_begins_before_its_base_layer(
-    beside: tuple[Layer, Linear, list[str]], own_calls: Any, backend: str
+    beside: tuple[Layer, Linear, Streams], own_calls: Any, backend: str
 ) -> None:
     """The operator is neither dropped, though nothing uses a result of it, nor moved behind."""
-    layer, module, events = beside
+    layer, module, streams = beside
     torch._dynamo.reset()
     run = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
     for _ in range(2):
-        events.clear()
+        streams.events.clear()
         torch.testing.assert_close(run(layer.x), (layer.x @ WEIGHT + layer.update) * 2)
-        assert events == AHEAD
+        assert streams.events == ahead()
     assert layer.wrapper.handle.item() in own_calls._LAYERS

@@ -58,7 +58,8 @@ class LayerPunica:
         # layers would not share one graph, and a graph from vLLM's cache would address the layers of
         # the engine that saved it. On CPU, so that reading it waits for nothing.
         self.handle = torch.tensor([number], dtype=torch.int64, device="cpu")
-        self._begun: Callable[[torch.Tensor], None] | None = None
+        # The stream that it was begun on, and what is left of it.
+        self._begun: tuple[torch.cuda.Stream, Callable[[torch.Tensor], None]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -74,11 +75,12 @@ class LayerPunica:
         path = self._manager.vlora_store.direct
         assert path is not None
         assert self._layer is not None
-        side = _side_stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
+        caller = torch.cuda.current_stream(x.device)
+        side = _side_stream(caller)
+        side.wait_stream(caller)
         with torch.cuda.stream(side):
             rows = x.reshape(-1, x.shape[-1])
-            self._begun = begin_direct(rows, self._layer, path.table, path.routing)
+            self._begun = side, begin_direct(rows, self._layer, path.table, path.routing)
 
     def add_lora_linear(
         self,
@@ -117,8 +119,9 @@ class LayerPunica:
         # What a capture that failed has begun is not for a batch that comes later.
         begun, self._begun = self._begun, None
         if begun is not None and capturing:
-            torch.cuda.current_stream(y.device).wait_stream(_side_stream(y.device))
-            begun(y)
+            side, finish = begun
+            torch.cuda.current_stream(y.device).wait_stream(side)
+            finish(y)
             return
         path = manager.vlora_store.direct
         assert path is not None
@@ -169,8 +172,14 @@ def _begin_lora_linear_fake(handle: torch.Tensor, x: torch.Tensor) -> None:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _side_stream(caller: torch.cuda.Stream) -> torch.cuda.Stream:
+    """The stream for what begins ahead of ``caller``'s work.
+
+    One for each caller (vLLM runs shared experts on a stream beside the gate's): what is begun is memory
+    of the side stream, which has it back once the caller has enqueued the rest. Only work that waits for
+    the same caller may take it then.
+    """
+    return torch.cuda.Stream(caller.device)
 
 
 @_add_lora_linear.register_fake
