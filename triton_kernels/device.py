@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from vllm_vlora.triton_kernels.direct import TILE_SIZES, Routing
 
@@ -163,6 +164,15 @@ def capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def on_amd(device: torch.device) -> bool:
+    """Whether launches on a device are compiled for AMD's GPUs."""
+    return device.type != "cpu" and _target().backend == "hip"
+
+
+def _target() -> GPUTarget:
+    return triton.runtime.driver.active.get_current_target()
+
+
 def pdl_options(device: torch.device) -> Options:
     """The arguments of a launch that say whether it begins before the one ahead of it has ended.
 
@@ -170,7 +180,7 @@ def pdl_options(device: torch.device) -> Options:
     """
     if device.type == "cpu" or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
         return NO_PDL
-    target = triton.runtime.driver.active.get_current_target()
+    target = _target()
     on = target.backend == "cuda" and target.arch >= 90
     return PDL if on else NO_PDL
 

@@ -54,6 +54,7 @@ from vllm_vlora.triton_kernels.device import (
     load_sum,
     low_precision,
     multiply,
+    on_amd,
     pdl_options,
     pick,
     pick_block,
@@ -738,7 +739,7 @@ def _make_shrink(
     assert v is not None
     if tokens > DECODE_TOKENS and FLOAT_DTYPES.get(v.format) == x.dtype:
         return None, 1, 1
-    config = shrink_config(tokens, plan.shrink["FORMAT"], x.dtype)
+    config = shrink_config(tokens, plan.shrink["FORMAT"], x.dtype, on_amd(x.device))
     row_blocks, parts, part_cols = count_blocks(v.rows, int(config["BLOCK_K"])), 1, v.cols
     if tokens <= DECODE_TOKENS:
         # The cut is the layer's own: graphs of all sizes share one compiled kernel. A longer batch has
@@ -779,9 +780,12 @@ def _launch_shrink(x: torch.Tensor, plan: _Plan, sized: _Sized) -> torch.Tensor:
     return z
 
 
-def shrink_config(tokens: int, format: str, dtype: torch.dtype) -> dict[str, int | bool]:
+def shrink_config(tokens: int, format: str, dtype: torch.dtype, amd: bool) -> dict[str, int | bool]:
     """The shrink's compile-time arguments, apart from the format."""
     low = low_precision(dtype)
+    # For 64 tokens four take 72 KiB of shared memory. A program has 64 KiB on AMD's GPUs, and two is what
+    # AMD advises for a product.
+    stages = 4 if format == "float" and not amd else 2
     # Floats go straight to shared memory; values to dequantise pass through registers, where wider
     # blocks spill.
     deep = 128 if format == "float" else 32
@@ -791,7 +795,7 @@ def shrink_config(tokens: int, format: str, dtype: torch.dtype) -> dict[str, int
         "BLOCK_K": 32 if tokens <= DECODE_TOKENS or not low else 64,
         # A float32 product runs on the FMA units with its operands in registers.
         "BLOCK_D": deep if low else 16,
-        "num_stages": (4 if format == "float" else 2) if low else 1,
+        "num_stages": stages if low else 1,
     }
 
 

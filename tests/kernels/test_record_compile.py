@@ -201,6 +201,12 @@ def test_products_of_nibbles_are_reported_where_the_compiler_is_wrong(tmp_path: 
     assert len(complaints(rows, held=False)) == found["inner 16"]
 
 
+def row_of(**different: Any) -> dict[str, Any]:
+    """What is found of a kernel that takes nothing."""
+    row = {"target": "sm_90", "kernel": "some._kernel", "warps": 8, "registers": 0, "spilled": 0}
+    return {**row, "shared": 0, "short": [], **different}
+
+
 @pytest.mark.parametrize(
     ("warps", "registers", "spilled", "right"),
     [
@@ -217,15 +223,24 @@ def test_products_of_nibbles_are_reported_where_the_compiler_is_wrong(tmp_path: 
 def test_registers_and_spills_are_held(
     warps: int, registers: int, spilled: int, right: bool
 ) -> None:
-    row = {"target": "sm_90", "kernel": "some._kernel", "warps": warps, "registers": registers}
-    rows = [{**row, "spilled": spilled}]
+    rows = [row_of(warps=warps, registers=registers, spilled=spilled)]
     assert (complaints(rows) == []) == right
     assert complaints(rows, held=False) == []
     assert (complaints(rows, allowed={"sm_90 some._kernel": 100}) == []) == (right and warps < 4)
 
 
+@pytest.mark.parametrize(
+    ("target", "most"),
+    [("sm_80", 101376), ("sm_90", 232448), ("sm_100", 232448), ("gfx942", 65536)],
+)
+def test_a_kernel_has_the_shared_memory_of_a_device(target: str, most: int) -> None:
+    rows = [row_of(target=target, shared=shared) for shared in (most, most + 1)]
+    assert len(complaints(rows, held=False)) == 1
+    assert complaints(rows[:1]) == []
+
+
 def test_a_kernel_that_is_known_to_need_more_may_have_it() -> None:
-    row = {"target": "sm_90", "kernel": "some._kernel", "warps": 8, "registers": 200, "spilled": 0}
+    row = row_of(registers=200)
     assert complaints([row], allowed={"sm_90 some._kernel": 200}) == []
     assert complaints([row], allowed={"sm_80 some._kernel": 200}) != []
 
