@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from plugin_world import build
 from residency_world import Executor
+from vllm.platforms import current_platform
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.ray_executor import RayDistributedExecutor
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_vlora.plugin.following import Follower, State
 from vllm_vlora.plugin.workers import States, Workers
@@ -180,3 +187,86 @@ def test_what_cannot_change_is_asked_once(tmp_path: Path) -> None:
     workers = Workers(nothing)
     assert [workers.states() for _ in range(3)] == [same("")] * 3
     assert nothing.asked == ["_state"]
+
+
+# --- what vLLM's executors can do --------------------------------------------------------------------
+
+
+class Manager:
+    """One worker's, which notes what it does."""
+
+    def __init__(self, done: list[str]) -> None:
+        self._done = done
+
+    def bring(self, *_: Any) -> list[Any]:
+        self._done.append("brought")
+        return ["here"]
+
+    def hold(self, *_: Any) -> str:
+        self._done.append("held")
+        return "held"
+
+    def forget(self, *_: Any, **__: Any) -> None:
+        self._done.append("forgotten")
+
+    def exchange_bases(self) -> list[str]:
+        self._done.append("exchanged")
+        return ["gone"]
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is done on a GPU, and when it is waited for."""
+    done: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(current_platform, "is_cuda_alike", lambda: True)
+    return done
+
+
+def workers_of(executor: type[Any], done: list[str]) -> tuple[Workers, list[bool]]:
+    """Workers of an executor of vLLM's without processes, and which of its answers were promises."""
+    worker = SimpleNamespace(
+        model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=Manager(done)))
+    )
+    promised: list[bool] = []
+
+    def rpc(method: Any, args: tuple[Any, ...] = (), non_block: bool = False) -> Any:
+        # As it comes to another process.
+        method, args = pickle.loads(pickle.dumps((method, args)))
+        promised.append(non_block)
+        answers = [method(worker, *args)]
+        return SimpleNamespace(result=lambda: answers) if non_block else answers
+
+    vllms = object.__new__(executor)
+    vllms.collective_rpc = rpc
+    return Workers(vllms), promised
+
+
+@pytest.mark.parametrize("executor", [MultiprocExecutor, RayExecutorV2, UniProcExecutor])
+def test_an_executor_that_keeps_promises_lets_no_step_wait(
+    executor: type[Any], done: list[str]
+) -> None:
+    """Also vLLM's newer one on Ray, whose workers take messages as those of processes do."""
+    workers, promised = workers_of(executor, done)
+    assert workers.bring(["a"], 1, [], [], []).result() == [["here"]]
+    assert promised == [True]
+    workers.hold("a", [])
+    assert workers.exchange_bases() == {"gone"}
+    assert done == ["brought", "held", "exchanged"]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_vllms_older_executor_on_ray_has_what_it_was_told_done_before_the_next_step(
+    gpu: bool, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps run on a thread, and so a stream, of their own, which waits for no other."""
+    monkeypatch.setattr(current_platform, "is_cuda_alike", lambda: gpu)
+    workers, promised = workers_of(RayDistributedExecutor, done)
+    assert workers.bring(["a"], 1, [], ["b"], []).result() == [["here"]]
+    assert workers.hold("a", []) == ["held"]
+    workers.forget("a")
+    assert workers.exchange_bases() == {"gone"}
+    assert not any(promised)
+    each = [["forgotten", "brought"], ["held"], ["forgotten"], ["exchanged"]]
+    assert done == [what for order in each for what in (*order, *["waited"] * gpu)]

@@ -493,6 +493,7 @@ def _called() -> Iterator[Seam]:
         "vllm.v1.executor.abstract", "Executor.wake_up", "when is it there?", ("self", "tags")
     )
     yield Seam("vllm.v1.executor.abstract", "Executor.uses_ray", "does it keep its promises?")
+    yield Seam("vllm.v1.executor.multiproc_executor", "MultiprocExecutor", "on Ray, too?")
     yield Seam(_CORE, "EngineCore.batch_queue", "do steps go on?")
     yield Seam(_SCHEDULER, "Scheduler.has_requests", "do steps go on?", ("self",))
     yield Seam(

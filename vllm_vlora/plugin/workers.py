@@ -14,6 +14,10 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
 from vllm_vlora.checkpoint.aliases import encode_aliases
 from vllm_vlora.checkpoint.router_files import encode_router
 from vllm_vlora.plugin.arrivals import Answer, Brought
@@ -108,6 +112,18 @@ def _exchange_bases(worker: Any) -> list[str]:
     return manager_of(worker).exchange_bases()
 
 
+def _settled(worker: Any, question: Callable[..., Any], *args: Any) -> Any:
+    """What a worker says once all of its device's work for it is done.
+
+    For vLLM's older executor on Ray, whose compiled graph runs steps on a thread of its own: that one's
+    stream does not wait for this one's, and a task could be read before it has come.
+    """
+    answer = question(worker, *args)
+    if current_platform.is_cuda_alike():
+        torch.cuda.current_stream().synchronize()
+    return answer
+
+
 # --- asking them ------------------------------------------------------------------------------------
 
 
@@ -129,8 +145,8 @@ class Workers:
     def __init__(self, executor: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._rpc = executor.collective_rpc
-        # vLLM's promise of what Ray's workers say takes it for a step's output and fails.
-        self._promises = not executor.uses_ray
+        # vLLM's older executor on Ray; workers of the newer one take messages as processes do.
+        self._old_ray = executor.uses_ray and not isinstance(executor, MultiprocExecutor)
         self.count = self.changes = 0
         # What they said when they were last asked which state they serve, and since when they say so.
         self._said: set[WorkerState] = set()
@@ -140,12 +156,15 @@ class Workers:
 
     def ask(self, question: Callable[..., Any], *args: Any) -> list[Any]:
         """What each says to ``question(worker, *args)``, which leaves what they hold as it is."""
+        if self._old_ray:
+            return self._rpc(_settled, args=(question, *args))
         return self._rpc(question, args=args)
 
     def ask_later(self, question: Callable[..., Any], *args: Any) -> Any:
         """A promise of the same, as ``arrivals.Answer``; it is kept with a step's, and no step waits."""
-        if self._promises:
+        if not self._old_ray:
             return self._rpc(question, args=args, non_block=True)
+        # Its promise takes what workers say for a step's output and fails.
         kept: Future[list[Any]] = Future()
         kept.set_result(self.ask(question, *args))
         return kept
@@ -153,7 +172,7 @@ class Workers:
     def tell(self, order: Callable[..., Any], *args: Any) -> list[Any]:
         """Have each do ``order(worker, *args)``; what each says."""
         self.changes += 1
-        return self._rpc(order, args=args)
+        return self.ask(order, *args)
 
     # What they hold.
 
