@@ -202,8 +202,9 @@ def evaluate(
                 progress=advance,
             )
         found = report.to_dict()
-        _write_reports(found, html, save_json)
+        # Shown first: a disk may be full.
         print_result(found, print_report, as_json)
+        _write_reports(found, html, save_json)
         if html is not None and not as_json:
             open_console().print(f"Wrote {html}", soft_wrap=True)
         if fail_under is not None:
@@ -245,8 +246,8 @@ def _answer(
             progress=advance,
         )
     found = report.to_dict() | {"command": _command()}
-    _write_reports(found, None, save_json)
     print_result(found, print_answers, as_json)
+    _write_reports(found, None, save_json)
     if fail_under is not None:
         failure = answers_failure(found, fail_under)
         if failure is not None:
@@ -321,12 +322,22 @@ def _write_reports(found: Mapping[str, Any], html: Path | None, save_json: Path 
     if html is not None:
         from vllm_vlora.tools.html_report import render_report
 
-        html.write_text(render_report(found), encoding="utf-8")
+        _write_report(html, render_report(found))
     if save_json is not None:
         import json
 
         text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
-        save_json.write_text(text + "\n", encoding="utf-8")
+        _write_report(save_json, text + "\n")
+
+
+def _write_report(path: Path, text: str) -> None:
+    """In place of an older one, which stays if that fails; into a pipe or a device as it comes."""
+    from vllm_vlora.atomic import write_file_atomic
+
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_file_atomic(path, text.encode())
 
 
 def print_report(console: Console, found: Mapping[str, Any]) -> None:

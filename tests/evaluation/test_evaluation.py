@@ -6,8 +6,10 @@ PEFT, batches or caches.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -934,6 +936,21 @@ def test_a_task_id_may_hold_an_equals_sign(world: World, tmp_path: Path) -> None
     assert found == {"a": [Path("y.jsonl")], "a=b": [Path("x.jsonl")]}
 
 
+def test_a_file_that_is_given_twice_counts_once(world: World, tmp_path: Path) -> None:
+    """Twice as many examples, all of them the same, would make intervals narrower by a third."""
+    from vllm_vlora.checkpoint.task_files import find_data
+
+    file, other = tmp_path / "data" / "sql.jsonl", tmp_path / "more.jsonl"
+    file.parent.mkdir()
+    for path in (file, other):
+        path.write_text("{}\n")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    checkpoint = Checkpoint.open(world.exact)
+    given = [str(file.parent), f"sql={file}", f"sql={other}", f"sql={link}"]
+    assert find_data(checkpoint, given) == {"sql": [file, other]}
+
+
 def test_a_folder_of_data_has_one_file_a_task(world: World, tmp_path: Path) -> None:
     from vllm_vlora.checkpoint.task_files import find_data
 
@@ -943,6 +960,28 @@ def test_a_folder_of_data_has_one_file_a_task(world: World, tmp_path: Path) -> N
     (tmp_path / "sql.txt").touch()
     with pytest.raises(OptionError, match=r"sql\.JSONL and sql\.txt.*TASK=FILE"):
         find_data(checkpoint, [str(tmp_path)])
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_vlora.errors import OutputError
+    from vllm_vlora.tools.evaluate_command import _write_report
+
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="No space left"):
+            _write_report(path, "new" * 1000)
+    assert path.read_text() == "old"
+    _write_report(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_mistakes_are_one_line_that_says_what_to_do(world: World, tmp_path: Path) -> None:

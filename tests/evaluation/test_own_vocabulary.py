@@ -298,6 +298,26 @@ def test_tokenizers_that_are_not_needed_are_not_held(
     assert evaluator._readers == {("own", original): evaluator._text}
 
 
+def test_a_tokenizer_that_adapters_have_in_common_is_held_once(
+    world: World, tmp_path: Path
+) -> None:
+    folders = {}
+    for name in ("one", "two"):
+        folders[name] = write_saved_adapter(world.model, "llama", tmp_path / name, {})
+        own = transformers.AutoTokenizer.from_pretrained(world.model)
+        own.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+        own.save_pretrained(folders[name])
+    data = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5 w6"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    evaluator = Evaluator(
+        world.model, {name: [data] for name in folders}, EvaluationOptions(greedy_tokens=0)
+    )
+    for name, folder in folders.items():
+        assert evaluator.choose_tokenizer(name, folder) == folder
+    assert evaluator._texts["one"] is evaluator._texts["two"] is not evaluator._text
+
+
 def test_a_tokenizer_without_its_tokens_is_refused(world: World, tmp_path: Path) -> None:
     folder = write_saved_adapter(world.model, "llama", tmp_path / "plain", {})
     own = transformers.AutoTokenizer.from_pretrained(world.model)

@@ -399,7 +399,9 @@ def test_arguments_that_do_not_fit_are_refused(operation: Callable[..., None]) -
     operation(y, x, layer, world.table, world.routing)
     # Rows that are not there would be read and written; a graph's batch may be padded to more.
     world.routing.update(np.array([SLOTS] * 4, dtype=np.int32))
-    with pytest.raises(ValueError, match="x has 3 rows of a batch of 4 tokens: the model runs this"):
+    with pytest.raises(
+        ValueError, match="x has 3 rows of a batch of 4 tokens: the model runs this"
+    ):
         operation(y, x, layer, world.table, world.routing)
     world.routing.update(np.array([0, SLOTS], dtype=np.int32))
     operation(y, x, layer, world.table, world.routing)

@@ -31,6 +31,8 @@ class KnownTasks(Protocol):
 def find_data(checkpoint: KnownTasks, given: Iterable[str]) -> dict[str, list[Path]]:
     """Task id -> data files, from ``TASK=FILE`` and from folders of files named as tasks.
 
+    A file that is given twice is one: intervals would be of twice as many examples.
+
     Raises:
         OptionError: not of that form, or a folder has no file of any task, or two of one name.
         TaskNotFoundError: the checkpoint has no such task.
@@ -48,7 +50,9 @@ def find_data(checkpoint: KnownTasks, given: Iterable[str]) -> dict[str, list[Pa
         else:
             matches = dict([_parse_pair(checkpoint, "--data", text, "FILE")])
         for task, path in matches.items():
-            found.setdefault(task, []).append(path)
+            files = found.setdefault(task, [])
+            if not any(path.resolve() == other.resolve() for other in files):
+                files.append(path)
     # In the checkpoint's order, whatever the order of the options.
     return {task: found[task] for task in checkpoint.tasks if task in found}
 

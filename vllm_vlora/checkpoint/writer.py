@@ -63,6 +63,7 @@ class CheckpointWriter:
     aliases: Aliases = field(default_factory=dict)
     _index: dict[str, int] = field(default_factory=dict)
     _pending: dict[str, torch.Tensor] = field(default_factory=dict)
+    _pending_nbytes: int = 0
     _shards: list[tuple[Path, list[str]]] = field(default_factory=list)
     _basis_data_nbytes: int = 0
 
@@ -93,7 +94,8 @@ class CheckpointWriter:
         for side, matrix in shared.items():
             for part, tensor in matrix.parts.items():
                 self._pending[f"{name}.{side}.{part}"] = tensor.cpu().contiguous()
-        if shared and sum(t.nbytes for t in self._pending.values()) >= self.shard_bytes:
+                self._pending_nbytes += tensor.nbytes
+        if self._pending_nbytes >= self.shard_bytes:
             self._flush_shard()
         self._index[name] = len(self.modules)
         self.modules.append(spec)
@@ -222,9 +224,9 @@ class CheckpointWriter:
     def _flush_shard(self) -> None:
         path = self.folder / f"basis.part{len(self._shards)}"
         path.write_bytes(safetensors.torch.save(self._pending))
-        self._basis_data_nbytes += sum(t.nbytes for t in self._pending.values())
+        self._basis_data_nbytes += self._pending_nbytes
         self._shards.append((path, list(self._pending)))
-        self._pending = {}
+        self._pending, self._pending_nbytes = {}, 0
 
     def _finish_basis(self) -> list[FileRef]:
         if self._pending:

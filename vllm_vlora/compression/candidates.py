@@ -162,8 +162,9 @@ class Candidates:
             return None
         jobs = []
         for module in self._shareable:
+            having = set(module.tasks)
             groups = [
-                (1 + number, tuple(task for task in cluster if task in set(module.tasks)))
+                (1 + number, tuple(task for task in cluster if task in having))
                 for number, cluster in enumerate(clusters)
             ]
             least = 1 if self._options.shares != "auto" else 2

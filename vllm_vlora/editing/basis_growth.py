@@ -194,9 +194,10 @@ class BasisGrowth:
             name for name, blocks in self._new.blocks.items() if self._last_block(name, blocks)
         ]
         offers = []
+        taking = set(takers)
         for module, basis in self._new.walk(names):
             assert basis is not None
-            tasks = tuple(task for task in module.tasks if task in set(takers))
+            tasks = tuple(task for task in module.tasks if task in taking)
             if tasks:
                 offer = self._offer(module, basis, tasks, choices, takers, targets, growth)
                 offers += [] if offer is None else [offer]
@@ -314,7 +315,7 @@ class BasisGrowth:
         growth: Growth,
     ) -> dict[tuple[int, str], ModuleChoices]:
         """The chains that are other ones on the grown bases."""
-        fresh = {}
+        fresh, taking = {}, set(takers)
         for module, basis in self._new.walk(list(growth.rows)):
             spec = self._new.specs[module.name].basis
             assert basis is not None
@@ -322,7 +323,7 @@ class BasisGrowth:
             metric = self._new.surveyor.metric(module.name)
             more = BasisSpec(*growth.rows[module.name], spec.format)
             block = self._grown_block(module, basis, more, growth, metric)
-            tasks = [task for task in module.tasks if task in set(takers)]
+            tasks = [task for task in module.tasks if task in taking]
             for task, factors in zip(tasks, self._new.collection.read_module(module, tasks)):
                 old = choices[task, module.name]
                 with self._new.collection.naming(task, module.name):

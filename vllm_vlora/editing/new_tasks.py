@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TypeAlias
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress
@@ -124,12 +125,12 @@ class NewTasks:
         chains = [choices[task, name] for name in adapter.modules]
         return TaskPlanner(list(self.specs.values()), chains, adapter.extra)
 
-    @property
+    @cached_property
     def worst_error(self) -> float:
         """Of the tasks that the checkpoint has."""
         return max(column(self.checkpoint.tasks, "error"), default=math.inf)
 
-    @property
+    @cached_property
     def worst_predicted(self) -> float:
         """The greatest predicted loss of a task that the checkpoint has."""
         found = (task for _, task in entries(self.checkpoint.tasks))

@@ -47,7 +47,7 @@ from vllm_vlora.evaluation.fidelity import (
 )
 from vllm_vlora.evaluation.kept import kept
 from vllm_vlora.evaluation.model_names import under_model_names
-from vllm_vlora.evaluation.task_text import TOKENIZER_CONFIG, TaskText
+from vllm_vlora.evaluation.task_text import TOKENIZER_CONFIG, TaskText, tokenizer_digest
 from vllm_vlora.evaluation.texts import (
     IGNORED,
     Batch,
@@ -225,6 +225,8 @@ class Evaluator:
         length = min(self.options.max_length, self._positions)
         self._text = TaskText(tokenizer, chosen, length)
         self._readers: dict[tuple[str, Path], TaskText | None] = {}
+        # By the content of its files, which many adapters have in common.
+        self._own: dict[str, TaskText] = {}
         self._texts: dict[str, TaskText] = {}
         self._base: dict[tuple[Path, Path | None], ExampleLosses] = {}
         self._scores: dict[tuple[str, Path], TaskScores] = {}
@@ -246,12 +248,13 @@ class Evaluator:
             DataError: the data has no token to be scored.
         """
         files = self._files(task)
-        found = (self._reader(task, Path(folder)) for folder in folders)
-        text = next((own for own in found if own is not None), self._text)
+        found = ((self._reader(task, Path(folder)), Path(folder)) for folder in folders)
+        text, folder = next((own for own in found if own[0] is not None), (self._text, None))
+        assert text is not None
         for path in files:
             text.prepared(path)
         self._texts[task] = text
-        return text.folder
+        return None if text is self._text else folder
 
     def base(self, task: str) -> ExampleLosses:
         """Losses of the base model on a task's data.
@@ -374,10 +377,13 @@ class Evaluator:
         """What reads a task's data by the tokenizer in a folder; None where it has none."""
         key = task, folder
         if key not in self._readers:
-            own = self._text.own_of(folder)
+            content = tokenizer_digest(folder)
+            own = self._own.get(content) or self._text.own_of(folder)
             # One that reads alike is not held: it takes as much memory as a small model.
             alike = own is not None and own.reads_as(self._text, self._files(task))
             self._readers[key] = self._text if alike else own
+            if own is not None and not alike:
+                self._own[content] = own
         return self._readers[key]
 
     def _text_of(self, task: str) -> TaskText:

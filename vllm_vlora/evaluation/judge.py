@@ -208,12 +208,12 @@ def _is_clear(found: Sequence[Found]) -> bool:
 
 def _spread(tasks: list[str]) -> list[str]:
     """All tasks, such that the first few stand far apart: families are often listed together."""
-    order: list[str] = []
+    order: dict[str, None] = {}
     step = len(tasks)
     while step:
-        order += [task for task in tasks[::step] if task not in order]
+        order |= dict.fromkeys(tasks[::step])
         step //= 2
-    return order
+    return list(order)
 
 
 def seconds_to_judge(model: Path, tasks: int, forms: int) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_vlora.adapters.companions import companion_files
+from vllm_vlora.checkpoint.manifest import hash_file
 from vllm_vlora.errors import AdapterError, DataError
 from vllm_vlora.evaluation.texts import Example, Row, tokenize
 from vllm_vlora.wording import first_line
@@ -86,6 +89,13 @@ class TaskText:
         except DataError:
             # A base model often has no chat template.
             return False
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256 of the files in an adapter's folder that make its tokenizer, with their names."""
+    files = sorted(companion_files(folder).items())
+    named = [f"{name} {hash_file(path)[0]}" for name, path in files]
+    return hashlib.sha256("\n".join(named).encode()).hexdigest()
 
 
 def _load(folder: Path) -> Any:
