@@ -85,6 +85,26 @@ def all_factors(subspace: SharedSubspace, task: str) -> list[torch.Tensor]:
 
 
 @REPRESENTATIONS
+@pytest.mark.parametrize("rank", [2, 8])
+def test_what_is_reconstructed_may_be_changed(representation: str, k: int, rank: int) -> None:
+    """Whatever is done to it in place; a core of full rank has one of its factors from the basis."""
+    adapters = tiny_adapters(rank=rank)
+    adapters[0].extra["score.weight"] = torch.ones(2, 8)
+    subspace = fitted(adapters, representation, k)
+    before = {task: [t.clone() for t in all_factors(subspace, task)] for task in subspace.tasks}
+    made = subspace.reconstruct("task_0")
+    for tensor in (*made.lora_a.values(), *made.lora_b.values(), *made.extra.values()):
+        tensor.mul_(2)
+    made.metadata["target_modules"].clear()
+    adapters[0].extra["score.weight"].zero_()
+    for task, factors in before.items():
+        assert all(map(torch.equal, all_factors(subspace, task), factors))
+    again = subspace.reconstruct("task_0")
+    assert torch.equal(again.extra["score.weight"], torch.ones(2, 8))
+    assert again.metadata["target_modules"] == ["q_proj", "v_proj"]
+
+
+@REPRESENTATIONS
 def test_as_many_components_as_there_are_lose_nothing(representation: str, k: int) -> None:
     adapters = tiny_adapters()
     subspace = fitted(adapters, representation, k)

@@ -325,11 +325,14 @@ class JointLayer:
         return self.widths, None
 
     def factors(self, loadings: Loadings) -> Factors:
-        """(A (q, d_in), B (d_out, q)), q = min(k_out, k_in); differentiable in the core."""
+        """(A (q, d_in), B (d_out, q)), q = min(k_out, k_in); differentiable in the core.
+
+        Both are the caller's to change: neither is the basis itself, which all tasks stand on.
+        """
         core = loadings[0]
         if core.shape[1] <= core.shape[0]:
-            return self.v, self.u @ core
-        return core @ self.v, self.u
+            return self.v.clone(), self.u @ core
+        return core @ self.v, self.u.clone()
 
     def project(self, a: Tensor, b_scaled: Tensor) -> Loadings:
         """The core that is nearest to an adapter of any rank: U^T (B A) V^T.

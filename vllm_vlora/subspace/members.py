@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -174,7 +175,12 @@ def _in_memory(weights: LoRAWeights, task_id: str) -> Member:
             # Fits run on the CPU in float32.
             yield name, (a.float().cpu(), b.float().cpu(), weights.scale(name))
 
-    return Member(task_id, shapes_of(weights), read, lambda: weights.extra, weights.metadata)
+    def read_extra() -> Mapping[str, Tensor]:
+        # Kept for good, while the adapter may be changed.
+        return {name: tensor.detach().clone() for name, tensor in weights.extra.items()}
+
+    metadata = deepcopy(weights.metadata)
+    return Member(task_id, shapes_of(weights), read, read_extra, metadata)
 
 
 def _on_disk(adapter: Adapter, task_id: str, source: str) -> Member:

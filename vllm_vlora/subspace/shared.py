@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,8 @@ class SharedSubspace(FittedState):
     def reconstruct(self, task_id: str) -> LoRAWeights:
         """A task as an adapter of scale 1: the subspace's own rank (flat) or its core's rank (joint).
 
-        Its layers have the names that the task's adapter gave them.
+        Nothing of it is the subspace's own, so that it may be changed in place. Its layers have the
+        names that the task's adapter gave them.
 
         The adapter's config comes along with ranks and alphas that fit, its heads as they were. Where
         loadings require gradients the result is differentiable; a joint one then has rank k.
@@ -257,9 +259,9 @@ class SharedSubspace(FittedState):
             {name: b for name, (_, b) in factors.items()},
             max((a.shape[0] for a, _ in factors.values()), default=0),
             kinds={layer: kind for layer, kind in kinds.items() if kind != "linear"},
-            extra=dict(task.origin.extra),
+            extra={name: tensor.clone() for name, tensor in task.origin.extra.items()},
         )
-        metadata = {"peft_type": "LORA", "task_type": None, **task.origin.metadata}
+        metadata = {"peft_type": "LORA", "task_type": None, **deepcopy(dict(task.origin.metadata))}
         if not metadata.get("target_modules"):
             metadata["target_modules"] = list(factors)
         weights.metadata = {**metadata, **own_rank_options(weights)}
