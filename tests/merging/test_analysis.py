@@ -299,6 +299,15 @@ def test_coverage_of_a_flat_basis() -> None:
             assert 0 < wanted < 0.9
 
 
+def test_coverage_of_an_opened_adapter(tmp_path: Path) -> None:
+    adapters = tiny_adapters()
+    subspace = SharedSubspace.from_adapters(adapters[:3], num_components=4, representation="joint")
+    [path] = save_tiny_adapters(tmp_path, adapters[3:])
+    assert subspace_coverage(subspace, open_adapter(path)) == subspace_coverage(
+        subspace, adapters[3]
+    )
+
+
 def test_coverage_of_a_layer_that_the_subspace_lacks_is_zero() -> None:
     subspace = SharedSubspace.from_adapters(tiny_adapters(3), num_components=2)
     found = subspace_coverage(subspace, tiny_weights(7, shapes=MORE))

@@ -18,6 +18,7 @@ from tiny_adapters import (
     tiny_weights,
 )
 
+from vllm_vlora.adapters.peft_folder import open_adapter
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.merging import merging
 from vllm_vlora.merging.merging import (
@@ -404,6 +405,28 @@ def test_a_merge_is_of_new_factors_for_peft_too(tmp_path: Path) -> None:
         (save_adapter(adapters[0], tmp_path / "own") / "adapter_config.json").read_text()
     )
     assert {name: own[name] for name in options} == options, "what is as it was keeps its words"
+
+
+@pytest.mark.parametrize("merge", [task_arithmetic, ties_merge, dare_merge])
+def test_opened_adapters_are_merged_as_loaded_ones(
+    merge: Callable[..., MergedWeights], tmp_path: Path
+) -> None:
+    """In their places, whichever of them are opened and whichever in memory."""
+    loaded = [load_adapter(path) for path in save_tiny_adapters(tmp_path, unequal())]
+    opened = [open_adapter(tmp_path / f"task_{place}") for place in range(3)]
+    options: dict[str, Any] = {"weights": [1.0, 0.25, -0.5]}
+    if merge is dare_merge:
+        options["seed"] = 3
+    wanted = merge(loaded, **options)
+    if merge is task_arithmetic:
+        for layer in LAYERS:
+            assert close(delta_w(wanted, layer), total(unequal(), options["weights"], layer))
+    for mixed in ([opened[0], *loaded[1:]], [*loaded[:2], opened[2]], opened):
+        merged = merge(mixed, **options)
+        assert merged.metadata == wanted.metadata
+        for layer in LAYERS:
+            assert torch.equal(merged.lora_a[layer], wanted.lora_a[layer])
+            assert torch.equal(merged.lora_b[layer], wanted.lora_b[layer])
 
 
 def test_adapters_of_other_base_models_are_named() -> None:

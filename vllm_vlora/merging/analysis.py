@@ -24,7 +24,7 @@ from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.representations.factors import small_product, stacked_singular_values
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer
-from vllm_vlora.subspace.weights import LoRAWeights, Update, under_shared_names
+from vllm_vlora.subspace.weights import Update, in_memory, under_shared_names
 from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def adapter_diff(adapter_a: Update, adapter_b: Update) -> dict[str, LayerDiffere
     }
 
 
-def subspace_coverage(subspace: SharedSubspace, adapter: LoRAWeights) -> dict[str, Coverage]:
+def subspace_coverage(subspace: SharedSubspace, adapter: Update) -> dict[str, Coverage]:
     """How much of an adapter a subspace can hold, layer by layer.
 
     For each side 1 - ||what is lost|| / ||all||: 1 says that nothing is lost. For ``joint``, side a is
@@ -170,15 +170,13 @@ def subspace_coverage(subspace: SharedSubspace, adapter: LoRAWeights) -> dict[st
         True
     """
     found: dict[str, Coverage] = {}
-    [alike] = under_shared_names([adapter], subspace.layers)
-    assert isinstance(alike, LoRAWeights)
-    adapter = alike
-    for name in sorted(adapter.layer_names):
+    [alike] = under_shared_names(in_memory([adapter]), subspace.layers)
+    for name in sorted(alike.layer_names):
         layer = subspace.layers.get(name)
         if layer is None:
             found[name] = Coverage(coverage_a=0.0, coverage_b=0.0, coverage_mean=0.0, coverage=0.0)
             continue
-        a, b = adapter.scaled(name)
+        a, b = alike.scaled(name)
         a, b = a.to(layer.device), b.to(layer.device)
         if isinstance(layer, FlatLayer):
             side_a, side_b = _flat_coverage(layer, a, b)

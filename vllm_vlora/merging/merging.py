@@ -26,7 +26,13 @@ import torch
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.representations.factors import balanced_svd, changes_nothing, squared_norm
 from vllm_vlora.representations.spec import fits_float32
-from vllm_vlora.subspace.weights import LoRAWeights, exact_config, under_shared_names
+from vllm_vlora.subspace.weights import (
+    LoRAWeights,
+    Update,
+    exact_config,
+    in_memory,
+    under_shared_names,
+)
 from vllm_vlora.wording import count_of, some_of
 
 SPACES = ("weights", "factors")
@@ -64,7 +70,7 @@ class MergedWeights(LoRAWeights):
 
 
 def task_arithmetic(
-    adapters: Sequence[LoRAWeights],
+    adapters: Sequence[Update],
     weights: Sequence[float] | None = None,
     *,
     rank: int | None = None,
@@ -76,7 +82,8 @@ def task_arithmetic(
     that its result is (sum w_i B_i) (sum w_i A_i), which is another update.
 
     Args:
-        adapters: ranks, alphas and layers may differ; a layer that one lacks adds nothing.
+        adapters: in memory or opened; ranks, alphas and layers may differ; a layer that one lacks adds
+            nothing.
         weights: one each, of any sign. Default: 1 / N, the mean.
         rank: the most that a layer may have.
 
@@ -104,7 +111,7 @@ def task_arithmetic(
 
 
 def ties_merge(
-    adapters: Sequence[LoRAWeights],
+    adapters: Sequence[Update],
     density: float = 0.5,
     weights: Sequence[float] | None = None,
     *,
@@ -157,7 +164,7 @@ def ties_merge(
 
 
 def dare_merge(
-    adapters: Sequence[LoRAWeights],
+    adapters: Sequence[Update],
     drop_rate: float = 0.5,
     weights: Sequence[float] | None = None,
     seed: int | None = None,
@@ -359,7 +366,7 @@ def _leading_rows(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def _elementwise(
-    adapters: Sequence[LoRAWeights],
+    adapters: Sequence[Update],
     weights: Sequence[float],
     combine: _Elementwise,
     rank: int | None,
@@ -405,11 +412,11 @@ def _factor_terms(name: str, side: str, parts: Sequence[_Part]) -> Iterator[_Ter
 
 
 def _merged(
-    adapters: Sequence[LoRAWeights],
+    given: Sequence[Update],
     weights: Sequence[float],
     merge: Callable[[str, Sequence[_Part]], _Merged],
 ) -> MergedWeights:
-    adapters = [a for a in under_shared_names(adapters) if isinstance(a, LoRAWeights)]
+    adapters = under_shared_names(in_memory(given))
     kinds, extra = _common_kinds(adapters), common_extra([a.extra for a in adapters])
     lora_a, lora_b, errors = {}, {}, {}
     lost = norm = 0.0
@@ -526,7 +533,7 @@ def common_config(
 
 
 def _checked_weights(
-    adapters: Sequence[LoRAWeights], weights: Sequence[float] | None, default: float
+    adapters: Sequence[Update], weights: Sequence[float] | None, default: float
 ) -> list[float]:
     if not adapters:
         raise OptionError("no adapters given; name at least one to merge")

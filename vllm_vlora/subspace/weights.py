@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -148,6 +148,19 @@ class LoRAWeights:
 
 Update: TypeAlias = LoRAWeights | Adapter
 """An adapter in memory, or an opened one that is read module by module."""
+_AnUpdate = TypeVar("_AnUpdate", LoRAWeights, Adapter, Update)
+
+
+def in_memory(adapters: Iterable[Update]) -> list[LoRAWeights]:
+    """The adapters, the opened ones of them read.
+
+    Raises:
+        AdapterError: a value is NaN or infinite, or a file changed since it was opened.
+    """
+    return [
+        LoRAWeights.from_adapter(adapter) if isinstance(adapter, Adapter) else adapter
+        for adapter in adapters
+    ]
 
 
 @dataclass(frozen=True)
@@ -179,8 +192,8 @@ def shapes_of(adapter: Update) -> dict[str, LayerShape]:
 
 
 def under_shared_names(
-    adapters: Sequence[Update], known: Mapping[str, Layer] | None = None
-) -> list[Update]:
+    adapters: Sequence[_AnUpdate], known: Mapping[str, Layer] | None = None
+) -> list[_AnUpdate]:
     """The adapters with one name for each layer, where there is no doubt that it is one.
 
     Args:
