@@ -29,6 +29,7 @@ from vllm_vlora.errors import (
     TaskNotFoundError,
     VLoRAError,
 )
+from vllm_vlora.model.router import TaskRouter
 from vllm_vlora.model.training import SubspaceTrainer, orthogonal_init
 from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, updates_of
 from vllm_vlora.model.vlora_model import VLoRAModel
@@ -1176,7 +1177,7 @@ def test_a_scale_that_changes_nothing_is_accepted(joint: SharedSubspace) -> None
 
 
 def test_a_scale_that_is_not_known_is_given_as_in_vlora() -> None:
-    adapters = [LoRAWeights(w.layer_names, w.lora_a, w.lora_b, w.rank) for w in tiny_adapters(4)]
+    adapters = [without_alpha(weights) for weights in tiny_adapters(4)]
     subspace = SharedSubspace.from_adapters(adapters, num_components=3)
     assert not subspace.scales_known
     base = TinyModel()
@@ -1190,6 +1191,56 @@ def test_a_scale_that_is_not_known_is_given_as_in_vlora() -> None:
     close(added[1], 3 * added[0])
     # alpha / rank
     close(added[2], 3 * added[0])
+
+
+def without_alpha(weights: LoRAWeights) -> LoRAWeights:
+    return LoRAWeights(weights.layer_names, weights.lora_a, weights.lora_b, weights.rank)
+
+
+@pytest.mark.parametrize("representation", ["flat", "joint"])
+def test_a_scale_that_is_not_known_is_taken_wherever_the_tasks_are(
+    representation: str, tmp_path: Path
+) -> None:
+    """Of a subspace, of the checkpoint it was saved as, opened and by its path: the same."""
+    adapters = [without_alpha(w) for w in tiny_adapters(4, rank=4)]
+    subspace = SharedSubspace.from_adapters(
+        adapters,
+        num_components=3 if representation == "flat" else 12,
+        representation=representation,
+    )
+    path = subspace.save(tmp_path / "saved")
+    base = TinyModel()
+    wanted = expected(base, {n: 2 * d for n, d in deltas_of(adapters[1]).items()}, X)
+    for source in (subspace, path, str(path), Checkpoint.open(path)):
+        for options in ({"scaling": 2.0}, {"lora_alpha": 8}):
+            model = VLoRAModel(TinyModel(), source, **options)
+            model.set_task("task_1")
+            close(model(X), wanted, 1e-4)
+
+
+def test_a_blend_of_tasks_without_a_scale_has_none() -> None:
+    adapters = [without_alpha(weights) for weights in tiny_adapters(3)]
+    subspace = SharedSubspace.from_adapters(adapters, num_components=6, representation="joint")
+    router = TaskRouter.from_subspace(subspace, input_dim=4)
+    blend = router.blend_loadings(torch.ones(1, 4), subspace)
+    assert not blend.origin.scale_known
+    subspace.add_task(blend)
+    assert VLoRAModel(TinyModel(), subspace, scaling=3.0).scaling == 3.0
+
+
+def test_a_scale_is_not_given_to_tasks_that_have_theirs(tmp_path: Path) -> None:
+    """Tasks with and without a known alpha: one factor for all would scale the former twice."""
+    adapters = tiny_adapters(4)
+    mixed = SharedSubspace.from_adapters(
+        [adapters[0], *map(without_alpha, adapters[1:])], num_components=3
+    )
+    path = mixed.save(tmp_path / "saved")
+    for source in (mixed, path):
+        model = VLoRAModel(TinyModel(), source)
+        model.set_task("task_0")
+        close(model(X), expected(TinyModel(), deltas_of(adapters[0]), X), 1e-4)
+        with pytest.raises(OptionError, match=r"'task_0'.*'task_1'"):
+            VLoRAModel(TinyModel(), source, lora_alpha=4)
 
 
 def test_the_adapter_s_own_scale_may_be_named_for_a_checkpoint(tmp_path: Path) -> None:

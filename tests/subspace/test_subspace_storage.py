@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
+from vllm_vlora.model.training import orthogonal_init
 from vllm_vlora.plugin.memory import plan_memory
 from vllm_vlora.quantize import pack
 from vllm_vlora.representations.decode import decode
@@ -452,3 +455,79 @@ def test_folders_that_vlora_wrote_are_read(name: str, tmp_path: Path) -> None:
         made = again.reconstruct(task_id)
         got = made.lora_a[layer] if side == "A" else made.lora_b[layer]
         assert torch.allclose(got, wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_alpha_that_vlora_did_not_keep_is_given(saved: bool, tmp_path: Path) -> None:
+    """Of rank 4: what is added later with its own alpha then has the same measure as the rest."""
+    folder = SEEDS / "vlora-1.0.0-float"
+    plain = SharedSubspace.load(folder)
+    source = plain.save(tmp_path / "ours") if saved else folder
+    subspace = SharedSubspace.load(source, lora_alpha=32)
+    assert subspace.scales_known
+    layer = subspace.layer_names[0]
+    for task_id in plain.tasks:
+        wanted = 8 * delta_w(plain.reconstruct(task_id), layer)
+        assert torch.allclose(delta_w(subspace.reconstruct(task_id), layer), wanted, rtol=1e-4)
+    for values, old in zip(
+        subspace.singular_values_b.values(), plain.singular_values_b.values(), strict=True
+    ):
+        assert torch.allclose(values, 8 * old, rtol=1e-4)
+    [first, *_] = plain.tasks
+    weights = plain.reconstruct(first)
+    weights.metadata["lora_alpha"] = 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        subspace.absorb(weights, "again")
+    assert torch.allclose(
+        delta_w(subspace.reconstruct("again"), layer),
+        delta_w(subspace.reconstruct(first), layer),
+        atol=1e-5,
+    )
+    assert SharedSubspace.load(subspace.save(tmp_path / "known")).scales_known
+
+
+def test_cores_get_the_alpha_that_was_not_kept(tmp_path: Path) -> None:
+    adapters = tiny_adapters(3, rank=2)
+    for weights in adapters:
+        del weights.metadata["lora_alpha"]
+    subspace = SharedSubspace.from_adapters(adapters, num_components=6, representation="joint")
+    again = SharedSubspace.load(subspace.save(tmp_path / "out"), lora_alpha=5)
+    for task_id, weights in zip(again.tasks, adapters):
+        assert torch.allclose(
+            delta_w(again.reconstruct(task_id), V), 2.5 * delta_w(weights, V), atol=1e-5
+        )
+
+
+def test_an_alpha_that_is_known_or_none_is_not_given(tmp_path: Path) -> None:
+    path = fitted("flat", 3).save(tmp_path / "out")
+    with pytest.raises(OptionError, match="leave lora_alpha out"):
+        SharedSubspace.load(path, lora_alpha=8)
+    for alpha in (0.0, float("nan"), float("inf")):
+        with pytest.raises(OptionError, match="lora_alpha"):
+            SharedSubspace.load(SEEDS / "vlora-1.0.0-float", lora_alpha=alpha)
+
+
+ADDING: dict[str, Callable[[SharedSubspace, LoRAWeights], object]] = {
+    "add_task": lambda held, new: held.add_task(held.project(new, "new", warn_threshold=0.0)),
+    "absorb": lambda held, new: held.absorb(new, "new"),
+    "absorb_incremental": lambda held, new: held.absorb_incremental(new, "new"),
+    "orthogonal_init": lambda held, _: orthogonal_init(held, "new"),
+}
+
+
+@pytest.mark.parametrize("how", ADDING)
+def test_a_task_of_another_measure_than_the_rest_is_warned_of(how: str) -> None:
+    subspace = SharedSubspace.load(SEEDS / "vlora-1.0.0-float")
+    weights = subspace.reconstruct(next(iter(subspace.tasks)))
+    weights.metadata["lora_alpha"] = 32
+    with pytest.warns(UserWarning, match=r"load.*lora_alpha") as warned:
+        ADDING[how](subspace, weights)
+    if how != "orthogonal_init":
+        assert warned[0].filename == __file__
+    # Of unknown scale, as the others.
+    del weights.metadata["lora_alpha"]
+    fresh = SharedSubspace.load(SEEDS / "vlora-1.0.0-float")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh.add_task(fresh.project(weights, "new"))

@@ -32,6 +32,8 @@ from vllm_vlora.representations.joint import dense_keeps_rank, split_core
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 from vllm_vlora.subspace.layers import JointLayer, Layer, Loadings
 from vllm_vlora.subspace.shared import SharedSubspace
+from vllm_vlora.subspace.storage import adapter_rank
+from vllm_vlora.subspace.weights import has_alpha
 from vllm_vlora.wording import some_of
 
 
@@ -223,15 +225,21 @@ class UpdateSource(Protocol):
     """What updates are made from: a ``SharedSubspace`` or a ``Checkpoint``.
 
     Attributes:
-        layers: the adapted layers. scales_known: whether every task's alpha / r is folded in.
+        layers: the adapted layers.
     """
 
     layers: dict[str, AdaptedShape]
-    scales_known: bool
 
     @property
     def origin(self) -> SharedSubspace | Checkpoint:
         """What this reads from."""
+
+    @property
+    def rank(self) -> int:
+        """The largest of the adapters."""
+
+    def scale_known(self, task_id: str) -> bool:
+        """Whether a task's alpha / r is folded into its updates."""
 
     def task_ids(self) -> list[str]:
         """All tasks, as the source orders them."""
@@ -279,7 +287,7 @@ def check_scaling(source: UpdateSource, scaling: float | None, lora_alpha: float
         scaling, lora_alpha: what the user gave; alpha means alpha / rank of the subspace.
 
     Raises:
-        OptionError: both are given, or one that would change the adapters' own scale.
+        OptionError: both are given, or one that would change an adapter's own scale.
     """
     given = scaling if lora_alpha is None else lora_alpha
     if given is None:
@@ -288,14 +296,22 @@ def check_scaling(source: UpdateSource, scaling: float | None, lora_alpha: float
         raise OptionError("scaling and lora_alpha say the same thing; give one of them")
     if not math.isfinite(given):
         raise OptionError(f"scaling and lora_alpha must be finite, got {given}")
-    if not source.scales_known:
-        assert isinstance(source.origin, SharedSubspace)
-        return given if lora_alpha is None else given / source.origin.rank
+    name = "scaling" if lora_alpha is None else "lora_alpha"
+    by_known: dict[bool, str] = {}
+    for task_id in source.task_ids():
+        by_known.setdefault(source.scale_known(task_id), task_id)
+    if len(by_known) > 1:
+        raise OptionError(
+            f"{name}={given:g} would multiply all tasks, and that of {by_known[True]!r} is part of its "
+            f"update already, while that of {by_known[False]!r} is not known; leave it out, or read the "
+            "tasks that have none with SharedSubspace.load(path, lora_alpha=...) before others are added"
+        )
+    if False in by_known:
+        return given if lora_alpha is None else given / source.rank
     own = {
         value for config in source.configs() for value in _own(config, source, lora_alpha is None)
     }
     if any(not math.isclose(given, value, rel_tol=1e-6) for value in own):
-        name = "scaling" if lora_alpha is None else "lora_alpha"
         values = ", ".join(f"{value:g}" for value in sorted(own))
         raise OptionError(
             f"{name}={given:g}, but the adapters' own is {values} and is part of their updates already; "
@@ -338,7 +354,6 @@ class SubspaceSource:
 
     def __init__(self, subspace: SharedSubspace) -> None:
         self._subspace = subspace
-        self.scales_known = subspace.scales_known
         self.layers = {
             name: AdaptedShape(layer.d_in, layer.d_out, layer.kind)
             for name, layer in subspace.layers.items()
@@ -348,6 +363,15 @@ class SubspaceSource:
     def origin(self) -> SharedSubspace:
         """The subspace."""
         return self._subspace
+
+    @property
+    def rank(self) -> int:
+        """The largest of the adapters."""
+        return self._subspace.rank
+
+    def scale_known(self, task_id: str) -> bool:
+        """Whether a task's alpha / r is folded in, which vlora leaves out."""
+        return self._subspace.tasks[task_id].origin.scale_known
 
     def task_ids(self) -> list[str]:
         """All tasks, as the subspace orders them."""
@@ -409,8 +433,6 @@ class CheckpointSource:
     Bases are unpacked once, to float32, and shared by all updates; a task is read when it is asked for.
     """
 
-    scales_known = True
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self.layers = {m.name: AdaptedShape(m.d_in, m.d_out, m.kind) for m in checkpoint.modules}
@@ -427,6 +449,16 @@ class CheckpointSource:
     def origin(self) -> Checkpoint:
         """The checkpoint."""
         return self._checkpoint
+
+    @property
+    def rank(self) -> int:
+        """The largest of the adapters."""
+        records = self._checkpoint.tasks.values()
+        return max(adapter_rank(self._checkpoint, record) for record in records)
+
+    def scale_known(self, task_id: str) -> bool:
+        """Whether a task's config gives its alpha; a subspace saves none where it knows none."""
+        return has_alpha(self._checkpoint.record(task_id).adapter_config)
 
     def task_ids(self) -> list[str]:
         """All tasks, as the checkpoint orders them."""

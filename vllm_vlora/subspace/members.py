@@ -22,7 +22,7 @@ from vllm_vlora.adapters.module_names import (
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.errors import AdapterError, OptionError, TaskIdError
 from vllm_vlora.representations.factors import ScaledFactors
-from vllm_vlora.subspace.weights import LayerShape, LoRAWeights, Update, shapes_of
+from vllm_vlora.subspace.weights import LayerShape, LoRAWeights, Update, has_alpha, shapes_of
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import count_of, shown
 
@@ -49,7 +49,7 @@ class Member:
     @property
     def has_scale(self) -> bool:
         """Whether its config gives an alpha; without one its scales are 1."""
-        return self.metadata.get("lora_alpha") is not None
+        return has_alpha(self.metadata)
 
     @property
     def original_nbytes(self) -> int:

@@ -79,8 +79,10 @@ class FittedState(SubspaceState):
             else self._stored_member(task_id)
             for task_id in self.tasks
         ]
+        newcomer = as_member(new_adapter, new_task_id)
+        self._warn_of_scale(new_task_id, newcomer.has_scale, stacklevel=3)
         members = share_layers(
-            [*members, as_member(new_adapter, new_task_id)],
+            [*members, newcomer],
             missing or self._missing_rule(),
             self.layers,
         )
@@ -115,6 +117,7 @@ class FittedState(SubspaceState):
             raise OptionError("the subspace is quantised; absorb() it, or absorb before quantize()")
         choice = self._choice(num_components)
         member = as_member(new_adapter, new_task_id)
+        self._warn_of_scale(new_task_id, member.has_scale, stacklevel=3)
         rule = missing or self._missing_rule()
         member = self._fitting_member(member, rule, unknown_allowed=rule == "zero")
         grown = self._restricted(member) if rule == "common" else self._copy()

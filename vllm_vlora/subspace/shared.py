@@ -28,7 +28,7 @@ from vllm_vlora.subspace.rounding import (
     quantized_loadings,
 )
 from vllm_vlora.subspace.sizes import CompressionStats, compression_stats, full_stack_stats
-from vllm_vlora.subspace.storage import read_subspace, write_subspace
+from vllm_vlora.subspace.storage import read_subspace, with_alpha, write_subspace
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection, warn_of_losses, with_loadings
 from vllm_vlora.subspace.weights import LoRAWeights, own_rank_options
 from vllm_vlora.task_ids import validate_task_id
@@ -217,6 +217,7 @@ class SharedSubspace(FittedState):
         validate_task_id(projection.task_id)
         if not replace:
             self._check_free(projection.task_id)
+        self._warn_of_scale(projection.task_id, projection.origin.scale_known, stacklevel=2)
         self.tasks[projection.task_id] = self._placed(projection)
 
     def remove_task(self, task_id: str) -> None:
@@ -582,20 +583,27 @@ class SharedSubspace(FittedState):
         return smaller.save(path, force=force, allow_large_error=allow_large_error)
 
     @classmethod
-    def load(cls, path: str | Path) -> SharedSubspace:
+    def load(cls, path: str | Path, *, lora_alpha: float | None = None) -> SharedSubspace:
         """Read a checkpoint of ours (a folder or a Hub id), or a folder that vlora wrote.
 
         Any checkpoint whose tasks are all flat or all joint on one basis can be read, also one that
         ``vllm-vlora compress`` wrote.
 
+        Args:
+            lora_alpha: that of all adapters, where their tasks have none, as vlora keeps none. Their
+                updates become alpha / r times what is stored, and ``scales_known`` is true.
+
         Raises:
             CheckpointError: it cannot be read, is damaged, or has private or mixed tasks.
+            OptionError: ``lora_alpha`` is no scale, or a task has its own.
 
         Examples:
             >>> SharedSubspace.load(joint.save(folder / "joint")).representation
             'joint'
         """
         stored = read_subspace(path)
+        if lora_alpha is not None:
+            stored = with_alpha(stored, lora_alpha)
         return cls(stored.layers, stored.tasks, rank=stored.rank)
 
     def _expand(self, count: int) -> None:

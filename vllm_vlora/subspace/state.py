@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,20 @@ class SubspaceState:
             known = some_of(self.tasks)
             raise TaskNotFoundError(f"the subspace has no task {task_id!r}; it has: {known}")
         return self.tasks[task_id]
+
+    def _warn_of_scale(self, task_id: str, known: bool, stacklevel: int) -> None:
+        """Say where the first task that has its alpha / r comes to tasks without theirs.
+
+        Args:
+            stacklevel: as of ``warnings.warn`` in the caller.
+        """
+        if known and self.tasks and not any(t.origin.scale_known for t in self.tasks.values()):
+            warnings.warn(
+                f"task {task_id!r} has its alpha / r, and none of the subspace's tasks has one, as vlora "
+                "keeps none: VLoRAModel then takes no lora_alpha for them; read them with "
+                "SharedSubspace.load(path, lora_alpha=...)",
+                stacklevel=stacklevel + 1,
+            )
 
     def _check_free(self, task_id: str) -> None:
         if task_id in self.tasks:

@@ -34,12 +34,18 @@ from vllm_vlora.foreign.vlora_files import META_FILE, VLoRAFiles
 from vllm_vlora.quantize import FLOAT_DTYPES, FORMAT_OF_DTYPE, PackedMatrix, pack, unpack
 from vllm_vlora.representations.flat import encode_flat
 from vllm_vlora.representations.joint import dense_keeps_rank, split_core
-from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
+from vllm_vlora.representations.spec import (
+    BasisSpec,
+    FlatSpec,
+    ModuleSpec,
+    Segment,
+    fits_float32,
+)
 from vllm_vlora.representations.stored import FlatBasis, StoredModule
 from vllm_vlora.subspace.fitting import core_rank, with_spectra
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
-from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
-from vllm_vlora.subspace.weights import plain_json
+from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection, with_loadings
+from vllm_vlora.subspace.weights import has_alpha, plain_json
 
 
 @dataclass(frozen=True)
@@ -228,8 +234,47 @@ def read_subspace(ref: str | Path) -> StoredSubspace:
     scales = _flat_scales(checkpoint) if flat else {}
     layers = {n: _rescaled(layer, scales.get(n, 1.0)) for n, layer in layers.items()}
     tasks = {task_id: _read_task(checkpoint, task_id, layers) for task_id in checkpoint.tasks}
-    rank = max(_adapter_rank(checkpoint, record) for record in checkpoint.tasks.values())
+    rank = max(adapter_rank(checkpoint, record) for record in checkpoint.tasks.values())
     return _finished(layers, tasks, rank)
+
+
+def with_alpha(stored: StoredSubspace, alpha: float) -> StoredSubspace:
+    """The subspace with the alpha of its tasks, none of which has one yet, folded in as alpha / r.
+
+    Raises:
+        OptionError: a task has its own, or ``alpha`` is no number for a scale.
+    """
+    if not fits_float32(alpha) or alpha == 0:
+        raise OptionError(
+            f"lora_alpha is {alpha}; give a number other than zero that float32 holds"
+        )
+    known = next((name for name, task in stored.tasks.items() if task.origin.scale_known), None)
+    if known is not None:
+        raise OptionError(
+            f"task {known!r} has its own alpha / r, which is part of its update already; leave "
+            "lora_alpha out"
+        )
+    layers: dict[str, Layer] = {}
+    scales: dict[str, float] = {}
+    for name, layer in stored.layers.items():
+        scales[name] = alpha / (layer.rank if isinstance(layer, FlatLayer) else stored.rank)
+        # Of a joint layer the cores have all of it.
+        layers[name] = _rescaled(layer, scales[name]) if isinstance(layer, FlatLayer) else layer
+    tasks = {
+        task_id: with_loadings(
+            task,
+            {name: _scaled(task.at(name), scales[name]) for name in task.loadings_a},
+            dataclasses.replace(task.origin, scale_known=True),
+        )
+        for task_id, task in stored.tasks.items()
+    }
+    return StoredSubspace(with_spectra(layers, tasks.values()), tasks, stored.rank)
+
+
+def _scaled(loadings: Loadings, scale: float) -> Loadings:
+    """What makes the update ``scale`` times as large, of a flat layer along with its mean of B."""
+    first, second = loadings
+    return (first * scale, None) if second is None else (first, second * scale)
 
 
 def _one_representation(checkpoint: Checkpoint) -> str:
@@ -273,7 +318,7 @@ def _read_task(checkpoint: Checkpoint, task_id: str, layers: Mapping[str, Layer]
         record.error,
         record.original_nbytes,
         record.source,
-        config.get("lora_alpha") is not None,
+        has_alpha(config),
         record.renamed,
     )
     return TaskProjection(task_id, first, second, origin, packed)
@@ -313,7 +358,8 @@ def _rescaled(layer: Layer, scale: float) -> Layer:
     return dataclasses.replace(layer, mean_b=layer.mean_b * scale, packed=None)
 
 
-def _adapter_rank(checkpoint: Checkpoint, record: TaskRecord) -> int:
+def adapter_rank(checkpoint: Checkpoint, record: TaskRecord) -> int:
+    """The largest rank of a task's adapter; where its config says none, of what is stored."""
     config = record.adapter_config
     if not isinstance(config.get("r"), int):
         return record.max_rank

@@ -97,7 +97,7 @@ class LoRAWeights:
     @property
     def has_scale(self) -> bool:
         """Whether the metadata gives an alpha; without one every scale is 1."""
-        return self.metadata.get("lora_alpha") is not None
+        return has_alpha(self.metadata)
 
     def scale(self, layer: str) -> float:
         """alpha / r of a layer by PEFT's rules (``use_rslora`` and ``alpha_pattern`` honoured).
@@ -144,6 +144,11 @@ class LoRAWeights:
             (8, 12)
         """
         return self.lora_a[layer].float(), self.scale(layer) * self.lora_b[layer].float()
+
+
+def has_alpha(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's config gives its alpha, so that its scale is known."""
+    return config.get("lora_alpha") is not None
 
 
 Update: TypeAlias = LoRAWeights | Adapter
@@ -310,7 +315,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _describes(config: Mapping[str, Any], pairs: Mapping[str, tuple[int, float]]) -> bool:
-    if not isinstance(config.get("r"), int) or config.get("lora_alpha") is None:
+    if not isinstance(config.get("r"), int) or not has_alpha(config):
         return False
     return all(lora_rank(config, name) == rank for name, (rank, _) in pairs.items())
 
