@@ -411,6 +411,19 @@ def test_a_task_made_here_is_saved_with_a_config_of_its_own(
     assert params.keys() == again.get_trainable_params("trained").keys()
 
 
+def test_tasks_are_saved_under_the_names_that_they_have_in_the_dict(tmp_path: Path) -> None:
+    """As vlora saves them; what a projection was called before does not matter."""
+    subspace = fitted("joint", 4)
+    subspace.tasks["copy"] = subspace.tasks["task_0"]
+    subspace.tasks["renamed"] = subspace.tasks.pop("task_1")
+    again = SharedSubspace.load(subspace.save(tmp_path / "out"))
+    assert list(again.tasks) == list(subspace.tasks)
+    for task_id, task in subspace.tasks.items():
+        assert again.tasks[task_id].task_id == task_id
+        for layer in SHAPES:
+            assert torch.equal(again.tasks[task_id].cores[layer], task.cores[layer])
+
+
 def test_adapters_without_alpha_are_known_as_such_again(tmp_path: Path) -> None:
     adapters = tiny_adapters(3)
     del adapters[1].metadata["lora_alpha"]

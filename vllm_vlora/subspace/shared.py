@@ -50,7 +50,8 @@ class SharedSubspace(FittedState):
 
     Attributes:
         layers: layer name -> what its tasks share (``FlatLayer`` or ``JointLayer``).
-        tasks: task id -> its loadings; a plain dict, in the order in which tasks came.
+        tasks: task id -> its loadings; a plain dict, in the order in which tasks came. Its keys are the
+            tasks' names, whatever a projection was called before.
         rank: the largest rank of the adapters.
         num_components: the k asked for, or the largest of the k that were chosen.
         adaptive_k, variance_threshold: how k is chosen again by :meth:`absorb`.

@@ -77,9 +77,9 @@ def write_subspace(
         writer = CheckpointWriter(folder, base_model, allow_large_error=allow_large_error)
         for name, layer in stored.layers.items():
             _add_module(writer, name, layer)
-        for task in stored.tasks.values():
+        for task_id, task in stored.tasks.items():
             writer.add_task(
-                task.task_id,
+                task_id,
                 _stored_modules(stored.layers, task),
                 original_nbytes=original_nbytes(stored.layers, task, stored.rank),
                 error=task.origin.error,
