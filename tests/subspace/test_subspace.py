@@ -30,6 +30,9 @@ from vllm_vlora.errors import (
     TaskNotFoundError,
     VLoRAError,
 )
+from vllm_vlora.merging.blending import blend_tasks
+from vllm_vlora.model.router import TaskRouter
+from vllm_vlora.model.training import SubspaceTrainer
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, round_rows
 from vllm_vlora.subspace.pipeline import absorb_task, extract_adapter, init_subspace
 from vllm_vlora.subspace.shared import SharedSubspace
@@ -519,6 +522,63 @@ def test_tasks_are_added_replaced_and_removed(representation: str) -> None:
     bad.loadings_a[Q] = bad.loadings_a[Q] * float("nan")
     with pytest.raises(OptionError, match="NaN"):
         subspace.add_task(bad)
+
+
+CHANGES: dict[str, Callable[[SharedSubspace, LoRAWeights], object]] = {
+    "absorb": lambda subspace, new: subspace.absorb(new, "new"),
+    "absorb_incremental": lambda subspace, new: subspace.absorb_incremental(new, "new"),
+    "quantize": lambda subspace, _: subspace.quantize(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("how", CHANGES)
+@REPRESENTATIONS
+def test_loadings_of_a_basis_that_was_changed_are_refused(
+    representation: str, k: int, how: str
+) -> None:
+    """Their shapes are the same, and what they mean is another update."""
+    adapters = tiny_adapters(6)
+    subspace = fitted(adapters[:4], representation, k)
+    held = [
+        subspace.project(adapters[5], "late"),
+        TaskRouter.from_subspace(subspace, 4).blend_loadings(torch.ones(1, 4), subspace),
+    ]
+    if representation == "joint":
+        held.append(blend_tasks(subspace, {"task_0": 0.5, "task_1": 0.5}, "blend"))
+    params = subspace.get_trainable_params("task_0")
+    trainer = SubspaceTrainer(subspace, "task_0")
+    CHANGES[how](subspace, adapters[4])
+    before = all_factors(subspace, "task_0")
+    for projection in held:
+        with pytest.raises(OptionError, match=f"'{projection.task_id}'.* again"):
+            subspace.add_task(projection)
+    subspace.tasks["by hand"] = held[0]
+    with pytest.raises(OptionError, match="again"):
+        subspace.reconstruct("by hand")
+    with pytest.raises(OptionError, match=r"'task_0'.* again"):
+        subspace.update_task("task_0", params)
+    with pytest.raises(OptionError, match=r"'task_0'.* again"):
+        trainer.write_back()
+    assert all(map(torch.equal, all_factors(subspace, "task_0"), before))
+    subspace.add_task(subspace.project(adapters[5], "late"))
+    subspace.update_task("task_0", subspace.get_trainable_params("task_0"))
+
+
+@REPRESENTATIONS
+def test_loadings_stay_good_where_the_basis_stays(
+    representation: str, k: int, tmp_path: Path
+) -> None:
+    """In memory or saved and read again, and in another dtype."""
+    adapters = tiny_adapters(5)
+    subspace = fitted(adapters[:4], representation, k)
+    projection = subspace.project(adapters[4], "late", warn_threshold=0.0)
+    again = SharedSubspace.load(subspace.save(tmp_path / "out"))
+    again.add_task(projection)
+    params = again.get_trainable_params("late")
+    again.to(dtype=torch.bfloat16).update_task("late", params)
+    again.remove_task("late")
+    again.add_task(projection)
 
 
 def test_a_task_set_by_hand_is_reconstructed() -> None:

@@ -325,7 +325,8 @@ def _blend_cores(
         for name, layer in subspace.layers.items()
         if name in cores
     }
-    return TaskProjection(task_id, ordered, {}, _origin(subspace, weights))
+    origin = _origin(subspace, weights)
+    return TaskProjection(task_id, ordered, {}, origin, basis_id=subspace.basis_id)
 
 
 def _origin(subspace: SharedSubspace, weights: Mapping[str, float]) -> TaskOrigin:

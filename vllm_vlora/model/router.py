@@ -194,6 +194,7 @@ class TaskRouter(nn.Module):
             loadings_a=_blended([task.loadings_a for task in tasks], weights),
             loadings_b=_blended([task.loadings_b for task in tasks], weights),
             origin=TaskOrigin(scale_known=all(task.origin.scale_known for task in tasks)),
+            basis_id=subspace.basis_id,
         )
 
     def fit(

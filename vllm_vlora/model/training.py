@@ -190,7 +190,8 @@ class SubspaceTrainer:
         """Put what was learned into the subspace, in the dtype of its layers; until then it is unchanged.
 
         Raises:
-            OptionError: a value is NaN or infinite; the task in the subspace stays as it was.
+            OptionError: a value is NaN or infinite, or a basis was changed since the trainer was made;
+                the task in the subspace stays as it was.
             TaskNotFoundError: the task was removed meanwhile.
         """
         self.subspace.update_task(self.task_id, self.params)

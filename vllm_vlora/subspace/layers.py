@@ -11,7 +11,8 @@ A task's alpha / r is folded into its B before, so delta_W = B A throughout.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -33,6 +34,8 @@ Loadings: TypeAlias = tuple[Tensor, Tensor | None]
 
 # A basis whose Gram matrix is further from the identity than this was rounded or quantised.
 _ORTHONORMAL = 1e-4
+# Numbers of a tensor that tell a basis from another one.
+_TELLING = 4096
 
 
 @dataclass(frozen=True)
@@ -430,6 +433,27 @@ class JointLayer:
 Layer: TypeAlias = FlatLayer | JointLayer
 # Representation -> what a task has of a layer, by the names of its trainable parameters.
 PARAMETERS = {"flat": ("loadings_a", "loadings_b"), "joint": ("core",)}
+
+
+def basis_id(layers: Mapping[str, Layer]) -> str:
+    """What tells these bases from others of their shapes, also after they were saved and read again.
+
+    Whatever moves a basis changes nearly all of its numbers, so that some of them are enough.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(layers):
+        layer = layers[name]
+        shared = (
+            (layer.mean_a, layer.components_a, layer.mean_b, layer.components_b)
+            if isinstance(layer, FlatLayer)
+            else (layer.u, layer.v)
+        )
+        for tensor in shared:
+            numbers = tensor.detach().flatten()
+            sample = numbers[:: max(1, len(numbers) // _TELLING)].float().cpu().contiguous()
+            digest.update(f"{name} {list(tensor.shape)}".encode())
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def round_rows(tensor: Tensor, bits: int) -> Tensor:

@@ -29,7 +29,13 @@ from vllm_vlora.subspace.rounding import (
 )
 from vllm_vlora.subspace.sizes import CompressionStats, compression_stats, full_stack_stats
 from vllm_vlora.subspace.storage import read_subspace, with_alpha, write_subspace
-from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection, warn_of_losses, with_loadings
+from vllm_vlora.subspace.tasks import (
+    TaskOrigin,
+    TaskProjection,
+    TrainableParams,
+    warn_of_losses,
+    with_loadings,
+)
 from vllm_vlora.subspace.weights import LoRAWeights, own_rank_options
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import count_of, some_of
@@ -188,6 +194,7 @@ class SharedSubspace(FittedState):
         """
         member = self._fitting_member(as_member(adapter, task_id), missing)
         projection = project_member(self.layers, member)
+        projection.basis_id = self.basis_id
         coverage = 1.0 - projection.origin.error
         if warn_threshold is None:
             advice = "absorb() the adapter to widen the basis"
@@ -208,7 +215,8 @@ class SharedSubspace(FittedState):
 
         Raises:
             TaskIdError: the id is taken or not allowed.
-            OptionError: loadings have another shape than the layers, or are not finite.
+            OptionError: loadings have another shape than the layers, or are not finite; or a basis was
+                changed since the task was projected or blended.
 
         Examples:
             >>> subspace.add_task(subspace.project(adapters[0], "copy"))
@@ -356,13 +364,14 @@ class SharedSubspace(FittedState):
             self._expand(num_expand)
         task = self._placed(self.tasks[task_id])
         names = PARAMETERS[self.representation]
-        return {
+        params = {
             f"{layer}.{name}": Parameter(tensor.detach().float().clone())
             for layer in self.layers
             if layer in task
             for name, tensor in zip(names, task.at(layer))
             if tensor is not None
         }
+        return TrainableParams(params, self.basis_id)
 
     def update_task(self, task_id: str, params: Mapping[str, Tensor]) -> None:
         """Put trained parameters into a task, in the dtype of its layers.
@@ -374,7 +383,8 @@ class SharedSubspace(FittedState):
 
         Raises:
             TaskNotFoundError: no such task.
-            OptionError: names, shapes or values do not fit; the task is then as it was.
+            OptionError: names, shapes or values do not fit, or a basis was changed since these very
+                parameters were given out; the task is then as it was.
 
         Examples:
             >>> params = subspace.get_trainable_params("task_0")
@@ -383,6 +393,8 @@ class SharedSubspace(FittedState):
             {}
         """
         task = self._task(task_id)
+        if isinstance(params, TrainableParams):
+            self._check_basis(task_id, params.basis_id)
         wanted = set(self.get_trainable_params(task_id))
         if wanted != set(params):
             odd = min(wanted ^ set(params))
@@ -471,7 +483,10 @@ class SharedSubspace(FittedState):
             >>> subspace.to(dtype=torch.bfloat16).components_a["layers.0.q_proj"].dtype
             torch.bfloat16
         """
+        held = self._basis_id
         self.layers = {name: layer.to(device, dtype) for name, layer in self.layers.items()}
+        # The bases are what they were, but for rounding.
+        self._basis_id = held
         self.tasks = {task_id: self._placed(task) for task_id, task in self.tasks.items()}
         return self
 

@@ -13,7 +13,7 @@ from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.representations.joint import split_core
 from vllm_vlora.subspace.fitting import core_rank
-from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
+from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings, basis_id
 from vllm_vlora.subspace.storage import StoredSubspace, representation
 from vllm_vlora.subspace.tasks import TaskProjection, with_loadings
 from vllm_vlora.wording import some_of
@@ -54,6 +54,23 @@ class SubspaceState:
             f"SharedSubspace(layers={len(self.layers)}, k={self.num_components}, rank={self.rank}, "
             f"tasks={len(self.tasks)}, representation={self.representation!r})"
         )
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """Layer name -> what its tasks share; assigned anew whenever a basis changes."""
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: dict[str, Layer]) -> None:
+        self._layers = layers
+        self._basis_id: str | None = None
+
+    @property
+    def basis_id(self) -> str:
+        """What tells the bases from others of their shapes: loadings on them mean nothing on others."""
+        if self._basis_id is None:
+            self._basis_id = basis_id(self.layers)
+        return self._basis_id
 
     @property
     def layer_names(self) -> list[str]:
@@ -171,8 +188,21 @@ class SubspaceState:
                 f"task {task_id!r} exists; remove_task() it first, or choose another id"
             )
 
+    def _check_basis(self, task_id: str, basis_id: str) -> None:
+        """Refuse loadings on bases that were changed since, whose shapes may be the same.
+
+        Raises:
+            OptionError: they were.
+        """
+        if basis_id and basis_id != self.basis_id:
+            raise OptionError(
+                f"task {task_id!r}: its loadings are on other bases than the subspace has now; project, "
+                "blend or train the task again"
+            )
+
     def _placed(self, task: TaskProjection) -> TaskProjection:
         """The task with its loadings checked, on the layers' devices and in their dtypes."""
+        self._check_basis(task.task_id, task.basis_id)
         loadings: dict[str, Loadings] = {}
         for name in task.loadings_a:
             layer = self.layers.get(name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from vllm_vlora.checkpoint.losses import Losses, describe_losses, predicted_loss
 from vllm_vlora.errors import OptionError
@@ -65,6 +66,8 @@ class TaskProjection:
         loadings_b: flat: layer -> (k_b,). joint: {}.
         origin: what its adapter was; the default for a task that was made here.
         packed_cores: joint: cores as they are stored, where they were quantised.
+        basis_id: of the subspace's bases that the loadings are on, as its ``basis_id`` was; "" where
+            nobody said.
 
     A layer without an entry is one that the task does not adapt.
 
@@ -80,6 +83,7 @@ class TaskProjection:
     loadings_b: dict[str, Tensor]
     origin: TaskOrigin = field(default_factory=TaskOrigin)
     packed_cores: dict[str, PackedMatrix] = field(default_factory=dict)
+    basis_id: str = ""
 
     def __contains__(self, layer: object) -> bool:
         return layer in self.loadings_a
@@ -110,6 +114,14 @@ class TaskProjection:
         if self.loadings_b:
             raise OptionError(f"task {self.task_id!r} is flat and has no cores; see loadings_a")
         return self.loadings_a
+
+
+class TrainableParams(dict[str, Parameter]):
+    """A task's parameters by name, and the bases that they are loadings on (``basis_id``)."""
+
+    def __init__(self, params: Mapping[str, Parameter], basis_id: str) -> None:
+        super().__init__(params)
+        self.basis_id = basis_id
 
 
 def warn_of_losses(
