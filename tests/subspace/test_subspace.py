@@ -22,6 +22,10 @@ from tiny_adapters import (
 )
 
 from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
+from vllm_vlora.checkpoint.export import export_task
+from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import (
     AdapterError,
     OptionError,
@@ -33,6 +37,7 @@ from vllm_vlora.errors import (
 from vllm_vlora.merging.blending import blend_tasks
 from vllm_vlora.model.router import TaskRouter
 from vllm_vlora.model.training import SubspaceTrainer
+from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, round_rows
 from vllm_vlora.subspace.pipeline import absorb_task, extract_adapter, init_subspace
 from vllm_vlora.subspace.shared import SharedSubspace
@@ -328,6 +333,68 @@ def test_adapters_without_an_update_and_copies_are_normal_input(
             for layer in SHAPES:
                 made = delta_w(kept.reconstruct(task), layer)
                 assert torch.allclose(made, delta_w(weights, layer), atol=1e-5)
+
+
+def untrained(weights: LoRAWeights, *layers: str) -> LoRAWeights:
+    """With B zero in these layers, as it is before training."""
+    for layer in layers:
+        weights.lora_b[layer] = torch.zeros_like(weights.lora_b[layer])
+    return weights
+
+
+@pytest.mark.parametrize("zero", [[Q, V], [V]])
+@REPRESENTATIONS
+def test_an_update_of_zero_stays_one(
+    representation: str, k: int, zero: list[str], tmp_path: Path
+) -> None:
+    """Also where the nearest point that flat components hold is another: it was stored, as exact."""
+    adapters = [*tiny_adapters(5), untrained(tiny_weights(5), *zero)]
+    subspace = fitted(adapters, representation, k)
+    again = SharedSubspace.load(subspace.save(tmp_path / "out"))
+    projected = fitted(adapters[:5], representation, k)
+    projected.add_task(projected.project(adapters[5], "task_5", warn_threshold=0.0))
+    absorbed = fitted(adapters[:5], representation, k)
+    absorbed.absorb_incremental(adapters[5], "task_5", num_components=k)
+    # What is absorbed later leaves it alone.
+    absorbed.absorb(tiny_weights(6), "later", num_components=k)
+    rounded = SharedSubspace.load(tmp_path / "out").to(dtype=torch.bfloat16)
+    for kept in (subspace, again, projected, absorbed, rounded):
+        made = kept.reconstruct("task_5")
+        for layer in zero:
+            assert layer not in made.layer_names or not delta_w(made, layer).any()
+        saved = Checkpoint.open(kept.save(tmp_path / "saved", force=True, allow_large_error=True))
+        exported = load_adapter(export_task(saved, "task_5", tmp_path / "adapter", force=True))
+        for layer in set(zero) & set(exported.layer_names):
+            assert not delta_w(exported, layer).any()
+    for kept in (subspace, again):
+        lost = task_error(kept, "task_5", adapters[5]) if V not in zero or Q not in zero else 0.0
+        assert kept.tasks["task_5"].origin.error == pytest.approx(lost, abs=1e-5)
+    model = VLoRAModel(TinyModel(), again)
+    model.set_task("task_5")
+    if Q in zero:
+        assert torch.equal(model(torch.ones(3, 12)), TinyModel()(torch.ones(3, 12)))
+        assert again.compression_stats()["num_tasks"] == 6
+
+
+def test_flat_tasks_that_change_nothing_are_read(tmp_path: Path) -> None:
+    """``compress`` gives them the scale zero, whatever scale the others have."""
+    adapters = [*tiny_adapters(3), untrained(tiny_weights(3), Q, V), untrained(tiny_weights(4), Q)]
+    folders = save_tiny_adapters(tmp_path, adapters)
+    named = {Path(folder).name: open_adapter(folder) for folder in folders}
+    options = CompressOptions(representation="flat", num_components=4)
+    compress(named, tmp_path / "out", options)
+    subspace = SharedSubspace.load(tmp_path / "out")
+    assert not any(delta_w(subspace.reconstruct("task_3"), layer).any() for layer in SHAPES)
+    for task, weights in zip(subspace.tasks, adapters):
+        made = subspace.reconstruct(task)
+        for layer in made.layer_names:
+            assert torch.allclose(delta_w(made, layer), delta_w(weights, layer), atol=1e-5)
+
+
+def test_a_task_that_changes_no_layer_is_not_trained() -> None:
+    subspace = fitted([*tiny_adapters(4), untrained(tiny_weights(4), Q, V)], k=2)
+    with pytest.raises(OptionError, match="orthogonal_init"):
+        SubspaceTrainer(subspace, "task_4")
 
 
 # --- streaming ------------------------------------------------------------------------------------

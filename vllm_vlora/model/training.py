@@ -128,6 +128,11 @@ class SubspaceTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(task_id.encode()))
             self.params = subspace.get_trainable_params(task_id, num_expand)
+        if not self.params:
+            raise OptionError(
+                f"task {task_id!r} changes no layer, so that there is nothing to train; make one with "
+                "orthogonal_init()"
+            )
         self.optimizer = optimizer_cls(
             list(self.params.values()), **{**(optimizer_kwargs or {}), "lr": lr}
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,13 @@ from vllm_vlora.adapters.peft_folder import Factors
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.fitting.flat_basis import fit_flat
 from vllm_vlora.fitting.shared_basis import fit_bases
-from vllm_vlora.representations.factors import ReadFactors, ScaledFactors, squared_norm
+from vllm_vlora.representations.factors import (
+    ReadFactors,
+    ScaledFactors,
+    changes_nothing,
+    squared_norm,
+)
+from vllm_vlora.representations.factors import relative as relative_error
 from vllm_vlora.representations.joint import split_core
 from vllm_vlora.subspace.algebra import gram_schmidt, select_num_components
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
@@ -113,6 +118,9 @@ def warn_of_few(
 def project_member(layers: Mapping[str, Layer], member: Member) -> TaskProjection:
     """Put an adapter on the layers and measure what that loses.
 
+    A flat layer in which it has an update of zero is left out of the task: the nearest point that the
+    components hold is hardly ever zero.
+
     Raises:
         AdapterError: flat, and its rank is another one; or its shapes do not fit.
     """
@@ -124,6 +132,8 @@ def project_member(layers: Mapping[str, Layer], member: Member) -> TaskProjectio
     losses: dict[str, tuple[float, float]] = {}
     for name, (a, b, scale) in member.read(names):
         layer = layers[name]
+        if isinstance(layer, FlatLayer) and changes_nothing(a, b, scale):
+            continue
         wanted = a.float().to(layer.device), scale * b.float().to(layer.device)
         loadings = layer.project(*wanted)
         losses[name] = difference(wanted, layer.factors(loadings))
@@ -182,9 +192,9 @@ def difference(old: Factors, new: Factors) -> tuple[float, float]:
 
 def relative(losses: Mapping[str, tuple[float, float]]) -> tuple[dict[str, float], float]:
     """Relative errors by layer and over all, from squared differences and norms."""
-    errors = {name: _ratio(lost, norm) for name, (lost, norm) in losses.items()}
-    totals = [sum(part) for part in zip(*losses.values())] or [0.0, 0.0]
-    return errors, _ratio(totals[0], totals[1])
+    errors = {name: relative_error(lost, norm) for name, (lost, norm) in losses.items()}
+    lost, norm = (sum(part) for part in zip((0.0, 0.0), *losses.values()))
+    return errors, relative_error(lost, norm)
 
 
 def core_rank(core: Tensor) -> int:
@@ -408,7 +418,3 @@ def _padded_pair(pair: Loadings, k_a: int, k_b: int) -> tuple[Tensor, Tensor]:
     assert second is not None
     pad: Callable[..., Tensor] = torch.nn.functional.pad
     return pad(first.float(), (0, k_a - len(first))), pad(second.float(), (0, k_b - len(second)))
-
-
-def _ratio(lost: float, norm: float) -> float:
-    return math.sqrt(lost / norm) if norm > 0 else 0.0

@@ -435,6 +435,16 @@ Layer: TypeAlias = FlatLayer | JointLayer
 PARAMETERS = {"flat": ("loadings_a", "loadings_b"), "joint": ("core",)}
 
 
+def zero_loadings(layer: Layer) -> Loadings:
+    """Loadings that are zero: no update on a joint layer, the mean of all tasks on a flat one."""
+    first, second = (
+        None if shape is None else torch.zeros(shape, device=layer.device, dtype=layer.dtype)
+        for shape in layer.shapes
+    )
+    assert first is not None
+    return first, second
+
+
 def basis_id(layers: Mapping[str, Layer]) -> str:
     """What tells these bases from others of their shapes, also after they were saved and read again.
 

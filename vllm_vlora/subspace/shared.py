@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from vllm_vlora.adapters.module_names import renamed
+from vllm_vlora.adapters.peft_folder import Factors
 from vllm_vlora.checkpoint.losses import is_worthless
 from vllm_vlora.errors import OptionError
 from vllm_vlora.snapshots import ref_name
 from vllm_vlora.subspace.fitting import Choice, project_member, warn_of_few
-from vllm_vlora.subspace.layers import PARAMETERS
+from vllm_vlora.subspace.layers import PARAMETERS, FlatLayer, Layer
 from vllm_vlora.subspace.members import AnyAdapter, as_member, as_members, share_layers
 from vllm_vlora.subspace.refitting import FittedState
 from vllm_vlora.subspace.rounding import (
@@ -260,8 +261,13 @@ class SharedSubspace(FittedState):
             1.0
         """
         task = self._placed(self._task(task_id))
-        own = {renamed(name, task.origin.renamed): name for name in self.layers if name in task}
-        factors = {layer: self._factors(name, task.at(name)) for layer, name in own.items()}
+        names = [name for name in self.layers if name in task]
+        # An adapter has a layer at least: a task that changes none has zeros in all of them.
+        own = {renamed(name, task.origin.renamed): name for name in names or self.layers}
+        factors = {
+            layer: self._factors(name, task.at(name)) if names else _no_update(self.layers[name])
+            for layer, name in own.items()
+        }
         kinds = {layer: self.layers[name].kind for layer, name in own.items()}
         weights = LoRAWeights(
             list(factors),
@@ -642,3 +648,9 @@ class SharedSubspace(FittedState):
         }
         self.layers, self.tasks = wider, tasks
         self.num_components += count
+
+
+def _no_update(layer: Layer) -> Factors:
+    rank = layer.rank if isinstance(layer, FlatLayer) else 1
+    zeros = torch.zeros(rank, layer.d_in), torch.zeros(layer.d_out, rank)
+    return zeros[0].to(layer.device, layer.dtype), zeros[1].to(layer.device, layer.dtype)

@@ -43,7 +43,7 @@ from vllm_vlora.representations.spec import (
 )
 from vllm_vlora.representations.stored import FlatBasis, StoredModule
 from vllm_vlora.subspace.fitting import core_rank, with_spectra
-from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings
+from vllm_vlora.subspace.layers import FlatLayer, JointLayer, Layer, Loadings, zero_loadings
 from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection, with_loadings
 from vllm_vlora.subspace.weights import has_alpha, plain_json
 
@@ -101,7 +101,8 @@ def stored_nbytes(stored: StoredSubspace) -> int:
     places = {name: place for place, name in enumerate(stored.layers)}
     specs = [_spec(name, layer) for name, layer in stored.layers.items()]
     total = basis_nbytes(specs)
-    for task in stored.tasks.values():
+    for bare in stored.tasks.values():
+        task = _with_layers(stored.layers, bare)
         segments = [
             Segment(places[name], representation(layer), _own_format(task, name), 1, core="dense")
             for name, layer in stored.layers.items()
@@ -145,6 +146,9 @@ def _add_module(writer: CheckpointWriter, name: str, layer: Layer) -> None:
 
 
 def _stored_modules(layers: Mapping[str, Layer], task: TaskProjection) -> dict[str, StoredModule]:
+    # What changes no layer is stored with all of them at the scale zero: a task has one at least.
+    scale = 1.0 if task.loadings_a else 0.0
+    task = _with_layers(layers, task)
     modules = {}
     for name, layer in layers.items():
         if name not in task:
@@ -159,8 +163,16 @@ def _stored_modules(layers: Mapping[str, Layer], task: TaskProjection) -> dict[s
             # What quantising adds to a core lies in all directions, and all of it is kept here.
             rank = core_rank(first) if format in FLOAT_DTYPES else min(first.shape)
             stored = StoredModule("joint", format, rank, {"C": core}, core="dense")
-        modules[name] = dataclasses.replace(stored, error=task.origin.errors.get(name, 0.0))
+        error = task.origin.errors.get(name, 0.0)
+        modules[name] = dataclasses.replace(stored, error=error, scale=scale)
     return modules
+
+
+def _with_layers(layers: Mapping[str, Layer], task: TaskProjection) -> TaskProjection:
+    """The task; one that changes no layer with zeros in all of them."""
+    if task.loadings_a:
+        return task
+    return with_loadings(task, {name: zero_loadings(layer) for name, layer in layers.items()})
 
 
 def _own_format(task: TaskProjection, layer: str) -> str:
@@ -196,7 +208,7 @@ def _config(stored: StoredSubspace, task: TaskProjection, base_model: str | None
         "base_model_name_or_path": base_model,
         "r": stored.rank,
         "lora_alpha": stored.rank,
-        "target_modules": [name for name in stored.layers if name in task],
+        "target_modules": [n for n in stored.layers if n in _with_layers(stored.layers, task)],
     }
 
 
@@ -304,6 +316,8 @@ def _read_task(checkpoint: Checkpoint, task_id: str, layers: Mapping[str, Layer]
     second: dict[str, Tensor] = {}
     packed: dict[str, PackedMatrix] = {}
     for name, module in stored.modules.items():
+        if module.is_flat and module.scale == 0:
+            continue  # An update of zero, which no loadings stand for.
         loadings = _read_loadings(module, layers[name])
         first[name] = loadings[0]
         if loadings[1] is not None:
@@ -341,10 +355,12 @@ def _read_loadings(module: StoredModule, layer: Layer) -> Loadings:
 
 
 def _flat_scales(checkpoint: Checkpoint) -> dict[str, float]:
-    """The scale that all tasks have in each layer."""
+    """The scale that all tasks have in each layer; one that leaves it alone has zero."""
     scales: dict[str, float] = {}
     for record in checkpoint.tasks.values():
         for segment in record.segments:
+            if segment.scale == 0:
+                continue
             name = checkpoint.modules[segment.module].name
             if scales.setdefault(name, segment.scale) != segment.scale:
                 raise _cannot_hold(checkpoint, f"flat tasks have several scales in layer {name}")
