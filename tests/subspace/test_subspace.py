@@ -486,6 +486,32 @@ def test_shapes_that_contradict_each_other_are_refused() -> None:
         subspace.project(other, "new")
 
 
+def test_adapters_of_other_base_models_are_named(tmp_path: Path) -> None:
+    other = tiny_weights(3, base_model_name_or_path="org/other")
+    folders = save_tiny_adapters(tmp_path, [*tiny_adapters(3), other])
+    calls: list[Callable[[], object]] = [
+        lambda: fitted([*tiny_adapters(3), other], k=2),
+        lambda: SharedSubspace.from_adapters_streaming(folders, num_components=2),
+        lambda: subspace.project(other, "new", warn_threshold=-9.0),
+        lambda: subspace.absorb(other, "absorbed", num_components=2),
+        lambda: again.absorb_incremental(folders[3], "absorbed", num_components=2),
+    ]
+    subspace, again = fitted(tiny_adapters(3), k=2), fitted(tiny_adapters(3), k=2)
+    for call in calls:
+        with pytest.warns(
+            UserWarning, match="different base models: org/base, org/other"
+        ) as warned:
+            call()
+        assert [found.filename for found in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Said once, and an adapter that names none is of any.
+        subspace.absorb_incremental(other, "another", num_components=2)
+        unnamed = tiny_weights(5, base_model_name_or_path=None)
+        subspace.project(unnamed, "unnamed", warn_threshold=-9.0)
+        fitted([*tiny_adapters(2), unnamed], k=2)
+
+
 def test_task_ids_are_checked() -> None:
     adapters = tiny_adapters(2)
     with pytest.raises(TaskIdError, match="'a' is given twice"):

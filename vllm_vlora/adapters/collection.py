@@ -158,8 +158,17 @@ def common_base_model(adapters: Mapping[str, Adapter]) -> tuple[str | None, str 
     common = counts.most_common(1)[0][0]
     if len(counts) == 1:
         return common, None
-    named = some_of(f"{model} (task {first[model]!r})" for model in counts)
-    return common, (
-        f"the adapters name different base models: {named}; recorded as {common}. If they are "
-        "not copies of one model, compress them apart"
+    named = [f"{model} (task {first[model]!r})" for model in counts]
+    return common, other_bases(named, f"recorded as {common}", "compress them apart")
+
+
+def other_bases(named: Iterable[str], taken: str, advice: str) -> str:
+    """What to say of adapters that name several base models.
+
+    Args:
+        taken: which of them is taken. advice: where they are not copies of one.
+    """
+    return (
+        f"the adapters name different base models: {some_of(named)}; {taken}. If they are not copies of "
+        f"one model, {advice}"
     )

@@ -17,23 +17,25 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from vllm_vlora.adapters.collection import other_bases
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.representations.factors import balanced_svd, changes_nothing, squared_norm
 from vllm_vlora.representations.spec import fits_float32
 from vllm_vlora.subspace.weights import (
     LoRAWeights,
     Update,
+    base_models,
     exact_config,
     in_memory,
     under_shared_names,
 )
-from vllm_vlora.wording import count_of, some_of
+from vllm_vlora.wording import count_of
 
 SPACES = ("weights", "factors")
 SIGN_METHODS = ("total", "frequency")
@@ -437,21 +439,11 @@ def _merged(
         truncation_error=math.sqrt(lost / norm) if norm > 0 else 0.0,
     )
     merged.metadata = exact_config(merged)
-    warning = other_bases(a.metadata.get("base_model_name_or_path") for a in adapters)
-    if warning is not None:
-        warnings.warn(warning, stacklevel=4)
+    bases = base_models(a.metadata for a in adapters)
+    if len(bases) > 1:
+        taken, advice = f"merged as {bases[0]}'s", "the merge is of no use"
+        warnings.warn(other_bases(bases, taken, advice), stacklevel=4)
     return merged
-
-
-def other_bases(models: Iterable[Any]) -> str | None:
-    """What to say of adapters that name several base models, in the order of the adapters."""
-    named = list(dict.fromkeys(str(model) for model in models if model))
-    if len(named) < 2:
-        return None
-    return (
-        f"the adapters name different base models: {some_of(named)}; merged as {named[0]}'s. If they are "
-        "not copies of one model, the merge is of no use"
-    )
 
 
 def _parts(adapters: Sequence[LoRAWeights], weights: Sequence[float], name: str) -> Iterator[_Part]:

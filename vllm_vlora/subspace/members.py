@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from vllm_vlora.adapters.collection import other_bases
 from vllm_vlora.adapters.module_names import (
     Layer,
     inverse,
@@ -22,7 +23,14 @@ from vllm_vlora.adapters.module_names import (
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.errors import AdapterError, OptionError, TaskIdError
 from vllm_vlora.representations.factors import ScaledFactors
-from vllm_vlora.subspace.weights import LayerShape, LoRAWeights, Update, has_alpha, shapes_of
+from vllm_vlora.subspace.weights import (
+    LayerShape,
+    LoRAWeights,
+    Update,
+    base_models,
+    has_alpha,
+    shapes_of,
+)
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import count_of, shown
 
@@ -112,6 +120,18 @@ def _under_names(member: Member, prefixes: Mapping[str, str]) -> Member:
 
     shapes = {new[name]: shape for name, shape in member.shapes.items()}
     return replace(member, shapes=shapes, read=read, renamed=dict(prefixes))
+
+
+def warn_of_bases(configs: Iterable[Mapping[str, Any]], stacklevel: int) -> None:
+    """Say where adapters' configs name different base models.
+
+    Args:
+        stacklevel: as of ``warnings.warn`` in the caller.
+    """
+    bases = base_models(configs)
+    if len(bases) > 1:
+        advice = other_bases(bases, "fitted together", "fit them apart")
+        warnings.warn(advice, stacklevel=stacklevel + 1)
 
 
 def share_layers(

@@ -29,10 +29,11 @@ from vllm_vlora.subspace.members import (
     as_member,
     named_alike,
     share_layers,
+    warn_of_bases,
 )
 from vllm_vlora.subspace.state import SubspaceState
 from vllm_vlora.subspace.tasks import TaskProjection, warn_of_losses, with_loadings
-from vllm_vlora.subspace.weights import LayerShape
+from vllm_vlora.subspace.weights import LayerShape, base_models
 from vllm_vlora.wording import count_of, shown
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class FittedState(SubspaceState):
         ]
         newcomer = as_member(new_adapter, new_task_id)
         self._warn_of_scale(new_task_id, newcomer.has_scale, stacklevel=3)
+        self._warn_of_base(newcomer, stacklevel=3)
         members = share_layers(
             [*members, newcomer],
             missing or self._missing_rule(),
@@ -118,6 +120,7 @@ class FittedState(SubspaceState):
         choice = self._choice(num_components)
         member = as_member(new_adapter, new_task_id)
         self._warn_of_scale(new_task_id, member.has_scale, stacklevel=3)
+        self._warn_of_base(member, stacklevel=3)
         rule = missing or self._missing_rule()
         member = self._fitting_member(member, rule, unknown_allowed=rule == "zero")
         grown = self._restricted(member) if rule == "common" else self._copy()
@@ -146,6 +149,12 @@ class FittedState(SubspaceState):
         self.rank = max(self.rank, *(shape.rank for shape in member.shapes.values()))
         self.num_components = self._kept_components(num_components)
         self._warn_of_drifts(before, num_components)
+
+    def _warn_of_base(self, newcomer: Member, stacklevel: int) -> None:
+        """Say where an adapter names a base model that no task has."""
+        held = [task.origin.metadata for task in self.tasks.values()]
+        if set(base_models([newcomer.metadata])) - set(base_models(held)):
+            warn_of_bases([*held, newcomer.metadata], stacklevel + 1)
 
     def _warn_of_losses(self, advice: str, stacklevel: int) -> None:
         warn_of_losses(self.tasks.values(), self.representation, advice, stacklevel + 1)

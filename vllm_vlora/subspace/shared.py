@@ -20,7 +20,13 @@ from vllm_vlora.errors import OptionError
 from vllm_vlora.snapshots import ref_name
 from vllm_vlora.subspace.fitting import Choice, project_member, warn_of_few
 from vllm_vlora.subspace.layers import PARAMETERS, FlatLayer, Layer
-from vllm_vlora.subspace.members import AnyAdapter, as_member, as_members, share_layers
+from vllm_vlora.subspace.members import (
+    AnyAdapter,
+    as_member,
+    as_members,
+    share_layers,
+    warn_of_bases,
+)
 from vllm_vlora.subspace.refitting import FittedState
 from vllm_vlora.subspace.rounding import (
     INT4,
@@ -120,6 +126,7 @@ class SharedSubspace(FittedState):
         by_variance = adaptive_k or num_components is None
         choice = Choice(num_components, variance_threshold if by_variance else None, adaptive_k)
         members = share_layers(as_members(adapters, task_ids), missing)
+        warn_of_bases([member.metadata for member in members], stacklevel=2)
         if num_components is not None and not adaptive_k:
             warn_of_few(members, representation, num_components, stacklevel=2)
         subspace = cls._fitted(members, representation, choice, exact=True)
@@ -157,6 +164,7 @@ class SharedSubspace(FittedState):
         """
         names = [ref_name(path) for path in adapter_paths] if task_ids is None else task_ids
         members = share_layers(as_members(adapter_paths, names), missing)
+        warn_of_bases([member.metadata for member in members], stacklevel=2)
         choice = Choice(_STREAMED_COMPONENTS if num_components is None else num_components)
         if num_components is not None:
             warn_of_few(members, representation, num_components, stacklevel=2)
@@ -196,6 +204,7 @@ class SharedSubspace(FittedState):
         member = self._fitting_member(as_member(adapter, task_id), missing)
         projection = project_member(self.layers, member)
         projection.basis_id = self.basis_id
+        self._warn_of_base(member, stacklevel=2)
         coverage = 1.0 - projection.origin.error
         if warn_threshold is None:
             advice = "absorb() the adapter to widen the basis"

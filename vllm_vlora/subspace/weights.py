@@ -151,6 +151,12 @@ def has_alpha(config: Mapping[str, Any]) -> bool:
     return config.get("lora_alpha") is not None
 
 
+def base_models(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The base models that adapters' configs name, each once."""
+    named = (config.get("base_model_name_or_path") for config in configs)
+    return list(dict.fromkeys(str(name) for name in named if name))
+
+
 Update: TypeAlias = LoRAWeights | Adapter
 """An adapter in memory, or an opened one that is read module by module."""
 _AnUpdate = TypeVar("_AnUpdate", LoRAWeights, Adapter, Update)
