@@ -604,3 +604,18 @@ def test_removing_leaves_the_others_and_the_opened_folder_as_they_are(
     assert list(Checkpoint.open(tmp_path / "ckpt").tasks) == ["task0", "task1", "task2"]
     config = json.loads((related["task1"].path / "adapter_config.json").read_text())
     assert share.checkpoint.record("task1").adapter_config == config
+
+
+def test_what_is_written_is_of_new_factors(tmp_path: Path) -> None:
+    """Its config is the adapter's own, but for how a training began: that was with others."""
+    adapters = family(tmp_path, 3, related=True, dtype=torch.float32)
+    for adapter in adapters.values():
+        file = adapter.path / "adapter_config.json"
+        words = {"init_lora_weights": "orthogonal", "bias": "lora_only"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | words))
+    share = SHAREModel.from_adapters(paths(adapters), num_components=4)
+    share.reconstruct(share.adapter_names[0], output_dir=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["bias"]) == (True, "none")
+    own = share.checkpoint.record(share.adapter_names[0]).adapter_config
+    assert (config["r"], config["lora_alpha"]) == (own["r"], own["lora_alpha"])

@@ -850,6 +850,20 @@ def test_the_pipeline_goes_from_folders_to_folders(tmp_path: Path) -> None:
     assert task_error(opened, "task_2", adapters[2]) < 1e-6
 
 
+@REPRESENTATIONS
+def test_an_extracted_adapter_is_of_new_factors_for_peft_too(
+    representation: str, k: int, tmp_path: Path
+) -> None:
+    """As an exported one: "orthogonal" begins with no odd rank, and there is no bias."""
+    options = {"init_lora_weights": "orthogonal", "bias": "lora_only"}
+    subspace = fitted(tiny_adapters(rank=3, **options), representation, k)
+    extract_adapter(subspace, "task_1", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["bias"]) == (True, "none")
+    peft.PeftModel.from_pretrained(TinyModel(), str(tmp_path / "out"))
+    assert "eva_config" not in config
+
+
 # --- training -------------------------------------------------------------------------------------
 
 

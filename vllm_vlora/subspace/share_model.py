@@ -53,6 +53,7 @@ from vllm_vlora.representations.decode import decode, relative_error
 from vllm_vlora.representations.factors import relative, squared_norm
 from vllm_vlora.representations.registry import segment_sides
 from vllm_vlora.representations.stored import Basis, StoredModule
+from vllm_vlora.subspace.weights import of_new_factors
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import count_of, shown
 
@@ -437,7 +438,13 @@ class SHAREModel:
             self.checkpoint.path, self.checkpoint.attachments.get(adapter_name, {})
         )
         return write_adapter(
-            folder, config, factors, kinds, task.extra, companions=kept, force=force
+            folder,
+            of_new_factors(config),
+            factors,
+            kinds,
+            task.extra,
+            companions=kept,
+            force=force,
         )
 
     def _basis(self, name: str, stored: StoredModule) -> Basis | None:

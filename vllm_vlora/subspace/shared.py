@@ -43,7 +43,7 @@ from vllm_vlora.subspace.tasks import (
     warn_of_losses,
     with_loadings,
 )
-from vllm_vlora.subspace.weights import LoRAWeights, own_rank_options
+from vllm_vlora.subspace.weights import LoRAWeights, of_new_factors, own_rank_options
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import count_of, some_of
 
@@ -289,7 +289,7 @@ class SharedSubspace(FittedState):
         metadata = {"peft_type": "LORA", "task_type": None, **deepcopy(dict(task.origin.metadata))}
         if not metadata.get("target_modules"):
             metadata["target_modules"] = list(factors)
-        weights.metadata = {**metadata, **own_rank_options(weights)}
+        weights.metadata = of_new_factors({**metadata, **own_rank_options(weights)})
         return weights
 
     def absorb(

@@ -294,9 +294,13 @@ def described(
     config = {"task_type": None, "bias": "none", **plain_json(metadata)}
     config["peft_type"] = config.get("peft_type") or "LORA"
     if not _describes(config, pairs):
-        config.update(rank_options(pairs))
-        config.update((name, value) for name, value in OF_NEW_FACTORS.items() if name in config)
+        config = of_new_factors(config | rank_options(pairs))
     return config if selects_all(config, pairs) else {**config, **full_targets(pairs)}
+
+
+def of_new_factors(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without what it says of how a training began, which was with other factors."""
+    return {name: OF_NEW_FACTORS.get(name, value) for name, value in config.items()}
 
 
 def plain_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
