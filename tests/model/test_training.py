@@ -21,6 +21,7 @@ from tiny_adapters import TinyModel, tiny_adapters
 
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
 from vllm_vlora.model.attaching import AdaptedLayer
+from vllm_vlora.model.text_routing import RouterOptions, train_text_router
 from vllm_vlora.model.training import SubspaceTrainer, orthogonal_init
 from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
@@ -323,6 +324,40 @@ def test_a_loss_that_knows_nothing_of_the_task_is_refused(joint: SharedSubspace)
     assert trainer.step_count == 0
 
 
+@pytest.fixture
+def _generators_of_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing but the CPU's generator is restored, and so nothing else may be seeded."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.random.get_rng_state()
+    yield
+    assert seeded == []
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("_generators_of_devices_are_left_alone")
+@pytest.mark.parametrize("expand", [0, 1])
+def test_a_trainer_seeds_nobody_else(joint: SharedSubspace, expand: int) -> None:
+    SubspaceTrainer(joint, "task_0", num_expand=expand)
+
+
+def test_directions_are_drawn_from_the_task_s_name() -> None:
+    drawn = []
+    for task in ("task_0", "task_0", "task_1"):
+        subspace = SharedSubspace.from_adapters(tiny_adapters(2), num_components=1)
+        SubspaceTrainer(subspace, task, num_expand=2)
+        drawn.append(subspace.components_a["layers.0.q_proj"])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.usefixtures("_generators_of_devices_are_left_alone")
+def test_a_router_of_texts_seeds_nobody_else() -> None:
+    texts = {"a": ["one two", "two three"], "b": ["four five", "five six"]}
+    once, again = (train_text_router(texts, RouterOptions(epochs=1)).weights for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
 def test_values_that_are_not_finite_are_not_written_back(joint: SharedSubspace) -> None:
     before = {n: c.clone() for n, c in joint.tasks["task_0"].cores.items()}
     trainer = SubspaceTrainer(joint, "task_0")
@@ -341,6 +376,10 @@ def test_bad_arguments_are_refused(joint: SharedSubspace) -> None:
             SubspaceTrainer(joint, "task_0", lr=lr)
     with pytest.raises(OptionError, match="num_expand"):
         SubspaceTrainer(joint, "task_0", num_expand=-1)
+    widths = {name: layer.widths for name, layer in joint.layers.items()}
+    with pytest.raises(TypeError, match="momentum"):
+        SubspaceTrainer(joint, "task_0", num_expand=1, optimizer_kwargs={"momentum": 0.9})
+    assert {name: layer.widths for name, layer in joint.layers.items()} == widths
     with pytest.raises(OptionError):
         SubspaceTrainer(joint, "task_0", num_expand=100)
     model = VLoRAModel(TinyModel(), joint)

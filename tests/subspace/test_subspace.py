@@ -1000,6 +1000,27 @@ def test_loadings_are_fitted_to_the_quantised_basis() -> None:
     assert all(new < 0.99 * old for new, old in zip(refitted, stale))
 
 
+@pytest.mark.parametrize("representation", ["flat", "joint"])
+def test_what_is_refused_leaves_the_subspace_as_it_was(representation: str) -> None:
+    subspace = fitted(tiny_adapters(), representation, 2)
+    good = subspace.tasks["task_3"]
+    subspace.tasks["task_3"] = TaskProjection("task_3", {Q: torch.ones(7, 7)}, {})
+    layers, tasks = dict(subspace.layers), dict(subspace.tasks)
+    for change in (
+        lambda: subspace.quantize(),
+        lambda: subspace.to(dtype=torch.bfloat16),
+        lambda: subspace.get_trainable_params("task_3"),
+        lambda: subspace.absorb(tiny_weights(7), "new"),
+        lambda: subspace.absorb_incremental(tiny_weights(7), "new"),
+    ):
+        with pytest.raises(OptionError, match="'task_3'"):
+            change()
+        assert subspace.quantization is None
+        assert (subspace.layers, subspace.tasks) == (layers, tasks)
+    subspace.tasks["task_3"] = good
+    assert subspace.quantize().to(dtype=torch.bfloat16).quantization == "int8"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -127,8 +127,10 @@ def train_text_router(
         )
     train, held = _split({label: texts[label] for label in labels}, options)
     idf = inverse_frequencies((text for text, _ in train), BUCKETS)
-    torch.manual_seed(options.seed)
-    router = TaskRouter(BUCKETS, len(labels), options.hidden, labels)
+    with torch.random.fork_rng(devices=[]):
+        # Of the CPU alone, which is restored: torch.manual_seed seeds all devices.
+        torch.default_generator.manual_seed(options.seed)
+        router = TaskRouter(BUCKETS, len(labels), options.hidden, labels)
     router.fit(
         TextRows([text for text, _ in train], idf),
         [label for _, label in train],

@@ -123,19 +123,21 @@ class SubspaceTrainer:
             raise OptionError(f"lr must be positive and finite, got {lr}")
         self.subspace = subspace
         self.task_id = task_id
-        # The same directions whenever the same subspace is expanded for the same task: a run that is
-        # resumed in another process means the same by its numbers.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(task_id.encode()))
-            self.params = subspace.get_trainable_params(task_id, num_expand)
+        self.params = subspace.get_trainable_params(task_id)
         if not self.params:
             raise OptionError(
                 f"task {task_id!r} changes no layer, so that there is nothing to train; make one with "
                 "orthogonal_init()"
             )
-        self.optimizer = optimizer_cls(
-            list(self.params.values()), **{**(optimizer_kwargs or {}), "lr": lr}
-        )
+        arguments = {**(optimizer_kwargs or {}), "lr": lr}
+        # Tried before the subspace is expanded, which is for good.
+        self.optimizer = optimizer_cls(list(self.params.values()), **arguments)
+        if num_expand:
+            # The same directions whenever the same subspace is expanded for the same task: a run that is
+            # resumed in another process means the same by its numbers.
+            drawing = torch.Generator().manual_seed(zlib.crc32(task_id.encode()))
+            self.params = subspace.get_trainable_params(task_id, num_expand, generator=drawing)
+            self.optimizer = optimizer_cls(list(self.params.values()), **arguments)
         self.step_count = 0
 
     @contextmanager

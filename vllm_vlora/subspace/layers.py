@@ -178,12 +178,13 @@ class FlatLayer:
             singular_values_b=self.singular_values_b[:k_b],
         )
 
-    def expanded(self, count: int) -> FlatLayer:
+    def expanded(self, count: int, generator: torch.Generator | None = None) -> FlatLayer:
         """The layer with ``count`` random components more on each side, orthogonal to its own."""
         sides = []
         for components in (self.components_a, self.components_b):
             flat = components.flatten(1)
-            more = gram_schmidt(flat, torch.randn(count, flat.shape[1]).to(flat))
+            drawn = torch.randn(count, flat.shape[1], generator=generator)
+            more = gram_schmidt(flat, drawn.to(flat))
             sides.append(more.view(-1, *components.shape[1:]))
         return dataclasses.replace(
             self,
@@ -363,10 +364,11 @@ class JointLayer:
             singular_values_b=self.singular_values_b[:k_out],
         )
 
-    def expanded(self, count: int) -> JointLayer:
+    def expanded(self, count: int, generator: torch.Generator | None = None) -> JointLayer:
         """The layer with ``count`` random directions more on each side, orthogonal to its own."""
-        u = gram_schmidt(self.u.T, torch.randn(count, self.d_out).to(self.u)).T
-        v = gram_schmidt(self.v, torch.randn(count, self.d_in).to(self.v))
+        drawn_u = torch.randn(count, self.d_out, generator=generator)
+        u = gram_schmidt(self.u.T, drawn_u.to(self.u)).T
+        v = gram_schmidt(self.v, torch.randn(count, self.d_in, generator=generator).to(self.v))
         return dataclasses.replace(
             self,
             u=u,

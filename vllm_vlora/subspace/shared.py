@@ -353,12 +353,19 @@ class SharedSubspace(FittedState):
 
     # --- training --------------------------------------------------------------------------------
 
-    def get_trainable_params(self, task_id: str, num_expand: int = 0) -> dict[str, Parameter]:
+    def get_trainable_params(
+        self,
+        task_id: str,
+        num_expand: int = 0,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Parameter]:
         """Float32 copies of a task's loadings, to be trained; :meth:`update_task` puts them back.
 
         Args:
             num_expand: widen every basis by so many random orthogonal directions first, which changes
                 the subspace for good. No task changes by it: all get zeros there.
+            generator: of the CPU, draws them; None is torch's own.
 
         Returns:
             Flat: "LAYER.loadings_a" (k_a,) and "LAYER.loadings_b" (k_b,). Joint: "LAYER.core"
@@ -376,7 +383,7 @@ class SharedSubspace(FittedState):
         """
         self._task(task_id)
         if num_expand:
-            self._expand(num_expand)
+            self._expand(num_expand, generator)
         task = self._placed(self.tasks[task_id])
         names = PARAMETERS[self.representation]
         params = {
@@ -466,21 +473,22 @@ class SharedSubspace(FittedState):
                 f"the subspace is quantised already ({self.quantization}); quantise it once, from the "
                 "original adapters"
             )
-        old = self._copy()
-        self.layers = {name: quantized_layer(layer, format) for name, layer in self.layers.items()}
-        self._rounded = format if format == INT4 else None
-        for task_id in old.tasks:
+        layers = {name: quantized_layer(layer, format) for name, layer in self.layers.items()}
+        tasks = {}
+        for task_id in self.tasks:
             loadings = {
-                name: self.layers[name].project(*old._factors(name, pair))
-                for name, pair in old._loadings(task_id)
+                name: layers[name].project(*self._factors(name, pair))
+                for name, pair in self._loadings(task_id)
             }
             packed = {}
             if quantize_loadings:
                 rounded = {n: quantized_loadings(pair, format) for n, pair in loadings.items()}
                 loadings = {name: pair for name, (pair, _) in rounded.items()}
                 packed = {n: core for n, (_, core) in rounded.items() if core is not None}
-            self.tasks[task_id] = old._drifted(task_id, self.layers, loadings)
-            self.tasks[task_id].packed_cores = packed
+            tasks[task_id] = self._drifted(task_id, layers, loadings)
+            tasks[task_id].packed_cores = packed
+        self.layers, self.tasks = layers, tasks
+        self._rounded = format if format == INT4 else None
         return self
 
     def to(
@@ -498,11 +506,13 @@ class SharedSubspace(FittedState):
             >>> subspace.to(dtype=torch.bfloat16).components_a["layers.0.q_proj"].dtype
             torch.bfloat16
         """
-        held = self._basis_id
-        self.layers = {name: layer.to(device, dtype) for name, layer in self.layers.items()}
+        moved = self._copy()
+        moved.layers = {name: layer.to(device, dtype) for name, layer in self.layers.items()}
         # The bases are what they were, but for rounding.
+        held = moved._basis_id = self._basis_id
+        tasks = {task_id: moved._placed(task) for task_id, task in self.tasks.items()}
+        self.layers, self.tasks = moved.layers, tasks
         self._basis_id = held
-        self.tasks = {task_id: self._placed(task) for task_id, task in self.tasks.items()}
         return self
 
     def compression_stats(self) -> CompressionStats:
@@ -637,12 +647,12 @@ class SharedSubspace(FittedState):
             stored = with_alpha(stored, lora_alpha)
         return cls(stored.layers, stored.tasks, rank=stored.rank)
 
-    def _expand(self, count: int) -> None:
+    def _expand(self, count: int, generator: torch.Generator | None) -> None:
         if count < 0:
             raise OptionError(f"num_expand is {count}; give no negative number")
         if self.quantization is not None:
             raise OptionError("the subspace is quantised; expand it before quantize()")
-        wider = {name: layer.expanded(count) for name, layer in self.layers.items()}
+        wider = {name: layer.expanded(count, generator) for name, layer in self.layers.items()}
         for name, layer in wider.items():
             if any(new - old < count for new, old in zip(layer.widths, self.layers[name].widths)):
                 raise OptionError(
