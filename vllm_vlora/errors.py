@@ -3,7 +3,7 @@
 A message may quote names that somebody else gave, and URLs with keys in them; its text is therefore as
 ``wording.shown`` and ``wording.without_secrets`` show it.
 
-Four are built-in errors as well: code written for vlora catches ``KeyError``, ``ValueError`` and
+Some are built-in errors as well: code written for vlora catches ``KeyError``, ``ValueError`` and
 ``RuntimeError``.
 """
 
@@ -30,8 +30,8 @@ class AdapterError(VLoRAError, ValueError):
     """An adapter cannot be read, or uses a feature that has no exact low-rank form."""
 
 
-class TaskIdError(VLoRAError):
-    """A task id is empty, too long or holds control characters."""
+class TaskIdError(VLoRAError, ValueError):
+    """A task id is empty, too long or holds control characters, or another task has it."""
 
 
 class CheckpointError(VLoRAError):

@@ -540,6 +540,9 @@ def test_errors_are_caught_as_in_code_written_for_vlora() -> None:
         with pytest.raises(ValueError, match=r"bits|num_components") as error:
             call()
         assert isinstance(error.value, VLoRAError)
+    with pytest.raises(ValueError, match="task_0") as taken:
+        subspace.absorb(tiny_weights(5), "task_0")
+    assert isinstance(taken.value, TaskIdError)
 
 
 # --- tasks ----------------------------------------------------------------------------------------
