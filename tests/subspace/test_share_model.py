@@ -36,6 +36,7 @@ from vllm_vlora.errors import (
     TaskNotFoundError,
 )
 from vllm_vlora.subspace.share_model import SHAREModel
+from vllm_vlora.subspace.shared import SharedSubspace
 
 SEEDS = DATA / "seeds"
 Q, V = SHAPES
@@ -619,3 +620,33 @@ def test_what_is_written_is_of_new_factors(tmp_path: Path) -> None:
     assert (config["init_lora_weights"], config["bias"]) == (True, "none")
     own = share.checkpoint.record(share.adapter_names[0]).adapter_config
     assert (config["r"], config["lora_alpha"]) == (own["r"], own["lora_alpha"])
+
+
+@pytest.mark.parametrize("asked", [8, "auto"])
+def test_what_was_asked_for_is_kept_with_the_checkpoint(
+    related: dict[str, Adapter], asked: int | str, tmp_path: Path
+) -> None:
+    """As lorashare keeps it: an adapter that is added in another session is taken in as in this one."""
+    first, last = paths(related)[:2], paths(related)[4]
+    share = quiet(first, num_components=asked, variance_threshold=0.999)
+    share.save_pretrained(tmp_path / "ckpt")
+    again = SHAREModel.from_pretrained(tmp_path / "ckpt")
+    assert again.variance_threshold == 0.999
+    again.save_pretrained(tmp_path / "copy")
+    for model in (share, again, SHAREModel.from_pretrained(tmp_path / "copy")):
+        added = model.add_adapter(last, "added")
+        assert added["method"] == "recompute"
+        assert model.num_components == share.num_components
+        model.save_pretrained(tmp_path / "added")
+        assert SHAREModel.from_pretrained(tmp_path / "added").variance_threshold == 0.999
+    # Of a subspace the same words mean something else.
+    subspace = SharedSubspace.from_adapters(first, num_components=64, representation="joint")
+    saved = SHAREModel.from_pretrained(subspace.save(tmp_path / "subspace"))
+    assert saved.variance_threshold == 0.95
+
+
+def test_what_lorashare_was_asked_for_is_read(tmp_path: Path) -> None:
+    share = SHAREModel.from_pretrained(SEEDS / "lorashare-0.1.3-auto")
+    assert share.variance_threshold == 0.9
+    share.save_pretrained(tmp_path / "ours")
+    assert SHAREModel.from_pretrained(tmp_path / "ours").variance_threshold == 0.9

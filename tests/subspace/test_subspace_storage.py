@@ -25,12 +25,14 @@ from tiny_adapters import (
 from vllm_vlora.adapters.peft_folder import open_adapter
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.export import export_all, export_task
+from vllm_vlora.checkpoint.hub import pull_checkpoint
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.checkpoint.writer import CheckpointWriter
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
+from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.model.training import orthogonal_init
 from vllm_vlora.plugin.memory import plan_memory
@@ -431,6 +433,66 @@ def test_adapters_without_alpha_are_known_as_such_again(tmp_path: Path) -> None:
     again = SharedSubspace.load(subspace.save(tmp_path / "out"))
     assert not again.scales_known
     assert [task.origin.scale_known for task in again.tasks.values()] == [True, False, True]
+
+
+ASKED = [
+    {"num_components": 16},
+    {"adaptive_k": True, "variance_threshold": 0.9},
+    {"num_components": 3, "adaptive_k": True, "variance_threshold": 0.999},
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("representation", ["flat", "joint"])
+def test_how_k_is_chosen_is_the_same_after_saving(
+    representation: str, asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """vlora's quickstart in two sessions: what an absorption loses does not depend on it."""
+    adapters = tiny_adapters(6)
+    subspace = SharedSubspace.from_adapters(adapters[:4], representation=representation, **asked)
+    path = subspace.save(tmp_path / "out")
+    pull_checkpoint(str(path), tmp_path / "pulled")
+    subspace_of = SharedSubspace.load
+    loaded = [subspace_of(path), subspace_of(tmp_path / "pulled")]
+    remove_tasks(path, ["task_0"], output=tmp_path / "edited")
+    loaded.append(subspace_of(tmp_path / "edited"))
+    for name in ("num_components", "adaptive_k", "variance_threshold"):
+        for again in loaded:
+            assert getattr(again, name) == getattr(subspace, name), name
+    for new, weights in (("task_4", adapters[4]), ("task_5", adapters[5])):
+        subspace.absorb(weights, new)
+        loaded[0].absorb(weights, new)
+    assert loaded[0].tasks["task_5"].origin.error == pytest.approx(
+        subspace.tasks["task_5"].origin.error, abs=1e-5
+    )
+    # Another checkpoint in its place is chosen for by itself.
+    fitted("flat", 2).save(path, force=True)
+    assert subspace_of(path).num_components == 2
+    assert not (path / "components.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"version": 2}',
+        '{"version": 1, "num_components": 0}',
+        '{"version": 1, "variance_threshold": 1.5}',
+        '{"version": 1, "k": 3}',
+        "[",
+    ],
+)
+def test_a_damaged_choice_of_k_is_refused(content: str, tmp_path: Path) -> None:
+    path = fitted("flat", 2).save(tmp_path / "out")
+    (path / "components.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"components\.json"):
+        SharedSubspace.load(path)
+
+
+def test_how_vlora_chose_k_is_read() -> None:
+    subspace = SharedSubspace.load(SEEDS / "vlora-1.0.0-adaptive-nf4")
+    assert (subspace.num_components, subspace.adaptive_k) == (3, True)
+    assert subspace.variance_threshold == 0.8
 
 
 def test_a_loaded_subspace_goes_on(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from vllm_vlora.atomic import check_apart, publish_folder
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
+from vllm_vlora.checkpoint.components import COMPONENTS_FILE
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
@@ -232,7 +233,14 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
     refs += [ref for refs in checkpoint.attachments.values() for ref in refs.values()]
     refs += [checkpoint.router.weights] if checkpoint.router is not None else []
     files = {CONFIG_FILE: JSON_BYTES, **{ref.file: ref.nbytes for ref in refs}}
-    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, ALIASES_FILE, ROUTER_FILE, _CARD_FILE]
+    beside = [
+        BASIS_INDEX_FILE,
+        ATTACHMENTS_FILE,
+        ALIASES_FILE,
+        ROUTER_FILE,
+        COMPONENTS_FILE,
+        _CARD_FILE,
+    ]
     beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
     files |= {name: JSON_BYTES for name in beside if (checkpoint.path / name).is_file()}
     for name in files:

@@ -8,6 +8,7 @@
     CKPT/attachments*            tokenizers that travel with tasks; see ``attachments``
     CKPT/aliases.json            other names for tasks and blends; see ``aliases``
     CKPT/router*                 picks tasks by prompts; see ``router_files``
+    CKPT/components.json         how many components were asked for; see ``components``
     CKPT/README.md               a Hub model card
 
 A *segment* is one module of one task. Its matrices are packed row by row (``quantize``) and lie one

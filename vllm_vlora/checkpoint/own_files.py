@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
+from vllm_vlora.checkpoint.components import COMPONENTS_FILE
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
@@ -45,7 +46,7 @@ def checkpoint_files(path: Path) -> set[str] | None:
     if not is_checkpoint(path):
         return None
     own = {CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, CARD_FILE}
-    own |= {ALIASES_FILE, ROUTER_FILE, INDEX_FILE, RECORDS_FILE}
+    own |= {ALIASES_FILE, COMPONENTS_FILE, ROUTER_FILE, INDEX_FILE, RECORDS_FILE}
     for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE, ROUTER_FILE):
         with suppress(OSError):
             own.update(_named(read_regular(path / name, JSON_BYTES)))

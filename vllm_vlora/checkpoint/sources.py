@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE, read_aliases
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, read_attachments
+from vllm_vlora.checkpoint.components import COMPONENTS_FILE
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
     CONFIG_FILE,
@@ -60,7 +61,7 @@ _LATER: dict[Path, str] = {}
 # What no manifest knows of and the digest of the content covers.
 _COUNTED = (ATTACHMENTS_FILE, ALIASES_FILE, ROUTER_FILE)
 # What goes with a checkpoint, and neither knows of.
-_BESIDE = (BASIS_INDEX_FILE, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
+_BESIDE = (BASIS_INDEX_FILE, COMPONENTS_FILE, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
 def checkpoint_folder(

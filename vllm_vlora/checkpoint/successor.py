@@ -26,6 +26,7 @@ from vllm_vlora.atomic import (
 )
 from vllm_vlora.checkpoint.aliases import refuse_fault
 from vllm_vlora.checkpoint.card import model_card
+from vllm_vlora.checkpoint.components import read_asked, write_asked
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.manifest import (
     BASIS_INDEX_FILE,
@@ -170,6 +171,7 @@ class Successor(CheckpointWriter):
         bases = basis_nbytes(self.modules) if self._kept is None else self._old.basis_nbytes
         report = report_contents(self.folder, self.tasks, self.modules, bases)
         keep_router(self._old.path, self.folder)
+        write_asked(self.folder, read_asked(self._old.path))
         self.finish(model_card(self.base_model, report))
         return report
 

@@ -26,6 +26,7 @@ from vllm_vlora.adapters.peft_config import rank_options
 from vllm_vlora.atomic import check_apart, publish_folder
 from vllm_vlora.checkpoint.card import format_bytes, model_card
 from vllm_vlora.checkpoint.carried import keep_beside
+from vllm_vlora.checkpoint.components import write_asked
 from vllm_vlora.checkpoint.layout import basis_nbytes
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.manifest import is_checkpoint
@@ -138,6 +139,7 @@ def convert(
         )
         writer.finish(model_card(writer.base_model, contents) + _card_note(kind))
         keep_beside(Path(output).expanduser(), target, writer.tasks)
+        write_asked(target, conversion.asked)
     return ConvertReport(
         kind,
         Path(output),
@@ -176,6 +178,7 @@ class _FromVLoRA:
         if not files.task_ids:
             raise CheckpointError(f"{files.path} has no tasks; there is nothing to convert")
         self.base_model = base_model
+        self.asked = files.asked
         self._files, self._alpha = files, alpha
         self._ranks: dict[str, int] = {}
         self._original_nbytes = 0
@@ -250,6 +253,7 @@ class _FromLoraShare:
 
     def __init__(self, files: LoraShareFiles, base_model: str | None) -> None:
         self.base_model = base_model or files.base_model
+        self.asked = files.asked
         self._files = files
         # (what, why) -> the adapters that lost it.
         self._lost: dict[tuple[str, str], list[str]] = {}

@@ -32,6 +32,7 @@ from vllm_vlora.adapters.peft_config import (
     lora_rank,
     lora_scale,
 )
+from vllm_vlora.checkpoint.components import asked_elsewhere
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.foreign.files import TensorFile, inside, read_json
 from vllm_vlora.representations.spec import rank_fault
@@ -48,6 +49,8 @@ _ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 class _Config(msgspec.Struct):
     adapter_names: list[str]
     base_model_name_or_path: str | None = None
+    num_components: int = 0
+    variance_threshold: float = 0.0
 
 
 class _AdapterMeta(msgspec.Struct):
@@ -81,7 +84,7 @@ class LoraShareFiles:
     goes by the folders.
 
     Attributes:
-        base_model: as the config names it, or None.
+        base_model: as the config names it, or None. asked: how many components it says.
         adapter_names: in the config's order. layer_names: sorted.
 
     Raises:
@@ -91,6 +94,7 @@ class LoraShareFiles:
     def __init__(self, path: Path, config: _Config) -> None:
         self.path = path
         self.base_model = config.base_model_name_or_path or None
+        self.asked = asked_elsewhere(config.num_components, kept_variance=config.variance_threshold)
         self.adapter_names = config.adapter_names
         twice = [name for name, count in Counter(self.adapter_names).items() if count > 1]
         if twice or not self.adapter_names:

@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from vllm_vlora.checkpoint.components import Asked, asked_elsewhere
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.foreign.files import TensorFile, inside, read_json
 from vllm_vlora.representations.spec import rank_fault
@@ -116,6 +117,11 @@ class VLoRAFiles:
         """Open a folder."""
         path = Path(path)
         return cls(path, read_json(path / META_FILE, _Meta))
+
+    @property
+    def asked(self) -> Asked:
+        """How vlora chooses k again."""
+        return asked_elsewhere(self.num_components, self.adaptive_k, self.variance_threshold)
 
     @property
     def nbytes(self) -> int:

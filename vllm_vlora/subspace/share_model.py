@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +33,7 @@ from vllm_vlora.adapters.peft_folder import (
 from vllm_vlora.adapters.weights_files import WEIGHTS_FILE
 from vllm_vlora.checkpoint.attachments import read_attached
 from vllm_vlora.checkpoint.card import format_bytes
+from vllm_vlora.checkpoint.components import read_asked, write_asked
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
 from vllm_vlora.checkpoint.losses import Losses, describe_losses
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _DEFAULT_COMPONENTS = 32
+_KEPT_VARIANCE = 0.95
 # Components that "auto" tries first; it doubles them until they are enough.
 _FIRST_WIDTH = 32
 
@@ -88,8 +91,9 @@ class SHAREModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.variance_threshold = 0.95
-        self._wanted: int | str | None = None
+        asked = read_asked(checkpoint.path)
+        self.variance_threshold = asked.kept_variance or _KEPT_VARIANCE
+        self._wanted: int | str | None = asked.num_components
         self._originals: dict[str, Adapter] = {}
         self._home: TemporaryDirectory[str] | None = None
         self._edits = 0
@@ -204,6 +208,7 @@ class SHAREModel:
             >>> sorted(Checkpoint.open(folder / "share").tasks)
             ['task_0', 'task_1', 'task_2', 'task_3']
         """
+        self._keep_asked()
         pull_checkpoint(str(self.checkpoint.path), output_dir, force=force)
 
     def push_to_hub(
@@ -223,6 +228,7 @@ class SHAREModel:
         Raises:
             OptionError: ``repo_id`` is no Hub id. OutputError: the Hub refuses or is out of reach.
         """
+        self._keep_asked()
         report = push_checkpoint(
             self.checkpoint.path,
             repo_id,
@@ -232,6 +238,13 @@ class SHAREModel:
             token=token,
         )
         return report.url
+
+    def _keep_asked(self) -> None:
+        """Put what the next fit goes by beside the weights, unless their folder is somebody else's."""
+        path = self.checkpoint.path
+        if self._owns(path):
+            said = {"num_components": self._wanted, "kept_variance": self.variance_threshold}
+            write_asked(path, msgspec.structs.replace(read_asked(path), **said))
 
     # --- what it holds ---------------------------------------------------------------------------
 
@@ -614,8 +627,12 @@ class SHAREModel:
         """Go on from the checkpoint at ``path``; an earlier one of this object's own is removed."""
         old = self.checkpoint.path
         self.checkpoint, self._bases = Checkpoint.open(path), None
-        if self._home is not None and old.parent == Path(self._home.name):
+        if self._owns(old):
             shutil.rmtree(old)
+
+    def _owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this object's own."""
+        return self._home is not None and checkpoint.parent == Path(self._home.name)
 
 
 # --- options --------------------------------------------------------------------------------------

@@ -645,7 +645,15 @@ class SharedSubspace(FittedState):
         stored = read_subspace(path)
         if lora_alpha is not None:
             stored = with_alpha(stored, lora_alpha)
-        return cls(stored.layers, stored.tasks, rank=stored.rank)
+        k = stored.asked.num_components
+        return cls(
+            stored.layers,
+            stored.tasks,
+            rank=stored.rank,
+            num_components=k if isinstance(k, int) else None,
+            adaptive_k=stored.asked.adaptive_k,
+            variance_threshold=stored.asked.variance_threshold,
+        )
 
     def _expand(self, count: int, generator: torch.Generator | None) -> None:
         if count < 0:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from vllm_vlora.adapters.peft_folder import Factors
+from vllm_vlora.checkpoint.components import Asked
 from vllm_vlora.errors import OptionError, TaskIdError, TaskNotFoundError
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.representations.joint import split_core
@@ -20,6 +21,8 @@ from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
     from typing import Self
+
+_VARIANCE_THRESHOLD = 0.6
 
 
 class SubspaceState:
@@ -37,7 +40,7 @@ class SubspaceState:
         rank: int,
         num_components: int | None = None,
         adaptive_k: bool = False,
-        variance_threshold: float = 0.6,
+        variance_threshold: float | None = None,
     ) -> None:
         if len({type(layer) for layer in layers.values()}) != 1:
             raise OptionError("a subspace has layers, all of them flat or all of them joint")
@@ -46,7 +49,7 @@ class SubspaceState:
         self.rank = rank
         self.num_components = num_components or max(layer.k for layer in layers.values())
         self.adaptive_k = adaptive_k
-        self.variance_threshold = variance_threshold
+        self.variance_threshold = variance_threshold or _VARIANCE_THRESHOLD
         self._rounded: str | None = None
 
     def __repr__(self) -> str:
@@ -140,7 +143,17 @@ class SubspaceState:
         return {name: layer.singular_values_b for name, layer in self.layers.items()}
 
     def _stored(self) -> StoredSubspace:
-        return StoredSubspace(self.layers, self.tasks, self.rank)
+        return StoredSubspace(self.layers, self.tasks, self.rank, self._asked())
+
+    def _asked(self) -> Asked:
+        """How k is chosen again, as far as the layers and the defaults do not say it."""
+        found = max(layer.k for layer in self.layers.values())
+        threshold = self.variance_threshold
+        return Asked(
+            num_components=None if self.num_components == found else self.num_components,
+            adaptive_k=self.adaptive_k,
+            variance_threshold=None if threshold == _VARIANCE_THRESHOLD else threshold,
+        )
 
     def _copy(self) -> Self:
         copy = type(self)(

@@ -2,8 +2,7 @@
 
 Nothing but the checkpoint's own files is written, so that it is served, exported and validated like any
 other. Floats come back bit for bit. Cores are stored dense, which is exact; ``vllm-vlora compress`` makes
-smaller files. What the format has no place for is derived: singular values from the tasks, and
-``num_components`` from the layers.
+smaller files. Singular values are derived from the tasks.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from vllm_vlora.adapters.peft_config import lora_rank
 from vllm_vlora.atomic import publish_folder
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.carried import keep_beside
+from vllm_vlora.checkpoint.components import Asked, read_asked, write_asked
 from vllm_vlora.checkpoint.layout import basis_nbytes, task_nbytes
 from vllm_vlora.checkpoint.manifest import TaskRecord, is_checkpoint
 from vllm_vlora.checkpoint.own_files import checkpoint_files
@@ -55,6 +55,7 @@ class StoredSubspace:
     layers: dict[str, Layer]
     tasks: dict[str, TaskProjection]
     rank: int
+    asked: Asked = field(default_factory=Asked)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -93,6 +94,7 @@ def write_subspace(
         )
         writer.finish(model_card(base_model, contents))
         keep_beside(Path(path).expanduser(), folder, writer.tasks)
+        write_asked(folder, stored.asked)
     return Path(path).absolute()
 
 
@@ -247,7 +249,7 @@ def read_subspace(ref: str | Path) -> StoredSubspace:
     layers = {n: _rescaled(layer, scales.get(n, 1.0)) for n, layer in layers.items()}
     tasks = {task_id: _read_task(checkpoint, task_id, layers) for task_id in checkpoint.tasks}
     rank = max(adapter_rank(checkpoint, record) for record in checkpoint.tasks.values())
-    return _finished(layers, tasks, rank)
+    return _finished(layers, tasks, rank, read_asked(folder))
 
 
 def with_alpha(stored: StoredSubspace, alpha: float) -> StoredSubspace:
@@ -280,7 +282,7 @@ def with_alpha(stored: StoredSubspace, alpha: float) -> StoredSubspace:
         )
         for task_id, task in stored.tasks.items()
     }
-    return StoredSubspace(with_spectra(layers, tasks.values()), tasks, stored.rank)
+    return dataclasses.replace(stored, layers=with_spectra(layers, tasks.values()), tasks=tasks)
 
 
 def _scaled(loadings: Loadings, scale: float) -> Loadings:
@@ -395,11 +397,11 @@ def _read_vlora(files: VLoRAFiles) -> StoredSubspace:
         loadings = files.loadings(task_id)
         first, second = ({n: pair[side] for n, pair in loadings.items()} for side in (0, 1))
         tasks[task_id] = TaskProjection(task_id, first, second, TaskOrigin(scale_known=False))
-    return _finished(layers, tasks, files.rank)
+    return _finished(layers, tasks, files.rank, files.asked)
 
 
 def _finished(
-    layers: dict[str, Layer], tasks: dict[str, TaskProjection], rank: int
+    layers: dict[str, Layer], tasks: dict[str, TaskProjection], rank: int, asked: Asked
 ) -> StoredSubspace:
     """All in the one dtype that holds every number, with singular values."""
     kept = [layer.dtype for layer in layers.values()]
@@ -417,4 +419,4 @@ def _finished(
         )
         for task_id, task in tasks.items()
     }
-    return StoredSubspace(with_spectra(layers, tasks.values()), tasks, rank)
+    return StoredSubspace(with_spectra(layers, tasks.values()), tasks, rank, asked)
