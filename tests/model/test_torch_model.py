@@ -1229,18 +1229,29 @@ def test_a_blend_of_tasks_without_a_scale_has_none() -> None:
 
 
 def test_a_scale_is_not_given_to_tasks_that_have_theirs(tmp_path: Path) -> None:
-    """Tasks with and without a known alpha: one factor for all would scale the former twice."""
+    """Tasks with and without a known alpha, as when an adapter is absorbed into vlora's checkpoint."""
     adapters = tiny_adapters(4)
     mixed = SharedSubspace.from_adapters(
         [adapters[0], *map(without_alpha, adapters[1:])], num_components=3
     )
     path = mixed.save(tmp_path / "saved")
     for source in (mixed, path):
-        model = VLoRAModel(TinyModel(), source)
-        model.set_task("task_0")
-        close(model(X), expected(TinyModel(), deltas_of(adapters[0]), X), 1e-4)
-        with pytest.raises(OptionError, match=r"'task_0'.*'task_1'"):
-            VLoRAModel(TinyModel(), source, lora_alpha=4)
+        # The adapters' alpha is 4 and their rank 2.
+        for options, factor in (({}, 1.0), ({"lora_alpha": 4}, 2.0)):
+            model = VLoRAModel(TinyModel(), source, **options)
+            model.set_task("task_0")
+            close(model(X), expected(TinyModel(), deltas_of(adapters[0]), X), 1e-4)
+            deltas = deltas_of(without_alpha(adapters[1]))
+            wanted = expected(TinyModel(), {n: factor * d for n, d in deltas.items()}, X)
+            model.set_task("task_1")
+            close(model(X), wanted, 1e-4)
+            model.merge()
+            close(model(X), wanted, 1e-4)
+        with pytest.raises(OptionError, match="own is 4"):
+            VLoRAModel(TinyModel(), source, lora_alpha=8)
+    router = TaskRouter.from_subspace(mixed, input_dim=4)
+    with pytest.raises(OptionError, match=r"'task_0' is known and that of 'task_3' is not"):
+        router.blend_loadings(torch.ones(1, 4), mixed)
 
 
 def test_the_adapter_s_own_scale_may_be_named_for_a_checkpoint(tmp_path: Path) -> None:

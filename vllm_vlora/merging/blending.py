@@ -42,7 +42,7 @@ from vllm_vlora.representations.spec import ModuleSpec
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.subspace.layers import JointLayer
 from vllm_vlora.subspace.shared import SharedSubspace
-from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
+from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection, common_scale
 from vllm_vlora.subspace.weights import LoRAWeights, described, exact_config
 from vllm_vlora.task_ids import validate_task_id
 from vllm_vlora.wording import some_of
@@ -331,8 +331,8 @@ def _blend_cores(
 
 def _origin(subspace: SharedSubspace, weights: Mapping[str, float]) -> TaskOrigin:
     """Base model and heads are the tasks' own; errors are counted from the tasks as they are."""
+    known = common_scale({name: subspace.tasks[name] for name in weights})
     tasks = [subspace.tasks[name] for name in weights]
-    known = all(task.origin.scale_known for task in tasks)
     config = common_config(
         [task.origin.metadata for task in tasks], [task.loadings_a for task in tasks]
     )

@@ -12,7 +12,7 @@ from torch import nn
 from vllm_vlora.errors import OptionError, TaskNotFoundError
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.shared import SharedSubspace
-from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection
+from vllm_vlora.subspace.tasks import TaskOrigin, TaskProjection, common_scale
 from vllm_vlora.wording import count_of, some_of
 
 if TYPE_CHECKING:
@@ -189,11 +189,12 @@ class TaskRouter(nn.Module):
             )
         weights = self(x).mean(dim=0)
         tasks = [subspace.tasks[task] for task in self.task_ids]
+        known = common_scale(dict(zip(self.task_ids, tasks)))
         return TaskProjection(
             task_id=ROUTED,
             loadings_a=_blended([task.loadings_a for task in tasks], weights),
             loadings_b=_blended([task.loadings_b for task in tasks], weights),
-            origin=TaskOrigin(scale_known=all(task.origin.scale_known for task in tasks)),
+            origin=TaskOrigin(scale_known=known),
             basis_id=subspace.basis_id,
         )
 

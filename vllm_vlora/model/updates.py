@@ -259,9 +259,6 @@ class UpdateSource(Protocol):
     def config(self, task_id: str) -> Mapping[str, Any]:
         """A task's original ``adapter_config.json``; empty where it has none."""
 
-    def configs(self) -> list[Mapping[str, Any]]:
-        """The tasks' original ``adapter_config.json``, as far as they are known."""
-
 
 def open_source(source: SharedSubspace | Checkpoint | str | Path) -> UpdateSource:
     """A source over a subspace, a checkpoint, or what the path or Hub id of either holds.
@@ -281,7 +278,9 @@ def open_source(source: SharedSubspace | Checkpoint | str | Path) -> UpdateSourc
 
 
 def check_scaling(source: UpdateSource, scaling: float | None, lora_alpha: float | None) -> float:
-    """The factor that updates still need: 1 where the adapters' own scale is folded in.
+    """The factor that updates still need whose adapters' own scale is not known; 1 where all are.
+
+    Those that are known are folded in, and need none.
 
     Args:
         scaling, lora_alpha: what the user gave; alpha means alpha / rank of the subspace.
@@ -297,27 +296,18 @@ def check_scaling(source: UpdateSource, scaling: float | None, lora_alpha: float
     if not math.isfinite(given):
         raise OptionError(f"scaling and lora_alpha must be finite, got {given}")
     name = "scaling" if lora_alpha is None else "lora_alpha"
-    by_known: dict[bool, str] = {}
-    for task_id in source.task_ids():
-        by_known.setdefault(source.scale_known(task_id), task_id)
-    if len(by_known) > 1:
-        raise OptionError(
-            f"{name}={given:g} would multiply all tasks, and that of {by_known[True]!r} is part of its "
-            f"update already, while that of {by_known[False]!r} is not known; leave it out, or read the "
-            "tasks that have none with SharedSubspace.load(path, lora_alpha=...) before others are added"
-        )
-    if False in by_known:
-        return given if lora_alpha is None else given / source.rank
-    own = {
-        value for config in source.configs() for value in _own(config, source, lora_alpha is None)
-    }
+    known = [task_id for task_id in source.task_ids() if source.scale_known(task_id)]
+    configs = filter(None, map(source.config, known))
+    own = {value for config in configs for value in _own(config, source, lora_alpha is None)}
     if any(not math.isclose(given, value, rel_tol=1e-6) for value in own):
         values = ", ".join(f"{value:g}" for value in sorted(own))
         raise OptionError(
             f"{name}={given:g}, but the adapters' own is {values} and is part of their updates already; "
             "leave it out"
         )
-    return 1.0
+    if len(known) == len(source.task_ids()):
+        return 1.0
+    return given if lora_alpha is None else given / source.rank
 
 
 def _own(config: Mapping[str, Any], source: UpdateSource, scales: bool) -> set[float]:
@@ -415,11 +405,6 @@ class SubspaceSource:
         """A task's original ``adapter_config.json``; empty of one that was made here."""
         return self._subspace.tasks[task_id].origin.metadata
 
-    def configs(self) -> list[Mapping[str, Any]]:
-        """The tasks' original ``adapter_config.json``; none of tasks that were made here."""
-        tasks = self._subspace.tasks.values()
-        return [task.origin.metadata for task in tasks if task.origin.metadata]
-
 
 def _layer_update(layer: Layer, loadings: Loadings) -> LowRankUpdate:
     if isinstance(layer, JointLayer):
@@ -490,11 +475,6 @@ class CheckpointSource:
     def config(self, task_id: str) -> Mapping[str, Any]:
         """A task's original ``adapter_config.json``; empty where it has none."""
         return self._checkpoint.record(task_id).adapter_config or {}
-
-    def configs(self) -> list[Mapping[str, Any]]:
-        """The tasks' original ``adapter_config.json``."""
-        records = self._checkpoint.tasks.values()
-        return [record.adapter_config for record in records if record.adapter_config]
 
     def _update(self, name: str, stored: StoredModule) -> LowRankUpdate:
         if not stored.is_joint:

@@ -414,7 +414,7 @@ class VLoRAModel(nn.Module):
                 assert isinstance(weight, nn.Parameter)
                 self._originals.append((weight, weight.detach().clone()))
                 # Not the factors that run, which have the layer's dtype.
-                _add_to_weight(layer, weight, self.scaling * updates[layer.name].delta())
+                _add_to_weight(layer, weight, self._scaling(task_id) * updates[layer.name].delta())
         self._active = self._merged = task_id
 
     def unmerge(self) -> None:
@@ -542,7 +542,10 @@ class VLoRAModel(nn.Module):
         updates = self._updates(task_id)
         plan = _Plan(
             state,
-            [self._placed(layer, updates.get(layer.name)) for layer in self._layers],
+            [
+                self._placed(layer, updates.get(layer.name), self._scaling(task_id))
+                for layer in self._layers
+            ],
             self._own_heads(task_id),
         )
         self._plans[task_id] = plan
@@ -571,13 +574,19 @@ class VLoRAModel(nn.Module):
     def _own_heads(self, task_id: str) -> dict[str, torch.Tensor]:
         return self._heads.find(self._source.extra(task_id), self._source.config(task_id))
 
-    def _placed(self, layer: AdaptedLayer, update: LowRankUpdate | None) -> LowRankUpdate | None:
+    def _scaling(self, task_id: str) -> float:
+        """What a task's update is multiplied by: 1 where its own scale is folded in."""
+        return 1.0 if self._source.scale_known(task_id) else self.scaling
+
+    def _placed(
+        self, layer: AdaptedLayer, update: LowRankUpdate | None, scaling: float
+    ) -> LowRankUpdate | None:
         if update is None:
             return None
         # PEFT writes zeros for such a layer, since no gradient reaches it.
         if layer.reader is not None and update.delta().any():
             layer.refuse_to_run("use merge()")
-        a = update.a if self.scaling == 1.0 else update.a * self.scaling
+        a = update.a if scaling == 1.0 else update.a * scaling
         return LowRankUpdate(
             place(a.detach(), layer, self.compute_dtype),
             None if update.b is None else place(update.b.detach(), layer, self.compute_dtype),

@@ -190,8 +190,8 @@ class SubspaceState:
         if known and self.tasks and not any(t.origin.scale_known for t in self.tasks.values()):
             warnings.warn(
                 f"task {task_id!r} has its alpha / r, and none of the subspace's tasks has one, as vlora "
-                "keeps none: VLoRAModel then takes no lora_alpha for them; read them with "
-                "SharedSubspace.load(path, lora_alpha=...)",
+                "keeps none: VLoRAModel's lora_alpha multiplies the others alone. To fit all of them to "
+                "scale, read them with SharedSubspace.load(path, lora_alpha=...)",
                 stacklevel=stacklevel + 1,
             )
 

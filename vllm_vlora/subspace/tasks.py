@@ -56,6 +56,21 @@ class TaskOrigin:
         return replace(self, errors=errors, error=self.error + drift * (1 + self.error))
 
 
+def common_scale(tasks: Mapping[str, TaskProjection]) -> bool:
+    """Whether the scales of tasks that become one are known.
+
+    Raises:
+        OptionError: of some they are, and of others not: no factor is right for their sum.
+    """
+    known = {task.origin.scale_known: name for name, task in tasks.items()}
+    if len(known) > 1:
+        raise OptionError(
+            f"the scale of task {known[True]!r} is known and that of {known[False]!r} is not, so that "
+            "their mixture has none; read the latter with SharedSubspace.load(path, lora_alpha=...)"
+        )
+    return True in known
+
+
 @dataclass(eq=False)
 class TaskProjection:
     """One task in a subspace.
