@@ -50,7 +50,8 @@ def resize_vocabulary(model: Any, tokens: int, *, mean: bool = False) -> None:
     Args:
         mean: new rows are drawn around the mean of all, as transformers does by default.
     """
-    with torch.random.fork_rng(devices=[]):
+    # All devices are seeded, so all are put back.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         model.resize_token_embeddings(tokens, mean_resizing=mean)
 
