@@ -85,6 +85,15 @@ def test_another_router_takes_its_place_and_removing_it_leaves_nothing(routed: P
         remove_router(routed)
 
 
+def test_a_users_file_of_a_like_name_stays(routed: Path) -> None:
+    mine = routed / "router-mine.safetensors"
+    mine.write_bytes(b"precious")
+    attach_router(routed, list(Checkpoint.open(routed).tasks)[:2], network(2))
+    assert mine.read_bytes() == b"precious"
+    remove_router(routed)
+    assert names(routed) == {mine.name}
+
+
 def test_edits_keep_it_and_say_what_does_not_fit(routed: Path, tmp_path: Path) -> None:
     opened = Checkpoint.open(routed)
     gone, *kept = opened.tasks

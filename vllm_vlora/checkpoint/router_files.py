@@ -34,6 +34,8 @@ from vllm_vlora.tensor_files import DamagedFileError, read_tensors
 ROUTER_FILE = "router.json"
 NETWORK_NAME = r"router-[0-9a-f]{16}\.safetensors"
 """What its network's file is called, as a regular expression."""
+NETWORK_GLOB = f"router-{'[0-9a-f]' * 16}.safetensors"
+"""The same as a pattern of file names."""
 TEXT_FEATURES = "text-1"
 """How text becomes numbers; others would be another name, which older versions refuse."""
 MAX_OUTPUTS = 10_000
@@ -162,7 +164,7 @@ def keep_router(old: Path, new: Path) -> None:
     Raises:
         CheckpointError: it is damaged.
     """
-    for file in new.glob("router-*.safetensors"):
+    for file in new.glob(NETWORK_GLOB):
         file.unlink()
     (new / ROUTER_FILE).unlink(missing_ok=True)
     record = read_router(old) if is_checkpoint(old) else None

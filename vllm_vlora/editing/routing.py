@@ -12,6 +12,7 @@ from vllm_vlora.atomic import exclusive, write_file_atomic
 from vllm_vlora.checkpoint.beside import VERSION
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.router_files import (
+    NETWORK_GLOB,
     ROUTER_FILE,
     TEXT_FEATURES,
     Measured,
@@ -108,6 +109,6 @@ def _held(checkpoint: str | Path) -> Iterator[Path]:
 
 
 def _remove_networks(folder: Path, wanted: Callable[[str], bool]) -> None:
-    for file in folder.glob("router-*.safetensors"):
+    for file in folder.glob(NETWORK_GLOB):
         if wanted(file.name):
             file.unlink()
