@@ -17,6 +17,7 @@ import torch
 import typer
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import RepositoryNotFoundError
+from routers import network
 from synthetic import family, run
 from typer.testing import CliRunner
 
@@ -27,7 +28,9 @@ from vllm_vlora.checkpoint.manifest import INDEX_FILE, RECORDS_FILE, TASKS_FILE
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.checkpoint.writer import CheckpointWriter
+from vllm_vlora.editing.aliasing import set_alias
 from vllm_vlora.editing.removing import remove_tasks
+from vllm_vlora.editing.routing import attach_router
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.subspace.share_model import SHAREModel
 from vllm_vlora.tools.cli import app as whole_app
@@ -211,6 +214,24 @@ def test_files_of_an_earlier_checkpoint_go_with_the_same_commit(
     assert "tasks/task1.safetensors" not in found
     assert {"eval.json", ".gitattributes", "tasks/task2.safetensors"} <= set(found)
     assert list(pull_checkpoint(REPO, tmp_path / "copy").tasks) == ["task0", "task2"]
+
+
+def test_aliases_and_a_router_of_an_earlier_checkpoint_go_too(
+    fake: FakeHub, ckpt: Path, tmp_path: Path
+) -> None:
+    later = shutil.copytree(ckpt, tmp_path / "later")
+    set_alias(ckpt, "prod", "task0")
+    record = attach_router(ckpt, ["task0", "task1"], network(2))
+    push_checkpoint(ckpt, REPO)
+    mine = fake.branch(REPO) / "router-mine.safetensors"
+    mine.write_bytes(b"not a router's")
+    there = {"aliases.json", "router.json", record.weights.file}
+    assert there <= set(FakeHub.files(fake.branch(REPO)))
+    push_checkpoint(later, REPO)
+    left = set(FakeHub.files(fake.branch(REPO)))
+    assert left == {*FakeHub.files(later), ".gitattributes", mine.name}
+    pulled = pull_checkpoint(REPO, tmp_path / "copy")
+    assert (dict(pulled.aliases), pulled.router) == ({}, None)
 
 
 def test_an_index_takes_the_place_of_the_json_and_gives_it_back(

@@ -26,19 +26,12 @@ from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
 from vllm_vlora.checkpoint.components import COMPONENTS_FILE
-from vllm_vlora.checkpoint.manifest import (
-    BASIS_INDEX_FILE,
-    CONFIG_FILE,
-    INDEX_FILE,
-    RECORDS_FILE,
-    TASKS_FILE,
-    TASKS_FOLDER,
-)
-from vllm_vlora.checkpoint.own_files import checkpoint_files
+from vllm_vlora.checkpoint.manifest import BASIS_INDEX_FILE, CONFIG_FILE, TASKS_FOLDER
+from vllm_vlora.checkpoint.own_files import CARD_FILE, DESCRIPTIONS, checkpoint_files
 from vllm_vlora.checkpoint.pinning import check_content
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import report_contents
-from vllm_vlora.checkpoint.router_files import ROUTER_FILE
+from vllm_vlora.checkpoint.router_files import NETWORK_GLOB, ROUTER_FILE
 from vllm_vlora.checkpoint.task_entry import task_files
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.connections import why_unreachable
@@ -47,19 +40,13 @@ from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, copy_regular
 from vllm_vlora.wording import first_line
 
-_CARD_FILE = "README.md"
-_TASK_FILES = f"{TASKS_FOLDER}/*.safetensors"
-_BASIS_FILES = "basis*.safetensors"
 # Files of an earlier checkpoint that the new one does not have.
 _REPLACED = [
-    _TASK_FILES,
-    _BASIS_FILES,
-    BASIS_INDEX_FILE,
-    TASKS_FILE,
-    INDEX_FILE,
-    RECORDS_FILE,
-    ATTACHMENTS_FILE,
+    *sorted(DESCRIPTIONS),
+    f"{TASKS_FOLDER}/*.safetensors",
+    "basis*.safetensors",
     f"{ATTACHMENTS_FOLDER}/*",
+    NETWORK_GLOB,
 ]
 
 
@@ -128,10 +115,10 @@ def push_checkpoint(
                 revision=revision,
                 delete_patterns=_REPLACED,
             )
-        if not (path / _CARD_FILE).exists():
+        if not (path / CARD_FILE).exists():
             api.upload_file(
                 path_or_fileobj=_card(opened),
-                path_in_repo=_CARD_FILE,
+                path_in_repo=CARD_FILE,
                 repo_id=repo_id,
                 revision=revision,
                 commit_message="Model card",
@@ -233,14 +220,8 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
     refs += [ref for refs in checkpoint.attachments.values() for ref in refs.values()]
     refs += [checkpoint.router.weights] if checkpoint.router is not None else []
     files = {CONFIG_FILE: JSON_BYTES, **{ref.file: ref.nbytes for ref in refs}}
-    beside = [
-        BASIS_INDEX_FILE,
-        ATTACHMENTS_FILE,
-        ALIASES_FILE,
-        ROUTER_FILE,
-        COMPONENTS_FILE,
-        _CARD_FILE,
-    ]
+    beside = [BASIS_INDEX_FILE, ATTACHMENTS_FILE, ALIASES_FILE, ROUTER_FILE]
+    beside += [COMPONENTS_FILE, CARD_FILE]
     beside += [entry.name for entry in checkpoint.path.glob("LICENSE*") if entry.is_file()]
     files |= {name: JSON_BYTES for name in beside if (checkpoint.path / name).is_file()}
     for name in files:

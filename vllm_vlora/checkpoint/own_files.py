@@ -30,6 +30,19 @@ from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.strict_json import JSONError, decode
 
 CARD_FILE = "README.md"
+DESCRIPTIONS = frozenset(
+    {
+        TASKS_FILE,
+        INDEX_FILE,
+        RECORDS_FILE,
+        BASIS_INDEX_FILE,
+        ATTACHMENTS_FILE,
+        ALIASES_FILE,
+        COMPONENTS_FILE,
+        ROUTER_FILE,
+    }
+)
+"""The files of fixed names beside the manifest, of which a checkpoint has some."""
 # What this package calls its files; where what names them is damaged or newer, that must do.
 _NAMES = re.compile(
     rf"basis(-\d{{5}}-of-\d{{5}})?\.safetensors|{TASKS_FOLDER}/[^/]+\.safetensors"
@@ -45,8 +58,7 @@ def checkpoint_files(path: Path) -> set[str] | None:
     """
     if not is_checkpoint(path):
         return None
-    own = {CONFIG_FILE, TASKS_FILE, BASIS_INDEX_FILE, ATTACHMENTS_FILE, CARD_FILE}
-    own |= {ALIASES_FILE, COMPONENTS_FILE, ROUTER_FILE, INDEX_FILE, RECORDS_FILE}
+    own = {CONFIG_FILE, CARD_FILE, *DESCRIPTIONS}
     for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE, ROUTER_FILE):
         with suppress(OSError):
             own.update(_named(read_regular(path / name, JSON_BYTES)))
