@@ -17,15 +17,18 @@ from edited_world import NEW, OLD, WRITERS, World
 
 from vllm_vlora import atomic, places
 from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE
 from vllm_vlora.checkpoint.export import export_task
 from vllm_vlora.checkpoint.hub import pull_checkpoint
 from vllm_vlora.checkpoint.manifest import CONFIG_FILE, TASKS_FILE
 from vllm_vlora.checkpoint.own_files import checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
+from vllm_vlora.checkpoint.router_files import ROUTER_FILE
 from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.editing.adding import add_adapters
+from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import OutputError
 
@@ -66,6 +69,28 @@ def own(ckpt: Path) -> set[str]:
     found = checkpoint_files(ckpt)
     assert found is not None
     return found
+
+
+def test_what_an_adapters_config_calls_a_file_stays(world: World) -> None:
+    config = world.adapter("task4") / "adapter_config.json"
+    said = {"file": "LICENSE", "x": {"file": "eval/results.json"}, "y": {"file": "tasks/mine"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_mapping": said}))
+    add_adapters(world.checkpoint, {"task4": open_adapter(config.parent)}, AddOptions(ratio=1.0))
+    mine = {"LICENSE": b"mine", "eval/results.json": b"{}", "tasks/mine": b"my own"}
+    for name, data in mine.items():
+        (world.checkpoint / name).parent.mkdir(exist_ok=True)
+        (world.checkpoint / name).write_bytes(data)
+    remove_tasks(world.checkpoint, ["task0"])
+    assert {name: (world.checkpoint / name).read_bytes() for name in mine} == mine
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, ATTACHMENTS_FILE, ROUTER_FILE])
+def test_what_a_received_folder_calls_its_file_is_not(file: str, world: World) -> None:
+    path = world.checkpoint / file
+    content = json.loads(path.read_text()) if path.exists() else {"version": 1}
+    named = [{"file": name, "sha256": "0" * 64, "nbytes": 9} for name in ("LICENSE", "a/b")]
+    path.write_text(json.dumps({**content, "basis": named}))
+    assert not {"LICENSE", "a/b"} & own(world.checkpoint)
 
 
 def test_a_stray_manifest_makes_no_checkpoint(world: World) -> None:

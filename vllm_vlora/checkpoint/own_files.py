@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
+
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.components import COMPONENTS_FILE
@@ -17,6 +19,7 @@ from vllm_vlora.checkpoint.manifest import (
     RECORDS_FILE,
     TASKS_FILE,
     TASKS_FOLDER,
+    hash_file,
     is_checkpoint,
     is_indexed,
     read_checked,
@@ -25,7 +28,7 @@ from vllm_vlora.checkpoint.manifest import (
 )
 from vllm_vlora.checkpoint.router_files import NETWORK_NAME, ROUTER_FILE
 from vllm_vlora.checkpoint.task_index import read_ids
-from vllm_vlora.errors import CheckpointError
+from vllm_vlora.errors import CheckpointError, TaskIdError
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
 from vllm_vlora.strict_json import JSONError, decode
 
@@ -43,11 +46,20 @@ DESCRIPTIONS = frozenset(
     }
 )
 """The files of fixed names beside the manifest, of which a checkpoint has some."""
+_ATTACHED = rf"{ATTACHMENTS_FOLDER}/[0-9a-f]{{64}}"
 # What this package calls its files; where what names them is damaged or newer, that must do.
 _NAMES = re.compile(
     rf"basis(-\d{{5}}-of-\d{{5}})?\.safetensors|{TASKS_FOLDER}/[^/]+\.safetensors"
-    rf"|{ATTACHMENTS_FOLDER}/[0-9a-f]{{64}}|{NETWORK_NAME}"
+    rf"|{_ATTACHED}|{NETWORK_NAME}"
 )
+BASIS_NAME = r"basis[A-Za-z0-9_.-]*\.safetensors"
+"""What this package lets a file of shared bases be called, as a regular expression."""
+# What names files in JSON, and how those are called: any other name is of a file of somebody else's.
+_NAMED = {
+    CONFIG_FILE: BASIS_NAME,
+    ATTACHMENTS_FILE: _ATTACHED,
+    ROUTER_FILE: NETWORK_NAME,
+}
 _FILE = re.compile(rb'"file"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
@@ -59,9 +71,13 @@ def checkpoint_files(path: Path) -> set[str] | None:
     if not is_checkpoint(path):
         return None
     own = {CONFIG_FILE, CARD_FILE, *DESCRIPTIONS}
-    for name in (CONFIG_FILE, TASKS_FILE, ATTACHMENTS_FILE, ROUTER_FILE):
+    for name, called in _NAMED.items():
         with suppress(OSError):
-            own.update(_named(read_regular(path / name, JSON_BYTES)))
+            own.update(_named(read_regular(path / name, JSON_BYTES), called))
+    with suppress(OSError, CheckpointError):
+        own.update(_foreign_bases(path))
+    with suppress(OSError, msgspec.MsgspecError, UnicodeError, RecursionError, TaskIdError):
+        own.update(_recorded(read_regular(path / TASKS_FILE, JSON_BYTES)))
     with suppress(CheckpointError):
         own.update(_indexed(path))
     if not _is_sound(path):
@@ -72,11 +88,27 @@ def checkpoint_files(path: Path) -> set[str] | None:
     return own
 
 
-def _named(data: bytes) -> Iterator[str]:
-    """What "file" says, wherever it stands; a large manifest is not decoded for it."""
+def _named(data: bytes, called: str) -> Iterator[str]:
+    """What "file" says, wherever it stands, that is called so; a large manifest is not decoded for it."""
     for text in _FILE.findall(data):
         with suppress(JSONError):
-            yield decode(text, str)
+            name = decode(text, str)
+            if re.fullmatch(called, name):
+                yield name
+
+
+def _foreign_bases(path: Path) -> Iterator[str]:
+    """Basis files of other makes, called anything: each the very file that the manifest means."""
+    for ref in read_config(path).basis:
+        file = path / ref.file
+        foreign = not re.fullmatch(BASIS_NAME, ref.file)
+        if foreign and file.is_file() and hash_file(file) == (ref.sha256, ref.nbytes):
+            yield ref.file
+
+
+def _recorded(data: bytes) -> Iterator[str]:
+    """The files of the tasks in ``tasks.json``; what else its records say is mostly an adapter's."""
+    yield from map(task_file, msgspec.json.decode(data, type=dict[str, msgspec.Raw]))
 
 
 def _indexed(path: Path) -> Iterator[str]:

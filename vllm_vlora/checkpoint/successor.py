@@ -33,7 +33,7 @@ from vllm_vlora.checkpoint.manifest import (
     CONFIG_FILE,
     FileRef,
 )
-from vllm_vlora.checkpoint.own_files import checkpoint_files
+from vllm_vlora.checkpoint.own_files import BASIS_NAME, checkpoint_files
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport, report_contents
 from vllm_vlora.checkpoint.router_files import keep_router
@@ -47,7 +47,6 @@ from vllm_vlora.strict_json import JSONError, decode
 from vllm_vlora.urls import is_remote, local_folder
 
 _CHUNK = 1 << 22
-_BASIS_NAME = re.compile(r"basis[\w.-]*\.safetensors", re.ASCII)
 
 
 @contextmanager
@@ -140,7 +139,9 @@ class Successor(CheckpointWriter):
             self.modules.append(spec)
         old = self._old.config.basis
         names = [ref.file for ref in old]
-        if len(set(names)) < len(names) or not all(_BASIS_NAME.fullmatch(name) for name in names):
+        if len(set(names)) < len(names) or not all(
+            re.fullmatch(BASIS_NAME, name) for name in names
+        ):
             names = [basis_file(number, len(old)) for number in range(1, len(old) + 1)]
         for ref, name in zip(old, names):
             refuse_link_out(self._old.path / ref.file, self._old.path, CheckpointError)
