@@ -19,8 +19,9 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
@@ -118,6 +119,25 @@ def exclusive(target: str | Path) -> Iterator[None]:
         with _write_errors(target, target.parent):
             _recover(target, held)
         yield
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A folder for the length of the block, where files of ``target`` can have second names: beside it.
+
+    Where nothing can be written there it lies among the system's temporary files. What a killed run
+    leaves of it goes with the next change of ``target``.
+    """
+    target = Path(os.path.realpath(target))
+    with ExitStack() as stack:
+        try:
+            folder, lock = _make_temporary(target)
+        except OSError:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="vllm-vlora-")))
+        else:
+            stack.callback(os.close, lock)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
 def write_file_atomic(path: str | Path, data: bytes) -> None:
@@ -359,7 +379,7 @@ def _carry(target: Path, temporary: Path, owned: Owned) -> set[str]:
     files = owned(target) if target.is_dir() else None
     if files is None:
         return set()
-    carried = carry_over(target, temporary, foreign_files(target, files), _link)
+    carried = carry_over(target, temporary, foreign_files(target, files), link_or_copy)
     for folder, _, _ in os.walk(temporary) if carried else ():
         _fsync(Path(folder))
     return carried
@@ -404,7 +424,7 @@ def _free(place: Path) -> Path:
     return found
 
 
-def _link(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """The file itself under another name; a copy where the file system has no hard links."""
     try:
         os.link(source, target)
@@ -504,7 +524,7 @@ def _remove_old(old: Path, target: Path, owned: Owned, carried: Collection[str])
     try:
         # What somebody has put there since the rest was carried over.
         late = set(foreign_files(old, owned(old) or ())) - set(carried)
-        carry_over(old, target, late, _link)
+        carry_over(old, target, late, link_or_copy)
         shutil.rmtree(old)
     except OSError as error:
         # The new folder is in place, so the run has succeeded; only disk space is lost.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +24,7 @@ from routers import network
 from synthetic import family, run
 from typer.testing import CliRunner
 
-from vllm_vlora import snapshots
+from vllm_vlora import atomic, snapshots
 from vllm_vlora.checkpoint import hub, manifest
 from vllm_vlora.checkpoint.hub import pull_checkpoint, push_checkpoint
 from vllm_vlora.checkpoint.manifest import INDEX_FILE, RECORDS_FILE, TASKS_FILE
@@ -214,6 +217,57 @@ def test_files_of_an_earlier_checkpoint_go_with_the_same_commit(
     assert "tasks/task1.safetensors" not in found
     assert {"eval.json", ".gitattributes", "tasks/task2.safetensors"} <= set(found)
     assert list(pull_checkpoint(REPO, tmp_path / "copy").tasks) == ["task0", "task2"]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_edit_during_the_upload_changes_nothing_of_it(
+    fake: FakeHub,
+    ckpt: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    beside: bool,
+) -> None:
+    before = contents(ckpt)
+    upload = FakeHub.upload_folder
+
+    def during(self: FakeHub, **options: Any) -> SimpleNamespace:
+        remove_tasks(ckpt, ["task1"])
+        set_alias(ckpt, "prod", "task0")
+        return upload(self, **options)
+
+    monkeypatch.setattr(FakeHub, "upload_folder", during)
+    if not beside:
+        # As where the folder above may not be written to, and files have no second names.
+        monkeypatch.setattr(hub, "scratch_beside", elsewhere)
+        monkeypatch.setattr(os, "link", no_links)
+    assert push_checkpoint(ckpt, REPO).tasks == 3
+    monkeypatch.undo()
+    published = contents(fake.branch(REPO))
+    assert {name: published.get(name) for name in before} == before
+    assert validate(fake.branch(REPO)) == []
+    assert list(Checkpoint.open(ckpt).tasks) == ["task0", "task2"]
+    assert sorted(os.listdir(tmp_path)) == ["adapters", "ckpt", "hub"]
+
+
+@contextmanager
+def elsewhere(target: Path) -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def no_links(*args: object) -> None:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+
+def test_a_push_from_a_place_that_cannot_be_written(
+    fake: FakeHub, ckpt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(target: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+
+    monkeypatch.setattr(atomic, "_make_temporary", refused)
+    push_checkpoint(ckpt, REPO)
+    assert validate(fake.branch(REPO)) == []
 
 
 def test_aliases_and_a_router_of_an_earlier_checkpoint_go_too(

@@ -7,10 +7,9 @@ is huggingface_hub's own business (``HF_TOKEN``, or ``hf auth login``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub
@@ -21,7 +20,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from vllm_vlora.atomic import check_apart, publish_folder
+from vllm_vlora.atomic import check_apart, link_or_copy, publish_folder, scratch_beside
 from vllm_vlora.checkpoint.aliases import ALIASES_FILE
 from vllm_vlora.checkpoint.attachments import ATTACHMENTS_FILE, ATTACHMENTS_FOLDER
 from vllm_vlora.checkpoint.card import model_card
@@ -73,8 +72,8 @@ def push_checkpoint(
 ) -> PushReport:
     """Upload a checkpoint and its model card as one commit; make the repository where there is none.
 
-    Only the checkpoint's own files and a licence are uploaded; files of an earlier checkpoint in the
-    repository are removed in the same commit.
+    Only the checkpoint's own files and a licence are uploaded, as they are when this begins, whatever
+    edits do meanwhile; files of an earlier checkpoint in the repository are removed in the same commit.
 
     Args:
         checkpoint: a folder. repo_id: ``org/name``.
@@ -85,7 +84,7 @@ def push_checkpoint(
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged; nothing was uploaded.
         OptionError: ``repo_id`` is no Hub id.
-        OutputError: the Hub refuses or cannot be reached.
+        OutputError: the Hub refuses or cannot be reached, or the files cannot be put aside for it.
 
     Examples:
         >>> push_checkpoint(checkpoint, "not a Hub id")
@@ -97,25 +96,34 @@ def push_checkpoint(
     path = Path(checkpoint).expanduser()
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {str(path)!r}: no such folder")
-    _check_sound(path)
-    opened = Checkpoint.open(path)
-    names = _files(opened)
-    api = _api(token)
+    with _staged(path, _files(Checkpoint.open(path))) as folder:
+        _check_sound(folder, path)
+        return _upload(folder, repo_id, private, message, revision, _api(token))
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    private: bool | None,
+    message: str | None,
+    revision: str | None,
+    api: Any,
+) -> PushReport:
+    opened = Checkpoint.open(folder)
     count = len(opened.tasks)
     words = message or f"{count} LoRA {'task' if count == 1 else 'tasks'} (vllm-vlora)"
     try:
         url = str(api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with _staged(path, names) as folder:
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=words,
-                revision=revision,
-                delete_patterns=_REPLACED,
-            )
-        if not (path / CARD_FILE).exists():
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=words,
+            revision=revision,
+            delete_patterns=_REPLACED,
+        )
+        if not (folder / CARD_FILE).exists():
             api.upload_file(
                 path_or_fileobj=_card(opened),
                 path_in_repo=CARD_FILE,
@@ -175,16 +183,29 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
 
 @contextmanager
 def _staged(path: Path, names: Iterable[str]) -> Iterator[Path]:
-    """A folder with links to these files alone: what else lies in theirs is nobody's to publish.
+    """A folder with these files alone: what else lies in theirs is nobody's to publish.
 
-    As patterns of what to upload the Hub's library would compare each name with each.
+    As patterns of what to upload the Hub's library would compare each name with each. An upload takes
+    minutes, and a lock would hold up who edits meanwhile. Edits put other files in the old ones' places
+    and write into none, so second names keep what there was.
+
+    Raises:
+        OutputError: a file cannot be put there.
     """
-    with TemporaryDirectory(prefix="vllm-vlora-") as folder:
+    with scratch_beside(path) as folder:
         for name in names:
-            link = Path(folder, name)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((path / name).absolute())
-        yield Path(folder)
+            aside = folder / name
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                # What is missing is said where the whole is checked.
+                with suppress(FileNotFoundError):
+                    link_or_copy((path / name).resolve(), aside)
+            except OSError as error:
+                raise OutputError(
+                    f"cannot put {path / name} aside to upload it: {error.strerror}; nothing was "
+                    "published"
+                ) from error
+        yield folder
 
 
 def _api(token: str | None) -> Any:
@@ -200,12 +221,17 @@ def _check_repo_id(repo_id: str) -> None:
         ) from error
 
 
-def _check_sound(path: Path) -> None:
-    """Raise CheckpointError unless every file of the checkpoint is as its manifest says."""
+def _check_sound(path: Path, said: Path | None = None) -> None:
+    """Raise CheckpointError unless every file of the checkpoint is as its manifest says.
+
+    Args:
+        said: what the error calls the folder.
+    """
     problems = validate(path)
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        raise CheckpointError(f"{problems[0]}{more}; nothing was published")
+        first = problems[0].replace(str(path), str(said or path))
+        raise CheckpointError(f"{first}{more}; nothing was published")
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, int]:
