@@ -130,6 +130,7 @@ def add(
     """
     with reported(verbose, timeout):
         from vllm_vlora.atomic import exclusive
+        from vllm_vlora.checkpoint.successor import edit_target
         from vllm_vlora.editing.options import AddOptions
         from vllm_vlora.tools.inputs import Inputs, collect_shown
         from vllm_vlora.tools.summary import having_companions, print_left_behind
@@ -161,7 +162,7 @@ def add(
         if rebuild:
             assert originals is not None
             # Whatever others do to the checkpoint comes before it is looked at, or after all is done.
-            with exclusive(target.name):
+            with exclusive(edit_target(target.checkpoint, target.output)):
                 rebuilt, before = _rebuild(target, collected, originals, options, replace)
             data = _rebuilt_json(rebuilt, before, list(collected), target.name)
             print_result(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from routers import network
 from synthetic import dense, family, save
 from typer.testing import CliRunner
 
@@ -28,11 +29,13 @@ from vllm_vlora.checkpoint.validation import validate
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.editing.adding import add_adapters
+from vllm_vlora.editing.aliasing import set_alias
 from vllm_vlora.editing.growth_offers import ResidualFit
 from vllm_vlora.editing.options import AddedTask, AddOptions, AddReport
 from vllm_vlora.editing.rebuild_advice import predict_rebuild, rebuild_advice
 from vllm_vlora.editing.rebuilding import rebuild
 from vllm_vlora.editing.removing import remove_tasks
+from vllm_vlora.editing.routing import attach_router
 from vllm_vlora.errors import (
     AdapterError,
     BudgetError,
@@ -703,6 +706,31 @@ def test_a_rebuild_takes_in_what_add_had_to_store_privately(tmp_path: Path) -> N
     assert report.nbytes <= prediction.best.nbytes
     assert report.mean_error == pytest.approx(prediction.best.error, rel=0.05)
     assert list(Checkpoint.open(path).tasks) == [*adapters, *new]
+
+
+def test_a_rebuild_elsewhere_keeps_what_lies_beside_as_adding_does(tmp_path: Path) -> None:
+    path, adapters, new = world(tmp_path)
+    (path / "LICENSE").write_text("a licence")
+    set_alias(path, "prod", "task0")
+    router = attach_router(path, ["task0", "task1"], network(2))
+    options = AddOptions(ratio=5.0)
+    for ref, output in ((path, tmp_path / "new"), (f"file://{path}", None)):
+        report = rebuild(ref, adapters | new, options, output=output)
+        assert report.path == (output or path)
+        after = Checkpoint.open(report.path)
+        assert list(after.tasks) == [*adapters, *new]
+        assert (after.aliases, after.router) == (Checkpoint.open(path).aliases, router)
+        assert list(after.aliases) == ["prod"]
+        assert (report.path / "LICENSE").read_text() == "a licence"
+        assert validate(report.path) == []
+    before = digests(tmp_path)
+    with pytest.raises(OutputError, match="alias 'prod' names task 'task0', which there is not"):
+        remove_tasks(path, ["task0"])
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        rebuild(path, adapters | new, options, output=tmp_path / "new")
+    with pytest.raises(OutputError, match="which is read"):
+        rebuild(path, adapters | new, options, output=tmp_path / "adapters", force=True)
+    assert digests(tmp_path) == before
 
 
 def test_a_rebuild_is_predicted_from_the_tasks_as_stored(tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ from vllm_vlora.urls import is_remote, local_folder
 _CHUNK = 1 << 22
 
 
+def edit_target(ref: str | Path, output: str | Path | None) -> Path:
+    """Where an edit of this checkpoint writes: ``output``, or the folder itself."""
+    return Path((local_folder(ref) or ref) if output is None else output).expanduser()
+
+
 @contextmanager
 def edited(
     ref: str | Path, output: str | Path | None, *, force: bool
@@ -73,7 +78,7 @@ def edited(
             f"{ref} is a URL and not changed in place; name a folder to write, or `vllm-vlora pull` it "
             "first"
         )
-    target = Path((local_folder(ref) or ref) if output is None else output).expanduser()
+    target = edit_target(ref, output)
     with exclusive(target):
         checkpoint = Checkpoint.open(ref)
         if output is None and not target.is_dir():

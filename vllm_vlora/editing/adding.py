@@ -18,16 +18,15 @@ from typing import NamedTuple
 
 from vllm_vlora.adapters.collection import Collection, Module, Progress, reading_warnings
 from vllm_vlora.adapters.peft_folder import Adapter
-from vllm_vlora.atomic import check_apart
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.checkpoint.reader import Checkpoint
-from vllm_vlora.checkpoint.successor import Successor, edited
+from vllm_vlora.checkpoint.successor import Successor, edit_target, edited
 from vllm_vlora.compression.budgets import MARGIN
 from vllm_vlora.compression.encoding import Loss, encode_kept, measure_loss
 from vllm_vlora.editing.basis_growth import BasisGrowth, Growth
 from vllm_vlora.editing.growth_offers import grown
 from vllm_vlora.editing.new_tasks import NewTasks
-from vllm_vlora.editing.options import AddedTask, AddOptions, AddReport
+from vllm_vlora.editing.options import AddedTask, AddOptions, AddReport, check_output
 from vllm_vlora.editing.projection import (
     BlockMeter,
     CoreOption,
@@ -84,11 +83,8 @@ def add_adapters(
     """
     started = time.monotonic()
     options = options or AddOptions()
-    read = [adapter.path for adapter in adapters.values()]
-    check_apart(
-        checkpoint if output is None else output,
-        [*read, *([options.calibration] if options.calibration else [])],
-    )
+    target = edit_target(checkpoint, output)
+    check_output(target, adapters, options.calibration)
     with edited(checkpoint, output, force=force) as (opened, folder):
         collection = Collection(adapters, opened.modules)
         if not replace_tasks:
@@ -99,7 +95,7 @@ def add_adapters(
         addition = Addition(new, options, scratch, progress or (lambda *_: None))
         report = addition.write(folder, expand)
         shutil.rmtree(scratch)
-    report.path = Path(checkpoint if output is None else output)
+    report.path = target
     report.seconds = time.monotonic() - started
     return report
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_vlora.adapters.peft_folder import Adapter
+from vllm_vlora.atomic import check_apart
 from vllm_vlora.checkpoint.losses import Losses
 from vllm_vlora.compression.options import CompressOptions
 
@@ -58,6 +61,12 @@ class AddOptions:
             calibration=self.calibration,
             allow_large_error=self.allow_large_error,
         )
+
+
+def check_output(target: Path, adapters: Mapping[str, Adapter], calibration: str | None) -> None:
+    """Raise OutputError if the folder to write is or holds what is read beside the checkpoint."""
+    read = [adapter.path for adapter in adapters.values()]
+    check_apart(target, [*read, *([calibration] if calibration else [])])
 
 
 @dataclass

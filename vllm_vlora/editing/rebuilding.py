@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllm_vlora.adapters.collection import Progress
+from vllm_vlora.adapters.collection import Collection, Progress
 from vllm_vlora.adapters.peft_folder import Adapter
-from vllm_vlora.atomic import exclusive
+from vllm_vlora.checkpoint.carried import keep_beside
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport
+from vllm_vlora.checkpoint.successor import edit_target, edited
 from vllm_vlora.compression.options import CompressOptions
-from vllm_vlora.compression.pipeline import compress
-from vllm_vlora.editing.options import AddOptions
-from vllm_vlora.errors import AdapterError, OptionError
+from vllm_vlora.compression.pipeline import Compression
+from vllm_vlora.editing.options import AddOptions, check_output
+from vllm_vlora.errors import AdapterError
 
 
 def rebuild(
@@ -26,6 +29,8 @@ def rebuild(
     progress: Progress | None = None,
 ) -> CompressReport:
     """Compress all adapters (task id -> original) into a checkpoint anew, in place or at ``output``.
+
+    Its aliases, its router and other files in the folder stay, or go to ``output`` too.
 
     Args:
         adapters: every task of the checkpoint, and new ones.
@@ -42,36 +47,26 @@ def rebuild(
         >>> report.worst_error <= 0.1
         True
     """
-    target = Path(checkpoint if output is None else output).expanduser()
-    with exclusive(target):
-        return _rebuild(
-            checkpoint, adapters, options or AddOptions(), target, output, force, progress
-        )
-
-
-def _rebuild(
-    checkpoint: str | Path,
-    adapters: Mapping[str, Adapter],
-    options: AddOptions,
-    target: Path,
-    output: str | Path | None,
-    force: bool,
-    progress: Progress | None,
-) -> CompressReport:
-    opened = Checkpoint.open(checkpoint)
-    missing = [task_id for task_id in opened.tasks if task_id not in adapters]
-    if missing:
-        raise AdapterError(f"no original of task {missing[0]!r}; a rebuild needs every task's")
-    if output is None and not target.is_dir():
-        raise OptionError(f"{checkpoint} is on the Hub and not changed in place; name a folder")
-    return compress(
-        adapters,
-        target,
-        _options(opened, options),
-        force=force or output is None,
-        base_model=opened.base_model,
-        progress=progress,
-    )
+    started = time.monotonic()
+    options = options or AddOptions()
+    target = edit_target(checkpoint, output)
+    check_output(target, adapters, options.calibration)
+    with edited(checkpoint, output, force=force) as (opened, folder):
+        missing = [task_id for task_id in opened.tasks if task_id not in adapters]
+        if missing:
+            raise AdapterError(f"no original of task {missing[0]!r}; a rebuild needs every task's")
+        # Before the work, which an alias of a task that would be gone makes vain.
+        keep_beside(opened.path, folder, adapters)
+        scratch = folder / ".scratch"
+        scratch.mkdir()
+        with Compression(
+            Collection(adapters), _options(opened, options), scratch, progress
+        ) as compression:
+            report = compression.write(folder, compression.choose(), opened.base_model)
+        shutil.rmtree(scratch)
+    report.path = target
+    report.seconds = time.monotonic() - started
+    return report
 
 
 def _options(checkpoint: Checkpoint, options: AddOptions) -> CompressOptions:
