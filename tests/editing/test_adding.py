@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -730,6 +730,20 @@ def test_a_rebuild_elsewhere_keeps_what_lies_beside_as_adding_does(tmp_path: Pat
         rebuild(path, adapters | new, options, output=tmp_path / "new")
     with pytest.raises(OutputError, match="which is read"):
         rebuild(path, adapters | new, options, output=tmp_path / "adapters", force=True)
+    assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize("edit", ["add", "remove", "rebuild"])
+def test_no_output_lies_in_the_checkpoint_itself(tmp_path: Path, edit: str) -> None:
+    path, adapters, new = world(tmp_path)
+    before = digests(tmp_path)
+    edits: dict[str, Callable[[], object]] = {
+        "add": lambda: add_adapters(path, new, output=path / "small"),
+        "remove": lambda: remove_tasks(path, ["task0"], output=path / "small"),
+        "rebuild": lambda: rebuild(path, adapters, output=path / "small"),
+    }
+    with pytest.raises(OutputError, match=r"lies in the checkpoint .*; choose an output beside it"):
+        edits[edit]()
     assert digests(tmp_path) == before
 
 

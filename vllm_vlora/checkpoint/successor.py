@@ -87,7 +87,7 @@ def edited(
             )
         in_place = target.resolve() == checkpoint.path.resolve()
         if not in_place:
-            check_apart(target, [checkpoint.path])
+            _check_outside(target, checkpoint.path)
         checkpoint.gives_way = in_place
         before = _manifest(checkpoint.path)
 
@@ -105,6 +105,15 @@ def edited(
                 own = checkpoint_files(checkpoint.path) or ()
                 foreign = foreign_files(checkpoint.path, own)
                 carry_over(checkpoint.path, folder, foreign, _copy_file)
+
+
+def _check_outside(target: Path, checkpoint: Path) -> None:
+    check_apart(target, [checkpoint])
+    # What is carried over would hold what is being written, and the checkpoint its own successor.
+    if checkpoint.resolve() in target.resolve().parents:
+        raise OutputError(
+            f"the output {target} lies in the checkpoint {checkpoint}; choose an output beside it"
+        )
 
 
 def _copy_file(source: Path, target: Path) -> None:
