@@ -149,8 +149,12 @@ def _open(path: Path) -> int:
         # NFS locks only what is open for writing.
         return os.open(path, os.O_RDWR | flags, 0o666)
     except PermissionError:
-        # Somebody else's, which a killed run left.
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            # Somebody else's, which a killed run left.
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            # It went in between, or there is none and none may be made, which this says.
+            return os.open(path, os.O_RDWR | flags, 0o666)
 
 
 def _locks(descriptor: int) -> bool:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -522,6 +523,25 @@ def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path, targe
         publish(tmp_path / target, "new")
     with pytest.raises(OutputError, match="cannot write"):
         write_file_atomic(tmp_path / target, b"new")
+
+
+def test_a_folder_without_permission_is_called_that() -> None:
+    nobody, before = 65534, os.geteuid()
+    with TemporaryDirectory() as name:
+        place = Path(name) / "place"
+        publish(place / "ckpt", "old")
+        place.chmod(0o555)
+        Path(name).chmod(0o755)
+        if before == 0:
+            os.seteuid(nobody)
+        try:
+            for write in (publish, lambda target, text: write_file_atomic(target, text.encode())):
+                with pytest.raises(OutputError, match=r"cannot write .*: Permission denied"):
+                    write(place / "new", "new")
+        finally:
+            os.seteuid(before)
+            place.chmod(0o755)
+        assert os.listdir(place) == ["ckpt"]
 
 
 def test_the_root_is_no_output_folder() -> None:
