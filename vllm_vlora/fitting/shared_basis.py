@@ -202,10 +202,14 @@ def leading_directions(rows: Sequence[torch.Tensor], most: int | None = None) ->
 
 
 def _by_gram(stacked: torch.Tensor, count: int) -> torch.Tensor | None:
-    """``leading_directions`` by eigenvectors of the smaller Gram matrix; None if it is singular."""
+    """``leading_directions`` by eigenvectors of the smaller Gram matrix; None if it says too little."""
     short = stacked if stacked.shape[0] <= stacked.shape[1] else stacked.T
     for dtype, weak in _WEAK.items():
-        values, vectors = torch.linalg.eigh(row_gram(short, dtype).to(dtype))
+        try:
+            values, vectors = torch.linalg.eigh(row_gram(short, dtype).to(dtype))
+        except torch.linalg.LinAlgError:
+            # In float32 where many rows are zero, as of untrained adapters.
+            continue
         values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
         if float(values[-1]) > weak * float(values[0]):
             break
