@@ -302,6 +302,37 @@ def test_every_task_recovers_what_was_asked_for(tmp_path: Path) -> None:
         compress_to_quality(adapters, tmp_path / "x", 0.9, judge, CompressOptions(ratio=3))
 
 
+def test_a_task_without_a_figure_keeps_what_is_kept_by_default(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 4, related=False)
+    measure = recovered_by_error(adapters, dict.fromkeys(adapters, 1.0))
+
+    def judge(folder: Path) -> dict[str, float | None]:
+        return {**measure(folder), "task1": None}
+
+    report = compress_to_quality(adapters, tmp_path / "out", 0.8, judge)
+    check(tmp_path / "out", adapters, report)
+    errors = {task.task_id: task.error for task in report.tasks}
+    assert errors.pop("task1") <= 0.1
+    assert min(errors.values()) > 0.3
+    assert any("task1" in warning for warning in report.warnings)
+    # Of what no default allows, nothing.
+    strict = compress_to_quality(adapters, tmp_path / "strict", 0.999, judge)
+    assert max(task.error for task in strict.tasks) <= 0.001**0.5
+
+
+@pytest.mark.parametrize("representation", ["auto", "private", "joint"])
+def test_a_quality_beside_what_a_format_cannot_reach(tmp_path: Path, representation: str) -> None:
+    adapters = family(tmp_path / "in", 4, related=False)
+    options = CompressOptions(quantize="nf4", representation=representation)
+    judge = recovered_by_error(adapters, dict.fromkeys(adapters, 1.0))
+    # NF4 alone is .09 or more away: after .3, at .12, comes .05.
+    report = compress_to_quality(adapters, tmp_path / "out", 0.975, judge, options)
+    assert min(value for value in judge(tmp_path / "out").values() if value) >= 0.975
+    assert report.kept == []
+    with pytest.raises(BudgetError, match=r"'task\d' keeps at most 0\.9\d+ .*0\.999"):
+        compress_to_quality(adapters, tmp_path / "x", 0.999, judge, options)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -63,7 +63,7 @@ def out_of_reach(
         return (
             f"no {kind} with quantize {options.quantize} keeps every task within a relative error of "
             f"{options.max_error}; the least reachable for the worst task is {nearest:.3g}; "
-            f"{_larger_error(options)}"
+            f"{_less_lost(options, 'allow a larger error')}"
         )
     advice = _more_bytes(options)
     if not math.isfinite(nearest):
@@ -80,8 +80,15 @@ def out_of_reach(
     )
 
 
-def _larger_error(options: CompressOptions) -> str:
-    advice = "allow a larger error"
+def quality_out_of_reach(options: CompressOptions, task: str, kept: float, least: float) -> str:
+    """The line that says what a task keeps where it loses the least."""
+    return (
+        f"{task!r} keeps at most {kept:.4f} with quantize {options.quantize}, and {least:g} is wanted; "
+        f"{_less_lost(options, 'ask for less')}"
+    )
+
+
+def _less_lost(options: CompressOptions, advice: str) -> str:
     if options.quantize not in ("auto", "none"):
         return f"{advice}, or quantize none or auto"
     return f"{advice}, or use representation auto or private" if options.only_shared else advice

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -22,11 +23,13 @@ import torch
 from vllm_vlora.adapters.collection import Collection, Progress
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.checkpoint.report import CompressReport
-from vllm_vlora.compression.options import CompressOptions
+from vllm_vlora.compression.budgets import MARGIN, quality_out_of_reach
+from vllm_vlora.compression.options import DEFAULT_LOSS, CompressOptions
 from vllm_vlora.compression.pipeline import Compression
 from vllm_vlora.compression.publishing import BY_ERROR, Chosen, publish_checkpoint
-from vllm_vlora.errors import OptionError
+from vllm_vlora.errors import BudgetError, OptionError
 from vllm_vlora.planning.plan import Budget
+from vllm_vlora.wording import some_of
 
 Judge = Callable[[Path], Mapping[str, float | None]]
 """KL kept of every task of a checkpoint folder; None where it is undefined."""
@@ -121,7 +124,8 @@ def compress_to_quality(
 
     Args:
         least: of KL kept, 1 - KL(adapter || task) / KL(adapter || base), between 0 and 1.
-        judge: measures it on a checkpoint that is never published.
+        judge: measures it on a checkpoint that is never published. Tasks without a figure, since their
+            adapters change nothing clear, are kept to the default loss, and named in ``warnings``.
         options: as of ``compress``, without a budget of their own.
 
     Returns:
@@ -129,7 +133,8 @@ def compress_to_quality(
         failed at every limit, which are stored as they were, in ``kept``.
 
     Raises:
-        As :func:`vllm_vlora.compress`; OptionError for a budget in the options.
+        As :func:`vllm_vlora.compress`; OptionError for a budget in the options. BudgetError where a task
+            keeps less than ``least`` at the least loss that the options can reach.
 
     Examples:
         >>> tasks = {f"task_{i}": open_adapter(path) for i, path in enumerate(adapter_dirs)}
@@ -152,12 +157,15 @@ def compress_to_quality(
     def make(folder: Path, scratch: Path) -> CompressReport:
         collection = Collection(adapters)
         with Compression(collection, options, scratch, progress, bounded=False) as compression:
-            limits, judged = _QualitySearch(compression, scratch, judge, least).run()
-            kept = [task for task, limit in zip(collection.task_ids, limits.tolist()) if limit == 0]
-            chosen = compression.choose(Budget(limits=limits))
-            how = OneByOne(judge).how
+            found = _QualitySearch(compression, scratch, judge, least, options).run()
+            limits = found.limits.tolist()
             return compression.write(
-                folder, chosen, base_model, kl_kept=judged, chosen_by=how, kept=kept
+                folder,
+                found.chosen,
+                base_model,
+                kl_kept=found.judged,
+                chosen_by=OneByOne(judge).how,
+                kept=[task for task, limit in zip(collection.task_ids, limits) if limit == 0],
             )
 
     return publish_checkpoint(output, force, make, adapters, options)
@@ -250,24 +258,62 @@ def _mean(kl_kept: Mapping[str, float | None]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """What was written to be judged.
+
+    Attributes:
+        limits: of the losses, those asked for or, where nothing reaches these, the least that can be had.
+    """
+
+    chosen: Chosen
+    limits: torch.Tensor
+    nbytes: int
+    judged: Mapping[str, float | None]
+
+
 class _QualitySearch:
-    def __init__(self, compression: Compression, scratch: Path, judge: Judge, least: float) -> None:
+    def __init__(
+        self,
+        compression: Compression,
+        scratch: Path,
+        judge: Judge,
+        least: float,
+        options: CompressOptions,
+    ) -> None:
         self.compression = compression
         self._scratch, self._judge, self._least = scratch, judge, least
+        self._options = options
         self._tasks = compression.collection.task_ids
+        # Of tasks that nobody can judge: what is predicted to be lost of a gain.
+        self._unjudged_loss = min(DEFAULT_LOSS, 1 - least)
 
-    def run(self) -> tuple[torch.Tensor, Mapping[str, float | None]]:
-        """Limits of the losses at which every judged task passes, and what it then keeps."""
+    def run(self) -> _Trial:
+        """The smallest found in which every judged task passes.
+
+        Raises:
+            BudgetError: a task keeps too little at the least loss that the options can reach.
+        """
+        best = self._search()
+        unjudged = [task for task in self._tasks if best.judged.get(task) is None]
+        if unjudged:
+            self.compression.warnings.append(
+                f"nothing says what {some_of(unjudged)} keep; each has a relative error of at "
+                f"most {math.sqrt(self._unjudged_loss):.2g}, or the least that can be had"
+            )
+        return best
+
+    def _search(self) -> _Trial:
         searches = [_Search() for _ in self._tasks]
-        best: tuple[int, torch.Tensor, Mapping[str, float | None]] | None = None
+        best: _Trial | None = None
         # Tasks share bases, so a task may fail at a limit that it passed beside others: after the
         # bisection the limits only shrink, until all pass; at zero they pass by being unchanged.
         for number in range(3 * _ROUNDS):
             limits = self._limits(searches, final=number >= _ROUNDS)
-            nbytes, judged = self._try(limits, number)
-            failing = [task for task, name in enumerate(self._tasks) if self._fails(judged, name)]
-            if not failing and (best is None or nbytes < best[0]):
-                best = nbytes, limits, judged
+            trial = self._try(limits, number)
+            failing = self._failing(trial, limits)
+            if not failing and (best is None or trial.nbytes < best.nbytes):
+                best = trial
             if number >= _ROUNDS and not failing:
                 break
             for task, search in enumerate(searches):
@@ -278,25 +324,50 @@ class _QualitySearch:
                     search.passed /= 1.6
             if number < _ROUNDS and all(search.settled for search in searches) and best:
                 break
-        if best is None:
-            limits = torch.zeros(len(self._tasks), dtype=torch.float64)
-            return limits, self._try(limits, 3 * _ROUNDS)[1]
-        return best[1], best[2]
+        return best or self._try(torch.zeros(len(self._tasks), dtype=torch.float64), 3 * _ROUNDS)
 
     def _limits(self, searches: list[_Search], final: bool) -> torch.Tensor:
         values = [s.passed if final or s.settled else s.limit for s in searches]
         chosen = [value if value >= _SMALLEST_LIMIT else 0.0 for value in values]
         return torch.tensor(chosen, dtype=torch.float64).square()
 
-    def _try(self, limits: torch.Tensor, number: int) -> tuple[int, Mapping[str, float | None]]:
+    def _try(self, limits: torch.Tensor, number: int) -> _Trial:
         folder = self._scratch / f"trial{number}"
         folder.mkdir()
-        chosen = self.compression.choose(Budget(limits=limits))
+        chosen, limits = self._within(limits)
         report = self.compression.write(folder, chosen, trial=True)
         judged = self._judge(folder)
         shutil.rmtree(folder)
-        return report.nbytes, judged
+        return _Trial(chosen, limits, report.nbytes, judged)
 
-    def _fails(self, judged: Mapping[str, float | None], task: str) -> bool:
-        value = judged.get(task)
-        return value is not None and value < self._least
+    def _within(self, limits: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
+        """The smallest plan within the limits, and these, raised where nothing reaches them."""
+        try:
+            return self.compression.choose(Budget(limits=limits)), limits
+        except BudgetError:
+            least = self._most_exact
+        limits = limits.maximum(least.plan.losses * (1 + MARGIN))
+        try:
+            return self.compression.choose(Budget(limits=limits)), limits
+        except BudgetError:
+            # Of cores the least loss is measured, and planned only nearly.
+            return least, limits
+
+    @cached_property
+    def _most_exact(self) -> Chosen:
+        """What loses the least; unless the numbers are the adapters' own, that is more than nothing."""
+        return self.compression.choose(Budget())
+
+    def _failing(self, trial: _Trial, asked: torch.Tensor) -> set[int]:
+        """The numbers of the tasks that are to lose less; BudgetError for one that cannot."""
+        failing = set()
+        for number, task in enumerate(self._tasks):
+            value = trial.judged.get(task)
+            if value is None:
+                if asked[number] > self._unjudged_loss:
+                    failing.add(number)
+            elif value < self._least:
+                if trial.limits[number] > asked[number]:
+                    raise BudgetError(quality_out_of_reach(self._options, task, value, self._least))
+                failing.add(number)
+        return failing
