@@ -88,6 +88,7 @@ def print_advice(console: Console, data: dict[str, Any]) -> None:
     if prediction["best"] is None:
         line(console, "A rebuild does not pay.")
     else:
-        ratio = f"--ratio {prediction['best']['ratio']:g}"
-        command = f"vllm-vlora add CKPT --rebuild --originals DIR {ratio}"
+        # Not its ratio: one or less sets no limit.
+        size = f"--max-bytes {prediction['best']['bytes']}"
+        command = f"vllm-vlora add CKPT --rebuild --originals DIR {size}"
         line(console, f"A rebuild pays: `{command}`.")

@@ -761,6 +761,14 @@ def test_a_rebuild_is_predicted_from_the_tasks_as_stored(tmp_path: Path) -> None
     assert digests(path) == before
 
 
+def test_a_rebuild_of_what_has_lost_nothing_pays_in_bytes_or_not_at_all(tmp_path: Path) -> None:
+    path, adapters, _ = world(tmp_path, ratio=None, quantize="none")
+    prediction = predict_rebuild(Checkpoint.open(path), adapters)
+    assert prediction.error == 0
+    assert any(point.error == 0 for point in prediction.points)
+    assert prediction.best is None
+
+
 def test_originals_are_found_by_id_and_by_portable_name(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     root = tmp_path / "originals"
@@ -890,7 +898,11 @@ def test_the_command_rebuilds_and_info_says_when(tmp_path: Path) -> None:
     assert "A rebuild may pay" not in invoke(cli, "info", path).stdout
     invoke(commands, "add", path, folder)
     assert "A rebuild may pay: 5 tasks are private" in invoke(cli, "info", path).stdout
-    assert "A rebuild pays" in invoke(cli, "info", path, "--rebuild").stdout
+    # In bytes: a ratio of one or less, of a checkpoint that is larger than 16 bits, sets no limit.
+    said = " ".join(invoke(cli, "info", path, "--rebuild").stdout.split())
+    best = predict_rebuild(Checkpoint.open(path)).best
+    assert best is not None
+    assert f"`vllm-vlora add CKPT --rebuild --originals DIR --max-bytes {best.nbytes}`" in said
     missing = invoke(cli, "info", path, "--rebuild", "--originals", originals, code=2)
     assert "no adapter for 5 of 17 tasks" in missing.stderr
     missing = invoke(commands, "add", path, "--rebuild", "--originals", originals, code=2)

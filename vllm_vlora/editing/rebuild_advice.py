@@ -173,7 +173,7 @@ def predict_rebuild(
             decoded = {task_id: open_adapter(path) for task_id, path in paths.items()}
             points = _predict(checkpoint, decoded, today, options, progress)
     paying = [point for point in points if _pays(point, checkpoint.nbytes, today)]
-    best = min(paying, key=lambda p: (p.nbytes / checkpoint.nbytes) * p.error, default=None)
+    best = min(paying, key=lambda p: (p.nbytes * p.error, p.nbytes), default=None)
     return RebuildPrediction(checkpoint.nbytes, today, points, originals is not None, best)
 
 
@@ -202,4 +202,4 @@ def _predict(
 def _pays(point: RebuildPoint, nbytes: int, error: float) -> bool:
     if point.nbytes <= _CLEARLY * nbytes and point.error <= _HARDLY * error:
         return True
-    return point.nbytes <= nbytes and point.error <= _CLEARLY * error
+    return point.nbytes <= nbytes and point.error <= _CLEARLY * error and error > 0
