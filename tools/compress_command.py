@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 # Tasks that are told of one by one; of a thousand the table took longer than writing them.
 _SHOWN_TASKS = 50
+_ANY_RATIO = 2.0
 
 
 class Representation(str, Enum):
@@ -201,7 +202,7 @@ class CompressFlags:
     ] = None
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Predict the error at every size, and write nothing."),
+        typer.Option("--plan", help="Predict the error at every size, and write no checkpoint."),
     ] = False
     allow_large_error: AllowLargeError = False
     force: Annotated[bool, force_option("an existing checkpoint")] = False
@@ -237,9 +238,9 @@ def compress(flags: CompressFlags) -> None:
         from vllm_vlora.tools import summary as show
         from vllm_vlora.tools.inputs import collect_shown
 
+        _check_unused(flags)
         options = _options(flags)
         messages = open_console(stderr=True)
-        _check_unused(flags)
         inputs = collect_shown(flags.adapters or [], flags.name or [], messages)
         collected = inputs.adapters
         if flags.calibration is not None:
@@ -267,7 +268,8 @@ def _options(flags: CompressFlags) -> CompressOptions:
 
     return CompressOptions(
         representation=flags.representation.value,
-        ratio=flags.ratio,
+        # Every size is planned in the place of one; without any, some options have no meaning.
+        ratio=_ANY_RATIO if flags.plan else flags.ratio,
         max_bytes=None if flags.max_bytes is None else parse_size(flags.max_bytes),
         max_error=flags.max_error,
         num_components=flags.num_components,
@@ -285,7 +287,7 @@ def _options(flags: CompressFlags) -> CompressOptions:
 
 
 def _parse_clusters(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() else text
 
 
 def _check_unused(flags: CompressFlags) -> None:
@@ -293,6 +295,10 @@ def _check_unused(flags: CompressFlags) -> None:
 
     if flags.plan and (flags.data or flags.min_kept is not None):
         raise OptionError("--plan asks no model: leave out --data and --min-kept, or it")
+    if flags.plan and (unused := _unplanned(flags)):
+        raise OptionError(
+            f"--plan predicts every size and writes no checkpoint: leave out {', '.join(unused)}, or it"
+        )
     gathers = flags.calibration is not None and not flags.calibration.is_dir()
     if flags.judge and (flags.data or flags.min_kept is not None):
         raise OptionError("--judge is for where there is no held-out text; leave out --data, or it")
@@ -303,6 +309,20 @@ def _check_unused(flags: CompressFlags) -> None:
         )
     if flags.base is not None and not (flags.data or gathers or _may_judge(flags)):
         raise OptionError("--base is for judging and for calibration text; leave it out")
+
+
+def _unplanned(flags: CompressFlags) -> list[str]:
+    """What is given of the options that a plan of every size has no use for."""
+    given = {
+        "--ratio": flags.ratio is not None,
+        "--max-bytes": flags.max_bytes is not None,
+        "--max-error": flags.max_error is not None,
+        "--num-components": flags.num_components is not None,
+        "--output": flags.output is not None,
+        "--force": flags.force,
+        "--no-tokenizers": not flags.tokenizers,
+    }
+    return [name for name, is_given in given.items() if is_given]
 
 
 def _may_judge(flags: CompressFlags) -> bool:

@@ -283,7 +283,7 @@ def print_curve(console: Console, predicted: dict[str, Any]) -> None:
         line(console, f"{said}; compress them with --max-error, or without a size.", style="yellow")
         return
     columns = ["Ratio", "Size", "Mean error", "Worst error"]
-    table = make_table([], columns, title="Predicted; nothing was written")
+    table = make_table([], columns, title="Predicted; no checkpoint was written")
     table.add_column("Best stored as", overflow="fold")
     for point in predicted["points"]:
         table.add_row(

@@ -263,6 +263,14 @@ def test_predictions_are_what_compressing_then_gives(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] != ["in"]
 
 
+def test_a_budget_is_replaced_by_every_size_of_a_prediction(tmp_path: Path) -> None:
+    adapters = family(tmp_path / "in", 4, related=True)
+    plain = predict(adapters, ratios=(4, 8))
+    for budget in ({"num_components": 4}, {"ratio": 3}, {"max_bytes": 9000}, {"max_error": 0.1}):
+        points = predict(adapters, CompressOptions(**budget), ratios=(4, 8))
+        assert points == plain
+
+
 def recovered_by_error(adapters: dict[str, Adapter], sharpness: dict[str, float]) -> Any:
     """A judge by dense weights: 1 - sharpness * error^2 for each task."""
 

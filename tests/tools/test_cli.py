@@ -913,6 +913,20 @@ def test_a_plan_is_predicted_and_nothing_is_written(adapters: Path, tmp_path: Pa
     asked = ("compress", adapters, "--plan", "--data", tmp_path)
     assert "--plan asks no model" in error_line(*asked)
     assert "--plan asks no model" in error_line(*asked, "--min-kept", "0.9")
+    for unused in (
+        ("-k", 4),
+        ("--ratio", 6),
+        ("--max-bytes", "1MB"),
+        ("--max-error", 0.1),
+        ("-o", tmp_path / "x"),
+        ("--force",),
+        ("--no-tokenizers",),
+    ):
+        line = error_line("compress", adapters, "--plan", *unused)
+        assert "--plan predicts every size and writes no checkpoint: leave out --" in line
+    data = json.loads(invoke("compress", adapters, "--plan", "--codes", "trellis", "--json").stdout)
+    assert data["points"]
+    assert "clusters must be" in error_line("compress", adapters, "--plan", "--clusters", "\u00b2")
     console = Console(width=200, file=io.StringIO())
     print_curve(console, {"points": [], "original_bytes": 3000})
     assert "(3.00 kB at 16 bits) are too small for any ratio" in console.file.getvalue()

@@ -108,7 +108,11 @@ def predict(
         True
     """
     options = replace(
-        options or CompressOptions(), ratio=min(ratios), max_bytes=None, max_error=None
+        options or CompressOptions(),
+        ratio=min(ratios),
+        max_bytes=None,
+        max_error=None,
+        num_components=None,
     )
     with TemporaryDirectory(prefix="vllm-vlora-") as scratch:
         collection = Collection(adapters)
