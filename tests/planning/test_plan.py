@@ -70,6 +70,22 @@ def test_private_curves_equal_what_encoding_loses(
             assert curve.points(2.0)[number] == (option.nbytes, 2 * option.loss)
 
 
+@pytest.mark.parametrize("powers", [(0, -74), (-83, -33), (-100, -100), (66, -74), (66, 20)])
+def test_losses_do_not_depend_on_the_factors_magnitudes(powers: tuple[int, int]) -> None:
+    # Even powers of two change no rounding; the squares of what that changes are beyond float32.
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(6, 96, generator=generator), torch.randn(80, 6, generator=generator)
+    far = a * 2.0 ** powers[0], b * 2.0 ** powers[1], 0.5
+    formats = ["float32", "bfloat16", "int8", "nf4", NARROW]
+    # Another's magnitude is nothing to either.
+    found = measure_private([(a, b, 0.5), far], formats, "float32")
+    for curves in zip(*(one.curves for one in found), strict=True):
+        near, away = (
+            [loss / one.norm for _, loss in curve.points(1.0)] for one, curve in zip(found, curves)
+        )
+        assert away == pytest.approx(near, rel=1e-3, abs=1e-9)
+
+
 def test_own_factors_in_own_dtype_lose_exactly_nothing() -> None:
     a, b = (x.bfloat16() for x in factors(4, 30, 20))
     curves = measure_private([(a, b, 2.0)], ["bfloat16", "int8"], "bfloat16")[0].curves

@@ -44,9 +44,21 @@ def changes_of(rows: Sides, grams: Sides, stored: Sides, metric: Metric) -> Chan
     return Changes.of(a, b, a_e, b_f, e, f)
 
 
+# Below this a sum of products may have lost some that float32 cannot hold.
+_LEAST = 1e-30
+
+
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     # Of long rows, wherever these are; what is small is worked on here.
-    return (left @ right.mT).cpu().double()
+    found = (left @ right.mT).cpu().double()
+    lost = ~((found.abs() >= _LEAST) & found.isfinite())
+    if bool(lost.any()):
+        # But for rows of zeros, whose products are zero.
+        lost &= (left.any(2)[:, :, None] & right.any(2)[:, None, :]).cpu()
+        places = lost.any(2).any(1)
+        at = places.to(left.device)
+        found[places] = (left[at].double() @ right[at].double().mT).cpu()
+    return found
 
 
 class Changes(NamedTuple):
