@@ -298,7 +298,7 @@ class _QualitySearch:
         unjudged = [task for task in self._tasks if best.judged.get(task) is None]
         if unjudged:
             self.compression.warnings.append(
-                f"nothing says what {some_of(unjudged)} keep; each has a relative error of at "
+                f"no KL kept is known of {some_of(unjudged)}; each has a relative error of at "
                 f"most {math.sqrt(self._unjudged_loss):.2g}, or the least that can be had"
             )
         return best
