@@ -269,6 +269,8 @@ def test_a_budget_is_replaced_by_every_size_of_a_prediction(tmp_path: Path) -> N
     for budget in ({"num_components": 4}, {"ratio": 3}, {"max_bytes": 9000}, {"max_error": 0.1}):
         points = predict(adapters, CompressOptions(**budget), ratios=(4, 8))
         assert points == plain
+    with pytest.raises(OptionError, match="no ratio to predict"):
+        predict(adapters, ratios=())
 
 
 def recovered_by_error(adapters: dict[str, Adapter], sharpness: dict[str, float]) -> Any:

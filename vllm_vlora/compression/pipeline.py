@@ -30,7 +30,7 @@ from vllm_vlora.compression.candidates import Candidates, too_many_components
 from vllm_vlora.compression.encoding import Encoder
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.publishing import Chosen, publish_checkpoint, write_checkpoint
-from vllm_vlora.errors import BudgetError
+from vllm_vlora.errors import BudgetError, OptionError
 from vllm_vlora.planning.executors import Executor
 from vllm_vlora.planning.number_formats import formats_to_try
 from vllm_vlora.planning.plan import Budget, Plan
@@ -107,6 +107,8 @@ def predict(
         >>> points[0].candidate.nbytes < sum(t.original_nbytes for t in tasks.values()) / 0.3
         True
     """
+    if not ratios:
+        raise OptionError("no ratio to predict; give one or more")
     options = replace(
         options or CompressOptions(),
         ratio=min(ratios),

@@ -338,7 +338,7 @@ def _compare_module(name: str, original: Factors, copy: Factors | None) -> Modul
 
 def module_layer(name: str) -> int | None:
     """The first number in a module's name, which is its layer; None for ``lm_head`` and the like."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 # --- report ---------------------------------------------------------------------------------------
