@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from engine_world import World
 
-# Of log-probabilities in float32: measured below 1e-4 but for one row, at the end of the longest prompt. On a
-# CPU with AMX PEFT's own in float32 are 1.1e-3 from float64 there, and vLLM's 1e-3.
+# Of log-probabilities in float32: measured below 1e-4 but for one row, at the end of the longest prompt.
+# There PEFT's own in float32 are 1.1e-3 from float64 on a CPU with AMX, and vLLM's 1e-3.
 TOLERANCE = 3e-3
 Allow = Callable[[torch.Tensor, list[int]], torch.Tensor]
 
