@@ -5,6 +5,7 @@ Where these packages are (``make test-beside`` brings them).
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import urllib.request
 from collections.abc import Iterator
@@ -26,9 +27,11 @@ from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError, VLoRAError
 from vllm_vlora.tools.cli import app
 
-pytest.importorskip("s3fs")
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
+# Not at import: to the slow tests, none of which is here, that would be one that was skipped.
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("s3fs", "boto3", "moto")),
+    reason="needs what requirements/beside.txt lists",
+)
 
 SECRET = "S3cr3tKey"
 
@@ -36,7 +39,9 @@ SECRET = "S3cr3tKey"
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto_server.ThreadedMotoServer("127.0.0.1", 0)
+    import moto.server
+
+    server = moto.server.ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
@@ -63,6 +68,8 @@ def store(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(downloads, "_PAUSE_SECONDS", 0.01)
     s3fs.S3FileSystem.clear_instance_cache()
+    import boto3
+
     # A session of its own: boto3's first one keeps the environment that it found.
     client = boto3.session.Session().client("s3")
     client.create_bucket(Bucket="models")
