@@ -318,6 +318,15 @@ def test_a_tokenizer_that_adapters_have_in_common_is_held_once(
     assert evaluator._texts["one"] is evaluator._texts["two"] is not evaluator._text
 
 
+def test_what_is_no_tokenizer_of_a_folder_without_one_is_not_looked_at(
+    world: World, tmp_path: Path
+) -> None:
+    folder = write_saved_adapter(world.model, "llama", tmp_path / "own", {})
+    (folder / "vocab.json").mkdir()
+    evaluator = Evaluator(world.model, {"own": [world.data]}, EvaluationOptions(greedy_tokens=0))
+    assert evaluator.choose_tokenizer("own", folder) is None
+
+
 def test_a_tokenizer_without_its_tokens_is_refused(world: World, tmp_path: Path) -> None:
     folder = write_saved_adapter(world.model, "llama", tmp_path / "plain", {})
     own = transformers.AutoTokenizer.from_pretrained(world.model)

@@ -377,14 +377,19 @@ class Evaluator:
         """What reads a task's data by the tokenizer in a folder; None where it has none."""
         key = task, folder
         if key not in self._readers:
-            content = tokenizer_digest(folder)
-            own = self._own.get(content) or self._text.own_of(folder)
-            # One that reads alike is not held: it takes as much memory as a small model.
-            alike = own is not None and own.reads_as(self._text, self._files(task))
-            self._readers[key] = self._text if alike else own
-            if own is not None and not alike:
-                self._own[content] = own
+            self._readers[key] = self._new_reader(task, folder)
         return self._readers[key]
+
+    def _new_reader(self, task: str, folder: Path) -> TaskText | None:
+        content = tokenizer_digest(folder)
+        if content is None:
+            return None
+        own = self._own.get(content) or self._text.own_of(folder)
+        # One that reads alike is not held: it takes as much memory as a small model.
+        if own.reads_as(self._text, self._files(task)):
+            return self._text
+        self._own[content] = own
+        return own
 
     def _text_of(self, task: str) -> TaskText:
         return self._texts.get(task, self._text)

@@ -67,14 +67,12 @@ class TaskText:
             self._prepared[path] = Prepared(scored, len(rows) - len(scored))
         return self._prepared[path]
 
-    def own_of(self, folder: Path) -> TaskText | None:
-        """The same files read by the tokenizer in an adapter's folder; None where it has none.
+    def own_of(self, folder: Path) -> TaskText:
+        """The same files read by the tokenizer in an adapter's folder.
 
         Raises:
-            AdapterError: the folder has a tokenizer that cannot be loaded.
+            AdapterError: it cannot be loaded.
         """
-        if not (folder / TOKENIZER_CONFIG).is_file():
-            return None
         return TaskText(_load(folder), self._examples, self._max_length, folder)
 
     def reads_as(self, other: TaskText, files: Sequence[Path]) -> bool:
@@ -91,8 +89,16 @@ class TaskText:
             return False
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """SHA-256 of the files in an adapter's folder that make its tokenizer, with their names."""
+def tokenizer_digest(folder: Path) -> str | None:
+    """SHA-256 of the files in an adapter's folder that make its tokenizer, with their names.
+
+    None where it has none.
+
+    Raises:
+        AdapterError: one of the files is no regular one.
+    """
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return None
     files = sorted(companion_files(folder).items())
     named = [f"{name} {hash_file(path)[0]}" for name, path in files]
     return hashlib.sha256("\n".join(named).encode()).hexdigest()

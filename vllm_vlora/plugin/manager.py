@@ -423,18 +423,21 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         slots = self._direct_slots
         if slots is None:
             return set(filter(None, requests))
-        asked = {(request.lora_int_id, request.lora_path) for request in requests if request}
-        ready = self._known_ready()
+        asked, ready = _keys(requests), self._known_ready()
         if asked <= ready:
             return set()
         before = slots.version
-        rest = {r for r in requests if r and _key(r) not in ready and not self.add_direct(r)}
+        rest = {
+            r
+            for r in requests
+            if r and (r.lora_int_id, r.lora_path) not in ready and not self.add_direct(r)
+        }
         if slots.version != before:
             # Who came may have taken the slot of one that was not asked for.
             if any(r.lora_int_id not in slots for r in requests if r and r not in rest):
                 rest = {r for r in requests if r and not self.add_direct(r)}
             ready = set()
-        self._ready = ready | (asked - set(map(_key, rest)))
+        self._ready = ready | (asked - _keys(rest))
         self._ready_version = slots.version
         return rest
 
@@ -444,9 +447,7 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
 
     def all_direct(self, requests: Collection[LoRARequest]) -> bool:
         """Whether all requests of a batch are for tasks that are loaded and run direct."""
-        ready = self._known_ready()
-        asked = {(request.lora_int_id, request.lora_path) for request in requests}
-        return asked <= ready or all(map(self.runs_direct, requests))
+        return _keys(requests) <= self._known_ready() or all(map(self.runs_direct, requests))
 
     def add_direct_dummy(self, request: LoRARequest) -> None:
         """Register a warm-up adapter that adds nothing."""
@@ -541,8 +542,11 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         direct = slots.route(tokens)
         self._routed_version = slots.version
         stock = bool((tokens[~direct] > 0).any())
-        seen = _without_direct(mapping, tokens, direct, slots) if stock else None
-        super()._set_adapter_mapping(seen or _of_the_base_model(mapping))
+        super()._set_adapter_mapping(
+            _without_direct(mapping, tokens, direct, slots)
+            if stock
+            else _of_the_base_model(mapping)
+        )
         self.in_batch, self.in_graph = Kinds(stock, bool(direct.any())), EVERYTHING
         if self._warm_up is not None:
             self._set_warm_up(self._warm_up.in_graph, len(tokens))
@@ -646,8 +650,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         return read_unserved(self)
 
 
-def _key(request: LoRARequest) -> tuple[int, str]:
-    return request.lora_int_id, request.lora_path
+def _keys(requests: Iterable[LoRARequest | None]) -> set[tuple[int, str]]:
+    return {(request.lora_int_id, request.lora_path) for request in requests if request}
 
 
 def _path_of(request: LoRARequest) -> TaskPath:
