@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_vlora.plugin.admission import Adapter, Room
 from vllm_vlora.plugin.fair_queue import TenantQueue, Tenants
 
 
@@ -123,7 +124,7 @@ def test_what_was_found_in_the_prefix_cache_is_given_back_once() -> None:
     assert tenants.served("c") == started - 2
     other = Request("a", 2)
     tenants.give_back(other, 7)
-    tenants.begin_step(["a"])
+    tenants.begin_step([*map(Request, ["a"])])
     tenants.give_back(long, 7)
     assert tenants.served("a") == 3
 
@@ -135,11 +136,11 @@ def test_a_tenant_at_its_limit_is_passed_over_and_the_base_model_is_not() -> Non
     tenants.begin_step([])
     assert take(queue) == "aa---b"
     assert (len(queue), bool(queue)) == (1, False)
-    tenants.begin_step(["a", "a", "b"])
+    tenants.begin_step([*map(Request, ["a", "a", "b"])])
     assert not queue
     fill(queue, "ab")
     assert take(queue) == "b"
-    tenants.begin_step(["a", "b", "b"])
+    tenants.begin_step([*map(Request, ["a", "b", "b"])])
     assert take(queue) == "a"
     tenants.begin_step([])
     assert take(queue) == "a"
@@ -157,7 +158,7 @@ def test_what_is_put_back_is_first_again_and_costs_nothing() -> None:
     queue.prepend_requests([first])
     assert (tenants.served("a"), tenants.waiting["a"]) == (0, 2)
     assert queue.pop_request() is first
-    tenants.begin_step(["a", "b"])
+    tenants.begin_step([*map(Request, ["a", "b"])])
     assert not queue
     # Preempted: its prompt was computed, and counts; it goes before the other of its tenant.
     queue.prepend_request(first)
@@ -312,7 +313,7 @@ class World:
         self.outside.append(request)
 
     def step(self, places: int, skip_first: bool) -> None:
-        self.tenants.begin_step(request.tenant for request in self.running)
+        self.tenants.begin_step(self.running)
         skipped = []
         while len(self.running) < places + 4 and (queue := self.tenants.next_queue()) is not None:
             assert queue
@@ -449,3 +450,72 @@ def test_without_fairness_the_order_is_vllms_own(
         queue.add_request(request)
     expected = sorted(made, key=lambda r: (r.priority, r.arrival_time)) if by_priority else made
     assert [queue.pop_request() for _ in made] == expected
+
+
+# --- room for adapters ----------------------------------------------------------------------------
+
+
+def make_with_room(slots: int, elsewhere: bool = False) -> Tenants[Request]:
+    """Of tenants that are adapters, and need a slot each."""
+    return Tenants(
+        fair=False,
+        limit=0,
+        by_priority=False,
+        tenant_of=lambda request: request.tenant,
+        price=lambda request: request.price,
+        room=Room(slots, 9),
+        adapter_of=lambda r: Adapter(ord(r.tenant), True) if r.tenant else None,
+        goes_on_elsewhere=elsewhere,
+    )
+
+
+def test_a_tenant_without_room_is_passed_over_until_there_is_some() -> None:
+    tenants = make_with_room(2)
+    queue = tenants.queue()
+    fill(queue, ["a", "b", "c", "a", None, "c"])
+    tenants.begin_step([])
+    assert take(queue) == "aba-"
+    assert (len(queue), bool(queue)) == (2, False)
+    fill(queue, "cb")
+    tenants.begin_step([*map(Request, "ab")])
+    assert take(queue) == "b"
+    tenants.begin_step([*map(Request, "b")])
+    assert take(queue) == "ccc"
+    assert not tenants.waiting
+
+
+@pytest.mark.parametrize(("elsewhere", "taken"), [(False, "b"), (True, "")])
+def test_what_cannot_begin_has_room_only_where_it_goes_on_unasked(
+    elsewhere: bool, taken: str
+) -> None:
+    """Up to vLLM 0.30 an idle session comes back to be asked in each step; later it holds its place."""
+    tenants = make_with_room(1, elsewhere)
+    queue = tenants.queue()
+    session = Request("a", None)
+    queue.add_request(session)
+    fill(queue, "b")
+    tenants.begin_step([])
+    assert queue.pop_request() is session
+    assert take(queue) == taken
+
+
+def test_a_step_costs_nothing_for_those_that_find_no_room() -> None:
+    """10,000 requests of 500 adapters, while all slots are taken."""
+    tenants = make_with_room(8)
+    queue = tenants.queue()
+    running = [Request(chr(number)) for number in range(8)]
+    tenants.begin_step(running)
+    fill(queue, [chr(100 + number % 500) for number in range(10_000)])
+    tenants.begin_step(running)
+    asked = 0
+
+    def count(request: Request, key: Any, original: Any = tenants._has_room) -> bool:
+        nonlocal asked
+        asked += 1
+        return original(request, key)
+
+    tenants._has_room = count  # type: ignore[method-assign]
+    for _ in range(320):
+        tenants.begin_step(running)
+        assert not queue
+    assert asked <= 320 // 32 * 500 * 2

@@ -12,7 +12,7 @@ from residency_world import Executor, Workers, lora, path_of
 
 from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateError
 from vllm_vlora.plugin import engine_core, exchange, workers
-from vllm_vlora.plugin.admission import Admission, pinned_of
+from vllm_vlora.plugin.admission import pinned_of
 from vllm_vlora.plugin.arrivals import Waiter
 from vllm_vlora.plugin.engine_core import (
     advance_after_abort,
@@ -501,19 +501,6 @@ def test_the_last_slot_is_not_pinned(max_loras: int) -> None:
     assert core.remove_lora(1)
     assert core.pin_lora(3)
     assert pinned_of(core.scheduler) == {2, 3}
-
-
-def test_requests_that_wait_for_a_slot_keep_their_tasks() -> None:
-    core: Any = Core(budget=6, i=2, w=2, o=2, m=4)
-    for name in ("i", "w", "o"):
-        core.add_lora(lora(name))
-    core.scheduler.requests["1"] = request("1", lora("i"))
-    core.scheduler._vlora_admission = Admission[Any](1, lambda name: True)
-    for name in ("i", "w"):
-        core.scheduler._vlora_admission.enter(ord(name), name, request(name, lora(name)))
-    with pytest.raises(MemoryBudgetError):
-        core.add_lora(lora("m"))
-    assert core.workers.on == [{"i", "w"}] * 2
 
 
 def test_what_gave_way_is_asked_anew_how_it_runs() -> None:

@@ -30,8 +30,13 @@ def request(name: str, task: str | None = "sql") -> Any:
 
 def test_nothing_is_patched_unless_it_is_asked_for(limits: Any) -> None:
     others = [(object, "name", 1)]
-    assert limits.limit_tasks(others, Settings(), {}) is not None
     assert limits.limit_tasks(others, Settings(), {}) == others
+
+
+def test_slots_are_kept_to_without_a_setting_where_tasks_run_direct(limits: Any) -> None:
+    places = find_seams(direct=False, limits=True)
+    patches = limits.limit_tasks([], Settings(), places, direct=True)
+    assert [name for _, name, _ in patches] == ["__init__", "schedule"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,7 @@ def test_what_is_patched_is_what_is_asked_for(
     limits: Any, settings: Settings, names: set[str]
 ) -> None:
     places = find_seams(direct=False, limits=True)
-    patches = limits.limit_tasks([], settings, places | find_seams(direct=True))
+    patches = limits.limit_tasks([], settings, places)
     found = {
         f"{owner.__name__}.{name}" if name == "__init__" else name for owner, name, _ in patches
     }
@@ -107,7 +112,11 @@ def waiting(name: str, task: str | None, tokens: int = 10, status: str = "WAITIN
 def tenants_of(limit: int, waiting: dict[Any, int]) -> Tenants[Any]:
     """Whose so many requests wait."""
     found: Tenants[Any] = Tenants(
-        fair=False, limit=limit, by_priority=False, tenant_of=lambda r: None, price=lambda r: 0.0
+        fair=False,
+        limit=limit,
+        by_priority=False,
+        tenant_of=lambda r: r.lora_request.lora_name,
+        price=lambda r: 0.0,
     )
     for tenant, count in waiting.items():
         for _ in range(count):
@@ -126,6 +135,7 @@ class Scheduler:
         if self.skipped:
             self.skipped_waiting: Any = []
         self.running: list[Any] = []
+        self.lora_config = None
         self.requests: dict[str, Any] = {}
 
     def schedule(self, throttle_prefills: bool = False) -> Any:

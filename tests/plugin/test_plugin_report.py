@@ -205,7 +205,7 @@ def test_the_installation_checks_the_table(
     monkeypatch.setattr(scheduler, "update_from_output", lambda self: None)
     find_seams(direct=False)
     with pytest.raises(IncompatibleVLLMError, match=r"Scheduler\.update_from_output takes"):
-        find_seams(direct=True)
+        find_seams(direct=False, limits=True)
     delete("vllm.v1.engine.core", "EngineCore.add_lora")
     with pytest.raises(MissingSeamError, match=r"EngineCore\.add_lora does not exist"):
         find_seams(direct=False)
@@ -245,12 +245,11 @@ def test_every_method_that_our_manager_overrides_is_in_the_table() -> None:
 
 
 def test_the_scheduler_is_patched_where_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_vlora.plugin import scheduling
-    from vllm_vlora.plugin.manager import Setup
+    from vllm_vlora.plugin.limits import limit_tasks
     from vllm_vlora.plugin.settings import Settings
 
-    places = find_seams(direct=True)
-    patches = scheduling.schedule_by_kind(Setup("checkpoint", Settings("direct")), places)
+    places = find_seams(direct=False, limits=True)
+    patches = limit_tasks([], Settings("direct", fair=True), places, direct=True)
     assert len(patches) == 3
     for owner, attribute, _ in patches:
         place = places[f"{owner.__name__}.{attribute}"]

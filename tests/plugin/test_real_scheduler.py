@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import queue
 import random
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from real_scheduler import ROOM, a_model, a_request, a_scheduler
 
+from vllm_vlora.plugin.admission import TURN, kinds_of, pinned_of
 from vllm_vlora.plugin.seam_table import Place, find_seams
 from vllm_vlora.plugin.settings import Settings
 
@@ -29,6 +32,9 @@ class Engine:
         self.answers: Counter[str] = Counter()
         self.most: Counter[Any] = Counter()
         self.preempted = 0
+        self.batch: dict[str, int] = {}
+        # Adapters that needed a slot in one step, at most.
+        self.slots = 0
 
     request = staticmethod(a_request)
 
@@ -41,6 +47,8 @@ class Engine:
 
         output = self.scheduler.schedule()
         self.preempted += len(output.preempted_req_ids or ())
+        self.batch = dict(output.num_scheduled_tokens)
+        self.slots = max(self.slots, len(self._slotted()))
         names = list(output.num_scheduled_tokens)
         requests = [self.scheduler.requests[name] for name in names]
         self.began += [name for name in names if name not in self.began]
@@ -64,6 +72,12 @@ class Engine:
             for one in outputs.outputs:
                 self.answers[one.request_id] += len(one.new_token_ids)
 
+    def _slotted(self) -> set[int]:
+        kinds = kinds_of(self.scheduler)
+        asked = [self.scheduler.requests[name].lora_request for name in self.batch]
+        found = {lora.lora_int_id for lora in asked if lora and not kinds.get(lora.lora_path)}
+        return found | pinned_of(self.scheduler)
+
     def finish(self) -> None:
         for _ in range(5000):
             if not self.scheduler.has_unfinished_requests():
@@ -72,7 +86,8 @@ class Engine:
         scheduler = self.scheduler
         assert not scheduler.has_unfinished_requests()
         assert not scheduler.requests
-        assert not scheduler._vlora_tenants.waiting
+        if hasattr(scheduler, "_vlora_tenants"):
+            assert not scheduler._vlora_tenants.waiting
         assert scheduler.get_request_counts() == (0, 0)
 
 
@@ -80,7 +95,9 @@ class Engine:
 def make(model: str) -> Callable[..., Engine]:
     limits = importlib.import_module("vllm_vlora.plugin.limits")
 
-    def make(settings: Settings, policy: str = "fcfs", blocks: int = 1000) -> Engine:
+    def make(
+        settings: Settings, policy: str = "fcfs", blocks: int = 1000, direct: bool = False
+    ) -> Engine:
         from vllm.v1.core.sched.scheduler import Scheduler
 
         patched = type("Scheduler", (Scheduler,), {})
@@ -90,7 +107,7 @@ def make(model: str) -> Callable[..., Engine]:
             for name, place in places.items()
             if place.owner is Scheduler
         }
-        for owner, name, value in limits.limit_tasks([], settings, places | own):
+        for owner, name, value in limits.limit_tasks([], settings, places | own, direct):
             if owner is patched:
                 setattr(owner, name, value)
         return Engine(a_scheduler(patched, model, policy, blocks))
@@ -218,3 +235,222 @@ def test_whatever_comes_all_is_answered_and_nothing_left(
     assert engine.preempted, "there was memory enough"
     tenants = engine.scheduler._vlora_tenants
     assert min(tenants._served.values(), default=0) >= 0
+
+
+# --- adapters that need a slot --------------------------------------------------------------------
+
+
+def is_direct(engine: Engine, *tasks: str) -> None:
+    kinds_of(engine.scheduler).update({f"/{task}": True for task in tasks})
+
+
+def test_what_needs_no_slot_is_scheduled_as_stock_vllm_does(make: Make) -> None:
+    """Step by step, with too little memory, aborts, and more adapters than a batch may have."""
+    finish = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ABORTED
+    for seed in range(3):
+        ours, stock = make(Settings(slots=1), blocks=20, direct=True), make(Settings(), blocks=20)
+        assert hasattr(ours.scheduler, "_vlora_tenants")
+        assert not hasattr(stock.scheduler, "_vlora_tenants")
+        is_direct(ours, *"abcde")
+        chance = random.Random(seed)
+        for step in range(150):
+            sent = [
+                (f"{step}/{number}", chance.choice([None, *"abcde"]), chance.randint(1, 100))
+                for number in range(chance.choice([0, 0, 0, 1, 6]))
+            ]
+            answer = chance.randint(1, 60)
+            gone = [name for name in stock.scheduler.requests if chance.random() < 0.01]
+            for engine in (ours, stock):
+                engine.send(*(engine.request(*one, answer) for one in sent))
+                engine.scheduler.finish_requests(gone, finish)
+                engine.step()
+            assert list(ours.batch.items()) == list(stock.batch.items())
+        assert stock.preempted
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize(
+    "settings", [Settings(slots=2), Settings(slots=1, fair=True), Settings(slots=2, task_queue=9)]
+)
+def test_adapters_that_need_a_slot_stay_within_the_slots(
+    make: Make, settings: Settings, policy: str, seed: int
+) -> None:
+    chance = random.Random(seed)
+    engine = make(settings, policy, blocks=20, direct=True)
+    is_direct(engine, "d", "e")
+    finish = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ABORTED
+    sent: dict[str, int] = {}
+    gone: set[str] = set()
+    for step in range(150):
+        for number in range(chance.choice([0, 0, 0, 1, 6])):
+            name, answer = f"{step}/{number}", chance.randint(1, 60)
+            sent[name] = answer
+            task, prompt = chance.choice([None, *"abcde"]), chance.randint(1, 100)
+            priority = chance.randint(0, 2)
+            engine.send(engine.request(name, task, prompt, answer, priority=priority))
+        if sent and chance.random() < 0.1:
+            given_up = chance.sample(list(sent), min(3, len(sent)))
+            gone.update(r.request_id for r in engine.scheduler.finish_requests(given_up, finish))
+        engine.step()
+    engine.finish()
+    assert engine.slots == settings.slots
+    assert {name: engine.answers[name] for name in sent if name not in gone} == {
+        name: answer for name, answer in sent.items() if name not in gone
+    }
+
+
+def test_what_waits_for_a_slot_is_counted_by_vllm_itself(make: Make) -> None:
+    engine = make(Settings(slots=1), direct=True)
+    engine.send(engine.request("first", "a", answer=50))
+    engine.step()
+    engine.send(*(engine.request(f"late {i}", "b") for i in range(20)))
+    engine.step()
+    assert engine.scheduler.get_request_counts() == (1, 20)
+    assert engine.scheduler.make_stats().num_waiting_reqs == 20
+    engine.finish()
+
+
+def test_what_waits_for_a_slot_counts_against_the_bound_of_its_task(make: Make) -> None:
+    limits = importlib.import_module("vllm_vlora.plugin.limits")
+    bound = 5
+    for holder, accepted in (("a", bound), (None, ROOM - 1 + bound), ("b", ROOM - 1 + bound)):
+        engine = make(Settings(slots=1, task_queue=bound), direct=True)
+        engine.send(engine.request("holder", holder, answer=50))
+        engine.step()
+        add = limits._refuse_above(
+            lambda core, request, wave: core.scheduler.add_request(request), bound
+        )
+        core = SimpleNamespace(
+            scheduler=engine.scheduler, output_queue=queue.Queue(), vllm_config=SimpleNamespace()
+        )
+        for number in range(50):
+            add(core, engine.request(str(number), "b"))
+        assert len(engine.scheduler.waiting) == accepted
+        assert core.output_queue.qsize() == 50 - accepted
+        # The slot got free, though no step has begun since.
+        if holder == "a":
+            abort = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ABORTED
+            engine.scheduler.finish_requests("holder", abort)
+            engine.scheduler.finish_requests([str(number) for number in range(50)], abort)
+            for number in range(50):
+                add(core, engine.request(str(number), "b"))
+            assert len(engine.scheduler.waiting) == ROOM + bound
+        engine.finish()
+
+
+def steady(engine: Engine, tasks: str, steps: int, until: str = "", **more: Any) -> int:
+    """The steps until a request begins, while each of some tasks always has one waiting."""
+    for step in range(steps):
+        for task in tasks:
+            held = [
+                r for r in engine.scheduler.requests.values() if r.lora_request.lora_name == task
+            ]
+            for number in range(ROOM - len(held)):
+                engine.send(engine.request(f"{task} {step}/{number}", task, **more))
+        engine.step()
+        if until in engine.began:
+            return step
+    return steps
+
+
+def test_priorities_come_first_to_a_slot_too(make: Make) -> None:
+    engine = make(Settings(slots=1), "priority", direct=True)
+    steady(engine, "a", 5, priority=5)
+    engine.send(*(engine.request(f"idle {i}", "b", priority=9) for i in range(3)))
+    engine.send(engine.request("urgent", "c", priority=0))
+    assert steady(engine, "a", 500, "urgent", priority=5) <= 10, (
+        "those that ran end, and no more begin"
+    )
+    assert not any(name.startswith("idle") for name in engine.began)
+    engine.finish()
+
+
+def test_who_was_served_least_gets_a_slot(make: Make) -> None:
+    """Two tasks hold both slots all the time; a request of either is served 20 + 2 * 5 tokens."""
+    engine = make(Settings(slots=2, fair=True), direct=True)
+    steady(engine, "ab", 5)
+    engine.send(*(engine.request(f"new {i}", "c") for i in range(3)))
+    before = len(engine.began)
+    assert steady(engine, "ab", 5000, "new 0") < 5000
+    assert len(engine.began) - before <= 2 * (TURN // 30 + 2 * ROOM)
+    engine.finish()
+
+
+def test_others_keep_their_slots_where_nobody_is_before_them(make: Make) -> None:
+    """As by stock code when ``--max-loras`` is reached."""
+    engine = make(Settings(slots=1), direct=True)
+    engine.send(engine.request("a 1", "a"))
+    engine.step()
+    engine.send(engine.request("b", "b"), engine.request("a 2", "a"), engine.request("base", None))
+    engine.step()
+    assert engine.began == ["a 1", "a 2", "base"]
+    engine.finish()
+    assert engine.began[-1] == "b"
+
+
+def test_a_request_that_waits_for_a_slot_is_ended_and_keeps_nobody_waiting(make: Make) -> None:
+    engine = make(Settings(slots=1), "priority", direct=True)
+    engine.send(engine.request("a 1", "a", answer=200, priority=5))
+    engine.step()
+    engine.send(engine.request("urgent", "c", priority=0), engine.request("a 2", "a", priority=5))
+    engine.step()
+    assert engine.began == ["a 1"]
+    finish = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ABORTED
+    assert [r.request_id for r in engine.scheduler.finish_requests("urgent", finish)] == ["urgent"]
+    engine.step()
+    assert engine.began == ["a 1", "a 2"]
+    engine.finish()
+
+
+def test_a_task_that_becomes_direct_waits_for_a_slot_no_longer(make: Make) -> None:
+    engine = make(Settings(slots=1), direct=True)
+    engine.send(engine.request("a", "a", answer=200))
+    engine.step()
+    engine.send(engine.request("b", "b"))
+    engine.step()
+    is_direct(engine, "b")
+    for _ in range(40):
+        engine.step()
+    assert engine.answers["b"] == 5
+    engine.finish()
+
+
+def test_a_pinned_adapter_keeps_its_slot_while_nobody_asks_for_it(make: Make) -> None:
+    engine = make(Settings(slots=2), direct=True)
+    pinned_of(engine.scheduler).add(engine.request("", "p").lora_request.lora_int_id)
+    engine.send(engine.request("a", "a"), engine.request("b", "b"), engine.request("p", "p"))
+    engine.step()
+    assert engine.began == ["a", "p"]
+    engine.finish()
+    assert engine.slots == 2
+
+
+def test_an_idle_session_keeps_the_slot_that_it_goes_on_with(make: Make) -> None:
+    engine = make(Settings(slots=1), direct=True)
+
+    def piece() -> Any:
+        return engine.request("session", "a", resumable=True)
+
+    engine.send(piece())
+    for _ in range(10):
+        engine.step()
+    engine.send(engine.request("b", "b", answer=30))
+    for _ in range(3):
+        engine.step()
+    engine.send(piece())
+    for _ in range(60):
+        engine.step()
+    assert engine.slots == 1
+    assert engine.answers["session"] == 10
+    engine.send(engine.request("session", "a", prompt=1))
+    engine.finish()
+    assert engine.answers["b"] == 30
+
+
+def test_a_scheduler_is_stock_where_there_are_slots_for_all(make: Make) -> None:
+    engine = make(Settings(slots=8), direct=True)
+    assert not hasattr(engine.scheduler, "_vlora_tenants")
+    engine.send(engine.request("a", "a"))
+    engine.finish()
+    assert engine.answers["a"] == 5

@@ -1,23 +1,34 @@
-"""Which requests may enter the scheduler while the slots are few.
+"""Room for adapters in a batch: places in it, and slots, which are fewer.
 
 When tasks run direct, ``--max-loras`` counts them too, and there are fewer slots than that for the
 adapters that need one: ordinary PEFT adapters and materialized tasks. vLLM's scheduler counts distinct
 adapters of any kind, so a batch could hold more of those than slots, which would fail inside the step.
-So a request whose adapter needs a slot waits outside until the adapters of the requests inside leave
-one free. Like a request that the scheduler itself skips for ``max_loras``, it is overtaken meanwhile
-by requests that need none.
+So a request begins only where its adapter has room; until then it waits in the scheduler's own queue (see
+``fair_queue``), which passes it over.
+
+Others may begin meanwhile whose adapter has its place already, as by stock code when ``--max-loras`` is
+reached. But who comes after it in priority, or was served more by a whole ``TURN``, does not: the place
+then gets free as soon as the requests that run have ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
-from typing import Any, Generic, TypeVar
+from collections.abc import Set
+from typing import Any, NamedTuple
 
-RequestT = TypeVar("RequestT")
-Alive = Callable[[str], bool]
+TURN = 8192.0
+"""Tokens, as fair sharing counts them, that an adapter may be served more than one that waits for room.
+With none every request would change who has the slots, and each change has a batch run empty first."""
 
-# Requests let in before those that have ended since are looked for and forgotten.
-_COUNT_AGAIN = 1024
+# How urgent a request is: its priority, and tokens served to its tenant; the least first.
+Standing = tuple[int, float]
+
+
+class Adapter(NamedTuple):
+    """Of a request: its adapter's number, and whether it needs a slot."""
+
+    number: int
+    needs_slot: bool
 
 
 def kinds_of(scheduler: Any) -> dict[str, bool]:
@@ -30,81 +41,84 @@ def pinned_of(scheduler: Any) -> set[int]:
     return scheduler.__dict__.setdefault("_vlora_pinned", set())
 
 
-class Admission(Generic[RequestT]):
-    """The requests that need slots: those inside, by adapter, and those waiting outside, in order.
+class _Places:
+    """So many adapters at once.
 
     Args:
-        slots: distinct adapters whose requests may be inside at once.
-        alive: whether the scheduler still holds a request of this id.
-        pinned: adapters that keep a slot also while none of their requests is inside.
+        pinned: those that keep a place also while none of their requests runs.
     """
 
-    def __init__(self, slots: int, alive: Alive, pinned: Set[int] = frozenset()) -> None:
-        assert slots > 0
-        self._slots, self._pinned = slots, pinned
-        self._alive = alive
-        self._inside: dict[int, set[str]] = {}
-        # Under one id more than one: the input of a streaming session comes as a request a piece.
-        self._waiting: dict[str, tuple[int, list[RequestT]]] = {}
-        self._entered, self._next_count = 0, _COUNT_AGAIN
+    def __init__(self, places: int, pinned: Set[int] = frozenset()) -> None:
+        assert places > 0
+        self._places, self._pinned = places, pinned
+        self._taken: set[int] = set()
+        # The most urgent who found none.
+        self._first: Standing | None = None
 
-    def __len__(self) -> int:
-        return len(self._waiting)
+    def begin(self, running: set[int]) -> bool:
+        """A step begins in which these run; whether others may find a place than before."""
+        taken = running | self._pinned
+        changed, self._taken = taken != self._taken, taken
+        return changed
 
-    def enter(self, adapter: int, request_id: str, request: RequestT) -> bool:
-        """Let a request in, or keep it waiting; False when it waits."""
-        held = self._waiting.get(request_id)
-        if held is not None:
-            held[1].append(request)
-            return False
-        if self._admit(adapter, request_id):
+    def forget_who_waits(self) -> None:
+        """All who found no place ask again."""
+        self._first = None
+
+    def has(self, number: int, standing: Standing) -> bool:
+        """Whether an adapter may have a place, or use the one that it has."""
+        if len(self._taken) < self._places or number in self._pinned:
             return True
-        self._waiting[request_id] = (adapter, [request])
+        if number in self._taken:
+            return self._first is None or not _gives_way(standing, self._first)
+        self._first = standing if self._first is None else min(self._first, standing)
         return False
 
-    def release(self) -> list[RequestT]:
-        """Requests that may enter now, in the order of their coming."""
-        if not self._waiting:
-            return []
-        self._forget_the_dead()
-        entering = [
-            request_id
-            for request_id, (adapter, _) in self._waiting.items()
-            if self._admit(adapter, request_id, forget=False)
-        ]
-        return self.withdraw(entering)
+    def take(self, number: int) -> None:
+        """An adapter's request begins in this step."""
+        self._taken.add(number)
 
-    def waiting(self) -> list[RequestT]:
-        """The requests that wait, in the order of their coming."""
-        return [request for _, requests in self._waiting.values() for request in requests]
 
-    def withdraw(self, request_ids: Iterable[str] | None) -> list[RequestT]:
-        """Take these requests, or all, out of the waiting ones."""
-        chosen = list(self._waiting) if request_ids is None else request_ids
-        found = [self._waiting.pop(name, (0, [])) for name in chosen]
-        return [request for _, requests in found for request in requests]
+class Room:
+    """What the requests of a batch may need: a place for each adapter, a slot for some.
 
-    def _admit(self, adapter: int, request_id: str, forget: bool = True) -> bool:
-        if not self._has_slot(adapter):
-            if forget:
-                self._forget_the_dead()
-            if not self._has_slot(adapter):
-                return False
-        self._inside.setdefault(adapter, set()).add(request_id)
-        self._entered += 1
-        if forget and self._entered >= self._next_count:
-            self._forget_the_dead()
-            self._inside.setdefault(adapter, set()).add(request_id)
-            self._entered = sum(len(requests) for requests in self._inside.values())
-            self._next_count = max(_COUNT_AGAIN, 2 * self._entered)
-        return True
+    Args:
+        slots: distinct adapters that need a slot which may run at once.
+        adapters: distinct adapters of any kind.
+        pinned: adapters that keep a slot also while none of their requests runs.
+    """
 
-    def _has_slot(self, adapter: int) -> bool:
-        taken = self._inside.keys() | self._pinned
-        return adapter in taken or len(taken) < self._slots
+    def __init__(self, slots: int, adapters: int, pinned: Set[int] = frozenset()) -> None:
+        self._slots, self._adapters = _Places(slots, pinned), _Places(adapters)
 
-    def _forget_the_dead(self) -> None:
-        for adapter, requests in list(self._inside.items()):
-            requests -= {name for name in requests if not self._alive(name)}
-            if not requests:
-                del self._inside[adapter]
+    def begin(self, running: Set[Adapter], ready: Set[Adapter] = frozenset()) -> bool:
+        """A step begins; whether who found no room before may find some now.
+
+        Args:
+            running: adapters of requests that run. ready: of requests that may go on without asking.
+        """
+        slotted = {adapter.number for adapter in running | ready if adapter.needs_slot}
+        changed = self._slots.begin(slotted)
+        return self._adapters.begin({adapter.number for adapter in running}) or changed
+
+    def forget_who_waits(self) -> None:
+        """All who found no room ask again."""
+        self._slots.forget_who_waits()
+        self._adapters.forget_who_waits()
+
+    def has(self, adapter: Adapter, standing: Standing) -> bool:
+        """Whether a request may begin; who may not is remembered, and those behind it hold back."""
+        if adapter.needs_slot and not self._slots.has(adapter.number, standing):
+            return False
+        return self._adapters.has(adapter.number, standing)
+
+    def take(self, adapter: Adapter) -> None:
+        """A request begins in this step."""
+        if adapter.needs_slot:
+            self._slots.take(adapter.number)
+        self._adapters.take(adapter.number)
+
+
+def _gives_way(standing: Standing, first: Standing) -> bool:
+    priority, served = first
+    return standing > (priority, served + TURN)

@@ -200,10 +200,8 @@ def tasks_so_far(core: Any) -> Tasks | None:
 
 
 def requests_inside(scheduler: Any) -> list[Any]:
-    """The requests for adapters that the scheduler holds and those that wait for a slot."""
-    outside = scheduler.__dict__.get("_vlora_admission")
-    requests = [*scheduler.requests.values(), *(outside.waiting() if outside else ())]
-    return [request for request in requests if request.lora_request]
+    """The requests for adapters that the scheduler holds."""
+    return [request for request in scheduler.requests.values() if request.lora_request]
 
 
 def _paths_in_use(scheduler: Any) -> set[str]:

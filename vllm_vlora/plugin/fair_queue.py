@@ -7,7 +7,7 @@ sessions, metrics and data-parallel waves are what they were. It differs in one 
 names as the next.
 
 - A tenant (a task, an ordinary adapter, or the base model, which is None) that runs as many requests as
-  it may is passed over.
+  it may is passed over, and one whose adapter has no room in the batch; see ``admission``.
 - Where sharing is fair, the tenant that was served least comes first: a virtual token counter for each,
   after the idea of Sheng et al., Fairness in Serving Large Language Models, OSDI 2024. A tenant's counter
   grows by what it is served, divided by its weight: its prompt when a request begins, its answer as it is
@@ -24,8 +24,10 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
+
+from vllm_vlora.plugin.admission import Adapter, Room
 
 Tenant = str | None
 # Priority, time of arrival where priorities count, place in the order of coming.
@@ -35,6 +37,9 @@ Key = tuple[int, float, float, int]
 
 # Tenants with a counter before those that need none are looked for and forgotten.
 _FORGET_FROM = 1024
+# Steps after which all who found no room are asked again though nobody left it: a task may have become
+# direct, for which no slot is needed.
+_LOOK_AGAIN = 32
 
 
 class Waiting(Protocol):
@@ -58,6 +63,9 @@ class Tenants(Generic[RequestT]):
         price: tokens that a request takes when it begins; None where it cannot begin yet, so that who
             takes it out of the queue will put it back.
         weight: the share of a tenant beside that of the others.
+        room: what the adapters of a batch may take; None where nothing limits them.
+        adapter_of: the adapter of a request, None for the base model's.
+        goes_on_elsewhere: whether what was taken and could not begin yet may go on without coming back.
     """
 
     def __init__(
@@ -69,9 +77,15 @@ class Tenants(Generic[RequestT]):
         tenant_of: Callable[[RequestT], Tenant],
         price: Callable[[RequestT], float | None],
         weight: Callable[[Tenant], float] = lambda _: 1.0,
+        room: Room | None = None,
+        adapter_of: Callable[[RequestT], Adapter | None] = lambda _: None,
+        goes_on_elsewhere: bool = False,
     ) -> None:
         self.fair, self.limit, self.by_priority = fair, limit, by_priority
         self.tenant_of, self._price, self._weight = tenant_of, price, weight
+        self._room, self._adapter_of = room, adapter_of
+        self._goes_on_elsewhere = goes_on_elsewhere
+        self._steps = 0
         self.waiting: Counter[Tenant] = Counter()
         # Of these, since the last step began.
         self._came: Counter[Tenant] = Counter()
@@ -93,32 +107,75 @@ class Tenants(Generic[RequestT]):
         self._queues.append(made)
         return made
 
-    def begin_step(self, running: Iterable[Tenant]) -> None:
-        """Before requests are taken: whose run now, each once for every request."""
+    def begin_step(self, running: Collection[RequestT], ready: Iterable[RequestT] = ()) -> None:
+        """Before requests are taken: which run now, and which others may go on without asking."""
         self._taken.clear()
         self._came.clear()
+        again = bool(self.limit)
         if self.limit:
-            self._running = Counter(running)
-            for queue in self._queues:
-                queue.look_again()
+            self._running = Counter(map(self.tenant_of, running))
+        if self.waiting:
+            self._steps += 1
+            again = self._refresh_room(running, ready) or again
+        for queue in self._queues if again else ():
+            queue.look_again()
 
-    def kept_waiting(self, tenant: Tenant, running: Sequence[Tenant], places: int) -> int:
+    def _refresh_room(self, running: Iterable[RequestT], ready: Iterable[RequestT]) -> bool:
+        """Take note of who has room now; whether who found none may find some."""
+        if self._room is None:
+            return False
+        changed = self._room.begin(self._adapters_of(running), self._adapters_of(ready))
+        if not changed and self._steps < _LOOK_AGAIN:
+            return False
+        self._room.forget_who_waits()
+        self._steps = 0
+        return True
+
+    def _adapters_of(self, requests: Iterable[RequestT]) -> set[Adapter]:
+        return {found for one in requests if (found := self._adapter_of(one)) is not None}
+
+    def kept_waiting(
+        self,
+        tenant: Tenant,
+        running: Collection[RequestT],
+        places: int,
+        ready: Iterable[RequestT] = (),
+    ) -> int:
         """How many of a tenant's requests wait, but for those for which the next step has room.
 
         What came since the last step had no step to begin with yet.
 
         Args:
-            running: whose requests run, each once for every request. places: requests that may run.
+            running: the requests that run. places: how many may.
+            ready: others that may go on without asking.
         """
         waiting = self.waiting[tenant]
         room = places - len(running) - (self.waiting.total() - waiting)
         if self.limit:
-            room = min(room, self.limit - running.count(tenant))
+            room = min(room, self.limit - sum(self.tenant_of(one) == tenant for one in running))
+        if self._room is not None and not self._finds_room(tenant, running, ready):
+            room = 0
         return waiting - max(min(room, self._came[tenant]), 0)
 
-    def may_run(self, tenant: Tenant) -> bool:
-        """Whether one more of a tenant's requests may run; the base model is not limited."""
-        return not self.limit or tenant is None or self._running[tenant] < self.limit
+    def _finds_room(
+        self, tenant: Tenant, running: Iterable[RequestT], ready: Iterable[RequestT]
+    ) -> bool:
+        """Whether a tenant's adapter would have room if a step began now."""
+        if self._refresh_room(running, ready):
+            # All who found none are asked in the step that begins.
+            self.look_soon()
+        first = [one for queue in self._queues if (one := queue.first_of(tenant)) is not None]
+        return any(self._has_room(*one) for one in first)
+
+    def may_run(self, tenant: Tenant, request: RequestT, key: Key) -> bool:
+        """Whether a tenant's first request may run; the base model is not limited."""
+        if self.limit and tenant is not None and self._running[tenant] >= self.limit:
+            return False
+        return self._has_room(request, key)
+
+    def _has_room(self, request: RequestT, key: Key) -> bool:
+        adapter = None if self._room is None else self._adapter_of(request)
+        return adapter is None or self._room is None or self._room.has(adapter, key[:2])
 
     def served(self, tenant: Tenant) -> float:
         """Tokens that a tenant was served, divided by its weight; 0 for all where sharing is not fair."""
@@ -157,15 +214,25 @@ class Tenants(Generic[RequestT]):
         if not self.waiting[tenant]:
             del self.waiting[tenant]
 
+    def look_soon(self) -> None:
+        """Requests are gone: those that found no room may have been kept from it by one of them."""
+        self._steps = _LOOK_AGAIN
+
     def take(self, tenant: Tenant, request: RequestT) -> None:
         """A request was taken to run, or to be put back."""
         self.leave(tenant)
         price = self._taken[request] = self._price(request)
+        if price is not None or self._goes_on_elsewhere:
+            self._take_room(request)
         if price is not None:
             self._last = tenant
             self._level = max(self._level, self.served(tenant))
             self._count(tenant, 1)
             self.charge(tenant, price)
+
+    def _take_room(self, request: RequestT) -> None:
+        if self._room is not None and (adapter := self._adapter_of(request)) is not None:
+            self._room.take(adapter)
 
     def put_back(self, tenant: Tenant, request: RequestT) -> None:
         """A request that was taken in this step, or ran and was preempted, waits again."""
@@ -278,6 +345,7 @@ class TenantQueue(Generic[RequestT]):
                 del self._lines[tenant]
             self._size -= removed
             self._tenants.leave(tenant, removed)
+            self._tenants.look_soon()
 
     # What follows is for ``Tenants``.
 
@@ -288,7 +356,7 @@ class TenantQueue(Generic[RequestT]):
             current = self._key(tenant)
             if self._offered.get(tenant) != key:
                 heapq.heappop(self._heap)
-            elif current is None or not self._tenants.may_run(tenant):
+            elif current is None or not self._may_run(tenant, current):
                 heapq.heappop(self._heap)
                 del self._offered[tenant]
                 if current is not None:
@@ -315,7 +383,7 @@ class TenantQueue(Generic[RequestT]):
         key = self._key(tenant)
         if key is None:
             self._passed_over.discard(tenant)
-        elif self._tenants.may_run(tenant):
+        elif self._may_run(tenant, key):
             self._passed_over.discard(tenant)
             known = self._offered.get(tenant)
             if known is None or key < known:
@@ -327,6 +395,14 @@ class TenantQueue(Generic[RequestT]):
                     heapq.heapify(self._heap)
         elif tenant not in self._offered:
             self._passed_over.add(tenant)
+
+    def first_of(self, tenant: Tenant) -> tuple[RequestT, Key] | None:
+        """The first request of a tenant, and where it stands; None where none waits here."""
+        key = self._key(tenant)
+        return None if key is None else (self._lines[tenant][0][1], key)
+
+    def _may_run(self, tenant: Tenant, key: Key) -> bool:
+        return self._tenants.may_run(tenant, self._lines[tenant][0][1], key)
 
     def _first(self) -> Tenant:
         found = self.first_tenant()

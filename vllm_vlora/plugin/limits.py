@@ -1,19 +1,21 @@
-"""Limits for each task, and fair sharing among them, put into vLLM's scheduler; see ``fair_queue``.
+"""Limits for each task, fair sharing among them, and room for adapters, put into vLLM's scheduler.
 
-Nothing of it is in place unless a setting asks for it. What waits, waits in the scheduler's own queue,
-which is exchanged for one that knows tenants. A request of a task of which too many wait already is
+See ``fair_queue`` and ``admission``. Nothing of it is in place unless a setting asks for it or there are
+fewer slots than adapters. What waits, waits in the scheduler's own queue, which is exchanged for one that
+knows tenants. A request of a task of which too many wait already is
 refused by the engine core, which alone sees those of every API server: HTTP status 429; see ``refusals``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vllm.v1.request import RequestStatus
 
 from vllm_vlora.errors import TaskBusyError
+from vllm_vlora.plugin.admission import Adapter, Room, kinds_of, pinned_of
 from vllm_vlora.plugin.counters import counters_of
 from vllm_vlora.plugin.fair_queue import Tenant, Tenants
 from vllm_vlora.plugin.refusals import callers_error, refuse
@@ -28,20 +30,23 @@ PROMPT_TOKEN, ANSWER_TOKEN = 1, 2
 
 _TENANTS = "_vlora_tenants"
 _ONE_CALLER = "_vlora_one_caller"
+# vLLM's own queue of requests that hold memory of the cache and wait, from 0.31 or 0.32 on.
+_READY = "kv_holding_waiting"
 
 
 def limit_tasks(
-    patches: list[Patch], settings: Settings, places: Mapping[str, Place]
+    patches: list[Patch], settings: Settings, places: Mapping[str, Place], direct: bool = False
 ) -> list[Patch]:
     """The plugin's patches with those that limit tasks and share fairly, where that is asked for.
 
     Args:
         patches: the others, which are put before these.
         places: the seams by name, as ``find_seams`` finds them.
+        direct: whether tasks may run direct, so that there are fewer slots than adapters.
     """
     wrappers: dict[str, Callable[[Any], Any]] = {}
-    if settings.limited:
-        wrappers["Scheduler.__init__"] = lambda f: _exchange_queues(f, settings)
+    if settings.limited or direct:
+        wrappers["Scheduler.__init__"] = lambda f: _exchange_queues(f, settings, direct)
         wrappers["Scheduler.schedule"] = _count_prompts
     if settings.fair:
         wrappers["Scheduler.update_from_output"] = _count_answers
@@ -73,10 +78,22 @@ def _price(request: Any) -> float | None:
     return 0.0 if request.status == RequestStatus.PREEMPTED else None
 
 
-def _exchange_queues(original: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+def _exchange_queues(
+    original: Callable[..., Any], settings: Settings, direct: bool
+) -> Callable[..., Any]:
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        most = self.lora_config.max_loras if self.lora_config else 0
+        slots = min(settings.slots, most) if direct else most
+        if slots == most and not settings.limited:
+            return
+        kinds = kinds_of(self)
+
+        def adapter_of(request: Any) -> Adapter | None:
+            lora = request.lora_request
+            return lora and Adapter(lora.lora_int_id, not kinds.get(lora.lora_path))
+
         base = self.vllm_config.model_config.served_model_name
         tenants: Tenants[Any] = Tenants(
             fair=settings.fair,
@@ -85,6 +102,9 @@ def _exchange_queues(original: Callable[..., Any], settings: Settings) -> Callab
             tenant_of=tenant_of,
             price=_price,
             weight=lambda tenant: settings.weights.get(base if tenant is None else tenant, 1.0),
+            room=Room(slots, most, pinned_of(self)) if most else None,
+            adapter_of=adapter_of,
+            goes_on_elsewhere=hasattr(self, _READY),
         )
         self.waiting = tenants.queue()
         if hasattr(self, "skipped_waiting"):
@@ -98,8 +118,10 @@ def _exchange_queues(original: Callable[..., Any], settings: Settings) -> Callab
 def _count_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tenants: Tenants[Any] = getattr(self, _TENANTS)
-        tenants.begin_step(map(tenant_of, self.running))
+        tenants: Tenants[Any] | None = self.__dict__.get(_TENANTS)
+        if tenants is None:
+            return original(self, *args, **kwargs)
+        tenants.begin_step(self.running, _ready(self))
         output = original(self, *args, **kwargs)
         for new in output.scheduled_new_reqs:
             found = PROMPT_TOKEN * new.num_computed_tokens
@@ -108,6 +130,11 @@ def _count_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return schedule
+
+
+def _ready(scheduler: Any) -> Iterable[Any]:
+    """Requests that began, wait in a queue that is not exchanged, and may go on at any step."""
+    return getattr(scheduler, _READY, ())
 
 
 def _count_answers(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,8 +179,8 @@ def _must_wait(scheduler: Any, tenant: str, bound: int) -> bool:
     # What runs is looked through where it may matter.
     if tenants.waiting[tenant] < bound:
         return False
-    running = [tenant_of(request) for request in scheduler.running]
-    return tenants.kept_waiting(tenant, running, scheduler.max_num_running_reqs) >= bound
+    places = scheduler.max_num_running_reqs
+    return tenants.kept_waiting(tenant, scheduler.running, places, _ready(scheduler)) >= bound
 
 
 def _say_that_it_has_one_caller(original: Callable[..., Any]) -> Callable[..., Any]:

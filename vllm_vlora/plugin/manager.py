@@ -1,7 +1,7 @@
 """vLLM's LoRA manager beside direct tasks: what is resident, which slot holds what, the batch's mapping.
 
 With ``seams``, ``layers``, ``experts``, ``layer_calls``, ``head_calls``, ``steps``,
-``scheduling`` and ``graph_cases`` the only file that knows vLLM's internals.
+``limits`` and ``graph_cases`` the only file that knows vLLM's internals.
 """
 
 from __future__ import annotations

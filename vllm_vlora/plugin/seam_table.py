@@ -58,7 +58,7 @@ class Seam:
         is_property: it must be a property.
         is_class: ``module.Class`` that it must be.
         direct: only direct tasks need it.
-        limits: only limits and fair sharing need it.
+        limits: only limits, fair sharing and slots that are fewer than adapters need it.
         optional: a supported version may lack it.
     """
 
@@ -220,20 +220,10 @@ def _replaced() -> Iterator[Seam]:
         "warm-up adapters beyond the slots are direct tasks",
         ("self", "lora_request", "rank"),
     )
-    within = "adapters that need a slot stay within the slots"
-    yield Seam(_SCHEDULER, "Scheduler.add_request", within, ("self", "request"))
+    why = "ends requests whose task is on its way too"
+    yield Seam(_SCHEDULER, "Scheduler.add_request", why, ("self", "request"))
     yield Seam(
-        _SCHEDULER,
-        "Scheduler.finish_requests",
-        f"{within}; ends requests whose task is on its way too",
-        ("self", "request_ids", "finished_status"),
-    )
-    yield Seam(
-        _SCHEDULER,
-        "Scheduler.update_from_output",
-        within,
-        ("self", "scheduler_output", "model_runner_output"),
-        direct=True,
+        _SCHEDULER, "Scheduler.finish_requests", why, ("self", "request_ids", "finished_status")
     )
     yield Seam(
         _CORE,
@@ -655,7 +645,7 @@ def _held() -> Iterator[Seam]:
         yield Seam(_SERVING, f"OpenAIServingModels.{name}", "lists every task in /v1/models")
     for name in ("base_model_paths", "renderer"):
         yield Seam(_SERVING, f"OpenAIServingModels.{name}", "what a router's request becomes")
-    yield Seam(_SCHEDULER, "Scheduler.lora_config", "slots", direct=True)
+    yield Seam(_SCHEDULER, "Scheduler.lora_config", "slots", limits=True)
     yield Seam(_SCHEDULER, "Scheduler.requests", "requests inside")
     yield Seam(
         "vllm.v1.engine.llm_engine", "LLMEngine.engine_core", "its client of the engine core"
@@ -879,7 +869,7 @@ def _refusals() -> Iterator[Seam]:
 
 
 def _limits() -> Iterator[Seam]:
-    """What limits tasks and shares the engine among them; see ``limits``."""
+    """What limits tasks, shares the engine and keeps adapters within the slots; see ``limits``."""
     why = "its queue of waiting requests becomes one that knows tenants"
     yield Seam(_SCHEDULER, "Scheduler.__init__", why, limits=True)
     for name in ("waiting", "policy", "running", "max_num_running_reqs"):
@@ -913,6 +903,15 @@ def _limits() -> Iterator[Seam]:
         "Scheduler.schedule",
         "whose requests run before a step, and which prompts were found in the prefix cache",
         ("self", "throttle_prefills"),
+        limits=True,
+    )
+    why = "requests that go on without asking our queue; from 0.31 or 0.32 on"
+    yield Seam(_SCHEDULER, "Scheduler.kv_holding_waiting", why, optional=True)
+    yield Seam(
+        _SCHEDULER,
+        "Scheduler.update_from_output",
+        "tokens served",
+        ("self", "scheduler_output", "model_runner_output"),
         limits=True,
     )
     output = "vllm.v1.core.sched.output"

@@ -1,7 +1,7 @@
 """What takes the place of vLLM's own functions, and how it is put there.
 
 What is patched, and why there, is in ``seam_table``, with everything else that the plugin relies on. What
-is put there is below and in ``manager``, ``steps``, ``scheduling`` and ``graph_cases``.
+is put there is below and in ``manager``, ``steps``, ``limits`` and ``graph_cases``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,6 @@ from vllm_vlora.plugin.published import (
 )
 from vllm_vlora.plugin.refusals import raise_refusals
 from vllm_vlora.plugin.renewal import renew_requests
-from vllm_vlora.plugin.scheduling import schedule_by_kind
 from vllm_vlora.plugin.seam_table import CHAT_REQUESTS, find_seams
 from vllm_vlora.plugin.settings import TEMPLATES_VARIABLE, Settings, read_settings
 from vllm_vlora.plugin.tracing import add_task, say_task
@@ -436,7 +435,7 @@ def uninstall() -> None:
 
 
 def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tuple[Any, str, Any]]:
-    seams = find_seams(direct=setup.direct, limits=setup.settings.limited)
+    seams = find_seams(direct=setup.direct, limits=setup.settings.limited or setup.direct)
     lru = "LRUCacheWorkerLoRAManager"
     wrappers: dict[str, Callable[[Any], Any]] = {
         "WorkerLoRAManager._load_adapter": _load_adapter,
@@ -492,16 +491,13 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (seams[name].owner, seams[name].attribute, wrap(seams[name].value))
         for name, wrap in wrappers.items()
     ]
-    scheduling = schedule_by_kind(setup, seams) if setup.direct else []
     graphs = capture_by_kind(seams) if setup.direct else []
-    before = {(owner, name): new for owner, name, new in scheduling}
     core, finish = seams["EngineCore.add_request"].owner, seams["Scheduler.finish_requests"]
-    finish_by_kind = before.get((finish.owner, finish.attribute), finish.value)
     own = [
         (
             finish.owner,
             finish.attribute,
-            finish_who_waits(finish_by_kind, seams["Scheduler.add_request"].value),
+            finish_who_waits(finish.value, seams["Scheduler.add_request"].value),
         ),
         (core, TASKS_METHOD, served_tasks),
         (core, ALIASES_METHOD, served_aliases),
@@ -514,4 +510,4 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
         (core, UNPUBLISH_METHOD, unpublish),
     ]
     names = name_patches() if setup.checkpoint is not None else []
-    return limit_tasks([*patches, *scheduling, *graphs, *own, *names], setup.settings, seams)
+    return limit_tasks([*patches, *graphs, *own, *names], setup.settings, seams, setup.direct)
