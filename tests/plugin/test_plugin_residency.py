@@ -317,6 +317,50 @@ def test_who_hangs_up_is_not_let_in_and_nothing_is_kept_for_nobody() -> None:
     assert world.workers.on == [{"a"}]
 
 
+def test_each_hang_up_costs_alike_however_many_wait() -> None:
+    """They come one by one, and while they do the engine core runs no step."""
+    looks = 0
+
+    class Request:
+        lora_name = "a"
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        @property
+        def request_id(self) -> str:
+            nonlocal looks
+            looks += 1
+            return self._name
+
+    world = World(10, {"a": 4})
+    names = [f"a{number}" for number in range(500)]
+    for name in names:
+        waiter = Waiter(lambda: None, lambda error: None, Request(name))
+        world.arrivals.wait(lora("a"), waiter)
+    world.wait("a500")
+    looks = 0
+    for name in names[:250]:
+        assert len(world.arrivals.withdraw([name])) == 1
+    assert len(world.arrivals.withdraw({*names, "unknown"})) == 250
+    assert looks <= 2 * len(names)
+    assert len(world.arrivals) == 1
+    world.workers.stage("a")
+    for _ in range(3):
+        world.arrivals.advance()
+    assert world.entered == ["a500"]
+    assert world.arrivals.withdraw(None) == []
+
+
+def test_the_pieces_of_a_session_that_hangs_up_go_together() -> None:
+    world = World(10, {"a": 4, "b": 4})
+    pieces = [SimpleNamespace(request_id="one", lora_name=name) for name in "aab"]
+    for piece in pieces:
+        world.arrivals.wait(lora(piece.lora_name), Waiter(lambda: None, lambda error: None, piece))
+    assert world.arrivals.withdraw(["one"]) == pieces
+    assert len(world.arrivals) == 0
+
+
 def test_few_are_staged_at_once() -> None:
     letters = "abcdefghijklmnop"
     world = World(100, dict.fromkeys(letters, 4))

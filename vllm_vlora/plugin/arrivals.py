@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,7 +72,7 @@ class Bring(Protocol):
         """
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiter:
     """Someone who waits for a task: what to call once it is there, or with why it will not be.
 
@@ -83,18 +83,13 @@ class Waiter:
     failed: Callable[[VLoRAError], None]
     request: Any = None
 
-    def is_among(self, request_ids: Collection[str] | None) -> bool:
-        """Whether it is one of these requests, or any where they are None."""
-        if self.request is None:
-            return False
-        return request_ids is None or self.request.request_id in request_ids
-
 
 @dataclass(eq=False)
 class _Arrival:
     request: Any
     since: float
-    waiters: list[Waiter] = field(default_factory=list)
+    # In the order of their coming, as the keys.
+    waiters: dict[Waiter, None] = field(default_factory=dict)
     # Where it was when the workers were first asked for it; on the device one that was to give way.
     source: str = ""
     # All of them have read it.
@@ -135,6 +130,8 @@ class Arrivals:
         self._steps_go_on = steps_go_on
         self._counters = counters or ServingCounters(0, 0)
         self._awaited: OrderedDict[str, _Arrival] = OrderedDict()
+        # By request who waits for which task: several where a session's input comes in pieces.
+        self._waiting: dict[str, list[tuple[str, Waiter]]] = {}
         self._question: _Question | None = None
         self._dropped: dict[str, None] = {}
         # Tasks that may give way to one; more where those that did were too small.
@@ -180,7 +177,10 @@ class Arrivals:
         arrival = self._awaited.setdefault(
             lora.lora_path, _Arrival(lora, self._clock(), source=source)
         )
-        arrival.waiters.append(waiter)
+        arrival.waiters[waiter] = None
+        if waiter.request is not None:
+            entry = lora.lora_path, waiter
+            self._waiting.setdefault(waiter.request.request_id, []).append(entry)
         self._stir()
 
     def awaits(self, path: str) -> bool:
@@ -300,28 +300,34 @@ class Arrivals:
 
     def _arrived(self, arrival: _Arrival) -> None:
         """Take note that nobody waits for a task any more."""
-        del self._awaited[arrival.request.lora_path]
+        path = arrival.request.lora_path
+        del self._awaited[path]
         for waiter in arrival.waiters:
             if waiter.request is not None:
+                self._forget(path, waiter)
                 self._counters.requested(arrival.request.lora_name, arrival.source)
 
-    def withdraw(self, request_ids: Collection[str] | None) -> list[Any]:
+    def _forget(self, path: str, waiter: Waiter) -> None:
+        name = waiter.request.request_id
+        self._waiting[name].remove((path, waiter))
+        if not self._waiting[name]:
+            del self._waiting[name]
+
+    def withdraw(self, request_ids: Iterable[str] | None) -> list[Any]:
         """Take these requests, or all, out of the waiting ones."""
-        found = []
-        for path, arrival in list(self._awaited.items()):
-            gone = [waiter for waiter in arrival.waiters if waiter.is_among(request_ids)]
-            if not gone:
-                continue
-            found += [waiter.request for waiter in gone]
-            arrival.waiters = [waiter for waiter in arrival.waiters if waiter not in gone]
-            if not arrival.waiters:
+        chosen = list(self._waiting if request_ids is None else request_ids)
+        gone = [entry for name in chosen for entry in self._waiting.pop(name, ())]
+        for path, waiter in gone:
+            waiters = self._awaited[path].waiters
+            del waiters[waiter]
+            if not waiters:
                 del self._awaited[path]
                 # One that was to give way may have stayed, and what waits for its bases may be there in
                 # another form, which requests use.
                 if path not in self._residency:
                     self._dropped[path] = None
                     self._residency.lose([path])
-        return found
+        return [waiter.request for _, waiter in gone]
 
 
 def _call_all(calls: Iterable[Callable[[], None]]) -> None:

@@ -330,7 +330,7 @@ def finish_who_waits(
         if arrivals is not None and len(arrivals):
             request_ids = [request_ids] if isinstance(request_ids, str) else request_ids
             request_ids = None if request_ids is None else list(request_ids)
-            for request in arrivals.withdraw(request_ids and set(request_ids)):
+            for request in arrivals.withdraw(request_ids):
                 add(self, request)
         return original(self, request_ids, finished_status)
 
