@@ -14,6 +14,7 @@ from vllm_vlora.errors import CheckpointError, MemoryBudgetError, ModelStateErro
 from vllm_vlora.plugin import engine_core, exchange, workers
 from vllm_vlora.plugin.admission import pinned_of
 from vllm_vlora.plugin.arrivals import Waiter
+from vllm_vlora.plugin.counters import counters_of
 from vllm_vlora.plugin.engine_core import (
     advance_after_abort,
     ensure_in_process,
@@ -439,6 +440,7 @@ def test_requests_inside_whose_task_does_not_come_back_end_alone() -> None:
     _sleep_and_wake(core)
     why = "vllm-vlora: CheckpointError: task 'a': a is damaged"
     assert core.refused() == [(3, "1", why), (3, "3", why)]
+    assert counters_of(core).snapshot()["refusals"]["checkpoint"] == 2
     assert list(core.scheduler.requests) == ["2", "4"]
     assert core.scheduler.finished == ["1", "3"]
     assert core.workers.on == [{"c"}]

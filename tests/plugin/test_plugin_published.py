@@ -130,31 +130,31 @@ def test_api_servers_are_given_time_to_hear_of_it(monkeypatch: pytest.MonkeyPatc
     assert core.left == [OLD]
 
 
-def test_a_request_costs_nothing_for_versions_in_their_time_and_one_look_for_the_others(
+def test_versions_in_their_time_cost_a_request_nothing_and_the_others_one_look(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every request looks; 20 versions and 1,000 tasks made it 3 ms."""
+    """Every request looks: with 10,000 tasks on the device each version took it 1.4 ms."""
     core = Core()
     core.tasks.followed = True
-    core.held = [f"/ck/tasks/{number}.safetensors@{number:032x}" for number in range(100)]
+    held = [f"/ck/tasks/{number}.safetensors@{number:032x}" for number in range(100)]
+    looks = 0
+
+    def paths() -> list[str]:
+        nonlocal looks
+        looks += 1
+        return held
+
+    core.tasks.residency.paths = paths
+    core.tasks.residency.in_use = lambda: set(paths())
     for number in range(20):
         adopt(core, "t", f"/dev/null/vllm_vlora.publish/tasks/t.safetensors@{number:032x}")
     looks = 0
-    parse = published.blend_digests
-
-    def count(path: str) -> Any:
-        nonlocal looks
-        looks += 1
-        return parse(path)
-
-    monkeypatch.setattr(published, "blend_digests", count)
     release(core)
     assert (looks, core.left) == (0, [])
     later = time.monotonic() + published.GRACE + 1
     monkeypatch.setattr(published, "time", SimpleNamespace(monotonic=lambda: later))
-    core.in_use = {core.held[0]}
     release(core)
-    assert looks <= len(core.held) + 1
+    assert looks == 2
     assert len(core.left) == len(core.discarded) == 19
 
 

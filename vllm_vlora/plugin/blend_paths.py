@@ -126,9 +126,14 @@ def blended_checkpoint(
     return BlendedCheckpoint(checkpoint, blend, path.file, path.digest)
 
 
+def names_a_blend(path: str) -> bool:
+    """Whether a path may be a blend's, as far as a glance tells."""
+    return f"/{_PREFIX}" in path
+
+
 def is_made_of(path: str, digest: str) -> bool:
     """Whether a path is that of a blend in which a task from memory is that has this digest."""
-    if f"/{_PREFIX}" not in path:
+    if not names_a_blend(path):
         return False
     parsed = parse_task_path(path)
     return parsed is not None and digest[:_ID_LENGTH] in named_in(parsed)

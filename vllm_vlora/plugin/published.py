@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from vllm_vlora.errors import MemoryBudgetError, VLoRAError
-from vllm_vlora.plugin.blend_paths import is_made_of
+from vllm_vlora.plugin.blend_paths import is_made_of, names_a_blend
 from vllm_vlora.plugin.counters import counters_of
 from vllm_vlora.plugin.engine_core import (
     is_ours,
@@ -134,21 +134,27 @@ def release(core: Any) -> None:
     # Who is just let in is neither among those that wait nor among those inside.
     if not tasks.unpublished or tasks.letting_in:
         return
-    asked, now = tasks.residency.in_use() | tasks.arrivals.paths(), time.monotonic()
     # An API server may not have heard of it yet, and asks for it.
-    grace = GRACE if tasks.followed else 0.0
-    for path, since in list(tasks.unpublished.items()):
-        digest = path.rpartition("@")[2]
-        blends = {p for p in (*tasks.residency.paths(), *asked) if is_made_of(p, digest)}
-        needed = any(p in asked or tasks.residency.is_pinned(p) for p in (path, *blends))
-        if needed or now - since < grace:
-            continue
-        del tasks.unpublished[path]
-        for gone in (path, *blends):
-            tasks.residency.forget(gone, wholly=True)
-        tasks.workers.tell(_discard, path)
+    latest = time.monotonic() - (GRACE if tasks.followed else 0.0)
+    due = [path for path, since in tasks.unpublished.items() if since <= latest]
+    if due:
+        _release(tasks, due)
     if tasks.unpublished and hasattr(core, "input_queue"):
         _look_again(core, tasks)
+
+
+def _release(tasks: Any, due: list[str]) -> None:
+    asked = tasks.residency.in_use() | tasks.arrivals.paths()
+    blends = [path for path in {*tasks.residency.paths(), *asked} if names_a_blend(path)]
+    for path in due:
+        digest = path.rpartition("@")[2]
+        gone = [path, *(blend for blend in blends if is_made_of(blend, digest))]
+        if any(one in asked or tasks.residency.is_pinned(one) for one in gone):
+            continue
+        del tasks.unpublished[path]
+        for one in gone:
+            tasks.residency.forget(one, wholly=True)
+        tasks.workers.tell(_discard, path)
 
 
 def leave_devices(core: Any) -> None:
@@ -188,9 +194,9 @@ def return_to_devices(core: Any) -> None:
     for error, requests in failed:
         if not hasattr(core, "output_queue"):
             raise error
-        counters_of(core).refused(error, requests[0].lora_request.lora_name)
         core.abort_requests([request.request_id for request in requests])
         for request in requests:
+            counters_of(core).refused(error, request.lora_request.lora_name)
             refuse_request(core, request, error)
 
 
