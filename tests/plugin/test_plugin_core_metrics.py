@@ -104,7 +104,7 @@ def test_what_cannot_be_loaded_is_refused_with_its_reason() -> None:
     world.ask("a", "a", "c")
     counted = world.counted
     assert {word: n for word, n in counted["refusals"].items() if n} == {
-        "checkpoint": 1, "memory": 1
+        "checkpoint": 2, "memory": 1
     }  # fmt: skip
     assert sum(counted["requests"].values()) == 3
     assert not any(sum(found["counts"]) for found in counted["load_seconds"].values())
@@ -323,3 +323,72 @@ def test_a_follower_tells_once_why_it_refused(tmp_path: Path) -> None:
     assert follower.take_refusals() == []
     with pytest.raises(CheckpointError):
         type(checkpoint).open(tmp_path / "c")
+
+
+def test_a_task_that_was_published_again_has_one_series(tmp_path: Path) -> None:
+    """The version before stays on the device for a while; Prometheus refuses a scrape with one twice."""
+    old, new, other = (f"/ck/tasks/{name}@{'0' * 32}" for name in ("old", "new", "other"))
+    names = {old: "policy", new: "policy", other: "other"}
+    report = core_metrics._Report(
+        names, 2, 10, ["far", "far"], 2, 0, 0, 1, "", [], 1, None, {}, 7
+    )  # fmt: skip
+    promise: Future[Any] = Future()
+    promise.set_result([tuple(report)])
+
+    class Held(list[str]):
+        def paths(self) -> list[str]:
+            return self
+
+        def is_pinned(self, path: str) -> bool:
+            return path == new
+
+    core: Any = SimpleNamespace(
+        _vlora_counters=ServingCounters(10, 10),
+        _vlora_tasks_held=SimpleNamespace(
+            residency=Held([other, new, old]),
+            arrivals=[],
+            exchange=SimpleNamespace(count=0),
+            steps_go_on=lambda: False,
+            workers=SimpleNamespace(changes=0, ask_later=lambda *args: promise),
+        ),
+    )
+    found = metrics_snapshot(core)
+    assert found["residents"] == {
+        "device": [["other", False], ["policy", True]], "host": [["far", False]]
+    }  # fmt: skip
+    assert (found["tiers"]["device"]["tasks"], found["tiers"]["host"]["tasks"]) == (2, 1)
+    assert found["evictions"] == {"device": 0, "host": 7}
+
+
+@pytest.mark.usefixtures("asked_always")
+def test_images_that_give_way_on_the_host_are_counted(tmp_path: Path) -> None:
+    core = Core(tmp_path / "c", device=1 << 30)
+    assert metrics_snapshot(core)["evictions"]["host"] == 0
+    first, second = list(core.stores[0].tasks())[:2]
+    for store in core.stores:
+        store._images.limit = 1
+    for task in (first, second):
+        path = parse_task_path(task.path)
+        assert path is not None
+        for store in core.stores:
+            store.forget(task.path)
+            store.place(path)
+            store._images.limit = store.host_nbytes or 1
+    assert metrics_snapshot(core)["evictions"]["host"] == 0, "nothing was kept"
+    for store in core.stores:
+        store._images.limit = 1 << 20
+    for task in (first, second):
+        path = parse_task_path(task.path)
+        assert path is not None
+        for store in core.stores:
+            store.forget(task.path)
+            store.place(path)
+            store._images.limit = store.host_nbytes
+    assert metrics_snapshot(core)["evictions"]["host"] == 1, "as each worker says"
+
+
+def test_what_an_api_server_refused_is_counted_with_the_rest(tmp_path: Path) -> None:
+    core = Core(tmp_path / "c", device=1 << 30)
+    counters_of(core).refused("busy")
+    assert metrics_snapshot(core, -1, {"busy": 4, "load": 1})["refusals"]["busy"] == 5
+    assert metrics_snapshot(core, -1, {})["refusals"]["load"] == 1

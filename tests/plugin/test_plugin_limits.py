@@ -306,8 +306,14 @@ def test_too_many_that_wait_are_refused_and_pieces_of_sessions_and_the_base_mode
     ("concurrency", "replicas", "most"), [(0, 1, 8 + 3), (2, 1, 2 + 3), (20, 1, 8 + 3), (2, 2, 10)]
 )
 def test_a_stream_is_refused_at_once_where_its_servers_own_are_surely_too_many(
-    limits: Any, concurrency: int, replicas: int, most: int
+    limits: Any,
+    concurrency: int,
+    replicas: int,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    refused: list[Any] = []
+    monkeypatch.setattr(limits.METRICS, "refused", lambda *what: refused.append(what))
     lora = SimpleNamespace(lora_name="sql")
     answers = limits._refuse_streams(
         lambda self, request, **kwargs: lora if request.model == "sql" else None,
@@ -329,8 +335,10 @@ def test_a_stream_is_refused_at_once_where_its_servers_own_are_surely_too_many(
 
     assert ask("sql", stream=True) is lora
     states["one more"] = SimpleNamespace(lora_name="sql")
+    assert refused == []
     with pytest.raises(TaskBusyError, match="3 requests of 'sql' wait already"):
         ask("sql", stream=True)
+    assert refused == [(TaskBusyError, "sql")]
     # The engine core judges the others; a question for tokens is no request at all.
     assert ask("sql", stream=False) is lora
     assert ask("sql") is lora

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from scrapes import Scrape, busy_counters, scrape_of
 
+from vllm_vlora.errors import TaskBusyError
 from vllm_vlora.plugin import metrics
 from vllm_vlora.plugin.counters import DEVICE, ENDING, HOST, METRICS_METHOD, ServingCounters
 from vllm_vlora.plugin.metrics import FAMILIES, TaskMetrics
@@ -147,9 +148,13 @@ class Client:
         self.core_engines = [rank.to_bytes(2, "little") for rank in range(len(answers))]
         self.answers = answers
         self.asked: list[int] = []
+        self.refused: list[dict[str, int]] = []
 
-    async def _call_utility_async(self, method: str, seen: int, *, engine: bytes) -> Any:
+    async def _call_utility_async(
+        self, method: str, seen: int, refused: dict[str, int], *, engine: bytes
+    ) -> Any:
         assert method == METRICS_METHOD
+        self.refused.append(refused)
         rank = int.from_bytes(engine, "little")
         self.asked.append(rank)
         answer = self.answers[rank]
@@ -301,3 +306,16 @@ def test_several_api_servers_show_ours_once_beside_the_sum_of_theirs(
 
 def test_no_number_is_one_that_prometheus_cannot_read() -> None:
     assert all(math.isfinite(number) for number in _shown(busy_counters()).numbers())
+
+
+def test_what_an_api_server_refuses_is_told_to_one_engine_core_once(ours: TaskMetrics) -> None:
+    client = Client(busy_counters(), busy_counters())
+
+    async def run() -> None:
+        for _ in range(3):
+            ours.refused(TaskBusyError, "sql")
+        for _ in range(2):
+            await metrics.refresh(_engine_client(client))
+
+    asyncio.run(run())
+    assert sorted(client.refused, key=len) == [{}, {}, {}, {"busy": 3}]

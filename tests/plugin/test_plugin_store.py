@@ -697,3 +697,11 @@ def test_pinned_images_count_as_what_their_allocator_takes(
     for name in held:
         images.pop(name)
     assert images.nbytes == 0
+
+
+def test_images_that_gave_way_are_counted_and_those_that_were_replaced_are_not() -> None:
+    images = _HostImages(250)
+    for name, size in (("a", 100), ("a", 120), ("b", 100), ("c", 40), ("c", 300), ("d", 200)):
+        images.put(name, SimpleNamespace(image=SimpleNamespace(size=size)))  # type: ignore[arg-type]
+    # a went for the first c, b for the second, which then went itself: it is too large.
+    assert (list(images.held), images.evictions) == (["d"], 2)

@@ -281,7 +281,8 @@ class Arrivals:
         try:
             nbytes = self._residency.took(arrival.request, held)
         except VLoRAError as error:
-            self._counters.refused(error, arrival.request.lora_name)
+            for _ in arrival.waiters:
+                self._counters.refused(error, arrival.request.lora_name)
             self._arrived(arrival)
             _call_all(partial(waiter.failed, error) for waiter in arrival.waiters)
             return

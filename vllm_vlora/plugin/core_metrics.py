@@ -33,6 +33,7 @@ class _Report(NamedTuple):
         refused: why published states were not taken since it was asked last.
         far_tasks: on no disk yet; None where all were fetched before they were served.
         materialized: of the tasks that were asked about, why those that need a slot do.
+        host_evictions: tasks that gave way to others in host memory since it started.
     """
 
     names: dict[str, str]
@@ -48,12 +49,15 @@ class _Report(NamedTuple):
     direct_tasks: int
     far_tasks: int | None
     materialized: dict[str, str]
+    host_evictions: int
 
 
 def _report(worker: Any, paths: list[str], listed: int) -> _Report:
     manager = manager_of(worker)
     store = manager.vlora_store
     held = [task for path in paths if (task := store.held(path)) is not None]
+    # Of one that was published again the version before may still be there; it was used before that.
+    newest = {task.task_id: task for task in reversed(held)}
     host_tasks, host_names = store.host_tasks(listed)
     follower = manager.follower
     return _Report(
@@ -69,7 +73,8 @@ def _report(worker: Any, paths: list[str], listed: int) -> _Report:
         [] if follower is None else follower.take_refusals(),
         store.direct_tasks,
         manager.far_tasks(),
-        {task.task_id: task.obstacle for task in held if task.direct is None},
+        {task.task_id: task.obstacle for task in newest.values() if task.direct is None},
+        store.host_evictions,
     )
 
 
@@ -107,9 +112,18 @@ class _Reports:
         return age > _SELDOM or (changed and age > _APART)
 
 
-def metrics_snapshot(core: Any, seen: int = -1) -> dict[str, Any]:
-    """An engine core's ``ServingCounters.snapshot``, its tiers as they are now; a method of it."""
+def metrics_snapshot(
+    core: Any, seen: int = -1, refused: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """An engine core's ``ServingCounters.snapshot``, its tiers as they are now; a method of it.
+
+    Args:
+        seen: as of ``snapshot``. refused: requests that the caller refused itself since it asked last, by
+            reason.
+    """
     counters, tasks = counters_of(core), tasks_of(core)
+    for reason, requests in (refused or {}).items():
+        counters.refused_elsewhere(reason, requests)
     if (reports := core.__dict__.get(_REPORTS)) is None:
         reports = core.__dict__[_REPORTS] = _Reports(tasks)
     paths = list(islice(tasks.residency.paths(), counters.listed))
@@ -118,18 +132,21 @@ def metrics_snapshot(core: Any, seen: int = -1) -> dict[str, Any]:
             counters.state_refused(reason)
     answers = reports.newest
     first = answers[0]
+    names = [first.names[path] for path in paths if path in first.names]
+    # One that was published again is there twice for a while, and would have one series twice.
+    once, host_once = list(dict.fromkeys(names)), list(dict.fromkeys(first.host_names))
     counters.set_tier(
         DEVICE,
-        len(tasks.residency),
-        [first.names[path] for path in paths if path in first.names],
+        len(tasks.residency) - (len(names) - len(once)),
+        once,
         pinned={name for path, name in first.names.items() if tasks.residency.is_pinned(path)},
         nbytes=max(answer.device_used for answer in answers),
         budget=first.device_budget,
     )
     counters.set_tier(
         HOST,
-        first.host_tasks,
-        first.host_names,
+        first.host_tasks - (len(first.host_names) - len(host_once)),
+        host_once,
         nbytes=max(answer.host_used for answer in answers),
         budget=first.host_budget,
     )
@@ -140,5 +157,6 @@ def metrics_snapshot(core: Any, seen: int = -1) -> dict[str, Any]:
     counters.set_state(first.state)
     counters.set_waiting(len(tasks.arrivals))
     counters.set_materialized(first.materialized)
+    counters.set_evictions(HOST, max(answer.host_evictions for answer in answers))
     counters.set_direct(first.direct_tasks, tasks.exchange.count)
     return counters.snapshot(seen)

@@ -199,6 +199,10 @@ class ServingCounters:
         why = str(reason) if isinstance(reason, BaseException) else word
         happened("refusal", task=task, reason=word, why=why)
 
+    def refused_elsewhere(self, reason: str, requests: int) -> None:
+        """An API server refused requests for their tasks, and said so where it did."""
+        _count_reason(self._refusals, reason, requests)
+
     def adopted(self, state: str) -> None:
         """The engine serves another published state of the checkpoint, whose digest this is."""
         self._reloads += 1
@@ -244,6 +248,10 @@ class ServingCounters:
         """Requests that wait for their task to be loaded."""
         self._waiting = requests
 
+    def set_evictions(self, tier: str, tasks: int) -> None:
+        """Tasks that gave way to others there since the start, where others count them."""
+        self._evictions[tier] = tasks
+
     def set_materialized(self, why: Mapping[str, str]) -> None:
         """Tasks named as being on the device that need a slot there, and why they do not run direct."""
         if self._materialized != why:
@@ -286,12 +294,14 @@ class ServingCounters:
         return {tier: [list(name) for name in names] for tier, names in self._residents.items()}
 
 
-def _count_reason(counts: Counter[str], reason: BaseException | type[BaseException] | str) -> str:
+def _count_reason(
+    counts: Counter[str], reason: BaseException | type[BaseException] | str, times: int = 1
+) -> str:
     """Count a reason under its word, which is returned."""
     word = reason if isinstance(reason, str) else reason_of(reason)
     if word not in counts and len(counts) >= _MOST_REASONS:
         word = OTHER
-    counts[word] += 1
+    counts[word] += times
     return word
 
 

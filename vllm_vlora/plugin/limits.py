@@ -18,6 +18,7 @@ from vllm_vlora.errors import TaskBusyError
 from vllm_vlora.plugin.admission import Adapter, Room, kinds_of, pinned_of
 from vllm_vlora.plugin.counters import counters_of
 from vllm_vlora.plugin.fair_queue import Tenant, Tenants
+from vllm_vlora.plugin.metrics import METRICS
 from vllm_vlora.plugin.refusals import callers_error, refuse
 from vllm_vlora.plugin.seam_table import Place
 from vllm_vlora.plugin.settings import QUEUE_VARIABLE, Settings
@@ -223,6 +224,7 @@ def _refuse_streams(original: Callable[..., Any], settings: Settings) -> Callabl
             if len(states) >= most and most <= sum(
                 state.lora_name == lora.lora_name for state in states.values()
             ):
+                METRICS.refused(TaskBusyError, lora.lora_name)
                 raise callers_error(TaskBusyError, _too_many(lora.lora_name, settings.task_queue))
         return lora
 

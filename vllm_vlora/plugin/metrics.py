@@ -14,11 +14,13 @@ import asyncio
 import functools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from vllm_vlora.errors import VLoRAError
 from vllm_vlora.plugin.counters import (
     DEVICE,
     DISK,
@@ -28,8 +30,9 @@ from vllm_vlora.plugin.counters import (
     METRICS_METHOD,
     OTHER,
     REMOTE,
+    reason_of,
 )
-from vllm_vlora.plugin.events import logger
+from vllm_vlora.plugin.events import happened, logger
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -84,6 +87,8 @@ class TaskMetrics:
         self.model_name = ""
         self.max_loras = 0
         self._answers: dict[int, Answer] = {}
+        # What this API server refused, by reason, and has told no engine core yet.
+        self._refused: Counter[str] = Counter()
 
     def seen(self, engine: int) -> int:
         """The version of the residents that are known of an engine core; -1 for none."""
@@ -96,6 +101,18 @@ class TaskMetrics:
             known = self._answers[engine].snapshot
             snapshot = {**snapshot, **{name: known[name] for name in ("residents", "materialized")}}
         self._answers[engine] = Answer(snapshot, time.monotonic(), self.max_loras)
+
+    def refused(self, reason: type[VLoRAError], task: str) -> None:
+        """This API server refused a request itself; an engine core is to count it."""
+        word = reason_of(reason)
+        self._refused[word] += 1
+        happened("refusal", task=task, reason=word, why=word)
+
+    def take_refused(self) -> dict[str, int]:
+        """Requests that were refused since this was asked last, by reason."""
+        taken = dict(self._refused)
+        self._refused.clear()
+        return taken
 
     def keep(self, engines: Iterable[int]) -> None:
         """Forget the engine cores that are not among these: elastic ones come and go."""
@@ -387,7 +404,8 @@ async def refresh(engine_client: Any) -> None:
         asked.pop(rank).cancel()
     for rank, engine in ranks.items():
         if rank not in asked:
-            question = client._call_utility_async(METRICS_METHOD, METRICS.seen(rank), engine=engine)
+            arguments = METRICS.seen(rank), METRICS.take_refused()
+            question = client._call_utility_async(METRICS_METHOD, *arguments, engine=engine)
             asked[rank] = asyncio.ensure_future(question)
     if asked:
         await asyncio.wait(asked.values(), timeout=_PATIENCE)

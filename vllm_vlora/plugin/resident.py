@@ -36,7 +36,9 @@ from vllm_vlora.errors import (
 )
 from vllm_vlora.plugin.arena import Arena, Block
 from vllm_vlora.plugin.blend_paths import blended_checkpoint, is_made_of
+from vllm_vlora.plugin.counters import HOST
 from vllm_vlora.plugin.direct import DirectMemory, DirectPath, task_memory
+from vllm_vlora.plugin.events import happened
 from vllm_vlora.plugin.following import State
 from vllm_vlora.plugin.held_bases import Bases
 from vllm_vlora.plugin.identity import MEMORY, TaskPath, parse_task_path, task_path
@@ -173,6 +175,8 @@ class _HostImages:
     pinned: bool = False
     held: OrderedDict[str, _Staged] = field(default_factory=OrderedDict)
     nbytes: int = 0
+    # That gave way to others so far.
+    evictions: int = 0
 
     def put(self, path: str, staged: _Staged) -> list[_Staged]:
         """Keep an image; what has to go for it, perhaps itself."""
@@ -183,7 +187,12 @@ class _HostImages:
         self.held[path] = staged
         self.nbytes += self._takes(staged)
         while self.nbytes > self.limit:
-            gone += self.pop(next(iter(self.held)))
+            first = next(iter(self.held))
+            gone += self.pop(first)
+            # What is too large for all of it gives way to nobody.
+            if first != path:
+                self.evictions += 1
+                happened("eviction", task=first, tier=HOST)
         return gone
 
     def pop(self, path: str) -> list[_Staged]:
@@ -720,6 +729,11 @@ class ResidentStore:
     def host_limit(self) -> int:
         """Bytes that they may take."""
         return self._images.limit
+
+    @property
+    def host_evictions(self) -> int:
+        """Images that gave way to others on the host so far."""
+        return self._images.evictions
 
     def host_tasks(self, most: int) -> tuple[int, list[str]]:
         """How many tasks are on the host alone, and names of so many of them, the last used first."""
