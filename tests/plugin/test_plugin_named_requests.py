@@ -17,7 +17,10 @@ from plugin_world import TASKS, build
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.entrypoints.serve.lora.protocol import (
+    LoadLoRAAdapterRequest,
+    UnloadLoRAAdapterRequest,
+)
 from vllm.lora.request import LoRARequest
 
 from vllm_vlora.checkpoint.aliases import encode_aliases
@@ -44,7 +47,7 @@ from vllm_vlora.plugin.named_requests import (
     TaskRequests,
     answering,
 )
-from vllm_vlora.plugin.requests import all_requests, lora_request
+from vllm_vlora.plugin.requests import CheckpointResolver, all_requests, lora_request
 
 ORDINARY = LoRARequest("ordinary", 1, "/adapters/ordinary")
 
@@ -202,7 +205,8 @@ def test_unloading(requests: TaskRequests) -> None:
 class Engine:
     """What vLLM's ``OpenAIServingModels`` asks of an engine."""
 
-    model_config = renderer = input_processor = None
+    model_config = SimpleNamespace(model="base")
+    renderer = input_processor = None
 
     def __init__(self) -> None:
         self.loaded: list[tuple[str, int]] = []
@@ -547,6 +551,103 @@ def test_a_name_that_is_taken_stays_its_holders(
     set_alias(checkpoint, "base", "joint")
     server.follow(checkpoint)
     assert len(caplog.messages) == len(names) + 1
+
+
+class Updating(Server):
+    """A server whose clients may load adapters (``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``)."""
+
+    def __init__(self, checkpoint: Path, **more: LoRARequest) -> None:
+        super().__init__(checkpoint, **more)
+        engine: Any = Engine()
+        self._models = OpenAIServingModels(engine, [BaseModelPath("base", "base")])
+        self._models.lora_requests = self.requests
+        self._models.lora_resolvers = [CheckpointResolver(checkpoint)]
+
+    def ask(self, name: str) -> LoRARequest:
+        """What vLLM has a request of a name answered by, as its ``_check_model`` finds that."""
+        if name not in self.requests:
+            asyncio.run(self._models.resolve_lora(name))
+        return self.requests[name]
+
+    def unload(self, name: str) -> None:
+        asked = UnloadLoRAAdapterRequest(lora_name=name)
+        assert str(asyncio.run(self._models.unload_lora_adapter(asked))).startswith("Success")
+
+
+def served(checkpoint: Path, task: str) -> tuple[str, int]:
+    """The path and the number of a task of what a checkpoint has now."""
+    [request] = [r for r in all_requests(checkpoint) if r.lora_name == task]
+    return request.lora_path, request.lora_int_id
+
+
+@pytest.mark.parametrize("way", ["before the list has it", "after it was unloaded"])
+def test_a_task_that_vllms_resolver_found_follows_what_is_published(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    if way == "before the list has it":
+        server = Updating(checkpoint)
+        blend_tasks(checkpoint, {"joint": 2.0}, "new")
+    else:
+        blend_tasks(checkpoint, {"joint": 2.0}, "new")
+        server = Updating(checkpoint)
+        server.unload("new")
+    found = server.ask("new")
+    # A number of vLLM's own, which another API server gives to something else.
+    assert (found.lora_path, found.lora_int_id) == (served(checkpoint, "new")[0], 1)
+    set_alias(checkpoint, "other", "new")
+    server.follow(checkpoint)
+    listed = server.ask("new")
+    assert (listed.lora_path, listed.lora_int_id) == served(checkpoint, "new")
+    assert server.requests["other"] is listed
+    server.unload("new")
+    server.ask("new")
+    remove_alias(checkpoint, "other")
+    remove_tasks(checkpoint, ["new"])
+    blend_tasks(checkpoint, {"joint": 3.0}, "new")
+    server.follow(checkpoint)
+    again = server.ask("new")
+    assert (again.lora_path, again.lora_int_id) == served(checkpoint, "new")
+    assert server.requests.newest(found) is again
+    server.unload("new")
+    server.ask("new")
+    remove_tasks(checkpoint, ["new"])
+    server.follow(checkpoint)
+    assert list(server.requests) == [*TASKS, "canary", "mix", "prod"]
+    assert not caplog.messages
+
+
+def test_a_task_that_was_found_and_removed_before_it_was_listed_is_not_listed(
+    checkpoint: Path,
+) -> None:
+    server = Updating(checkpoint)
+    blend_tasks(checkpoint, {"joint": 2.0}, "new")
+    server.ask("new")
+    remove_tasks(checkpoint, ["new"])
+    set_alias(checkpoint, "new", "joint")
+    server.follow(checkpoint)
+    assert server.requests["new"] is server.requests["joint"]
+
+
+def test_a_task_that_was_unloaded_stays_away_until_it_is_published_again(checkpoint: Path) -> None:
+    server = Updating(checkpoint)
+    server.unload("one")
+    set_alias(checkpoint, "other", "joint")
+    server.follow(checkpoint)
+    assert "one" not in server.requests
+    remove_tasks(checkpoint, ["one"])
+    blend_tasks(checkpoint, {"joint": 2.0}, "one")
+    server.follow(checkpoint)
+    assert server.requests["one"].lora_path == served(checkpoint, "one")[0]
+
+
+def test_a_task_of_another_checkpoint_or_of_another_name_is_an_adapter(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = LoRARequest("one", 1, served(build(tmp_path / "other", seed=1).path, "one")[0])
+    renamed = LoRARequest("mixed", 2, served(checkpoint, "joint")[0])
+    requests = Server(checkpoint, one=theirs, mixed=renamed).requests
+    assert (requests["one"], requests["mixed"]) == (theirs, renamed)
+    assert ["'one'" in line or "'mixed'" in line for line in caplog.messages] == [True] * 2
 
 
 def test_a_served_model_is_no_blend(checkpoint: Path) -> None:

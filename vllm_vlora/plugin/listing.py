@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm.lora.request import LoRARequest
@@ -16,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_vlora.blending.text_router import AUTO, RoutePolicy
 from vllm_vlora.checkpoint.aliases import Route, decode_aliases
+from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.router_files import decode_router
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.plugin.counters import ENDING
@@ -63,6 +65,8 @@ class Listing:
         self._models, self._templates = models, templates
         self._policy = policy
         self._listed: dict[str, LoRARequest] = {}
+        # The checkpoint's, as its paths have it; None while all that is served is from memory.
+        self._folder: Path | None = None
         self._state = ""
         # By which the engine cores tell API servers apart.
         self._own_name = uuid.uuid4().hex
@@ -109,7 +113,9 @@ class Listing:
     async def _take(self) -> None:
         """List what every engine core serves now, as far as its names are free."""
         paths, aliases = await self._served(), await self._aliases()
-        routing = await self._routing(paths)
+        places = (path.checkpoint for path in paths.values() if path.checkpoint != MEMORY)
+        self._folder = next(places, self._folder)
+        routing = await self._routing()
         if self._templates is not None:
             await asyncio.to_thread(self._templates, paths)
         requests = await asyncio.to_thread(requests_for, paths)
@@ -126,28 +132,43 @@ class Listing:
         self._say(said)
 
     def _show(self, found: list[LoRARequest]) -> None:
-        """List these in place of those that are listed; what did not change is not looked at."""
+        """List these in place of those that are listed, and of those that vLLM's resolver found."""
         shown: TaskRequests = self._models.lora_requests
-        wanted = {request.lora_name: request for request in found}
-        for name, old in self._listed.items():
+        wanted, gone = {request.lora_name: request for request in found}, set()
+        for name, own in shown.own_items():
             new = wanted.get(name)
-            # A client may have unloaded it, or put another in its place, where that is allowed.
-            if (new is None or new.lora_path != old.lora_path) and shown.own(name) is old:
+            stays = new is not None and new.lora_path == own.lora_path
+            if not (stays and own is self._listed.get(name)) and self._is_ours(name, own):
                 del shown[name]
+                gone.add(name)
         for name, request in wanted.items():
             before = self._listed.get(name)
             if before is not None and before.lora_path == request.lora_path:
                 wanted[name] = before
-            elif shown.own(name) is None:
-                shown[name] = request
+                # A client unloaded it, where that is allowed.
+                if name not in gone:
+                    continue
+            if shown.own(name) is None:
+                shown[name] = wanted[name]
         self._listed = wanted
 
     def _is_taken(self, name: str) -> bool:
         """Whether a name is something else's here: a served model's or an ordinary adapter's."""
         # Not what it would mean as a blend.
         own = self._models.lora_requests.own(name)
-        others = own is not None and own is not self._listed.get(name)
+        others = own is not None and not self._is_ours(name, own)
         return others or self._models.is_base_model(name)
+
+    def _is_ours(self, name: str, own: LoRARequest) -> bool:
+        """Whether the request that a name has is for the checkpoint's task of that name.
+
+        Where clients may load adapters, vLLM's resolver finds tasks that are not listed yet, or were
+        unloaded, and lists them in a request that it makes itself.
+        """
+        if own is self._listed.get(name):
+            return True
+        path = parse_task_path(own.lora_path)
+        return path is not None and (path.checkpoint, path.file) == (self._folder, task_file(name))
 
     def _say(self, not_served: list[str]) -> None:
         for what in not_served:
@@ -159,15 +180,13 @@ class Listing:
         """Other names of what every engine core serves."""
         return decode_aliases((await self._agreed(ALIASES_METHOD)).encode())
 
-    async def _routing(self, paths: Mapping[str, TaskPath]) -> Routing | None:
+    async def _routing(self) -> Routing | None:
         """The router of what every engine core serves, whose network lies in this checkpoint's folder.
 
         Raises:
             CheckpointError: it is not there: the folder has another state by now.
         """
-        folders = (path.checkpoint for path in paths.values() if path.checkpoint != MEMORY)
-        folder = next(folders, None)
-        if folder is None or self._policy is None:
+        if self._folder is None or self._policy is None:
             return None
         text = await self._agreed(ROUTER_METHOD)
         if not text:
@@ -175,7 +194,7 @@ class Listing:
         record, held = decode_router(text.encode()), self._models.lora_requests.routing
         if held is not None and held.record == record:
             return held
-        return await asyncio.to_thread(Routing.read, folder, record, self._policy)
+        return await asyncio.to_thread(Routing.read, self._folder, record, self._policy)
 
     async def _served(self) -> dict[str, TaskPath]:
         """What every engine core serves: task id -> path, in that order."""

@@ -133,6 +133,10 @@ class TaskRequests(dict[str, LoRARequest]):
         """The request that a name has itself: a task's or an ordinary adapter's."""
         return super().get(name)
 
+    def own_items(self) -> list[tuple[str, LoRARequest]]:
+        """Every name that has a request itself, and that request."""
+        return list(super().items())
+
     def is_checkpoints(self, name: str) -> bool:
         """Whether a name is a task's of ours or an alias."""
         return self._path(name) is not None or (self.own(name) is None and name in self.aliases)
