@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,7 @@ from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.errors import AdapterError, CheckpointError
 from vllm_vlora.merging.blending import blend_tasks
-from vllm_vlora.plugin.chat_templates import TaskTemplates, task_template
-from vllm_vlora.plugin.identity import MEMORY, task_paths
+from vllm_vlora.plugin.kept_templates import read_template, template_file
 from vllm_vlora.tools.cli import app
 
 TOKENIZER = b'{"version": "1.0", "added_tokens": []}'
@@ -288,26 +286,20 @@ def test_the_template_of_a_task(
     for name, data in files.items():
         (folders[2] / name).write_bytes(data)
     compress({"t": open_adapter(folders[2])}, tmp_path / "out", CompressOptions(ratio=1))
-    assert task_template(Checkpoint.open(tmp_path / "out"), "t") == template
-    held = task_paths(Checkpoint.open(tmp_path / "out"))
-    assert TaskTemplates().load(tmp_path / "out", held) == ["t"] * (template is not None)
-    # Those from memory come beside it, and stand before one of its name, whose template is not theirs.
-    memory = replace(held["t"], checkpoint=MEMORY)
-    beside = TaskTemplates().load(tmp_path / "out", {**held, "policy": memory})
-    assert beside == ["t"] * (template is not None)
-    assert TaskTemplates().load(tmp_path / "out", {"t": memory}) == []
-    with pytest.raises(CheckpointError, match="published again while the server started"):
-        TaskTemplates().load(tmp_path / "out", {})
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    file = template_file(checkpoint.attachments["t"])
+    assert (None if file is None else read_template(checkpoint.path, *file)) == template
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[" * 100_000])
-def test_a_tokenizer_config_that_is_none_ends_the_start(
-    folders: list[Path], tmp_path: Path, text: bytes
-) -> None:
+def test_a_tokenizer_config_that_is_none(folders: list[Path], tmp_path: Path, text: bytes) -> None:
     (folders[2] / "tokenizer_config.json").write_bytes(text)
     compress({"t": open_adapter(folders[2])}, tmp_path / "out", CompressOptions(ratio=1))
-    with pytest.raises(CheckpointError, match="task 't', its tokenizer_config"):
-        TaskTemplates().load(tmp_path / "out", task_paths(Checkpoint.open(tmp_path / "out")))
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    file = template_file(checkpoint.attachments["t"])
+    assert file is not None
+    with pytest.raises(CheckpointError, match=r"this tokenizer_config\.json is none .*; mend it"):
+        read_template(checkpoint.path, *file)
 
 
 def test_the_commands_say_what_is_kept(folders: list[Path], tmp_path: Path) -> None:

@@ -421,7 +421,8 @@ def test_the_api_server_says_at_start_up_that_lora_is_off() -> None:
 def test_the_api_server_lists_what_every_engine_core_holds() -> None:
     tasks = [("b", _path("b")), ("a", _path("a", "1"))]
     seen: list[Any] = []
-    models = _init(_Client(tasks, tasks), templates=seen.append)
+    templates = SimpleNamespace(read=seen.append, use=lambda read, requests: None)
+    models = _init(_Client(tasks, tasks), templates=templates)
     listed = {name: request.lora_path for name, request in models.lora_requests.items()}
     assert listed == {"ordinary": "/adapters/ordinary", **dict(tasks)}
     assert {task: str(path) for task, path in seen[0].items()} == dict(tasks)

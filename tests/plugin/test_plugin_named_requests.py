@@ -342,7 +342,7 @@ def through(
         if refused is not None:
             return refused.error.message
         assert requests[name] is requests[name] is requests.get(name)
-        assert answering(name) == requests[name].lora_name
+        assert answering(name, requests) is requests[name]
         return requests[name]
 
     async def send(message: Any) -> None:

@@ -355,6 +355,24 @@ def test_a_look_sees_another_router(checkpoint: Path) -> None:
     assert State(Checkpoint.open(checkpoint)).router is None
 
 
+def test_a_network_that_is_gone_by_now_stops_no_list(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The folder has another state than the engine cores, which may never take it."""
+    server = Server(checkpoint)
+    before = server.requests.routing
+    attach(checkpoint, list(WORDS)[:2])
+    set_alias(checkpoint, "new", "joint")
+    server.show(checkpoint)
+    for file in checkpoint.glob("router-*"):
+        file.unlink()
+    asyncio.run(server.listing._update())
+    assert "new" in server.requests
+    assert server.requests.routing is before is not None
+    [line] = caplog.messages
+    assert line.startswith(f"vllm-vlora: 'auto' is routed as before: {checkpoint / 'router-'}")
+
+
 def test_a_server_without_the_network_does_not_start(checkpoint: Path) -> None:
     for file in checkpoint.glob("router-*"):
         file.unlink()

@@ -28,6 +28,7 @@ from vllm_vlora.plugin.blend_paths import names_in_blends
 from vllm_vlora.plugin.counters import reason_of
 from vllm_vlora.plugin.events import facts
 from vllm_vlora.plugin.identity import task_paths
+from vllm_vlora.plugin.kept_templates import template_file
 
 PERIOD = 0.25
 """Seconds between two looks at the manifest, which is one ``stat``."""
@@ -93,6 +94,7 @@ class Follower:
         served: the state that is served.
         check: raises a VLoRAError where the served model cannot take these tasks of a checkpoint.
         logger: where refusals go.
+        templates: the tasks' chat templates are used, so they must be there, too.
     """
 
     def __init__(
@@ -101,10 +103,13 @@ class Follower:
         served: State,
         check: Callable[[Checkpoint, Collection[str]], None],
         logger: logging.Logger,
+        templates: bool = False,
     ) -> None:
         folder, self._pin = split_pin(reference)
         self._folder = Path(folder)
-        self._check, self._logger = check, logger
+        self._check, self._logger, self._templates = check, logger, templates
+        # SHA-256 of those that were read in the newest state.
+        self._templates_read: set[str] = set()
         self.served = self._offered = served
         # None: of before the served state was read, so that the first look reads the manifest again.
         self._seen: tuple[int, ...] | None = None
@@ -210,9 +215,19 @@ class Follower:
                 read_checked(file, ref)
         if found.router is not None and found.router != served.router:
             read_router_weights(checkpoint.path, found.router)
+        if self._templates:
+            self._read_templates(checkpoint)
         if checkpoint.was_replaced:
             raise CheckpointError(f"{checkpoint.path} was published again while it was read")
         return found
+
+    def _read_templates(self, checkpoint: Checkpoint) -> None:
+        kept = (template_file(files) for files in checkpoint.attachments.values())
+        files = {ref.sha256: ref for _, ref in (file for file in kept if file is not None)}
+        for digest in files.keys() - self._templates_read:
+            # What is in it is for the API servers to judge: of one task, it stops no other's publication.
+            read_checked(checkpoint.path / files[digest].file, files[digest])
+        self._templates_read = set(files)
 
 
 def _new_files(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vllm_vlora.checkpoint.aliases import Route, decode_aliases
 from vllm_vlora.checkpoint.manifest import task_file
 from vllm_vlora.checkpoint.router_files import decode_router
 from vllm_vlora.errors import CheckpointError
+from vllm_vlora.plugin.chat_templates import TaskTemplates
 from vllm_vlora.plugin.counters import ENDING
 from vllm_vlora.plugin.engine_core import (
     ALIASES_METHOD,
@@ -52,14 +53,14 @@ class Listing:
 
     Args:
         models: vLLM's ``OpenAIServingModels``.
-        templates: called with the paths of all tasks whenever they change.
+        templates: by which their chats are rendered; None where that is the base model's.
         policy: how a router's weights become an answer; None to route nothing.
     """
 
     def __init__(
         self,
         models: Any,
-        templates: Callable[[Mapping[str, TaskPath]], object] | None = None,
+        templates: TaskTemplates | None = None,
         policy: RoutePolicy | None = None,
     ) -> None:
         self._models, self._templates = models, templates
@@ -71,8 +72,10 @@ class Listing:
         # By which the engine cores tell API servers apart.
         self._own_name = uuid.uuid4().hex
         self._following: asyncio.Task[None] | None = None
-        # What was said to be not served.
+        # What was said to be not served, and why the list is as it was.
         self._said: set[str] = set()
+        self._warned: set[str] = set()
+        self._started = False
 
     async def start(self) -> None:
         """List what the engine cores serve.
@@ -84,6 +87,7 @@ class Listing:
             CheckpointError: they do not serve the same.
         """
         await self._take()
+        self._started = True
 
     def follow(self) -> None:
         """List what is served from now on, too, until the engine ends."""
@@ -95,12 +99,18 @@ class Listing:
             await asyncio.sleep(PERIOD)
             try:
                 await self._update()
+                self._warned.clear()
             except EngineDeadError:
                 return
             except Exception as error:  # noqa: BLE001 - what is listed stays, and the next look comes
                 if ENDING in str(error):
                     return
-                logger.warning("vllm-vlora: the list of tasks is as it was: %s", error)
+                self._warn(f"the list of tasks is as it was: {error}")
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            logger.warning("vllm-vlora: %s", what)
+        self._warned.add(what)
 
     async def _update(self) -> None:
         states = set(await self._ask(FOLLOW_METHOD, self._own_name, self._state))
@@ -117,7 +127,7 @@ class Listing:
         self._folder = next(places, self._folder)
         routing = await self._routing()
         if self._templates is not None:
-            await asyncio.to_thread(self._templates, paths)
+            templates = await asyncio.to_thread(self._templates.read, paths)
         requests = await asyncio.to_thread(requests_for, paths)
         # From here on nothing is waited for: a request finds all of a state or nothing.
         taken = {name for name in (*paths, *aliases) if self._is_taken(name)}
@@ -125,6 +135,8 @@ class Listing:
         shown: TaskRequests = self._models.lora_requests
         shown.aliases = {name: aliases[name] for name in aliases if name not in taken}
         shown.routing = routing
+        if self._templates is not None:
+            self._templates.use(templates, shown)
         said = [f"task {name!r}" for name in paths if name in taken]
         said += [f"alias {name!r}" for name in aliases if name in taken]
         if routing is not None and not shown.routes:
@@ -183,8 +195,11 @@ class Listing:
     async def _routing(self) -> Routing | None:
         """The router of what every engine core serves, whose network lies in this checkpoint's folder.
 
+        The folder may have another state by now, perhaps one that is refused; the router stays as it was
+        then, and no list waits for it.
+
         Raises:
-            CheckpointError: it is not there: the folder has another state by now.
+            CheckpointError: it is not there at the start.
         """
         if self._folder is None or self._policy is None:
             return None
@@ -194,7 +209,13 @@ class Listing:
         record, held = decode_router(text.encode()), self._models.lora_requests.routing
         if held is not None and held.record == record:
             return held
-        return await asyncio.to_thread(Routing.read, self._folder, record, self._policy)
+        try:
+            return await asyncio.to_thread(Routing.read, self._folder, record, self._policy)
+        except CheckpointError as error:
+            if not self._started:
+                raise
+            self._warn(f"{AUTO!r} is routed as before: {error}")
+            return held
 
     async def _served(self) -> dict[str, TaskPath]:
         """What every engine core serves: task id -> path, in that order."""

@@ -570,7 +570,8 @@ class TaskLoRAManager(LRUCacheLoRAModelManager):
         checkpoint = store.preload(folder, make_path)
         assert store.state is not None
         if self.setup.settings.follow:
-            self.follower = Follower(folder, store.state, store.check, logger)
+            templates = self.setup.settings.chat_templates
+            self.follower = Follower(folder, store.state, store.check, logger, templates)
             self._poller = _make_poller(self.follower, self.setup.settings)
         for task in store.tasks():
             self._make_model(1, task)  # A head that does not fit is refused here and not in a step.

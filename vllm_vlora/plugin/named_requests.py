@@ -334,11 +334,11 @@ def meaning_for(key: str, name: str, requests: TaskRequests) -> LoRARequest:
 # --- the API server -------------------------------------------------------------------------------
 
 
-def answering(name: str) -> str:
-    """The name of what answers a request of a name, as far as this request has looked it up."""
+def answering(name: str, requests: TaskRequests) -> LoRARequest | None:
+    """What answers a request of a name, as far as this HTTP request has looked it up."""
     asked = _asked.get()
     found = None if asked is None else asked.answered.get(name)
-    return name if found is None else found.lora_name
+    return requests.own(name) if found is None else found
 
 
 class NameHeaders:

@@ -23,6 +23,7 @@ from vllm_vlora.errors import IncompatibleVLLMError
 CHAT_REQUESTS = (
     ("openai.chat_completion", "ChatCompletionRequest"),
     ("openai.responses", "ResponsesRequest"),
+    ("pooling.base", "ChatRequestOptionsMixin"),
     ("serve.tokenize", "TokenizeChatRequest"),
 )
 """Where requests that hold a chat are defined, and their classes."""

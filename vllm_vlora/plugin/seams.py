@@ -13,7 +13,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllm.lora.lora_model import LoRAModel
@@ -234,7 +234,7 @@ def _around_sleep(executor: Any, leave: Callable[[], None], come: Callable[[], N
 
 def _init_static_loras(
     original: Callable[..., Any],
-    load_templates: Callable[[Mapping[str, TaskPath]], object] | None,
+    templates: TaskTemplates | None,
     follows: bool,
     blends: bool = True,
     policy: RoutePolicy | None = None,
@@ -245,7 +245,7 @@ def _init_static_loras(
         await original(self)
         refuse_without_lora(self.engine_client.vllm_config.lora_config)
         self.lora_requests = TaskRequests(self.lora_requests, {}, blends, self.is_base_model)
-        listing = Listing(self, load_templates, policy)
+        listing = Listing(self, templates, policy)
         await listing.start()
         say_which_weigh_nothing(weights, self)
         if follows:
@@ -469,19 +469,18 @@ def _patches(setup: Setup, requests: Callable[[], list[LoRARequest]]) -> list[tu
     if setup.checkpoint is not None:
         checkpoint = setup.checkpoint
         wrappers["attach_router"] = show_in_metrics
-        templates = TaskTemplates()
-        load = functools.partial(templates.load, checkpoint)
+        templates = TaskTemplates(checkpoint) if setup.settings.chat_templates else None
         wrappers["OpenAIServingModels.init_static_loras"] = lambda f: refresh_after(
             _init_static_loras(
                 f,
-                load if setup.settings.chat_templates else None,
+                templates,
                 setup.settings.follow,
                 setup.settings.blends,
                 _policy(setup.settings),
                 setup.settings.weights,
             )
         )
-        if setup.settings.chat_templates:
+        if templates is not None:
             for _, owner in CHAT_REQUESTS:
                 wrappers[f"{owner}.build_chat_params"] = templates.wrap
         wrappers["RustFrontendProcessManager.__init__"] = lambda f: _rust_frontend(
