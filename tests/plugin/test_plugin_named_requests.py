@@ -147,7 +147,7 @@ def test_no_two_names_have_one_number(requests: TaskRequests) -> None:
 def test_a_number_is_free_once_nothing_has_it(requests: TaskRequests) -> None:
     def numbers() -> dict[int, int]:
         found = [request.lora_int_id for request in dict.values(requests)]
-        found += [request.lora_int_id for request in requests._blends.values()]
+        found += [held.request.lora_int_id for held in requests._blends.values()]
         return dict(Counter(found))
 
     wanted = requests["joint*0.5+private"].lora_int_id
@@ -183,6 +183,34 @@ def test_a_new_blend_looks_at_no_other_task(checkpoint: Path) -> None:
     made.clear()
     assert requests["joint*0.5+private"].lora_name == "joint*0.5+private"
     assert made == []
+
+
+# In its one form the first is called as a task, and the second reads as a blend of others.
+@pytest.mark.parametrize("name", ["one+joint", "joint+private+one"])
+def test_the_newest_of_a_blend_is_that_blend(tmp_path: Path, name: str) -> None:
+    worlds = []
+    for seed in (0, 1):
+        path = build(tmp_path / str(seed), {**TASKS, "joint+one": TASKS["one"]}, seed=seed).path
+        worlds.append(TaskRequests({r.lora_name: r for r in all_requests(path)}, {}))
+    requests, later = worlds
+    asked = requests[name]
+    parts = {"one+joint": "one*1+joint*1", "joint+private+one": "one+joint*1+private*1"}
+    assert asked == requests[parts[name]]
+    assert requests.newest(asked) is asked
+    # Its tasks are published again.
+    for request in later.values():
+        requests[request.lora_name] = request
+    newest = requests.newest(asked)
+    assert newest is not None
+    assert newest.lora_path == requests[parts[name]].lora_path != asked.lora_path
+    # Of a blend that was forgotten the name alone is left, which is another's.
+    requests._blends.clear()
+    assert requests.newest(asked) is None
+    asked = requests["joint*0.5+private"]
+    requests._blends.clear()
+    assert requests.newest(asked) == asked
+    del requests["joint"]
+    assert requests.newest(asked) is None
 
 
 def test_unloading(requests: TaskRequests) -> None:

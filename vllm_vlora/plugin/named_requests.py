@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from vllm.lora.request import LoRARequest
@@ -26,7 +26,7 @@ from vllm_vlora.blending.resolving import expand, resolve
 from vllm_vlora.blending.text_router import AUTO
 from vllm_vlora.checkpoint.aliases import Aliases
 from vllm_vlora.errors import BlendError, TaskIdError
-from vllm_vlora.plugin.blend_paths import blend_path
+from vllm_vlora.plugin.blend_paths import blend_path, is_blend_path
 from vllm_vlora.plugin.identity import FIRST_ID, ID_SPAN, TaskPath, parse_task_path
 from vllm_vlora.plugin.prompt_routing import Routing
 from vllm_vlora.plugin.refusals import callers_error
@@ -103,7 +103,7 @@ class TaskRequests(dict[str, LoRARequest]):
     ) -> None:
         super().__init__(requests)
         self._takes_blends, self._is_model = blends, is_model
-        self._blends: OrderedDict[str, LoRARequest] = OrderedDict()
+        self._blends: OrderedDict[str, _Blended] = OrderedDict()
         # How many requests have each number: looking through a hundred thousand tasks takes milliseconds.
         self._numbers = Counter(request.lora_int_id for request in requests.values())
         self.aliases: Aliases = aliases
@@ -172,12 +172,35 @@ class TaskRequests(dict[str, LoRARequest]):
         return request
 
     def newest(self, request: LoRARequest) -> LoRARequest | None:
-        """The request that has the name of one by now: of a task, or of a blend in its one form."""
-        own = self.own(request.lora_name)
-        if own is not None:
-            return own
+        """What one asks for is to be asked for so by now: a task of its id, or a blend of its tasks.
+
+        None where that is not there, or may be another blend.
+        """
+        path, own = parse_task_path(request.lora_path), self.own(request.lora_name)
+        if path is None or not is_blend_path(path):
+            # What was a task's id may read as a blend by now.
+            return own or self._found(self._read(request.lora_name))
+        # In its one form its name may be a task's id, or read as another blend.
+        held = self._blends.get(request.lora_path)
+        if held is not None:
+            return self._found(held.blend)
+        found = self._found(self._read(request.lora_name))
+        newer = None if found is None else parse_task_path(found.lora_path)
+        return None if newer is None or newer.file != path.file else found
+
+    def _read(self, name: str) -> Blend:
+        """What a name means without aliases; nothing where that is nothing."""
         try:
-            return self._request(resolve(request.lora_name, _Tasks(self), {}, ""))
+            return resolve(name, _Tasks(self), {}, "")
+        except BlendError:
+            return ()
+
+    def _found(self, blend: Blend) -> LoRARequest | None:
+        """The request for a blend, as far as that can be made."""
+        if not blend or any(self._path(task) is None for task, _ in blend):
+            return None
+        try:
+            return self._request(blend)
         except BlendError:
             return None
 
@@ -188,12 +211,12 @@ class TaskRequests(dict[str, LoRARequest]):
         path = blend_path(paths, blend)
         held = self._blends.get(str(path))
         if held is None:
-            held = LoRARequest(blend_text(blend), self._free_id(path), str(path))
-            self._blends[held.lora_path] = self._numbered(held)
+            made = LoRARequest(blend_text(blend), self._free_id(path), str(path))
+            held = self._blends[str(path)] = _Blended(self._numbered(made), blend)
             if len(self._blends) > _MOST_BLENDS:
-                self._forgotten(self._blends.popitem(last=False)[1])
-        self._blends.move_to_end(held.lora_path)
-        return held
+                self._forgotten(self._blends.popitem(last=False)[1].request)
+        self._blends.move_to_end(str(path))
+        return held.request
 
     def _free_id(self, path: TaskPath) -> int:
         """As a task's (``identity``), and no other's here, whoever made up the blend for that."""
@@ -253,7 +276,8 @@ class TaskRequests(dict[str, LoRARequest]):
         elif name in self.aliases:
             self.aliases = {n: routes for n, routes in self.aliases.items() if n != name}
         else:
-            self._forgotten(self._blends.pop(self[name].lora_path, None))
+            held = self._blends.pop(self[name].lora_path, None)
+            self._forgotten(held and held.request)
 
     def __iter__(self) -> Iterator[str]:
         yield from super().__iter__()
@@ -294,6 +318,13 @@ class TaskRequests(dict[str, LoRARequest]):
         most = max(self.aliases[name], key=lambda route: route.share).blend
         target = self._request(most)
         return LoRARequest(name, target.lora_int_id, target.lora_path)
+
+
+class _Blended(NamedTuple):
+    """The request for a blend, and the blend."""
+
+    request: LoRARequest
+    blend: Blend
 
 
 class _Tasks:
