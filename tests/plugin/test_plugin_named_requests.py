@@ -408,6 +408,32 @@ def test_a_canary_is_one_task_for_a_request_and_for_a_client(requests: TaskReque
     assert len({through(requests, "canary")[1] for _ in range(40)}) == 2
 
 
+def test_a_canary_is_one_task_for_a_user_of_a_batch(requests: TaskRequests) -> None:
+    """``vllm run-batch`` has no HTTP, and so no middleware."""
+    serving = object.__new__(BaseServing)
+    serving.request_logger, serving.models = None, SimpleNamespace(lora_requests=requests)  # type: ignore
+    serving.models.is_base_model = "base".__eq__
+    check = named_requests._check_model(BaseServing._check_model)
+
+    async def answered(user: str | None) -> str:
+        request: Any = SimpleNamespace(model="canary", user=user)
+        assert await check(serving, request) is None
+        found = serving._maybe_get_adapters(request)
+        assert found is not None
+        return found.lora_name
+
+    users = [str(n) for n in range(20)] * 2
+    wanted = [through(requests, "canary", user=user)[0].lora_name for user in users]
+
+    async def batch() -> None:
+        # One after the other, in one context, and all at once, as vLLM has them.
+        assert [await answered(user) for user in users] == wanted
+        assert await asyncio.gather(*map(answered, users)) == wanted
+        assert {await answered(None) for _ in range(40)} == {"joint", "private"}
+
+    asyncio.run(batch())
+
+
 def test_a_404_says_what_is_wrong_with_a_blend(requests: TaskRequests) -> None:
     assert through(requests, "nobody")[0] == "It does not exist."
     assert through(requests, "joint+nobody")[0].startswith(

@@ -45,10 +45,14 @@ _KEY_LENGTH = 256
 
 
 class Asked:
-    """One HTTP request: whose it is, and what the names in it have turned out to mean."""
+    """One request: whose it is, and what the names in it have turned out to mean.
 
-    def __init__(self, header: str | None) -> None:
-        self._header = header
+    Args:
+        header: that has its client's key. by_http: it came by HTTP, and is over with that.
+    """
+
+    def __init__(self, header: str | None, by_http: bool = True) -> None:
+        self._header, self.by_http = header, by_http
         self.user: str | None = None
         self._random = secrets.token_hex(8)
         self.answered: dict[str, LoRARequest] = {}
@@ -402,7 +406,11 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     async def check(self: Any, request: Any) -> Any:
         asked = _asked.get()
-        if asked is not None and isinstance(user := getattr(request, "user", None), str):
+        if asked is None or not asked.by_http:
+            # Of `vllm run-batch`, which has no middleware. The one before it may have had this context.
+            asked = Asked(None, by_http=False)
+            _asked.set(asked)
+        if isinstance(user := getattr(request, "user", None), str):
             asked.user = user
         _route(self.models, request, asked)
         refused = await original(self, request)
@@ -414,19 +422,18 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return check
 
 
-def _route(models: Any, request: Any, asked: Asked | None) -> None:
+def _route(models: Any, request: Any, asked: Asked) -> None:
     """Make a request of ``auto`` one of what is to answer it."""
     requests = getattr(models, "lora_requests", None)
     if request.model != AUTO or not isinstance(requests, TaskRequests) or not requests.routes:
         return
     found, confidence = requests.route(models, request)
     request.model = models.base_model_paths[0].name if found is None else found.lora_name
-    if asked is not None:
-        asked.confidence = confidence
-        if found is None:
-            asked.base = request.model
-        else:
-            asked.answered[found.lora_name] = found
+    asked.confidence = confidence
+    if found is None:
+        asked.base = request.model
+    else:
+        asked.answered[found.lora_name] = found
 
 
 def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
