@@ -16,11 +16,14 @@ pytest.importorskip("vllm")
 from plugin_world import TASKS, build
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.lora.protocol import (
     LoadLoRAAdapterRequest,
     UnloadLoRAAdapterRequest,
 )
+from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
 from vllm_vlora.checkpoint.aliases import encode_aliases
@@ -440,6 +443,53 @@ def test_a_404_says_what_is_wrong_with_a_blend(requests: TaskRequests) -> None:
         "It does not exist. 'joint+nobody' is no"
     )
     assert "weight 0" in through(requests, "joint*0")[0]
+
+
+class Pooling(PoolingBaseServing):
+    """An endpoint of pooling models, as far as it looks names up."""
+
+    def __init__(self, requests: TaskRequests) -> None:
+        self.models: Any = SimpleNamespace(lora_requests=requests, is_base_model="base".__eq__)
+
+    def get_io_processor(self, request: Any) -> Any:
+        raise AssertionError("nothing is processed")
+
+    def _build_response(self, ctx: Any) -> Any:
+        raise AssertionError("nothing is answered")
+
+    async def look_up(self, name: str | None) -> Any:
+        """As ``_init_ctx`` does: what answers, or vLLM's error."""
+        request: Any = SimpleNamespace(model=name)
+        try:
+            assert await self._check_model(request) is None
+            return self._maybe_get_adapters(request)
+        except VLLMNotFoundError as error:
+            return create_error_response(error).error
+
+
+def test_a_404_of_a_pooling_model_says_it_too(
+    requests: TaskRequests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patches = {owner: new for owner, name, new in named_requests.name_patches() if "_check" in name}
+    for owner, new in patches.items():
+        monkeypatch.setattr(owner, "_check_model", new)
+    found = {
+        name: asyncio.run(Pooling(requests).look_up(name))
+        for name in ("joint", "prod", "base", None, "nobody", "joint+nobody", "joint*0", "auto")
+    }
+    assert (found["joint"], found["prod"]) == (requests["joint"], requests["joint"])
+    assert found["base"] is found[None] is None
+    unknown = {name: found[name] for name in ("nobody", "joint+nobody", "joint*0", "auto")}
+    assert {(error.code, error.type) for error in unknown.values()} == {(404, "NotFoundError")}
+    begins = {name: f"The model `{name}` does not exist." for name in unknown}
+    assert unknown["nobody"].message == begins["nobody"]
+    assert unknown["joint+nobody"].message.startswith(
+        f"{begins['joint+nobody']} 'joint+nobody' is no blend of tasks: '+nobody'"
+    )
+    assert unknown["joint*0"].message.startswith(f"{begins['joint*0']} weight 0")
+    assert unknown["auto"].message.startswith(
+        f"{begins['auto']} The served checkpoint has no router"
+    )
 
 
 def test_what_is_no_http_passes(requests: TaskRequests) -> None:

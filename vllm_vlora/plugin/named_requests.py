@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
 from vllm_vlora.blend_names import Blend, blend_text, is_alone, task_alone
@@ -416,8 +417,25 @@ def _check_model(original: Callable[..., Any]) -> Callable[..., Any]:
         refused = await original(self, request)
         requests = self.models.lora_requests
         if refused is not None and isinstance(requests, TaskRequests):
-            _explain(refused, request.model, requests)
+            refused.error.message += _why_unknown(request.model, requests)
         return refused
+
+    return check
+
+
+def _check_pooling_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``PoolingBaseServing._check_model``, which leaves it to a later lookup to raise its 404."""
+    checked = _check_model(original)
+
+    @functools.wraps(original)
+    async def check(self: Any, request: Any) -> None:
+        await checked(self, request)
+        name, requests = request.model, self.models.lora_requests
+        if not isinstance(requests, TaskRequests) or self._is_model_supported(name):
+            return
+        if name not in requests:
+            why = _why_unknown(name, requests)
+            raise VLLMNotFoundError(f"The model `{name}` does not exist.{why}")
 
     return check
 
@@ -478,16 +496,17 @@ def _get_active_default_mm_loras(original: Callable[..., Any]) -> Callable[..., 
     return active
 
 
-def _explain(refused: Any, name: str, requests: TaskRequests) -> None:
-    """Say in a 404 what is wrong with a blend, where a name begins like one, and what ``auto`` needs."""
+def _why_unknown(name: str, requests: TaskRequests) -> str:
+    """For the end of a 404: what is wrong with a blend, where a name begins like one, and what ``auto``
+    needs."""
     if name == AUTO:
-        refused.error.message = f"{refused.error.message} {_NO_ROUTER}"
-        return
+        return f" {_NO_ROUTER}"
     try:
         requests.meaning(name)
     except BlendError as error:
         if "no task is called" not in str(error):
-            refused.error.message = f"{refused.error.message} {error}"
+            return f" {error}"
+    return ""
 
 
 class _HeaderPlugin:
@@ -519,14 +538,15 @@ def name_patches() -> list[tuple[Any, str, Any]]:
     """
     places = {seam.name: seam.find() for seam in NAME_SEAMS}
     return [
-        (place.owner, place.attribute, _WRAPPERS[name.rpartition(".")[2]](place.value))
+        (place.owner, place.attribute, _WRAPPERS[name](place.value))
         for name, place in places.items()
     ]
 
 
 _WRAPPERS = {
-    "_check_model": _check_model,
-    "_get_active_default_mm_loras": _get_active_default_mm_loras,
-    "load_lora_adapter": _load_lora_adapter,
+    "BaseServing._check_model": _check_model,
+    "PoolingBaseServing._check_model": _check_pooling_model,
+    "BaseServing._get_active_default_mm_loras": _get_active_default_mm_loras,
+    "OpenAIServingModels.load_lora_adapter": _load_lora_adapter,
     "load_endpoint_plugins": _load_endpoint_plugins,
 }

@@ -413,6 +413,12 @@ def _called() -> Iterator[Seam]:
         ("self", "request"),
     )
     yield Seam(
+        _BASE_SERVING,
+        "BaseServing._is_model_supported",
+        "whether a name is for no adapter to answer",
+        ("self", "model_name"),
+    )
+    yield Seam(
         _LAYERS,
         "LoRAMapping",
         "the batch's mapping without its direct tasks",
@@ -965,7 +971,7 @@ NAME_SEAMS: tuple[Seam, ...] = (
     Seam(
         "vllm.entrypoints.pooling.base.serving",
         "PoolingBaseServing._check_model",
-        "the same for pooling models",
+        "the same for pooling models, whose 404 comes from a later lookup",
         ("self", "request"),
     ),
     Seam(
