@@ -133,3 +133,27 @@ def test_an_adapter_that_comes_again_is_read_by_its_config_of_now() -> None:
     for _ in range(2):
         with pytest.raises(AdapterError, match="ranks differ"):
             read_state_dict(tensors, None, 2.0, "here")
+
+
+@pytest.mark.parametrize("changed", ["given anew", "in place"])
+def test_of_patterns_in_another_order_another_one_counts(changed: str) -> None:
+    """PEFT takes the first key that matches (``get_pattern_key``); mappings are equal in any order."""
+    tensors = {"q_proj.lora_A.weight": torch.ones(2, 8), "q_proj.lora_B.weight": torch.ones(8, 2)}
+    first = {"q_proj": 8, "q_.*": 64, "v_proj": 1}
+    other = {"q_.*": 64, "q_proj": 8, "v_proj": 1}
+    config: dict[str, Any] = {"r": 2, "lora_alpha": 2, "alpha_pattern": first}
+    ((module, _),) = read_state_dict(tensors, config, None, "here")
+    assert module.scale == 4.0
+    if changed == "in place":
+        first.clear()
+        first |= other
+    else:
+        config = {**config, "alpha_pattern": other}
+    ((module, _),) = read_state_dict(tensors, config, None, "here")
+    assert module.scale == 32.0
+    # The other way round the second reading is refused.
+    ranks = {"q_.*": 2, "q_proj": 4}
+    read_state_dict(tensors, {**config, "rank_pattern": ranks}, None, "here")
+    ranks = {"q_proj": 4, "q_.*": 2}
+    with pytest.raises(AdapterError, match="says rank 4"):
+        read_state_dict(tensors, {**config, "rank_pattern": ranks}, None, "here")

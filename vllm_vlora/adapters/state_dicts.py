@@ -53,8 +53,10 @@ def read_state_dict(
     options = _options(config, where) if alpha is None else _uniform(flat, alpha, where)
     shapes = {key: (tensor.dtype, tensor.shape) for key, tensor in flat.items()}
     last = _last
-    if last is None or (last.options, last.shapes) != (options, shapes):
-        _last = last = _Adapter(deepcopy(options), shapes, _modules(shapes, options, where))
+    if last is None or (last.options, last.shapes) != (_in_order(options), shapes):
+        # A copy, since the caller may change what is in the mapping.
+        options = deepcopy(options)
+        _last = last = _Adapter(_in_order(options), shapes, _modules(shapes, options, where))
     return [(module, (flat[a], flat[b])) for module, a, b in last.modules]
 
 
@@ -62,7 +64,8 @@ class _Adapter(NamedTuple):
     """What is known of an adapter without its values.
 
     Attributes:
-        options: PEFT's. shapes: key -> dtype and shape. modules: with the keys of their A and B.
+        options: PEFT's, by ``_in_order``. shapes: key -> dtype and shape.
+        modules: with the keys of their A and B.
     """
 
     options: Mapping[str, Any]
@@ -73,6 +76,14 @@ class _Adapter(NamedTuple):
 # What was read last: a loop gives one adapter with other values again and again, and for an 8B model's
 # to look at its names took a sixth of publishing it.
 _last: _Adapter | None = None
+
+
+def _in_order(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, mappings as lists: of patterns the first that matches counts, and == ignores order."""
+    return {
+        option: list(value.items()) if isinstance(value, Mapping) else value
+        for option, value in options.items()
+    }
 
 
 def _modules(
