@@ -165,7 +165,8 @@ def cached_snapshot(folder: Path) -> Path | None:
     if not _CACHED.fullmatch(folder.name) or not os.path.isdir(folder / "snapshots"):
         return None
     main = folder / "refs" / "main"
-    if main.is_file():
+    # os.path says no where a folder may not be read; Path would raise.
+    if os.path.isfile(main):
         # A commit's name, and never a path that leads elsewhere.
         try:
             commit = read_regular(main, 1 << 10).decode("ascii", "replace").strip()
@@ -173,11 +174,15 @@ def cached_snapshot(folder: Path) -> Path | None:
             commit = ""
         snapshot = folder / "snapshots" / commit
         # The Hub's cache has links to files, and none to a commit's folder.
-        plain = commit not in ("", ".", "..") and "/" not in commit and not snapshot.is_symlink()
+        plain = commit not in ("", ".", "..") and "/" not in commit and not os.path.islink(snapshot)
         if plain and os.path.isdir(snapshot):
             return snapshot
-    children = (folder / "snapshots").iterdir()
-    snapshots = [child for child in children if child.is_dir() and not child.is_symlink()]
+    try:
+        children = [folder / "snapshots" / name for name in os.listdir(folder / "snapshots")]
+    except OSError:
+        # As a folder that holds none it is opened, or passed over, by those who say why.
+        return None
+    snapshots = [c for c in children if os.path.isdir(c) and not os.path.islink(c)]
     return snapshots[0] if len(snapshots) == 1 else None
 
 

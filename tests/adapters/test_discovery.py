@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -106,10 +107,77 @@ def test_every_place_that_is_passed_over_is_named_with_a_reason(tmp_path: Path) 
         "sql/checkpoint-3": "lies in the adapter sql", "pickled": "pickle", "whole": "whole model",
         "nemo": "NeMo", "zero": "zero_to_fp32.py", "run/deep": "pickle", "torchtune": "torchtune",
         "notes": "no adapter_config.json in it", "french.gguf": "llama.cpp", "old.zip": "unpack",
-        "broken": "../../blobs/1234, which is not there", "loop": "no adapter_config.json in it",
+        "broken": "../../blobs/1234, which is not there", "loop/again": f"same folder as {tmp_path}",
     }.items():  # fmt: skip
         assert said in why.pop(place), place
     assert why == {}
+
+
+LINKS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "beside it": ({"prod": "sql"}, {"prod": "sql"}),
+    "in a folder that comes first": ({"a/prod": "../sql"}, {"a/prod": "sql"}),
+    "in an adapter that comes first": ({"chat/base": "../sql"}, {"chat/base": "sql"}),
+    "in an adapter, to where another link leads too": (
+        {"chat/base": "../../elsewhere", "sql/base": "../../elsewhere", "z": "../elsewhere"},
+        {"chat/base": "z", "sql/base": "z"},
+    ),
+    "of a folder of adapters": ({"all": "runs"}, {"all": "runs"}),
+    "of links": ({"a": "b", "b": "sql"}, {"a": "sql", "b": "sql"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_a_link_takes_no_adapters_place(tmp_path: Path, case: str) -> None:
+    """Real folders come first, however they are called, and a second name of one is said to be one."""
+    top = tmp_path / "top"
+    folders = ["chat", "runs/fr", "sql"]
+    for folder in [*folders, "../elsewhere"]:
+        adapter(top / folder)
+    links, same = LINKS[case]
+    for link, target in links.items():
+        (top / link).parent.mkdir(exist_ok=True)
+        (top / link).symlink_to(target)
+    found = find_adapters(top)
+    left = {str(path.relative_to(top)): why for path, why in found.passed_over.items()}
+    assert left.keys() == same.keys()
+    for link, first in same.items():
+        assert left[link].startswith(f"the same folder as {top / first}; "), left
+    places = [str(path.relative_to(top)) for path in found.adapters.values()]
+    assert places == [*folders, *(links.keys() - same.keys())]
+
+
+def test_a_link_that_leads_to_no_adapter_is_named(tmp_path: Path) -> None:
+    adapter(tmp_path / "top" / "sql")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "top" / "a").mkdir()
+    (tmp_path / "top" / "a" / "link").symlink_to("../../notes")
+    found = find_adapters(tmp_path / "top")
+    assert found.passed_over == {tmp_path / "top" / "a" / "link": "no adapter_config.json in it"}
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
+def test_a_folder_that_may_not_be_read_is_passed_over(mode: int) -> None:
+    nobody, before = 65534, os.geteuid()
+    # Not pytest's own, into which nobody else may look.
+    with TemporaryDirectory() as name:
+        top = Path(name)
+        adapter(top / "sql")
+        places = [top / "locked", top / "a" / "b" / "locked", top / "models--org--x" / "snapshots"]
+        for place in places:
+            place.mkdir(parents=True)
+            place.chmod(mode)
+        top.chmod(0o755)
+        if before == 0:
+            os.seteuid(nobody)
+        try:
+            found = find_adapters(top)
+        finally:
+            os.seteuid(before)
+            for place in places:
+                place.chmod(0o755)
+        assert found.adapters == {"sql": top / "sql"}
+        denied = "it cannot be looked into: Permission denied"
+        assert found.passed_over == dict.fromkeys(places, denied)
 
 
 def test_what_peft_saves_under_names_of_its_own(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from pathlib import Path
 
 from vllm_vlora.adapters.lookalikes import describe_file, describe_folder
@@ -60,14 +61,22 @@ class FoundAdapters:
 
 @dataclass
 class _Search:
+    """What was found up to now.
+
+    Attributes:
+        seen: real path -> under which name it was looked into.
+        links: the links that are still to be followed, those that lie in adapters last; with their level.
+    """
+
     found: list[Path] = field(default_factory=list)
     passed_over: dict[Path, str] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
+    seen: dict[str, Path] = field(default_factory=dict)
+    links: list[tuple[bool, int, Path]] = field(default_factory=list)
 
     @property
     def count(self) -> int:
-        """How much was found or passed over up to now."""
-        return len(self.found) + len(self.passed_over)
+        """How much was found or passed over up to now, or will be."""
+        return len(self.found) + len(self.passed_over) + len(self.links)
 
 
 def find_adapters(folder: str | Path) -> FoundAdapters:
@@ -86,20 +95,25 @@ def find_adapters(folder: str | Path) -> FoundAdapters:
     top = given.resolve() if ".." in given.parts else given.absolute()
     search = _Search()
     _walk(top, search, 0)
-    return FoundAdapters(
-        dict(zip(_ids(top, search.found), search.found, strict=True)), search.passed_over
-    )
+    while search.links:
+        inside, level, link = heappop(search.links)
+        _walk(link, search, level, inside)
+    found = _without_inner(search)
+    return FoundAdapters(dict(zip(_ids(top, found), found, strict=True)), search.passed_over)
 
 
-def _walk(folder: Path, search: _Search, level: int) -> None:
-    real = os.path.realpath(folder)
-    if real in search.seen:
+def _walk(folder: Path, search: _Search, level: int, inside: bool = False) -> None:
+    """Look into a folder; ``inside``: it lies in an adapter."""
+    first = search.seen.setdefault(os.path.realpath(folder), folder)
+    if first != folder:
+        search.passed_over[folder] = (
+            f"the same folder as {first}; give it by itself if it is wanted too"
+        )
         return
-    search.seen.add(real)
     before = search.count
     if _is_adapter(folder):
         search.found.append(folder)
-        _name_inner(folder, search)
+        _walk_into(_folders(folder), search, 2, True)
         return
     cached = cached_snapshot(folder)
     if cached is not None and _is_adapter(cached):
@@ -107,28 +121,41 @@ def _walk(folder: Path, search: _Search, level: int) -> None:
         return
     children = _folders(folder) if level < _MOST_LEVELS else []
     kept, others = _of_one_run(children)
-    for child in kept:
-        _walk(child, search, level + 1)
+    _walk_into(kept, search, level + 1, inside)
     search.passed_over |= others
     said = describe_folder(folder) if level and search.count == before else None
     if said is None:
         search.passed_over |= {file: describe_file(file) for file in _lookalikes(folder)}
-    if said is None and level == 1 and search.count == before:
+    if said is None and search.count == before and (level == 1 or os.path.islink(folder)):
         said = f"no {CONFIG_FILE} in it"
     if said is not None:
         search.passed_over[folder] = said
 
 
-def _name_inner(adapter: Path, search: _Search) -> None:
-    """Adapters that lie in an adapter's own folder: checkpoints of its training, or others."""
-    inner = _Search(seen=search.seen)
-    for child in _folders(adapter):
-        _walk(child, inner, 2)
-    reason = f"lies in the adapter {adapter.name}; give its own folder if it is wanted too"
-    search.passed_over |= dict.fromkeys(inner.found, reason)
-    search.passed_over |= {
-        path: why for path, why in inner.passed_over.items() if _is_adapter(path)
-    }
+def _walk_into(children: list[Path], search: _Search, level: int, inside: bool) -> None:
+    """Look into folders, and leave links for later: a folder is found under its own name first."""
+    for child in children:
+        if os.path.islink(child):
+            heappush(search.links, (inside, level, child))
+        else:
+            _walk(child, search, level, inside)
+
+
+def _without_inner(search: _Search) -> list[Path]:
+    """The adapters, by path, that lie in no other's folder; of what does, adapters alone are named."""
+    kept: dict[Path, None] = {}
+    for path in sorted(search.found):
+        outer = next((above for above in path.parents if above in kept), None)
+        if outer is None:
+            kept[path] = None
+            continue
+        search.passed_over[path] = (
+            f"lies in the adapter {outer.name}; give its own folder if it is wanted too"
+        )
+    for path in [*search.passed_over]:
+        if any(above in kept for above in path.parents) and not _is_adapter(path):
+            del search.passed_over[path]
+    return [*kept]
 
 
 def _of_one_run(children: list[Path]) -> tuple[list[Path], dict[Path, str]]:

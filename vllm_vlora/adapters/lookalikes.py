@@ -12,6 +12,9 @@ from pathlib import Path
 from vllm_vlora.regular_files import open_regular
 from vllm_vlora.strict_json import JSONError, decode
 
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+
 _PICKLE = (
     "pickle, which can run code when it is read, so it is refused; convert it: load the adapter "
     "with PEFT and call save_pretrained(folder, safe_serialization=True)"
@@ -100,14 +103,14 @@ _OF_IMAGES = (
 
 def describe_folder(folder: Path) -> str | None:
     """What a folder that holds no adapter holds instead; None where nothing is recognised."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if (folder / name).is_symlink() and not (folder / name).exists():
+    denied = _why_closed(folder)
+    if denied is not None:
+        return f"it cannot be looked into: {denied}"
+    for name in (_CONFIG, _WEIGHTS):
+        if os.path.islink(folder / name) and not os.path.exists(folder / name):
             target = os.readlink(folder / name)
             return f"{name} is a link to {target}, which is not there; copy or download it again"
-    if (
-        not (folder / "adapter_config.json").exists()
-        and (folder / "adapter_model.safetensors").exists()
-    ):
+    if not os.path.exists(folder / _CONFIG) and os.path.exists(folder / _WEIGHTS):
         return (
             "it has the weights alone; copy adapter_config.json too, in which rank and alpha stand"
         )
@@ -115,9 +118,22 @@ def describe_folder(folder: Path) -> str | None:
         if next(folder.glob(pattern), None) is not None:
             return f"it holds {text}" if text.startswith("only ") else f"it is {text}"
     # Sub-folders come last: a checkpoint of a trainer may have them beside all of these.
-    inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{_CONFIG}"))
     if inner:
         return f"its sub-folders {', '.join(inner[:5])} hold adapters; name one of them"
+    return None
+
+
+def _why_closed(folder: Path) -> str | None:
+    """Why the system lets nobody see what a folder holds; None where it does, or there is none."""
+    try:
+        os.listdir(folder)
+        # Without the right to search it there are names and no more.
+        os.lstat(folder / _CONFIG)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror
     return None
 
 
