@@ -125,18 +125,26 @@ def exclusive(target: str | Path) -> Iterator[None]:
 def scratch_beside(target: Path) -> Iterator[Path]:
     """A folder for the length of the block, where files of ``target`` can have second names: beside it.
 
-    Where nothing can be written there it lies among the system's temporary files. What a killed run
-    leaves of it goes with the next change of ``target``.
+    Where nothing can be written there it lies among the system's temporary files. Changes of ``target``
+    leave it alone while its run lives, and remove what a killed run has left of it once that is old.
     """
     target = Path(os.path.realpath(target))
     with ExitStack() as stack:
+        scratch = beside(target, f"{secrets.token_hex(8)}.scratch")
+        folder = scratch / "files"
         try:
-            folder, lock = _make_temporary(target)
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+            scratch.mkdir()
+            folder.mkdir()
+            lock = _open_lock(scratch)
         except OSError:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="vllm-vlora-")))
         else:
+            # Closed before the folder is removed: NFS keeps what is open under another name in it.
             stack.callback(os.close, lock)
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            # Where there are no locks, no other run can take it either.
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
 
 
@@ -289,6 +297,11 @@ def _make_temporary(target: Path) -> tuple[Path, int]:
     return temporary, lock
 
 
+def _open_lock(scratch: Path) -> int:
+    """The lock of a scratch folder, not taken yet. It is a file, since NFS locks no folders."""
+    return os.open(scratch / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
 def _check_place(target: Path, temporary: Path, owned: Owned) -> None:
     """Find what would end the run after all its work: a place or a content that cannot be moved."""
     if not target.is_dir():
@@ -341,10 +354,26 @@ def _recover(target: Path, held: bool) -> None:
                     shutil.rmtree(temporary)
                 else:
                     temporary.unlink()
+    for scratch in [path for path in left if path.suffix == ".scratch"]:
+        # Its run is alive, nothing can be locked here, or it is another user's.
+        with suppress(OSError):
+            # Of a young one the lock may be about to be taken.
+            if _is_old(scratch.lstat()):
+                _check_unlocked(scratch)
+                shutil.rmtree(scratch)
+
+
+def _check_unlocked(scratch: Path) -> None:
+    """Raise OSError if a living run has it, or if that cannot be known."""
+    lock = _open_lock(scratch)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(lock)
 
 
 def _left_behind(target: Path) -> list[Path]:
-    name = re.compile(rf"{re.escape(beside(target, '').name)}[0-9a-f]{{16}}\.(tmp|old)")
+    name = re.compile(rf"{re.escape(beside(target, '').name)}[0-9a-f]{{16}}\.(tmp|old|scratch)")
     with os.scandir(target.parent) as entries:
         return [Path(entry.path) for entry in entries if name.fullmatch(entry.name)]
 
@@ -356,7 +385,6 @@ def _is_abandoned(path: Path, held: bool) -> bool:
     itself counts, and its age.
     """
     status = path.lstat()
-    old = time.time() - max(status.st_mtime, status.st_ctime) > _STALE_AFTER_SECONDS
     if not stat.S_ISDIR(status.st_mode):
         return held and stat.S_ISREG(status.st_mode)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -368,7 +396,11 @@ def _is_abandoned(path: Path, held: bool) -> bool:
         return held
     finally:
         os.close(descriptor)
-    return held or old
+    return held or _is_old(status)
+
+
+def _is_old(status: os.stat_result) -> bool:
+    return time.time() - max(status.st_mtime, status.st_ctime) > _STALE_AFTER_SECONDS
 
 
 # --- what is not ours -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vllm_vlora import atomic
-from vllm_vlora.atomic import publish_folder, write_file_atomic
+from vllm_vlora.atomic import publish_folder, scratch_beside, write_file_atomic
 from vllm_vlora.errors import OutputError
 
 
@@ -485,6 +485,88 @@ def test_publishing_where_folders_cannot_be_locked(
     monkeypatch.setattr(fcntl, "flock", refuse)
     publish(tmp_path / "ckpt", "new")
     assert content(tmp_path / "ckpt") == whole("new")
+
+
+@pytest.fixture(params=["here", "NFS"])
+def any_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "here":
+        return
+    flock = fcntl.flock
+
+    def of_nfs(descriptor: int, operation: int) -> None:
+        """flock(2): over NFS an exclusive lock needs a descriptor that is open for writing."""
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        if operation & fcntl.LOCK_EX and mode == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+
+
+@pytest.mark.usefixtures("any_locks")
+@pytest.mark.parametrize("age", ["young", "old"])
+def test_what_a_living_run_has_put_aside_outlives_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: str
+) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    if age == "old":
+        monkeypatch.setattr(atomic, "_STALE_AFTER_SECONDS", 0.0)
+    with scratch_beside(target) as aside:
+        os.link(target / "a.txt", aside / "a.txt")
+        assert os.listdir(aside) == ["a.txt"]
+        publish(target, "new", force=True)
+        assert content(aside) == {"a.txt": "old"}
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+def test_what_is_put_aside_outlives_a_change_where_nothing_can_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(atomic, "_STALE_AFTER_SECONDS", 0.0)
+    publish(tmp_path / "ckpt", "old")
+    with scratch_beside(tmp_path / "ckpt") as aside:
+        assert tmp_path in aside.parents
+        publish(tmp_path / "ckpt", "new", force=True)
+        assert aside.exists()
+    assert os.listdir(tmp_path) == ["ckpt"]
+
+
+KILLED_ASIDE = """
+import os, signal, sys
+from pathlib import Path
+from vllm_vlora.atomic import scratch_beside
+
+with scratch_beside(Path(sys.argv[1])) as aside:
+    (aside / "a.txt").write_text("aside")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.usefixtures("any_locks")
+@pytest.mark.parametrize("lock", ["let go", "not made yet"])
+def test_what_a_killed_run_has_put_aside_goes_once_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
+) -> None:
+    target = tmp_path / "ckpt"
+    publish(target, "old")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_ASIDE, str(target)], check=False, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".ckpt.*")
+    if lock == "not made yet":
+        (left / "lock").unlink()
+    # It may be one whose lock is taken in a moment.
+    publish(target, "new", force=True)
+    assert left.exists()
+    monkeypatch.setattr(atomic, "_STALE_AFTER_SECONDS", 0.0)
+    publish(target, "newer", force=True)
+    assert os.listdir(tmp_path) == ["ckpt"]
 
 
 def test_no_descriptor_leaks(tmp_path: Path) -> None:
