@@ -132,6 +132,16 @@ def test_an_index_of_tensors_that_no_file_has(plain: Path) -> None:
     refused(plain, "more", "copy it again")
 
 
+def test_tensors_that_the_index_does_not_name(plain: Path) -> None:
+    shard(plain)
+    path = plain / f"{WEIGHTS}.index.json"
+    names = json.loads(path.read_text())["weight_map"]
+    lost = f"base_model.model.{Q}.lora_"
+    kept = {name: file for name, file in names.items() if not name.startswith(lost)}
+    path.write_text(json.dumps({"weight_map": kept}))
+    refused(plain, f"{lost}A.weight", "does not name", "copy it again")
+
+
 def test_a_repository_in_the_cache_of_the_hub(plain: Path, tmp_path: Path) -> None:
     cached = tmp_path / "models--org--french"
     (cached / "snapshots").mkdir(parents=True)

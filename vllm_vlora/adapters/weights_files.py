@@ -55,7 +55,13 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
         raise AdapterError(f"{folder}: {INDEX_FILE} names {some_of(missing)}, not there; copy all")
     found: dict[str, StoredTensor] = {}
     for name in sorted(set(names.values())):
-        found |= {k: t for k, t in read_header(folder / name).items() if names.get(k) == name}
+        tensors = read_header(folder / name)
+        unnamed = sorted(tensors.keys() - names.keys())
+        if unnamed:
+            raise AdapterError(
+                f"{folder}: {INDEX_FILE} does not name {some_of(unnamed)} of {name}; copy it again"
+            )
+        found |= {key: tensor for key, tensor in tensors.items() if names[key] == name}
     lost = sorted(names.keys() - found.keys())
     if lost:
         raise AdapterError(f"{folder}: no file has {some_of(lost)} of {INDEX_FILE}; copy it again")
