@@ -188,6 +188,9 @@ NAMES = [
     "q_proj",
     "xq_proj",
     "model.vision.blocks.2.q_proj",
+    "layers.0.mlp.layers.5.q_proj",
+    "model.layers.0.mlp.layers.5.q_proj",
+    "model.h.2.layers.1.q_proj",
 ]
 CONFIGS: list[dict[str, Any]] = [
     {"target_modules": ["q_proj", "down_proj"]},
@@ -201,6 +204,9 @@ CONFIGS: list[dict[str, Any]] = [
     {"target_modules": ["q_proj", "c_attn"], "layers_to_transform": 1, "layers_pattern": "h"},
     {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1, 3],
      "layers_pattern": ["h", "layers"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1, 5], "layers_pattern": "model.layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": 5, "layers_pattern": ["layers", "h"]},
     {"target_modules": ["q_proj"], "layers_to_transform": []},
     {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": []},
     {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
@@ -225,6 +231,16 @@ def test_what_the_model_alone_knows_is_left_open(targets: Any) -> None:
     if targets is not None:
         assert selects(config, "lm_head") is False
         assert selects(config, "model.embed_tokens", "embedding") is False
+
+
+def test_the_models_own_targets_are_in_the_layers_that_are_named() -> None:
+    """PEFT looks up which modules it adapts in a Llama, and ``layers_to_transform`` counts among them."""
+    options: dict[str, Any] = {"target_modules": None, "layers_to_transform": [0]}
+    model = get_peft_model(make_base(), LoraConfig(**options))
+    modules = dict(model.base_model.model.named_modules())
+    for name in [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]:
+        adapted = hasattr(modules[name], "lora_A")
+        assert selects(options, name) is (None if adapted else False), name
 
 
 @pytest.mark.parametrize(

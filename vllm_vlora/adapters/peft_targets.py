@@ -44,7 +44,8 @@ def _selects(config: Mapping[str, Any], name: str, kind: str, work: Work | None)
         return False
     targets = config.get("target_modules")
     if targets is None:
-        return None
+        # PEFT has a list of names for the model, of which it takes those in the layers.
+        return None if _in_layers(config, name) else False
     if isinstance(targets, str):
         if targets.lower() == _ALL_LINEAR:
             return _of_all_linear(name, kind)
@@ -119,7 +120,7 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # With any pattern the first numbered part counts, below a part that holds the list.
-        lead = r".*?\." if pattern == r"[^.]*" else r"(?:.*?\.)?"
+        lead = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
         if pattern != r"[^.]*" and not PLAIN.fullmatch(pattern):
             raise ValueError(f"layers_pattern {pattern!r:.100} is no name of a list of layers")
         match = re.match(rf"{lead}{pattern}\.(?P<index>\d{{1,9}})\.", name)
