@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
 
 from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
 from vllm_vlora.adapters.peft_targets import selects
@@ -241,6 +241,33 @@ def test_the_models_own_targets_are_in_the_layers_that_are_named() -> None:
     for name in [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]:
         adapted = hasattr(modules[name], "lora_A")
         assert selects(options, name) is (None if adapted else False), name
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], r".*(wte|lm_head)", ["wte", "c_attn"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_layers_are_selected_where_peft_loads_them(
+    tmp_path: Path, targets: Any, tied: bool
+) -> None:
+    """PEFT saves ["transformer.wte"] for the first, and in loading takes that for no embedding."""
+    base = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 24, "n_positions": 8}
+    config = GPT2Config(**base, tie_word_embeddings=tied)
+    options = {"target_modules": targets, "ensure_weight_tying": True, "fan_in_fan_out": True}
+    folder = tmp_path / "saved"
+    get_peft_model(GPT2LMHeadModel(config), LoraConfig(**options)).save_pretrained(folder)
+    written = load_file(folder / WEIGHTS)
+
+    def loaded() -> set[str]:
+        model = PeftModel.from_pretrained(GPT2LMHeadModel(config), folder).base_model.model
+        layers = model.named_modules()
+        return {name for name, layer in layers if getattr(layer, "r", {}).get("default")}
+
+    saved = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in written if ".lora_" in key}
+    if loaded() < saved:
+        assert (targets, tied) == (["lm_head"], True)
+        refused(folder, "lm_head", "target_modules", "name them there")
+        stated = json.loads((folder / CONFIG).read_text()) | {"target_modules": ["wte", "lm_head"]}
+        (folder / CONFIG).write_text(json.dumps(stated))
+    assert set(open_adapter(folder).modules) == loaded() == saved
 
 
 @pytest.mark.parametrize(

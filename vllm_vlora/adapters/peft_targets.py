@@ -17,6 +17,8 @@ from vllm_vlora.adapters.peft_config import name_ends, saved_modules
 
 _ALL_LINEAR = "all-linear"
 _OUTPUT_LAYER = "lm_head"
+# PEFT's ``EMBEDDING_LAYER_NAMES``.
+_EMBEDDINGS = frozenset({"embed_tokens", _OUTPUT_LAYER})
 _NUMBERED = re.compile(r"\.\d+\.")
 
 
@@ -34,9 +36,27 @@ def selects(
     """
     selected = _selects(config, name, kind, work)
     # Layers that are tied to an adapted embedding are adapted with it; no numbered layer's is.
-    if not selected and config.get("ensure_weight_tying") and not _NUMBERED.search(name):
+    if not selected and not _NUMBERED.search(name) and _ties(config, work):
         return None
     return selected
+
+
+def _ties(config: Mapping[str, Any], work: Work | None) -> bool:
+    """Whether PEFT adapts, on loading, what is tied to an embedding among the targets.
+
+    It knows embeddings by two names. A GPT-2's "wte", which it saves among the targets itself, is none of
+    them: what was tied to it in training PEFT leaves out.
+    """
+    if not config.get("ensure_weight_tying"):
+        return False
+    if not _EMBEDDINGS.isdisjoint(module.rpartition(".")[2] for module in saved_modules(config)):
+        return False
+    targets = config.get("target_modules") or ()
+    if isinstance(targets, str):
+        return any(_matches("target_modules", targets, name, work) for name in _EMBEDDINGS)
+    if work is not None:
+        work.spend(len(targets))
+    return not _EMBEDDINGS.isdisjoint(target.rpartition(".")[2] for target in targets)
 
 
 def _selects(config: Mapping[str, Any], name: str, kind: str, work: Work | None) -> bool | None:
