@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
 from vllm_vlora.errors import AdapterError
+from vllm_vlora.merging.merging import task_arithmetic
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
@@ -407,6 +409,30 @@ def test_an_initialisation_that_changed_the_base_is_said(plain: Path) -> None:
     model = PeftModel.from_pretrained(make_base(), plain)
     set_options(plain, init_lora_weights=True)
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(make_base(), plain)))
+
+
+def test_a_revision_of_the_base_model_is_said(plain: Path, tmp_path: Path) -> None:
+    """PEFT's AutoPeftModel loads the base model at it; here, and in vLLM, nothing does by itself."""
+    opened = {}
+    named = {"a": "v1.0", "b": "v2.0", "c": "v2.0", "d": "main", "e": None}
+    for task, revision in named.items():
+        folder = shutil.copytree(plain, tmp_path / task)
+        set_options(folder, base_model_name_or_path="org/base", revision=revision)
+        opened[task] = open_adapter(folder)
+    assert [len(adapter.warnings) for adapter in opened.values()] == [1, 1, 1, 0, 0]
+    alike = {task: opened[task] for task in "bc"}
+    (warning,) = compress(alike, tmp_path / "alike", CompressOptions(ratio=1)).warnings
+    assert warning.startswith("'b', 'c': the base model's revision 'v2.0'")
+    assert "--revision" in warning
+    report = compress(opened, tmp_path / "all", CompressOptions(ratio=1))
+    assert Checkpoint.open(tmp_path / "all").base_model == "org/base"
+    different = (
+        "different base models: org/base@v1.0 (task 'a'), org/base@v2.0 (task 'b'), org/base "
+    )
+    assert f"{different}(task 'd')" in report.warnings[0]
+    # Of two revisions as well one line says that they differ, also where models are fitted in memory.
+    with pytest.warns(UserWarning, match=r"different base models: org/base@v1\.0, org/base@v2\.0"):
+        task_arithmetic([opened["a"], opened["b"]])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_vlora.adapters.module_names import layer_shapes, shared_prefixes
+from vllm_vlora.adapters.peft_config import base_name
 from vllm_vlora.adapters.peft_folder import Adapter
 from vllm_vlora.errors import AdapterError
 from vllm_vlora.representations.factors import ScaledFactors
@@ -146,19 +147,20 @@ def reading_warnings(adapters: Mapping[str, Adapter]) -> list[str]:
 
 
 def common_base_model(adapters: Mapping[str, Adapter]) -> tuple[str | None, str | None]:
-    """The base model that most adapters name, and a warning where they name several."""
+    """The base model that most adapters name, and a warning where they name several, or its revisions."""
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for task_id, adapter in adapters.items():
-        if adapter.base_model is not None:
+        name = base_name(adapter.config)
+        if adapter.base_model is not None and name is not None:
             counts[adapter.base_model] += 1
-            first.setdefault(adapter.base_model, task_id)
+            first.setdefault(name, task_id)
     if not counts:
         return None, None
     common = counts.most_common(1)[0][0]
-    if len(counts) == 1:
+    if len(first) == 1:
         return common, None
-    named = [f"{model} (task {first[model]!r})" for model in counts]
+    named = [f"{name} (task {task_id!r})" for name, task_id in first.items()]
     return common, other_bases(named, f"recorded as {common}", "compress them apart")
 
 

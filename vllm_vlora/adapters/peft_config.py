@@ -189,6 +189,17 @@ def _check_types(config: Mapping[str, Any], where: str) -> None:
             raise AdapterError(f"{where}: {option} is {_shown(value)}; correct {CONFIG_FILE}")
 
 
+def base_name(config: Mapping[str, Any]) -> str | None:
+    """The base model that a config names, with its revision, where that is not the main branch."""
+    model, revision = config.get("base_model_name_or_path"), _base_revision(config)
+    return model and (model if revision is None else f"{model}@{revision:.100}")
+
+
+def _base_revision(config: Mapping[str, Any]) -> str | None:
+    revision = config.get("revision")
+    return None if revision in (None, "", "main") else str(revision)
+
+
 def config_warnings(config: Mapping[str, Any]) -> list[str]:
     """What a config says that is not followed, one line each."""
     found = []
@@ -196,6 +207,12 @@ def config_warnings(config: Mapping[str, Any]) -> list[str]:
     if unknown:
         named = some_of(f"{option}={config[option]!r:.40}" for option in unknown)
         found.append(f"{CONFIG_FILE} sets {named}, which is not known and ignored, as PEFT does")
+    revision = _base_revision(config)
+    if revision is not None:
+        found.append(
+            f"the base model's revision {revision!r:.100} stands in {CONFIG_FILE} and is not followed: "
+            "give it to vLLM as --revision, and a folder with that revision to what runs the base model"
+        )
     if str(config.get("init_lora_weights")).lower() == "lora_ga":
         found.append(
             "init_lora_weights='lora_ga' trains against changed base weights; unless the adapter was "

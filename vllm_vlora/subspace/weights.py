@@ -17,7 +17,13 @@ from vllm_vlora.adapters.module_names import (
     renamed,
     shared_prefixes,
 )
-from vllm_vlora.adapters.peft_config import OF_NEW_FACTORS, lora_rank, lora_scale, rank_options
+from vllm_vlora.adapters.peft_config import (
+    OF_NEW_FACTORS,
+    base_name,
+    lora_rank,
+    lora_scale,
+    rank_options,
+)
 from vllm_vlora.adapters.peft_folder import KINDS, Adapter, Factors, open_adapter, write_adapter
 from vllm_vlora.adapters.peft_targets import full_targets, selects_all
 from vllm_vlora.errors import AdapterError
@@ -153,8 +159,7 @@ def has_alpha(config: Mapping[str, Any]) -> bool:
 
 def base_models(configs: Iterable[Mapping[str, Any]]) -> list[str]:
     """The base models that adapters' configs name, each once."""
-    named = (config.get("base_model_name_or_path") for config in configs)
-    return list(dict.fromkeys(str(name) for name in named if name))
+    return list(dict.fromkeys(str(name) for config in configs if (name := base_name(config))))
 
 
 Update: TypeAlias = LoRAWeights | Adapter
