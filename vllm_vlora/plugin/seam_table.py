@@ -866,6 +866,7 @@ def _refusals() -> Iterator[Seam]:
         yield Seam("vllm.v1.engine.async_llm", f"AsyncLLM.{name}", why)
     yield Seam(processor, "OutputProcessor.propagate_error", why, ("self", "e"))
     yield Seam("vllm.exceptions", "VLLMClientError", "an error of the caller's")
+    yield Seam("vllm.exceptions", "VLLMNotFoundError", "the 404 of a pooling model's name")
     yield Seam(
         "vllm.exceptions",
         "GracefulHTTPError",
