@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -47,6 +47,8 @@ _TRIES = 3
 _PAUSE_SECONDS = 0.5
 _KEY = re.compile("[0-9a-f]{64}")
 _FILES = "files"
+# What the weights of an adapter are in, whole or in parts.
+_WEIGHTS = ".safetensors"
 
 
 class Parts(Enum):
@@ -161,8 +163,8 @@ class Cached:
         """Fetch what is not here of a state, and let it appear; others that want it wait.
 
         Args:
-            files: what to fetch. texts: what was fetched before, name -> content. parts: how much of the
-                state both are.
+            files: what to fetch, with SHA-256. texts: what was fetched before, name -> content.
+            parts: how much of the state both are.
 
         Raises:
             RemoteError: a file cannot be had. ChangedError: one is not what ``files`` says.
@@ -176,6 +178,43 @@ class Cached:
                 if found is None:
                     _fetch_all(remote, files, self.folder / _FILES)
                     found = self._publish(self.folder / parts.value / digest, files, texts)
+                return self.seen(found)
+
+    def add_listed(
+        self,
+        remote: RemoteFolder,
+        files: Sequence[RemoteFile],
+        look: Callable[[], Sequence[RemoteFile]],
+    ) -> Path:
+        """Fetch what is not here of a folder as it was listed, and let it appear; others wait.
+
+        Args:
+            files: what there is. look: lists it anew.
+
+        Raises:
+            RemoteError: a file cannot be had. ChangedError: the folder is another one by now.
+            OutputError: the cache cannot be written.
+        """
+        _check_names(files, {})
+        contents = self.folder / _FILES
+        with cache_written(self.folder):
+            self._begin()
+            with locked(self.folder):
+                try:
+                    came = _fetch_all(remote, files, contents)
+                    if list(look()) != list(files):
+                        raise ChangedError("it changes while it is fetched; try again")
+                except ChangedError:
+                    # It may be of the folder as it is now, under the name of what it was.
+                    for file in files:
+                        _part(contents / file.key).unlink(missing_ok=True)
+                    raise
+                for file in came:
+                    _complete(contents / file.key)
+                digest = _listing_digest(came)
+                found = self.state(digest)
+                if found is None:
+                    found = self._publish(self.folder / Parts.WHOLE.value / digest, came, {})
                 return self.seen(found)
 
     def add_file(self, state: Path, remote: RemoteFolder, file: RemoteFile) -> None:
@@ -215,6 +254,21 @@ class Cached:
             _link(self.folder / _FILES / file.key, temporary / file.name)
         os.rename(temporary, state)
         return state
+
+
+def _part(content: Path) -> Path:
+    """Where a content is while it comes."""
+    return content.with_name(f"{content.name}.part")
+
+
+def _complete(content: Path) -> None:
+    """Give what has come its name, where another run has not done so."""
+    part = _part(content)
+    if content.is_file():
+        part.unlink(missing_ok=True)
+    else:
+        part.chmod(0o444)
+        os.rename(part, content)
 
 
 def _link(content: Path, target: Path) -> None:
@@ -280,15 +334,24 @@ def fetch_folder(url: str, patterns: Sequence[str], required: str | None = None)
         files = remote.files(patterns, required)
         if not files:
             raise RemoteError("no such folder, or nothing in it that was sought", missing=True)
-        digest = hashlib.sha256("".join(file.key for file in files).encode()).hexdigest()
-        found = cached.state(digest)
-        if found is None:
-            found = cached.add(digest, remote, files, {})
-            if remote.files(patterns, required) != files:
-                raise ChangedError("it changes while it is fetched; try again")
-        return cached.seen(found)
+        if required is not None and not any(file.name.endswith(_WEIGHTS) for file in files):
+            raise RemoteError(
+                f"no weights (*{_WEIGHTS}) are beside its {required}, or they may not be read; check the "
+                "URL and the credentials"
+            )
+        # What nothing tells from another one is fetched each time.
+        known = all(file.is_known for file in files)
+        found = cached.state(_listing_digest(files)) if known else None
+        if found is not None:
+            return cached.seen(found)
+        return cached.add_listed(remote, files, lambda: remote.files(patterns, required))
 
     return newest_or_asked(cached, url, ask)
+
+
+def _listing_digest(files: Iterable[RemoteFile]) -> str:
+    """The name of a state that is these files."""
+    return hashlib.sha256(repr([(file.name, file.key) for file in files]).encode()).hexdigest()
 
 
 def _check_names(files: Sequence[RemoteFile], texts: Mapping[str, bytes]) -> None:
@@ -304,10 +367,16 @@ def _check_names(files: Sequence[RemoteFile], texts: Mapping[str, bytes]) -> Non
 # --- one file -------------------------------------------------------------------------------------
 
 
-def _fetch_all(remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path) -> None:
+def _fetch_all(
+    remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path
+) -> list[RemoteFile]:
+    """Fetch those that are not here; returns all of them, with the SHA-256 where nothing else was known.
+
+    What has a SHA-256 then has its name; what has a token alone has come, and has it with ``_complete``.
+    """
     wanted = {file.key: file for file in files if not (contents / file.key).is_file()}
     if not wanted:
-        return
+        return list(files)
     fetch = _Fetch(remote, contents)
     total = sum(file.nbytes for file in wanted.values())
     progress = _progress.get() or (lambda here, all_: None)
@@ -315,7 +384,8 @@ def _fetch_all(remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path
     with ThreadPoolExecutor(_AT_ONCE, "vlora-download") as threads:
         try:
             # Within, as who stops the program may do so while the first are fetched already.
-            left: set[Future[None]] = {threads.submit(fetch.file, file) for file in wanted.values()}
+            fetched = {key: threads.submit(fetch.file, file) for key, file in wanted.items()}
+            left: set[Future[RemoteFile]] = set(fetched.values())
             while left:
                 done, left = wait(left, timeout=0.2, return_when=FIRST_EXCEPTION)
                 progress(min(fetch.here, total), total)
@@ -326,6 +396,7 @@ def _fetch_all(remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path
             fetch.stopped = True
             remote.close()
             threads.shutdown(cancel_futures=True)
+    return [fetched[file.key].result() if file.key in fetched else file for file in files]
 
 
 class _Fetch:
@@ -338,50 +409,54 @@ class _Fetch:
         self.here = 0
         self.stopped = False
 
-    def file(self, file: RemoteFile) -> None:
+    def file(self, file: RemoteFile) -> RemoteFile:
         """Fetch one, which was there when the folder was looked at.
 
         Raises:
             RemoteError: it cannot be had. ChangedError: it is another one, or gone.
         """
         try:
-            self._file(file)
+            return self._file(file)
         except RemoteError as problem:
             if problem.missing:
                 raise ChangedError(str(problem), missing=True) from None
             raise
 
-    def _file(self, file: RemoteFile) -> None:
+    def _file(self, file: RemoteFile) -> RemoteFile:
         """Begun anew once, where what an earlier run had left was not a part of it."""
-        part = self._contents / f"{file.key}.part"
-        begun = self._reset(file, part)
-        digest = self._complete(file, part)
+        part = _part(self._contents / file.key)
+        begun = self._left(file, part)
+        self._count(begun)
+        digest = self._whole(file, part)
         if begun and file.sha256 and digest != file.sha256:
             part.unlink()
             self._count(-file.nbytes)
-            digest = self._complete(file, part)
+            digest = self._whole(file, part)
         if file.sha256 and digest != file.sha256:
             part.unlink()
             raise ChangedError(
                 f"{file.name} has another SHA-256 than it is to have; was it replaced?"
             )
-        part.chmod(0o444)
-        os.rename(part, self._contents / file.key)
+        if not file.is_known:
+            file = replace(file, sha256=digest)
+            os.rename(part, _part(self._contents / digest))
+        if file.sha256:
+            _complete(self._contents / digest)
+        return file
 
-    def _reset(self, file: RemoteFile, part: Path) -> int:
-        """Bytes that an earlier run has left; none where nothing says that they are of this content."""
+    def _left(self, file: RemoteFile, part: Path) -> int:
+        """Bytes that are here of it; none where nothing says that they are of this content."""
         size = part.stat().st_size if part.exists() else 0
-        if size > file.nbytes or not (file.sha256 or file.token):
+        if size > file.nbytes or not file.is_known:
             part.unlink(missing_ok=True)
             return 0
-        self._count(size)
         return size
 
-    def _complete(self, file: RemoteFile, part: Path) -> str:
+    def _whole(self, file: RemoteFile, part: Path) -> str:
         """Append what is missing, and return the SHA-256 of the whole."""
         tries = 0
         while True:
-            before = part.stat().st_size if part.exists() else 0
+            before = self._left(file, part)
             try:
                 with part.open("ab") as stream:
                     for data in self._remote.stream(file, before) if before < file.nbytes else ():
@@ -393,7 +468,7 @@ class _Fetch:
                         self._count(len(data))
                     _flush(stream.fileno())
             except RemoteError as problem:
-                tries = 0 if part.stat().st_size > before else tries + 1
+                tries = self._tries(file, part, before, tries)
                 if problem.reached or tries == _TRIES or self.stopped:
                     raise
                 time.sleep(_PAUSE_SECONDS * tries)
@@ -401,9 +476,17 @@ class _Fetch:
             size = part.stat().st_size
             if size == file.nbytes:
                 return _digest(part)
-            tries = 0 if size > before else tries + 1
+            tries = self._tries(file, part, before, tries)
             if tries == _TRIES:
                 raise ChangedError(f"{file.name} has {size} bytes, not {file.nbytes}")
+
+    def _tries(self, file: RemoteFile, part: Path, before: int, tries: int) -> int:
+        """How often nothing was gained by asking; what has come of what is not known is none."""
+        size = part.stat().st_size
+        if file.is_known:
+            return 0 if size > before else tries + 1
+        self._count(-size)
+        return tries + 1
 
     def _count(self, nbytes: int) -> None:
         with self._counting:

@@ -26,20 +26,25 @@ _HTTP = ("http", "https")
 # Their packages take what stands before an @ for a part of the bucket's name.
 _BUCKETS = ("s3", "s3a", "gs", "gcs")
 _CHUNK = 8 << 20
-# What file systems say of a file that changes with its content; not when it was listed.
-_IDENTITY = (
-    "ETag", "etag", "Content-MD5", "content_md5", "md5Hash", "md5", "generation", "VersionId",
-    "version_id", "LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified",
-    "created",
-)  # fmt: skip
+# What file systems say of a file that changes with its content, each in a spelling of its own
+# (``_is_identity``); not when it was listed, or last read.
+_IDENTITY = frozenset({
+    "etag", "contentmd5", "md5hash", "md5checksum", "md5", "digest", "checksum", "contenthash", "crc32c",
+    "generation", "versionid", "lastmodified", "lastmodifieddatetime", "updated", "uploadedat", "mtime",
+    "modified", "modify", "modifiedtime", "modifiedat", "modificationtime", "lastwritetime", "created",
+    "blobid", "xethash", "sha", "hex",
+})  # fmt: skip
+_SHA256 = re.compile("[0-9a-f]{64}")
+# Answers that say nothing of what was asked for: it may be had a moment later.
+_LATER = (408, 425, 429)
 
 
 class RemoteError(Exception):
     """Why something at a URL cannot be had, in one line.
 
     Attributes:
-        missing: it is not there. denied: it may not be read. reached: there was an answer, and asking
-        again would get the same.
+        missing: it is not there. denied: it may not be read; stores say so too of what is not there,
+        to who may not list. reached: there was an answer, and asking again would get the same.
     """
 
     def __init__(
@@ -57,8 +62,8 @@ class RemoteFile:
 
     Attributes:
         name: below the folder, with ``/`` between its parts.
-        sha256: of its content, in hex, where something that is trusted says it; otherwise empty.
-        token: what the file system tells its content from others by; empty where nothing does.
+        sha256: of its content, in hex, where a manifest or the store says it, to be checked; otherwise
+        empty. token: what the file system tells its content from others by; empty where nothing does.
     """
 
     name: str
@@ -67,8 +72,13 @@ class RemoteFile:
     token: str = ""
 
     @property
+    def is_known(self) -> bool:
+        """Whether anything tells its content from another one of this name and size."""
+        return bool(self.sha256 or self.token)
+
+    @property
     def key(self) -> str:
-        """The name of its content: 64 hex digits."""
+        """The name of its content, 64 hex digits; where it is not known, for while it comes alone."""
         return (
             self.sha256
             or hashlib.sha256(repr((self.name, self.nbytes, self.token)).encode()).hexdigest()
@@ -206,30 +216,32 @@ class RemoteFolder:
                     "over HTTP files cannot be listed; copy the folder to this machine, and name that"
                 )
             self.read(required, _CHUNK)
-            found = {name: self._described(name) for name in patterns if "*" not in name}
+            asked = {name: self._described(name) for name in patterns if "*" not in name}
+            found = {name: info for name, info in asked.items() if info is not None}
         else:
             found = self._listed()
             whole = required is None or required in found
             found = {n: i for n, i in found.items() if any(_fits(n, p, whole) for p in patterns)}
-        return [
-            RemoteFile(name, int(info["size"]), token=_token(info))
-            for name, info in sorted(found.items())
-            if info.get("size") is not None and is_inner(name)
-        ]
+        return [_file(name, info) for name, info in sorted(found.items()) if is_inner(name)]
 
     def _listed(self) -> dict[str, Mapping[str, Any]]:
         with _explained("the folder"):
             listed = self._fs.find(self._root, detail=True)
         return {path[len(self._root) :].lstrip("/"): info for path, info in listed.items()}
 
-    def _described(self, name: str) -> Mapping[str, Any]:
+    def _described(self, name: str) -> Mapping[str, Any] | None:
+        """What a web server says of a file; None where it has none."""
         try:
             with _explained(name):
-                return self._fs.info(self._path(name))
+                try:
+                    return self._fs.info(self._path(name))
+                except FileNotFoundError as problem:
+                    # fsspec says so of whatever kept it from an answer, a server that is busy too.
+                    raise _in_words(name, problem.__cause__ or problem) from None
         except RemoteError as problem:
-            if not problem.missing:
+            if not problem.missing and not problem.denied:
                 raise
-            return {}
+            return None
 
     def _path(self, name: str) -> str:
         return (
@@ -308,8 +320,29 @@ def _fits(name: str, pattern: str, whole: bool) -> bool:
     return pattern == "*" or (tail.count("/") == depth - 1 and fnmatchcase(tail, pattern))
 
 
+def _file(name: str, info: Mapping[str, Any]) -> RemoteFile:
+    if info.get("size") is None:
+        raise RemoteError(
+            f"nothing says how many bytes {name} has (over HTTP it is Content-Length); have the server "
+            "say it, or copy the folder to this machine, and name that"
+        )
+    return RemoteFile(name, int(info["size"]), _sha256(info), _token(info))
+
+
+def _sha256(info: Mapping[str, Any]) -> str:
+    """Of a file in Git LFS, as the Hub's file system has it."""
+    lfs = info.get("lfs")
+    said = str(lfs.get("sha256")) if isinstance(lfs, Mapping) else ""
+    return said if _SHA256.fullmatch(said) else ""
+
+
 def _token(info: Mapping[str, Any]) -> str:
-    return repr([(key, str(info[key])) for key in _IDENTITY if info.get(key) is not None])
+    said = sorted((key, str(value)) for key, value in info.items() if value and _is_identity(key))
+    return repr(said) if said else ""
+
+
+def _is_identity(key: str) -> bool:
+    return re.sub("[_-]", "", key).lower() in _IDENTITY
 
 
 @contextmanager
@@ -324,21 +357,23 @@ def _explained(name: str) -> Iterator[None]:
         raise _in_words(name, problem) from None
 
 
-def _in_words(name: str, problem: Exception) -> RemoteError:
+def _in_words(name: str, problem: BaseException) -> RemoteError:
     status = next(
         (n for key in ("status", "code") if isinstance(n := getattr(problem, key, None), int)), None
     )
-    if isinstance(problem, FileNotFoundError) or status == 404:
+    if isinstance(problem, FileNotFoundError) or status in (404, 410):
         return RemoteError(f"{name} is not there", missing=True)
     if isinstance(problem, PermissionError) or status in (401, 403):
         said = "" if status is None else f" ({status})"
         return RemoteError(
             f"access to {name} is denied{said}; check the credentials, or whether a signed URL has "
             "expired",
-            denied=True,
+            # Who is not known (401) is not told that something is not there.
+            denied=status != 401,
         )
     if status is not None:
-        return RemoteError(f"{name}: the server answers with {status}", reached=status < 500)
+        reached = status < 500 and status not in _LATER
+        return RemoteError(f"{name}: the server answers with {status}", reached=reached)
     if "Credential" in type(problem).__name__:
         return RemoteError(
             f"{name}: there are no credentials ({type(problem).__name__}); give them in the environment "

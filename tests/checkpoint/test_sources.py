@@ -630,6 +630,188 @@ def test_an_adapter_that_is_trained_again_is_fetched_again(world: World) -> None
     assert content(open_adapter(url).path) == content(world.adapter(NEW[1]))
 
 
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def adapters(world: World) -> Iterator[FileServer]:
+    """A server of one adapter, ``one``."""
+    shutil.copytree(world.adapter(NEW[0]), world.root / "one")
+    (world.root / "one" / "chat_template.jinja").write_text("hello")
+    with file_server(world.root) as served:
+        yield served
+
+
+def versions(world: World) -> tuple[bytes, bytes]:
+    """The weights of two adapters of the same size."""
+    data = (world.adapter(NEW[0]) / WEIGHTS).read_bytes()
+    return data, data[:-8] + bytes(8)
+
+
+def publish(world: World, data: bytes) -> None:
+    (world.root / "one" / WEIGHTS).write_bytes(data)
+
+
+def fetched(server: FileServer) -> bytes:
+    """The weights of what is opened."""
+    return (open_adapter(f"{server.url}/one").path / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("etags", [True, False])
+def test_an_adapter_that_is_published_again_in_its_place_is_seen(
+    adapters: FileServer, world: World, etags: bool
+) -> None:
+    """Also of the same size, where the server says neither an ETag nor a date."""
+    adapters.etags = etags
+    old, new = versions(world)
+    for data in (old, new, old):
+        publish(world, data)
+        assert fetched(adapters) == data
+
+
+@pytest.mark.parametrize("etags", [True, False])
+def test_nothing_is_gone_on_with_that_nothing_names(
+    adapters: FileServer, world: World, etags: bool
+) -> None:
+    adapters.etags = etags
+    old, new = versions(world)
+    adapters.cut[f"one/{WEIGHTS}"] = [len(old) // 2, *[0] * 5]
+    with pytest.raises(AdapterError):
+        fetched(adapters)
+    adapters.cut.clear()
+    publish(world, new)
+    assert fetched(adapters) == new
+    publish(world, old)
+    adapters.begun.clear()
+    assert fetched(adapters) == old
+    assert adapters.first_bytes(f"one/{WEIGHTS}") == [len(old) // 2 if etags else 0]
+
+
+def test_within_a_run_what_nothing_names_begins_anew_and_ends(
+    adapters: FileServer, world: World, cache: Path
+) -> None:
+    adapters.etags = False
+    data, _ = versions(world)
+    cuts = adapters.cut[f"one/{WEIGHTS}"] = [len(data) // 2]
+    assert fetched(adapters) == data
+    assert adapters.first_bytes(f"one/{WEIGHTS}") == [0, 0]
+    assert parts(cache) == []
+    # One that is always cut is not asked for without end.
+    shutil.rmtree(cache)
+    cuts.extend([len(data) // 2] * 20)
+    with pytest.raises(AdapterError):
+        fetched(adapters)
+    assert len(cuts) > 10
+
+
+@pytest.mark.parametrize("shorter", [False, True])
+def test_what_came_of_a_later_version_is_not_kept_as_the_former(
+    adapters: FileServer, world: World, shorter: bool
+) -> None:
+    """Published between the listing and the request, and taken back since."""
+    old, new = versions(world)
+    new = bytes(len(old) // 2) if shorter else new
+    adapters.before[f"one/{WEIGHTS}"] = lambda: publish(world, new)
+    if shorter:
+        with pytest.raises(AdapterError):
+            fetched(adapters)
+    else:
+        assert fetched(adapters) == new
+    publish(world, old)
+    assert fetched(adapters) == old
+
+
+INFOS = {
+    "hf": {"blob_id": "b", "xet_hash": None, "last_commit": None},
+    "hf-bucket": {"xet_hash": "x", "uploaded_at": "2026"},
+    "github": {"sha": "s", "mode": "100644"},
+    "git": {"hex": "h"},
+    "ftp": {"modify": "20260101000000", "perm": "r"},
+    "webhdfs": {"modificationTime": 17},
+    "smb": {"mtime": 17.5, "time": 18.5},
+    "drive": {"md5Checksum": "m"},
+    "abfs": {"etag": "0x8D", "creation_time": "2026"},
+    "gs": {"md5Hash": "m", "generation": "1"},
+    "s3": {"ETag": '"e"', "VersionId": None, "StorageClass": "STANDARD"},
+    "http": {"Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT", "mimetype": "text/plain"},
+}
+
+
+@pytest.mark.parametrize("store", INFOS)
+def test_what_every_store_tells_contents_from_each_other_by(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(info: dict[str, Any]) -> urls.RemoteFile:
+        found = {"/bucket/one/f": {"name": "/bucket/one/f", "type": "file", "size": 3, **info}}
+        monkeypatch.setattr(Store, "find", lambda *_, **__: found)
+        (file,) = urls.RemoteFolder("store://bucket/one").files(["*"])
+        return file
+
+    info = INFOS[store]
+    assert listed(info).is_known
+    assert listed(info) == listed(dict(info))
+    assert listed(info).key != listed({**info, next(iter(info)): "other"}).key
+    assert not listed({"type": "file", "time": 1, "mode": 3, "ETag": ""}).is_known
+    digest = hashlib.sha256(b"abc").hexdigest()
+    assert listed({"lfs": {"sha256": digest, "size": 3}}).key == digest
+    assert not listed({"lfs": {"sha256": "../x"}}).is_known
+
+
+@pytest.mark.parametrize("status", [401, 429, 500, 503])
+def test_a_server_that_is_busy_has_not_said_that_a_file_is_not_there(
+    adapters: FileServer, world: World, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"{adapters.url}/one"
+    for name in ("chat_template.jinja", WEIGHTS):
+        adapters.statuses = {f"one/{name}": status}
+        with pytest.raises(AdapterError, match=f"{status}"):
+            open_adapter(url)
+    adapters.statuses.clear()
+    whole = open_adapter(url)
+    assert "chat_template.jinja" in whole.companions
+    # No state of less was published meanwhile, nor is now.
+    adapters.statuses = {f"one/{WEIGHTS}": status}
+    if status == 401:
+        with pytest.raises(AdapterError, match="401"):
+            open_adapter(url)
+    else:
+        assert open_adapter(url).path == whole.path
+        assert "the state that was fetched last is used" in caplog.text
+    adapters.status = 503
+    assert open_adapter(url).path == whole.path
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_stores_say_in_three_ways_that_a_file_is_not_there(
+    adapters: FileServer, status: int, cache: Path
+) -> None:
+    """S3 says 403 where the key may not list."""
+    url = f"{adapters.url}/one"
+    adapters.statuses = {"one/chat_template.jinja": status}
+    assert "chat_template.jinja" not in open_adapter(url).companions
+    shutil.rmtree(cache)
+    adapters.statuses[f"one/{WEIGHTS}"] = status
+    with pytest.raises(AdapterError, match=r"no weights .* check the URL"):
+        open_adapter(url)
+    assert not list(cache.glob("*/states/*"))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", WEIGHTS])
+def test_a_file_without_a_length_is_not_left_out(adapters: FileServer, name: str) -> None:
+    adapters.unmeasured.add(f"one/{name}")
+    with pytest.raises(AdapterError, match=f"how many bytes {name} has .* copy the folder"):
+        open_adapter(f"{adapters.url}/one")
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_no_part_of_a_checkpoint_is_left_out_by_a_server_that_is_busy(
+    server: FileServer, status: int
+) -> None:
+    server.statuses["ckpt/attachments.json"] = status
+    with pytest.raises(CheckpointError, match=str(status)):
+        Checkpoint.open(f"{server.url}/ckpt")
+
+
 def test_commands_take_urls(world: World, cache: Path) -> None:
     runner = CliRunner()
     tree = to_memory(world.root / "adapters", "/team/adapters")

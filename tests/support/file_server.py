@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +23,9 @@ class FileServer:
 
     Attributes:
         folder: what is served. url: its address.
-        ranges: whether parts are given. status: of every answer, in place of the file.
+        ranges: whether parts are given. status: of every answer, in place of the file. statuses: the
+        same, of single files. etags: whether answers have one. unmeasured: names of files that are sent
+        without their length. before: name of a file -> what is called, once, before it is sent.
         cut: name of a file -> after how many bytes the connection is closed, once for each number.
         held: name of a file -> after how many bytes nothing more comes until ``go_on`` is set.
         key: what the query must hold; any without one.
@@ -34,6 +36,10 @@ class FileServer:
     url: str = ""
     ranges: bool = True
     status: int | None = None
+    statuses: dict[str, int] = field(default_factory=dict)
+    etags: bool = True
+    unmeasured: set[str] = field(default_factory=set)
+    before: dict[str, Callable[[], object]] = field(default_factory=dict)
     cut: dict[str, list[int]] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
     go_on: threading.Event = field(default_factory=threading.Event)
@@ -60,14 +66,17 @@ class _Handler(BaseHTTPRequestHandler):
         name = unquote(parts.path).lstrip("/")
         served.asked[name] += 1
         path = served.folder / name
-        if served.status is not None:
-            return self._send(served.status, b"", body)
+        status = served.statuses.get(name, served.status)
+        if status is not None:
+            return self._send(status, b"", body)
         if served.key and served.key not in parts.query:
             return self._send(403, f"denied {self.path}".encode(), body)
         if not path.is_file():
             return self._send(404, b"", body)
+        if body and name in served.before:
+            served.before.pop(name)()
         data = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'} if served.etags else {}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         start = int(wanted[1]) if wanted and served.ranges else 0
         if body:
@@ -89,7 +98,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
+        if name in self.served.unmeasured:
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         cuts, held = self.served.cut.get(name), self.served.held.get(name)
         if body and held is not None:
