@@ -24,14 +24,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from vllm_vlora.errors import OutputError
-from vllm_vlora.locking import locked
+from vllm_vlora.errors import LockedError, OutputError
+from vllm_vlora.locking import locked, waiting_at_most
 from vllm_vlora.stopping import check_not_stopped
 from vllm_vlora.urls import RemoteError, RemoteFile, RemoteFolder, is_inner, url_name
 from vllm_vlora.wording import without_secrets
@@ -47,6 +47,7 @@ _TRIES = 3
 _PAUSE_SECONDS = 0.5
 _KEY = re.compile("[0-9a-f]{64}")
 _FILES = "files"
+_PART = ".part"
 # What the weights of an adapter are in, whole or in parts.
 _WEIGHTS = ".safetensors"
 
@@ -173,10 +174,10 @@ class Cached:
         _check_names(files, texts)
         with cache_written(self.folder):
             self._begin()
-            with locked(self.folder):
+            with locked(self.folder) as has_locks:
                 found = self.state(digest, parts)
                 if found is None:
-                    _fetch_all(remote, files, self.folder / _FILES)
+                    _fetch_all(remote, files, self.folder / _FILES, lock=has_locks)
                     found = self._publish(self.folder / parts.value / digest, files, texts)
                 return self.seen(found)
 
@@ -199,9 +200,9 @@ class Cached:
         contents = self.folder / _FILES
         with cache_written(self.folder):
             self._begin()
-            with locked(self.folder):
+            with locked(self.folder) as has_locks:
                 try:
-                    came = _fetch_all(remote, files, contents)
+                    came = _fetch_all(remote, files, contents, lock=has_locks)
                     if list(look()) != list(files):
                         raise ChangedError("it changes while it is fetched; try again")
                 except ChangedError:
@@ -228,7 +229,7 @@ class Cached:
         content = self.folder / _FILES / file.key
         with cache_written(self.folder), locked(content):
             if not (state / file.name).exists():
-                _fetch_all(remote, [file], content.parent)
+                _fetch_all(remote, [file], content.parent, lock=False)
                 _link(content, state / file.name)
 
     def _begin(self) -> None:
@@ -258,7 +259,7 @@ class Cached:
 
 def _part(content: Path) -> Path:
     """Where a content is while it comes."""
-    return content.with_name(f"{content.name}.part")
+    return content.with_name(content.name + _PART)
 
 
 def _complete(content: Path) -> None:
@@ -368,23 +369,30 @@ def _check_names(files: Sequence[RemoteFile], texts: Mapping[str, bytes]) -> Non
 
 
 def _fetch_all(
-    remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path
+    remote: RemoteFolder, files: Sequence[RemoteFile], contents: Path, *, lock: bool
 ) -> list[RemoteFile]:
     """Fetch those that are not here; returns all of them, with the SHA-256 where nothing else was known.
 
     What has a SHA-256 then has its name; what has a token alone has come, and has it with ``_complete``.
+
+    Args:
+        lock: take the lock of each content; not where it is held already, or there are no locks.
     """
     wanted = {file.key: file for file in files if not (contents / file.key).is_file()}
     if not wanted:
         return list(files)
-    fetch = _Fetch(remote, contents)
+    fetch = _Fetch(remote, contents, lock)
     total = sum(file.nbytes for file in wanted.values())
     progress = _progress.get() or (lambda here, all_: None)
     progress(0, total)
     with ThreadPoolExecutor(_AT_ONCE, "vlora-download") as threads:
         try:
             # Within, as who stops the program may do so while the first are fetched already.
-            fetched = {key: threads.submit(fetch.file, file) for key, file in wanted.items()}
+            # In a context of its own each: how long one waits for another run is said in it.
+            fetched = {
+                key: threads.submit(copy_context().run, fetch.file, file)
+                for key, file in wanted.items()
+            }
             left: set[Future[RemoteFile]] = set(fetched.values())
             while left:
                 done, left = wait(left, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -402,9 +410,10 @@ def _fetch_all(
 class _Fetch:
     """Files of one folder that are fetched at once, each into its place or not at all."""
 
-    def __init__(self, remote: RemoteFolder, contents: Path) -> None:
+    def __init__(self, remote: RemoteFolder, contents: Path, lock: bool) -> None:
         self._remote = remote
         self._contents = contents
+        self._lock = lock
         self._counting = threading.Lock()
         self.here = 0
         self.stopped = False
@@ -415,12 +424,22 @@ class _Fetch:
         Raises:
             RemoteError: it cannot be had. ChangedError: it is another one, or gone.
         """
+        content = self._contents / file.key
         try:
-            return self._file(file)
+            # A server may be fetching it for a task (``Cached.add_file``).
+            with locked(content, self._check_not_stopped) if self._lock else nullcontext():
+                if content.is_file():
+                    self._count(file.nbytes)
+                    return file
+                return self._file(file)
         except RemoteError as problem:
             if problem.missing:
                 raise ChangedError(str(problem), missing=True) from None
             raise
+
+    def _check_not_stopped(self) -> None:
+        if self.stopped:
+            raise RemoteError("stopped")
 
     def _file(self, file: RemoteFile) -> RemoteFile:
         """Begun anew once, where what an earlier run had left was not a part of it."""
@@ -460,8 +479,7 @@ class _Fetch:
             try:
                 with part.open("ab") as stream:
                     for data in self._remote.stream(file, before) if before < file.nbytes else ():
-                        if self.stopped:
-                            raise RemoteError("stopped")
+                        self._check_not_stopped()
                         stream.write(data)
                         # What has come stays, also where this process is killed.
                         stream.flush()
@@ -550,14 +568,14 @@ def clean(entry: CacheEntry, *, keep_newest: bool = False) -> int:
     A server that was started from it keeps the tasks that it has loaded, and finds no others.
 
     Args:
-        keep_newest: keep the newest state, and one that servers follow; remove the others and what is not
-            complete.
+        keep_newest: keep the newest state, one that servers follow, and what is being fetched for a task;
+            remove the others and what is not complete.
 
     Raises:
         OutputError: it cannot be removed.
     """
     before = _disk_usage(entry.folder)
-    with cache_written(entry.folder), locked(entry.folder):
+    with cache_written(entry.folder), locked(entry.folder) as has_locks:
         states = _states(entry.folder, Parts.TASKS_LATER)
         newest = _newest(states) if keep_newest else None
         if newest is None:
@@ -571,11 +589,20 @@ def clean(entry: CacheEntry, *, keep_newest: bool = False) -> int:
                     shutil.rmtree(place)
         files = (path for state in kept for path in state.rglob("*") if path.is_file())
         used = {path.stat().st_ino for path in files}
-        for content in (entry.folder / _FILES).iterdir():
-            # Not the lock of one that is being fetched for a task.
-            if not content.name.startswith(".") and content.stat().st_ino not in used:
-                content.unlink()
+        for place in list((entry.folder / _FILES).iterdir()):
+            # A lock is its holder's, and a part may be gone by now: a task's file has come.
+            with suppress(FileNotFoundError):
+                if not place.name.startswith(".") and place.stat().st_ino not in used:
+                    _remove_content(place, lock=has_locks)
     return before - _disk_usage(entry.folder)
+
+
+def _remove_content(place: Path, *, lock: bool) -> None:
+    """Remove a content, or the part of one, unless it is being fetched for a task right now."""
+    content = place.with_name(place.name.removesuffix(_PART))
+    alone = locked(content) if lock else nullcontext()
+    with suppress(LockedError), waiting_at_most(0), alone:
+        place.unlink()
 
 
 def _newest(states: Iterable[Path]) -> Path | None:

@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -63,8 +63,11 @@ def waiting_at_most(seconds: float | None) -> Iterator[None]:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[bool]:
+def locked(target: Path, check: Callable[[], None] = lambda: None) -> Iterator[bool]:
     """Hold the lock of ``target``, a resolved path whose parent exists; waits, and says so once.
+
+    Args:
+        check: called again and again while it waits; what it raises ends that.
 
     Yields:
         Whether the lock is held; False where the file system has none.
@@ -79,7 +82,7 @@ def locked(target: Path) -> Iterator[bool]:
         return
     path = beside(target, "lock")
     try:
-        descriptor = _take(target, path)
+        descriptor = _take(target, path, check)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise OutputError(
@@ -112,7 +115,7 @@ def beside(target: Path, ending: str) -> Path:
     return target.parent / f".{name}.{ending}"
 
 
-def _take(target: Path, path: Path) -> int:
+def _take(target: Path, path: Path, check: Callable[[], None]) -> int:
     """A descriptor that holds the lock."""
     patience = _patience.get()
     deadline = None if patience is None else time.monotonic() + patience
@@ -140,6 +143,7 @@ def _take(target: Path, path: Path) -> int:
         if not told:
             logger.warning("waiting for another run%s that writes %s ...", holder, target)
             told = True
+        check()
         time.sleep(_POLL_SECONDS)
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -37,10 +38,12 @@ from vllm_vlora.checkpoint.pinning import pinned
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.sources import checkpoint_folder, fixed_checkpoint
 from vllm_vlora.checkpoint.validation import validate
+from vllm_vlora.downloads import Parts
 from vllm_vlora.editing.aliasing import set_alias
 from vllm_vlora.editing.removing import remove_tasks
 from vllm_vlora.editing.routing import attach_router
-from vllm_vlora.errors import AdapterError, CheckpointError, OutputError, VLoRAError
+from vllm_vlora.errors import AdapterError, CheckpointError, LockedError, OutputError, VLoRAError
+from vllm_vlora.locking import waiting_at_most
 from vllm_vlora.plugin import _checkpoint_folder
 from vllm_vlora.tools.cli import app
 from vllm_vlora.tools.terminal import reported
@@ -314,7 +317,7 @@ def test_a_run_that_is_stopped_while_it_begins_ends_at_once(
 
         def submit(self, *asked: Any, **more: Any) -> Any:
             future = super().submit(*asked, **more)
-            if not self.begun and asked[1].sha256 == held:
+            if not self.begun and asked[-1].sha256 == held:
                 self.begun = True
                 while sizes(begun(cache, server.folder / name)) != [size // 2]:
                     time.sleep(0.01)
@@ -368,10 +371,10 @@ def test_a_folder_that_is_replaced_while_it_is_fetched(
     fetch = downloads._fetch_all
     changes = [lambda: remove_tasks(world.checkpoint, [OLD[3]])]
 
-    def replaced(remote: Any, files: Any, contents: Path) -> None:
+    def replaced(*asked: Any, **more: Any) -> Any:
         if changes:
             changes.pop()()
-        fetch(remote, files, contents)
+        return fetch(*asked, **more)
 
     monkeypatch.setattr(downloads, "_fetch_all", replaced)
     assert list(Checkpoint.open(f"{server.url}/ckpt").tasks) == list(OLD[:3])
@@ -915,6 +918,99 @@ def test_a_disk_full_at_every_page(server: FileServer, tmp_path: Path) -> None:
         assert validate(f"{server.url}/ckpt") == []
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+class SlowFolder(urls.RemoteFolder):
+    """A file that comes in pieces, the second of which waits until it may."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.asked = 0
+
+    def stream(self, file: urls.RemoteFile, start: int) -> Iterator[bytes]:
+        self.asked += 1
+        middle = len(self.data) // 2
+        yield self.data[start:middle]
+        self.begun.set()
+        assert self.go_on.wait(30)
+        yield self.data[max(start, middle) :]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def slow() -> Iterator[tuple[SlowFolder, urls.RemoteFile, Path]]:
+    """A folder, its file, and a state that is to get it."""
+    data = os.urandom(1000)
+    file = urls.RemoteFile("tasks/a", len(data), hashlib.sha256(data).hexdigest())
+    remote = SlowFolder(data)
+    later = downloads.Cached("https://h/x").add("b" * 64, remote, [], {}, Parts.TASKS_LATER)
+    yield remote, file, later
+    remote.go_on.set()
+
+
+def test_a_task_and_the_whole_are_fetched_side_by_side(
+    slow: tuple[SlowFolder, urls.RemoteFile, Path], cache: Path
+) -> None:
+    """The file of both comes once, whoever is first, and nobody writes into what another one writes."""
+    remote, file, later = slow
+    cached = downloads.Cached("https://h/x")
+    with ThreadPoolExecutor(2) as pool:
+        task = pool.submit(cached.add_file, later, remote, file)
+        assert remote.begun.wait(30)
+        whole = pool.submit(cached.add, "a" * 64, remote, [file], {})
+        time.sleep(0.3)
+        remote.go_on.set()
+        task.result(30)
+        state = whole.result(30)
+    assert (later / file.name).read_bytes() == remote.data
+    assert (state / file.name).samefile(later / file.name)
+    assert remote.asked == 1
+    assert sorted(p.name for p in (cached.folder / "files").iterdir()) == [file.key]
+
+
+def test_cleaning_leaves_what_is_being_fetched(
+    slow: tuple[SlowFolder, urls.RemoteFile, Path], cache: Path
+) -> None:
+    remote, file, later = slow
+    files = later.parents[1] / "files"
+    (files / f"{'c' * 64}.part").write_bytes(b"left by one that was cut off")
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(downloads.Cached("https://h/x").add_file, later, remote, file)
+        assert remote.begun.wait(30)
+        (entry,) = downloads.cache_entries()
+        downloads.clean(entry, keep_newest=True)
+        assert [p.name for p in parts(cache)] == [f"{file.key}.part"]
+        remote.go_on.set()
+        task.result(30)
+    assert (later / file.name).read_bytes() == remote.data
+
+
+@pytest.mark.timeout(60)
+def test_who_waits_for_a_file_of_another_run_can_be_stopped(
+    slow: tuple[SlowFolder, urls.RemoteFile, Path],
+) -> None:
+    told = []
+
+    def interrupt(here: int, total: int) -> None:
+        told.append(here)
+        if len(told) > 2:
+            raise KeyboardInterrupt
+
+    remote, file, later = slow
+    cached = downloads.Cached("https://h/x")
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(cached.add_file, later, remote, file)
+        assert remote.begun.wait(30)
+        with pytest.raises(LockedError, match="another run"), waiting_at_most(0.2):
+            cached.add("a" * 64, remote, [file], {})
+        with pytest.raises(KeyboardInterrupt), downloads.telling(interrupt):
+            cached.add("a" * 64, remote, [file], {})
+        assert not task.done()
+        remote.go_on.set()
+        task.result(30)
 
 
 def test_the_cache_is_listed_and_cleaned(server: FileServer, world: World, cache: Path) -> None:
