@@ -34,7 +34,7 @@ from vllm_vlora.errors import LockedError, OutputError
 from vllm_vlora.locking import locked, waiting_at_most
 from vllm_vlora.stopping import check_not_stopped
 from vllm_vlora.urls import RemoteError, RemoteFile, RemoteFolder, is_inner, url_name
-from vllm_vlora.wording import without_secrets
+from vllm_vlora.wording import quoted, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ _AT_ONCE = 8
 _TRIES = 3
 _PAUSE_SECONDS = 0.5
 _KEY = re.compile("[0-9a-f]{64}")
+_URL = "url"
 _FILES = "files"
 _PART = ".part"
 # What the weights of an adapter are in, whole or in parts.
@@ -235,8 +236,8 @@ class Cached:
     def _begin(self) -> None:
         for kind in (*(parts.value for parts in Parts), _FILES):
             (self.folder / kind).mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "url").exists():
-            (self.folder / "url").write_text(self.url)
+        if not (self.folder / _URL).exists():
+            (self.folder / _URL).write_text(self.url)
 
     def _publish(
         self, state: Path, files: Sequence[RemoteFile], texts: Mapping[str, bytes]
@@ -535,6 +536,16 @@ def cache_written(folder: Path) -> Iterator[None]:
         ) from problem
 
 
+def copy_again(file: Path) -> str:
+    """What to do about a damaged file of a checkpoint; one in the cache would be taken for ever."""
+    cache = cache_folder().resolve()
+    folder = next((p for p in file.parent.resolve().parents if p.parent == cache), None)
+    if folder is None or not (folder / _URL).is_file():
+        return "copy the checkpoint again"
+    line = quoted(["vllm-vlora", "cache", (folder / _URL).read_text(errors="replace"), "--clean"])
+    return f"remove what the cache has of it, `{line}`, and it is fetched again"
+
+
 # --- looking and cleaning -------------------------------------------------------------------------
 
 
@@ -552,7 +563,7 @@ class CacheEntry:
 def cache_entries() -> list[CacheEntry]:
     """All that the cache holds, the oldest last."""
     found = []
-    for file in cache_folder().glob("*/url"):
+    for file in cache_folder().glob(f"*/{_URL}"):
         with suppress(OSError):
             states = _states(file.parent, Parts.TASKS_LATER)
             times = [place.stat().st_mtime for place in (*states, file)]

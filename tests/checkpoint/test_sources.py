@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1051,6 +1052,36 @@ def test_the_cache_is_listed_and_cleaned(server: FileServer, world: World, cache
     assert listed() == {}
     assert runner.invoke(app, ["cache"]).stdout.endswith(": empty\n")
     assert runner.invoke(app, ["cache", f"{server.url}/none", "--clean"]).exit_code == 2
+
+
+@pytest.mark.parametrize("harm", ["changed", "cut", "lost"])
+def test_what_is_damaged_in_the_cache_says_how_it_is_fetched_again(
+    server: FileServer, cache: Path, tmp_path: Path, harm: str
+) -> None:
+    url = f"{server.url}/ckpt"
+    opened = Checkpoint.open(f"{url}?{KEY}")
+    link = tmp_path / "followed"
+    link.symlink_to(opened.path)
+    file = opened.path / opened.tasks[OLD[0]].file
+    data = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(data[:-1] + (bytes([data[-1] ^ 1]) if harm == "changed" else b""))
+    if harm == "lost":
+        file.unlink()
+    line = f"`vllm-vlora cache {url} --clean`"
+    for place in (f"{url}?{KEY}", opened.path, link):
+        with pytest.raises(CheckpointError, match=re.escape(line)) as caught:
+            Checkpoint.open(place).load_task(OLD[0])
+        assert "copy the checkpoint" not in str(caught.value)
+        assert any(line in problem for problem in validate(place))
+    done = CliRunner().invoke(app, line.strip("`").split()[1:])
+    assert done.exit_code == 0, done.output
+    assert validate(url) == []
+    # Of a folder elsewhere there is another one, or none.
+    copy = shutil.copytree(server.folder / "ckpt", tmp_path / "copy")
+    (copy / file.relative_to(opened.path)).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="copy the checkpoint again"):
+        Checkpoint.open(copy).load_task(OLD[0])
 
 
 def test_pull_of_a_url_is_a_copy_of_its_own(

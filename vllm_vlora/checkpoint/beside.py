@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_vlora.downloads import copy_again
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, read_regular
@@ -54,4 +55,4 @@ def decode_beside(file: Path, data: bytes, *kinds: Any) -> Any:
     try:
         return decode_typed(data, kinds[version - 1])
     except JSONError as error:
-        raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from error
+        raise CheckpointError(f"{file}: {error}; {copy_again(file)}") from error

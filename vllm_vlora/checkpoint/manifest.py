@@ -40,6 +40,7 @@ import msgspec
 from vllm_vlora.adapters.module_names import renamed
 from vllm_vlora.adapters.peft_config import check_values
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES, dtype_of
+from vllm_vlora.downloads import copy_again
 from vllm_vlora.errors import AdapterError, CheckpointError, CheckpointVersionError, TaskIdError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, open_regular, read_regular, size_of
@@ -256,9 +257,7 @@ def read_checked(path: Path, ref: FileRef) -> bytes:
     if len(data) != ref.nbytes:
         raise _wrong_size(path, len(data), ref)
     if hashlib.sha256(data).hexdigest() != ref.sha256:
-        raise CheckpointError(
-            f"{path}: SHA-256 differs from the manifest's; copy the checkpoint again"
-        )
+        raise CheckpointError(f"{path}: SHA-256 differs from the manifest's; {copy_again(path)}")
     return data
 
 
@@ -278,14 +277,14 @@ def _open_of_size(path: Path, ref: FileRef) -> Iterator[BinaryIO]:
                 raise _wrong_size(path, size, ref)
             yield stream
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
+        raise CheckpointError(f"{path}: the file is missing; {copy_again(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
 def _wrong_size(path: Path, size: int, ref: FileRef) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {size} bytes, the manifest says {ref.nbytes}; copy the checkpoint again"
+        f"{path}: {size} bytes, the manifest says {ref.nbytes}; {copy_again(path)}"
     )
 
 

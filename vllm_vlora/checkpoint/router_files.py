@@ -26,6 +26,7 @@ import torch
 from vllm_vlora.checkpoint.aliases import Aliases
 from vllm_vlora.checkpoint.beside import decode_beside, read_beside
 from vllm_vlora.checkpoint.manifest import FileRef, is_checkpoint, read_checked
+from vllm_vlora.downloads import copy_again
 from vllm_vlora.errors import CheckpointError, OptionError, TaskIdError
 from vllm_vlora.representations.spec import Size
 from vllm_vlora.task_ids import validate_task_id
@@ -102,9 +103,7 @@ def decode_router(data: bytes, file: Path = Path(ROUTER_FILE)) -> RouterRecord:
     record = decode_beside(file, data, RouterRecord)
     fault = _fault(record)
     if fault is not None:
-        raise CheckpointError(
-            f"{file}: {fault}; train the router again, or copy the checkpoint again"
-        )
+        raise CheckpointError(f"{file}: {fault}; train the router again, or {copy_again(file)}")
     return record
 
 
@@ -138,7 +137,7 @@ def read_router_weights(checkpoint: Path, record: RouterRecord) -> dict[str, tor
     try:
         tensors = read_tensors(read_checked(file, record.weights))
     except DamagedFileError as error:
-        raise CheckpointError(f"{file}: {error}; copy the checkpoint again") from error
+        raise CheckpointError(f"{file}: {error}; {copy_again(file)}") from error
     fault = _weights_fault(tensors, record.outputs)
     if fault is not None:
         raise CheckpointError(f"{file}: {fault}; train the router again")

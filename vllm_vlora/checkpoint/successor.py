@@ -38,6 +38,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.report import CompressReport, report_contents
 from vllm_vlora.checkpoint.router_files import keep_router
 from vllm_vlora.checkpoint.writer import CheckpointWriter, basis_file
+from vllm_vlora.downloads import copy_again
 from vllm_vlora.errors import CheckpointError, OptionError, OutputError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import JSON_BYTES, copy_regular, open_regular, read_regular
@@ -237,7 +238,7 @@ def _copy_checked(source: Path, target: Path, ref: FileRef) -> None:
     try:
         stream = open_regular(source)
     except OSError as error:
-        raise CheckpointError(f"{source}: {error.strerror}; copy the checkpoint again") from error
+        raise CheckpointError(f"{source}: {error.strerror}; {copy_again(source)}") from error
     with stream, target.open("xb") as copy:
         # A file that was grown is not copied first.
         while size <= ref.nbytes and (chunk := stream.read(_CHUNK)):
@@ -246,5 +247,5 @@ def _copy_checked(source: Path, target: Path, ref: FileRef) -> None:
             size += len(chunk)
     if size != ref.nbytes or digest.hexdigest() != ref.sha256:
         raise CheckpointError(
-            f"{source}: differs from what the manifest says; copy the checkpoint again"
+            f"{source}: differs from what the manifest says; {copy_again(source)}"
         )

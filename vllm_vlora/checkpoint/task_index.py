@@ -49,6 +49,7 @@ from vllm_vlora.checkpoint.pinning import (
     task_digest,
 )
 from vllm_vlora.checkpoint.task_entry import TaskEntry, TaskTable, entry_of
+from vllm_vlora.downloads import copy_again
 from vllm_vlora.errors import CheckpointError, TaskIdError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.regular_files import open_regular, size_of
@@ -382,7 +383,7 @@ class IndexedTasks(TaskTable):
 
 def damaged(file: Path, what: str) -> CheckpointError:
     """The refusal of an index."""
-    return CheckpointError(f"{file}: {what}; copy the checkpoint again")
+    return CheckpointError(f"{file}: {what}; {copy_again(file)}")
 
 
 class PartsFile:
@@ -406,7 +407,7 @@ class PartsFile:
                 self._descriptor = os.dup(file.fileno())
         except OSError as error:
             raise CheckpointError(
-                f"{self.path}: {error.strerror}; copy the checkpoint again"
+                f"{self.path}: {error.strerror}; {copy_again(self.path)}"
             ) from error
         weakref.finalize(self, os.close, self._descriptor)
         if size != ref.nbytes:

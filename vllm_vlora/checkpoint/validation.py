@@ -16,6 +16,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint, read_one_state
 from vllm_vlora.checkpoint.router_files import read_router_weights
 from vllm_vlora.checkpoint.sources import checkpoint_folder
 from vllm_vlora.checkpoint.task_index import IndexedTasks, Usage
+from vllm_vlora.downloads import copy_again
 from vllm_vlora.errors import CheckpointError, CheckpointReplacedError, CheckpointVersionError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import PackedMatrix, unpack
@@ -129,8 +130,9 @@ def _table_problems(path: Path, tasks: IndexedTasks, usage: Usage) -> Iterator[s
     """What no record shows by itself; a damaged one makes the usage differ too."""
     if usage.segments() != tasks.usage:
         yield f"{tasks.file}: what it says of the modules' use is not what the records say"
-    if hash_file(path / tasks.records.file) != (tasks.records.sha256, tasks.records.nbytes):
-        yield f"{path / tasks.records.file}: SHA-256 differs from the index's; copy the checkpoint again"
+    records = path / tasks.records.file
+    if hash_file(records) != (tasks.records.sha256, tasks.records.nbytes):
+        yield f"{records}: SHA-256 differs from the index's; {copy_again(records)}"
 
 
 def _empty_tensors(checkpoint: Checkpoint, task_id: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from vllm_vlora.checkpoint.layout import SAFETENSORS_DTYPES
+from vllm_vlora.downloads import copy_again
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.links import refuse_link_out
 from vllm_vlora.quantize import FLOAT_DTYPES, is_finite
@@ -30,11 +31,11 @@ def read_json(path: Path, kind: type[T]) -> T:
         # Their statistics may hold Infinity, which json.dump writes and strict JSON forbids.
         return decode(read_regular(path, JSON_BYTES), kind, infinite=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
+        raise CheckpointError(f"{path}: the file is missing; {copy_again(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except JSONError as error:
-        raise CheckpointError(f"{path}: {error}; copy the checkpoint again") from error
+        raise CheckpointError(f"{path}: {error}; {copy_again(path)}") from error
 
 
 def inside(folder: Path, *parts: str) -> Path:
@@ -66,14 +67,12 @@ class TensorFile:
         try:
             self._file = OpenedFile(path)
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{path}: the file is missing; copy the checkpoint again"
-            ) from None
+            raise CheckpointError(f"{path}: the file is missing; {copy_again(path)}") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         except DamagedFileError as error:
             raise CheckpointError(
-                f"{path}: not a whole safetensors file ({error}); copy the checkpoint again"
+                f"{path}: not a whole safetensors file ({error}); {copy_again(path)}"
             ) from error
         self.names = frozenset(self._file.entries)
 

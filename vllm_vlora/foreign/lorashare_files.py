@@ -33,6 +33,7 @@ from vllm_vlora.adapters.peft_config import (
     lora_scale,
 )
 from vllm_vlora.checkpoint.components import asked_elsewhere
+from vllm_vlora.downloads import copy_again
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.foreign.files import TensorFile, inside, read_json
 from vllm_vlora.representations.spec import rank_fault
@@ -160,14 +161,14 @@ class LoraShareFiles:
         if len(rows) > rows.shape[1]:
             raise CheckpointError(
                 f"{self._components.path}: {name!r} has {len(rows)} components of "
-                f"{rows.shape[1]} numbers; copy the checkpoint again"
+                f"{rows.shape[1]} numbers; {copy_again(self._components.path)}"
             )
         gram = rows.double() @ rows.double().T
         distance = float((gram - torch.eye(len(rows), dtype=gram.dtype)).abs().max())
         if distance > _ROUNDING[rows.dtype]:
             raise CheckpointError(
                 f"{self._components.path}: the components of {name!r} are not orthonormal (off by "
-                f"{distance:.2g}); copy the checkpoint again"
+                f"{distance:.2g}); {copy_again(self._components.path)}"
             )
         return rows
 
@@ -184,9 +185,7 @@ class LoraShareFiles:
         b = file.floats(f"{layer}:B", (k_out, a.shape[1]))
         wrong = rank_fault(a.shape[1], d_in, d_out)
         if wrong:
-            raise CheckpointError(
-                f"{file.path}: layer {layer!r}: {wrong}; copy the checkpoint again"
-            )
+            raise CheckpointError(f"{file.path}: layer {layer!r}: {wrong}; {copy_again(file.path)}")
         if a.shape[1] != lora_rank(config, layer):
             raise CheckpointError(
                 f"{file.path}: layer {layer!r} has rank {a.shape[1]}, but {_META_FILE} says "
@@ -224,5 +223,5 @@ def _layers(file: TensorFile) -> list[str]:
                 f"{file.path}: layer {layer!r} has side {found.pop()} only; the file is incomplete"
             )
     if not sides:
-        raise CheckpointError(f"{file.path}: it holds no tensors; copy the checkpoint again")
+        raise CheckpointError(f"{file.path}: it holds no tensors; {copy_again(file.path)}")
     return sorted(sides)

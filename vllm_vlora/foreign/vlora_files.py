@@ -23,6 +23,7 @@ import msgspec
 import torch
 
 from vllm_vlora.checkpoint.components import Asked, asked_elsewhere
+from vllm_vlora.downloads import copy_again
 from vllm_vlora.errors import CheckpointError
 from vllm_vlora.foreign.files import TensorFile, inside, read_json
 from vllm_vlora.representations.spec import rank_fault
@@ -226,7 +227,7 @@ class VLoRAFiles:
             (rank, d_in), (d_out, _) = self._shapes(name)
             wrong = rank_fault(rank, d_in, d_out)
             if wrong:
-                raise CheckpointError(f"{file}: layer {name}: {wrong}; copy the checkpoint again")
+                raise CheckpointError(f"{file}: layer {name}: {wrong}; {copy_again(file)}")
 
     def _shapes(self, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of A (rank, d_in) and of B (d_out, rank)."""
