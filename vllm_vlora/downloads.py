@@ -209,10 +209,11 @@ class Cached:
                 except ChangedError:
                     # It may be of the folder as it is now, under the name of what it was.
                     for file in files:
-                        _part(contents / file.key).unlink(missing_ok=True)
+                        if not file.sha256:
+                            _part(contents / file.key).unlink(missing_ok=True)
                     raise
                 for file in came:
-                    _complete(contents / file.key)
+                    _complete(_part(contents / file.key), contents / file.key)
                 digest = _listing_digest(came)
                 found = self.state(digest)
                 if found is None:
@@ -263,9 +264,8 @@ def _part(content: Path) -> Path:
     return content.with_name(content.name + _PART)
 
 
-def _complete(content: Path) -> None:
-    """Give what has come its name, where another run has not done so."""
-    part = _part(content)
+def _complete(part: Path, content: Path) -> None:
+    """Give what has come its name; what has it already stays, since states are links to it."""
     if content.is_file():
         part.unlink(missing_ok=True)
     else:
@@ -459,9 +459,8 @@ class _Fetch:
             )
         if not file.is_known:
             file = replace(file, sha256=digest)
-            os.rename(part, _part(self._contents / digest))
         if file.sha256:
-            _complete(self._contents / digest)
+            _complete(part, self._contents / digest)
         return file
 
     def _left(self, file: RemoteFile, part: Path) -> int:
@@ -538,12 +537,14 @@ def cache_written(folder: Path) -> Iterator[None]:
 
 def copy_again(file: Path) -> str:
     """What to do about a damaged file of a checkpoint; one in the cache would be taken for ever."""
-    cache = cache_folder().resolve()
-    folder = next((p for p in file.parent.resolve().parents if p.parent == cache), None)
-    if folder is None or not (folder / _URL).is_file():
-        return "copy the checkpoint again"
-    line = quoted(["vllm-vlora", "cache", (folder / _URL).read_text(errors="replace"), "--clean"])
-    return f"remove what the cache has of it, `{line}`, and it is fetched again"
+    for folder in file.parent.resolve().parents:
+        # What cannot be read here is no reason to say less of the file.
+        with suppress(OSError):
+            url = (folder / _URL).read_text(errors="replace")
+            if folder.name == cache_name(url):
+                line = quoted(["vllm-vlora", "cache", url, "--clean"])
+                return f"remove what the cache has of it, `{line}`, and it is fetched again"
+    return "copy the checkpoint again"
 
 
 # --- looking and cleaning -------------------------------------------------------------------------

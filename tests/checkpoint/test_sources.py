@@ -708,6 +708,22 @@ def test_within_a_run_what_nothing_names_begins_anew_and_ends(
     assert len(cuts) > 10
 
 
+def test_two_files_of_one_content_that_nothing_names(adapters: FileServer) -> None:
+    adapters.etags = False
+    names = ("adapter_config.json", WEIGHTS, *(f"t{number}.jinja" for number in range(6)))
+    for name in names[2:]:
+        (adapters.folder / "one" / name).write_text("hello")
+    for _ in range(3):
+        found = downloads.fetch_folder(f"{adapters.url}/one", names, names[0])
+        assert {p.name: p.read_text() for p in found.glob("t*")} == dict.fromkeys(
+            names[2:], "hello"
+        )
+    # It is kept once, however often it came.
+    assert parts(found.parents[1]) == []
+    contents = {p.stat().st_ino for p in (found.parents[1] / "files").iterdir()}
+    assert contents == {p.stat().st_ino for p in found.iterdir()}
+
+
 @pytest.mark.parametrize("shorter", [False, True])
 def test_what_came_of_a_later_version_is_not_kept_as_the_former(
     adapters: FileServer, world: World, shorter: bool
