@@ -474,6 +474,8 @@ def add_direct_reference(
 ) -> None:
     """The definition of the operation, token by token, with its rounding points, on any device.
 
+    The kernels do not round the numbers of packed private factors where a tile has one token.
+
     Raises:
         ValueError: as :func:`add_direct`.
     """

@@ -10,13 +10,14 @@ that the layer's tasks have.
 
 In decode nearly every tile is one token, and the work is to read each task's factors once. For 64
 tasks of rank 16 in ``qkv_proj`` of a 7-billion model these are 48 MiB in bfloat16 and 14 MiB in NF4.
-Both take the same time on an H100, 28 us where the bytes would take 18 and 6: what bounds them is the
-chain of loads from tile to record to factors, and the instructions that decode a value. So a tile of
-one token is multiplied and summed in registers, by programs that are large enough to be few; the next
-launch begins early and has its factors under way while this one still runs; each byte of NF4 is read
-once, and its two values are looked up in a table of 64 bytes that stays in the L1 cache. A tensor-core
-product would pad the rank to 16 and send every value through shared memory. Tiles of more tokens use
-it nevertheless, since they decode once for all of them.
+What bounds them is the chain of loads from tile to record to factors, and, of packed ones, the
+instructions that decode a value. So a tile of one token is multiplied and summed in registers, by
+programs that are large enough to be few; the next launch begins early and has its factors under way
+while this one still runs. A packed row is read in units of eight columns, a thread a unit
+(``_load_units``): its values are looked up in a table of 64 bytes that stays in the L1 cache, and are
+multiplied as they come; a unit's sum is scaled, not its values, and nothing is rounded before. A
+tensor-core product would pad the rank to 16 and send every value through shared memory. Tiles of more
+tokens use it nevertheless, since they decode once for all of them.
 
 h is kept as float32 sums over parts of d_in, which expand adds in a fixed order: no atomics, the same
 bits in every run.
@@ -72,6 +73,8 @@ _NARROW_BIT = tl.constexpr(1 << direct.FORMAT_CODES[NARROW_FORMAT])
 _FORMAT_COUNT = tl.constexpr(len(direct.FORMAT_CODES))
 _BLOCK = tl.constexpr(NF4_BLOCK)
 _BYTES = tl.constexpr(NF4_BLOCK // 2)
+# Of eight columns each, in a block.
+_UNITS = tl.constexpr(NF4_BLOCK // 8)
 _SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
 _TRELLIS_ROOM = tl.constexpr(TRELLIS_ROOM)
 _TRELLIS_BOOK = tl.constexpr(direct.TRELLIS_BOOK)
@@ -165,167 +168,182 @@ def _locate(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_nf4(  # type: ignore[no-untyped-def]
-    where,
-    book_ptr,
-    rows,
-    row_live,
-    first,
-    live_cols,
-    FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+def _row_tables(  # type: ignore[no-untyped-def]
+    where, addresses, book_ptr, rows, row_live, FORMAT: tl.constexpr
 ):
-    """``[rows, first : first + COLS]`` of an NF4 matrix, rounded to DTYPE; whole blocks only.
-
-    Each byte is read once, 16 of them by a thread, and each scale once a block.
-    """
-    codes_ptr, scales_ptr, ranges_ptr, codes_stride, scales_stride, ranges_stride = where
-    rows = rows.to(tl.int64)[:, None]
-    blocks = tl.arange(0, COLS // _BLOCK)[None, :]
-    live = row_live[:, None] & (blocks * _BLOCK < live_cols)
-    blocks += first // _BLOCK
-    places = (rows * codes_stride + blocks * _BYTES)[:, :, None]
-    places += tl.arange(0, _BYTES)[None, None, :]
-    pairs = tl.load(codes_ptr + places, mask=live[:, :, None], other=0).to(tl.int32)
-    scales = tl.load(scales_ptr + rows * scales_stride + blocks, mask=live, other=0)
-    if FORMAT == "nf4-dq":
-        range_ptrs = ranges_ptr + rows * ranges_stride + (blocks // _SCALE_BLOCK) * 2
-        low = tl.load(range_ptrs, mask=live, other=0.0)
-        step = tl.load(range_ptrs + 1, mask=live, other=0.0)
-        scales = low + scales.to(tl.float32) * step
-    scales = scales[:, :, None]
-    even = (tl.load(book_ptr + (pairs >> 4)) * scales).to(DTYPE)
-    odd = (tl.load(book_ptr + (pairs & 15)) * scales).to(DTYPE)
-    return tl.join(even, odd).reshape(ROWS, COLS)
+    """(where a row's values are looked up, bits that its codes have), of the tensor ``rows``."""
+    tables = book_ptr
+    widths = 4
+    if FORMAT == "trellis":
+        widths = tl.load(where[2].to(tl.pointer_type(tl.uint8)) + rows, mask=row_live, other=4)
+        widths = widths.to(tl.int32)
+        tables = book_ptr + _TRELLIS_BOOK + (4 - widths) * _WINDOWS
+    elif FORMAT == _NARROW:
+        with_top, with_middle = addresses[3] & 65535, (addresses[3] >> 16) & 65535
+        books = tl.where(rows < with_middle, tl.where(rows < with_top, 0, _BOOK_OF_3), _BOOK_OF_2)
+        tables = book_ptr + books
+    return tables, widths
 
 
 @triton.jit
-def _load_narrow(  # type: ignore[no-untyped-def]
-    where,
-    addresses,
-    book_ptr,
-    rows,
-    row_live,
-    first,
-    live_cols,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+def _load_units(  # type: ignore[no-untyped-def]
+    where, addresses, rows, units, live, widths, FORMAT: tl.constexpr
 ):
-    """The same of a narrow matrix: eight places of four bits in one word, whatever the rows' bits."""
-    _, scales_ptr, ranges_ptr, _, held_blocks, ranges_stride = where
-    planes = narrow_planes(addresses[0], addresses[3], addresses[4], held_blocks)
-    low_ptr = tl.multiple_of(planes[0].to(tl.pointer_type(tl.int32)), 8)
-    middle_ptr = tl.multiple_of(planes[1].to(tl.pointer_type(tl.int16)), 4)
-    top_ptr = tl.multiple_of(planes[2].to(tl.pointer_type(tl.int16)), 4)
-    books = tl.where(rows < planes[3], tl.where(rows < planes[4], 0, _BOOK_OF_3), _BOOK_OF_2)
-    with_middle = (rows < planes[3])[:, None, None]
-    with_top = (rows < planes[4])[:, None, None]
-    rows = rows.to(tl.int64)[:, None]
-    blocks = tl.arange(0, COLS // _BLOCK)[None, :]
-    live = row_live[:, None] & (blocks * _BLOCK < live_cols)
-    blocks += first // _BLOCK
-    # Four words a block.
-    units = (rows * held_blocks + blocks)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    mask = live[:, :, None]
-    low = tl.load(low_ptr + units, mask=mask, other=0)
-    middle = tl.load(middle_ptr + units, mask=mask & with_middle, other=0).to(tl.int32) & 0xFFFF
-    top = tl.load(top_ptr + units, mask=mask & with_top, other=0).to(tl.int32) & 0xFFFF
-    scales = tl.load(scales_ptr + rows * held_blocks + blocks, mask=live, other=0)
-    range_ptrs = ranges_ptr + rows * ranges_stride
-    range_ptrs += (blocks + addresses[5]) // _SCALE_BLOCK * 2
-    least = tl.load(range_ptrs, mask=live, other=0.0)
-    step = tl.load(range_ptrs + 1, mask=live, other=0.0)
-    scales = least + scales.to(tl.float32) * step
+    """Units of eight neighbouring columns: (their codes in one number each, their scales).
+
+    All tensors have one axis, and nothing promises that the codes are aligned: so Triton gives a thread
+    a unit and the next thread the next, and values are looked up, scaled and summed where the codes
+    are. With two axes, or 16 bytes a thread, it takes the codes through shared memory into another
+    layout to look them up, and sums rows across threads (six shuffles a value); in a loop with stages
+    it copies each value looked up into shared memory. A test reads the compiled layouts.
+
+    Args:
+        where: what ``_locate`` gives. addresses: what ``_load_addresses`` gives.
+        rows, units: int32, ``[N]``; live: which there are; others have scale 0.
+        widths: what ``_row_tables`` gives.
+    """
+    if FORMAT == "trellis":
+        # Eight windows of a row lie in five bytes, or in fewer.
+        byte_ptrs = where[0] + (rows * where[3] + units * widths)
+        codes = tl.load(byte_ptrs, mask=live, other=0).to(tl.uint64)
+        for place in tl.static_range(1, 5):
+            byte = tl.load(byte_ptrs + place, mask=live, other=0).to(tl.uint64)
+            codes |= byte << (8 * place)
+        scales = tl.load(where[1] + rows, mask=live, other=0.0)
+    else:
+        blocks = units // _UNITS
+        scales = tl.load(where[1] + (rows * where[4] + blocks), mask=live, other=0)
+        if FORMAT == _NARROW:
+            codes = _load_narrow(addresses, where[4], rows, units, live)
+            blocks += addresses[5]
+        else:
+            word_ptr = addresses[0].to(tl.pointer_type(tl.int32))
+            words = rows * (where[4] * _UNITS) + units
+            codes = tl.load(word_ptr + words, mask=live, other=0).to(tl.uint32)
+        if FORMAT != "nf4":
+            range_ptrs = where[2] + (rows * where[5] + blocks // _SCALE_BLOCK * 2)
+            low = tl.load(range_ptrs, mask=live, other=0.0)
+            step = tl.load(range_ptrs + 1, mask=live, other=0.0)
+            scales = low + scales.to(tl.float32) * step
+    return codes, scales
+
+
+@triton.jit
+def _load_narrow(addresses, blocks, rows, units, live):  # type: ignore[no-untyped-def]
+    """Words of eight places of four bits, the first the lowest, whatever the rows' bits."""
+    planes = narrow_planes(addresses[0], addresses[3], addresses[4], blocks)
+    low_ptr = planes[0].to(tl.pointer_type(tl.int32))
+    middle_ptr = planes[1].to(tl.pointer_type(tl.int16))
+    top_ptr = planes[2].to(tl.pointer_type(tl.int16))
+    # Two units share a word of each plane.
+    words = rows * (blocks * 4) + units // 2
+    shift = (units & 1) * 2
+    low = tl.load(low_ptr + words, mask=live, other=0).to(tl.uint32)
+    middle = tl.load(middle_ptr + words, mask=live & (rows < planes[3]), other=0)
+    top = tl.load(top_ptr + words, mask=live & (rows < planes[4]), other=0)
+    middle = middle.to(tl.uint32) & 0xFFFF
+    top = top.to(tl.uint32) & 0xFFFF
     # Bit 4 i of 16 goes to bit 4 i, bit 4 i + 1 to bit 16 + 4 i, and likewise from bit 2 on.
-    middle |= middle << 15
-    top |= top << 15
-    half = (low & 0x33333333) | ((middle & 0x11111111) << 2) | ((top & 0x11111111) << 3)
-    other = ((low >> 2) & 0x33333333) | (middle & 0x44444444) | ((top & 0x44444444) << 1)
-    book_ptrs = (book_ptr + books)[:, None, None]
-    scales = scales[:, :, None]
-    even = _join_places(half, other, 0, book_ptrs, scales, ROWS, COLS)
-    odd = _join_places(half, other, 4, book_ptrs, scales, ROWS, COLS)
-    return tl.join(even, odd).reshape(ROWS, COLS).to(DTYPE)
-
-
-@triton.jit
-def _join_places(  # type: ignore[no-untyped-def]
-    half, other, SHIFT: tl.constexpr, book_ptrs, scales, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Every other element of a tile: from each word the values of the places at bits SHIFT, SHIFT + 8, ..
-
-    Values are looked up for each place in the layout in which the words were loaded, and then joined.
-    """
-    first = tl.join(
-        _look_up(half, other, SHIFT, book_ptrs, scales, ROWS, COLS),
-        _look_up(half, other, SHIFT + 16, book_ptrs, scales, ROWS, COLS),
-    ).reshape(ROWS, COLS // 4)
-    second = tl.join(
-        _look_up(half, other, SHIFT + 8, book_ptrs, scales, ROWS, COLS),
-        _look_up(half, other, SHIFT + 24, book_ptrs, scales, ROWS, COLS),
-    ).reshape(ROWS, COLS // 4)
-    return tl.join(first, second).reshape(ROWS, COLS // 2)
+    middle = ((middle | (middle << 15)) >> shift) & 0x11111111
+    top = ((top | (top << 15)) >> shift) & 0x11111111
+    return ((low >> shift) & 0x33333333) | (middle << 2) | (top << 3)
 
 
 @triton.jit
 def _look_up(  # type: ignore[no-untyped-def]
-    half, other, SHIFT: tl.constexpr, book_ptrs, scales, ROWS: tl.constexpr, COLS: tl.constexpr
+    codes, tables, widths, PLACE: tl.constexpr, FORMAT: tl.constexpr
 ):
-    low = tl.load(book_ptrs + ((half >> SHIFT) & 15)) * scales
-    high = tl.load(book_ptrs + ((other >> SHIFT) & 15)) * scales
-    return tl.join(low, high).reshape(ROWS, COLS // 8)
+    """The values, without their scales, of column PLACE of units."""
+    if FORMAT == "trellis":
+        index = ((codes >> (PLACE * widths)) & (_WINDOWS - 1)).to(tl.int32)
+    elif FORMAT == _NARROW:
+        index = ((codes >> (4 * PLACE)) & 15).to(tl.int32)
+    else:
+        # The higher half of a byte is the first of its two columns.
+        index = ((codes >> (4 * (PLACE ^ 1))) & 15).to(tl.int32)
+    return tl.load(tables + index)
 
 
 @triton.jit
-def _load_trellis(  # type: ignore[no-untyped-def]
-    where,
-    book_ptr,
-    rows,
-    row_live,
-    first,
-    live_cols,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """The same of trellis codes: eight windows of a row lie in five bytes, or in fewer."""
-    codes_ptr, scales_ptr, widths_ptr, codes_stride, _, _ = where
-    rows = rows.to(tl.int64)[:, None]
-    live_rows = row_live[:, None]
-    widths = tl.load(widths_ptr.to(tl.pointer_type(tl.uint8)) + rows, mask=live_rows, other=4)
-    widths = widths.to(tl.int32)
-    scales = tl.load(scales_ptr + rows, mask=live_rows, other=0.0)
-    groups = tl.arange(0, COLS // 8)[None, :]
-    mask = live_rows & (groups * 8 < live_cols)
-    byte_ptrs = codes_ptr + rows * codes_stride + (first // 8 + groups) * widths
-    bits = tl.load(byte_ptrs, mask=mask, other=0).to(tl.int64)
-    for place in tl.static_range(1, 5):
-        bits |= tl.load(byte_ptrs + place, mask=mask, other=0).to(tl.int64) << (8 * place)
-    # Of eight elements in a row first every other one, and then the others between them.
-    table_ptrs = book_ptr + _TRELLIS_BOOK + (4 - widths) * _WINDOWS
-    even = _join_windows(bits, widths, 0, table_ptrs, ROWS, COLS)
-    odd = _join_windows(bits, widths, 1, table_ptrs, ROWS, COLS)
-    values = tl.join(even, odd).reshape(ROWS, COLS)
-    return (values * scales).to(DTYPE)
+def _join_places(v0, v1, v2, v3, v4, v5, v6, v7):  # type: ignore[no-untyped-def]
+    """``[N, 2, 2, 2]`` in the order of the columns, from ``[N]`` of each place of a unit."""
+    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
+    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+    return tl.join(even, odd)
 
 
 @triton.jit
-def _join_windows(  # type: ignore[no-untyped-def]
-    bits, widths, FIRST: tl.constexpr, table_ptrs, ROWS: tl.constexpr, COLS: tl.constexpr
+def _split_places(values, UNITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The opposite, from ``[8 UNITS]``."""
+    even, odd = tl.split(values.reshape(UNITS, 2, 2, 2))
+    v04, v26 = tl.split(even)
+    v15, v37 = tl.split(odd)
+    v0, v4 = tl.split(v04)
+    v1, v5 = tl.split(v15)
+    v2, v6 = tl.split(v26)
+    v3, v7 = tl.split(v37)
+    return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def _scaled(  # type: ignore[no-untyped-def]
+    codes, scales, tables, widths, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """``[ROWS, COLS]`` from units, rounded to DTYPE."""
+    values = _join_places(
+        _look_up(codes, tables, widths, 0, FORMAT) * scales,
+        _look_up(codes, tables, widths, 1, FORMAT) * scales,
+        _look_up(codes, tables, widths, 2, FORMAT) * scales,
+        _look_up(codes, tables, widths, 3, FORMAT) * scales,
+        _look_up(codes, tables, widths, 4, FORMAT) * scales,
+        _look_up(codes, tables, widths, 5, FORMAT) * scales,
+        _look_up(codes, tables, widths, 6, FORMAT) * scales,
+        _look_up(codes, tables, widths, 7, FORMAT) * scales,
+    )  # fmt: skip
+    return values.reshape(ROWS, COLS).to(DTYPE)
+
+
+@triton.jit
+def _sum_rows(  # type: ignore[no-untyped-def]
+    codes, weights, tables, widths, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """The values of elements FIRST, FIRST + 2, .. of each eight."""
-    outer = tl.join(
-        tl.load(table_ptrs + ((bits >> (FIRST * widths)) & 255).to(tl.int32)),
-        tl.load(table_ptrs + ((bits >> ((FIRST + 4) * widths)) & 255).to(tl.int32)),
-    ).reshape(ROWS, COLS // 4)
-    inner = tl.join(
-        tl.load(table_ptrs + ((bits >> ((FIRST + 2) * widths)) & 255).to(tl.int32)),
-        tl.load(table_ptrs + ((bits >> ((FIRST + 6) * widths)) & 255).to(tl.int32)),
-    ).reshape(ROWS, COLS // 4)
-    return tl.join(outer, inner).reshape(ROWS, COLS // 2)
+    """``[COLS]``, the sum over rows of units times ``weights [ROWS, COLS // 8]``."""
+    return _join_places(
+        tl.sum(_as_rows(codes, tables, widths, 0, FORMAT, ROWS) * weights, axis=0),
+        tl.sum(_as_rows(codes, tables, widths, 1, FORMAT, ROWS) * weights, axis=0),
+        tl.sum(_as_rows(codes, tables, widths, 2, FORMAT, ROWS) * weights, axis=0),
+        tl.sum(_as_rows(codes, tables, widths, 3, FORMAT, ROWS) * weights, axis=0),
+        tl.sum(_as_rows(codes, tables, widths, 4, FORMAT, ROWS) * weights, axis=0),
+        tl.sum(_as_rows(codes, tables, widths, 5, FORMAT, ROWS) * weights, axis=0),
+        tl.sum(_as_rows(codes, tables, widths, 6, FORMAT, ROWS) * weights, axis=0),
+        tl.sum(_as_rows(codes, tables, widths, 7, FORMAT, ROWS) * weights, axis=0),
+    ).reshape(COLS)  # fmt: skip
+
+
+@triton.jit
+def _times_x(  # type: ignore[no-untyped-def]
+    codes, x, tables, widths, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """``[ROWS, COLS // 8]``, each unit of each row times its columns of ``x [COLS]``, unscaled."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = _split_places(x.to(tl.float32), COLS // 8)
+    total = _as_rows(codes, tables, widths, 0, FORMAT, ROWS) * x0[None, :]
+    total += _as_rows(codes, tables, widths, 1, FORMAT, ROWS) * x1[None, :]
+    total += _as_rows(codes, tables, widths, 2, FORMAT, ROWS) * x2[None, :]
+    total += _as_rows(codes, tables, widths, 3, FORMAT, ROWS) * x3[None, :]
+    total += _as_rows(codes, tables, widths, 4, FORMAT, ROWS) * x4[None, :]
+    total += _as_rows(codes, tables, widths, 5, FORMAT, ROWS) * x5[None, :]
+    total += _as_rows(codes, tables, widths, 6, FORMAT, ROWS) * x6[None, :]
+    total += _as_rows(codes, tables, widths, 7, FORMAT, ROWS) * x7[None, :]
+    return total
+
+
+@triton.jit
+def _as_rows(  # type: ignore[no-untyped-def]
+    codes, tables, widths, PLACE: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr
+):
+    values = _look_up(codes, tables, widths, PLACE, FORMAT)
+    return values.reshape(ROWS, values.shape[0] // ROWS)
 
 
 @triton.jit
@@ -356,49 +374,42 @@ def _load_format(  # type: ignore[no-untyped-def]
     addresses,
     held_cols,
     book_ptr,
-    rows,
-    row_live,
+    first_row,
+    rank,
     first,
     live_cols,
     FORMAT: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LOOK_UP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """``[rows, first : first + COLS]``, rounded to DTYPE, of a matrix.
+    """``[first_row : first_row + ROWS, first : first + COLS]``, rounded to DTYPE, of a matrix.
 
     Args:
         held_cols: columns of the matrix.
+        rank: its rows; those beyond are 0.
         live_cols: how many of the COLS columns there are; those beyond have any finite value.
-        ALIGNED: rows begin at 16 bytes, and ``first`` is a multiple of 64.
-        LOOK_UP: NF4's values come from the table, if the sizes allow it, and not by selects.
+        ALIGNED: rows begin at 16 bytes, and ``first`` is a multiple of 8.
     """
     where = _locate(addresses, held_cols, FORMAT, DTYPE, ALIGNED)
-    if LOOK_UP and ALIGNED and COLS >= _BLOCK and (FORMAT == "nf4" or FORMAT == "nf4-dq"):
-        values = _load_nf4(
-            where, book_ptr, rows, row_live, first, live_cols, FORMAT, DTYPE, ROWS, COLS
+    if ALIGNED and FORMAT != "float" and FORMAT != "int8":
+        units = tl.arange(0, ROWS * (COLS // 8))
+        rows = first_row + units // (COLS // 8)
+        units %= COLS // 8
+        live = (rows < rank) & (units * 8 < live_cols)
+        tables, widths = _row_tables(where, addresses, book_ptr, rows, live, FORMAT)
+        codes, scales = _load_units(
+            where, addresses, rows, first // 8 + units, live, widths, FORMAT
         )
-    elif LOOK_UP and ALIGNED and COLS >= _BLOCK and FORMAT == _NARROW:
-        values = _load_narrow(
-            where, addresses, book_ptr, rows, row_live, first, live_cols, DTYPE, ROWS, COLS
-        )
-    elif LOOK_UP and ALIGNED and COLS >= _BLOCK and FORMAT == "trellis":
-        values = _load_trellis(where, book_ptr, rows, row_live, first, live_cols, DTYPE, ROWS, COLS)
+        values = _scaled(codes, scales, tables, widths, FORMAT, DTYPE, ROWS, COLS)
     else:
+        rows = first_row + tl.arange(0, ROWS)
         cols = tl.arange(0, COLS)
         values = _load_values(
-            where,
-            addresses,
-            book_ptr,
-            rows,
-            row_live,
-            first + cols,
-            cols < live_cols,
-            FORMAT,
-            DTYPE,
-        )
+            where, addresses, book_ptr, rows, rows < rank, first + cols, cols < live_cols,
+            FORMAT, DTYPE,
+        )  # fmt: skip
     return values
 
 
@@ -408,40 +419,32 @@ def _load_any(  # type: ignore[no-untyped-def]
     addresses,
     held_cols,
     book_ptr,
-    rows,
-    row_live,
+    first_row,
+    rank,
     first,
     live_cols,
     FORMATS: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LOOK_UP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    APART: tl.constexpr = False,
 ):
     """``_load_format`` for a format known at run time, one of those whose bits FORMATS has.
 
-    APART: by a branch even where there is one format only. The compiler looks for the bits of what a
+    By a branch even where there is one format only. The compiler looks for the bits of what a
     product's operand was loaded as, not beyond a branch, and has each thread hold so many neighbours
     along the product's inner side as make 32 bits of them: 8 of what came from nibbles. Where that
     side has less than 4 times as many, here 16, Triton 3.6 multiplies some twice and others never.
     """
     values = tl.zeros((ROWS, COLS), dtype=DTYPE)
     for code in tl.static_range(_FORMAT_COUNT):
-        if not APART and 1 << code == FORMATS:
-            # Triton before 3.7 takes an element of a constexpr tuple for a string.
-            FORMAT: tl.constexpr = _FORMATS[code]
-            values = _load_format(
-                addresses, held_cols, book_ptr, rows, row_live, first, live_cols,
-                FORMAT, DTYPE, ALIGNED, LOOK_UP, ROWS, COLS,
-            )  # fmt: skip
-        elif (FORMATS >> code) & 1:  # noqa: SIM102 (known when compiled)
+        if (FORMATS >> code) & 1:  # noqa: SIM102 (known when compiled)
             if format == code:
-                OTHER: tl.constexpr = _FORMATS[code]
+                # Triton before 3.7 takes an element of a constexpr tuple for a string.
+                FORMAT: tl.constexpr = _FORMATS[code]
                 values = _load_format(
-                    addresses, held_cols, book_ptr, rows, row_live, first, live_cols,
-                    OTHER, DTYPE, ALIGNED, LOOK_UP, ROWS, COLS,
+                    addresses, held_cols, book_ptr, first_row, rank, first, live_cols,
+                    FORMAT, DTYPE, ALIGNED, ROWS, COLS,
                 )  # fmt: skip
     return values
 
@@ -450,13 +453,80 @@ def _load_any(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _shrink_one(  # type: ignore[no-untyped-def]
+    x_ptr,
+    addresses,
+    book_ptr,
+    first_row,
+    rank,
+    start_in,
+    d_in,
+    first,
+    stop,
+    FORMAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PDL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """``A[first_row : first_row + ROWS, first:stop] x[first:stop]`` of one token.
+
+    A's next columns are under way while those before are multiplied, its first before x is there.
+    Sums over columns are made once, at the end: they go across threads.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    cols = tl.arange(0, COLS)
+    if ALIGNED and FORMAT != "float" and FORMAT != "int8":
+        where = _locate(addresses, start_in + d_in, FORMAT, dtype, ALIGNED)
+        units = tl.arange(0, ROWS * (COLS // 8))
+        rows = first_row + units // (COLS // 8)
+        units %= COLS // 8
+        tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
+        codes, scales = _load_units(
+            where, addresses, rows, (start_in + first) // 8 + units,
+            (rows < rank) & (first + units * 8 < stop), widths, FORMAT,
+        )  # fmt: skip
+        wait_for_previous(PDL)
+        total = tl.zeros((ROWS, COLS // 8), dtype=tl.float32)
+        for start in tl.range(first, stop, COLS, num_stages=1):
+            x = tl.load(x_ptr + start + cols, mask=start + cols < stop, other=0.0)
+            after = start + COLS
+            next_codes, next_scales = _load_units(
+                where, addresses, rows, (start_in + after) // 8 + units,
+                (rows < rank) & (after + units * 8 < stop), widths, FORMAT,
+            )  # fmt: skip
+            part = _times_x(codes, x, tables, widths, FORMAT, ROWS, COLS)
+            total += part * scales.reshape(ROWS, COLS // 8)
+            codes = next_codes
+            scales = next_scales
+        sums = tl.sum(total, axis=1)
+    else:
+        a = _load_format(
+            addresses, start_in + d_in, book_ptr, first_row, rank, start_in + first, stop - first,
+            FORMAT, dtype, ALIGNED, ROWS, COLS,
+        )  # fmt: skip
+        wait_for_previous(PDL)
+        x = tl.load(x_ptr + first + cols, mask=first + cols < stop, other=0.0)
+        total = a.to(tl.float32) * x.to(tl.float32)[None, :]
+        for start in range(first + COLS, stop, COLS):
+            x = tl.load(x_ptr + start + cols, mask=start + cols < stop, other=0.0)
+            a = _load_format(
+                addresses, start_in + d_in, book_ptr, first_row, rank, start_in + start, stop - start,
+                FORMAT, dtype, ALIGNED, ROWS, COLS,
+            )  # fmt: skip
+            total += a.to(tl.float32) * x.to(tl.float32)[None, :]
+        sums = tl.sum(total, axis=1)
+    return sums
+
+
+@triton.jit
 def _shrink_tile(  # type: ignore[no-untyped-def]
     x_ptrs,
     token_live,
     addresses,
     book_ptr,
-    rows,
-    row_live,
+    first_row,
+    rank,
     start_in,
     d_in,
     first,
@@ -474,15 +544,39 @@ def _shrink_tile(  # type: ignore[no-untyped-def]
     """
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
     total = tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.float32)
-    for start in range(first, stop, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        mask = token_live[:, None] & (cols < stop)[None, :]
-        x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
-        a = _load_format(
-            addresses, start_in + d_in, book_ptr, rows, row_live, start_in + start, stop - start,
-            FORMAT, dtype, ALIGNED, True, BLOCK_R, BLOCK_D,
+    if ALIGNED and FORMAT != "float" and FORMAT != "int8":
+        where = _locate(addresses, start_in + d_in, FORMAT, dtype, ALIGNED)
+        units = tl.arange(0, BLOCK_R * (BLOCK_D // 8))
+        rows = first_row + units // (BLOCK_D // 8)
+        units %= BLOCK_D // 8
+        tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
+        codes, scales = _load_units(
+            where, addresses, rows, (start_in + first) // 8 + units,
+            (rows < rank) & (first + units * 8 < stop), widths, FORMAT,
         )  # fmt: skip
-        total = multiply(a, tl.trans(x), total, LOW_PRECISION)
+        for start in tl.range(first, stop, BLOCK_D, num_stages=1):
+            cols = start + tl.arange(0, BLOCK_D)
+            mask = token_live[:, None] & (cols < stop)[None, :]
+            x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
+            after = start + BLOCK_D
+            next_codes, next_scales = _load_units(
+                where, addresses, rows, (start_in + after) // 8 + units,
+                (rows < rank) & (after + units * 8 < stop), widths, FORMAT,
+            )  # fmt: skip
+            a = _scaled(codes, scales, tables, widths, FORMAT, dtype, BLOCK_R, BLOCK_D)
+            total = multiply(a, tl.trans(x), total, LOW_PRECISION)
+            codes = next_codes
+            scales = next_scales
+    else:
+        for start in range(first, stop, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            mask = token_live[:, None] & (cols < stop)[None, :]
+            x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
+            a = _load_format(
+                addresses, start_in + d_in, book_ptr, first_row, rank, start_in + start, stop - start,
+                FORMAT, dtype, ALIGNED, BLOCK_R, BLOCK_D,
+            )  # fmt: skip
+            total = multiply(a, tl.trans(x), total, LOW_PRECISION)
     return total
 
 
@@ -539,29 +633,20 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
         first = part * part_cols
         stop = tl.minimum(first + part_cols, d_in)
         h_ptr += part.to(tl.int64) * part_stride + place.to(tl.int64) * slice_stride
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
         if count == 1:
             token = tl.load(order_ptr + first_token).to(tl.int64)
-            x_row = x_ptr + token * x_stride
-            cols = tl.arange(0, ONE_COLS)
             for row in range(0, rank, ONE_ROWS):
                 rows = row + tl.arange(0, ONE_ROWS)
-                a = _load_any(
-                    format, addresses, start_in + d_in, book_ptr, rows, rows < rank,
-                    start_in + first, stop - first,
-                    FORMATS, dtype, ALIGNED, True, ONE_ROWS, ONE_COLS,
-                )  # fmt: skip
-                wait_for_previous(PDL)
-                x = tl.load(x_row + first + cols, mask=first + cols < stop, other=0.0)
-                one = tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
-                for start in range(first + ONE_COLS, stop, ONE_COLS):
-                    x = tl.load(x_row + start + cols, mask=start + cols < stop, other=0.0)
-                    a = _load_any(
-                        format, addresses, start_in + d_in, book_ptr, rows, rows < rank,
-                        start_in + start, stop - start,
-                        FORMATS, dtype, ALIGNED, True, ONE_ROWS, ONE_COLS,
-                    )  # fmt: skip
-                    one += tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+                one = tl.zeros((ONE_ROWS,), dtype=tl.float32)
+                for code in tl.static_range(_FORMAT_COUNT):
+                    if (FORMATS >> code) & 1:  # noqa: SIM102 (known when compiled)
+                        if format == code:
+                            FORMAT: tl.constexpr = _FORMATS[code]
+                            one = _shrink_one(
+                                x_ptr + token * x_stride, addresses, book_ptr, row, rank,
+                                start_in, d_in, first, stop,
+                                FORMAT, ALIGNED, PDL, ONE_ROWS, ONE_COLS,
+                            )  # fmt: skip
                 tl.store(h_ptr + token * max_rank + rows, one, mask=rows < rank)
         else:
             wait_for_previous(PDL)
@@ -575,11 +660,11 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
                 for code in tl.static_range(_FORMAT_COUNT):
                     if (FORMATS >> code) & 1:  # noqa: SIM102 (known when compiled)
                         if format == code:
-                            FORMAT: tl.constexpr = _FORMATS[code]
+                            OTHER: tl.constexpr = _FORMATS[code]
                             h = _shrink_tile(
                                 x_ptr + tokens * x_stride, token_live, addresses, book_ptr,
-                                rows, rows < rank, start_in, d_in, first, stop,
-                                FORMAT, ALIGNED, LOW_PRECISION, BLOCK_T, BLOCK_R, BLOCK_D,
+                                row, rank, start_in, d_in, first, stop,
+                                OTHER, ALIGNED, LOW_PRECISION, BLOCK_T, BLOCK_R, BLOCK_D,
                             )  # fmt: skip
                 tl.store(
                     h_ptr + tokens[None, :] * max_rank + rows[:, None],
@@ -594,7 +679,6 @@ def _shrink_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _expand_one(  # type: ignore[no-untyped-def]
     h_ptrs,
-    format,
     addresses,
     book_ptr,
     rank,
@@ -604,37 +688,87 @@ def _expand_one(  # type: ignore[no-untyped-def]
     first,
     width,
     part_stride,
-    FORMATS: tl.constexpr,
+    FORMAT: tl.constexpr,
     PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
     DTYPE: tl.constexpr,
-    ONE_ROWS: tl.constexpr,
-    ONE_COLS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """``(scale h) B[:, first : first + ONE_COLS]`` of one token."""
-    parts = tl.arange(0, PARTS).to(tl.int64)[:, None] * part_stride
-    rows = tl.arange(0, ONE_ROWS)
-    # The first rows, mostly all of them, are under way before h is there.
-    b = _load_any(
-        format, addresses, held_cols, book_ptr, rows, rows < rank, start_out + first, width - first,
-        FORMATS, DTYPE, ALIGNED, True, ONE_ROWS, ONE_COLS,
-    )  # fmt: skip
-    wait_for_previous(PDL)
-    h = tl.load(h_ptrs + parts + rows[None, :], mask=(rows < rank)[None, :], other=0.0)
-    h = (tl.sum(h, axis=0) * scale).to(DTYPE).to(tl.float32)
-    total = tl.sum(h[:, None] * b.to(tl.float32), axis=0)
-    for row in range(ONE_ROWS, rank, ONE_ROWS):
-        rows = row + tl.arange(0, ONE_ROWS)
-        b = _load_any(
-            format, addresses, held_cols, book_ptr, rows, rows < rank,
-            start_out + first, width - first,
-            FORMATS, DTYPE, ALIGNED, True, ONE_ROWS, ONE_COLS,
+    """``(scale h) B[:, first : first + COLS]`` of one token.
+
+    The first rows, mostly all of them, are under way before h is there.
+    """
+    total = tl.zeros((COLS,), dtype=tl.float32)
+    # What is no four bits a number takes more registers.
+    FOUR_BITS: tl.constexpr = FORMAT == "nf4" or FORMAT == "nf4-dq"
+    MOST: tl.constexpr = 16 if FOUR_BITS else 8 if FORMAT == "float" or FORMAT == "int8" else 4
+    ROWS: tl.constexpr = MOST if MAX_ROWS > MOST else MAX_ROWS
+    if ALIGNED and FORMAT != "float" and FORMAT != "int8":
+        where = _locate(addresses, held_cols, FORMAT, DTYPE, ALIGNED)
+        units = tl.arange(0, ROWS * (COLS // 8))
+        rows = units // (COLS // 8)
+        units %= COLS // 8
+        col_live = first + units * 8 < width
+        units += (start_out + first) // 8
+        tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
+        codes, scales = _load_units(
+            where, addresses, rows, units, (rows < rank) & col_live, widths, FORMAT
+        )
+        wait_for_previous(PDL)
+        h = _load_h(h_ptrs, 0, rank, scale, part_stride, PARTS, DTYPE, ROWS)
+        weights = h[:, None] * scales.reshape(ROWS, COLS // 8)
+        total += _sum_rows(codes, weights, tables, widths, FORMAT, ROWS, COLS)
+        for row in tl.range(ROWS, rank, ROWS, num_stages=1):
+            rows += ROWS
+            tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
+            codes, scales = _load_units(
+                where, addresses, rows, units, (rows < rank) & col_live, widths, FORMAT
+            )
+            h = _load_h(h_ptrs, row, rank, scale, part_stride, PARTS, DTYPE, ROWS)
+            weights = h[:, None] * scales.reshape(ROWS, COLS // 8)
+            total += _sum_rows(codes, weights, tables, widths, FORMAT, ROWS, COLS)
+    else:
+        b = _load_format(
+            addresses, held_cols, book_ptr, 0, rank, start_out + first, width - first,
+            FORMAT, DTYPE, ALIGNED, ROWS, COLS,
         )  # fmt: skip
-        h = tl.load(h_ptrs + parts + rows[None, :], mask=(rows < rank)[None, :], other=0.0)
-        h = (tl.sum(h, axis=0) * scale).to(DTYPE).to(tl.float32)
+        wait_for_previous(PDL)
+        h = _load_h(h_ptrs, 0, rank, scale, part_stride, PARTS, DTYPE, ROWS)
         total += tl.sum(h[:, None] * b.to(tl.float32), axis=0)
+        for row in range(ROWS, rank, ROWS):
+            b = _load_format(
+                addresses, held_cols, book_ptr, row, rank, start_out + first, width - first,
+                FORMAT, DTYPE, ALIGNED, ROWS, COLS,
+            )  # fmt: skip
+            h = _load_h(h_ptrs, row, rank, scale, part_stride, PARTS, DTYPE, ROWS)
+            total += tl.sum(h[:, None] * b.to(tl.float32), axis=0)
     return total
+
+
+@triton.jit
+def _load_h(  # type: ignore[no-untyped-def]
+    h_ptrs, first_row, rank, scale, part_stride, PARTS: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """``scale h``, the sum of its parts, of one token's rows, rounded to DTYPE."""
+    rows = first_row + tl.arange(0, ROWS)
+    parts = tl.arange(0, PARTS).to(tl.int64)[:, None] * part_stride
+    h = tl.load(h_ptrs + parts + rows[None, :], mask=(rows < rank)[None, :], other=0.0)
+    return (tl.sum(h, axis=0) * scale).to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _load_h_tile(  # type: ignore[no-untyped-def]
+    h_ptrs, live, first_row, rank, scale, part_stride, PARTS: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The same of several tokens, as an operand of a product."""
+    rows = first_row + tl.arange(0, ROWS)
+    mask = live[:, None] & (rows < rank)[None, :]
+    h = load_sum(h_ptrs[:, None] + rows[None, :], part_stride, mask, PARTS)
+    return (h * scale).to(DTYPE)
 
 
 @triton.jit(
@@ -666,6 +800,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
     LOW_PRECISION: tl.constexpr,
     PDL: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -675,7 +810,8 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     """``y += (scale h) B`` on one tile of tokens, all of one task, and ONE_COLS columns.
 
     Grid (groups of columns over all slices, tiles); ``h`` as the shrink left it. ``ALIGNED``: slices
-    begin and end at multiples of 64 columns in y and in B. ``ONE_ROWS`` as for the shrink.
+    begin and end at multiples of 64 columns in y and in B. ``ONE_ROWS`` as for the shrink. ``WHOLE``: no
+    rank is more than BLOCK_R, so that h is read once.
     """
     start_dependents(PDL)
     place, group = pick_block(tl.program_id(0), block_starts, COUNT)
@@ -697,11 +833,16 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         if count == 1:
             token = tl.load(order_ptr + first_token).to(tl.int64)
             one_cols = first + tl.arange(0, ONE_COLS)
-            one = _expand_one(
-                h_ptr + token * max_rank, format, addresses, book_ptr, rank, scale,
-                start_out + width, start_out, first, width, part_stride,
-                FORMATS, PARTS, ALIGNED, PDL, dtype, ONE_ROWS, ONE_COLS,
-            )  # fmt: skip
+            one = tl.zeros((ONE_COLS,), dtype=tl.float32)
+            for code in tl.static_range(_FORMAT_COUNT):
+                if (FORMATS >> code) & 1:  # noqa: SIM102 (known when compiled)
+                    if format == code:
+                        FORMAT: tl.constexpr = _FORMATS[code]
+                        one = _expand_one(
+                            h_ptr + token * max_rank, addresses, book_ptr, rank, scale,
+                            start_out + width, start_out, first, width, part_stride,
+                            FORMAT, PARTS, ALIGNED, PDL, dtype, ONE_ROWS, ONE_COLS,
+                        )  # fmt: skip
             places = y_ptr + token * y_stride + one_cols
             held = tl.load(places, mask=one_cols < width, other=0.0).to(tl.float32)
             tl.store(places, (held + one).to(dtype), mask=one_cols < width)
@@ -710,6 +851,12 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
             lanes = tl.arange(0, BLOCK_T)
             live = lanes < count
             tokens = tl.load(order_ptr + first_token + lanes, mask=live, other=0).to(tl.int64)
+            scaled = tl.zeros((BLOCK_T, BLOCK_R), dtype=dtype)
+            if WHOLE:
+                scaled = _load_h_tile(
+                    h_ptr + tokens * max_rank, live, 0, rank, scale, part_stride,
+                    PARTS, dtype, BLOCK_R,
+                )  # fmt: skip
             for start in range(first, tl.minimum(first + ONE_COLS, width), BLOCK_D):
                 cols = start + tl.arange(0, BLOCK_D)
                 # y comes from the memory, all else from the cache: asked for first.
@@ -718,16 +865,17 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
                 y = tl.load(y_ptrs, mask=mask, other=0.0)
                 total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
                 for row in range(0, rank, BLOCK_R):
-                    rows = row + tl.arange(0, BLOCK_R)
-                    h_ptrs = h_ptr + tokens[:, None] * max_rank + rows[None, :]
-                    h = load_sum(h_ptrs, part_stride, live[:, None] & (rows < rank)[None, :], PARTS)
-                    # Triton 3.6 does not compile a wgmma of what the table gave.
+                    if not WHOLE:
+                        scaled = _load_h_tile(
+                            h_ptr + tokens * max_rank, live, row, rank, scale, part_stride,
+                            PARTS, dtype, BLOCK_R,
+                        )  # fmt: skip
                     b = _load_any(
-                        format, addresses, start_out + width, book_ptr, rows, rows < rank,
+                        format, addresses, start_out + width, book_ptr, row, rank,
                         start_out + start, width - start,
-                        FORMATS, dtype, ALIGNED, BLOCK_T < 64, BLOCK_R, BLOCK_D, BLOCK_T < 64,
+                        FORMATS, dtype, ALIGNED, BLOCK_R, BLOCK_D,
                     )  # fmt: skip
-                    total = multiply((h * scale).to(dtype), b, total, LOW_PRECISION)
+                    total = multiply(scaled, b, total, LOW_PRECISION)
                 tl.store(y_ptrs, (y.to(tl.float32) + total).to(dtype), mask=mask)
 
 
@@ -826,6 +974,7 @@ def _make_sized(
             {
                 "block_starts": block_starts,
                 "PARTS": parts,
+                "WHOLE": layer.max_rank <= expand["BLOCK_R"],
                 **common,
                 **plan.expand,
                 **expand,
@@ -872,7 +1021,7 @@ def shrink_config(size: int, max_rank: int, dtype: torch.dtype) -> dict[str, int
         "BLOCK_T": size,
         "BLOCK_R": block_r,
         # A float32 product runs on the FMA units with its operands in registers.
-        "BLOCK_D": 64 if low else 16,
+        "BLOCK_D": (128 if small else 64) if low else 16,
         "ONE_ROWS": power_of_two(max_rank, 1, 16),
         "ONE_COLS": 256,
         "num_warps": 4,
@@ -888,7 +1037,7 @@ def expand_config(size: int, max_rank: int, dtype: torch.dtype) -> dict[str, int
         "BLOCK_T": size,
         "BLOCK_R": power_of_two(max_rank, 16, 32 if low and not small else 16),
         "BLOCK_D": 128 if small and low else 64,
-        "ONE_ROWS": power_of_two(max_rank, 1, 8),
+        "ONE_ROWS": power_of_two(max_rank, 1, 16 if small else 8),
         "ONE_COLS": 1024 if small else 512,
         "num_warps": 4 if small else 8,
         "num_stages": 1,

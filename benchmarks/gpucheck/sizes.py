@@ -34,8 +34,7 @@ class Sizes:
 
 VARIANTS = (
     Sizes("as chosen"),
-    Sizes("shrink D 128", {"BLOCK_D": 128}),
-    Sizes("shrink D 128, 8 warps", {"BLOCK_D": 128, "num_warps": 8}),
+    Sizes("shrink D 64", {"BLOCK_D": 64}),
     Sizes("shrink D 256", {"BLOCK_D": 256}),
     Sizes("shrink D 256, 8 warps", {"BLOCK_D": 256, "num_warps": 8}),
     Sizes("shrink 1 stage", {"num_stages": 1}),
@@ -43,9 +42,9 @@ VARIANTS = (
     Sizes("shrink one 512, 8 warps", {"ONE_COLS": 512, "num_warps": 8}),
     Sizes("expand D 64", expand={"BLOCK_D": 64}),
     Sizes("expand D 256", expand={"BLOCK_D": 256}),
-    Sizes("expand 8 warps", expand={"num_warps": 8}),
+    Sizes("expand one 2048, 8 warps", expand={"ONE_COLS": 2048, "num_warps": 8}),
     Sizes("expand one 512", expand={"ONE_COLS": 512}),
-    Sizes("expand 16 rows", expand={"ONE_ROWS": 16}),
+    Sizes("expand 8 rows", expand={"ONE_ROWS": 8}),
     Sizes("8 parts", parts=8),
     Sizes("1 part", parts=1),
     Sizes("tiles of 64", small_tiles=0),

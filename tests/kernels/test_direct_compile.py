@@ -185,6 +185,15 @@ def test_an_engine_s_kernels_compile_without_spilling(
     assert complaints(rows) == []
 
 
+def test_codes_are_looked_up_by_the_threads_that_load_them(tmp_path: Any) -> None:
+    rows = compile_launches(__file__, "launch_8b", tmp_path, H100)
+    packed = ("nf4,", "nf4+nf4-dq,", "nf4-narrow,", "trellis,")
+    held = [row for row in rows if any(f"rank 16 {formats}" in row["label"] for formats in packed)]
+    assert len(held) >= 4 * len(packed)
+    found = [(row["kernel"], row["label"], row["detours"]) for row in held if row["detours"]]
+    assert found == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_whatever_engines_launch_compiles_without_spilling(tmp_path: Any) -> None:

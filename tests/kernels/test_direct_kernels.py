@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 
 from vllm_vlora.narrow_rows import NARROW_FORMAT, narrow_matrix
 from vllm_vlora.quantize import PackedMatrix, pack, pack_narrow, pack_trellis, stack_rows, unpack
+from vllm_vlora.triton_kernels import direct
 from vllm_vlora.triton_kernels.direct import (
     FORMAT_CODES,
     DirectLayer,
@@ -261,6 +263,8 @@ def by_reference(world: World) -> torch.Tensor:
 
 if BACKEND:
     HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
+    # Formats whose rows consist of units of eight columns.
+    PACKED = ("nf4", "nf4-dq", NARROW_FORMAT, "trellis")
     EVEN = ((64, 16, 32), (192, 0, 0), (64, 32, 16))
     CASES = {
         "one token": Case(1, slots=1, seed=1),
@@ -352,7 +356,9 @@ if BACKEND:
     @pytest.mark.parametrize("name", ["uneven", "even", "parts", "prefill"])
     def test_rounding_points_are_those_of_the_reference(name: str) -> None:
         """Sums in another order move a rounding now and then; a rounding too few or too many moves a
-        third of the results of the tokens that it concerns."""
+        third of the results of the tokens that it concerns.
+
+        A token alone is multiplied by codes and not by numbers, where rows begin at units of eight."""
         case = {
             "uneven": Case(44, slots=36),
             "even": Case(44, d_in=192, slices=EVEN, slots=36),
@@ -364,6 +370,10 @@ if BACKEND:
         world.before.copy_(world.buffer)
         run(world)
         same = (world.y == by_reference(world)).float()
+        with patch.object(
+            direct, "_rounded", lambda matrix, dtype, *cut: unpack(matrix, SINGLE, *cut)
+        ):
+            unrounded = (world.y == by_reference(world)).float()
         groups: dict[tuple[bool, int, bool], list[float]] = {}
         slots = world.routing.token_slots[: case.tokens].tolist()
         for token, slot in enumerate(slots):
@@ -371,8 +381,11 @@ if BACKEND:
             for place, part in enumerate(world.layer.slices):
                 task = world.table.part(slot, 1 + place)
                 if task is not None:
-                    kind = (task.core is not None, task.core_rank, slots.count(slot) == 1)
-                    block = same[token, column : column + part.width]
+                    alone = slots.count(slot) == 1
+                    kind = (task.core is not None, task.core_rank, alone)
+                    in_units = task.a is not None and task.a.format in PACKED
+                    found = unrounded if name == "even" and alone and in_units else same
+                    block = found[token, column : column + part.width]
                     groups.setdefault(kind, []).append(block.mean().item())
                 column += part.width
         fractions = {kind: sum(found) / len(found) for kind, found in groups.items()}
