@@ -245,17 +245,23 @@ def is_direct(engine: Engine, *tasks: str) -> None:
 
 
 def test_what_needs_no_slot_is_scheduled_as_stock_vllm_does(make: Make) -> None:
-    """Step by step, with too little memory, aborts, and more adapters than a batch may have."""
+    """Step by step, with too little memory, aborts, and more adapters than a batch may have.
+
+    Before vLLM 0.31 what found no place goes into a queue of its own, which comes before what was
+    preempted: ours has one order. There a batch may have all adapters.
+    """
     finish = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ABORTED
     for seed in range(3):
         ours, stock = make(Settings(slots=1), blocks=20, direct=True), make(Settings(), blocks=20)
         assert hasattr(ours.scheduler, "_vlora_tenants")
         assert not hasattr(stock.scheduler, "_vlora_tenants")
-        is_direct(ours, *"abcde")
+        places = stock.scheduler.lora_config.max_loras
+        tasks = "abcde"[: places if hasattr(stock.scheduler, "skipped_waiting") else None]
+        is_direct(ours, *tasks)
         chance = random.Random(seed)
         for step in range(150):
             sent = [
-                (f"{step}/{number}", chance.choice([None, *"abcde"]), chance.randint(1, 100))
+                (f"{step}/{number}", chance.choice([None, *tasks]), chance.randint(1, 100))
                 for number in range(chance.choice([0, 0, 0, 1, 6]))
             ]
             answer = chance.randint(1, 60)
