@@ -12,6 +12,7 @@ import errno
 import fcntl
 import filecmp
 import logging
+import multiprocessing
 import os
 import re
 import secrets
@@ -25,7 +26,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
-from vllm_vlora.errors import OutputError
+from vllm_vlora.errors import OutputError, VLoRAError
 from vllm_vlora.locking import beside, locked
 from vllm_vlora.places import check_movable, check_no_mount_point, mount_of
 from vllm_vlora.regular_files import copy_regular
@@ -109,7 +110,9 @@ def exclusive(target: str | Path) -> Iterator[None]:
 
     Raises:
         OutputError: another run writes it and does not end in time (``locking.waiting_at_most``).
+        VLoRAError: a process that a script without a guard started imports the script.
     """
+    _check_not_imported()
     target = Path(os.path.realpath(target))
     if not target.parent.is_dir():
         # There is nothing to change, nor to wait for.
@@ -119,6 +122,16 @@ def exclusive(target: str | Path) -> Iterator[None]:
         with _write_errors(target, target.parent):
             _recover(target, held)
         yield
+
+
+def _check_not_imported() -> None:
+    # Such a process would wait for the lock, and who holds that waits for the process. This mark is what
+    # Python's own refusal to start processes there goes by.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise VLoRAError(
+            "this script is imported by a process that it started, and must not write then: put what it "
+            "does under `if __name__ == '__main__':`"
+        )
 
 
 @contextmanager

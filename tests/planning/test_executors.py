@@ -314,6 +314,39 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     assert "needs `if __name__ == '__main__':`" in found.stderr.splitlines()[-1]
 
 
+def test_a_script_that_compresses_without_a_guard_ends(
+    tmp_path: Path, adapters: dict[str, Adapter]
+) -> None:
+    """Its processes import it and would wait for the lock of the output, which their parent holds."""
+    folders = {task: str(adapter.path) for task, adapter in adapters.items()}
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            from vllm_vlora import CompressOptions, compress, open_adapter
+
+            adapters = {{task: open_adapter(path) for task, path in {folders!r}.items()}}
+            options = CompressOptions(ratio=3, executor="processes", jobs=2)
+            compress(adapters, "checkpoint", options)
+        """)
+    )
+    with subprocess.Popen(
+        [sys.executable, script],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "needs `if __name__ == '__main__':`" in stderr.splitlines()[-1]
+    assert "VLoRAError: this script is imported by a process that it started" in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run.py"]
+
+
 @pytest.mark.slow
 def test_a_cluster_that_was_there_stays(cluster: str) -> None:
     assert list(Executor("ray").run(die, [2, 3])) == [2, 3]

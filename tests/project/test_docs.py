@@ -245,7 +245,7 @@ def test_the_quickstart_runs_line_by_line(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(Checkpoint.open("my-tasks").tasks) == ["french", "sql", "todo"]
     assert open_adapter("sql-lora").base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     for source in _python(page, "python"):
-        exec(compile(source, page, "exec"), {})
+        exec(compile(source, page, "exec"), {"__name__": "__main__"})
     assert Checkpoint.open("python-tasks").ratio >= 6
     assert list(open_adapter("french-lora").modules) == list(open_adapter(demo / "french").modules)
 
