@@ -307,6 +307,11 @@ def _check_unused(flags: CompressFlags) -> None:
             "--judge chooses between representations at a size; leave out --representation, "
             "--num-components, --max-error and --plan, or it"
         )
+    if flags.data and flags.max_error is not None and flags.min_kept is None:
+        raise OptionError(
+            "under --max-error the smallest is chosen, and no model is asked: leave out --data, or "
+            "--max-error"
+        )
     if flags.base is not None and not (flags.data or gathers or _may_judge(flags)):
         raise OptionError("--base is for judging and for calibration text; leave it out")
 
@@ -406,13 +411,19 @@ def _compress(
 def _predict(
     collected: Mapping[str, Adapter], options: CompressOptions, messages: Console
 ) -> dict[str, Any]:
-    from vllm_vlora.compression.pipeline import predict
+    from vllm_vlora.compression.pipeline import CURVE_RATIOS, predict
 
     with progress_bar(messages) as advance:
-        points = predict(collected, options, progress=advance)
+        points = predict(collected, options, ratios=CURVE_RATIOS, progress=advance)
     original = sum(adapter.original_nbytes for adapter in collected.values())
     rows = [{"ratio": p.ratio, **_candidate(p.candidate)} for p in points]
-    return {"original_bytes": original, "points": rows}
+    reached = {p.ratio for p in points}
+    return {
+        "original_bytes": original,
+        "points": rows,
+        "missing": [ratio for ratio in CURVE_RATIOS if ratio not in reached],
+        "gate": options.gate,
+    }
 
 
 def _as_data(report: CompressReport, output: Path) -> dict[str, Any]:

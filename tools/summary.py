@@ -276,7 +276,15 @@ def print_candidates(
 
 
 def print_curve(console: Console, predicted: dict[str, Any]) -> None:
-    """What every size would cost."""
+    """What every size would cost, and which of those that are tried cannot be had."""
+    gate = predicted["gate"]
+    which = (
+        "is to be had" if gate is None else f"keeps every task within a relative error of {gate:g}"
+    )
+    if not predicted["points"] and gate is not None:
+        advice = "allow a larger --gate, or compress with --max-error"
+        line(console, f"No plan {which} at any ratio that is tried; {advice}.", style="yellow")
+        return
     if not predicted["points"]:
         size = format_bytes(predicted["original_bytes"])
         said = f"These adapters ({size} at 16 bits) are too small for any ratio that is tried"
@@ -296,6 +304,9 @@ def print_curve(console: Console, predicted: dict[str, Any]) -> None:
             f"{point['representation']} {point['format']}",
         )
     console.print(table)
+    if predicted["missing"]:
+        missing = ", ".join(f"{ratio:g}x" for ratio in predicted["missing"])
+        line(console, f"No plan {which} at {missing}.", style="yellow")
     line(
         console,
         f"The adapters take {format_bytes(predicted['original_bytes'])} at 16 bits. Error: relative; "

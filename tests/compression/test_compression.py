@@ -245,6 +245,7 @@ def test_budget_out_of_reach_says_what_is_reachable(
     [
         {"ratio": 2, "max_error": 0.1},
         {"ratio": 2, "num_components": 4},
+        {"gate": 0.3},
         {"ratio": 0},
         {"ratio": math.nan},
         {"max_error": -0.1},

@@ -288,6 +288,8 @@ def test_names_rename_and_add(adapters: Path, tmp_path: Path) -> None:
         (["{sql}", "--ratio", "nan"], "ratio"),
         (["{sql}", "--max-error", "-1"], "max_error"),
         (["{sql}", "--num-components", "0"], "num_components"),
+        (["{sql}", "--gate", "0.1"], "give it with a ratio or max_bytes"),
+        (["{sql}", "--max-error", "0.1", "--data", "sql=text"], "leave out --data, or --max-error"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(
@@ -928,9 +930,26 @@ def test_a_plan_is_predicted_and_nothing_is_written(adapters: Path, tmp_path: Pa
     assert data["points"]
     assert "clusters must be" in error_line("compress", adapters, "--plan", "--clusters", "\u00b2")
     console = Console(width=200, file=io.StringIO())
-    print_curve(console, {"points": [], "original_bytes": 3000})
+    print_curve(console, {"points": [], "original_bytes": 3000, "missing": [2, 3], "gate": None})
     assert "(3.00 kB at 16 bits) are too small for any ratio" in console.file.getvalue()
     assert same_files(tmp_path) == before
+
+
+def test_a_plan_says_which_sizes_a_gate_leaves_out(adapters: Path) -> None:
+    free = json.loads(invoke("compress", adapters, "--plan", "--json").stdout)
+    worst = {point["ratio"]: point["worst_error"] for point in free["points"]}
+    assert sorted([*worst, *free["missing"]]) == [2, 3, 3.5, 4, 6, 8, 12, 16, 24, 32]
+    gate = worst[2] * 1.01
+    gated = json.loads(invoke("compress", adapters, "--plan", "--gate", gate, "--json").stdout)
+    assert all(point["worst_error"] <= gate for point in gated["points"])
+    assert 2 in [point["ratio"] for point in gated["points"]]
+    assert len(gated["missing"]) > len(free["missing"])
+    shown = invoke("compress", adapters, "--plan", "--gate", gate).stdout
+    missing = ", ".join(f"{ratio:g}x" for ratio in gated["missing"])
+    assert f"No plan keeps every task within a relative error of {gate:g} at {missing}" in shown
+    shown = invoke("compress", adapters, "--plan", "--gate", 1e-9).stdout
+    assert "too small" not in shown
+    assert "keeps every task within a relative error of 1e-09 at any ratio that is tried" in shown
 
 
 @pytest.mark.parametrize(

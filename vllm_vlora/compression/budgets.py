@@ -28,9 +28,9 @@ def budget_of(options: CompressOptions, collection: Collection) -> Budget:
     gate = gate_of(options, collection)
     if options.max_bytes is not None:
         return Budget(options.max_bytes, gate)
-    if options.num_components is not None or options.wanted_ratio <= 1:
+    if options.ratio is None or options.ratio <= 1:
         return Budget(None, None)
-    return Budget(math.floor(collection.original_nbytes / options.wanted_ratio), gate)
+    return Budget(math.floor(collection.original_nbytes / options.ratio), gate)
 
 
 def _default(options: CompressOptions, collection: Collection) -> Budget:
@@ -70,9 +70,7 @@ def out_of_reach(
         return f"no {kind} keeps every task within the gate; {advice}"
     reached = math.floor(collection.original_nbytes / nearest * 100) / 100
     asked = (
-        f"a ratio of {options.wanted_ratio:g}"
-        if options.max_bytes is None
-        else f"{options.max_bytes} bytes"
+        f"{options.max_bytes} bytes" if options.ratio is None else f"a ratio of {options.ratio:g}"
     )
     return (
         f"{asked} is out of reach for {kind}s with quantize {options.quantize}: the smallest reaches "

@@ -14,7 +14,6 @@ QUANTIZE_CHOICES = ("auto", "none", "int8", "nf4")
 CODES_CHOICES = ("nf4", "trellis")
 DEFAULT_LOSS = 0.01
 """What a task may be predicted to lose of its gain when nothing is asked for (``losses``)."""
-_GATED_RATIO = 3.5
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class CompressOptions:
             few bytes as possible.
         num_components: k of every shared basis, cut to what a module can have; implies ``joint``.
             Sets no limit on bytes, so that ``quantize`` auto then means none.
-        gate: with ``ratio`` (3.5 by default) or ``max_bytes``, the largest error that a task may have:
+        gate: with ``ratio`` or ``max_bytes``, the largest error that a task may have:
             those above it get more of the bytes, up to their own factors untouched, and the others less.
         quantize: number format of factors, bases and cores. ``none`` is the adapters' own
             dtype; ``auto`` chooses by measured error among that, bfloat16, int8 and NF4.
@@ -132,9 +131,7 @@ class CompressOptions:
             raise OptionError(f"max_bytes must be at least 1, got {self.max_bytes}")
         _check_error("max_error", self.max_error)
         _check_error("gate", self.gate)
-        if self.gate is not None and (
-            self.max_error is not None or self.num_components is not None
-        ):
+        if self.gate is not None and self.ratio is None and self.max_bytes is None:
             raise OptionError(
                 "gate limits the error of the worst task in a number of bytes; give it with a ratio "
                 "or max_bytes"
@@ -166,7 +163,7 @@ class CompressOptions:
     @property
     def has_budget(self) -> bool:
         """Whether a size or an error is asked for."""
-        wanted = (self.ratio, self.max_bytes, self.max_error, self.num_components, self.gate)
+        wanted = (self.ratio, self.max_bytes, self.max_error, self.num_components)
         return any(value is not None for value in wanted)
 
     @property
@@ -192,11 +189,6 @@ class CompressOptions:
         if self.quantize == "auto" and self.num_components is not None:
             return "none"
         return self.quantize
-
-    @property
-    def wanted_ratio(self) -> float:
-        """The ratio, or the one beside a gate."""
-        return _GATED_RATIO if self.ratio is None else self.ratio
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -38,7 +38,7 @@ from vllm_vlora.planning.scratch import CoreSpool, FittedBases
 from vllm_vlora.planning.survey import SurveySettings, check_calibration
 
 _Found = TypeVar("_Found")
-_CURVE_RATIOS = (2, 3, 3.5, 4, 6, 8, 12, 16, 24, 32)
+CURVE_RATIOS = (2, 3, 3.5, 4, 6, 8, 12, 16, 24, 32)
 
 
 def compress(
@@ -90,7 +90,7 @@ def predict(
     adapters: Mapping[str, Adapter],
     options: CompressOptions | None = None,
     *,
-    ratios: Sequence[float] = _CURVE_RATIOS,
+    ratios: Sequence[float] = CURVE_RATIOS,
     progress: Progress | None = None,
 ) -> list[CurvePoint]:
     """The error that every size would cost, for each ratio that can be had; writes nothing.

@@ -187,22 +187,23 @@ def compress_judged(
     is chosen where it is more than a standard error over tasks ahead of the one that the error prefers,
     which is chosen otherwise. The error alone can be wrong: a basis that a family shares keeps what its
     members have in common, and loses what sets them apart. Without a budget each is as small as its
-    predicted loss allows, and the smallest of those that keep as much as the best is chosen. Under an
-    error limit the smallest is wanted, and nobody is asked.
+    predicted loss allows, and the smallest of those that keep as much as the best is chosen.
 
     Args:
         jury: measures KL kept on checkpoints that are never published.
 
     Raises:
-        As :func:`vllm_vlora.compress`.
+        As :func:`vllm_vlora.compress`; OptionError for ``max_error``, under which the smallest is wanted.
     """
     options = options or CompressOptions()
+    if options.max_error is not None:
+        raise OptionError(
+            "under max_error the smallest is chosen, and no model is asked; leave it out, or use compress"
+        )
 
     def make(folder: Path, scratch: Path) -> CompressReport:
         collection = Collection(adapters)
         with Compression(collection, options, scratch, progress) as compression:
-            if options.max_error is not None:
-                return compression.write(folder, compression.choose(), base_model)
             started = time.monotonic()
             _ = compression.candidates.survey
             reason = jury.declines(_FORMS, time.monotonic() - started)
