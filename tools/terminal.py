@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 
 import typer
@@ -31,7 +31,7 @@ EXIT_CHECK_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-EXIT_TERMINATED = 143
+_EXIT_SIGNALLED = {signal.SIGHUP: 129, signal.SIGTERM: 143}
 # Tables in a file or a pipe are as wide as they need to be: nothing is cut.
 _UNLIMITED_WIDTH = 10_000
 
@@ -54,8 +54,10 @@ def prepare_process() -> None:
     """Signals become exceptions that clean up, and no task's name can end the output."""
     # Docker and schedulers end a program with SIGTERM; as an exception it removes half a folder.
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, stop)
+    # A shell ignores them for what is to go on in the background, and nohup for what outlives a terminal.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
     _open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         # A task may be called anything; a terminal that cannot show it must not end the program.
@@ -121,9 +123,15 @@ def _exit_unread(error: BaseException) -> NoReturn:
 def _exit_stopped(error: BaseException, verbose: bool) -> NoReturn:
     if verbose:
         _print_traceback(error)
-    _fail("interrupted; nothing was left half written")
-    terminated = stopped_by(signal.SIGTERM)
-    raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from error
+    # It may be the terminal that has gone, and then nobody is told.
+    with suppress(OSError) if stopped_by(signal.SIGHUP) else nullcontext():
+        _fail("interrupted; nothing was left half written")
+    raise typer.Exit(signalled_code() or EXIT_INTERRUPTED) from error
+
+
+def signalled_code() -> int:
+    """The exit code of a program that another one's signal ended; 0 where none has come but Ctrl-C."""
+    return next((code for number, code in _EXIT_SIGNALLED.items() if stopped_by(number)), 0)
 
 
 def _print_traceback(error: BaseException) -> None:

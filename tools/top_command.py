@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +10,12 @@ import typer
 
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.tools.terminal import (
-    EXIT_TERMINATED,
     AsJson,
     Verbose,
     open_console,
     print_json,
     reported,
+    signalled_code,
 )
 
 if TYPE_CHECKING:
@@ -77,10 +76,8 @@ def top(
     try:
         _watch(console, where, api_key, first, interval, tasks)
     except KeyboardInterrupt:
-        from vllm_vlora.stopping import stopped_by
-
-        if stopped_by(signal.SIGTERM):
-            raise typer.Exit(EXIT_TERMINATED) from None
+        if code := signalled_code():
+            raise typer.Exit(code) from None
 
 
 def _read(where: str, key: str | None) -> Reading:

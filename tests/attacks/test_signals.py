@@ -1,7 +1,7 @@
 """A run is asked to end at any moment: it ends, with everything that it started, and nothing is lost.
 
 The command line itself, with processes of its own, gets the signal from outside as from a shell or an
-orchestrator: to all of its processes (Ctrl-C at a terminal) or to the first of them (``kill``).
+orchestrator: to all of its processes (Ctrl-C at a terminal, or its end) or to the first (``kill``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ from vllm_vlora.checkpoint.validation import validate
 
 SECONDS = 60
 # What a signal ends before Python is far enough to handle it has the signal as its code, negative.
-CODES = {signal.SIGTERM: (143, -signal.SIGTERM), signal.SIGINT: (130, -signal.SIGINT)}
+CODES = {
+    signal.SIGTERM: (143, -signal.SIGTERM),
+    signal.SIGINT: (130, -signal.SIGINT),
+    signal.SIGHUP: (129, -signal.SIGHUP),
+}
+
+
+def unignored() -> None:
+    """A shell may have started the tests with signals ignored, which a child would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start(world: World) -> subprocess.Popen[str]:
@@ -40,8 +50,7 @@ def start(world: World) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell may have started the tests with SIGINT ignored, which a child would inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=unignored,
     )
 
 
@@ -59,7 +68,7 @@ def attack(world: World, number: signal.Signals, count: int) -> Counter[int]:
         process = start(world)
         # The later part of a run is where something is written.
         time.sleep(took * max(random.random(), random.random()))
-        if number == signal.SIGINT:
+        if number != signal.SIGTERM:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
         else:

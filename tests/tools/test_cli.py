@@ -804,8 +804,33 @@ def test_a_signal_that_a_library_swallowed_still_ends_the_run_as_one(
     assert "Traceback" not in done.stderr
 
 
+def unignored() -> None:
+    """A shell may have started the tests with signals ignored, which a child would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_a_run_that_is_to_outlive_its_terminal_does(adapters: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        command("compress", adapters, "-o", tmp_path / "ckpt"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As nohup does.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    ) as process:
+        assert process.stderr is not None
+        process.stderr.readline()
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=120)
+    assert process.returncode == 0
+    invoke("validate", tmp_path / "ckpt")
+
+
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["ctrl-c", "terminate", "hang-up"],
 )
 def test_an_interrupted_run_leaves_the_old_checkpoint_and_nothing_else(
     adapters: Path, large: Path, tmp_path: Path, number: signal.Signals, code: int
@@ -818,8 +843,7 @@ def test_an_interrupted_run_leaves_the_old_checkpoint_and_nothing_else(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell may have started the tests with SIGINT ignored, which a child would inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=unignored,
     )
     assert process.stderr is not None
     said = []

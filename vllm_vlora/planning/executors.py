@@ -236,13 +236,13 @@ def _in_flight(
 
 
 class _Child(SpawnProcess):
-    """Does not see Ctrl-C, which goes to all processes of a terminal, from its first instruction on.
+    """Sees from its start neither Ctrl-C nor a hang-up, which all processes of a terminal get.
 
     The first process ends the others.
     """
 
     def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         try:
             # Interrupted between the two, a child that is there waits for what it is to do, and says so.
             with kept_whole():
