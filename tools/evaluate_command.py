@@ -157,6 +157,10 @@ def evaluate(
         from vllm_vlora.checkpoint.reader import Checkpoint
         from vllm_vlora.checkpoint.task_files import find_data, find_originals
 
+        if metric is None and fail_under is not None and fail_under > 1:
+            raise OptionError(
+                f"--fail-under {fail_under:g}: KL kept is at most 1; give a fraction, as 0.95"
+            )
         opened = Checkpoint.open(checkpoint)
         files = find_data(opened, data)
         originals = find_originals(opened, adapters or [], adapter or [])

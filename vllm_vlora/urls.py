@@ -25,6 +25,13 @@ _LOCAL = re.compile(r"(?:file|local)://", re.IGNORECASE)
 _HTTP = ("http", "https")
 # Their packages take what stands before an @ for a part of the bucket's name.
 _BUCKETS = ("s3", "s3a", "gs", "gcs")
+# Our extra that brings the package of a scheme.
+_EXTRAS = {
+    **dict.fromkeys(_HTTP, "http"),
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("abfs", "abfss", "az", "adl"), "azure"),
+}
 _CHUNK = 8 << 20
 # What file systems say of a file that changes with its content, each in a spelling of its own
 # (``_is_identity``); not when it was listed, or last read.
@@ -155,9 +162,7 @@ class RemoteFolder:
         try:
             self._fs, root = fsspec.core.url_to_fs(url, **options)
         except ImportError as problem:
-            raise RemoteError(
-                f"{scheme}:// needs a package that is not installed ({_line(problem)})"
-            ) from None
+            raise RemoteError(_not_installed(scheme, _line(problem))) from None
         except Exception as problem:  # noqa: BLE001
             raise RemoteError(
                 f"{scheme}:// cannot be opened ({type(problem).__name__}); check the URL"
@@ -289,6 +294,12 @@ class RemoteFolder:
                 if data:
                     yield data[:left]
                     left -= len(data)
+
+
+def _not_installed(scheme: str, why: str) -> str:
+    extra = _EXTRAS.get(scheme)
+    advice = f": pip install 'vllm-vlora[{extra}]'" if extra else ""
+    return f"{scheme}:// needs a package that is not installed ({why}){advice}"
 
 
 def _check_address(url: str, scheme: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import typer
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import RepositoryNotFoundError
+from huggingface_hub.utils import OfflineModeIsEnabled, RepositoryNotFoundError
 from routers import network
 from synthetic import family, run
 from typer.testing import CliRunner
@@ -372,6 +372,9 @@ def test_a_hub_that_refuses_or_is_out_of_reach(fake: FakeHub, ckpt: Path) -> Non
     assert "\n" not in str(found.value)
     fake.failure = ConnectionRefusedError(111, "Connection refused")
     with pytest.raises(OutputError, match=r"cannot be reached \(nothing listens there\); check"):
+        push_checkpoint(ckpt, REPO)
+    fake.failure = OfflineModeIsEnabled("Cannot reach it: offline mode is enabled.")
+    with pytest.raises(OutputError, match="HF_HUB_OFFLINE is set"):
         push_checkpoint(ckpt, REPO)
 
 

@@ -1108,3 +1108,15 @@ def test_pull_of_a_url_is_a_copy_of_its_own(
     runner = CliRunner()
     assert runner.invoke(app, ["cache", "--clean"]).exit_code == 0
     assert validate(pulled.path) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "extra"),
+    [("s3://b/x", "s3fs", "s3"), ("gs://b/x", "gcsfs", "gcs"), ("abfs://b/x", "adlfs", "azure")],
+)
+def test_a_store_whose_package_is_missing_names_the_extra(
+    url: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(urls.RemoteError, match=rf"pip install 'vllm-vlora\[{extra}\]'"):
+        urls.RemoteFolder(url)

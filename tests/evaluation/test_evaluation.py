@@ -951,6 +951,21 @@ def test_a_file_that_is_given_twice_counts_once(world: World, tmp_path: Path) ->
     assert find_data(checkpoint, given) == {"sql": [file, other]}
 
 
+def test_files_of_no_task_are_named(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm_vlora.checkpoint.task_files import find_data
+
+    for name in ("sql.jsonl", "SQL2.jsonl", "notes.txt", "README.md"):
+        (tmp_path / name).touch()
+    assert find_data(Checkpoint.open(world.exact), [str(tmp_path)]) == {
+        "sql": [tmp_path / "sql.jsonl"]
+    }
+    assert "no task is named as SQL2.jsonl, notes.txt, which are left out" in caplog.text
+    assert "sql.jsonl" not in caplog.text
+    assert "README" not in caplog.text
+
+
 def test_a_folder_of_data_has_one_file_a_task(world: World, tmp_path: Path) -> None:
     from vllm_vlora.checkpoint.task_files import find_data
 
@@ -995,6 +1010,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(world: World, tmp_path: Path
     assert "no such folder" in error_line(*base, *sql, "--adapters", tmp_path / "none")
     assert "--adapter TASK=PATH" in error_line(*base, *sql, "--adapters", tmp_path)
     assert "original of every task" in error_line(*base, *sql, "--fail-under", "0.9")
+    assert "KL kept is at most 1" in error_line(*base, *sql, "--fail-under", "95")
     gate = ["--adapter", f"sql={world.adapters['sql']}", "--fail-under", "0.9", "--losses-only"]
     assert "goes by KL kept" in error_line(*base, *sql, *gate)
     assert "--max-examples" not in error_line(*base, *sql, "--max-length", "1")

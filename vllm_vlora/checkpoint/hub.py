@@ -16,6 +16,7 @@ import huggingface_hub
 from huggingface_hub.utils import (
     HfHubHTTPError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     validate_repo_id,
 )
@@ -273,6 +274,8 @@ def _explain(problem: Exception) -> str:
     denied = isinstance(problem, HfHubHTTPError) and status in (401, 403)
     if denied or isinstance(problem, RepositoryNotFoundError):
         return "the Hub denies access: set HF_TOKEN to a token that may write there"
+    if isinstance(problem, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so that nothing is sent to the Hub; unset it and push again"
     why = why_unreachable(problem)
     said = f"{type(problem).__name__}: {first_line(problem)}"
     said = f"the Hub cannot be reached ({why})" if why else said
