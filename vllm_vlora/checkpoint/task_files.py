@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from vllm_vlora.checkpoint.task_entry import column
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.wording import count_of, some_of
+
+logger = logging.getLogger(__name__)
 
 _DATA_SUFFIXES = (".jsonl", ".txt")
 
@@ -31,7 +34,8 @@ class KnownTasks(Protocol):
 def find_data(checkpoint: KnownTasks, given: Iterable[str]) -> dict[str, list[Path]]:
     """Task id -> data files, from ``TASK=FILE`` and from folders of files named as tasks.
 
-    A file that is given twice is one: intervals would be of twice as many examples.
+    A file that is given twice is one: intervals would be of twice as many examples. Files of a folder
+    that no task is named after are named in a warning.
 
     Raises:
         OptionError: not of that form, or a folder has no file of any task, or two of one name.
@@ -41,18 +45,27 @@ def find_data(checkpoint: KnownTasks, given: Iterable[str]) -> dict[str, list[Pa
     for text in given:
         if Path(text).expanduser().is_dir():
             folder = Path(text).expanduser()
-            matches = _match_tasks(checkpoint, _data_in(folder))
+            files = _data_in(folder)
+            matches = _match_tasks(checkpoint, files)
             if not matches:
                 raise OptionError(
                     f"--data {text}: no file there is named as a task of {checkpoint.path} with "
                     ".jsonl or .txt; give --data TASK=FILE"
                 )
+            unused = [path.name for path in files.values() if path not in matches.values()]
+            if unused:
+                logger.warning(
+                    "--data %s: no task is named as %s, which are left out; give --data TASK=FILE for "
+                    "what is one's text",
+                    text,
+                    some_of(unused),
+                )
         else:
             matches = dict([_parse_pair(checkpoint, "--data", text, "FILE")])
         for task, path in matches.items():
-            files = found.setdefault(task, [])
-            if not any(path.resolve() == other.resolve() for other in files):
-                files.append(path)
+            known = found.setdefault(task, [])
+            if not any(path.resolve() == other.resolve() for other in known):
+                known.append(path)
     # In the checkpoint's order, whatever the order of the options.
     return {task: found[task] for task in checkpoint.tasks if task in found}
 
