@@ -413,6 +413,22 @@ def test_nothing_is_written_where_something_is_in_the_way(tmp_path: Path) -> Non
     assert not (tmp_path / "none").exists()
 
 
+def test_an_interrupt_says_how_many_tasks_were_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = make_adapter(tmp_path / "original")
+    checkpoint = store(tmp_path / "ckpt", {task: (adapter, keep(adapter)) for task in "abc"})
+
+    def interrupt(task: str, done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_all(checkpoint, "abc", tmp_path / "out", progress=interrupt)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
+    assert "written before that and kept: 2 of 3 tasks" in caplog.text
+
+
 def test_a_failure_says_how_many_tasks_were_written(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "original")
     checkpoint = store(tmp_path / "ckpt", {task: (adapter, keep(adapter)) for task in "abc"})

@@ -23,6 +23,7 @@ tie; vLLM casts to the model's type either way.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from collections import Counter
@@ -51,6 +52,8 @@ from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, StoredModule
 from vllm_vlora.task_ids import encode_task_id
 from vllm_vlora.wording import count_of
+
+logger = logging.getLogger(__name__)
 
 _DECODED_DTYPE = torch.float32
 # What tasks share, by the module's name and the tasks' representation.
@@ -162,7 +165,8 @@ def export_all(
         Task id -> folder, in the order given, each task once.
 
     Raises:
-        As :func:`export_task`; what was written before stays, and the message says how much.
+        As :func:`export_task`; what was written before stays, and the message says how much, as a
+            warning does of an interrupt.
 
     Examples:
         >>> written = export_all(Checkpoint.open(checkpoint), ["task_0", "task_3"], folder)
@@ -176,20 +180,26 @@ def export_all(
         for folder in folders.values():
             _check_absent(folder)
     bases = checkpoint.shared_by(folders)
-    for done, (task_id, folder) in enumerate(folders.items(), 1):
-        try:
+    written = 0
+    try:
+        for task_id, folder in folders.items():
             _export(checkpoint, task_id, bases, folder, force, dtype, changes)
-        except VLoRAError as error:
-            if done == 1:
-                raise
-            # Adapters of two states do not belong together: not the error that begins again.
-            kind = OutputError if isinstance(error, CheckpointReplacedError) else type(error)
-            raise kind(
-                f"{error}; written before that and kept: {done - 1} of {count_of(len(folders), 'task')}, "
-                "--force replaces them"
-            ) from error
-        if progress is not None:
-            progress(task_id, done, len(folders))
+            written += 1
+            if progress is not None:
+                progress(task_id, written, len(folders))
+    except (VLoRAError, KeyboardInterrupt) as error:
+        if not written:
+            raise
+        kept = (
+            f"written before that and kept: {written} of {count_of(len(folders), 'task')}, "
+            "--force replaces them"
+        )
+        if isinstance(error, KeyboardInterrupt):
+            logger.warning("interrupted; %s", kept)
+            raise
+        # Adapters of two states do not belong together: not the error that begins again.
+        kind = OutputError if isinstance(error, CheckpointReplacedError) else type(error)
+        raise kind(f"{error}; {kept}") from error
     return folders
 
 
