@@ -63,7 +63,7 @@ def collect(refs: Iterable[str], names: Iterable[str | tuple[str, str]]) -> Inpu
             gets the id instead of its own name, any other is one more adapter.
 
     Raises:
-        AdapterError: an adapter cannot be opened.
+        AdapterError: adapters cannot be opened; all are named that are folders here.
         TaskIdError: an id is impossible, or two adapters have the same.
     """
     from vllm_vlora.adapters.peft_folder import open_adapter
@@ -81,17 +81,35 @@ def collect(refs: Iterable[str], names: Iterable[str | tuple[str, str]]) -> Inpu
     chosen += [(paths[key], None, task_id) for key, ids in named.items() for task_id in ids]
 
     refs_by_id: dict[str, str] = {}
+    refused: list[AdapterError] = []
     for ref, own, given in chosen:
-        opened = open_adapter(ref)
+        try:
+            opened = open_adapter(ref)
+        except AdapterError as error:
+            # Of a Hub that cannot be reached, every further one would take as long to say the same.
+            if not os.path.isdir(Path(ref).expanduser()):
+                raise
+            refused.append(error)
+            continue
         adapter = opened if own is None else replace(opened, name=own)
         task_id = validate_task_id(given) if given is not None else _own_id(adapter.name, ref)
         if task_id in found.adapters:
             raise _collision(task_id, refs_by_id[task_id], ref)
         found.adapters[task_id] = adapter
         refs_by_id[task_id] = ref
+    if refused:
+        raise _all_of(refused, len(chosen))
     if not found.adapters:
         raise AdapterError("no adapter given; name at least one folder or Hub id")
     return found
+
+
+def _all_of(refused: list[AdapterError], count: int) -> AdapterError:
+    """One error that says of every adapter why it cannot be read."""
+    if len(refused) == 1:
+        return refused[0]
+    said = "; ".join(map(str, refused))
+    return AdapterError(f"{len(refused)} of {count_of(count, 'adapter')} cannot be read: {said}")
 
 
 def _expand(ref: str, found: Inputs) -> list[tuple[str, str | None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -974,6 +975,22 @@ def test_a_plan_says_which_sizes_a_gate_leaves_out(adapters: Path) -> None:
     shown = invoke("compress", adapters, "--plan", "--gate", 1e-9).stdout
     assert "too small" not in shown
     assert "keeps every task within a relative error of 1e-09 at any ratio that is tried" in shown
+
+
+def test_every_adapter_that_cannot_be_read_is_named(adapters: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    for name in ("good", "dora", "broken"):
+        shutil.copytree(adapters / "sql", folder / name)
+    config = json.loads((folder / "dora" / "adapter_config.json").read_text())
+    (folder / "dora" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    (folder / "broken" / "adapter_model.safetensors").write_bytes(b"")
+    line = error_line("compress", folder, "-o", tmp_path / "ckpt")
+    assert "2 of 3 adapters cannot be read" in line
+    assert str(folder / "dora") in line
+    assert str(folder / "broken") in line
+    assert str(folder / "good") not in line
+    shutil.rmtree(folder / "broken")
+    assert "cannot be read" not in error_line("compress", folder, "-o", tmp_path / "ckpt")
 
 
 @pytest.mark.parametrize(
