@@ -329,11 +329,18 @@ def _print_added(console: Console, report: AddReport, data: dict[str, Any]) -> N
     from vllm_vlora.tools.summary import error_cell, line
 
     target = data["checkpoint"]
-    numbers = ["Before", "Bytes", "Ratio", "On bases", "Error", "If private"]
+    # What it would be privately is measured as it was planned: with a calibration, as the model sees it.
+    seen = ["Seen"] if report.calibrated else []
+    numbers = ["Before", "Bytes", "Ratio", "On bases", "Error", *seen, "If private"]
     table = show.make_table(["New task", "Stored"], numbers)
     for task in report.tasks:
         nbytes = task.nbytes + task.grown_nbytes
         private = "-" if task.private_error is None else f"{task.private_error:.4f}"
+        no_update = task.task_id in report.losses.no_update
+        judged = error_cell(
+            task.seen_error, report.losses.above.get(task.task_id, 0.0), no_update=no_update
+        )
+        error = error_cell(task.error, 0.0, no_update=no_update)
         table.add_row(
             Text(task.task_id),
             task.kind,
@@ -341,14 +348,11 @@ def _print_added(console: Console, report: AddReport, data: dict[str, Any]) -> N
             format_bytes(nbytes),
             format_ratio(task.original_nbytes, nbytes),
             f"{task.carried:.1%}",
-            error_cell(
-                task.error,
-                report.losses.above.get(task.task_id, 0.0),
-                no_update=task.task_id in report.losses.no_update,
-            ),
+            *([error, judged] if report.calibrated else [judged]),
             private,
         )
     console.print(table)
+    show.print_seen(console, report.calibrated)
     for task in report.tasks:
         line(console, f"{task.task_id}: {task.kind}; {task.why}.")
     show.print_losses(console, report.losses.to_dict())
@@ -396,11 +400,13 @@ def _print_rebuilt(
         print_losses,
         print_not_served,
         print_router_fit,
+        print_seen,
         print_warnings,
     )
 
     target = data["checkpoint"]
     print_warnings(console, report.warnings)
+    print_seen(console, report.calibrated)
     print_losses(console, report.losses.to_dict())
     line(
         console,

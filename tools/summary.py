@@ -503,6 +503,17 @@ def error_cell(error: float | None, loss: float, *, no_update: bool = False) -> 
     return Text(f"{error:.4f}", style=style)
 
 
+def print_seen(console: Console, calibrated: bool) -> None:
+    """What losses are predicted from, where that is not the error of the weights."""
+    if calibrated:
+        line(
+            console,
+            "Losses are predicted from the error that the calibrated model sees; `info` knows only the "
+            "error of the weights.",
+            style="dim",
+        )
+
+
 def print_losses(console: Console, losses: dict[str, Any]) -> None:
     """What must be said of tasks that lost much, or that change nothing."""
     for text in describe_losses(losses):

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import pytest
 import torch
 import typer
 from routers import network
-from synthetic import dense, family, save
+from synthetic import calibration_of, dense, family, save
 from typer.testing import CliRunner
 
 from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
@@ -367,10 +368,8 @@ SOURCE = Source(
 )
 
 
-@pytest.mark.parametrize("expand", [False, True])
-def test_calibration_keeps_more_of_what_the_model_sees(tmp_path: Path, expand: bool) -> None:
-    path, _, relatives = world(tmp_path, representation="joint")
-    new = relatives | others(tmp_path, 4)
+def _moments(folder: Path) -> str:
+    """Of inputs and gradients that have few directions."""
     records, moments = [], []
     for number, (name, (d_in, d_out)) in enumerate(SHAPES.items()):
         moments += [
@@ -378,8 +377,15 @@ def test_calibration_keeps_more_of_what_the_model_sees(tmp_path: Path, expand: b
             FullMoment(torch.diag(torch.logspace(0, -1, d_out)) * 10.0**-number),
         ]
         records.append(ModuleRecord(name, d_in, d_out, 2 * number, 2 * number + 1))
-    Calibration(SOURCE, records, moments).save(tmp_path / "moments")
-    options = AddOptions(ratio=6, calibration=str(tmp_path / "moments"))
+    Calibration(SOURCE, records, moments).save(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_calibration_keeps_more_of_what_the_model_sees(tmp_path: Path, expand: bool) -> None:
+    path, _, relatives = world(tmp_path, representation="joint")
+    new = relatives | others(tmp_path, 4)
+    options = AddOptions(ratio=6, calibration=_moments(tmp_path / "moments"))
     white = add_adapters(path, new, options, expand=expand, output=tmp_path / "white")
     plain = add_adapters(path, new, AddOptions(ratio=6), expand=expand, output=tmp_path / "plain")
     check(tmp_path / "white", new, white)
@@ -390,6 +396,37 @@ def test_calibration_keeps_more_of_what_the_model_sees(tmp_path: Path, expand: b
         assert task.seen_error == pytest.approx(seen[0], rel=0.2, abs=0.005)
         assert task.private_error is None or task.seen_error <= task.private_error * (1 + 1e-6)
     assert sum(task.error for task in white.tasks) > sum(task.error for task in plain.tasks)
+
+
+def test_with_a_calibration_losses_are_those_that_the_model_sees(tmp_path: Path) -> None:
+    path, _, _ = world(tmp_path, representation="joint")
+    moments = str(calibration_of(tmp_path / "moments", SHAPES))
+    options = AddOptions(max_error=0.2, calibration=moments)
+    report = add_adapters(path, others(tmp_path, 2), options, output=tmp_path / "out")
+    first, second = report.tasks
+    assert (first.kind, second.kind) == ("mixed", "private")
+    assert first.seen_error < 0.2 < 0.7 < first.error
+    # On shared bases a squared error counts 2.5 times; 0.2 of its own costs the second only 4 %.
+    assert report.losses.above == {first.task_id: pytest.approx(2.5 * first.seen_error**2)}
+    # What is said to be allowed is an error of the same kind.
+    assert report.budget == "a relative error of 0.2, as the calibrated model sees it"
+
+
+def test_the_errors_that_the_model_sees_have_a_column_of_their_own(tmp_path: Path) -> None:
+    path, _, _ = world(tmp_path, representation="joint")
+    moments = calibration_of(tmp_path / "moments", SHAPES)
+    command = ["add", path, "--max-error", "0.2"]
+    for task, adapter in others(tmp_path, 2).items():
+        command += ["--name", f"{task}={adapter.path}"]
+    said = invoke(commands, *command, "--calibration", moments, "--output", tmp_path / "out").stdout
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)] for line in said.splitlines()]
+    header = next(row for row in rows if "New task" in row)
+    task = next(row for row in rows if "second-task0" in row)
+    error, seen = (float(task[header.index(name)]) for name in ("Error", "Seen"))
+    assert seen < 0.2 < 0.7 < error
+    assert f"second-task0 {2.5 * seen**2:.0%}" in said
+    assert "`info` knows only the error of the weights" in said
+    assert "Seen" not in invoke(commands, *command, "--output", tmp_path / "plain").stdout
 
 
 def test_another_models_calibration_is_refused(tmp_path: Path) -> None:

@@ -171,7 +171,12 @@ class Addition:
             0 if growth is None else len(growth.rows),
             0 if growth is None else self._growing.nbytes(growth),
             self._warnings(list(added.values()), expand, growth),
-            losses=Losses.of({task: writer.tasks[task] for task in added}, writer.modules),
+            losses=Losses.of(
+                {task: writer.tasks[task] for task in added},
+                writer.modules,
+                {task: found.seen_error for task, found in added.items()},
+            ),
+            calibrated=self._options.calibration is not None,
         )
 
     def _encode(
@@ -326,7 +331,13 @@ class Addition:
         if expand and growth is None:
             found.append("no basis has grown: new rows cost more than they keep")
         worst = self._new.worst_error
-        poor = [task.task_id for task in added if task.error > worst * POOR * (1 + MARGIN)]
+        # What the checkpoint records are errors of weights, and such are compared; but a new task of
+        # which the model sees little is not poor, whatever its weights say.
+        poor = [
+            task.task_id
+            for task in added
+            if min(task.error, task.seen_error) > worst * POOR * (1 + MARGIN)
+        ]
         if poor and self._options.max_error is None:
             named = some_of(map(repr, poor))
             found.append(

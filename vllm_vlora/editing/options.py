@@ -20,10 +20,10 @@ class AddOptions:
     Attributes:
         ratio: a new adapter's LoRA weights at 16 bits each over the bytes of its file (and of its
             share of the rows by which bases grow) is to be at least this; one or less sets no limit.
-            Default: the checkpoint's ratio, bases counted, so that adding keeps it; a task that would
-            lose more than 1.5 times what any of the checkpoint's does, or more than a predicted 1 % of
-            its gain where all of these lose less, gets as many bytes as it takes not to. With
-            ``quantize`` none nothing is lost.
+            Default: the checkpoint's ratio, bases counted, so that adding keeps it; a task whose
+            relative error would be above 1.5 times the worst of the checkpoint's, or that would lose
+            more than a predicted 1 % of its gain where all of these lose less, gets as many bytes as
+            it takes not to. With ``quantize`` none nothing is lost.
         max_bytes: all new tasks together, divided by the sizes of their originals.
         max_error: as of ``CompressOptions``, of the new tasks.
         quantize, double_quantize, dtype, calibration, allow_large_error, tokenizers: as of
@@ -104,7 +104,8 @@ class AddReport:
     """What adding did: sizes of the whole checkpoint before and after, and each new task.
 
     ``grown`` counts the modules whose basis has grown, ``grown_nbytes`` the bytes of their new rows.
-    ``budget`` says what the new tasks were allowed, in words. ``losses`` are those of the new tasks.
+    ``budget`` says what the new tasks were allowed, in words. ``losses`` are those of the new tasks;
+    where it is ``calibrated``, as the model sees them.
 
     Examples:
         >>> new = {"new": open_adapter(adapter_dirs[0])}
@@ -124,6 +125,7 @@ class AddReport:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     losses: Losses = field(default_factory=Losses)
+    calibrated: bool = False
 
     @property
     def ratio(self) -> float:

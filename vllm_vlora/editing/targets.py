@@ -13,8 +13,8 @@ from vllm_vlora.editing.options import AddOptions
 from vllm_vlora.editing.projection import Target, TaskPlan, TaskPlanner
 from vllm_vlora.errors import BudgetError
 
-# A new task is poor when it loses this many times what the poorest one of the checkpoint loses: one that
-# the bases were not fitted to always loses somewhat more.
+# A new task is poor when its error is this many times that of the poorest one of the checkpoint: one that
+# the bases were not fitted to always has a somewhat greater one.
 POOR = 1.5
 
 
@@ -25,7 +25,8 @@ def targets(
     sizes = [adapter.original_nbytes for adapter in new.collection.adapters]
     if options.max_error is not None:
         limit = (options.max_error * (1 - MARGIN)) ** 2
-        return [Target(loss=limit)] * len(sizes), f"a relative error of {options.max_error:g}"
+        seen = "" if options.calibration is None else ", as the calibrated model sees it"
+        return [Target(loss=limit)] * len(sizes), f"a relative error of {options.max_error:g}{seen}"
     if options.max_bytes is not None:
         total = sum(sizes)
         shares = [options.max_bytes * size // total for size in sizes]
@@ -59,7 +60,11 @@ def _default(new: NewTasks, planner: TaskPlanner, size: int) -> Target:
 
 
 def _bearable(new: NewTasks, planner: TaskPlanner) -> float:
-    """The squared error that a new task may have when nothing is said of it."""
+    """The squared error that a new task may have when nothing is said of it.
+
+    With a calibration it is one that the model sees, and what the checkpoint records of its tasks, the
+    error of the weights, only bounds it: no new task may lose more than by that measure.
+    """
     if new.worst_predicted > DEFAULT_LOSS:
         return (new.worst_error * POOR) ** 2
     limit = DEFAULT_LOSS * (1 - MARGIN)
