@@ -161,9 +161,13 @@ def print_tasks(console: Console, summary: dict[str, Any], most: int | None = No
     if most is not None and len(tasks) > most:
         worst = sorted(tasks, key=lambda task: -task["error"])[:most]
         tasks, rest = worst, ": vllm-vlora info"
+    # Of a calibrated compression; a checkpoint does not record them.
+    seen = summary.get("seen_errors")
     table = make_table(["Task"], ["Before", "Stored", "Ratio", "Rank"])
     table.add_column("Stored as", overflow="fold")
     table.add_column("Error", justify="right", no_wrap=True)
+    if seen is not None:
+        table.add_column("Seen", justify="right", no_wrap=True)
     for task in tasks[:_SHOWN_TASKS]:
         table.add_row(
             Text(task["task"]),
@@ -173,18 +177,14 @@ def print_tasks(console: Console, summary: dict[str, Any], most: int | None = No
             format_range(task["min_rank"], task["max_rank"]),
             _stored_as(task["stored_as"])
             + _mean_bits(Counter(task["nf4_rows_by_bits"]) + Counter(task["trellis_rows_by_bits"])),
-            error_cell(
-                task["error"],
-                task["predicted_loss"],
-                no_update=task["task"] in summary["losses"]["no_update"],
-            ),
+            *_error_cells(task, summary["losses"], seen),
         )
     more = len(summary["tasks"]) - len(tasks[:_SHOWN_TASKS])
     if more > 0:
-        table.add_row(f"and {more} more{rest}", *[""] * 6)
+        table.add_row(f"and {more} more{rest}")
     table.add_section()
     if summary["basis_bytes"]:
-        table.add_row("shared bases", "", format_bytes(summary["basis_bytes"]), "", "", "", "")
+        table.add_row("shared bases", "", format_bytes(summary["basis_bytes"]))
     table.add_row(
         "total",
         format_bytes(summary["original_bytes"]),
@@ -193,6 +193,7 @@ def print_tasks(console: Console, summary: dict[str, Any], most: int | None = No
         str(summary["max_rank"]),
         "",
         "-" if summary["mean_error"] is None else f"{summary['mean_error']:.4f}",
+        *([f"{sum(seen.values()) / len(seen):.4f}"] if seen else []),
         style="bold",
     )
     if summary["extra_bytes"]:
@@ -207,6 +208,21 @@ def print_tasks(console: Console, summary: dict[str, Any], most: int | None = No
         "extra tensors stand by themselves. Error: relative, Frobenius; in total the mean.",
         style="dim",
     )
+    print_seen(console, seen is not None)
+
+
+def _error_cells(
+    task: Mapping[str, Any], losses: Mapping[str, Any], seen: Mapping[str, float] | None
+) -> list[Text]:
+    """A task's error, and the one that the calibrated model sees, from which its loss is predicted."""
+    task_id = task["task"]
+    no_update = task_id in losses["no_update"]
+    if seen is None:
+        return [error_cell(task["error"], task["predicted_loss"], no_update=no_update)]
+    return [
+        error_cell(task["error"], 0.0, no_update=no_update),
+        error_cell(seen[task_id], losses["above"].get(task_id, 0.0), no_update=no_update),
+    ]
 
 
 def print_modules(console: Console, summary: dict[str, Any]) -> None:
@@ -255,10 +271,12 @@ def print_candidates(
     if len(summary["candidates"]) < 2:
         return
     judged = any("kl_kept" in candidate for candidate in summary["candidates"])
+    seen = ", as the calibrated model sees it" if "seen_errors" in summary else ""
     table = make_table(
         ["", "Representation", "Format"],
         ["Size", "Mean error", "Worst error", *(["KL kept"] if judged else [])],
-        title=f"Measured: {chosen[0]} {chosen[1]} {'is smallest' if by_error else 'keeps most'}",
+        title=f"Measured{seen}: {chosen[0]} {chosen[1]} "
+        f"{'is smallest' if by_error else 'keeps most'}",
     )
     for candidate in summary["candidates"]:
         is_chosen = (candidate["representation"], candidate["format"]) == chosen

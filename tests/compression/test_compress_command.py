@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,22 @@ def test_a_calibration_is_gathered_from_text_kept_and_taken_again(
     world: Path, tmp_path: Path
 ) -> None:
     command = ("compress", world / "adapters", "--ratio", 2, "--base", world / "model")
-    command += ("--calibration", world / "text.jsonl", "--json", "--force", "-o", tmp_path / "ckpt")
+    command += ("--calibration", world / "text.jsonl", "--no-judge", "--json", "--force")
+    command += ("-o", tmp_path / "ckpt")
     first = json.loads(invoke(*command).stdout)
     folder = world / "text.jsonl.calibration"
     assert Calibration.open(folder).source.base_model == str(world / "model")
     assert set(first["seen_errors"]) == set(TEXTS)
+    assert first["chosen_by"] == "the error that the calibrated model sees"
+    plain = [word for word in command if word != "--json"]
+    said = invoke(*plain).stdout
+    assert "as the calibrated model sees it" in " ".join(said.split())
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)] for line in said.splitlines()]
+    header = next(row for row in rows if "Task" in row)
+    for task, seen in first["seen_errors"].items():
+        shown = next(row for row in rows if row[1:2] == [task])
+        assert shown[header.index("Seen")] == f"{seen:.4f}"
+    assert "`info` knows only the error of the weights" in said
     written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = json.loads(invoke(*command).stdout)
     assert again["seen_errors"] == first["seen_errors"]

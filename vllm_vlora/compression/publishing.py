@@ -31,6 +31,8 @@ from vllm_vlora.planning.scratch import CoreSpool
 
 BY_ERROR = "the error of the weights"
 """What a choice goes by where the model is not asked."""
+BY_SEEN_ERROR = "the error that the calibrated model sees"
+"""The same, with a calibration."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def write_checkpoint(
         encoder.progress("write", len(tasks), len(collection.task_ids))
     bases = basis_nbytes(writer.modules)
     seen = {task.task_id: task.seen_error for task in tasks}
+    calibrated = encoder.settings.calibration is not None
     report = CompressReport(
         path=folder,
         tasks=tasks,
@@ -124,9 +127,9 @@ def write_checkpoint(
             *reading_warnings(adapters),
         ],
         raised=[collection.task_ids[task] for task in chosen.plan.raised],
-        calibrated=encoder.settings.calibration is not None,
+        calibrated=calibrated,
         kl_kept=dict(kl_kept or {}),
-        chosen_by=chosen_by or BY_ERROR,
+        chosen_by=chosen_by or (BY_SEEN_ERROR if calibrated else BY_ERROR),
         kept=list(kept),
         losses=Losses.of(writer.tasks, writer.modules, seen),
         extra_nbytes=extra_nbytes(writer.tasks),
