@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PLUGIN = "vlora"
 # Ours where they stand behind CKPT as well, up to a "--".
 _SHOW_ONLY = ("--dry-run", "--print")
+_BASE = "--base"
 
 SERVE_SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 """How the command is registered: what stands behind CKPT is vLLM's, whatever it looks like."""
@@ -58,7 +59,7 @@ def serve(
     (distinct tasks in one batch: all, at most 256; with
     VLLM_VLORA_MODE=materialize at most 8, as each takes memory), and names the
     base model. An option that you give yourself takes the place of ours.
-    --base and --dry-run stand before CKPT, --dry-run also behind it.
+    --base and --dry-run may stand before CKPT or behind it.
 
     The line that runs is shown, ready to paste. This process becomes vLLM:
     signals and exit codes are vLLM's own.
@@ -66,12 +67,12 @@ def serve(
     Examples:
         vllm-vlora serve my-tasks
         vllm-vlora serve my-tasks --port 8001 --max-model-len 4096
-        vllm-vlora serve --base models/llama org/my-tasks --tensor-parallel-size 4
+        vllm-vlora serve org/my-tasks --base models/llama --tensor-parallel-size 4
         vllm-vlora serve org/my-tasks@main@sha256:DIGEST   # what `info` shows
         vllm-vlora serve my-tasks --dry-run
         vllm-vlora serve my-tasks -- --help
     """
-    ours, passed = _split(options or [])
+    ours, bases, passed = _split(options or [])
     if "--help" in ours or "-h" in ours:
         typer.echo(context.get_help())
         return
@@ -82,12 +83,13 @@ def serve(
         from vllm_vlora.plugin.memory import refuse_unserved
         from vllm_vlora.wording import without_secrets
 
+        given = _base([*([] if base is None else [base]), *bases])
         show_only = dry_run or any(word in _SHOW_ONLY for word in ours)
         opened = Checkpoint.open(checkpoint, manifest_only=show_only)
         refuse_unserved(opened)
         _check_plugins(os.environ)
-        where = absolute_ref(checkpoint)
-        arguments = ["serve", _model(opened, base), *_missing_options(opened, passed), *passed]
+        where, model = absolute_ref(checkpoint), _model(opened, given)
+        arguments = ["serve", model, *_missing_options(opened, passed), *passed]
         shown_where = without_secrets(where)
         if show_only:
             typer.echo(shell_line(shown_where, ["vllm", *arguments]))
@@ -102,12 +104,41 @@ def serve(
         os.execve(program, [program, *arguments], {**os.environ, CHECKPOINT_VARIABLE: where})
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own flags among what stands behind CKPT, and what vLLM gets; the first ``--`` parts them."""
+def _split(words: Sequence[str]) -> tuple[list[str], list[str | None], list[str]]:
+    """Our own flags behind CKPT, the values of --base there (None: missing), and what vLLM gets.
+
+    The first ``--`` ends what is ours.
+    """
     cut = words.index("--") if "--" in words else len(words)
     flags = {*_SHOW_ONLY, "--help", "-h"}
-    ours = [word for word in words[:cut] if word in flags]
-    return ours, [word for word in words[:cut] if word not in flags] + list(words[cut + 1 :])
+    ours, passed = list[str](), list[str]()
+    bases = list[str | None]()
+    before = iter(words[:cut])
+    for word in before:
+        if word in flags:
+            ours.append(word)
+        elif word == _BASE:
+            bases.append(next(before, None))
+        elif word.startswith(f"{_BASE}="):
+            bases.append(word.removeprefix(f"{_BASE}="))
+        else:
+            passed.append(word)
+    return ours, bases, passed + list(words[cut + 1 :])
+
+
+def _base(given: Sequence[str | None]) -> str | None:
+    """The base model that is named before CKPT or behind it, if one is.
+
+    Raises:
+        OptionError: several are, or the option has no value.
+    """
+    from vllm_vlora.errors import OptionError
+
+    if None in given:
+        raise OptionError("--base needs a value, the base model's folder or Hub id")
+    if len(given) > 1:
+        raise OptionError("--base is given twice; name one base model")
+    return given[0] if given else None
 
 
 def _model(checkpoint: Checkpoint, base: str | None) -> str:
@@ -121,14 +152,9 @@ def _model(checkpoint: Checkpoint, base: str | None) -> str:
 
     model = base if base is not None else checkpoint.base_model
     if model is None:
-        raise OptionError(
-            f"{checkpoint.path} names no base model; give it before the checkpoint: --base MODEL CKPT"
-        )
+        raise OptionError(f"{checkpoint.path} names no base model; give it: --base MODEL")
     if not is_model_name(model):
-        raise OptionError(
-            f"the base model {model!r} is no name of a model; give one before the checkpoint: "
-            "--base MODEL CKPT"
-        )
+        raise OptionError(f"the base model {model!r} is no name of a model; give one: --base MODEL")
     return model
 
 

@@ -189,9 +189,19 @@ def test_max_loras_suit_the_mode(
 
 def test_the_base_model_is_named(tmp_path: Path) -> None:
     nameless = write(tmp_path / "ckpt", None)
-    assert "names no base model; give it before the checkpoint: --base" in refused(nameless)
+    assert "names no base model; give it: --base MODEL" in refused(nameless)
     assert shown("--base", "a model", nameless)[3] == "a model"
-    assert shown("--base", "other", write(tmp_path / "named"))[3] == "other"
+    named = write(tmp_path / "named")
+    assert shown("--base", "other", named)[3] == "other"
+    # Behind the checkpoint too, which is how people write it; up to a "--".
+    for given in (("--base", "other"), ("--base=other",)):
+        words = shown(named, "--seed", "1", *given, "--port", "8001")
+        assert words[3:] == ["other", *OURS, "--seed", "1", "--port", "8001"]
+    assert shown(nameless, "--base", "other")[3] == "other"
+    assert shown("--dry-run", named, "--", "--base", "other")[-3:-1] == ["--base", "other"]
+    assert "--base needs a value" in refused(named, "--base")
+    assert "--base is given twice" in refused("--base", "a", named, "--base", "b")
+    assert "is no name of a model" in refused(named, "--base", "--port", "8001")
 
 
 @pytest.mark.parametrize("base", ["--trust-remote-code", "-O3", "", " ", "a\nb", "\x1b[2J"])
