@@ -44,7 +44,7 @@ def ready(
 
     A server without the plugin, or with another checkpoint, is healthy too:
     vLLM's /health cannot tell. The key is VLLM_API_KEY, if there is one. Of a
-    checkpoint at a URL the state in the cache is meant.
+    checkpoint at a URL or on the Hub the state in the cache is meant.
 
     Exit code 0: it does. 1: not yet, or not all of them.
 

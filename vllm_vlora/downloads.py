@@ -98,7 +98,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def from_cache_alone() -> Iterator[None]:
-    """Within the block nothing is asked of URLs: what the cache has is meant."""
+    """Within the block nothing is asked of URLs or the Hub: what the cache has is meant."""
     token = _cache_alone.set(True)
     try:
         yield
@@ -106,9 +106,14 @@ def from_cache_alone() -> Iterator[None]:
         _cache_alone.reset(token)
 
 
+def means_cache() -> bool:
+    """Whether this is within ``from_cache_alone``."""
+    return _cache_alone.get()
+
+
 def is_offline() -> bool:
     """Whether nothing may be asked of URLs (``VLLM_VLORA_OFFLINE=1``, ``from_cache_alone``)."""
-    return _cache_alone.get() or os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0")
+    return means_cache() or os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0")
 
 
 def cache_name(where: str) -> str:

@@ -22,7 +22,7 @@ from huggingface_hub.utils import (
 )
 
 from vllm_vlora.connections import why_unreachable
-from vllm_vlora.downloads import fetch_folder
+from vllm_vlora.downloads import fetch_folder, means_cache
 from vllm_vlora.errors import VLoRAError
 from vllm_vlora.regular_files import read_regular
 from vllm_vlora.urls import RemoteError, is_remote, local_folder, url_name
@@ -86,13 +86,15 @@ def resolve_snapshot(
     if inner:
         allow_patterns = [f"{inner}/{pattern}" for pattern in allow_patterns or ["*"]]
         ignore_patterns = [f"{inner}/{pattern}" for pattern in ignore_patterns or []] or None
-    left_out: Any = {"ignore_patterns": ignore_patterns} if ignore_patterns else {}
+    given: Any = {"ignore_patterns": ignore_patterns} if ignore_patterns else {}
+    if means_cache():
+        given["local_files_only"] = True
     try:
         folder = huggingface_hub.snapshot_download(
             match["repo"],
             revision=match["revision"],
             allow_patterns=allow_patterns,
-            **left_out,
+            **given,
         )
     # The transport's errors differ between versions of huggingface_hub (requests, httpx), and a
     # failed download of any kind is the same to the user.
@@ -312,6 +314,8 @@ def _explain(problem: Exception) -> str:
         missing or isinstance(problem, OfflineModeIsEnabled)
     ):
         return "not in the local Hub cache either, and HF_HUB_OFFLINE is set: unset it"
+    if missing and means_cache():
+        return "not in the local Hub cache, and the Hub is not asked"
     why = why_unreachable(problem)
     if why is not None or missing:
         said = f" ({why})" if why else ""

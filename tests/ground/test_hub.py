@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from vllm_vlora.downloads import from_cache_alone
 from vllm_vlora.errors import AdapterError, CheckpointError
 from vllm_vlora.snapshots import fixed_ref, ref_name, resolve_snapshot
 
@@ -252,6 +253,15 @@ def test_revision_and_patterns_reach_the_hub(tmp_path: Path, asked: list[Any]) -
     assert found == tmp_path
     assert asked == [("org/name.v1", {"revision": "refs/pr/3", "allow_patterns": ["*.json"]})]
     assert ref_name("org/name.v1@refs/pr/3") == "name.v1"
+
+
+def test_where_the_cache_alone_is_meant_the_hub_is_not_asked(
+    tmp_path: Path, asked: list[Any]
+) -> None:
+    with from_cache_alone():
+        resolve_snapshot("org/x", what="checkpoint", error=CheckpointError)
+    resolve_snapshot("org/x", what="checkpoint", error=CheckpointError)
+    assert [arguments.get("local_files_only", False) for _, arguments in asked] == [True, False]
 
 
 def test_a_folder_in_a_repository_is_fetched_alone(tmp_path: Path, asked: list[Any]) -> None:
