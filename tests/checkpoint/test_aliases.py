@@ -29,6 +29,7 @@ from vllm_vlora.errors import (
     OptionError,
     OutputError,
     TaskIdError,
+    TaskNotFoundError,
     VLoRAError,
 )
 from vllm_vlora.merging.blending import blend_tasks
@@ -248,6 +249,17 @@ def test_a_damaged_file_is_said(checkpoint: Path, content: str, reason: str) -> 
         _ = Checkpoint.open(checkpoint).aliases
     [problem] = validate(checkpoint)
     assert ALIASES_FILE in problem
+
+
+@pytest.mark.parametrize("target", ["nope", "task0-v7", "task0*"])
+def test_a_task_that_there_is_not_is_named_with_those_there_are(
+    checkpoint: Path, target: str
+) -> None:
+    with pytest.raises(TaskNotFoundError) as caught:
+        set_alias(checkpoint, "prod", target, kind="task")
+    assert f"no task {target!r}; it has: task0, " in str(caught.value)
+    with pytest.raises(BlendError, match="is a blend and no task; give the id"):
+        set_alias(checkpoint, "prod", "task0*0.5", kind="task")
 
 
 def test_an_alias_of_a_task_that_is_gone_can_be_mended(checkpoint: Path) -> None:

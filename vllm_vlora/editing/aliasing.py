@@ -47,6 +47,7 @@ def set_alias(
         The alias' routes.
 
     Raises:
+        TaskNotFoundError: ``kind`` is task, and there is none of that name.
         BlendError: the target cannot be read, names a task that there is not, is of another kind, or
             cannot be blended.
         TaskIdError: the name is not allowed. OptionError: it is a task's name, or no folder is given.
@@ -67,7 +68,13 @@ def set_alias(
             raise BlendError(
                 f"{target!r} is an alias, and an alias stands for tasks; give what it stands for"
             )
-        routes.append(parse_routes(target, opened.tasks))
+        try:
+            routes.append(parse_routes(target, opened.tasks))
+        except BlendError:
+            if kind == "task":
+                # Whoever wants one task wrote no blend: the tasks that there are help more.
+                opened.entry(target)
+            raise
         if kind is not None and kind != kind_of(routes[0]):
             found = kind_of(routes[0])
             raise BlendError(f"{target!r} is a {found} and no {kind}; {_FORMS[kind]}")
