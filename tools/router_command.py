@@ -209,7 +209,7 @@ def _describe_trained(
 def _print_trained(console: Console, found: dict[str, Any]) -> None:
     from rich.text import Text
 
-    from vllm_vlora.tools.summary import line, make_table, print_router_fit
+    from vllm_vlora.tools.summary import line, make_table, print_router_fit, print_seldom_right
     from vllm_vlora.wording import some_of
 
     table = make_table(["Task"], ["Trained", "Held out", "Right", "Accuracy", "Confidence"])
@@ -240,18 +240,20 @@ def _print_trained(console: Console, found: dict[str, Any]) -> None:
     if found["attached"]:
         line(console, f'Attached to {found["checkpoint"]}: ask for model="auto".')
         print_router_fit(console, found)
+    print_seldom_right(console, found["tasks"])
 
 
 def _print_router(console: Console, found: dict[str, Any]) -> None:
     from rich.text import Text
 
-    from vllm_vlora.tools.summary import make_table, print_router_fit
+    from vllm_vlora.tools.summary import make_table, print_router_fit, print_seldom_right
 
     table = make_table(["Task"], ["Trained", "Held out", "Right", "Accuracy"])
     for row in found["measured"]:
         table.add_row(Text(row["task"] or _OF_NO_TASK), *_numbers(row))
     console.print(table)
     print_router_fit(console, found)
+    print_seldom_right(console, found["measured"])
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 # A collection may have a thousand such tasks.
 _NAMED_TASKS = 10
 _SHOWN_TASKS = 2048
+# The part of a task's held-out prompts below which a router is said not to find it.
+_SELDOM_RIGHT = 0.5
 # Of a column of names that are folded, at the least.
 _FOLDED_WIDTH = 8
 
@@ -454,6 +456,23 @@ def print_router(console: Console, router: Mapping[str, Any] | None) -> None:
     sure = f", {right / held_out:.4f} of held-out prompts right" if held_out else ""
     line(console, f"Router         model=auto, {count_of(len(router['tasks']), 'task')}{sure}")
     print_router_fit(console, router)
+    print_seldom_right(console, router["measured"])
+
+
+def print_seldom_right(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The tasks whose own prompts a router mostly sends elsewhere; ``rows`` as of ``measured_rows``."""
+    low = {
+        row["task"] or "text of no task": row["accuracy"]
+        for row in rows
+        if row["accuracy"] is not None and row["accuracy"] < _SELDOM_RIGHT
+    }
+    if low:
+        named = some_of((f"{task} ({part:.3f})" for task, part in low.items()), _NAMED_TASKS)
+        text = (
+            f"Right less than half the time: {named}; train with more prompts of theirs, or without "
+            "tasks that are asked alike (--fail-under attaches no such router)"
+        )
+        line(console, text, style="yellow")
 
 
 def print_router_fit(console: Console, router: Mapping[str, Any] | None) -> None:

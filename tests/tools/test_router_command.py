@@ -99,6 +99,25 @@ def test_a_gate_attaches_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert Checkpoint.open(checkpoint).content_digest == before
 
 
+def test_tasks_that_are_seldom_found_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    """Of two tasks that are asked in the same words one at least is right less than half the time."""
+    tasks = list(Checkpoint.open(checkpoint).tasks)
+    data = write_prompts(tmp_path / "prompts", tasks[:3], (WORDS[0], WORDS[0], WORDS[1]))
+    command = ("router", "train", checkpoint, "--data", data)
+    found = json.loads(invoke(*command, "--json").stdout)
+    low = [row["task"] for row in found["tasks"] if row["accuracy"] < 0.5]
+    assert low
+    assert tasks[2] not in low
+    for said in (
+        invoke(*command),
+        invoke("router", "show", checkpoint),
+        invoke("info", checkpoint),
+    ):
+        (line,) = [x for x in said.stdout.splitlines() if x.startswith("Right less than half")]
+        assert all(task in line for task in low)
+        assert tasks[2] not in line
+
+
 def test_edits_say_what_a_router_does_not_fit(checkpoint: Path, tmp_path: Path) -> None:
     tasks = list(Checkpoint.open(checkpoint).tasks)
     data = write_prompts(tmp_path / "prompts", tasks[:2])
