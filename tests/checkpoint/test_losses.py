@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -326,3 +327,12 @@ def test_a_checkpoint_with_an_empty_head_is_not_sound(tmp_path: Path) -> None:
     (problem,) = validate(tmp_path)
     assert "ZeRO-3" in problem
     assert "'t'" in problem
+
+
+def test_who_has_measured_is_not_told_to() -> None:
+    losses = Losses({"a": 0.3, "b": 0.2})
+    assert "evaluate before you rely" in describe_losses(losses.to_dict())[0]
+    (line,) = describe_losses(dataclasses.replace(losses, judged=["a", "b"]).to_dict())
+    assert line.endswith("a 30%, b 20%; the KL kept of each was measured")
+    (line,) = describe_losses(dataclasses.replace(losses, judged=["b"]).to_dict())
+    assert "evaluate before you rely" in line

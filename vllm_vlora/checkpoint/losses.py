@@ -48,11 +48,13 @@ class Losses:
             however small the error of the task is.
         no_update: tasks whose LoRA weights change nothing: B, or A, is zero in every module, as before
             training.
+        judged: tasks of which the model has measured what they keep, where it was asked.
     """
 
     above: dict[str, float] = field(default_factory=dict)
     lost_modules: dict[str, list[str]] = field(default_factory=dict)
     no_update: list[str] = field(default_factory=list)
+    judged: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -105,6 +107,7 @@ class Losses:
             "above": self.above,
             "lost_modules": self.lost_modules,
             "no_update": self.no_update,
+            **({"judged": self.judged} if self.judged else {}),
         }
 
 
@@ -115,6 +118,8 @@ def describe_losses(
     lines = []
     above, lost, none = losses["above"], losses["lost_modules"], losses["no_update"]
     if above:
+        if above.keys() <= set(losses.get("judged", ())):
+            advice = "the KL kept of each was measured"
         named = some_of((f"{task} {loss:.0%}" for task, loss in above.items()), _NAMED_TASKS)
         lines.append(
             f"Predicted to lose more than {losses['noted_above']:.0%} of what the adapter gains: "

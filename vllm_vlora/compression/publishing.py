@@ -112,6 +112,7 @@ def write_checkpoint(
     bases = basis_nbytes(writer.modules)
     seen = {task.task_id: task.seen_error for task in tasks}
     calibrated = encoder.settings.calibration is not None
+    judged = [task for task, kept in (kl_kept or {}).items() if kept is not None]
     report = CompressReport(
         path=folder,
         tasks=tasks,
@@ -131,7 +132,7 @@ def write_checkpoint(
         kl_kept=dict(kl_kept or {}),
         chosen_by=chosen_by or (BY_SEEN_ERROR if calibrated else BY_ERROR),
         kept=list(kept),
-        losses=Losses.of(writer.tasks, writer.modules, seen),
+        losses=replace(Losses.of(writer.tasks, writer.modules, seen), judged=judged),
         extra_nbytes=extra_nbytes(writer.tasks),
     )
     writer.finish(model_card(base_model or common, report))
