@@ -101,7 +101,7 @@ def why(
 ) -> str:
     """One line that says why a new task is stored as it is."""
     if not any(choice.cores for choice in planner.choices):
-        return "none of its modules has a shared basis"
+        return "none of its modules has a joint basis, the kind that new tasks can stand on"
     held = f"the shared bases hold {planner.carried:.1%} of it"
     if not plan.cores:
         least = math.sqrt(max(1 - planner.carried, 0.0))

@@ -211,7 +211,7 @@ class _FromVLoRA:
         if self._alpha is None:
             found.append(
                 "vlora keeps no alpha, so delta_W is B A as it reconstructs it; if the adapters had "
-                "alpha other than rank, convert again with their alpha"
+                "alpha other than rank, convert the folder with it: vllm-vlora convert --alpha ALPHA"
             )
         if self._files.packed:
             found.append(
