@@ -13,14 +13,16 @@ import torch
 import transformers
 import typer
 from saved_modules import cases, load_model, write_model, write_saved_adapter
+from tiny_llama import write_tiny_llama
 from tiny_tokenizer import write_word_tokenizer
 from typer.testing import CliRunner
 
 from vllm_vlora.adapters.peft_folder import open_adapter, write_adapter
 from vllm_vlora.compression.options import CompressOptions
 from vllm_vlora.compression.pipeline import compress
-from vllm_vlora.errors import AdapterError, ModelMismatchError
+from vllm_vlora.errors import AdapterError, ModelMismatchError, OptionError
 from vllm_vlora.evaluation import task_text
+from vllm_vlora.evaluation.base_model import load_base_model
 from vllm_vlora.evaluation.evaluator import EvaluationOptions, Evaluator
 from vllm_vlora.evaluation.kept import kept
 from vllm_vlora.tools.evaluate_command import evaluate
@@ -374,3 +376,15 @@ def test_a_model_is_kept_whatever_happens_to_it(world: World) -> None:
     handle.remove()
     model(torch.tensor([[3]]))
     assert seen == [1]
+
+
+def test_a_base_model_without_a_tokenizer_is_told_in_one_plain_line(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "model")
+    for file in model.glob("*token*"):
+        file.unlink()
+    with pytest.raises(OptionError) as caught:
+        load_base_model(str(model), "cpu", "float32")
+    assert str(caught.value) == (
+        f"base model {str(model)!r}: its tokenizer cannot be loaded; give the folder or Hub id of a "
+        "causal language model with its tokenizer"
+    )

@@ -58,16 +58,21 @@ def load_base_model(name: str, device: torch.device, dtype: torch.dtype) -> tupl
             "pip install 'vllm-vlora[evaluate]'"
         ) from error
     place = model_place(name, what="base model", error=OptionError)
+    what = "its tokenizer"
     try:
         # Unless told, transformers asks on the terminal whether to run code that came with a model.
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        what = "the model"
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
+        said = first_line(error).rstrip(" .")
+        # transformers lists what it looked for on the lines below one that ends so.
+        why = "" if said.endswith(":") else f" ({said})"
         raise OptionError(
-            f"base model {name!r} cannot be loaded: {first_line(error).rstrip('.')}; give the folder "
-            "or Hub id of a causal language model with its tokenizer"
+            f"base model {name!r}: {what} cannot be loaded{why}; give the folder or Hub id of a causal "
+            "language model with its tokenizer"
         ) from error
     return tokenizer, model.to(device)
 
