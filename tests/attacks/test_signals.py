@@ -25,11 +25,13 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.validation import validate
 
 SECONDS = 60
-# What a signal ends before Python is far enough to handle it has the signal as its code, negative.
+# What a signal ends before Python is far enough to handle it has the signal as its code, negative. The
+# handlers raise KeyboardInterrupt, and where that comes through a text that is executed, as dataclasses
+# are made, CPython ends itself by SIGINT at last, whatever became of the exception.
 CODES = {
-    signal.SIGTERM: (143, -signal.SIGTERM),
+    signal.SIGTERM: (143, -signal.SIGTERM, -signal.SIGINT),
     signal.SIGINT: (130, -signal.SIGINT),
-    signal.SIGHUP: (129, -signal.SIGHUP),
+    signal.SIGHUP: (129, -signal.SIGHUP, -signal.SIGINT),
 }
 
 

@@ -26,7 +26,7 @@ from vllm_vlora.checkpoint.report import CompressReport
 from vllm_vlora.compression.budgets import MARGIN, quality_out_of_reach
 from vllm_vlora.compression.options import DEFAULT_LOSS, CompressOptions
 from vllm_vlora.compression.pipeline import Compression
-from vllm_vlora.compression.publishing import BY_ERROR, Chosen, publish_checkpoint
+from vllm_vlora.compression.publishing import BY_ERROR, BY_SEEN_ERROR, Chosen, publish_checkpoint
 from vllm_vlora.errors import BudgetError, OptionError
 from vllm_vlora.planning.plan import Budget
 from vllm_vlora.wording import some_of
@@ -208,7 +208,8 @@ def compress_judged(
             _ = compression.candidates.survey
             reason = jury.declines(_FORMS, time.monotonic() - started)
             if reason is not None:
-                how = f"{BY_ERROR}; {reason}"
+                calibrated = options.calibration is not None
+                how = f"{BY_SEEN_ERROR if calibrated else BY_ERROR}; {reason}"
                 return compression.write(folder, compression.choose(), base_model, chosen_by=how)
             best, kl_kept = _judged(compression, scratch, jury, options.by_size)
             return compression.write(folder, best, base_model, kl_kept=kl_kept, chosen_by=jury.how)

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import connection, parent_process
+from multiprocessing import connection, parent_process, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -242,13 +242,19 @@ class _Child(SpawnProcess):
     """
 
     def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-        try:
-            # Interrupted between the two, a child that is there waits for what it is to do, and says so.
-            with kept_whole():
-                super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Interrupted between the two, a child that is there waits for what it is to do, and says so.
+        with _started_without({signal.SIGINT, signal.SIGHUP}), kept_whole():
+            super().start()
+
+
+@contextmanager
+def _started_without(signals: set[signal.Signals]) -> Iterator[None]:
+    """Processes that are started within never see these."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Children(SpawnContext):
@@ -260,6 +266,9 @@ class _Children(SpawnContext):
     def __init__(self) -> None:
         super().__init__()
         self.started: list[SpawnProcess] = []
+        # Python's own, which outlives an interrupted run to tidy up after it, lets a hang-up end it.
+        with _started_without({signal.SIGHUP}):
+            resource_tracker.ensure_running()
 
     def Process(self, *args: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]
         process = _Child(*args, **options)
