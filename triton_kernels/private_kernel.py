@@ -229,6 +229,24 @@ def _load_units(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _unit_places(first_row, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(rows from ``first_row`` on, units from 0 on) of each unit of ``[ROWS, COLS]``, with one axis."""
+    places = tl.arange(0, ROWS * (COLS // 8))
+    return first_row + places // (COLS // 8), places % (COLS // 8)
+
+
+@triton.jit
+def _load_units_of_a(  # type: ignore[no-untyped-def]
+    where, addresses, rows, units, rank, start_in, start, stop, widths, FORMAT: tl.constexpr
+):
+    """``_load_units`` of the columns from ``start`` on, before ``stop``, of a slice at ``start_in``."""
+    live = (rows < rank) & (start + units * 8 < stop)
+    return _load_units(
+        where, addresses, rows, (start_in + start) // 8 + units, live, widths, FORMAT
+    )
+
+
+@triton.jit
 def _load_narrow(addresses, blocks, rows, units, live):  # type: ignore[no-untyped-def]
     """Words of eight places of four bits, the first the lowest, whatever the rows' bits."""
     planes = narrow_planes(addresses[0], addresses[3], addresses[4], blocks)
@@ -394,9 +412,7 @@ def _load_format(  # type: ignore[no-untyped-def]
     """
     where = _locate(addresses, held_cols, FORMAT, DTYPE, ALIGNED)
     if ALIGNED and FORMAT != "float" and FORMAT != "int8":
-        units = tl.arange(0, ROWS * (COLS // 8))
-        rows = first_row + units // (COLS // 8)
-        units %= COLS // 8
+        rows, units = _unit_places(first_row, ROWS, COLS)
         live = (rows < rank) & (units * 8 < live_cols)
         tables, widths = _row_tables(where, addresses, book_ptr, rows, live, FORMAT)
         codes, scales = _load_units(
@@ -478,23 +494,18 @@ def _shrink_one(  # type: ignore[no-untyped-def]
     cols = tl.arange(0, COLS)
     if ALIGNED and FORMAT != "float" and FORMAT != "int8":
         where = _locate(addresses, start_in + d_in, FORMAT, dtype, ALIGNED)
-        units = tl.arange(0, ROWS * (COLS // 8))
-        rows = first_row + units // (COLS // 8)
-        units %= COLS // 8
+        rows, units = _unit_places(first_row, ROWS, COLS)
         tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
-        codes, scales = _load_units(
-            where, addresses, rows, (start_in + first) // 8 + units,
-            (rows < rank) & (first + units * 8 < stop), widths, FORMAT,
-        )  # fmt: skip
+        codes, scales = _load_units_of_a(
+            where, addresses, rows, units, rank, start_in, first, stop, widths, FORMAT
+        )
         wait_for_previous(PDL)
         total = tl.zeros((ROWS, COLS // 8), dtype=tl.float32)
         for start in tl.range(first, stop, COLS, num_stages=1):
             x = tl.load(x_ptr + start + cols, mask=start + cols < stop, other=0.0)
-            after = start + COLS
-            next_codes, next_scales = _load_units(
-                where, addresses, rows, (start_in + after) // 8 + units,
-                (rows < rank) & (after + units * 8 < stop), widths, FORMAT,
-            )  # fmt: skip
+            next_codes, next_scales = _load_units_of_a(
+                where, addresses, rows, units, rank, start_in, start + COLS, stop, widths, FORMAT
+            )
             part = _times_x(codes, x, tables, widths, FORMAT, ROWS, COLS)
             total += part * scales.reshape(ROWS, COLS // 8)
             codes = next_codes
@@ -546,23 +557,18 @@ def _shrink_tile(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.float32)
     if ALIGNED and FORMAT != "float" and FORMAT != "int8":
         where = _locate(addresses, start_in + d_in, FORMAT, dtype, ALIGNED)
-        units = tl.arange(0, BLOCK_R * (BLOCK_D // 8))
-        rows = first_row + units // (BLOCK_D // 8)
-        units %= BLOCK_D // 8
+        rows, units = _unit_places(first_row, BLOCK_R, BLOCK_D)
         tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
-        codes, scales = _load_units(
-            where, addresses, rows, (start_in + first) // 8 + units,
-            (rows < rank) & (first + units * 8 < stop), widths, FORMAT,
-        )  # fmt: skip
+        codes, scales = _load_units_of_a(
+            where, addresses, rows, units, rank, start_in, first, stop, widths, FORMAT
+        )
         for start in tl.range(first, stop, BLOCK_D, num_stages=1):
             cols = start + tl.arange(0, BLOCK_D)
             mask = token_live[:, None] & (cols < stop)[None, :]
             x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0)
-            after = start + BLOCK_D
-            next_codes, next_scales = _load_units(
-                where, addresses, rows, (start_in + after) // 8 + units,
-                (rows < rank) & (after + units * 8 < stop), widths, FORMAT,
-            )  # fmt: skip
+            next_codes, next_scales = _load_units_of_a(
+                where, addresses, rows, units, rank, start_in, start + BLOCK_D, stop, widths, FORMAT
+            )
             a = _scaled(codes, scales, tables, widths, FORMAT, dtype, BLOCK_R, BLOCK_D)
             total = multiply(a, tl.trans(x), total, LOW_PRECISION)
             codes = next_codes
@@ -707,9 +713,7 @@ def _expand_one(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr = MOST if MAX_ROWS > MOST else MAX_ROWS
     if ALIGNED and FORMAT != "float" and FORMAT != "int8":
         where = _locate(addresses, held_cols, FORMAT, DTYPE, ALIGNED)
-        units = tl.arange(0, ROWS * (COLS // 8))
-        rows = units // (COLS // 8)
-        units %= COLS // 8
+        rows, units = _unit_places(0, ROWS, COLS)
         col_live = first + units * 8 < width
         units += (start_out + first) // 8
         tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)

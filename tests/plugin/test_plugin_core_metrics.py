@@ -365,25 +365,21 @@ def test_images_that_give_way_on_the_host_are_counted(tmp_path: Path) -> None:
     core = Core(tmp_path / "c", device=1 << 30)
     assert metrics_snapshot(core)["evictions"]["host"] == 0
     first, second = list(core.stores[0].tasks())[:2]
-    for store in core.stores:
-        store._images.limit = 1
-    for task in (first, second):
-        path = parse_task_path(task.path)
-        assert path is not None
+
+    def keep_both_with(limit: int) -> None:
         for store in core.stores:
-            store.forget(task.path)
-            store.place(path)
-            store._images.limit = store.host_nbytes or 1
+            store._images.limit = limit
+        for task in (first, second):
+            path = parse_task_path(task.path)
+            assert path is not None
+            for store in core.stores:
+                store.forget(task.path)
+                store.place(path)
+                store._images.limit = store.host_nbytes or limit
+
+    keep_both_with(1)
     assert metrics_snapshot(core)["evictions"]["host"] == 0, "nothing was kept"
-    for store in core.stores:
-        store._images.limit = 1 << 20
-    for task in (first, second):
-        path = parse_task_path(task.path)
-        assert path is not None
-        for store in core.stores:
-            store.forget(task.path)
-            store.place(path)
-            store._images.limit = store.host_nbytes
+    keep_both_with(1 << 20)
     assert metrics_snapshot(core)["evictions"]["host"] == 1, "as each worker says"
 
 
