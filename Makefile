@@ -48,8 +48,8 @@ $(BESIDE)/.ready: requirements/beside.txt $(VENV)/.ready
 # environment's does not.
 TRITON_OF_GPUS := 3.6.0
 test-triton: .cache/triton-$(TRITON_OF_GPUS)/.ready ## An 8B engine's kernels, compiled with the Triton that engines on a GPU have
-	OMP_NUM_THREADS=1 TRITON_UNDER_TEST=$(<D) $(BIN)/pytest -q -k "8b or products or codes" \
-	  tests/kernels/test_record_compile.py tests/kernels/test_direct_compile.py
+	OMP_NUM_THREADS=1 TRITON_UNDER_TEST=$(<D) $(BIN)/pytest -q -k "8b or products or codes or slots" \
+	  tests/kernels/test_record_compile.py tests/kernels/test_direct_compile.py tests/kernels/test_kernel_compile.py
 
 # Mostly 200 to 300 MB each.
 .cache/triton-%/.ready: $(VENV)/.ready

@@ -77,14 +77,20 @@ def pick_block(block, starts, COUNT: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def multiply(left, right, total, LOW_PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``total + left @ right`` in float32; with LOW_PRECISION operands of one 16-bit dtype."""
+def multiply(  # type: ignore[no-untyped-def]
+    left, right, total, LOW_PRECISION: tl.constexpr, PRECISION: tl.constexpr = "ieee"
+):
+    """``total + left @ right`` in float32.
+
+    Args:
+        LOW_PRECISION: operands are of one 16-bit dtype.
+        PRECISION: else of the product of float32 operands: "tf32" rounds them to 11 significant bits.
+    """
     if LOW_PRECISION:
         # Products of two 16-bit floats are exact in the float32 accumulator.
         total = tl.dot(left, right, total)
     else:
-        # "ieee": the default would round float32 operands to TF32.
-        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision=PRECISION)
     return total
 
 

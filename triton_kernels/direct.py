@@ -19,7 +19,6 @@ added to y is accumulated in float32, and y is rounded once a term.
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vllm_vlora.narrow_rows import CODEBOOKS, NARROW_FORMAT, NarrowMatrix
+from vllm_vlora.narrow_rows import NARROW_FORMAT, NarrowMatrix
 from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, unpack
-from vllm_vlora.trellis_tables import TRELLIS_TABLES
+from vllm_vlora.triton_kernels.codebook import load_codebook
 
 # One int64 record a slot and slice; zeros mean "no update". Kernels read these fields by number.
 CORE = 0  # address of the core
@@ -44,13 +43,6 @@ ADDRESS_FIELDS = (CORE, A_CODES, A_SCALES, A_RANGES, B_CODES, B_SCALES, B_RANGES
 BITS = 11  # of narrow factors: ``NarrowMatrix.word`` of A, and in 8 bits more B's first block
 RECORD_FIELDS = 12
 FORMAT_CODES = {"float": 0, "int8": 1, "nf4": 2, "nf4-dq": 3, NARROW_FORMAT: 4, "trellis": 5}
-TRELLIS_BOOK = 32
-CODEBOOK = (
-    *CODEBOOKS,
-    *(0.0,) * (TRELLIS_BOOK - len(CODEBOOKS)),
-    *itertools.chain.from_iterable(TRELLIS_TABLES.values()),
-)
-"""What kernels look up: ``narrow_rows.CODEBOOKS``, and from ``TRELLIS_BOOK`` on ``TRELLIS_TABLES``."""
 RECORD_NBYTES = RECORD_FIELDS * 8
 TILE_SIZES = (16, 64)
 # Elements between the starts of two cores: their addresses are multiples of 16 bytes.
@@ -204,8 +196,7 @@ class SlotTable:
         records: ``[slots + 1, slices, RECORD_FIELDS]`` int64 on the device, at a fixed address, so that
             a captured graph sees what the slots hold now.
         tasks: the task in each slot, for the host; None where there is none.
-        codebook: ``CODEBOOK``, float32 on the device: a kernel without a tensor-core product to hide
-            them behind looks NF4's values up there instead of deciding by 15 selects.
+        codebook: what codes are looked up in, on the device.
     """
 
     def __init__(self, slots: int, slices: int, device: torch.device) -> None:
@@ -214,7 +205,7 @@ class SlotTable:
             (slots + 1, slices, RECORD_FIELDS), dtype=torch.int64, device=device
         )
         self.tasks: list[DirectTask | None] = [None] * (slots + 1)
-        self.codebook = torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
+        self.codebook = load_codebook(device)
 
     def release(self, slot: int) -> None:
         """Let go of a slot's task. Its record stays on the device, which no token refers to any more.

@@ -155,7 +155,8 @@ def materialize_reference(jobs: Sequence[MaterializeJob]) -> None:
     Rounding points: a dequantised value is one float32 product (see ``vllm_vlora.quantize``); the
     sum over k is accumulated in float32 from float32 products, its order unspecified; ``scale`` is
     applied in float32 to the sum; the result is rounded once to the dtype of ``out``. (On a GPU
-    the precision of float32 products follows torch's own setting.)
+    the precision of float32 products follows torch's own setting. The kernel takes NVIDIA's TF32 for an
+    ``out`` of 16 bits, which cuts operands to 11 significant bits, as many as float16 has.)
 
     Raises:
         ValueError: as :func:`materialize`.

@@ -22,9 +22,9 @@ import triton.language as tl
 
 from vllm_vlora.narrow_rows import NARROW_FORMAT, NarrowMatrix
 from vllm_vlora.quantize import FLOAT_DTYPES
-from vllm_vlora.trellis import trellis_tables
-from vllm_vlora.triton_kernels.dequantise import load_tile, narrow_planes
-from vllm_vlora.triton_kernels.device import aligned_pointer, low_precision, multiply
+from vllm_vlora.triton_kernels.codebook import load_codebook
+from vllm_vlora.triton_kernels.dequantise import load_block
+from vllm_vlora.triton_kernels.device import aligned_pointer, low_precision, multiply, on_amd
 from vllm_vlora.triton_kernels.materialize import (
     MaterializeJob,
     OutTable,
@@ -80,13 +80,14 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     jobs_ptr,
     outs_ptr,
     tiles_ptr,
-    table_ptr,
+    book_ptr,
     OUT: tl.constexpr,
     LEFT: tl.constexpr,
     CODES: tl.constexpr,
     SCALES: tl.constexpr,
     FORMAT: tl.constexpr,
     LOW_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     ORDER: tl.constexpr,
     ALIGNED_IN: tl.constexpr,
     ALIGNED_OUT: tl.constexpr,
@@ -97,8 +98,8 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     """One ``BLOCK_M x BLOCK_N`` tile of one job; grid (tiles of all jobs).
 
     jobs_ptr: int64 ``[jobs, len(FIELDS)]``; outs_ptr: int64 addresses, read at a job's place;
-    tiles_ptr: int32 ``[tiles]``, each tile's job; table_ptr: ``TRELLIS_TABLES``, or None. A job's tiles
-    follow each other, column blocks fastest. LEFT is None for the identity.
+    tiles_ptr: int32 ``[tiles]``, each tile's job; book_ptr: ``CODEBOOK``, or None. A job's tiles follow
+    each other, column blocks fastest. LEFT is None for the identity.
     """
     tile = tl.program_id(0)
     row = jobs_ptr + tl.load(tiles_ptr + tile).to(tl.int64) * _COLUMNS
@@ -110,18 +111,21 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     start = _integer(row, _START, ALIGNED_IN).to(tl.int32)
     width = _integer(row, _WIDTH, ALIGNED_IN).to(tl.int32)
     scale = tl.load(row + _SCALE).to(tl.int32).to(tl.float32, bitcast=True)
-    codes_ptr = aligned_pointer(tl.load(row + _CODES), CODES, ALIGNED_IN)
-    codes_stride = _integer(row, _CODES_STRIDE, ALIGNED_IN)
-    scales_ptr = aligned_pointer(tl.load(row + _SCALES), SCALES, False)
-    scales_stride = tl.load(row + _SCALES_STRIDE)
-    ranges_ptr = aligned_pointer(tl.load(row + _RANGES), tl.float32, False)
-    ranges_stride = tl.load(row + _RANGES_STRIDE)
-    planes = (codes_ptr,)
+    codes_address = tl.load(row + _CODES)
     first_block = 0
+    bits = tl.full((), 0, tl.int64)
     if FORMAT == _NARROW:
         bits = tl.load(row + _BITS)
-        planes = narrow_planes(tl.load(row + _CODES), bits, k, (codes_stride // 16).to(tl.int32))
         first_block = ((bits >> 32) & 255).to(tl.int32)
+    addresses = (codes_address, codes_address, codes_address, bits, k, first_block)
+    where = (
+        aligned_pointer(codes_address, CODES, ALIGNED_IN),
+        aligned_pointer(tl.load(row + _SCALES), SCALES, False),
+        aligned_pointer(tl.load(row + _RANGES), tl.float32, False),
+        _integer(row, _CODES_STRIDE, ALIGNED_IN).to(tl.int32),
+        tl.load(row + _SCALES_STRIDE).to(tl.int32),
+        tl.load(row + _RANGES_STRIDE).to(tl.int32),
+    )
 
     tile -= tl.load(row + _FIRST_TILE).to(tl.int32)
     col_blocks = tl.cdiv(n_cols, BLOCK_N)
@@ -132,25 +136,15 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     row_live = rows < rank
     col_live = cols < width
     if LEFT is None:
-        value = load_tile(
-            codes_ptr,
-            scales_ptr,
-            ranges_ptr,
-            codes_stride,
-            scales_stride,
-            ranges_stride,
-            rows,
-            start + cols,
-            row_live,
-            col_live,
-            FORMAT,
-            planes,
-            first_block,
-            table_ptr,
-        ).to(tl.float32)
+        value = load_block(
+            where, addresses, book_ptr, first_row, rank, start + first_col, width - first_col,
+            FORMAT, tl.float32, ALIGNED_IN, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     else:
         left_ptr = aligned_pointer(tl.load(row + _LEFT), LEFT, False)
         left_stride = tl.load(row + _LEFT_STRIDE)
+        # Products of 16-bit floats take them as they are.
+        RIGHT: tl.constexpr = CODES if LOW_PRECISION else tl.float32
         value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         # Tiles that are all remainder read nothing.
         live = (first_row < rank) & (first_col < width)
@@ -162,23 +156,11 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
                 mask=row_live[:, None] & k_live[None, :],
                 other=0.0,
             )
-            right = load_tile(
-                codes_ptr,
-                scales_ptr,
-                ranges_ptr,
-                codes_stride,
-                scales_stride,
-                ranges_stride,
-                ks,
-                start + cols,
-                k_live,
-                col_live,
-                FORMAT,
-                planes,
-                first_block,
-                table_ptr,
-            )
-            value = multiply(left, right, value, LOW_PRECISION)
+            right = load_block(
+                where, addresses, book_ptr, k0, k, start + first_col, width - first_col,
+                FORMAT, RIGHT, ALIGNED_IN, BLOCK_K, BLOCK_N,
+            )  # fmt: skip
+            value = multiply(left, right, value, LOW_PRECISION, PRECISION)
     inside = row_live[:, None] & col_live[None, :]
     value = tl.where(inside, value * scale, 0.0)
 
@@ -253,7 +235,7 @@ class KernelPlan:
     def _launch(
         launch: Launch, pointers: torch.Tensor, constants: dict[str, Any], grid: tuple[int] | None
     ) -> None:
-        arguments = (launch.jobs, pointers, launch.tiles, launch.table)
+        arguments = (launch.jobs, pointers, launch.tiles, launch.book)
         constants = launch.constants | constants
         on_device = torch.cuda.device(pointers.device) if pointers.is_cuda else None
         with on_device or contextlib.nullcontext():
@@ -298,12 +280,12 @@ class Kind:
 class Launch:
     """One launch: its jobs' rows and its tiles' jobs on the device, and the compile-time arguments.
 
-    ``table`` is what trellis codes are looked up in, None of other formats.
+    ``book`` is what codes are looked up in, None of formats that have none.
     """
 
     jobs: torch.Tensor
     tiles: torch.Tensor
-    table: torch.Tensor | None
+    book: torch.Tensor | None
     constants: dict[str, Any]
 
 
@@ -382,7 +364,9 @@ def _make_launch(kind: Kind, jobs: Sequence[tuple[int, MaterializeJob, _Read]]) 
     k = max(job.matrix.rows for _, job, _ in jobs)
     aligned_in = all(_is_aligned_in(job, read) for _, job, read in jobs)
     aligned_out = all(_is_aligned_out(job, kind.order) for _, job, _ in jobs)
-    constants = kernel_constants(kind, rank, k, aligned_in, aligned_out)
+    device = jobs[0][1].out.device
+    tf32 = not on_amd(device)
+    constants = kernel_constants(kind, rank, k, aligned_in, aligned_out, tf32)
     table: list[int] = []
     tiles: list[int] = []
     block_m, block_n = constants["BLOCK_M"], constants["BLOCK_N"]
@@ -390,11 +374,10 @@ def _make_launch(kind: Kind, jobs: Sequence[tuple[int, MaterializeJob, _Read]]) 
         table += _row(place, len(tiles), job, read)
         n_rows, n_cols = job.out.shape
         tiles += [index] * (-(-n_rows // block_m) * -(-n_cols // block_n))
-    device = jobs[0][1].out.device
     return Launch(
         to_device(table, torch.int64, device),
         to_device(tiles, torch.int32, device),
-        trellis_tables(device) if kind.format == "trellis" else None,
+        None if kind.format in ("float", "int8") else load_codebook(device),
         constants,
     )
 
@@ -428,14 +411,16 @@ def _row(place: int, first_tile: int, job: MaterializeJob, read: _Read) -> list[
 
 
 def kernel_constants(
-    kind: Kind, rank: int, k: int, aligned_in: bool, aligned_out: bool
+    kind: Kind, rank: int, k: int, aligned_in: bool, aligned_out: bool, tf32: bool
 ) -> dict[str, Any]:
     """The compile-time arguments for jobs of a kind up to a rank and k, and ``num_stages``.
 
-    16-bit floats of one type go to the tensor cores; any other pair is multiplied as float32.
+    16-bit floats of one type go to the tensor cores as they are. So does every other product for an
+    out of 16 bits, in TF32 where the device has that; else it is multiplied as float32.
     """
     same = kind.format == "float" and kind.left == kind.codes
-    tensor_cores = same and low_precision(kind.codes)
+    native = same and low_precision(kind.codes)
+    tensor_cores = native or (tf32 and kind.out != torch.float32)
     if kind.left is None:
         # No sum over k: as few rows as there are, and columns enough for 4 warps.
         block_m, block_n = min(triton.next_power_of_2(max(rank, 1)), 16), 128
@@ -451,12 +436,13 @@ def kernel_constants(
         "CODES": _TRITON_DTYPES[kind.codes],
         "SCALES": _TRITON_DTYPES[kind.scales],
         "FORMAT": kind.format,
-        "LOW_PRECISION": tensor_cores,
+        "LOW_PRECISION": native,
+        "PRECISION": "tf32" if tensor_cores else "ieee",
         "ORDER": kind.order,
         "ALIGNED_IN": aligned_in,
         "ALIGNED_OUT": aligned_out,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "num_stages": 2 if tensor_cores else 1,
+        "num_stages": 2 if native else 1,
     }

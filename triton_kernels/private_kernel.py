@@ -14,7 +14,7 @@ What bounds them is the chain of loads from tile to record to factors, and, of p
 instructions that decode a value. So a tile of one token is multiplied and summed in registers, by
 programs that are large enough to be few; the next launch begins early and has its factors under way
 while this one still runs. A packed row is read in units of eight columns, a thread a unit
-(``_load_units``): its values are looked up in a table of 64 bytes that stays in the L1 cache, and are
+(``load_units``): its values are looked up in a table of 64 bytes that stays in the L1 cache, and are
 multiplied as they come; a unit's sum is scaled, not its values, and nothing is rounded before. A
 tensor-core product would pad the rank to 16 and send every value through shared memory. Tiles of more
 tokens use it nevertheless, since they decode once for all of them.
@@ -33,11 +33,18 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_vlora.narrow_rows import BOOK_OF_2, BOOK_OF_3, NARROW_FORMAT
+from vllm_vlora.narrow_rows import NARROW_FORMAT
 from vllm_vlora.quantize import NF4_BLOCK, SCALE_BLOCK, TRELLIS_ROOM
-from vllm_vlora.trellis import WINDOW
 from vllm_vlora.triton_kernels import direct
-from vllm_vlora.triton_kernels.dequantise import load_tile, narrow_planes
+from vllm_vlora.triton_kernels.dequantise import (
+    join_places,
+    load_block,
+    load_units,
+    look_up,
+    row_tables,
+    scaled_units,
+    unit_places,
+)
 from vllm_vlora.triton_kernels.device import (
     Chain,
     Rest,
@@ -64,8 +71,6 @@ _SCALE = tl.constexpr(direct.SCALE)
 _FORMAT = tl.constexpr(direct.FORMAT)
 _BITS = tl.constexpr(direct.BITS)
 _NARROW = tl.constexpr(NARROW_FORMAT)
-_BOOK_OF_3 = tl.constexpr(BOOK_OF_3)
-_BOOK_OF_2 = tl.constexpr(BOOK_OF_2)
 _A = tl.constexpr(direct.A_CODES)
 _B = tl.constexpr(direct.B_CODES)
 _FORMATS = tl.constexpr(tuple(sorted(direct.FORMAT_CODES, key=direct.FORMAT_CODES.__getitem__)))
@@ -73,12 +78,8 @@ _NARROW_BIT = tl.constexpr(1 << direct.FORMAT_CODES[NARROW_FORMAT])
 _FORMAT_COUNT = tl.constexpr(len(direct.FORMAT_CODES))
 _BLOCK = tl.constexpr(NF4_BLOCK)
 _BYTES = tl.constexpr(NF4_BLOCK // 2)
-# Of eight columns each, in a block.
-_UNITS = tl.constexpr(NF4_BLOCK // 8)
 _SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
 _TRELLIS_ROOM = tl.constexpr(TRELLIS_ROOM)
-_TRELLIS_BOOK = tl.constexpr(direct.TRELLIS_BOOK)
-_WINDOWS = tl.constexpr(1 << WINDOW)
 
 # By the size of tiles: columns of d_in that a part should have at least, since fewer would be mostly
 # start-up; programs that a shrink should have; and the tiles that a batch is expected to have: in
@@ -135,7 +136,7 @@ def _locate(  # type: ignore[no-untyped-def]
 ):
     """(codes, scales, ranges), pointers and row strides, of a packed matrix of ``cols`` columns.
 
-    addresses: what ``_load_addresses`` gives. The order of the result is that of ``load_tile``.
+    addresses: what ``_load_addresses`` gives. ``load_block`` takes both.
     """
     blocks = tl.cdiv(cols, _BLOCK)
     ranges_ptr = addresses[2].to(tl.pointer_type(tl.float32))
@@ -145,6 +146,9 @@ def _locate(  # type: ignore[no-untyped-def]
     elif FORMAT == "int8":
         codes_ptr = aligned_pointer(addresses[0], tl.int8, ALIGNED)
         codes_stride = aligned(cols, 16, ALIGNED)
+    elif FORMAT == _NARROW:
+        codes_ptr = aligned_pointer(addresses[0], tl.uint8, ALIGNED)
+        codes_stride = blocks * (_BYTES // 2)
     else:
         codes_ptr = aligned_pointer(addresses[0], tl.uint8, ALIGNED)
         codes_stride = blocks * _BYTES
@@ -168,126 +172,12 @@ def _locate(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_tables(  # type: ignore[no-untyped-def]
-    where, addresses, book_ptr, rows, row_live, FORMAT: tl.constexpr
-):
-    """(where a row's values are looked up, bits that its codes have), of the tensor ``rows``."""
-    tables = book_ptr
-    widths = 4
-    if FORMAT == "trellis":
-        widths = tl.load(where[2].to(tl.pointer_type(tl.uint8)) + rows, mask=row_live, other=4)
-        widths = widths.to(tl.int32)
-        tables = book_ptr + _TRELLIS_BOOK + (4 - widths) * _WINDOWS
-    elif FORMAT == _NARROW:
-        with_top, with_middle = addresses[3] & 65535, (addresses[3] >> 16) & 65535
-        books = tl.where(rows < with_middle, tl.where(rows < with_top, 0, _BOOK_OF_3), _BOOK_OF_2)
-        tables = book_ptr + books
-    return tables, widths
-
-
-@triton.jit
-def _load_units(  # type: ignore[no-untyped-def]
-    where, addresses, rows, units, live, widths, FORMAT: tl.constexpr
-):
-    """Units of eight neighbouring columns: (their codes in one number each, their scales).
-
-    All tensors have one axis, and nothing promises that the codes are aligned: so Triton gives a thread
-    a unit and the next thread the next, and values are looked up, scaled and summed where the codes
-    are. With two axes, or 16 bytes a thread, it takes the codes through shared memory into another
-    layout to look them up, and sums rows across threads (six shuffles a value); in a loop with stages
-    it copies each value looked up into shared memory. A test reads the compiled layouts.
-
-    Args:
-        where: what ``_locate`` gives. addresses: what ``_load_addresses`` gives.
-        rows, units: int32, ``[N]``; live: which there are; others have scale 0.
-        widths: what ``_row_tables`` gives.
-    """
-    if FORMAT == "trellis":
-        # Eight windows of a row lie in five bytes, or in fewer.
-        byte_ptrs = where[0] + (rows * where[3] + units * widths)
-        codes = tl.load(byte_ptrs, mask=live, other=0).to(tl.uint64)
-        for place in tl.static_range(1, 5):
-            byte = tl.load(byte_ptrs + place, mask=live, other=0).to(tl.uint64)
-            codes |= byte << (8 * place)
-        scales = tl.load(where[1] + rows, mask=live, other=0.0)
-    else:
-        blocks = units // _UNITS
-        scales = tl.load(where[1] + (rows * where[4] + blocks), mask=live, other=0)
-        if FORMAT == _NARROW:
-            codes = _load_narrow(addresses, where[4], rows, units, live)
-            blocks += addresses[5]
-        else:
-            word_ptr = addresses[0].to(tl.pointer_type(tl.int32))
-            words = rows * (where[4] * _UNITS) + units
-            codes = tl.load(word_ptr + words, mask=live, other=0).to(tl.uint32)
-        if FORMAT != "nf4":
-            range_ptrs = where[2] + (rows * where[5] + blocks // _SCALE_BLOCK * 2)
-            low = tl.load(range_ptrs, mask=live, other=0.0)
-            step = tl.load(range_ptrs + 1, mask=live, other=0.0)
-            scales = low + scales.to(tl.float32) * step
-    return codes, scales
-
-
-@triton.jit
-def _unit_places(first_row, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(rows from ``first_row`` on, units from 0 on) of each unit of ``[ROWS, COLS]``, with one axis."""
-    places = tl.arange(0, ROWS * (COLS // 8))
-    return first_row + places // (COLS // 8), places % (COLS // 8)
-
-
-@triton.jit
 def _load_units_of_a(  # type: ignore[no-untyped-def]
     where, addresses, rows, units, rank, start_in, start, stop, widths, FORMAT: tl.constexpr
 ):
-    """``_load_units`` of the columns from ``start`` on, before ``stop``, of a slice at ``start_in``."""
+    """``load_units`` of the columns from ``start`` on, before ``stop``, of a slice at ``start_in``."""
     live = (rows < rank) & (start + units * 8 < stop)
-    return _load_units(
-        where, addresses, rows, (start_in + start) // 8 + units, live, widths, FORMAT
-    )
-
-
-@triton.jit
-def _load_narrow(addresses, blocks, rows, units, live):  # type: ignore[no-untyped-def]
-    """Words of eight places of four bits, the first the lowest, whatever the rows' bits."""
-    planes = narrow_planes(addresses[0], addresses[3], addresses[4], blocks)
-    low_ptr = planes[0].to(tl.pointer_type(tl.int32))
-    middle_ptr = planes[1].to(tl.pointer_type(tl.int16))
-    top_ptr = planes[2].to(tl.pointer_type(tl.int16))
-    # Two units share a word of each plane.
-    words = rows * (blocks * 4) + units // 2
-    shift = (units & 1) * 2
-    low = tl.load(low_ptr + words, mask=live, other=0).to(tl.uint32)
-    middle = tl.load(middle_ptr + words, mask=live & (rows < planes[3]), other=0)
-    top = tl.load(top_ptr + words, mask=live & (rows < planes[4]), other=0)
-    middle = middle.to(tl.uint32) & 0xFFFF
-    top = top.to(tl.uint32) & 0xFFFF
-    # Bit 4 i of 16 goes to bit 4 i, bit 4 i + 1 to bit 16 + 4 i, and likewise from bit 2 on.
-    middle = ((middle | (middle << 15)) >> shift) & 0x11111111
-    top = ((top | (top << 15)) >> shift) & 0x11111111
-    return ((low >> shift) & 0x33333333) | (middle << 2) | (top << 3)
-
-
-@triton.jit
-def _look_up(  # type: ignore[no-untyped-def]
-    codes, tables, widths, PLACE: tl.constexpr, FORMAT: tl.constexpr
-):
-    """The values, without their scales, of column PLACE of units."""
-    if FORMAT == "trellis":
-        index = ((codes >> (PLACE * widths)) & (_WINDOWS - 1)).to(tl.int32)
-    elif FORMAT == _NARROW:
-        index = ((codes >> (4 * PLACE)) & 15).to(tl.int32)
-    else:
-        # The higher half of a byte is the first of its two columns.
-        index = ((codes >> (4 * (PLACE ^ 1))) & 15).to(tl.int32)
-    return tl.load(tables + index)
-
-
-@triton.jit
-def _join_places(v0, v1, v2, v3, v4, v5, v6, v7):  # type: ignore[no-untyped-def]
-    """``[N, 2, 2, 2]`` in the order of the columns, from ``[N]`` of each place of a unit."""
-    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
-    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
-    return tl.join(even, odd)
+    return load_units(where, addresses, rows, (start_in + start) // 8 + units, live, widths, FORMAT)
 
 
 @triton.jit
@@ -304,30 +194,11 @@ def _split_places(values, UNITS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scaled(  # type: ignore[no-untyped-def]
-    codes, scales, tables, widths, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """``[ROWS, COLS]`` from units, rounded to DTYPE."""
-    values = _join_places(
-        _look_up(codes, tables, widths, 0, FORMAT) * scales,
-        _look_up(codes, tables, widths, 1, FORMAT) * scales,
-        _look_up(codes, tables, widths, 2, FORMAT) * scales,
-        _look_up(codes, tables, widths, 3, FORMAT) * scales,
-        _look_up(codes, tables, widths, 4, FORMAT) * scales,
-        _look_up(codes, tables, widths, 5, FORMAT) * scales,
-        _look_up(codes, tables, widths, 6, FORMAT) * scales,
-        _look_up(codes, tables, widths, 7, FORMAT) * scales,
-    )  # fmt: skip
-    return values.reshape(ROWS, COLS).to(DTYPE)
-
-
-@triton.jit
 def _sum_rows(  # type: ignore[no-untyped-def]
     codes, weights, tables, widths, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     """``[COLS]``, the sum over rows of units times ``weights [ROWS, COLS // 8]``."""
-    return _join_places(
+    return join_places(
         tl.sum(_as_rows(codes, tables, widths, 0, FORMAT, ROWS) * weights, axis=0),
         tl.sum(_as_rows(codes, tables, widths, 1, FORMAT, ROWS) * weights, axis=0),
         tl.sum(_as_rows(codes, tables, widths, 2, FORMAT, ROWS) * weights, axis=0),
@@ -360,31 +231,8 @@ def _times_x(  # type: ignore[no-untyped-def]
 def _as_rows(  # type: ignore[no-untyped-def]
     codes, tables, widths, PLACE: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr
 ):
-    values = _look_up(codes, tables, widths, PLACE, FORMAT)
+    values = look_up(codes, tables, widths, PLACE, FORMAT)
     return values.reshape(ROWS, values.shape[0] // ROWS)
-
-
-@triton.jit
-def _load_values(  # type: ignore[no-untyped-def]
-    where,
-    addresses,
-    book_ptr,
-    rows,
-    row_live,
-    cols,
-    col_live,
-    FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Elements ``[rows, cols]`` of a matrix that ``_locate`` found, rounded to DTYPE."""
-    planes = addresses
-    if FORMAT == _NARROW:
-        planes = narrow_planes(addresses[0], addresses[3], addresses[4], where[4])
-    values = load_tile(
-        where[0], where[1], where[2], where[3], where[4], where[5],
-        rows, cols, row_live, col_live, FORMAT, planes, addresses[5], book_ptr + _TRELLIS_BOOK,
-    )  # fmt: skip
-    return values.to(DTYPE)
 
 
 @triton.jit
@@ -411,22 +259,10 @@ def _load_format(  # type: ignore[no-untyped-def]
         ALIGNED: rows begin at 16 bytes, and ``first`` is a multiple of 8.
     """
     where = _locate(addresses, held_cols, FORMAT, DTYPE, ALIGNED)
-    if ALIGNED and FORMAT != "float" and FORMAT != "int8":
-        rows, units = _unit_places(first_row, ROWS, COLS)
-        live = (rows < rank) & (units * 8 < live_cols)
-        tables, widths = _row_tables(where, addresses, book_ptr, rows, live, FORMAT)
-        codes, scales = _load_units(
-            where, addresses, rows, first // 8 + units, live, widths, FORMAT
-        )
-        values = _scaled(codes, scales, tables, widths, FORMAT, DTYPE, ROWS, COLS)
-    else:
-        rows = first_row + tl.arange(0, ROWS)
-        cols = tl.arange(0, COLS)
-        values = _load_values(
-            where, addresses, book_ptr, rows, rows < rank, first + cols, cols < live_cols,
-            FORMAT, DTYPE,
-        )  # fmt: skip
-    return values
+    return load_block(
+        where, addresses, book_ptr, first_row, rank, first, live_cols,
+        FORMAT, DTYPE, ALIGNED, ROWS, COLS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -494,8 +330,8 @@ def _shrink_one(  # type: ignore[no-untyped-def]
     cols = tl.arange(0, COLS)
     if ALIGNED and FORMAT != "float" and FORMAT != "int8":
         where = _locate(addresses, start_in + d_in, FORMAT, dtype, ALIGNED)
-        rows, units = _unit_places(first_row, ROWS, COLS)
-        tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
+        rows, units = unit_places(first_row, ROWS, COLS)
+        tables, widths = row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
         codes, scales = _load_units_of_a(
             where, addresses, rows, units, rank, start_in, first, stop, widths, FORMAT
         )
@@ -557,8 +393,8 @@ def _shrink_tile(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.float32)
     if ALIGNED and FORMAT != "float" and FORMAT != "int8":
         where = _locate(addresses, start_in + d_in, FORMAT, dtype, ALIGNED)
-        rows, units = _unit_places(first_row, BLOCK_R, BLOCK_D)
-        tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
+        rows, units = unit_places(first_row, BLOCK_R, BLOCK_D)
+        tables, widths = row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
         codes, scales = _load_units_of_a(
             where, addresses, rows, units, rank, start_in, first, stop, widths, FORMAT
         )
@@ -569,7 +405,7 @@ def _shrink_tile(  # type: ignore[no-untyped-def]
             next_codes, next_scales = _load_units_of_a(
                 where, addresses, rows, units, rank, start_in, start + BLOCK_D, stop, widths, FORMAT
             )
-            a = _scaled(codes, scales, tables, widths, FORMAT, dtype, BLOCK_R, BLOCK_D)
+            a = scaled_units(codes, scales, tables, widths, FORMAT, dtype, BLOCK_R, BLOCK_D)
             total = multiply(a, tl.trans(x), total, LOW_PRECISION)
             codes = next_codes
             scales = next_scales
@@ -713,11 +549,11 @@ def _expand_one(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr = MOST if MAX_ROWS > MOST else MAX_ROWS
     if ALIGNED and FORMAT != "float" and FORMAT != "int8":
         where = _locate(addresses, held_cols, FORMAT, DTYPE, ALIGNED)
-        rows, units = _unit_places(0, ROWS, COLS)
+        rows, units = unit_places(0, ROWS, COLS)
         col_live = first + units * 8 < width
         units += (start_out + first) // 8
-        tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
-        codes, scales = _load_units(
+        tables, widths = row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
+        codes, scales = load_units(
             where, addresses, rows, units, (rows < rank) & col_live, widths, FORMAT
         )
         wait_for_previous(PDL)
@@ -726,8 +562,8 @@ def _expand_one(  # type: ignore[no-untyped-def]
         total += _sum_rows(codes, weights, tables, widths, FORMAT, ROWS, COLS)
         for row in tl.range(ROWS, rank, ROWS, num_stages=1):
             rows += ROWS
-            tables, widths = _row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
-            codes, scales = _load_units(
+            tables, widths = row_tables(where, addresses, book_ptr, rows, rows < rank, FORMAT)
+            codes, scales = load_units(
                 where, addresses, rows, units, (rows < rank) & col_live, widths, FORMAT
             )
             h = _load_h(h_ptrs, row, rank, scale, part_stride, PARTS, DTYPE, ROWS)

@@ -14,7 +14,7 @@ from compile_kernels import TARGETS, compile_launches, complaints, in_own_proces
 
 H100 = {"sm_90": TARGETS["sm_90"]}
 # What a version is known to need more of: registers by target and kernel.
-ALLOWED = {"3.6.0": {"sm_90 materialize_kernel._materialize_kernel": 248}}
+ALLOWED: dict[str, dict[str, int]] = {}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton to compile"
@@ -83,8 +83,8 @@ def late_variants() -> dict[str, list[int]]:
         ("nf4-narrow", None),
         ("trellis", None),
     ):
-        plan = materialize_plan(Engine("llama-8b", k=64, basis=basis), core, 16)
         with recording(TARGETS["sm_90"]) as recorded:
+            plan = materialize_plan(Engine("llama-8b", k=64, basis=basis), core, 16)
             plan.warm_up()
             before = [len(recorded.variants), len(recorded.launches)]
             plan.run()
@@ -110,6 +110,18 @@ def test_materialize_compiles_without_spilling(
     rows = compile_launches(__file__, launches, tmp_path, targets)
     assert {row["target"] for row in rows} == set(targets)
     assert complaints(rows, allowed=ALLOWED.get(triton_version())) == []
+
+
+def test_codes_are_looked_up_by_the_threads_that_load_them(tmp_path: Any) -> None:
+    rows = compile_launches(__file__, "launch_slots", tmp_path, H100)
+    held = [row for row in rows if row["label"] != "materialize unaligned"]
+    assert len(held) >= 2 * 8
+    found = [(row["label"], row["detours"]) for row in held if row["detours"]]
+    assert found == []
+    # Selects between the values took up to 144 registers, a look-up takes its address.
+    private = [row["registers"] for row in held if "private" in row["label"]]
+    assert len(private) >= 2 * 4
+    assert max(private) <= 64
 
 
 def test_the_first_write_compiles_nothing_that_the_warm_up_did_not(tmp_path: Any) -> None:

@@ -233,7 +233,8 @@ def run_materialize(
         core: dtype of the cores; None for private factors.
         slot_rank: rows of A that a slot has.
     """
-    recording.label = f"materialize {engine}, slots of {slot_rank}"
+    part = "private" if core is None else "joint"
+    recording.label = f"materialize {part} {engine}, slots of {slot_rank}"
     materialize_plan(engine, core, slot_rank).run()
 
 

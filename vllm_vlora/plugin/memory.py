@@ -61,12 +61,8 @@ from vllm_vlora.quantize import FLOAT_DTYPES, row_nbytes
 from vllm_vlora.representations.joint import dense_keeps_rank
 from vllm_vlora.representations.registry import shared_rows, shared_sides
 from vllm_vlora.representations.spec import BasisSpec, ModuleSpec, Segment, core_widths
-from vllm_vlora.triton_kernels.direct import (
-    CODEBOOK,
-    CORE_ALIGNMENT,
-    RECORD_NBYTES,
-    routing_nbytes,
-)
+from vllm_vlora.triton_kernels.codebook import CODEBOOK
+from vllm_vlora.triton_kernels.direct import CORE_ALIGNMENT, RECORD_NBYTES, routing_nbytes
 from vllm_vlora.wording import some_of
 
 if TYPE_CHECKING:
