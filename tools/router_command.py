@@ -1,4 +1,4 @@
-"""``router``: train what picks a task for ``model="auto"``, show it, take it away."""
+"""``router``: train what picks a task for ``model="auto"``, show it, ask it, take it away."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_vlora.blend_names import MAX_TERMS
 from vllm_vlora.errors import CheckpointError, OptionError
 from vllm_vlora.tools.common_options import Timeout
 from vllm_vlora.tools.parsing import Command, Group
@@ -22,19 +23,26 @@ from vllm_vlora.tools.terminal import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from rich.console import Console
 
+    from vllm_vlora.blending.text_router import RoutePolicy, TextRouter
     from vllm_vlora.checkpoint.reader import Checkpoint
+    from vllm_vlora.checkpoint.router_files import RouterRecord
     from vllm_vlora.model.text_routing import TrainedRouter
 
 router = typer.Typer(
     no_args_is_help=True,
     cls=Group,
     rich_markup_mode=None,
-    help='Train, show or remove what picks the task of requests for model="auto".',
+    help='Train, show, ask or remove what picks the task of requests for model="auto".',
 )
-# Labels that one line names at most.
+# Labels that one line names at most, and that a prompt's weights are shown of.
 _NAMED = 5
+_LIKELIEST = 3
+# Characters of a prompt in a table.
+_PROMPT = 60
 _OF_NO_TASK = "(of no task)"
 
 
@@ -150,10 +158,68 @@ def show(checkpoint: CheckpointRef, as_json: AsJson = False, verbose: Verbose = 
         from vllm_vlora.tools.summary import describe_router
 
         opened = Checkpoint.open(checkpoint, manifest_only=True)
+        _record_of(opened, checkpoint)
         found = describe_router(opened)
-        if found is None:
-            raise CheckpointError(f"{checkpoint} has no router; train one: vllm-vlora router train")
+        assert found is not None
         print_result({"checkpoint": checkpoint, **found}, _print_router, as_json)
+
+
+@router.command(cls=Command)
+def ask(
+    checkpoint: CheckpointRef,
+    text: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEXT...", help="Prompts, as clients write them; - reads one from stdin."
+        ),
+    ],
+    blend: Annotated[
+        int,
+        typer.Option(
+            metavar="K",
+            min=1,
+            max=MAX_TERMS,
+            help="Blend at most so many tasks, as VLLM_VLORA_ROUTE=blend:K does.",
+        ),
+    ] = 1,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=0,
+            max=1,
+            help="Weight below which the base model answers: a server's VLLM_VLORA_ROUTE_THRESHOLD.",
+            show_default="a server's default",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what would answer prompts that are sent with `model="auto"`.
+
+    And what the router thinks of them: its likeliest tasks and their
+    weights. No server and no base model is needed.
+
+    Examples:
+        vllm-vlora router ask ckpt "how many orders over 90?"
+        vllm-vlora router ask ckpt - --blend 2 < prompt.txt
+    """
+    with reported(verbose):
+        from vllm_vlora.blending.text_router import RoutePolicy, TextRouter
+        from vllm_vlora.checkpoint.reader import Checkpoint
+        from vllm_vlora.checkpoint.router_files import read_router_weights
+
+        opened = Checkpoint.open(checkpoint)
+        record = _record_of(opened, checkpoint)
+        asked = TextRouter(
+            record.tasks, record.temperature, read_router_weights(opened.path, record)
+        )
+        policy = RoutePolicy(blend) if threshold is None else RoutePolicy(blend, threshold)
+        known = {*opened.tasks, *opened.aliases}
+        prompts = [typer.get_text_stream("stdin").read() if one == "-" else one for one in text]
+        rows = [_describe_pick(asked, prompt, known, policy) for prompt in prompts]
+        data = {"checkpoint": checkpoint, "threshold": policy.threshold, "prompts": rows}
+        print_result(data, _print_picks, as_json)
 
 
 @router.command(cls=Command)
@@ -174,6 +240,12 @@ def remove(
         remove_router(checkpoint)
         data = {"checkpoint": checkpoint, "removed": True}
         print_result(data, _print_removed, as_json)
+
+
+def _record_of(checkpoint: Checkpoint, ref: str) -> RouterRecord:
+    if checkpoint.router is None:
+        raise CheckpointError(f"{ref} has no router; train one: vllm-vlora router train")
+    return checkpoint.router
 
 
 # --- what is said ---------------------------------------------------------------------------------
@@ -264,6 +336,47 @@ def _numbers(row: dict[str, Any]) -> list[str]:
         str(row["right"]),
         "-" if accuracy is None else f"{accuracy:.3f}",
     ]
+
+
+def _describe_pick(
+    asked: TextRouter, prompt: str, known: Container[str], policy: RoutePolicy
+) -> dict[str, Any]:
+    """What ``--json`` prints of a prompt; ``model`` is null for the base model."""
+    from vllm_vlora.blend_names import blend_text
+
+    pick, weights = asked.pick(prompt, known, policy), asked.weights(prompt)
+    labels = [*asked.tasks, ""]
+    order = sorted(range(len(weights)), key=lambda place: -weights[place])[:_LIKELIEST]
+    return {
+        "prompt": prompt,
+        "model": None if pick.blend is None else blend_text(pick.blend),
+        "confidence": pick.confidence,
+        "likeliest": [{"task": labels[n], "weight": float(weights[n])} for n in order],
+    }
+
+
+def _in_short(prompt: str) -> str:
+    words = " ".join(prompt.split())
+    return words if len(words) <= _PROMPT else words[: _PROMPT - 3] + "..."
+
+
+def _print_picks(console: Console, data: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    from vllm_vlora.tools.summary import make_table
+
+    table = make_table(["Prompt", "Answered by", "Likeliest"], ["Confidence"])
+    for row in data["prompts"]:
+        likeliest = ", ".join(
+            f"{one['task'] or _OF_NO_TASK} {one['weight']:.3f}" for one in row["likeliest"]
+        )
+        table.add_row(
+            Text(_in_short(row["prompt"])),
+            Text("the base model" if row["model"] is None else row["model"]),
+            Text(likeliest),
+            f"{row['confidence']:.3f}",
+        )
+    console.print(table)
 
 
 def _print_removed(console: Console, data: dict[str, Any]) -> None:

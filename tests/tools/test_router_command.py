@@ -88,6 +88,37 @@ def test_it_trains_attaches_shows_and_removes(checkpoint: Path, tmp_path: Path) 
     assert "has no router" in invoke("router", "remove", checkpoint, code=2).stderr
 
 
+def test_it_says_what_answers_a_prompt(checkpoint: Path, tmp_path: Path) -> None:
+    tasks = list(Checkpoint.open(checkpoint).tasks)
+    data = write_prompts(tmp_path / "data", tasks[:2])
+    others = write_prompts(tmp_path / "others", ["chats"], WORDS[2:]) / "chats.jsonl"
+    assert "has no router" in invoke("router", "ask", checkpoint, "any", code=2).stderr
+    invoke("router", "train", checkpoint, "--data", data, "--others", others)
+
+    texts = ("count orders where", "une pomme je voudrais", "class def yield", "")
+    found = json.loads(invoke("router", "ask", checkpoint, *texts, "--json").stdout)
+    assert [row["model"] for row in found["prompts"]] == [*tasks[:2], None, None]
+    for row, label in zip(found["prompts"][:3], [*tasks[:2], ""]):
+        likeliest = row["likeliest"]
+        assert likeliest[0]["task"] == label
+        assert sum(one["weight"] for one in likeliest) == pytest.approx(1)
+        assert row["confidence"] == likeliest[0]["weight"] > 0.9
+    shown = invoke("router", "ask", checkpoint, *texts).stdout
+    assert "the base model" in shown
+    assert "(of no task)" in shown
+
+    both = " ".join(texts[:2])
+    asked = ("router", "ask", checkpoint, "-", "--blend", 2, "--threshold", 0.9, "--json")
+    result = CliRunner().invoke(app, [str(arg) for arg in asked], input=both)
+    (row,) = json.loads(result.stdout)["prompts"]
+    assert row["prompt"] == both
+    assert sorted(term[:-4] for term in row["model"].split("+")) == sorted(tasks[:2])
+    result = CliRunner().invoke(
+        app, ["router", "ask", str(checkpoint), both, "--threshold", "1", "--json"]
+    )
+    assert json.loads(result.stdout)["prompts"][0]["model"] is None
+
+
 def test_a_gate_attaches_nothing(checkpoint: Path, tmp_path: Path) -> None:
     """Tasks that are asked in the same words cannot be told apart."""
     tasks = list(Checkpoint.open(checkpoint).tasks)
