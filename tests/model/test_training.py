@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from vllm_vlora.model.text_routing import RouterOptions, train_text_router
 from vllm_vlora.model.training import SubspaceTrainer, orthogonal_init
 from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
-from vllm_vlora.subspace.weights import load_adapter
+from vllm_vlora.subspace.weights import LoRAWeights, load_adapter
 
 NEW: Task = (2, 1)
 FAMILY: list[Task] = [(1, 0), (2, 0), (1, 1), (3, 1), (1, 2), (2, 2)]
@@ -322,6 +323,46 @@ def test_a_loss_that_knows_nothing_of_the_task_is_refused(joint: SharedSubspace)
         trainer.step(base(X).square())
     assert all(torch.equal(p, before[name]) for name, p in trainer.params.items())
     assert trainer.step_count == 0
+
+
+@pytest.mark.parametrize("representation", ["flat", "joint"])
+def test_a_task_without_a_scale_trains_at_the_one_that_the_model_runs_it_with(
+    representation: str,
+) -> None:
+    """By hand and through the callback: alpha 8 and rank 2 make 4 times delta_W."""
+    from vllm_vlora.integrations.huggingface import VLoRACallback
+
+    adapters = [LoRAWeights(w.layer_names, w.lora_a, w.lora_b, w.rank) for w in tiny_adapters(4)]
+    subspace = SharedSubspace.from_adapters(
+        adapters, num_components=3, representation=representation
+    )
+    base = TinyModel()
+    deltas = VLoRAModel(TinyModel(), subspace).reconstruct_state_dict("task_0")
+    parts = []
+    for name, delta in deltas.items():
+        linear = base.get_submodule(name)
+        weight = linear.weight.double() + 4 * delta.double()  # type: ignore[operator,union-attr]
+        parts.append(X.double() @ weight.T + linear.bias.double())  # type: ignore[operator,union-attr]
+    wanted = torch.cat(parts, dim=-1).float()
+    model = VLoRAModel(base, subspace, lora_alpha=8)
+    trainer = SubspaceTrainer(subspace, "task_0", lr=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with trainer.attach(model):
+            torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-4)
+            for _ in range(5):
+                trainer.step(model(X).square().mean())
+            trained = model(X).detach()
+        trainer.write_back()
+        with model.task("task_0"):
+            torch.testing.assert_close(model(X), trained, rtol=1e-4, atol=1e-4)
+        callback = VLoRACallback(subspace, "task_0")
+        callback.on_init_end(None, None, None, model=model)
+        torch.testing.assert_close(model(X), trained, rtol=1e-4, atol=1e-4)
+        callback.detach()
+    # A bare model names none.
+    with pytest.warns(UserWarning, match="'task_0' has no scale"), trainer.attach(base):
+        pass
 
 
 @pytest.fixture

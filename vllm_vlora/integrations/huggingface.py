@@ -14,10 +14,9 @@ except ImportError as error:
     ) from error
 
 from vllm_vlora.errors import OptionError
-from vllm_vlora.model.attaching import AdaptedLayer, find_layers
+from vllm_vlora.model.attaching import AdaptedLayer
 from vllm_vlora.model.heads import HeadSwitch
 from vllm_vlora.model.training import SubspaceTrainer
-from vllm_vlora.model.vlora_model import VLoRAModel
 from vllm_vlora.subspace.shared import SharedSubspace
 
 _PREFIX = "vlora_"
@@ -166,9 +165,7 @@ class VLoRACallback(TrainerCallback):
         self._hooks, self._layers, self._frozen, self._heads = [], [], [], None
 
     def _attach(self, model: nn.Module) -> None:
-        if isinstance(model, VLoRAModel) and model.is_running:
-            raise OptionError("the model runs a task already; call clear_task() or unmerge() first")
-        layers = find_layers(model, self.trainer.layer_shapes())
+        layers = self.trainer.layers_in(model)
         heads = self.trainer.show_heads(model)
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._frozen:
@@ -177,7 +174,6 @@ class VLoRACallback(TrainerCallback):
             for name, parameter in self.trainer.own_params(layer.name).items():
                 parameter.data = parameter.data.to(layer.device)
                 layer.module.register_parameter(_PREFIX + name, parameter)
-            layer.update = self.trainer.update_of(layer)
         self._layers = layers
         self._heads = heads
         self._hooks = [layer.install() for layer in layers]

@@ -6,6 +6,7 @@ never leave the span of the bases; ``num_expand`` widens them by random orthogon
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -148,6 +149,8 @@ class SubspaceTrainer:
 
         Args:
             model: the base model, or a VLoRAModel with no task active. Layers are found as it finds them.
+                A task without a scale of its own runs with the VLoRAModel's, and of a base model with 1,
+                which a warning says.
             freeze: let no parameter of the model get a gradient meanwhile.
 
         Yields:
@@ -157,11 +160,7 @@ class SubspaceTrainer:
             ModelMismatchError: the model lacks a layer of the task, or has it in another shape.
             OptionError: the model is a VLoRAModel that runs a task already.
         """
-        if isinstance(model, VLoRAModel) and model.is_running:
-            raise OptionError("the model runs a task already; call clear_task() or unmerge() first")
-        layers = find_layers(model, self.layer_shapes())
-        for layer in layers:
-            layer.update = self.update_of(layer)
+        layers = self.layers_in(model)
         heads = self.show_heads(model)
         hooks = [layer.install() for layer in layers]
         try:
@@ -203,6 +202,20 @@ class SubspaceTrainer:
         """
         self.subspace.update_task(self.task_id, self.params)
 
+    def layers_in(self, model: nn.Module) -> list[AdaptedLayer]:
+        """The task's layers in a model, with their updates; ``install`` lets them run.
+
+        Raises:
+            ModelMismatchError, OptionError: as ``attach``.
+        """
+        if isinstance(model, VLoRAModel) and model.is_running:
+            raise OptionError("the model runs a task already; call clear_task() or unmerge() first")
+        scaling = self._scaling_in(model)
+        layers = find_layers(model, self.layer_shapes())
+        for layer in layers:
+            layer.update = self._update_of(layer, scaling)
+        return layers
+
     def show_heads(self, model: nn.Module) -> HeadSwitch:
         """Put what the task brings whole into a model, untrained; ``show(())`` takes it out again.
 
@@ -228,13 +241,29 @@ class SubspaceTrainer:
             if key.rpartition(".")[0] == layer
         }
 
-    def update_of(self, layer: AdaptedLayer) -> Update:
+    def _scaling_in(self, model: nn.Module) -> float:
+        """What the update is multiplied by: what ``VLoRAModel`` multiplies it by once it is trained."""
+        if self.subspace.tasks[self.task_id].origin.scale_known:
+            return 1.0
+        if isinstance(model, VLoRAModel):
+            return model.scaling
+        warnings.warn(
+            f"task {self.task_id!r} has no scale of its own and trains at scale 1; to train at another, "
+            "give attach() the VLoRAModel(..., lora_alpha=...) that will run it, or read the subspace "
+            "with SharedSubspace.load(path, lora_alpha=...)",
+            stacklevel=5,
+        )
+        return 1.0
+
+    def _update_of(self, layer: AdaptedLayer, scaling: float) -> Update:
         """What a layer's output gets, by the parameters as they are when it is called."""
         shared, own = self.subspace.layers[layer.name], self.own_params(layer.name)
         if isinstance(shared, FlatLayer):
-            return _FlatUpdate(shared.to(layer.device, torch.float32), own)
-        v, u = (place(side, layer, None) for side in (shared.v, shared.u))
-        return LowRankUpdate(own["core"], None, v, u)
+            update: Update = _FlatUpdate(shared.to(layer.device, torch.float32), own)
+        else:
+            v, u = (place(side, layer, None) for side in (shared.v, shared.u))
+            update = LowRankUpdate(own["core"], None, v, u)
+        return update if scaling == 1.0 else _ScaledUpdate(update, scaling)
 
     @property
     def num_trainable_params(self) -> int:
@@ -259,6 +288,17 @@ class _FlatUpdate:
         loadings = (self.own[name].to(self.layer.device) for name in ("loadings_a", "loadings_b"))
         a, b = self.layer.factors(tuple(loadings))  # type: ignore[arg-type]
         return LowRankUpdate(a, b)(x)
+
+
+@dataclass(frozen=True)
+class _ScaledUpdate:
+    """The update of a task whose own scale is not known, with the scale that the model gives it."""
+
+    update: Update
+    scaling: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaling * self.update(x)
 
 
 @contextmanager
