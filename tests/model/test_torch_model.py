@@ -737,6 +737,90 @@ def test_merging_zero_changes_no_float64_weight() -> None:
         close(base.get_parameter(f"{name}.weight"), before[f"{name}.weight"] + delta, 1e-6)
 
 
+def test_tasks_of_two_owners_do_not_add_up_on_one_layer(either: SharedSubspace) -> None:
+    """Two models, a merge and a model, a merge and a training, a training and a model."""
+    base = TinyModel()
+    bare = base(X)
+    one, other = VLoRAModel(base, either), VLoRAModel(base, either)
+    trainer = SubspaceTrainer(either, "task_1")
+    calls: list[Callable[[], object]] = [
+        lambda: other.set_task("task_0"),
+        lambda: other.set_tasks(["task_0", None, "task_1"]),
+        lambda: other.set_blend(torch.ones(1, 4)),
+        lambda: other.merge("task_0"),
+        lambda: VLoRAModel(base, either),
+        lambda: trainer.attach(base).__enter__(),
+        lambda: trainer.attach(other).__enter__(),
+    ]
+    for start, end in (
+        (lambda: one.set_task("task_2"), one.clear_task),
+        (lambda: one.merge("task_2"), one.unmerge),
+    ):
+        start()
+        wanted = base(X)
+        assert not torch.allclose(wanted, bare)
+        for call in calls:
+            with pytest.raises(OptionError, match=r"runs in layer .*; call its clear_task"):
+                call()
+            assert torch.equal(base(X), wanted)
+            assert other.active_task is None
+            assert not other.is_merged
+        other.clear_task()
+        end()
+        assert torch.equal(base(X), bare)
+    with trainer.attach(one):
+        wanted = base(X)
+        for call in (lambda: one.set_task("task_0"), lambda: one.merge("task_0"), *calls):
+            with pytest.raises(OptionError, match="runs in layer"):
+                call()
+            assert torch.equal(base(X), wanted)
+    other.set_task("task_0")
+    one.clear_task()
+    other.merge()
+    other.unload()
+    one.merge("task_0")
+    one.unload()
+    assert torch.equal(base(X), bare)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_are_not_loaded_below_a_merged_task(either: SharedSubspace, assign: bool) -> None:
+    """``unmerge`` would put those of before in their place."""
+    base = TinyModel()
+    model = VLoRAModel(base, either)
+    state = {name: tensor + 1 for name, tensor in base.state_dict().items()}
+    layer = base.get_submodule("layers.0.q_proj")
+    own = {name.rpartition(".")[2]: state[f"layers.0.q_proj.{name}"] for name in layer.state_dict()}
+    model.merge("task_0")
+    wanted = base(X)
+    for module, tensors in ((base, state), (model, model.state_dict()), (layer, own)):
+        with pytest.raises(ModelStateError, match=r"'task_0' is merged.*unmerge\(\)"):
+            module.load_state_dict(tensors, assign=assign)
+        assert torch.equal(base(X), wanted)
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        one.unmerge()
+        one.base_model.load_state_dict(state, assign=assign)
+        assert all(torch.equal(p, state[n]) for n, p in one.base_model.named_parameters())
+
+
+def test_a_weight_that_was_exchanged_below_a_merged_task_is_not_lost(
+    either: SharedSubspace,
+) -> None:
+    base = TinyModel()
+    model = VLoRAModel(base, either)
+    model.merge("task_0")
+    layer = base.get_submodule("layers.0.v_proj")
+    merged, layer.weight = layer.weight, nn.Parameter(torch.ones(6, 12))
+    with pytest.raises(ModelStateError, match=r"layers\.0\.v_proj.*another weight"):
+        model.unmerge()
+    assert model.is_merged
+    assert torch.equal(layer.weight, torch.ones(6, 12))
+    layer.weight = merged
+    model.unmerge()
+    assert torch.equal(base(X), TinyModel()(X))
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 def test_a_merge_that_fails_half_way_changes_nothing(
     either: SharedSubspace, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]

@@ -41,6 +41,7 @@ class AdaptedLayer:
         reader: the module that reads the layer's weight and never calls the layer, so that hooks see
             nothing; None of any other layer.
         update: applied to the layer's input; None leaves the output as it is.
+        merged: whether a task is in the layer's weight.
     """
 
     name: str
@@ -48,6 +49,7 @@ class AdaptedLayer:
     kind: str
     reader: nn.Module | None = None
     update: Update | None = None
+    merged: bool = False
 
     def install(self) -> torch.utils.hooks.RemovableHandle:
         """Add the hook; the handle removes it."""
@@ -67,6 +69,21 @@ class AdaptedLayer:
             # Gemma's embeddings scale what they return; PEFT scales the update alike.
             added = added * getattr(module, "embed_scale", 1.0)
         return output + added.to(output.dtype)
+
+    def refuse_beside_another(self) -> None:
+        """Raise OptionError if another's task runs in the layer, or is merged: both would add up."""
+        owners = [getattr(hook, "__self__", None) for hook in self.module._forward_hooks.values()]
+        for owner in owners:
+            if isinstance(owner, AdaptedLayer) and owner is not self and owner.is_running:
+                raise OptionError(
+                    f"another VLoRAModel's or trainer's task runs in layer {self.name}; call its "
+                    "clear_task(), unmerge() or detach(), or leave its attach(), first"
+                )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a task changes what the layer returns."""
+        return self.merged or self.update is not None
 
     def refuse_to_run(self, instead: str) -> None:
         """Raise ModelStateError, with what to do ``instead``, if no update reaches the layer."""
@@ -143,7 +160,7 @@ def find_layers(
         ModelMismatchError: a layer is missing, is of another shape or no linear layer, or its name fits
             several parts of the model.
         OptionError: the model is compiled, and compiled code does not see hooks that come later; or a
-            task runs in it already, to which another would be added.
+            task runs in it already, or is merged, to which another would be added.
         ModelStateError: a layer is never called.
     """
     modules = dict(model.named_modules())
@@ -168,11 +185,8 @@ def find_layers(
                 f"{shape.d_out} in the subspace; give the base model that its adapters were trained on"
                 + _resizing(shape, found)
             )
-        if _is_updated(module):
-            raise OptionError(
-                f"a task runs in layer {name} already; call clear_task(), or a callback's detach(), first"
-            )
         layer = AdaptedLayer(name, module, shape.kind, _reader(names[name], modules))
+        layer.refuse_beside_another()
         if not uncalled:
             layer.refuse_to_run("train a subspace without this layer")
         layers.append(layer)
@@ -249,11 +263,6 @@ def _renamings(
 def _is_compiled(module: nn.Module) -> bool:
     compiled = getattr(module, "_compiled_call_impl", None) is not None
     return compiled or type(module).__name__ == "OptimizedModule"
-
-
-def _is_updated(module: nn.Module) -> bool:
-    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
-    return any(isinstance(owner, AdaptedLayer) and owner.update is not None for owner in owners)
 
 
 def _layer_shape(module: nn.Module, kind: str) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ class VLoRAModel(nn.Module):
         self._active: _Active = None
         self._moves = 0
         self._merged: str | None = None
-        self._originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._originals: list[tuple[AdaptedLayer, nn.Parameter, torch.Tensor]] = []
+        self._guards: list[torch.utils.hooks.RemovableHandle] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with what is active added."""
@@ -144,6 +146,7 @@ class VLoRAModel(nn.Module):
         Raises:
             TaskNotFoundError: there is no such task.
             ModelMismatchError: it brings a head that the model has no place for.
+            OptionError: another VLoRAModel, or a training, runs a task in this model.
             ModelStateError: a task is merged, the model was unloaded, the subspace has gained a layer of
                 this task since the model was wrapped, or the task changes a layer that is never called.
 
@@ -165,7 +168,8 @@ class VLoRAModel(nn.Module):
 
         Raises:
             TaskNotFoundError, OptionError, ModelStateError: an unknown task; no tasks, or some with
-                heads of different sizes, whose outputs no batch can hold; one is merged.
+                heads of different sizes, whose outputs no batch can hold; another's task runs in this
+                model; one is merged.
 
         Examples:
             >>> model = VLoRAModel(base_model, joint)
@@ -203,7 +207,7 @@ class VLoRAModel(nn.Module):
 
         Raises:
             TaskNotFoundError, OptionError, ModelStateError: an unknown task; weights of another shape or
-                not finite; a task is merged.
+                not finite; another's task runs in this model; a task is merged.
 
         Examples:
             >>> model = VLoRAModel(base_model, joint)
@@ -380,16 +384,17 @@ class VLoRAModel(nn.Module):
         """Add a task to the base model's weights, so that it runs without hooks.
 
         The original weights are kept beside, and ``unmerge`` puts these very bits back, as does a merge
-        that fails half-way.
+        that fails half-way. Until then ``load_state_dict`` is refused, whose weights would be lost.
 
         Args:
             task_id: the task; the active one when None.
 
         Raises:
-            OptionError: no task is given and none is active.
+            OptionError: no task is given and none is active; or another VLoRAModel, or a training, runs a
+                task in this model.
             TaskNotFoundError: there is no such task.
-            ModelStateError: a task is merged already, a layer is quantised, or the subspace has gained a
-                layer of this task since the model was wrapped.
+            ModelStateError: a task is merged already, a layer is quantised, the model was unloaded, or
+                the subspace has gained a layer of this task since the model was wrapped.
             ModelMismatchError: a layer shares its weight with another one, which would change too.
 
         Examples:
@@ -400,11 +405,14 @@ class VLoRAModel(nn.Module):
             >>> model.unmerge()
         """
         self._refuse_merged("merge")
+        self._refuse_unloaded()
         task_id = self.active_task if task_id is None else task_id
         if task_id is None:
             raise OptionError("no task to merge; give one, or call set_task first")
         updates, heads = self._updates(task_id), self._own_heads(task_id)
         changed = [layer for layer in self._layers if layer.name in updates]
+        for layer in changed:
+            layer.refuse_beside_another()
         with self._kept_if_it_fails():
             # With its own head a layer may share its weight no longer, and without another's again.
             self._activate([None] * len(self._layers), None, (heads,), private=True)
@@ -412,27 +420,42 @@ class VLoRAModel(nn.Module):
             for layer in changed:
                 weight = layer.module.weight
                 assert isinstance(weight, nn.Parameter)
-                self._originals.append((weight, weight.detach().clone()))
+                self._originals.append((layer, weight, weight.detach().clone()))
+                layer.merged = True
                 # Not the factors that run, which have the layer's dtype.
                 _add_to_weight(layer, weight, self._scaling(task_id) * updates[layer.name].delta())
         self._active = self._merged = task_id
+        # The base model's own comes first, before anything is loaded; the others see a load of a part.
+        for module in (self.base_model, *(layer.module for layer in changed)):
+            hook = partial(_refuse_to_load, task_id)
+            self._guards.append(module.register_load_state_dict_pre_hook(hook))
 
     def unmerge(self) -> None:
         """Put the original weights back, bit by bit; nothing is active then.
 
         Raises:
-            ModelStateError: nothing is merged.
+            ModelStateError: nothing is merged, or a layer got another weight meanwhile.
         """
         if self._merged is None:
             raise ModelStateError("the model is not merged, so there is nothing to unmerge")
+        for layer, weight, _ in self._originals:
+            if layer.module.weight is not weight:
+                raise ModelStateError(
+                    f"layer {layer.name} got another weight while task {self._merged!r} was merged, so "
+                    "that it cannot be unmerged; load the base model again and make a new VLoRAModel"
+                )
         self._restore_weights()
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
         self._merged = None
         self.clear_task()
 
     def _restore_weights(self) -> None:
         with torch.no_grad():
-            for weight, original in self._originals:
+            for layer, weight, original in self._originals:
                 weight.copy_(original)
+                layer.merged = False
         self._originals.clear()
 
     @property
@@ -504,6 +527,9 @@ class VLoRAModel(nn.Module):
         *,
         private: bool = False,
     ) -> None:
+        for layer, update in zip(self._layers, updates):
+            if update is not None:
+                layer.refuse_beside_another()
         # Heads first: they may be refused, and then nothing has changed.
         self._heads.show(heads, private=private)
         for layer, update in zip(self._layers, updates):
@@ -526,10 +552,7 @@ class VLoRAModel(nn.Module):
 
     def _plan(self, task_id: str) -> _Plan:
         """A task with its updates where the layers are; kept for the next time."""
-        if self._is_unloaded:
-            raise ModelStateError(
-                "the model was unloaded, so that no task reaches it; wrap it in a VLoRAModel again"
-            )
+        self._refuse_unloaded()
         self._source.check(task_id)
         state = self._source.state(task_id)
         known = self._plans.get(task_id)
@@ -606,6 +629,12 @@ class VLoRAModel(nn.Module):
             self._bases[key] = tensor, place(tensor.detach(), layer, self.compute_dtype)
         return self._bases[key][1]
 
+    def _refuse_unloaded(self) -> None:
+        if self._is_unloaded:
+            raise ModelStateError(
+                "the model was unloaded, so that no task reaches it; wrap it in a VLoRAModel again"
+            )
+
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
             raise ModelStateError(
@@ -636,6 +665,13 @@ class VLoRAModel(nn.Module):
 
 def _same_objects(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return len(one) == len(other) and all(map(is_, one, other))
+
+
+def _refuse_to_load(task_id: str, *_: Any) -> None:
+    """A hook before ``load_state_dict``: ``unmerge`` would put the weights of before over the loaded."""
+    raise ModelStateError(
+        f"task {task_id!r} is merged into the weights; call unmerge() before load_state_dict()"
+    )
 
 
 def _add_to_weight(layer: AdaptedLayer, weight: nn.Parameter, delta: torch.Tensor) -> None:
