@@ -543,6 +543,78 @@ def test_a_batch_that_fits_no_rows_is_refused(joint: SharedSubspace) -> None:
         model.set_tasks([])
 
 
+class Flattened(nn.Module):
+    """A layer that sees tokens (B * T), or those that ``pick`` takes; and one of (B, T, d)."""
+
+    def __init__(self, pick: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(12, 8)})])
+        self.layers[0]["v_proj"] = nn.Linear(12, 6)
+        self.pick = pick
+
+    def forward(
+        self, x: torch.Tensor | None = None, embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x = x if embeds is None else embeds
+        tokens = x.reshape(-1, 12)
+        chosen = torch.arange(len(tokens)) if self.pick is None else self.pick(tokens)
+        out = torch.zeros(len(tokens), 8)
+        out[chosen] = self.layers[0]["q_proj"](tokens[chosen])
+        return torch.cat([out.view(*x.shape[:-1], 8), self.layers[0]["v_proj"](x)], dim=-1)
+
+
+@pytest.mark.parametrize("name", ["x", "embeds"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_flattened_tokens_and_beams_have_their_row_s_task(
+    either: SharedSubspace, name: str, beams: int
+) -> None:
+    model = VLoRAModel(Flattened(), either)
+    x = torch.randn(2 * beams, 5, 12, generator=torch.Generator().manual_seed(1))
+    wanted = []
+    for task, rows in zip(("task_0", "task_1"), x.split(beams)):
+        model.set_task(task)
+        wanted.append(model(rows))
+    model.set_tasks(["task_0", "task_1"])
+    close(model(**{name: x}), torch.cat(wanted))
+
+
+def test_a_layer_that_sees_gathered_tokens_is_refused_rows(joint: SharedSubspace) -> None:
+    """As experts of a mixture do: nothing tells whose tokens these are, even where their number fits."""
+    x = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(1))
+    count = 0
+    model = VLoRAModel(Flattened(lambda tokens: torch.arange(count)), joint)
+    for mixture in (
+        lambda: model.set_tasks(["task_0", "task_1"]),
+        lambda: model.set_blend(torch.eye(2), ["task_0", "task_1"]),
+    ):
+        for count in (4, 6, 8):
+            mixture()
+            with pytest.raises(ModelMismatchError, match=f"{count} rows, .* batch of 2 rows"):
+                model(x)
+            # One row is everybody's.
+            model.set_blend(torch.tensor([[0.0, 1.0]]), ["task_0", "task_1"])
+            mixed = model(x)
+            model.set_task("task_1")
+            close(mixed, model(x))
+        # An expert that sees no token has nothing to mix up.
+        mixture()
+        count = 0
+        assert model(x).shape == (2, 6, 14)
+    # What is called beside the model's own forward, as generate() calls an encoder, has its own batch.
+    assert model.layers[0]["v_proj"](torch.ones(4, 12)).shape == (4, 6)  # type: ignore[index,operator]
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (0, 5, 12), (2, 0, 12)])
+def test_an_empty_batch_has_nothing_to_mix(either: SharedSubspace, shape: tuple[int, ...]) -> None:
+    model = VLoRAModel(TinyModel(), either)
+    for mixture in (
+        lambda: model.set_tasks(["task_0", None]),
+        lambda: model.set_blend(torch.ones(2, 4)),
+    ):
+        mixture()
+        assert model(torch.zeros(shape)).shape == (*shape[:-1], 14)
+
+
 def test_a_blend_is_the_weighted_sum_of_the_updates(either: SharedSubspace) -> None:
     base = TinyModel()
     model = VLoRAModel(base, either)
@@ -1376,6 +1448,22 @@ def test_compiled_and_eager_agree_and_switching_compiles_nothing(joint: SharedSu
         eager.set_task("task_3")
         close(compiled(X), eager(X))
     torch._dynamo.reset()
+
+
+def test_rows_of_other_lengths_compile_nothing(joint: SharedSubspace) -> None:
+    """Once for the first length, once for all others."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = VLoRAModel(TinyModel(), joint).compile(backend=backend)
+    for length in (5, 6, 7, 9):
+        model.set_tasks(["task_0", "task_1"])
+        model(torch.ones(2, length, 12))
+    assert len(graphs) == 2
 
 
 def test_a_model_that_was_compiled_before_is_refused(joint: SharedSubspace) -> None:

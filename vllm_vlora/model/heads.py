@@ -11,7 +11,7 @@ from torch import nn
 from vllm_vlora.adapters.saved_tensors import SavedTensor, saved_tensors
 from vllm_vlora.errors import ModelMismatchError, OptionError
 from vllm_vlora.model.attaching import FLOATS
-from vllm_vlora.model.row_layers import RowLayer
+from vllm_vlora.model.row_layers import Batch, RowLayer
 
 Heads: TypeAlias = Mapping[str, torch.Tensor]
 """Name in the model -> tensor. A weight that several layers share has a name in each of them."""
@@ -32,14 +32,15 @@ class HeadSwitch:
     back. A head may have other rows (tokens, labels) than the model's: sizes that the model names follow.
 
     Args:
-        model: the base model.
+        model: the base model. batch: what it is given, where that is watched.
 
     Attributes:
         shown: what is shown now: one for all rows of a batch, one for each row, or none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, batch: Batch | None = None) -> None:
         self._model = model
+        self._batch = batch or Batch()
         self._originals: list[tuple[Any, str, Any]] = []
         self._hidden: dict[str, torch.Tensor] = {}
         self.shown: tuple[Heads, ...] = ()
@@ -222,7 +223,7 @@ class HeadSwitch:
                     "use set_task"
                 )
             chosen = [numbers[id(head)] for head in rows]
-            yield module, "forward", RowLayer(module, tensors, chosen)
+            yield module, "forward", RowLayer(module, tensors, chosen, self._batch)
         yield from self._sizes(distinct[-1], own)
 
     def _sizes(

@@ -1,4 +1,4 @@
-"""A layer whose weights differ between the rows of a batch."""
+"""The rows of a batch, and a layer whose weights differ between them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,64 @@ from torch import nn
 from vllm_vlora.errors import ModelMismatchError
 from vllm_vlora.wording import count_of
 
+_INPUTS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
+"""Arguments of transformers' models whose first dimension is the batch, beside a ``main_input_name``."""
 
-def repeats_of(x: torch.Tensor, rows: int) -> int:
-    """How often each of ``rows`` tasks stands in a batch: beams and flattened tokens repeat a row.
 
-    Raises:
-        ModelMismatchError: the layer sees a batch that is no multiple of the rows.
+class Batch:
+    """What a model's forward is given while it runs: its rows, against which layers hold what they see.
+
+    Attributes:
+        rows: B; 0 outside the model's forward, as in an encoder that ``generate`` calls by itself, and
+            where no argument is a tensor.
+        flattened: every B * T, of arguments of B rows of T tokens.
     """
-    if x.shape[0] % rows:
-        raise ModelMismatchError(
-            f"a layer sees {count_of(x.shape[0], 'row')} where {rows} tasks were set; "
-            "give one task for each row of the batch, and a model whose first dimension is the batch"
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.flattened: tuple[int, ...] = ()
+
+    def install(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Watch the model's forward until the handles are removed."""
+        return [
+            model.register_forward_pre_hook(self._see, with_kwargs=True),
+            model.register_forward_hook(self._forget, always_call=True),
+        ]
+
+    def repeats(self, x: torch.Tensor, rows: int) -> int:
+        """How often each of ``rows`` tasks stands in ``x``: beams and flattened tokens repeat a row.
+
+        Raises:
+            ModelMismatchError: the layer sees no multiple of the rows, or a part of the batch's tokens.
+        """
+        count = x.shape[0]
+        if count % rows:
+            raise ModelMismatchError(
+                f"a layer sees {count_of(count, 'row')} where {rows} tasks were set; "
+                "give one task for each row of the batch, and a model whose first dimension is the batch"
+            )
+        # Tokens last: compiled code is compiled for every length that it is compared with.
+        if rows > 1 and count and self.rows and count != self.rows and count not in self.flattened:
+            raise ModelMismatchError(
+                f"a layer sees {count} rows, neither the rows nor the tokens of the model's batch of "
+                f"{self.rows} rows, as experts see some of the tokens, and nothing tells whose they are; "
+                "use set_task"
+            )
+        return count // rows
+
+    def _see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = (getattr(model, "main_input_name", None), *_INPUTS)
+        named = [kwargs[name] for name in names if name in kwargs]
+        # Others of one dimension are positions rather than rows.
+        others = [x for x in kwargs.values() if isinstance(x, torch.Tensor) and x.ndim > 1]
+        tensors = [x for x in (*args, *named, *others) if isinstance(x, torch.Tensor) and x.ndim]
+        self.rows = tensors[0].shape[0] if tensors else 0
+        self.flattened = tuple(
+            x.shape[0] * x.shape[1] for x in tensors if x.ndim > 1 and x.shape[0] == self.rows
         )
-    return x.shape[0] // rows
+
+    def _forget(self, *_: Any) -> None:
+        self.rows, self.flattened = 0, ()
 
 
 class RowLayer:
@@ -35,6 +80,7 @@ class RowLayer:
         layer: has no layers below it, and computes every row of its first argument for itself.
         variants: the layer's tensors by their names, complete, one for each kind of row.
         rows: the variant of each row. A batch of more rows repeats each of them.
+        batch: what the model is given.
     """
 
     def __init__(
@@ -42,7 +88,9 @@ class RowLayer:
         layer: nn.Module,
         variants: Sequence[Mapping[str, torch.Tensor]],
         rows: Sequence[int],
+        batch: Batch,
     ) -> None:
+        self._batch = batch
         self._count = len(rows)
         self._variants = [
             (
@@ -54,7 +102,7 @@ class RowLayer:
 
     def __call__(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the layer returns, (rows, ...)."""
-        repeats = repeats_of(input, self._count)
+        repeats = self._batch.repeats(input, self._count)
         parts, places = [], []
         for variant, rows in self._variants:
             chosen = (rows[:, None] * repeats + torch.arange(repeats)).flatten().to(input.device)

@@ -25,7 +25,7 @@ from vllm_vlora.adapters.peft_config import lora_rank, lora_scale
 from vllm_vlora.checkpoint.manifest import is_checkpoint
 from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.errors import OptionError, TaskNotFoundError
-from vllm_vlora.model.row_layers import repeats_of
+from vllm_vlora.model.row_layers import Batch
 from vllm_vlora.quantize import unpack
 from vllm_vlora.representations.decode import decode
 from vllm_vlora.representations.joint import dense_keeps_rank, split_core
@@ -115,6 +115,7 @@ class MixedUpdate:
         updates: one a task; None where the task leaves the layer as it is.
         weights: (rows, tasks). A batch of more rows repeats each of them, as beams and flattened
             tokens do: rows must be the first dimension of what the layer sees.
+        batch: what the model is given, where that is watched.
 
     Examples:
         >>> from vllm_vlora.model.updates import MixedUpdate, updates_of
@@ -124,9 +125,15 @@ class MixedUpdate:
         torch.Size([2, 8])
     """
 
-    def __init__(self, updates: Sequence[LowRankUpdate | None], weights: torch.Tensor) -> None:
+    def __init__(
+        self,
+        updates: Sequence[LowRankUpdate | None],
+        weights: torch.Tensor,
+        batch: Batch | None = None,
+    ) -> None:
         assert weights.ndim == 2
         assert weights.shape[1] == len(updates)
+        self._batch = batch or Batch()
         self._weights = weights
         groups: dict[tuple[int, int], list[tuple[int, LowRankUpdate]]] = {}
         for column, update in enumerate(updates):
@@ -138,9 +145,10 @@ class MixedUpdate:
         """(rows, ..., d_in), or (rows, ...) of indices, -> (rows, ..., d_out).
 
         Raises:
-            ModelMismatchError: the layer sees a batch that is no multiple of the weights' rows.
+            ModelMismatchError: the layer sees a batch that is no multiple of the weights' rows, or a part
+                of the model's.
         """
-        repeats = repeats_of(x, self._weights.shape[0])
+        repeats = self._batch.repeats(x, self._weights.shape[0])
         weights = self._weights.repeat_interleave(repeats, dim=0)
         total = self._groups[0](x, weights)
         for group in self._groups[1:]:
@@ -198,7 +206,8 @@ class _Group:
         assert self.cores is not None
         own = weights[:, self.core_columns].to(h)
         cores = torch.einsum("bn,noi->bio", own, self.cores.to(h))
-        flat = h.reshape(h.shape[0], -1, h.shape[-1])
+        # The number is not -1, which torch cannot tell where there are no rows.
+        flat = h.reshape(h.shape[0], math.prod(h.shape[1:-1]), h.shape[-1])
         return torch.bmm(flat, cores).reshape(*h.shape[:-1], cores.shape[-1])
 
 

@@ -23,6 +23,7 @@ from vllm_vlora.errors import (
 )
 from vllm_vlora.model.attaching import AdaptedLayer, Update, find_layers, place
 from vllm_vlora.model.heads import Heads, HeadSwitch
+from vllm_vlora.model.row_layers import Batch
 from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, check_scaling, open_source
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.shared import SharedSubspace
@@ -115,8 +116,10 @@ class VLoRAModel(nn.Module):
         self.compute_dtype = compute_dtype
         self._cached_tasks = cached_tasks
         self._layers = find_layers(base_model, self._source.layers, uncalled=True)
+        self._batch = Batch()
         self._hooks = [layer.install() for layer in self._layers]
-        self._heads = HeadSwitch(base_model)
+        self._hooks += self._batch.install(base_model)
+        self._heads = HeadSwitch(base_model, self._batch)
         self._plans: OrderedDict[str, _Plan] = OrderedDict()
         self._bases: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._active: _Active = None
@@ -164,7 +167,8 @@ class VLoRAModel(nn.Module):
         """Make one task active for each row of the batches to come; None is the base model.
 
         Rows are the first dimension of what each layer sees. A batch of a multiple of the rows, as
-        beam search makes it, has each row's task repeated.
+        beam search makes it, has each row's task repeated. A layer that sees neither the batch's rows nor
+        all of its tokens, as experts of a mixture do, is refused when the model runs.
 
         Raises:
             TaskNotFoundError, OptionError, ModelStateError: an unknown task; no tasks, or some with
@@ -238,7 +242,7 @@ class VLoRAModel(nn.Module):
         for place_, layer in enumerate(self._layers):
             own = [plan.updates[place_] for plan in plans]
             used = any(update is not None for update in own)
-            mixed.append(MixedUpdate(own, weights.to(layer.device)) if used else None)
+            mixed.append(MixedUpdate(own, weights.to(layer.device), self._batch) if used else None)
         return mixed
 
     def clear_task(self) -> None:
