@@ -329,6 +329,17 @@ def test_the_writer_still_writes_format_1(tmp_path: Path) -> None:
 # --- identity ------------------------------------------------------------------------------------
 
 
+def test_the_writer_writes_no_segment_that_no_reader_takes(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, None)
+    writer.add_module(
+        "q", 8, 8, basis=Basis(pack(torch.eye(8), "float32"), pack(torch.eye(8), "float32"))
+    )
+    core = StoredModule("joint", "trellis", 2, {"C": pack(torch.eye(8), "trellis")}, core="dense")
+    with pytest.raises(AssertionError, match="'t', module q: number format 'trellis'"):
+        writer.add_task("t", {"q": core}, original_nbytes=1, error=0.0, adapter_config={})
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_digest_is_the_same_for_the_same_weights_and_other_for_other(tmp_path: Path) -> None:
     def digests(folder: str, **options: Any) -> dict[str, str]:
         write_checkpoint(tmp_path / folder, **options)

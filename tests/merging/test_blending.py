@@ -243,6 +243,29 @@ def test_a_smaller_rank_and_format_say_what_they_lose(tmp_path: Path) -> None:
     assert error_between(stored(path, "small"), wanted) == pytest.approx(small.error, rel=1e-2)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_core_is_not_stored_in_trellis_codes(tmp_path: Path, elsewhere: bool) -> None:
+    """Only private factors have them: no reader would open the checkpoint again."""
+    path = tmp_path / "checkpoint"
+    output = tmp_path / "other" if elsewhere else None
+    run(family(tmp_path / "adapters", 3, related=True), path, **MADE["joint"])
+    weights = {"task0": 0.5, "task1": 0.5}
+    with pytest.raises(OptionError, match="give nf4-dq"):
+        blend_tasks(path, weights, "both", format="trellis", output=output)
+    assert list(Checkpoint.open(path).tasks) == ["task0", "task1", "task2"]
+    assert not (tmp_path / "other").exists()
+
+
+def test_private_tasks_blend_in_trellis_codes(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    run(family(tmp_path / "adapters", 3, related=True), path, representation="private", ratio=2.0)
+    weights = {"task0": 0.5, "task1": 0.5}
+    wanted = expected(path, weights)
+    both = blend_tasks(path, weights, "both", format="trellis")
+    assert validate(path) == []
+    assert error_between(stored(path, "both"), wanted) == pytest.approx(both.error, rel=1e-3)
+
+
 def test_negation_interpolation_and_cancelling_in_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     run(family(tmp_path / "adapters", 3, related=True), path, **MADE["joint"])

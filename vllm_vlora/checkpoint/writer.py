@@ -40,7 +40,7 @@ from vllm_vlora.checkpoint.reader import Checkpoint
 from vllm_vlora.checkpoint.task_index import IndexedTasks
 from vllm_vlora.checkpoint.task_spool import WrittenTasks, write_file
 from vllm_vlora.quantize import PackedMatrix, narrow_codes, stored_streams
-from vllm_vlora.representations.registry import shared_fault
+from vllm_vlora.representations.registry import segment_fault, shared_fault
 from vllm_vlora.representations.spec import BasisSpec, FlatSpec, ModuleSpec, Segment
 from vllm_vlora.representations.stored import Basis, FlatBasis, StoredModule
 
@@ -145,6 +145,8 @@ class CheckpointWriter:
                 stored.bits,
                 stored.rows,
             )
+            wrong = segment_fault(segment, self.modules[segment.module])
+            assert wrong is None, f"{task_id!r}, module {name}: {wrong}; no reader takes it"
             segments.append(segment)
             for side, matrix in stored.matrices.items():
                 for part, tensor in _narrowed(matrix, segment.bits).items():

@@ -33,7 +33,7 @@ from vllm_vlora.merging.merging import (
     common_extra,
     unscaled_config,
 )
-from vllm_vlora.quantize import FORMATS, is_finite, unpack
+from vllm_vlora.quantize import FORMATS, SHARED_FORMATS, is_finite, unpack
 from vllm_vlora.representations.decode import decode, relative_error
 from vllm_vlora.representations.factors import balanced_svd, relative, squared_norm
 from vllm_vlora.representations.joint import basis_rows, core_factors, encode_joint
@@ -131,7 +131,7 @@ def blend_tasks(
     Raises:
         TaskNotFoundError: no such task. TaskIdError: the new id is not allowed, or taken.
         OptionError: no weights, a weight that is no number, a flat subspace, or an option that does not
-            go with the source.
+            go with the source, as trellis codes for joint tasks.
         AdapterError: two tasks have different heads.
         BudgetError: cut to the rank, or in the format, the sum would be worse than none.
         CheckpointError, OutputError: the checkpoint cannot be read or written.
@@ -504,6 +504,11 @@ class _Blend:
         self, spec: ModuleSpec, parts: Sequence[tuple[float, StoredModule]], basis: Basis
     ) -> tuple[StoredModule, tuple[float, float]]:
         """A core on the rows that hold all the tasks' own rows."""
+        if self._format not in SHARED_FORMATS:
+            raise OptionError(
+                f"module {spec.name} is a core on a basis, which cannot be stored in {self._format} "
+                "codes; give nf4-dq"
+            )
         whole = (0, basis.u.rows, 0, basis.v.rows)
         own = [stored.rows or whole for _, stored in parts]
         hull = (
