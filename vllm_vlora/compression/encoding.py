@@ -31,6 +31,7 @@ from vllm_vlora.representations.decode import (
 from vllm_vlora.representations.factors import (
     ScaledFactors,
     changes_nothing,
+    product_norm,
     relative,
     squared_norm,
 )
@@ -416,7 +417,7 @@ def encode_searched(
     found = []
     for (a, b, scale), stored in zip(factors, encode_trellis(*sides, bits)):
         loss = measure_loss(a, b, scale, stored, None, metric)
-        found.append((replace(stored, error=loss.error), loss))
+        found.append(_with_error(stored, loss))
     return found
 
 
@@ -436,7 +437,7 @@ def encode_alike(
         first_a, first_b = (side[:, : option.rank] for side in rows)
         ones = [1.0] * len(factors)
         stored = encode_stacked(first_a, first_b, ones, option.format, option.bits)
-    # Zero is only ever planned where the stored numbers are the adapter's own.
+    # Zero is only ever planned where the stored numbers are the adapter's own (``_own_losses``).
     if option.original and option.loss == 0:
         losses = [
             Loss(0.0, squared_norm(*found), 0.0, seen_squared_norm(*found, metric))
@@ -449,7 +450,14 @@ def encode_alike(
         losses = [
             measure_loss(*found, module, None, metric) for found, module in zip(factors, stored)
         ]
-    return [(replace(module, error=loss.error), loss) for module, loss in zip(stored, losses)]
+    return [_with_error(module, loss) for module, loss in zip(stored, losses)]
+
+
+def _with_error(stored: StoredModule, loss: Loss) -> tuple[StoredModule, Loss]:
+    """The same with its error. Of an update of zero nothing is left that rounding factors could make."""
+    if loss.norm == 0 and loss.lost > 0:
+        return replace(stored, scale=0.0), Loss(0.0, 0.0, 0.0, 0.0)
+    return replace(stored, error=loss.error), loss
 
 
 def measure_loss(
@@ -481,7 +489,7 @@ def decoded_loss(
     difference_b = torch.cat([new_b.double(), -scale * b.double()], dim=1)
     white_a, white_b = metric.a(difference_a), metric.b_t(difference_b.T).T
     seen_norm = seen_squared_norm(a, b, scale, metric)
-    return Loss(lost, norm, squared_norm(white_a, white_b, 1.0), seen_norm)
+    return Loss(lost, norm, product_norm(white_a, white_b), seen_norm)
 
 
 def stored_flat(plan: Plan, bases: FittedBases, module: Module) -> FlatBasis | None:

@@ -18,12 +18,9 @@ from collections.abc import Sequence
 import torch
 
 from vllm_vlora.quantize import stack_rows, unpack
-from vllm_vlora.representations.factors import small_product
+from vllm_vlora.representations.factors import CANCELLED, SEEN, small_product
 from vllm_vlora.representations.registry import side_sources
 from vllm_vlora.representations.stored import Basis, SideSource, StoredModule
-
-# Above this part of the norm, rounding changes a difference by less than a millionth.
-_SEEN = 1e-9
 
 
 def decode(stored: StoredModule, basis: Basis | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,14 +91,16 @@ def _lost(
     stacked_a = torch.cat([a_new.double(), a_old.double()], dim=1)
     stacked_b = torch.cat([b_new.double(), -b_old], dim=1)
     products = (stacked_a @ stacked_a.mT) * (stacked_b @ stacked_b.mT)
-    differences = products.sum((1, 2)).tolist()
-    norms = products[:, rank:, rank:].sum((1, 2)).tolist()
-    found = list(zip(differences, norms))
-    for place, (difference, norm) in enumerate(found):
-        if not (norm > 0 and difference > _SEEN * norm):
+    found = []
+    for place, (whole, own) in enumerate(zip(products, products[:, rank:, rank:])):
+        lost, norm = float(whole.sum()), float(own.sum())
+        terms, own_terms = float(whole.abs().sum()), float(own.abs().sum())
+        if not (lost > SEEN * terms and norm > SEEN * own_terms):
             both, old = stacked_b[place].T, stacked_b[place, rank:].T
-            found[place] = (
-                float(small_product(stacked_a[place], both).square().sum()),
-                float(small_product(stacked_a[place, rank:], old).square().sum()),
-            )
+            lost = float(small_product(stacked_a[place], both).square().sum())
+            norm = float(small_product(stacked_a[place, rank:], old).square().sum())
+        if norm <= CANCELLED * own_terms:
+            # An update of zero, of which zeros lose nothing.
+            norm, lost = 0.0, 0.0 if lost <= 2 * CANCELLED * own_terms else lost
+        found.append((lost, norm))
     return found

@@ -64,8 +64,11 @@ def stacked_svd(
         count = min(a.shape[1], a.shape[2], b_t.shape[2])
         svd_a, svd_b = svd_a[:, :count], svd_b[:, :count]
         for place in torch.nonzero(~sound).flatten().tolist():
-            one_a, one_b, _ = balanced_svd(a[place], b_t[place].T, float(scales[place]))
+            one = a[place], b_t[place].T, float(scales[place])
+            one_a, one_b, _ = balanced_svd(*one)
             svd_a[place], svd_b[place] = one_a, one_b.T
+            # Only of such factors can the products in a norm cancel.
+            norms[place] = squared_norm(*one)
     # NF4 rounds x and -x differently: a term has one sign, however many updates are taken at once.
     first = svd_a[:, :, :64]
     greatest = first.gather(2, first.abs().argmax(2, keepdim=True))
@@ -169,15 +172,36 @@ ReadFactors = Callable[[], Iterator[ScaledFactors]]
 """Starts a new read of the adapters: yields (A (r, d_in), B (d_out, r), scale)."""
 
 
+# Where less than this share of a sum of products is left of it, rounding is seen in what is left.
+SEEN = 1e-9
+# And what is left of ||B A||^2 below this share is rounding of float32 factors: the terms cancel.
+CANCELLED = 1e-14
+
+
+def product_norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """||B A||_F^2 in float64 from the factors' Gram matrices; by QR where their products cancel."""
+    return _norm_and_terms(a, b)[0]
+
+
 def squared_norm(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
-    """||scale * B A||_F^2 in float64 from the factors' Gram matrices."""
+    """||scale * B A||_F^2 of an update, float64; zero where its terms cancel but for their rounding."""
+    norm, terms = _norm_and_terms(a, b)
+    return 0.0 if norm <= CANCELLED * terms else norm * scale**2
+
+
+def _norm_and_terms(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """||B A||^2, and the sum that it would have if none of its products were negative."""
     a, b = a.double(), b.double()
-    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) * scale**2
+    products = (b.T @ b) * (a @ a.T)
+    norm, terms = float(products.sum()), float(products.abs().sum())
+    if terms > 0 and norm <= SEEN * terms:
+        norm = float(small_product(a, b).square().sum())
+    return norm, terms
 
 
 def changes_nothing(a: torch.Tensor, b: torch.Tensor, scale: float) -> bool:
-    """Whether delta_W = scale * B A is zero since a part of it is: of an adapter before its training."""
-    return scale == 0 or not bool(b.any()) or not bool(a.any())
+    """Whether delta_W = scale * B A is zero: of an adapter before its training, or whose terms cancel."""
+    return scale == 0 or squared_norm(a, b, 1.0) == 0
 
 
 def relative(lost: float, norm: float) -> float:

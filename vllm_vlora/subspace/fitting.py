@@ -19,6 +19,7 @@ from vllm_vlora.representations.factors import (
     ReadFactors,
     ScaledFactors,
     changes_nothing,
+    product_norm,
     squared_norm,
 )
 from vllm_vlora.representations.factors import relative as relative_error
@@ -187,7 +188,7 @@ def difference(old: Factors, new: Factors) -> tuple[float, float]:
     (a, b), (a_new, b_new) = old, new
     stacked_a = torch.cat([a_new.detach().double(), a.detach().double()])
     stacked_b = torch.cat([b_new.detach().double(), -b.detach().double()], dim=1)
-    return squared_norm(stacked_a, stacked_b, 1.0), squared_norm(a.detach(), b.detach(), 1.0)
+    return product_norm(stacked_a, stacked_b), squared_norm(a.detach(), b.detach(), 1.0)
 
 
 def relative(losses: Mapping[str, tuple[float, float]]) -> tuple[dict[str, float], float]:
