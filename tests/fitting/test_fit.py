@@ -297,9 +297,10 @@ def test_untrained_adapters_are_harmless(components: int) -> None:
         assert float(fit.energy.sum()) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_scale_and_magnitude_do_not_matter() -> None:
+@pytest.mark.parametrize(("size_a", "size_b"), [(1e-12, 1e15), (1e-25, 1e-25), (1e20, 1e20)])
+def test_scale_and_magnitude_do_not_matter(size_a: float, size_b: float) -> None:
     adapters = random_adapters([3] * 6, 20, 18, seed=4)
-    scaled = [(a * 1e-12, b * 1e15, -s) for a, b, s in adapters]
+    scaled = [(a * size_a, b * size_b, -s) for a, b, s in adapters]
     first = fit_module(reader(adapters), 20, 18, 5)
     second = fit_module(reader(scaled), 20, 18, 5)
     torch.testing.assert_close(first.energy, second.energy, atol=1e-4, rtol=1e-3)

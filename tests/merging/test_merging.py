@@ -480,6 +480,41 @@ def test_adapters_that_do_not_fit() -> None:
         ties_merge([tiny_weights(0), tiny_weights(1, rank=3)], space="factors")
 
 
+def _of_size(size: float) -> list[LoRAWeights]:
+    """Adapters whose factors are so large each."""
+    adapters = unequal()
+    for adapter in adapters:
+        for factor in (*adapter.lora_a.values(), *adapter.lora_b.values()):
+            factor.mul_(size)
+    return adapters
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_a_cut_of_updates_beyond_float32_says_what_it_lost(size: float) -> None:
+    adapters = _of_size(size)
+    merged = task_arithmetic(adapters, [1.0] * 3, rank=3)
+    for layer in LAYERS:
+        wanted = total(adapters, [1.0] * 3, layer)
+        error = float((delta_w(merged, layer) - wanted).norm() / wanted.norm())
+        assert error > 0.01
+        assert merged.truncation_errors[layer] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_an_update_beyond_float32_is_not_formed(size: float, method: str) -> None:
+    with pytest.raises(
+        AdapterError, match=r"layer layers.0.q_proj of adapter 0 has an update beyond"
+    ):
+        MERGE_METHODS[method](_of_size(size))
+
+
+@pytest.mark.parametrize("method", list(MERGE_METHODS))
+def test_weights_that_lead_beyond_float32_are_named(method: str) -> None:
+    with pytest.raises(AdapterError, match="too large for float32; give smaller weights"):
+        MERGE_METHODS[method](_of_size(1e18), weights=[1e30] * 3)
+
+
 def test_zero_updates_merge_to_zero() -> None:
     adapters = tiny_adapters(2)
     for adapter in adapters:

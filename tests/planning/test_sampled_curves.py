@@ -102,6 +102,16 @@ def test_where_there_is_nothing_to_spare_all_columns_are_measured() -> None:
             assert losses(curve) == losses(other)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_rows_whose_squares_float32_cannot_hold_are_measured_as_a_whole(size: float) -> None:
+    a, b, scale = factors("one size", 3)
+    given = [(a.float() * size, b.float(), scale)]
+    whole, sampled = (
+        measure_private(given, ["int8"], "float32", sampled=s)[0].curves[0] for s in (False, True)
+    )
+    assert losses(sampled) == losses(whole)
+
+
 def test_rows_of_zeros_lose_nothing() -> None:
     a, b, scale = factors("one size", 4)
     b.zero_()

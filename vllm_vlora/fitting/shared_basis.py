@@ -435,7 +435,7 @@ def _normalise(
     matrices within float32 whatever their magnitude. None where scale * B A is zero.
     """
     a, b = a.float(), b.float()
-    norm_a, norm_b = float(torch.linalg.norm(a)), float(torch.linalg.norm(b))
+    norm_a, norm_b = _norm(a), _norm(b)
     if scale == 0 or norm_a == 0 or norm_b == 0:
         return None
     torch.div(a, norm_a, out=out_a)
@@ -449,6 +449,14 @@ def _normalise(
     if squared < 1e-14:
         return None
     return gram_a, gram_b, math.sqrt(squared)
+
+
+def _norm(rows: torch.Tensor) -> float:
+    found = float(torch.linalg.norm(rows))
+    # Further out, squares are beyond float32's range.
+    if 1e-15 < found < 1e15:
+        return found
+    return float(torch.linalg.vector_norm(rows, dtype=torch.float64))
 
 
 # Gram matrices in float32 give ||B A||^2 to about 1e-6; where less than this is left of the factors'

@@ -25,6 +25,7 @@ import torch
 
 from vllm_vlora.adapters.collection import other_bases
 from vllm_vlora.errors import AdapterError, OptionError
+from vllm_vlora.quantize import is_finite
 from vllm_vlora.representations.factors import balanced_svd, changes_nothing, squared_norm
 from vllm_vlora.representations.spec import fits_float32
 from vllm_vlora.subspace.weights import (
@@ -325,7 +326,7 @@ def _cut_factors(a: torch.Tensor, b: torch.Tensor, rank: int | None) -> _Merged:
     if a.shape[0] <= most:
         return _Merged(a.contiguous(), b.contiguous(), 0.0, squared_norm(a, b, 1.0))
     short_a, short_b, sigma = balanced_svd(a, b, 1.0)
-    energy = sigma.double().square()
+    energy = sigma.square()
     lost = float(energy[most:].sum())
     # Beyond its rank a product's singular values are rounding.
     lost = 0.0 if lost <= 1e-12 * float(energy.sum()) else lost
@@ -382,8 +383,12 @@ def _elementwise(
         raise OptionError("in factors the rank stays as it is; give a rank with space='weights'")
 
     def on_updates(name: str, parts: Sequence[_Part]) -> _Merged:
+        for part in parts:
+            _check_formed(name, part)
         terms = [_Term(part.place, part.weight, _update_maker(part)) for part in parts]
-        return _cut_dense(combine(name, "W", terms), rank or max(len(part.a) for part in parts))
+        merged = combine(name, "W", terms)
+        _check_finite(name, merged)
+        return _cut_dense(merged, rank or max(len(part.a) for part in parts))
 
     def on_factors(name: str, parts: Sequence[_Part]) -> _Merged:
         a, b = (combine(name, side, list(_factor_terms(name, side, parts))) for side in "AB")
@@ -394,6 +399,32 @@ def _elementwise(
 
 def _update_maker(part: _Part) -> Callable[[], torch.Tensor]:
     return lambda: (part.b @ part.a) * part.scale
+
+
+def _check_formed(name: str, part: _Part) -> None:
+    """Refuse an update whose elements float32 cannot hold, as it would be formed.
+
+    Raises:
+        AdapterError: they would be infinite, or all zero.
+    """
+    limits, scale = torch.finfo(torch.float32), abs(part.scale)
+    most = len(part.a) * float(part.a.abs().max()) * float(part.b.abs().max())
+    norm = math.sqrt(squared_norm(part.a, part.b, 1.0))
+    mean = norm / math.sqrt(part.b.shape[0] * part.a.shape[1])
+    if most * max(scale, 1.0) > limits.max or (
+        scale > 0 and 0 < mean * min(scale, 1.0) < limits.tiny
+    ):
+        raise AdapterError(
+            f"layer {name} of adapter {part.place} has an update beyond float32's range, with a norm of "
+            f"{norm * scale:.1e}; merge with task_arithmetic, which forms no update"
+        )
+
+
+def _check_finite(name: str, *tensors: torch.Tensor) -> None:
+    if not all(map(is_finite, tensors)):
+        raise AdapterError(
+            f"layer {name} of the merge holds values too large for float32; give smaller weights"
+        )
 
 
 def _factor_terms(name: str, side: str, parts: Sequence[_Part]) -> Iterator[_Term]:
@@ -424,6 +455,7 @@ def _merged(
     lost = norm = 0.0
     for name in sorted({name for adapter in adapters for name in adapter.layer_names}):
         found = merge(name, list(_parts(adapters, weights, name)))
+        _check_finite(name, found.a, found.b)
         lora_a[name], lora_b[name] = found.a, found.b
         errors[name] = math.sqrt(found.lost / found.norm) if found.norm > 0 else 0.0
         lost, norm = lost + found.lost, norm + found.norm

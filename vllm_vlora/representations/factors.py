@@ -18,8 +18,9 @@ def balanced_svd(
         a: (r, d_in). b: (d_out, r). scale: alpha / r, or as PEFT has it.
 
     Returns:
-        (A', B', sigma) in float32 with delta_W = B' A', A' (q, d_in), B' (d_out, q), rows of A' and
-        columns of B' orthogonal with norm sqrt(sigma), sigma descending; q = min(r, d_in, d_out). The
+        (A', B', sigma) with delta_W = B' A', A' (q, d_in) and B' (d_out, q) in float32, rows of A' and
+        columns of B' orthogonal with norm sqrt(sigma), sigma descending, in float64, as products of
+        float32 numbers may be beyond its range; q = min(r, d_in, d_out). The
         first t rows and columns are the best rank-t approximation in the Frobenius norm
         (Eckart-Young), and balanced norms lose least when each is quantised by itself.
     """
@@ -30,7 +31,7 @@ def balanced_svd(
     root = sigma[:count].sqrt()
     a_out = (root[:, None] * right[:count]) @ q_a.T
     b_out = (q_b @ left[:, :count]) * root
-    return a_out.float(), b_out.float(), sigma[:count].float()
+    return a_out.float(), b_out.float(), sigma[:count]
 
 
 # Below this ratio of a Gram matrix' eigenvalues, its rounding would reach the leading factors.
