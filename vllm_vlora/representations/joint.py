@@ -110,7 +110,8 @@ def dense_keeps_rank(format: str, rank: int, shape: Sequence[int]) -> bool:
     """Whether a dense core of this shape, as it reads back, has its task's rank.
 
     Quantising adds to a core of lower rank something in every direction. What lies beyond the rank is
-    no part of the task (``split_core``).
+    no part of the task (``split_core``). Rounding to 16 bits does so too, by so little that a cut core,
+    which an engine rounds again, is no nearer.
     """
     return format in FLOAT_DTYPES or rank == min(shape)
 
