@@ -91,10 +91,12 @@ def _lost(
     stacked_a = torch.cat([a_new.double(), a_old.double()], dim=1)
     stacked_b = torch.cat([b_new.double(), -b_old], dim=1)
     products = (stacked_a @ stacked_a.mT) * (stacked_b @ stacked_b.mT)
+    # Sums, and what they would be if none of the products were negative.
+    parts = products, products.abs()
+    sums = [part.sum((1, 2)).tolist() for part in parts]
+    own_sums = [part[:, rank:, rank:].sum((1, 2)).tolist() for part in parts]
     found = []
-    for place, (whole, own) in enumerate(zip(products, products[:, rank:, rank:])):
-        lost, norm = float(whole.sum()), float(own.sum())
-        terms, own_terms = float(whole.abs().sum()), float(own.abs().sum())
+    for place, (lost, terms, norm, own_terms) in enumerate(zip(*sums, *own_sums)):
         if not (lost > SEEN * terms and norm > SEEN * own_terms):
             both, old = stacked_b[place].T, stacked_b[place, rank:].T
             lost = float(small_product(stacked_a[place], both).square().sum())
