@@ -2,7 +2,7 @@
 
 The process reads its environment before it imports vLLM, since the plugin and vLLM do so once, and a
 stock engine's process must never see the plugin. The driver hands calls to ``LLMEngine`` and steps it,
-as ``vllm.LLM`` does, and notes when each token comes out.
+as ``vllm.LLM`` does, and notes when the engine core had each token.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _serve(connection: Connection, spec: EngineSpec) -> None:
         os.dup2(log.fileno(), 2)
     os.environ.update(spec.environment)
     try:
-        driver = _Driver(spec)
+        driver = _start(spec)
         connection.send(("ready", None))
         _answer(connection, driver)
     except (EOFError, BrokenPipeError):
@@ -147,18 +147,41 @@ def _answer(connection: Connection, driver: _Driver) -> None:
         connection.send(("done", methods[name](*args)))
 
 
+def _start(spec: EngineSpec) -> _Driver:
+    from vllm import LLM
+
+    driver = _Driver(LLM(**spec.arguments), _lora_requests(spec))
+    if spec.initialise:
+        driver.call_worker("bench_initialise", ())
+    return driver
+
+
+class _CoreClock:
+    """When the engine core had done the step whose outputs were read last, on ``time.monotonic``.
+
+    That clock is one for all processes of a machine. A core in a process of its own, as on a GPU, goes on
+    while the driver hands over requests; when its outputs are read says how fast the driver reads.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self.stamp = 0.0
+        self._read = core.get_output
+        core.get_output = self._noting
+
+    def _noting(self) -> Any:
+        outputs = self._read()
+        self.stamp = outputs.timestamp
+        return outputs
+
+
 class _Driver:
     """Hands a job's calls to vLLM's engine and steps it."""
 
-    def __init__(self, spec: EngineSpec) -> None:
-        from vllm import LLM
-
-        self._llm = LLM(**spec.arguments)
-        self._engine = self._llm.llm_engine
-        self._requests = _lora_requests(spec)
+    def __init__(self, llm: Any, requests: list[Any]) -> None:
+        self._llm, self._requests = llm, requests
+        self._engine = llm.llm_engine
+        self._clock = _CoreClock(self._engine.engine_core)
         self._count = 0
-        if spec.initialise:
-            self.call_worker("bench_initialise", ())
 
     def call_worker(self, method: str, args: tuple[Any, ...]) -> Any:
         return self._llm.collective_rpc(method, args=args)[0]
@@ -180,9 +203,10 @@ class _Driver:
         self._engine.add_request(name, prompt_input, sampling, lora_request=lora)
         return name
 
-    def step(self) -> list[Any]:
-        """One step of the engine; the outputs that it brought."""
-        return self._engine.step()
+    def step(self) -> tuple[list[Any], float]:
+        """The outputs of one step of the engine, and when its core had them."""
+        outputs = self._engine.step()
+        return outputs, self._clock.stamp
 
 
 def _lora_requests(spec: EngineSpec) -> list[Any]:
@@ -227,32 +251,31 @@ class _Run:
     def drive(self) -> None:
         trace, profiling = self.trace, False
         waiting = deque(range(len(self._job.calls)))
-        trace.started = time.perf_counter()
+        trace.started = time.monotonic()
         while waiting or self._inside:
             while waiting and self._inside < self._job.concurrency:
                 self._submit(waiting.popleft())
-            outputs = self._driver.step()
-            now = time.perf_counter()
+            outputs, stamp = self._driver.step()
             for output in outputs:
-                self._take(output, now)
+                self._take(output, stamp)
             if self._job.profile and not profiling and self._started == len(self._job.calls):
                 profiling = True
                 self._driver.call_worker("bench_start_profile", ())
-        trace.ended = time.perf_counter()
+        trace.ended = time.monotonic()
         if profiling:
             trace.profile = self._driver.call_worker("bench_stop_profile", ())
 
     def _submit(self, place: int) -> None:
         call = self._job.calls[place]
-        self.trace.submitted[place] = time.perf_counter()
+        self.trace.submitted[place] = time.monotonic()
         self._places[self._driver.submit(call.prompt, call.task, self._sampling)] = place
         self._inside += 1
 
-    def _take(self, output: Any, now: float) -> None:
+    def _take(self, output: Any, stamp: float) -> None:
         place, new = self._places[output.request_id], output.outputs[0]
         self._started += bool(new.token_ids) and not self.trace.tokens[place]
         self.trace.tokens[place] += new.token_ids
-        self.trace.arrivals[place] += [now] * len(new.token_ids)
+        self.trace.arrivals[place] += [stamp] * len(new.token_ids)
         if new.logprobs:
             self.trace.logprobs[place] += [
                 {token: entry.logprob for token, entry in likeliest.items()}

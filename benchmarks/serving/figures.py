@@ -18,7 +18,7 @@ class Trace:
     Attributes:
         started, ended: of the whole run, on the clock of the times below.
         submitted: when a call was handed to the engine.
-        arrivals: when each of its tokens came out; all tokens of one engine step at one time.
+        arrivals: when the engine core had each of its tokens; all tokens of one step at one time.
         tokens: the tokens.
         logprobs: for each token the likeliest tokens' logarithms, where they were asked for.
         profile: text, where it was asked for.

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from places import BENCHMARKS
 sys.path.insert(0, str(BENCHMARKS))
 
 import run
-from serving import correctness, plot, program, report, settings
+from serving import correctness, engine, plot, program, report, settings
 from serving.configurations import DIRECT, configuration
 from serving.engine import late_kernels
 from serving.figures import Trace, spread_of_ratios
@@ -98,6 +99,37 @@ def test_the_decode_rate_leaves_out_steps_with_a_first_token() -> None:
 
 def test_there_is_no_decode_rate_without_a_decode_step() -> None:
     assert _trace([[1.0], [2.0]]).decode_rate() is None
+
+
+class _Backlog:
+    """An engine whose core had done all steps, at ``stamps``, before the driver read the first."""
+
+    def __init__(self, stamps: list[float]) -> None:
+        self._stamps = iter(stamps)
+        self.engine_core = SimpleNamespace(get_output=self._get_output)
+        self.names: list[str] = []
+
+    def _get_output(self) -> Any:
+        return SimpleNamespace(timestamp=next(self._stamps))
+
+    def add_request(self, name: str, *_: Any, **__: Any) -> None:
+        self.names.append(name)
+
+    def step(self) -> list[Any]:
+        stamp = self.engine_core.get_output().timestamp
+        token = SimpleNamespace(token_ids=[5], logprobs=None)
+        return [
+            SimpleNamespace(request_id=name, outputs=[token], finished=stamp == 10.5)
+            for name in self.names
+        ]
+
+
+def test_tokens_come_when_the_core_had_them_and_not_when_they_are_read() -> None:
+    backlog = _Backlog([10.0, 10.25, 10.5])
+    driver = engine._Driver(SimpleNamespace(llm_engine=backlog), [])
+    trace = driver.run(Job([Call(None, [3]), Call(None, [4])], max_tokens=3, concurrency=2))
+    assert trace.arrivals == [[10.0, 10.25, 10.5]] * 2
+    assert trace.decode_rate() == 8  # Two tokens in each quarter of a second.
 
 
 def test_ratios_are_taken_round_by_round() -> None:
