@@ -11,6 +11,7 @@ those alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from harness import WrongResultError
@@ -22,13 +23,21 @@ from serving.world import CHECKED_TASKS
 PROMPTS = 2
 PROMPT_LEN = 12
 MAX_TOKENS = 16
-_LOGPROBS = 5
+LOGPROBS = 5
 # A place of its own among the run's random generators.
 _PLACE = 1 << 20
 # How much less likely, in nats, a token may be that another arithmetic picks. In bfloat16 stock vLLM
 # itself, asked twice in other batches on an H100, agreed with itself in a fifth of 64 answers of 32
 # tokens only (random weights); another task's token is less likely by several nats.
 NEAR_TIE, BFLOAT16_TIE = 0.1, 0.5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens of an answer, and for each of them the likeliest tokens' logarithms."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
 
 
 def check_calls(seed: int, vocabulary: int) -> list[Call]:
@@ -43,12 +52,12 @@ def reference_job(calls: Sequence[Call], shift: int | None) -> Job:
         Call(None if shift is None or call.task is None else call.task + shift, call.prompt)
         for call in calls
     ]
-    return Job(shifted, MAX_TOKENS, concurrency=1, logprobs=_LOGPROBS)
+    return Job(shifted, MAX_TOKENS, concurrency=1, logprobs=LOGPROBS)
 
 
 def check_job(calls: Sequence[Call]) -> Job:
     """The calls in one batch."""
-    return Job(list(calls), MAX_TOKENS, concurrency=len(calls), logprobs=_LOGPROBS)
+    return Job(list(calls), MAX_TOKENS, concurrency=len(calls), logprobs=LOGPROBS)
 
 
 def check_reference(name: str, reference: Trace, base: Trace) -> None:
@@ -84,29 +93,51 @@ def compare(
     """
     compared = parted = 0
     largest = 0.0
-    for place, (tokens, wanted) in enumerate(zip(found.tokens, reference.tokens)):
+    for place, (ours, theirs) in enumerate(zip(_answers(found), _answers(reference), strict=True)):
         where = f"{name}: task {place // PROMPTS}, prompt {place % PROMPTS}"
-        if len(tokens) != len(wanted):
-            raise WrongResultError(f"{where}: {len(tokens)} tokens instead of {len(wanted)}")
-        first = next((i for i, pair in enumerate(zip(tokens, wanted)) if pair[0] != pair[1]), None)
-        held = len(wanted) if first is None else first + 1
+        held, apart = compare_answers(where, ours, theirs, exact, tie)
         compared += held
-        if first is not None:
-            likeliest = reference.logprobs[place][first]
-            _check_parting(
-                where, first, tokens[first], wanted[first], likeliest, None if exact else tie
-            )
-            parted += 1
-        ours, theirs = (trace.logprobs[place][:held] for trace in (found, reference))
-        for number, (token, *said) in enumerate(zip(wanted[:held], ours, theirs, strict=True)):
-            apart = _apart(f"{where}: token {number}", token, *said, tie)
-            largest = max(largest, apart)
+        parted += ours.tokens != theirs.tokens
+        largest = max(largest, apart)
     return {
         "tokens_compared": compared,
         "answers": len(found.tokens),
         "parted_at_near_ties": parted,
         "largest_difference_nats": round(largest, 4),
     }
+
+
+def _answers(trace: Trace) -> list[Answer]:
+    return [Answer(*each) for each in zip(trace.tokens, trace.logprobs, strict=True)]
+
+
+def compare_answers(
+    where: str, found: Answer, reference: Answer, exact: bool, tie: float
+) -> tuple[int, float]:
+    """Hold one answer against stock vLLM's to the same prompt.
+
+    Returns:
+        How many tokens were compared, up to the first difference, and the largest difference in nats.
+
+    Raises:
+        WrongResultError: as ``compare`` does.
+    """
+    tokens, wanted = found.tokens, reference.tokens
+    if len(tokens) != len(wanted):
+        raise WrongResultError(f"{where}: {len(tokens)} tokens instead of {len(wanted)}")
+    first = next((i for i, pair in enumerate(zip(tokens, wanted)) if pair[0] != pair[1]), None)
+    held = len(wanted) if first is None else first + 1
+    if first is not None:
+        likeliest = reference.logprobs[first]
+        _check_parting(
+            where, first, tokens[first], wanted[first], likeliest, None if exact else tie
+        )
+    said = zip(wanted[:held], found.logprobs[:held], reference.logprobs[:held], strict=True)
+    largest = max(
+        _apart(f"{where}: token {number}", token, ours, theirs, tie)
+        for number, (token, ours, theirs) in enumerate(said)
+    )
+    return held, largest
 
 
 def _check_parting(

@@ -14,7 +14,7 @@ import re
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -116,6 +116,11 @@ class Engine:
 def late_kernels(log: str) -> list[str]:
     """The kernels that a log says were compiled "during inference", each once."""
     return list(dict.fromkeys(re.findall(r"compilation during inference: ([\w.<>]+\w>?)", log)))
+
+
+def logarithms(found: Iterable[Any]) -> list[dict[int, float]]:
+    """vLLM's ``logprobs`` as plain numbers: for each token the likeliest tokens' logarithms."""
+    return [{token: one.logprob for token, one in likeliest.items()} for likeliest in found]
 
 
 # --- in the engine's process -----------------------------------------------------------------------
@@ -277,8 +282,5 @@ class _Run:
         self.trace.tokens[place] += new.token_ids
         self.trace.arrivals[place] += [stamp] * len(new.token_ids)
         if new.logprobs:
-            self.trace.logprobs[place] += [
-                {token: entry.logprob for token, entry in likeliest.items()}
-                for likeliest in new.logprobs
-            ]
+            self.trace.logprobs[place] += logarithms(new.logprobs)
         self._inside -= output.finished
