@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
                         "check": stage,
                         "layer": layer,
                         "right": False,
-                        "error": traceback.format_exc(),
+                        "failure": traceback.format_exc(),
                     }
                 )
             keep({"check": stage, "layer": layer, "seconds": time.monotonic() - started})

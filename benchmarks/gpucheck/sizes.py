@@ -32,8 +32,9 @@ class Sizes:
     small_tiles: int | None = None
 
 
+AS_CHOSEN = Sizes("as chosen")
 VARIANTS = (
-    Sizes("as chosen"),
+    AS_CHOSEN,
     Sizes("shrink D 64", {"BLOCK_D": 64}),
     Sizes("shrink D 256", {"BLOCK_D": 256}),
     Sizes("shrink D 256, 8 warps", {"BLOCK_D": 256, "num_warps": 8}),
@@ -64,7 +65,7 @@ def search(
     """A row a format, variant and number of tasks: both kernels' times, and whether the result is right.
 
     All variants of a format run on the same tasks; a result is right that is the first variant's up to
-    rounding. What does not compile is a row, too, and not wrong.
+    rounding. What does not compile is a row, too, and wrong where it is what the kernels choose.
     """
     flush = torch.empty(max(2 * l2_nbytes(device) // 4, 1), device=device)
     for format in FORMATS:
@@ -82,7 +83,8 @@ def search(
             try:
                 run = _graph(world, sizes, x, y)
             except Exception as error:  # noqa: BLE001 (of the compiler, whatever it is)
-                yield row | {"error": f"{type(error).__name__}: {error}"[:300]}
+                row["failure"] = f"{type(error).__name__}: {error}"[:300]
+                yield row | ({"right": False} if sizes == AS_CHOSEN else {})
                 continue
             for count in tasks:
                 world.routing.update(spread_slots(tokens, count, 0))
