@@ -7,7 +7,7 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ CHECKPOINT, RANK = "nf4", 8
 ALL, SOME = "all on the device", "as many as fit"
 TIERS = ("device", "host", "disk")
 KV_BYTES = 256 * 2**20
-# vLLM's own kernels are compiled when they are first used, by the engine that comes first.
+# Requests that are not timed.
+WARM_UP = 32
+# vLLM's own kernels are compiled when they are first used: by the requests that are not timed.
 GPU_ARGUMENTS = {
     "dtype": "bfloat16", "kernel_config": {"enable_jit_warmup": False}, "gpu_memory_utilization": 0.5,
     "compilation_config": {
@@ -91,11 +93,18 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-residency-") as temporary:
         folder = args.work or Path(temporary)
         if args.start:
-            report["start"] = [_start(args, folder, tasks) for tasks in args.start]
+            report["start"] = []
+            for tasks in args.start:
+                report["start"].append(_start(args, folder, tasks))
+                write_json(args.json, report)
             _print_start(report["start"])
         else:
-            report["rounds"] = _rounds(args, folder)
-            report["summary"] = _summary(report["rounds"])
+            report["rounds"] = []
+            for turn in _rounds(args, folder):
+                report["rounds"].append(turn)
+                report["summary"] = _summary(report["rounds"])
+                # In case the run is ended.
+                write_json(args.json, report)
             _print(report["summary"])
     end_record(report)
     write_json(args.json, report)
@@ -121,7 +130,12 @@ def _block_bytes(world: World) -> int:
 # --- first tokens ----------------------------------------------------------------------------------
 
 
-def _rounds(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def _rounds(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """What each engine did, a round at a time.
+
+    Raises:
+        WrongResultError: the engines' answers differ.
+    """
     world = _world(args, folder, args.tasks)
     size = _block_bytes(world)
     budgets = {
@@ -132,14 +146,14 @@ def _rounds(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             "VLLM_VLORA_LATE_MIB": "0",
         },
     }
-    found = []
     for number in range(args.rounds):
         random = np.random.default_rng(number)
         asked = _zipf(random, args.tasks, 2 * args.requests)
         turn = {}
-        for name, budget in budgets.items():
+        # Who comes first alternates.
+        for name in reversed(budgets) if number % 2 else budgets:
             say(f"round {number + 1} of {args.rounds}: {name}")
-            turn[name] = in_another_process(_ask, args, world, asked, budget)
+            turn[name] = in_another_process(_ask, args, world, asked, budgets[name])
         # On a GPU requests beside each other change each other's last bits.
         compared = args.requests if args.gpu else None
         if turn[ALL]["answers"][:compared] != turn[SOME]["answers"][:compared]:
@@ -148,8 +162,7 @@ def _rounds(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             )
         for one in turn.values():
             del one["answers"]
-        found.append(turn)
-    return found
+        yield turn
 
 
 def _zipf(random: np.random.Generator, tasks: int, requests: int) -> list[int]:
@@ -213,7 +226,10 @@ async def _ask_both_ways(
         )
         return snapshot["requests"]
 
+    # Each engine compiles what it needs before anything is timed, for one request and for some together.
     await one(-1, 0)
+    warm_up = [(-2 - number, number % args.tasks) for number in range(WARM_UP)]
+    await _at_once(one, warm_up, args.together)
     half = len(asked) // 2
     alone: dict[str, list[float]] = {tier: [] for tier in TIERS}
     answers = []

@@ -31,7 +31,7 @@ large        40   llama-70b (kernels-70b.json)
 materialize  40   a task into a slot (activation.json)
 serving      190  real engines side by side (serving.json)
 sizes        110  the private kernels with other sizes than they choose (checks.jsonl)
-residency    120  tasks that come from host memory and disk (residency.json)
+residency    145  tasks that come from host memory and disk (residency.json)
 publish      100  a task from tensors in memory (publish.json)"
 
 wrong() {
@@ -164,7 +164,7 @@ plan() {
     sizes) check sizes ;;
     residency)
         has vllm || skip="vLLM is not installed"
-        bench residency --tasks 200 --held 20 --kept 60 --requests 100 --rounds 1 --json "$out/residency.json"
+        bench residency --tasks 200 --held 20 --kept 60 --requests 100 --rounds 2 --json "$out/residency.json"
         [ -z "$tiny" ] || command+=(--quick)
         ;;
     publish)

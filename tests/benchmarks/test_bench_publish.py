@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from places import BENCHMARKS
 sys.path.insert(0, str(BENCHMARKS))
 
 import publish
+import run
 from harness import WrongResultError
 from serving.correctness import BFLOAT16_TIE, Answer
 
@@ -35,6 +38,24 @@ def test_near_ties_pass_on_a_gpu_alone() -> None:
 def test_another_answer_is_refused(found: Answer, gpu: bool) -> None:
     with pytest.raises(WrongResultError, match="the task from memory"):
         publish.compare(Namespace(gpu=gpu), found, FOLDER)
+
+
+def test_each_place_is_kept_when_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, kept = tmp_path / "publish.json", []
+
+    def in_another_process(function: Any, *_: Any) -> Any:
+        if function is publish.probe_device:
+            return {"type": "cpu", "name": "a CPU"}
+        kept.append(list(json.loads(path.read_text())["samples"]) if path.exists() else [])
+        return {"copy": {"wall": [0.5], "cpu": [0.5]}}
+
+    monkeypatch.setattr(publish, "in_another_process", in_another_process)
+    run.main(["publish", "--quick", "--json", str(path)])
+    # The first made the model.
+    assert kept == [[], [], ["in process"]]
+    assert list(json.loads(path.read_text())["samples"]) == ["in process", "own process"]
 
 
 @torch.no_grad()
