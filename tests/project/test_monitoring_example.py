@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import yaml
@@ -94,3 +95,12 @@ def test_prometheus_reads_the_route_and_the_alerts() -> None:
     assert job["static_configs"][0]["targets"] == ["localhost:8000"]
     for name in config["rule_files"]:
         assert yaml.safe_load((FOLDER / name).read_text())["groups"]
+
+
+def test_states_are_counted_within_a_job_and_model() -> None:
+    """Groups of servers of other checkpoints, or of other models, serve different states by design."""
+    asking = {where: query for where, query in QUERIES if "checkpoint_info" in query}
+    assert set(asking) == {"ServersOfDifferentStates", "States of the checkpoint"}
+    for where, query in asking.items():
+        grouped = [set(inside.split(", ")) for inside in re.findall(r"by \(([^)]*)\)", query)]
+        assert grouped == [{"job", "model_name"}, {"job", "model_name", "digest"}], where
