@@ -124,7 +124,9 @@ CHART = closed(
                 **dict.fromkeys(("replicaCount", "requestCPU", "requestGPU"), WHOLE),
                 pvcAccessMode=TEXTS,
                 enableLoRA={"type": "boolean"},
-                vllmConfig=closed(maxLoras=WHOLE, extraArgs=TEXTS),
+                vllmConfig=closed(
+                    enablePrefixCaching={"type": "boolean"}, maxLoras=WHOLE, extraArgs=TEXTS
+                ),
                 envFromSecret=closed("name", name=TEXT),
                 env=many(NAMED),
                 initContainer=closed(
@@ -227,9 +229,11 @@ def test_what_names_something_names_what_is_there() -> None:
 def test_what_is_fetched_first_is_what_is_served() -> None:
     for served, fetched in (
         (_environment(SERVER), _environment(FIRST)),
-        (_environment(MODEL), _environment(MODEL["initContainer"])),
+        # The chart gives the server the volume as the Hub's cache.
+        (_environment(MODEL) | {"HF_HOME": "/data"}, _environment(MODEL["initContainer"])),
     ):
-        assert served["VLLM_VLORA_CACHE"] == fetched["VLLM_VLORA_CACHE"]
+        for cache in ("VLLM_VLORA_CACHE", "HF_HOME"):
+            assert served[cache] == fetched[cache]
     kubernetes = _environment(SERVER)["VLLM_VLORA_CHECKPOINT"]
     assert FIRST["command"][-1] == "$(VLLM_VLORA_CHECKPOINT)"
     assert "$(VLLM_VLORA_CHECKPOINT)" in SERVER["args"]
@@ -262,7 +266,11 @@ def _vllm_lines() -> Iterator[list[str]]:
     yield COMPOSED["command"][COMPOSED["command"].index("${CHECKPOINT:?}") + 1 :]
     config = MODEL["vllmConfig"]
     # What the chart makes of its values.
-    yield ["--enable-lora", "--max_loras", str(config["maxLoras"]), *config["extraArgs"]]
+    caching = "" if config.get("enablePrefixCaching") else "no-"
+    yield [
+        "--enable-lora", f"--{caching}enable-prefix-caching", "--max_loras", str(config["maxLoras"]),
+        *config["extraArgs"],
+    ]  # fmt: skip
 
 
 def test_every_option_of_vllm_is_one_that_it_has() -> None:
@@ -275,6 +283,8 @@ def test_every_option_of_vllm_is_one_that_it_has() -> None:
         parsed = parser.parse_args(line)
         assert "--port" not in line or parsed.port == 8000
         assert "--max_loras" not in line or (parsed.enable_lora and parsed.max_lora_rank == 16)
+        # Nobody turns off what vLLM has on: None stands for its own choice.
+        assert parsed.enable_prefix_caching in (None, True)
     with pytest.raises(SystemExit):
         parser.parse_args(["--no-such-option", "1"])
 
