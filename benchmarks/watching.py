@@ -252,7 +252,12 @@ async def _ask_all(
 
         scraping = asyncio.ensure_future(_scrape(client))
         try:
-            return await asyncio.gather(*(ask(*request) for request in asked))
+            answers = await asyncio.gather(*(ask(*request) for request in asked))
+            if (
+                scraping.done()
+            ):  # It ends by failing alone, and the turn was not watched to its end.
+                scraping.result()
+            return answers
         finally:
             scraping.cancel()
 

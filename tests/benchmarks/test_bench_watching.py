@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import re
 import subprocess
 import sys
 
+import httpx
 import pytest
 from places import BENCHMARKS, ROOT
 
@@ -66,3 +68,25 @@ def test_every_process_of_a_server_watches_as_often_as_it_is_told() -> None:
     for module in modules:
         source = ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text()
         assert re.search(r"^(PERIOD|INTERVAL) = ", source, re.MULTILINE), module
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_turn_in_which_metrics_failed_is_none(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/metrics":
+            return httpx.Response(status)
+        await asyncio.sleep(0.05)
+        return httpx.Response(200, json={"choices": [{"token_ids": [7]}]})
+
+    def client(url: str) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=url, transport=httpx.MockTransport(answer))
+
+    monkeypatch.setattr(watching, "_client", client)
+    turn = watching._ask_all("http://here", [("sql", [1])], together=1, length=1)
+    if status == 200:
+        assert asyncio.run(turn) == [[7]]
+    else:
+        with pytest.raises(httpx.HTTPStatusError, match="500"):
+            asyncio.run(turn)
