@@ -78,19 +78,21 @@ def pick_block(block, starts, COUNT: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit
 def multiply(  # type: ignore[no-untyped-def]
-    left, right, total, LOW_PRECISION: tl.constexpr, PRECISION: tl.constexpr = "ieee"
+    left, right, total, LOW_PRECISION: tl.constexpr, TF32: tl.constexpr = False
 ):
     """``total + left @ right`` in float32.
 
     Args:
         LOW_PRECISION: operands are of one 16-bit dtype.
-        PRECISION: else of the product of float32 operands: "tf32" rounds them to 11 significant bits.
+        TF32: else cut operands to 11 significant bits, which NVIDIA's tensor cores multiply.
     """
     if LOW_PRECISION:
         # Products of two 16-bit floats are exact in the float32 accumulator.
         total = tl.dot(left, right, total)
+    elif TF32:
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="tf32")
     else:
-        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision=PRECISION)
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
     return total
 
 

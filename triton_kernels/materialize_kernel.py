@@ -87,7 +87,7 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
     SCALES: tl.constexpr,
     FORMAT: tl.constexpr,
     LOW_PRECISION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TF32: tl.constexpr,
     ORDER: tl.constexpr,
     ALIGNED_IN: tl.constexpr,
     ALIGNED_OUT: tl.constexpr,
@@ -160,7 +160,7 @@ def _materialize_kernel(  # type: ignore[no-untyped-def]
                 where, addresses, book_ptr, k0, k, start + first_col, width - first_col,
                 FORMAT, RIGHT, ALIGNED_IN, BLOCK_K, BLOCK_N,
             )  # fmt: skip
-            value = multiply(left, right, value, LOW_PRECISION, PRECISION)
+            value = multiply(left, right, value, LOW_PRECISION, TF32)
     inside = row_live[:, None] & col_live[None, :]
     value = tl.where(inside, value * scale, 0.0)
 
@@ -437,7 +437,7 @@ def kernel_constants(
         "SCALES": _TRITON_DTYPES[kind.scales],
         "FORMAT": kind.format,
         "LOW_PRECISION": native,
-        "PRECISION": "tf32" if tensor_cores else "ieee",
+        "TF32": tensor_cores,
         "ORDER": kind.order,
         "ALIGNED_IN": aligned_in,
         "ALIGNED_OUT": aligned_out,
