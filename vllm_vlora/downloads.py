@@ -410,7 +410,11 @@ def _fetch_all(
             fetch.stopped = True
             remote.close()
             threads.shutdown(cancel_futures=True)
-    return [fetched[file.key].result() if file.key in fetched else file for file in files]
+    # Two names may have one content, which came once.
+    return [
+        replace(file, sha256=fetched[file.key].result().sha256) if file.key in fetched else file
+        for file in files
+    ]
 
 
 class _Fetch:

@@ -724,6 +724,29 @@ def test_two_files_of_one_content_that_nothing_names(adapters: FileServer) -> No
     assert contents == {p.stat().st_ino for p in found.iterdir()}
 
 
+def test_files_of_one_content_that_a_store_names_keep_their_names(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Git LFS: a run's end and its last checkpoint, and one tokenizer of all."""
+    runs = {"sql": NEW[0], "sql/checkpoint-9": NEW[0], "fr": NEW[1]}
+    files = {
+        f"{run}/{name}": data
+        for run, new in runs.items()
+        for name, data in {**content(world.adapter(new)), "tokenizer.json": b"{}"}.items()
+    }
+    for name, data in files.items():
+        Store().pipe(f"/lfs/{name}", data)
+    listed = {
+        f"/lfs/{name}": {"size": len(data), "lfs": {"sha256": hashlib.sha256(data).hexdigest()}}
+        for name, data in files.items()
+    }
+    monkeypatch.setattr(Store, "find", lambda *_, **__: listed)
+    found = downloads.fetch_folder("store://lfs", ["*"], "adapter_config.json")
+    assert content(found) == files
+    # The name of the state says so too, and nothing is fetched again.
+    assert downloads.fetch_folder("store://lfs", ["*"], "adapter_config.json") == found
+
+
 @pytest.mark.parametrize("shorter", [False, True])
 def test_what_came_of_a_later_version_is_not_kept_as_the_former(
     adapters: FileServer, world: World, shorter: bool
