@@ -155,6 +155,39 @@ def test_a_link_that_leads_to_no_adapter_is_named(tmp_path: Path) -> None:
     assert found.passed_over == {tmp_path / "top" / "a" / "link": "no adapter_config.json in it"}
 
 
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    """To a folder or to a file; in an adapter it is the adapter's own affair."""
+    adapter(tmp_path / "fr")
+    adapter(tmp_path / "runs" / "de" / "adapter")
+    links = {
+        "sql": "/gone/adapter",
+        "runs/chat": "../gone",
+        "old.gguf": "gone.gguf",
+        "fr/x": "gone",
+    }
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "itself").symlink_to("itself")
+    found = find_adapters(tmp_path)
+    assert list(found.adapters) == ["fr", "runs"]
+    advice = "which is not there; copy or download it again"
+    assert {str(place.relative_to(tmp_path)): why for place, why in found.passed_over.items()} == {
+        "sql": f"a link to /gone/adapter, {advice}",
+        "runs/chat": f"a link to ../gone, {advice}",
+        "old.gguf": f"a link to gone.gguf, {advice}",
+        "itself": "a link to itself, which cannot be followed: Too many levels of symbolic links",
+    }
+
+
+def test_a_folder_of_nothing_but_links_that_lead_nowhere(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "sql").symlink_to("/gone/adapter")
+    assert "sql: a link to /gone/adapter" in run(
+        "compress", top, "-o", tmp_path / "out", code=2
+    ).stderr.replace("\n", " ")
+
+
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
 def test_a_folder_that_may_not_be_read_is_passed_over(mode: int) -> None:
     nobody, before = 65534, os.geteuid()

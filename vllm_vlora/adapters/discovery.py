@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
 
-from vllm_vlora.adapters.lookalikes import describe_file, describe_folder
+from vllm_vlora.adapters.lookalikes import describe_dead_link, describe_file, describe_folder
 from vllm_vlora.adapters.peft_config import CONFIG_FILE
 from vllm_vlora.snapshots import cached_snapshot, ref_name
 
@@ -126,6 +126,7 @@ def _walk(folder: Path, search: _Search, level: int, inside: bool = False) -> No
     said = describe_folder(folder) if level and search.count == before else None
     if said is None:
         search.passed_over |= {file: describe_file(file) for file in _lookalikes(folder)}
+        search.passed_over |= _dead_links(folder)
     if said is None and search.count == before and (level == 1 or os.path.islink(folder)):
         said = f"no {CONFIG_FILE} in it"
     if said is not None:
@@ -178,8 +179,17 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _folders(folder: Path) -> list[Path]:
-    children = (folder / name for name in _names(folder) if not name.startswith((".", "__")))
-    return [child for child in children if os.path.isdir(child)]
+    return [child for child in _children(folder) if os.path.isdir(child)]
+
+
+def _dead_links(folder: Path) -> dict[Path, str]:
+    """Links that lead nowhere, any of which may have been an adapter's, and where they lead."""
+    described = ((child, describe_dead_link(child)) for child in _children(folder))
+    return {child: why for child, why in described if why is not None}
+
+
+def _children(folder: Path) -> list[Path]:
+    return [folder / name for name in _names(folder) if not name.startswith((".", "__"))]
 
 
 def _names(folder: Path) -> list[str]:

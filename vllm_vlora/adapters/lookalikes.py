@@ -107,9 +107,9 @@ def describe_folder(folder: Path) -> str | None:
     if denied is not None:
         return f"it cannot be looked into: {denied}"
     for name in (_CONFIG, _WEIGHTS):
-        if os.path.islink(folder / name) and not os.path.exists(folder / name):
-            target = os.readlink(folder / name)
-            return f"{name} is a link to {target}, which is not there; copy or download it again"
+        dead = describe_dead_link(folder / name)
+        if dead is not None:
+            return f"{name} is {dead}"
     if not os.path.exists(folder / _CONFIG) and os.path.exists(folder / _WEIGHTS):
         return (
             "it has the weights alone; copy adapter_config.json too, in which rank and alpha stand"
@@ -121,6 +121,19 @@ def describe_folder(folder: Path) -> str | None:
     inner = sorted(path.parent.name for path in folder.glob(f"*/{_CONFIG}"))
     if inner:
         return f"its sub-folders {', '.join(inner[:5])} hold adapters; name one of them"
+    return None
+
+
+def describe_dead_link(path: Path) -> str | None:
+    """Where a link leads that leads nowhere; None for any other place."""
+    if not os.path.islink(path):
+        return None
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return f"a link to {os.readlink(path)}, which is not there; copy or download it again"
+    except OSError as error:
+        return f"a link to {os.readlink(path)}, which cannot be followed: {error.strerror}"
     return None
 
 
