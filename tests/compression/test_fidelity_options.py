@@ -273,6 +273,17 @@ def test_a_budget_is_replaced_by_every_size_of_a_prediction(tmp_path: Path) -> N
         predict(adapters, ratios=())
 
 
+@pytest.mark.parametrize("quantize", ["auto", "nf4"])
+def test_a_gate_holds_at_every_size_that_is_predicted(tmp_path: Path, quantize: str) -> None:
+    """Also beside a ratio that limits nothing."""
+    adapters = family(tmp_path / "in", 4, related=False)
+    options = CompressOptions(max_bytes=9_000, gate=1e-3, quantize=quantize)
+    points = predict(adapters, options, ratios=(0.5, 8))
+    # NF4 loses more than that, and eight times fewer bytes do in any format.
+    assert [point.ratio for point in points] == ([0.5] if quantize == "auto" else [])
+    assert all(point.candidate.worst_error <= 1e-3 for point in points)
+
+
 def recovered_by_error(adapters: dict[str, Adapter], sharpness: dict[str, float]) -> Any:
     """A judge by dense weights: 1 - sharpness * error^2 for each task."""
 

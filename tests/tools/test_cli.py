@@ -289,7 +289,8 @@ def test_names_rename_and_add(adapters: Path, tmp_path: Path) -> None:
         (["{sql}", "--ratio", "nan"], "ratio"),
         (["{sql}", "--max-error", "-1"], "max_error"),
         (["{sql}", "--num-components", "0"], "num_components"),
-        (["{sql}", "--gate", "0.1"], "give it with a ratio or max_bytes"),
+        (["{sql}", "--gate", "0.1"], "give it with a ratio above 1 or max_bytes"),
+        (["{sql}", "--ratio", "1", "--gate", "0.1"], "give it with a ratio above 1 or max_bytes"),
         (["{sql}", "--max-error", "0.1", "--data", "sql=text"], "leave out --data, or --max-error"),
     ],
 )

@@ -38,7 +38,7 @@ class CompressOptions:
             few bytes as possible.
         num_components: k of every shared basis, cut to what a module can have; implies ``joint``.
             Sets no limit on bytes, so that ``quantize`` auto then means none.
-        gate: with ``ratio`` or ``max_bytes``, the largest error that a task may have:
+        gate: with a ``ratio`` above one or ``max_bytes``, the largest error that a task may have:
             those above it get more of the bytes, up to their own factors untouched, and the others less.
         quantize: number format of factors, bases and cores. ``none`` is the adapters' own
             dtype; ``auto`` chooses by measured error among that, bfloat16, int8 and NF4.
@@ -131,10 +131,11 @@ class CompressOptions:
             raise OptionError(f"max_bytes must be at least 1, got {self.max_bytes}")
         _check_error("max_error", self.max_error)
         _check_error("gate", self.gate)
-        if self.gate is not None and self.ratio is None and self.max_bytes is None:
+        limits_bytes = self.max_bytes is not None or (self.ratio is not None and self.ratio > 1)
+        if self.gate is not None and not limits_bytes:
             raise OptionError(
                 "gate limits the error of the worst task in a number of bytes; give it with a ratio "
-                "or max_bytes"
+                "above 1 or max_bytes, or max_error in its place"
             )
         if self.num_components is not None and self.num_components < 1:
             raise OptionError(f"num_components must be at least 1, got {self.num_components}")

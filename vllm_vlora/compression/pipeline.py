@@ -109,9 +109,12 @@ def predict(
     """
     if not ratios:
         raise OptionError("no ratio to predict; give one or more")
+    given = options or CompressOptions()
     options = replace(
-        options or CompressOptions(),
+        given,
         ratio=min(ratios),
+        # Which a ratio without a limit would not take; each plan below has a number of bytes.
+        gate=given.gate if min(ratios) > 1 else None,
         max_bytes=None,
         max_error=None,
         num_components=None,
@@ -122,7 +125,7 @@ def predict(
         with Compression(collection, options, Path(scratch), progress) as compression:
             for ratio in ratios:
                 nbytes = math.floor(collection.original_nbytes / ratio)
-                budget = Budget(nbytes, gate_of(options, collection))
+                budget = Budget(nbytes, gate_of(given, collection))
                 plans = [
                     plan
                     for plan in compression.candidates.plans(budget)[0]
