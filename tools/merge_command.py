@@ -119,6 +119,8 @@ def merge(
     with reported(verbose, timeout):
         chosen = _parse_weights(weights)
         options = _method_options(method, density, drop_rate, seed, rank)
+        if checkpoint is not None and len(set(adapters)) < len(adapters):
+            raise OptionError("a task is named twice; name each once, with one weight")
         if new_task is not None:
             _check_blend(checkpoint, output, method)
             assert checkpoint is not None
@@ -262,8 +264,6 @@ def _blend(
         raise OptionError(
             f"{count_of(len(chosen), 'weight')} for {count_of(len(tasks), 'task')}; give one weight each"
         )
-    if len(set(tasks)) < len(tasks):
-        raise OptionError("a task is named twice; name each once, with one weight")
     named = dict(zip(tasks, chosen))
     return blend_tasks(checkpoint, named, new_task, **options)
 

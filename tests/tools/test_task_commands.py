@@ -353,9 +353,11 @@ def test_merge_refuses(folders: list[str], checkpoint: Path, tmp_path: Path) -> 
     assert "weighted sum" in error_line("merge", *tasks, "--as", "x", "--method", "ties")
     assert "give --checkpoint and --as" in error_line("merge", *two, "-o", out, "--format", "int8")
     assert "unknown" in error_line("merge", *tasks, "--as", "x", "--format", "int3")
-    assert "named twice" in error_line(
-        "merge", "--checkpoint", checkpoint, "task0", "task0", "--as", "x"
-    )
+    for where in (["--as", "x"], ["-o", out]):
+        assert "named twice" in error_line(
+            "merge", "--checkpoint", checkpoint, "task0", "task0", *where
+        )
+    assert "given twice" in error_line("merge", folders[0], folders[0], "-o", out)
     invoke("merge", *two, "-o", out)
     # Found before anything is read: the second adapter does not exist.
     assert "--force" in error_line("merge", two[0], tmp_path / "absent", "-o", out)
