@@ -405,8 +405,14 @@ def test_a_damaged_repository_leaves_nothing_behind(
         (remote / name).unlink()
     else:
         (remote / name).write_bytes((remote / name).read_bytes()[:-2])
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(CheckpointError, match=name) as refused:
         pull_checkpoint(REPO, tmp_path / "copy")
+    # The file that is damaged, and not its copy, which nobody finds.
+    assert f"{tmp_path}/copy" not in str(refused.value)
+    assert ".copy." not in str(refused.value)
+    if damage in ("cut", "basis"):
+        assert f"/{name}: " in str(refused.value)
+        assert Path(str(refused.value).partition(": ")[0]).is_file()
     assert sorted(os.listdir(tmp_path)) == ["adapters", "ckpt", "hub"]
 
 

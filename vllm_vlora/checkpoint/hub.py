@@ -177,8 +177,9 @@ def pull_checkpoint(ref: str, output: str | Path, *, force: bool = False) -> Che
                 if isinstance(error, FileNotFoundError):
                     reason = "missing; it was not pushed whole"
                 raise CheckpointError(f"{ref}: {name} is {reason}") from error
-        _check_sound(folder)
-        check_content(folder, Checkpoint.open(folder).content_digest, opened.content_digest)
+        # Of what was copied: nobody finds this folder, and at ``output`` may be the one before.
+        _check_sound(folder, snapshot)
+        check_content(snapshot, Checkpoint.open(folder).content_digest, opened.content_digest)
     return Checkpoint.open(output)
 
 
@@ -222,7 +223,7 @@ def _check_repo_id(repo_id: str) -> None:
         ) from error
 
 
-def _check_sound(path: Path, said: Path | None = None) -> None:
+def _check_sound(path: Path, said: Path) -> None:
     """Raise CheckpointError unless every file of the checkpoint is as its manifest says.
 
     Args:
@@ -231,7 +232,7 @@ def _check_sound(path: Path, said: Path | None = None) -> None:
     problems = validate(path)
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        first = problems[0].replace(str(path), str(said or path))
+        first = problems[0].replace(str(path), str(said))
         raise CheckpointError(f"{first}{more}; nothing was published")
 
 
