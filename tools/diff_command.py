@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from vllm_vlora.errors import OptionError
 from vllm_vlora.tools.common_options import Plot
 from vllm_vlora.tools.terminal import AsJson, Verbose, print_result, reported
-from vllm_vlora.wording import count_of
+from vllm_vlora.wording import count_of, without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +60,8 @@ def _open(refs: list[str]) -> tuple[tuple[str, str], tuple[Update, Update]]:
     from vllm_vlora.merging.blending import read_tasks
 
     if len(refs) == 2:
-        first, second = map(open_adapter, refs)
+        # Two folders may have one last name; errors name what was given, as the table does.
+        first, second = (replace(open_adapter(ref), name=without_secrets(ref)) for ref in refs)
         return (refs[0], refs[1]), (first, second)
     if len(refs) == 3:
         task_a, task_b = read_tasks(Checkpoint.open(refs[0]), refs[1:])

@@ -222,6 +222,8 @@ def _read(
             opened = Checkpoint.open(checkpoint)
             check_apart(output, [opened.path])
             weights = read_tasks(opened, refs)
+            for task, read_task in zip(refs, weights):
+                read_task.name = task
             print_left_behind(messages, [task for task in refs if task in opened.attachments])
             return refs, weights, []
         from vllm_vlora.adapters.collection import reading_warnings

@@ -18,7 +18,7 @@ from tiny_adapters import (
     tiny_weights,
 )
 
-from vllm_vlora.adapters.peft_folder import open_adapter
+from vllm_vlora.adapters.peft_folder import Adapter, open_adapter
 from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.merging import merging
 from vllm_vlora.merging.merging import (
@@ -444,7 +444,7 @@ def test_embeddings_stay_embeddings() -> None:
     for method in MERGE_METHODS.values():
         assert method(adapters).kinds == {"embed_tokens": "embedding"}
     adapters[1].kinds.clear()
-    with pytest.raises(AdapterError, match="linear in adapter 1 and embedding"):
+    with pytest.raises(AdapterError, match="linear in adapter 1 and embedding in adapter 0"):
         task_arithmetic(adapters)
 
 
@@ -472,9 +472,32 @@ def test_bad_options(words: str, call: Callable[[], object]) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_adapters_that_do_not_fit_are_called_by_their_names(tmp_path: Path) -> None:
+    def saved(name: str, weights: LoRAWeights) -> Adapter:
+        return open_adapter(save_adapter(weights, tmp_path / name))
+
+    sql = saved("sql", tiny_weights(0))
+    wide = saved("fr", tiny_weights(1, shapes={"layers.0.q_proj": (12, 9)}))
+    for adapters in ([sql, wide], [LoRAWeights.from_adapter(adapter) for adapter in (sql, wide)]):
+        with pytest.raises(
+            AdapterError, match="8 x 12 in adapter 'sql' and 9 x 12 in adapter 'fr'"
+        ):
+            task_arithmetic(adapters)
+    with pytest.raises(AdapterError, match="rank 2 in adapter 'sql' and 3 in adapter 'de'"):
+        ties_merge([sql, saved("de", tiny_weights(1, rank=3))], space="factors")
+    heads = []
+    for number in range(2):
+        weights = tiny_weights(number)
+        weights.extra["score.weight"] = torch.full((2, 12), float(number))
+        weights.name = f"task{number}"
+        heads.append(weights)
+    with pytest.raises(AdapterError, match=r"score\.weight of adapter 'task1' differs"):
+        task_arithmetic(heads)
+
+
 def test_adapters_that_do_not_fit() -> None:
     other = tiny_weights(1, shapes={"layers.0.q_proj": (12, 9)})
-    with pytest.raises(AdapterError, match="8 x 12 in one adapter and 9 x 12 in adapter 1"):
+    with pytest.raises(AdapterError, match="8 x 12 in adapter 0 and 9 x 12 in adapter 1"):
         task_arithmetic([*unequal(1), other])
     with pytest.raises(AdapterError, match="rank 2 in adapter 0 and 3 in adapter 1"):
         ties_merge([tiny_weights(0), tiny_weights(1, rank=3)], space="factors")

@@ -177,6 +177,13 @@ def test_analyze_refuses(folders: list[str], tmp_path: Path) -> None:
     assert "neither .html nor .png" in error_line("analyze", *folders, "--plot", "a.pdf")
     assert "no folder" in error_line("analyze", *folders, "--plot", tmp_path / "x" / "a.html")
     assert "same task id" in error_line("analyze", folders[0], _copied(folders[0], tmp_path))
+    wide = tiny_weights(1, shapes={"layers.0.q_proj": (10, 8)})
+    other = save_adapter(wide, tmp_path / "other" / "task_0")
+    called = error_line("analyze", folders[0], "--name", f"wide={other}")
+    assert "8 x 12 in adapter 'task_0' and 8 x 10 in adapter 'wide'" in called
+    assert f"8 x 12 in adapter '{folders[0]}' and 8 x 10 in adapter '{other}'" in error_line(
+        "diff", folders[0], other
+    )
 
 
 def _copied(folder: str, root: Path) -> Path:

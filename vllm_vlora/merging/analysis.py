@@ -24,7 +24,7 @@ from vllm_vlora.errors import AdapterError, OptionError
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.representations.factors import small_product, stacked_singular_values
 from vllm_vlora.subspace.layers import FlatLayer, JointLayer
-from vllm_vlora.subspace.weights import Update, in_memory, under_shared_names
+from vllm_vlora.subspace.weights import Update, called, in_memory, under_shared_names
 from vllm_vlora.wording import count_of
 
 if TYPE_CHECKING:
@@ -352,18 +352,20 @@ def by_layer(adapters: Sequence[Update]) -> Iterator[tuple[str, list[tuple[int, 
                 if name in owned[place]:
                     a, b = next(scaled_layers(adapter, [name]) if read is None else read)[1]
                     pairs.append((place, (a.cpu(), b.cpu())))
-            _check_shapes(name, pairs)
+            _check_shapes(name, pairs, adapters)
             yield name, pairs
 
 
-def _check_shapes(name: str, pairs: Sequence[tuple[int, Factors]]) -> None:
+def _check_shapes(
+    name: str, pairs: Sequence[tuple[int, Factors]], adapters: Sequence[Update]
+) -> None:
     first, (a, b) = pairs[0]
     for place, (other_a, other_b) in pairs[1:]:
         if (other_b.shape[0], other_a.shape[1]) != (b.shape[0], a.shape[1]):
             raise AdapterError(
-                f"layer {name} is {b.shape[0]} x {a.shape[1]} in adapter {first} and "
-                f"{other_b.shape[0]} x {other_a.shape[1]} in adapter {place}; compare adapters of "
-                "one base model only"
+                f"layer {name} is {b.shape[0]} x {a.shape[1]} in {called(adapters[first], first)} and "
+                f"{other_b.shape[0]} x {other_a.shape[1]} in {called(adapters[place], place)}; compare "
+                "adapters of one base model only"
             )
 
 

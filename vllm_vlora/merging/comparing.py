@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ def analyze_adapters(
     Args:
         threshold: the cosine from which two adapters are in one cluster.
     """
-    names, opened = list(adapters), list(adapters.values())
+    names = list(adapters)
+    # What errors name is what the caller calls them.
+    opened = [replace(adapter, name=name) for name, adapter in adapters.items()]
     if len(opened) < 2:
         raise OptionError(f"{count_of(len(opened), 'adapter')} given; this needs at least 2")
     products = torch.zeros(len(opened), len(opened), dtype=torch.float64)

@@ -32,6 +32,7 @@ from vllm_vlora.subspace.weights import (
     LoRAWeights,
     Update,
     base_models,
+    called,
     exact_config,
     in_memory,
     under_shared_names,
@@ -255,13 +256,23 @@ def dare_mask(
 
 @dataclass(frozen=True)
 class _Part:
-    """One adapter's share of a layer: weight * scale * B A; ``place`` is the adapter's."""
+    """One adapter's share of a layer: weight * scale * B A.
+
+    Attributes:
+        place: of the adapter in its list. whose: what errors call the adapter.
+    """
 
     place: int
+    whose: str
     weight: float
     scale: float
     a: torch.Tensor
     b: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the layer's update, (d_out, d_in)."""
+        return self.b.shape[0], self.a.shape[1]
 
 
 @dataclass(frozen=True)
@@ -432,8 +443,8 @@ def _factor_terms(name: str, side: str, parts: Sequence[_Part]) -> Iterator[_Ter
     for part in parts:
         if len(part.a) != len(parts[0].a):
             raise AdapterError(
-                f"layer {name} has rank {len(parts[0].a)} in adapter {parts[0].place} and "
-                f"{len(part.a)} in adapter {part.place}; factors of different ranks do not match, "
+                f"layer {name} has rank {len(parts[0].a)} in {parts[0].whose} and "
+                f"{len(part.a)} in {part.whose}; factors of different ranks do not match, "
                 "merge with space='weights'"
             )
         product = part.weight * part.scale
@@ -450,7 +461,8 @@ def _merged(
     merge: Callable[[str, Sequence[_Part]], _Merged],
 ) -> MergedWeights:
     adapters = under_shared_names(in_memory(given))
-    kinds, extra = _common_kinds(adapters), common_extra([a.extra for a in adapters])
+    names = [called(adapter, place) for place, adapter in enumerate(adapters)]
+    kinds, extra = _common_kinds(adapters, names), common_extra([a.extra for a in adapters], names)
     lora_a, lora_b, errors = {}, {}, {}
     lost = norm = 0.0
     for name in sorted({name for adapter in adapters for name in adapter.layer_names}):
@@ -479,35 +491,43 @@ def _merged(
 
 
 def _parts(adapters: Sequence[LoRAWeights], weights: Sequence[float], name: str) -> Iterator[_Part]:
-    shape: tuple[int, int] | None = None
+    first: _Part | None = None
     for place, (adapter, weight) in enumerate(zip(adapters, weights)):
         if name not in adapter.lora_a:
             continue
         a, b = adapter.lora_a[name].float(), adapter.lora_b[name].float()
-        if shape is not None and shape != (b.shape[0], a.shape[1]):
+        part = _Part(place, called(adapter, place), weight, adapter.scale(name), a, b)
+        first = first or part
+        if part.shape != first.shape:
             raise AdapterError(
-                f"layer {name} is {shape[0]} x {shape[1]} in one adapter and {b.shape[0]} x "
-                f"{a.shape[1]} in adapter {place}; merge adapters of one base model only"
+                f"layer {name} is {first.shape[0]} x {first.shape[1]} in {first.whose} and "
+                f"{part.shape[0]} x {part.shape[1]} in {part.whose}; merge adapters of one base model "
+                "only"
             )
-        shape = b.shape[0], a.shape[1]
-        yield _Part(place, weight, adapter.scale(name), a, b)
+        yield part
 
 
-def _common_kinds(adapters: Sequence[LoRAWeights]) -> dict[str, str]:
-    kinds: dict[str, str] = {}
-    for place, adapter in enumerate(adapters):
-        for name in adapter.layer_names:
-            kind = adapter.kinds.get(name, "linear")
-            if kinds.setdefault(name, kind) != kind:
+def _common_kinds(adapters: Sequence[LoRAWeights], names: Sequence[str]) -> dict[str, str]:
+    kinds: dict[str, tuple[str, str]] = {}
+    for whose, adapter in zip(names, adapters):
+        for layer in adapter.layer_names:
+            kind = adapter.kinds.get(layer, "linear")
+            known, first = kinds.setdefault(layer, (kind, whose))
+            if kind != known:
                 raise AdapterError(
-                    f"layer {name} is {kind} in adapter {place} and {kinds[name]} in another; "
-                    "merge adapters of one base model only"
+                    f"layer {layer} is {kind} in {whose} and {known} in {first}; merge adapters of "
+                    "one base model only"
                 )
-    return {name: kind for name, kind in kinds.items() if kind != "linear"}
+    return {layer: kind for layer, (kind, _) in kinds.items() if kind != "linear"}
 
 
-def common_extra(extras: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def common_extra(
+    extras: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
     """Classifier heads and the like of all; there is no sum of two, as they replace the base model's.
+
+    Args:
+        names: what errors call the adapters; by default their places.
 
     Raises:
         AdapterError: two of one name differ.
@@ -517,8 +537,9 @@ def common_extra(extras: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torc
         for key, tensor in tensors.items():
             known = extra.setdefault(key, tensor)
             if not _same_bytes(known, tensor):
+                whose = names[place] if names else f"number {place}"
                 raise AdapterError(
-                    f"tensor {key} of number {place} differs from that of another one, and heads "
+                    f"tensor {key} of {whose} differs from that of another one, and heads "
                     "cannot be merged; keep it in one of them only, or choose others"
                 )
     return extra

@@ -285,6 +285,7 @@ class SharedSubspace(FittedState):
             max((a.shape[0] for a, _ in factors.values()), default=0),
             kinds={layer: kind for layer, kind in kinds.items() if kind != "linear"},
             extra={name: tensor.clone() for name, tensor in task.origin.extra.items()},
+            name=task_id,
         )
         metadata = {"peft_type": "LORA", "task_type": None, **deepcopy(dict(task.origin.metadata))}
         if not metadata.get("target_modules"):

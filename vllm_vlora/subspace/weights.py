@@ -42,6 +42,7 @@ class LoRAWeights:
         metadata: ``adapter_config.json`` as read; {} where nothing is known, and the scale is then 1.
         kinds: layer -> "embedding" where it is not linear.
         extra: tensors that are not LoRA (classifier heads, ...) under PEFT's names.
+        name: what errors call it; empty where nothing gives one.
 
     Raises:
         AdapterError: a layer lacks a factor, shapes disagree, ``rank`` is not the largest, or a value is
@@ -61,6 +62,7 @@ class LoRAWeights:
     metadata: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    name: str = ""
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -98,6 +100,7 @@ class LoRAWeights:
             dict(adapter.config),
             {m.name: m.kind for m in adapter.modules.values() if m.kind != "linear"},
             adapter.extra_tensors(),
+            adapter.name,
         )
 
     @property
@@ -136,6 +139,7 @@ class LoRAWeights:
             metadata,
             {new: self.kinds[name] for new, name in old.items() if name in self.kinds},
             self.extra,
+            self.name,
         )
 
     def scaled(self, layer: str) -> Factors:
@@ -205,6 +209,11 @@ def shapes_of(adapter: Update) -> dict[str, LayerShape]:
         )
         for name in sorted(adapter.layer_names)
     }
+
+
+def called(adapter: Update, place: int) -> str:
+    """What an error calls one of several adapters: by its name, or else by its place among them."""
+    return f"adapter {adapter.name!r}" if adapter.name else f"adapter {place}"
 
 
 def under_shared_names(
