@@ -338,7 +338,9 @@ def _origin(subspace: SharedSubspace, weights: Mapping[str, float]) -> TaskOrigi
     )
     if known:
         config |= {"r": subspace.rank, "lora_alpha": subspace.rank}
-    extra = common_extra([task.origin.extra for task in tasks])
+    extra = common_extra(
+        [task.origin.extra for task in tasks], [f"task {name!r}" for name in weights]
+    )
     return TaskOrigin(
         config,
         extra,
@@ -476,7 +478,10 @@ class _Blend:
             error=relative(lost, norm),
             adapter_config=self._config(modules),
             source=_formula(self._weights),
-            extra=common_extra([task.extra for task in self._tasks]),
+            extra=common_extra(
+                [task.extra for task in self._tasks],
+                [f"task {task.task_id!r}" for task in self._tasks],
+            ),
             renamed=self._renamed,
         )
         writer.attachments.carry(task_id, self._checkpoint.path, self._companions)

@@ -426,7 +426,7 @@ def _check_formed(name: str, part: _Part) -> None:
         scale > 0 and 0 < mean * min(scale, 1.0) < limits.tiny
     ):
         raise AdapterError(
-            f"layer {name} of adapter {part.place} has an update beyond float32's range, with a norm of "
+            f"layer {name} of {part.whose} has an update beyond float32's range, with a norm of "
             f"{norm * scale:.1e}; merge with task_arithmetic, which forms no update"
         )
 
@@ -522,22 +522,21 @@ def _common_kinds(adapters: Sequence[LoRAWeights], names: Sequence[str]) -> dict
 
 
 def common_extra(
-    extras: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str] = ()
+    extras: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """Classifier heads and the like of all; there is no sum of two, as they replace the base model's.
 
     Args:
-        names: what errors call the adapters; by default their places.
+        names: what errors call whose they are.
 
     Raises:
         AdapterError: two of one name differ.
     """
     extra: dict[str, torch.Tensor] = {}
-    for place, tensors in enumerate(extras):
+    for whose, tensors in zip(names, extras, strict=True):
         for key, tensor in tensors.items():
             known = extra.setdefault(key, tensor)
             if not _same_bytes(known, tensor):
-                whose = names[place] if names else f"number {place}"
                 raise AdapterError(
                     f"tensor {key} of {whose} differs from that of another one, and heads "
                     "cannot be merged; keep it in one of them only, or choose others"
