@@ -70,3 +70,12 @@ def test_pinned_adapters_and_those_that_go_on_unasked_keep_their_slots() -> None
     pinned.clear()
     assert room.begin(set(), ready=slotted(1))
     assert has(room, slotted(2)) == [True]
+
+
+def test_who_only_may_go_on_keeps_no_slot_where_there_is_one_for_each_place() -> None:
+    room = Room(2, 2)
+    room.begin(set(), ready=slotted(1, 2))
+    assert has(room, slotted(3)) == [True]
+    fewer = Room(2, 3)
+    fewer.begin(set(), ready=slotted(1, 2))
+    assert has(fewer, slotted(3)) == [False]

@@ -454,6 +454,28 @@ def test_an_idle_session_keeps_the_slot_that_it_goes_on_with(make: Make) -> None
     assert engine.answers["b"] == 30
 
 
+@pytest.mark.parametrize(
+    ("settings", "direct"),
+    [(Settings(), False), (Settings(fair=True), False), (Settings(fair=True, slots=8), True)],
+)
+def test_idle_sessions_keep_no_slot_where_there_are_slots_for_all(
+    make: Make, settings: Settings, direct: bool
+) -> None:
+    """As by stock code, which is the first of these: it holds their next pieces back itself."""
+    engine = make(settings, direct=direct)
+    tasks = "abc"
+    assert len(tasks) == engine.scheduler.lora_config.max_loras
+    engine.send(*(engine.request(f"session {t}", t, resumable=True) for t in tasks))
+    for _ in range(10):
+        engine.step()
+    engine.send(engine.request("d", "d"))
+    for _ in range(20):
+        engine.step()
+    assert engine.answers["d"] == 5
+    engine.send(*(engine.request(f"session {t}", t, prompt=1) for t in tasks))
+    engine.finish()
+
+
 def test_a_scheduler_is_stock_where_there_are_slots_for_all(make: Make) -> None:
     engine = make(Settings(slots=8), direct=True)
     assert not hasattr(engine.scheduler, "_vlora_tenants")

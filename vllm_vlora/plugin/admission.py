@@ -61,6 +61,11 @@ class _Places:
         changed, self._taken = taken != self._taken, taken
         return changed
 
+    @property
+    def unpinned(self) -> int:
+        """Places that no pinned adapter keeps."""
+        return self._places - len(self._pinned)
+
     def forget_who_waits(self) -> None:
         """All who found no place ask again."""
         self._first = None
@@ -97,7 +102,10 @@ class Room:
         Args:
             running: adapters of requests that run. ready: of requests that may go on without asking.
         """
-        slotted = {adapter.number for adapter in running | ready if adapter.needs_slot}
+        # Where slots cannot run out before places, vLLM itself holds back who would go on: kept for those
+        # that are idle, slots would be lost to all others for nothing.
+        kept = ready if self._slots.unpinned < self._adapters.unpinned else frozenset()
+        slotted = {adapter.number for adapter in running | kept if adapter.needs_slot}
         changed = self._slots.begin(slotted)
         return self._adapters.begin({adapter.number for adapter in running}) or changed
 
