@@ -499,6 +499,49 @@ def test_what_cannot_begin_has_room_only_where_it_goes_on_unasked(
     assert take(queue) == taken
 
 
+def test_lines_of_a_tenant_share_its_counter_its_limit_and_its_order() -> None:
+    """Two states of a task, told apart by what a request costs; one of them has no room."""
+    tenants: Tenants[Request] = Tenants(
+        fair=True,
+        limit=3,
+        by_priority=False,
+        tenant_of=lambda request: request.tenant,
+        price=lambda request: request.price,
+        room=Room(1, 9),
+        adapter_of=lambda r: (
+            Adapter(int(r.price or 0), needs_slot=r.price != 2) if r.tenant else None
+        ),
+        line_of=lambda request: request.price,
+    )
+    queue = tenants.queue()
+    other, *own = [Request("b", 3), *(Request("a", price) for price in (1, 2, 2, 1, 2))]
+    for request in own:
+        queue.add_request(request)
+    tenants.begin_step([other])
+    assert [queue.pop_request() for _ in range(3)] == [own[1], own[2], own[4]]
+    assert (tenants.served("a"), tenants.waiting["a"], len(queue)) == (6, 2, 2)
+    tenants.begin_step(own[1:3])
+    assert queue.pop_request() is own[0], "its slot is free, and one more may run"
+    assert not queue
+    queue.remove_requests(own)
+    assert (len(queue), queue._lines, queue._lines_of, queue._passed_over) == (0, {}, {}, set())
+
+
+@pytest.mark.parametrize("states", [1, 2, 3])
+def test_the_order_is_the_same_with_lines_for_each_adapter(states: int) -> None:
+    """Where all have room, of fairness and of coming."""
+    for fair in (False, True):
+        tenants = make(fair=fair)
+        tenants._line_of = lambda request: int(request.price or 0) % states
+        plain = make(fair=fair)
+        queue, alone = tenants.queue(), plain.queue()
+        requests = [Request("abc"[i % 3 if i % 5 else 0], 1 + i * 7 % 4) for i in range(60)]
+        for request in requests:
+            queue.add_request(request)
+            alone.add_request(request)
+        assert [queue.pop_request() for _ in requests] == [alone.pop_request() for _ in requests]
+
+
 def test_a_step_costs_nothing_for_those_that_find_no_room() -> None:
     """10,000 requests of 500 adapters, while all slots are taken."""
     tenants = make_with_room(8)

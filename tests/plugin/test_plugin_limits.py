@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_vlora.errors import TaskBusyError
-from vllm_vlora.plugin.fair_queue import Tenants
+from vllm_vlora.plugin.fair_queue import Line, TenantQueue, Tenants
 from vllm_vlora.plugin.seam_table import Place, find_seams
 from vllm_vlora.plugin.settings import Settings
 
@@ -21,7 +21,7 @@ def limits() -> Any:
 
 
 def request(name: str, task: str | None = "sql") -> Any:
-    lora = SimpleNamespace(lora_name=task) if task else None
+    lora = SimpleNamespace(lora_name=task, lora_int_id=1, lora_path=f"/{task}") if task else None
     return SimpleNamespace(request_id=name, lora_request=lora, client_index=3)
 
 
@@ -120,7 +120,7 @@ def tenants_of(limit: int, waiting: dict[Any, int]) -> Tenants[Any]:
     )
     for tenant, count in waiting.items():
         for _ in range(count):
-            found.come(tenant)
+            found.come(Line(tenant, None))
     return found
 
 
@@ -257,10 +257,11 @@ def test_what_the_next_step_has_room_for_does_not_wait(
         vllm_config=SimpleNamespace(),
     )
     taken: list[str] = []
+    waiting: TenantQueue[Any] = tenants.queue()
 
     def take(self: Any, one: Any, wave: int) -> None:
         taken.append(one.request_id)
-        tenants.come("sql")
+        waiting.add_request(one)
 
     add = limits._refuse_above(take, 2)
     for number in range(20):

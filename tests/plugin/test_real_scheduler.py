@@ -422,6 +422,25 @@ def test_a_task_that_becomes_direct_waits_for_a_slot_no_longer(make: Make) -> No
     engine.finish()
 
 
+def test_a_new_state_of_a_task_does_not_wait_for_the_slot_of_the_old(make: Make) -> None:
+    """What runs direct needs none, and goes in the order of stock vLLM."""
+    engine = make(Settings(slots=1), direct=True)
+    kinds_of(engine.scheduler)["/sql@new"] = True
+    engine.send(engine.request("holder", "x", answer=100))
+    engine.step()
+    engine.send(engine.request("old", "sql", path="/sql@old"))
+    names = [f"new {i}" for i in range(6)]
+    engine.send(*(engine.request(name, "sql", path="/sql@new") for name in names))
+    for _ in range(20):
+        engine.step()
+    assert engine.began == ["holder", *names]
+    assert (engine.answers["old"], engine.answers["new 5"]) == (0, 5)
+    finish = importlib.import_module("vllm.v1.request").RequestStatus.FINISHED_ABORTED
+    engine.scheduler.finish_requests("holder", finish)
+    engine.finish()
+    assert engine.answers["old"] == 5
+
+
 def test_a_pinned_adapter_keeps_its_slot_while_nobody_asks_for_it(make: Make) -> None:
     engine = make(Settings(slots=2), direct=True)
     pinned_of(engine.scheduler).add(engine.request("", "p").lora_request.lora_int_id)

@@ -17,6 +17,10 @@ names as the next.
 Between two tenants that have requests waiting all the time, weighted service differs by no more than the
 largest cost of a request of either. Within a tenant, and where sharing is not fair, the order is vLLM's
 own: of coming, or of priority, which comes before fairness where vLLM is told to keep it.
+
+A tenant has a line of requests for each adapter: a task that was published again has one for its old
+state, which may wait for a slot, and one for its new, which need not. Counters and limits are common to
+both.
 """
 
 from __future__ import annotations
@@ -24,15 +28,15 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from vllm_vlora.plugin.admission import Adapter, Room
 
 Tenant = str | None
 # Priority, time of arrival where priorities count, place in the order of coming.
 Rank = tuple[int, float, int]
-# Priority, tokens served where sharing is fair, and the rest of the rank of the tenant's first request.
+# Priority, tokens served where sharing is fair, and the rest of the rank of the line's first request.
 Key = tuple[int, float, float, int]
 
 # Tenants with a counter before those that need none are looked for and forgotten.
@@ -52,6 +56,13 @@ class Waiting(Protocol):
 RequestT = TypeVar("RequestT", bound=Waiting)
 
 
+class Line(NamedTuple):
+    """Requests of a tenant that find room together or not at all."""
+
+    tenant: Tenant
+    adapter: Hashable
+
+
 class Tenants(Generic[RequestT]):
     """What every tenant was served, how many of its requests run, and how many wait; shared by queues.
 
@@ -65,6 +76,7 @@ class Tenants(Generic[RequestT]):
         weight: the share of a tenant beside that of the others.
         room: what the adapters of a batch may take; None where nothing limits them.
         adapter_of: the adapter of a request, None for the base model's.
+        line_of: what tells requests of a tenant apart that are for different adapters, and never changes.
         goes_on_elsewhere: whether what was taken and could not begin yet may go on without coming back.
     """
 
@@ -79,16 +91,17 @@ class Tenants(Generic[RequestT]):
         weight: Callable[[Tenant], float] = lambda _: 1.0,
         room: Room | None = None,
         adapter_of: Callable[[RequestT], Adapter | None] = lambda _: None,
+        line_of: Callable[[RequestT], Hashable] = lambda _: None,
         goes_on_elsewhere: bool = False,
     ) -> None:
         self.fair, self.limit, self.by_priority = fair, limit, by_priority
         self.tenant_of, self._price, self._weight = tenant_of, price, weight
-        self._room, self._adapter_of = room, adapter_of
+        self._room, self._adapter_of, self._line_of = room, adapter_of, line_of
         self._goes_on_elsewhere = goes_on_elsewhere
         self._steps = 0
         self.waiting: Counter[Tenant] = Counter()
         # Of these, since the last step began.
-        self._came: Counter[Tenant] = Counter()
+        self._came: Counter[Line] = Counter()
         self._served: dict[Tenant, float] = {}
         self._running: Counter[Tenant] = Counter()
         # What was taken in this step, with its price: it may come back before the step ends.
@@ -153,19 +166,22 @@ class Tenants(Generic[RequestT]):
         room = places - len(running) - (self.waiting.total() - waiting)
         if self.limit:
             room = min(room, self.limit - sum(self.tenant_of(one) == tenant for one in running))
-        if self._room is not None and not self._finds_room(tenant, running, ready):
-            room = 0
-        return waiting - max(min(room, self._came[tenant]), 0)
+        came = sum(self._came[line] for line in self._lines_with_room(tenant, running, ready))
+        return waiting - max(min(room, came), 0)
 
-    def _finds_room(
+    def _lines_with_room(
         self, tenant: Tenant, running: Iterable[RequestT], ready: Iterable[RequestT]
-    ) -> bool:
-        """Whether a tenant's adapter would have room if a step began now."""
+    ) -> set[Line]:
+        """A tenant's lines whose adapter would have room if a step began now."""
         if self._refresh_room(running, ready):
             # All who found none are asked in the step that begins.
             self.look_soon()
-        first = [one for queue in self._queues if (one := queue.first_of(tenant)) is not None]
-        return any(self._has_room(*one) for one in first)
+        return {
+            line
+            for queue in self._queues
+            for line, request, key in queue.first_of(tenant)
+            if self._has_room(request, key)
+        }
 
     def may_run(self, tenant: Tenant, request: RequestT, key: Key) -> bool:
         """Whether a tenant's first request may run; the base model is not limited."""
@@ -201,12 +217,16 @@ class Tenants(Generic[RequestT]):
 
     # What follows is for their queues.
 
-    def come(self, tenant: Tenant) -> None:
+    def line_of(self, request: RequestT) -> Line:
+        """The line in which a request waits."""
+        return Line(self.tenant_of(request), self._line_of(request))
+
+    def come(self, line: Line) -> None:
         """A request begins to wait."""
-        if self.fair and not self.waiting[tenant]:
-            self._lift(tenant)
-        self.waiting[tenant] += 1
-        self._came[tenant] += 1
+        if self.fair and not self.waiting[line.tenant]:
+            self._lift(line.tenant)
+        self.waiting[line.tenant] += 1
+        self._came[line] += 1
 
     def leave(self, tenant: Tenant, requests: int = 1) -> None:
         """Requests wait no longer."""
@@ -246,14 +266,14 @@ class Tenants(Generic[RequestT]):
 
     def _came_forward(self, tenant: Tenant) -> None:
         for queue in self._queues:
-            queue.offer(tenant)
+            queue.offer_all_of(tenant)
 
     def _count(self, tenant: Tenant, more: int) -> None:
         if self.limit:
             self._running[tenant] += more
 
     def _lift(self, tenant: Tenant) -> None:
-        first = [self.served(t) for queue in self._queues for t in queue.first_tenant()]
+        first = [self.served(line.tenant) for queue in self._queues for line in queue.first_line()]
         # The first may be one that cannot begin, and has not for long.
         least = max(self._level, min(first) if first else self.served(self._last))
         self._served[tenant] = max(self.served(tenant), least)
@@ -273,19 +293,20 @@ class TenantQueue(Generic[RequestT]):
 
     def __init__(self, tenants: Tenants[RequestT]) -> None:
         self._tenants = tenants
-        self._lines: dict[Tenant, list[tuple[Rank, RequestT]]] = {}
-        # A heap of tenants. An entry counts while it is the key under which the tenant was last offered;
+        self._lines: dict[Line, list[tuple[Rank, RequestT]]] = {}
+        self._lines_of: dict[Tenant, set[Line]] = {}
+        # A heap of lines. An entry counts while it is the key under which the line was last offered;
         # keys that grew since are found out when they come up.
-        self._heap: list[tuple[Key, Tenant]] = []
-        self._offered: dict[Tenant, Key] = {}
-        self._passed_over: set[Tenant] = set()
+        self._heap: list[tuple[Key, Line]] = []
+        self._offered: dict[Line, Key] = {}
+        self._passed_over: set[Line] = set()
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
     def __bool__(self) -> bool:
-        return bool(self.first_tenant())
+        return bool(self.first_line())
 
     def __iter__(self) -> Iterator[RequestT]:
         for _, request in sorted(
@@ -295,15 +316,15 @@ class TenantQueue(Generic[RequestT]):
 
     def add_request(self, request: RequestT) -> None:
         """Have a request wait behind those of its tenant."""
-        tenant = self._tenants.tenant_of(request)
-        self._tenants.come(tenant)
-        self._put(tenant, request, next(self._tenants.order_of_coming))
+        line = self._tenants.line_of(request)
+        self._tenants.come(line)
+        self._put(line, request, next(self._tenants.order_of_coming))
 
     def prepend_request(self, request: RequestT) -> None:
         """Have one wait that was taken or has run, before the others of its tenant."""
-        tenant = self._tenants.tenant_of(request)
-        self._put(tenant, request, next(self._tenants.order_of_return))
-        self._tenants.put_back(tenant, request)
+        line = self._tenants.line_of(request)
+        self._put(line, request, next(self._tenants.order_of_return))
+        self._tenants.put_back(line.tenant, request)
 
     def prepend_requests(self, requests: Iterable[RequestT]) -> None:
         """The same for several; the last of them is then the first."""
@@ -316,13 +337,12 @@ class TenantQueue(Generic[RequestT]):
 
     def pop_request(self) -> RequestT:
         """Take it."""
-        tenant = self._first()
-        line = self._lines[tenant]
-        _, request = heapq.heappop(line)
-        if not line:
-            del self._lines[tenant]
+        line = self._first()
+        entries = self._lines[line]
+        _, request = heapq.heappop(entries)
+        self._replace(line, entries)
         self._size -= 1
-        self._tenants.take(tenant, request)
+        self._tenants.take(line.tenant, request)
         return request
 
     def remove_request(self, request: RequestT) -> None:
@@ -332,95 +352,110 @@ class TenantQueue(Generic[RequestT]):
     def remove_requests(self, requests: Iterable[RequestT]) -> None:
         """Take these requests out, as far as they are here."""
         gone = set(requests)
-        for tenant in {self._tenants.tenant_of(request) for request in gone} & self._lines.keys():
-            line = self._lines[tenant]
-            kept = [entry for entry in line if entry[1] not in gone]
-            removed = len(line) - len(kept)
+        for line in set(map(self._tenants.line_of, gone)) & self._lines.keys():
+            entries = self._lines[line]
+            kept = [entry for entry in entries if entry[1] not in gone]
+            removed = len(entries) - len(kept)
             if not removed:
                 continue
             heapq.heapify(kept)
-            if kept:
-                self._lines[tenant] = kept
-            else:
-                del self._lines[tenant]
+            self._replace(line, kept)
             self._size -= removed
-            self._tenants.leave(tenant, removed)
+            self._tenants.leave(line.tenant, removed)
             self._tenants.look_soon()
 
     # What follows is for ``Tenants``.
 
-    def first_tenant(self) -> list[Tenant]:
-        """Whose request is next; nobody's where none may run."""
+    def first_line(self) -> list[Line]:
+        """The line of the next request; none where none may run."""
         while self._heap:
-            key, tenant = self._heap[0]
-            current = self._key(tenant)
-            if self._offered.get(tenant) != key:
+            key, line = self._heap[0]
+            current = self._key(line)
+            if self._offered.get(line) != key:
                 heapq.heappop(self._heap)
-            elif current is None or not self._may_run(tenant, current):
+            elif current is None or not self._may_run(line, current):
                 heapq.heappop(self._heap)
-                del self._offered[tenant]
+                del self._offered[line]
                 if current is not None:
-                    self._passed_over.add(tenant)
+                    self._passed_over.add(line)
             elif current > key:
-                heapq.heapreplace(self._heap, (current, tenant))
-                self._offered[tenant] = current
+                heapq.heapreplace(self._heap, (current, line))
+                self._offered[line] = current
             else:
-                return [tenant]
+                return [line]
         return []
 
     def first_key(self) -> Key | None:
         """Where the next request stands; None where none may run."""
-        found = self.first_tenant()
+        found = self.first_line()
         return self._offered[found[0]] if found else None
 
     def look_again(self) -> None:
         """Requests have ended: who was passed over may be next."""
-        for tenant in list(self._passed_over):
-            self.offer(tenant)
+        for line in list(self._passed_over):
+            self._offer(line)
 
-    def offer(self, tenant: Tenant) -> None:
+    def offer_all_of(self, tenant: Tenant) -> None:
         """A tenant stands before where it stood."""
-        key = self._key(tenant)
+        for line in self._lines_of.get(tenant, ()):
+            self._offer(line)
+
+    def first_of(self, tenant: Tenant) -> Iterator[tuple[Line, RequestT, Key]]:
+        """The first request of each of a tenant's lines, and where it stands."""
+        for line in self._lines_of.get(tenant, ()):
+            if (key := self._key(line)) is not None:
+                yield line, self._lines[line][0][1], key
+
+    def _offer(self, line: Line) -> None:
+        key = self._key(line)
         if key is None:
-            self._passed_over.discard(tenant)
-        elif self._may_run(tenant, key):
-            self._passed_over.discard(tenant)
-            known = self._offered.get(tenant)
+            return
+        if self._may_run(line, key):
+            self._passed_over.discard(line)
+            known = self._offered.get(line)
             if known is None or key < known:
-                self._offered[tenant] = key
-                heapq.heappush(self._heap, (key, tenant))
+                self._offered[line] = key
+                heapq.heappush(self._heap, (key, line))
                 if len(self._heap) > 2 * len(self._lines) + 64:
                     self._offered = {t: k for t, k in self._offered.items() if t in self._lines}
                     self._heap = [(k, t) for t, k in self._offered.items()]
                     heapq.heapify(self._heap)
-        elif tenant not in self._offered:
-            self._passed_over.add(tenant)
+        elif line not in self._offered:
+            self._passed_over.add(line)
 
-    def first_of(self, tenant: Tenant) -> tuple[RequestT, Key] | None:
-        """The first request of a tenant, and where it stands; None where none waits here."""
-        key = self._key(tenant)
-        return None if key is None else (self._lines[tenant][0][1], key)
+    def _may_run(self, line: Line, key: Key) -> bool:
+        return self._tenants.may_run(line.tenant, self._lines[line][0][1], key)
 
-    def _may_run(self, tenant: Tenant, key: Key) -> bool:
-        return self._tenants.may_run(tenant, self._lines[tenant][0][1], key)
-
-    def _first(self) -> Tenant:
-        found = self.first_tenant()
+    def _first(self) -> Line:
+        found = self.first_line()
         if not found:
             raise IndexError("no request may run")
         return found[0]
 
-    def _put(self, tenant: Tenant, request: RequestT, place: int) -> None:
+    def _put(self, line: Line, request: RequestT, place: int) -> None:
         rank: Rank = (0, 0.0, place)
         if self._tenants.by_priority:
             rank = (request.priority, request.arrival_time, place)
-        heapq.heappush(self._lines.setdefault(tenant, []), (rank, request))
+        heapq.heappush(self._lines.setdefault(line, []), (rank, request))
+        self._lines_of.setdefault(line.tenant, set()).add(line)
         self._size += 1
-        self.offer(tenant)
+        self._offer(line)
 
-    def _key(self, tenant: Tenant) -> Key | None:
-        line = self._lines.get(tenant)
-        if line is None:
+    def _replace(self, line: Line, entries: list[tuple[Rank, RequestT]]) -> None:
+        """A line has fewer requests than before; one that has none is forgotten."""
+        if entries:
+            self._lines[line] = entries
+            return
+        del self._lines[line]
+        self._passed_over.discard(line)
+        others = self._lines_of[line.tenant]
+        others.remove(line)
+        if not others:
+            del self._lines_of[line.tenant]
+
+    def _key(self, line: Line) -> Key | None:
+        entries = self._lines.get(line)
+        if entries is None:
             return None
-        priority, arrival, place = line[0][0]
-        return priority, self._tenants.served(tenant), arrival, place
+        priority, arrival, place = entries[0][0]
+        return priority, self._tenants.served(line.tenant), arrival, place

@@ -72,6 +72,12 @@ def tenant_of(request: Any) -> Tenant:
     return request.lora_request.lora_name if request.lora_request else None
 
 
+def _adapter_id(request: Any) -> tuple[int, str] | None:
+    """Tells a task's states apart: a number may be another adapter's later, a path read anew."""
+    lora = request.lora_request
+    return lora and (lora.lora_int_id, lora.lora_path)
+
+
 def _price(request: Any) -> float | None:
     """Tokens of the prompt that are to be computed; None where something else is waited for."""
     if request.status == RequestStatus.WAITING:
@@ -105,6 +111,7 @@ def _exchange_queues(
             weight=lambda tenant: settings.weights.get(base if tenant is None else tenant, 1.0),
             room=Room(slots, most, pinned_of(self)) if most else None,
             adapter_of=adapter_of,
+            line_of=_adapter_id,
             goes_on_elsewhere=hasattr(self, _READY),
         )
         self.waiting = tenants.queue()
