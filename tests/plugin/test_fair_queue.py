@@ -542,23 +542,55 @@ def test_the_order_is_the_same_with_lines_for_each_adapter(states: int) -> None:
         assert [queue.pop_request() for _ in requests] == [alone.pop_request() for _ in requests]
 
 
-def test_a_step_costs_nothing_for_those_that_find_no_room() -> None:
+def count_asked(tenants: Tenants[Request]) -> list[str | None]:
+    """Who is asked from now on whether a request may run."""
+    asked: list[str | None] = []
+    original = tenants.may_run
+
+    def may_run(tenant: str | None, request: Request, key: Any) -> bool:
+        asked.append(tenant)
+        return original(tenant, request, key)
+
+    tenants.may_run = may_run  # type: ignore[method-assign]
+    return asked
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["the same run", "others that need no slot"])
+def test_a_step_costs_nothing_for_those_that_find_no_room(others: int) -> None:
     """10,000 requests of 500 adapters, while all slots are taken."""
     tenants = make_with_room(8)
     queue = tenants.queue()
+    slotted = tenants._adapter_of
+    tenants._adapter_of = lambda r: (
+        Adapter(ord(r.tenant), False) if r.tenant and ord(r.tenant) >= 1000 else slotted(r)
+    )
+    tenants._room = Room(8, 1000)
     running = [Request(chr(number)) for number in range(8)]
     tenants.begin_step(running)
     fill(queue, [chr(100 + number % 500) for number in range(10_000)])
     tenants.begin_step(running)
-    asked = 0
+    assert not queue
+    asked = count_asked(tenants)
+    for step in range(320):
+        tenants.begin_step([*running, Request(chr(1000 + step % 7 * others))])
+        assert not queue
+    assert len(asked) <= 320 // 32 * 500 * 2
 
-    def count(request: Request, key: Any, original: Any = tenants._has_room) -> bool:
-        nonlocal asked
-        asked += 1
-        return original(request, key)
 
-    tenants._has_room = count  # type: ignore[method-assign]
-    for _ in range(320):
+def test_a_step_costs_nothing_for_those_that_are_at_their_limit() -> None:
+    tenants = make(limit=1)
+    queue = tenants.queue()
+    names = [str(number) for number in range(500)]
+    fill(queue, names * 2)
+    tenants.begin_step([])
+    assert take(queue, 10_000) == "".join(names)
+    assert not queue
+    running = [Request(name) for name in names]
+    asked = count_asked(tenants)
+    for _ in range(10):
         tenants.begin_step(running)
         assert not queue
-    assert asked <= 320 // 32 * 500 * 2
+    assert asked == []
+    tenants.begin_step(running[1:])
+    assert take(queue) == "0"
+    assert set(asked) == {"0"}

@@ -21,7 +21,7 @@ def has(room: Room, adapters: set[Adapter], standing: tuple[int, float] = USUAL)
 
 def test_slots_and_places_are_counted_apart() -> None:
     room = Room(slots=2, adapters=4)
-    assert room.begin(slotted(1))
+    assert not room.begin(slotted(1)), "nobody has found none"
     assert has(room, slotted(1, 2)) == [True, True]
     room.take(Adapter(2, True))
     assert has(room, slotted(1, 2, 3)) == [True, True, False]
@@ -46,6 +46,22 @@ def test_who_comes_before_one_that_has_a_slot_keeps_it_from_beginning() -> None:
     room.begin(slotted(1))
     room.forget_who_waits()
     assert has(room, slotted(1), USUAL) == [True]
+
+
+def test_who_found_no_room_asks_again_only_where_that_may_have_changed() -> None:
+    room = Room(slots=2, adapters=4)
+    room.begin(slotted(1, 2))
+    assert has(room, slotted(3)) == [False]
+    assert not room.begin(slotted(1, 4)), "one left, and another came"
+    assert not room.begin(slotted(1, 4) | direct(7)), "it needs no slot"
+    assert room.begin(slotted(1)), "a slot is free"
+    assert room.begin(slotted(1, 3)), "it has one"
+    room.forget_who_waits()
+    assert not room.begin(slotted(1))
+    room.begin(direct(5, 6, 7, 8))
+    assert has(room, direct(9)) == [False]
+    assert not room.begin(direct(5, 6, 7, 10))
+    assert room.begin(direct(5, 6, 7))
 
 
 def test_a_turn_is_served_before_a_slot_changes_hands() -> None:

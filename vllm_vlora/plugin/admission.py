@@ -52,14 +52,16 @@ class _Places:
         assert places > 0
         self._places, self._pinned = places, pinned
         self._taken: set[int] = set()
-        # The most urgent who found none.
+        # Who found none, and the most urgent of them.
+        self._without: set[int] = set()
         self._first: Standing | None = None
 
     def begin(self, running: set[int]) -> bool:
-        """A step begins in which these run; whether others may find a place than before."""
-        taken = running | self._pinned
-        changed, self._taken = taken != self._taken, taken
-        return changed
+        """A step begins in which these run; whether who found no place may find one."""
+        self._taken = running | self._pinned
+        if not self._without:
+            return False
+        return len(self._taken) < self._places or not self._taken.isdisjoint(self._without)
 
     @property
     def unpinned(self) -> int:
@@ -68,6 +70,7 @@ class _Places:
 
     def forget_who_waits(self) -> None:
         """All who found no place ask again."""
+        self._without.clear()
         self._first = None
 
     def has(self, number: int, standing: Standing) -> bool:
@@ -76,6 +79,7 @@ class _Places:
             return True
         if number in self._taken:
             return self._first is None or not _gives_way(standing, self._first)
+        self._without.add(number)
         self._first = standing if self._first is None else min(self._first, standing)
         return False
 

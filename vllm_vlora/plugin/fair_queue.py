@@ -124,14 +124,18 @@ class Tenants(Generic[RequestT]):
         """Before requests are taken: which run now, and which others may go on without asking."""
         self._taken.clear()
         self._came.clear()
-        again = bool(self.limit)
+        before = self._running
         if self.limit:
             self._running = Counter(map(self.tenant_of, running))
-        if self.waiting:
-            self._steps += 1
-            again = self._refresh_room(running, ready) or again
-        for queue in self._queues if again else ():
-            queue.look_again()
+        if not self.waiting:
+            return
+        self._steps += 1
+        if self._refresh_room(running, ready):
+            for queue in self._queues:
+                queue.look_again()
+        for tenant, count in before.items():
+            if count >= self.limit > self._running[tenant]:
+                self._came_forward(tenant)
 
     def _refresh_room(self, running: Iterable[RequestT], ready: Iterable[RequestT]) -> bool:
         """Take note of who has room now; whether who found none may find some."""
