@@ -455,7 +455,7 @@ def test_without_fairness_the_order_is_vllms_own(
 # --- room for adapters ----------------------------------------------------------------------------
 
 
-def make_with_room(slots: int, elsewhere: bool = False) -> Tenants[Request]:
+def make_with_room(slots: int) -> Tenants[Request]:
     """Of tenants that are adapters, and need a slot each."""
     return Tenants(
         fair=False,
@@ -465,7 +465,6 @@ def make_with_room(slots: int, elsewhere: bool = False) -> Tenants[Request]:
         price=lambda request: request.price,
         room=Room(slots, 9),
         adapter_of=lambda r: Adapter(ord(r.tenant), True) if r.tenant else None,
-        goes_on_elsewhere=elsewhere,
     )
 
 
@@ -484,19 +483,30 @@ def test_a_tenant_without_room_is_passed_over_until_there_is_some() -> None:
     assert not tenants.waiting
 
 
-@pytest.mark.parametrize(("elsewhere", "taken"), [(False, "b"), (True, "")])
-def test_what_cannot_begin_has_room_only_where_it_goes_on_unasked(
-    elsewhere: bool, taken: str
-) -> None:
-    """Up to vLLM 0.30 an idle session comes back to be asked in each step; later it holds its place."""
-    tenants = make_with_room(1, elsewhere)
+def test_what_cannot_begin_takes_no_room() -> None:
+    """It comes back to be asked in each step."""
+    tenants = make_with_room(1)
     queue = tenants.queue()
     session = Request("a", None)
     queue.add_request(session)
     fill(queue, "b")
     tenants.begin_step([])
     assert queue.pop_request() is session
-    assert take(queue) == taken
+    assert take(queue) == "b"
+
+
+def test_who_goes_on_unasked_counts_against_its_limit_unless_it_is_idle() -> None:
+    tenants = make(limit=2)
+    tenants._idle = lambda request: request.price is None
+    queue = tenants.queue()
+    fill(queue, "aaa")
+    ready = [Request("a"), Request("a", None)]
+    assert tenants.kept_waiting("a", [], 9, ready) == 2
+    tenants.begin_step([], ready)
+    assert take(queue) == "a"
+    assert tenants.kept_waiting("a", [Request("a")], 9, ready) == 2
+    tenants.begin_step([], [])
+    assert take(queue) == "aa"
 
 
 def test_lines_of_a_tenant_share_its_counter_its_limit_and_its_order() -> None:

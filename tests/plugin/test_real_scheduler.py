@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from real_scheduler import ROOM, a_model, a_request, a_scheduler
+from real_scheduler import BLOCK, ROOM, a_model, a_request, a_scheduler
 
 from vllm_vlora.plugin.admission import TURN, kinds_of, pinned_of
 from vllm_vlora.plugin.seam_table import Place, find_seams
@@ -235,6 +235,70 @@ def test_whatever_comes_all_is_answered_and_nothing_left(
     assert engine.preempted, "there was memory enough"
     tenants = engine.scheduler._vlora_tenants
     assert min(tenants._served.values(), default=0) >= 0
+
+
+class Loading:
+    """A KV connector that has the first block of every prompt, and loads it in the background."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def get_num_new_matched_tokens(self, request: Any, _computed: int) -> tuple[int, bool]:
+        if request.request_id in self.asked:
+            return 0, False
+        self.asked.add(request.request_id)
+        return BLOCK, True
+
+    def take_events(self) -> tuple[()]:
+        return ()
+
+    def __getattr__(self, name: str) -> Any:
+        def nothing(*_args: Any, **_options: Any) -> Any:
+            if name.startswith("request_finished"):
+                return False, None
+            return frozenset() if name.endswith("group_ids") else None
+
+        return nothing
+
+
+def load_in_the_background(engine: Engine) -> None:
+    engine.scheduler.connector = Loading()
+    engine.scheduler.connector_prefix_cache_stats = None
+
+
+def arrive(engine: Engine) -> None:
+    """Whatever loads is there."""
+    waiting = importlib.import_module("vllm.v1.request").RequestStatus.WAITING_FOR_REMOTE_KVS
+    engine.scheduler.finished_recving_kv_req_ids.update(
+        name for name, request in engine.scheduler.requests.items() if request.status == waiting
+    )
+
+
+@pytest.mark.parametrize("slow", [1, 3])
+def test_a_limit_holds_where_requests_load_the_cache_in_the_background(
+    make: Make, slow: int
+) -> None:
+    engine = make(Settings(task_concurrency=1))
+    load_in_the_background(engine)
+    engine.send(*(engine.request(f"sql {i}", "sql", prompt=40) for i in range(4)))
+    engine.send(*(engine.request(f"base {i}", None, prompt=40) for i in range(2)))
+    for step in range(200):
+        engine.step()
+        if step % slow == 0:
+            arrive(engine)
+    assert (engine.most["sql"], engine.most[None]) == (1, 2)
+    assert set(engine.answers.values()) == {5}
+    engine.finish()
+
+
+def test_what_loads_the_cache_is_charged_for_the_rest_of_its_prompt(make: Make) -> None:
+    engine = make(Settings(fair=True))
+    load_in_the_background(engine)
+    engine.send(engine.request("loads", "sql", prompt=40, answer=5))
+    engine.step()
+    arrive(engine)
+    engine.finish()
+    assert engine.scheduler._vlora_tenants.served("sql") == 40 - BLOCK + 2 * 5
 
 
 # --- adapters that need a slot --------------------------------------------------------------------

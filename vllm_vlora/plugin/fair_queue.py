@@ -77,7 +77,7 @@ class Tenants(Generic[RequestT]):
         room: what the adapters of a batch may take; None where nothing limits them.
         adapter_of: the adapter of a request, None for the base model's.
         line_of: what tells requests of a tenant apart that are for different adapters, and never changes.
-        goes_on_elsewhere: whether what was taken and could not begin yet may go on without coming back.
+        idle: whether a request that began, and may go on without asking, has nothing to do now.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Tenants(Generic[RequestT]):
         room: Room | None = None,
         adapter_of: Callable[[RequestT], Adapter | None] = lambda _: None,
         line_of: Callable[[RequestT], Hashable] = lambda _: None,
-        goes_on_elsewhere: bool = False,
+        idle: Callable[[RequestT], bool] = lambda _: False,
     ) -> None:
         self.fair, self.limit, self.by_priority = fair, limit, by_priority
         self.tenant_of, self._price, self._weight = tenant_of, price, weight
         self._room, self._adapter_of, self._line_of = room, adapter_of, line_of
-        self._goes_on_elsewhere = goes_on_elsewhere
+        self._idle = idle
         self._steps = 0
         self.waiting: Counter[Tenant] = Counter()
         # Of these, since the last step began.
@@ -120,13 +120,13 @@ class Tenants(Generic[RequestT]):
         self._queues.append(made)
         return made
 
-    def begin_step(self, running: Collection[RequestT], ready: Iterable[RequestT] = ()) -> None:
+    def begin_step(self, running: Collection[RequestT], ready: Collection[RequestT] = ()) -> None:
         """Before requests are taken: which run now, and which others may go on without asking."""
         self._taken.clear()
         self._came.clear()
         before = self._running
         if self.limit:
-            self._running = Counter(map(self.tenant_of, running))
+            self._running = self._count_running(running, ready)
         if not self.waiting:
             return
         self._steps += 1
@@ -136,6 +136,13 @@ class Tenants(Generic[RequestT]):
         for tenant, count in before.items():
             if count >= self.limit > self._running[tenant]:
                 self._came_forward(tenant)
+
+    def _count_running(
+        self, running: Iterable[RequestT], ready: Iterable[RequestT]
+    ) -> Counter[Tenant]:
+        """Requests of each tenant that count against its limit."""
+        busy = itertools.filterfalse(self._idle, ready)
+        return Counter(map(self.tenant_of, itertools.chain(running, busy)))
 
     def _refresh_room(self, running: Iterable[RequestT], ready: Iterable[RequestT]) -> bool:
         """Take note of who has room now; whether who found none may find some."""
@@ -156,7 +163,7 @@ class Tenants(Generic[RequestT]):
         tenant: Tenant,
         running: Collection[RequestT],
         places: int,
-        ready: Iterable[RequestT] = (),
+        ready: Collection[RequestT] = (),
     ) -> int:
         """How many of a tenant's requests wait, but for those for which the next step has room.
 
@@ -169,7 +176,7 @@ class Tenants(Generic[RequestT]):
         waiting = self.waiting[tenant]
         room = places - len(running) - (self.waiting.total() - waiting)
         if self.limit:
-            room = min(room, self.limit - sum(self.tenant_of(one) == tenant for one in running))
+            room = min(room, self.limit - self._count_running(running, ready)[tenant])
         came = sum(self._came[line] for line in self._lines_with_room(tenant, running, ready))
         return waiting - max(min(room, came), 0)
 
@@ -246,9 +253,8 @@ class Tenants(Generic[RequestT]):
         """A request was taken to run, or to be put back."""
         self.leave(tenant)
         price = self._taken[request] = self._price(request)
-        if price is not None or self._goes_on_elsewhere:
-            self._take_room(request)
         if price is not None:
+            self._take_room(request)
             self._last = tenant
             self._level = max(self._level, self.served(tenant))
             self._count(tenant, 1)

@@ -9,7 +9,7 @@ refused by the engine core, which alone sees those of every API server: HTTP sta
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllm.v1.request import RequestStatus
@@ -78,11 +78,28 @@ def _adapter_id(request: Any) -> tuple[int, str] | None:
     return lora and (lora.lora_int_id, lora.lora_path)
 
 
-def _price(request: Any) -> float | None:
-    """Tokens of the prompt that are to be computed; None where something else is waited for."""
-    if request.status == RequestStatus.WAITING:
-        return PROMPT_TOKEN * (request.num_tokens - request.num_computed_tokens)
-    return 0.0 if request.status == RequestStatus.PREEMPTED else None
+def _prices(goes_on_elsewhere: bool) -> Callable[[Any], float | None]:
+    """What a request takes when it begins: tokens of its prompt that are to be computed, if it begins.
+
+    Args:
+        goes_on_elsewhere: whether a request that loads blocks of the cache goes on from a queue of vLLM's
+            own when they are there, so that it begins with the load. Else it is put back.
+    """
+    begins = {RequestStatus.WAITING}
+    if goes_on_elsewhere:
+        begins.add(RequestStatus.WAITING_FOR_REMOTE_KVS)
+
+    def price(request: Any) -> float | None:
+        if request.status in begins:
+            return PROMPT_TOKEN * (request.num_tokens - request.num_computed_tokens)
+        return 0.0 if request.status == RequestStatus.PREEMPTED else None
+
+    return price
+
+
+def _idle(request: Any) -> bool:
+    """Whether it is a session that waits for its next piece."""
+    return request.status == RequestStatus.WAITING_FOR_STREAMING_REQ
 
 
 def _exchange_queues(
@@ -107,12 +124,12 @@ def _exchange_queues(
             limit=settings.task_concurrency,
             by_priority=self.policy.value == "priority",
             tenant_of=tenant_of,
-            price=_price,
+            price=_prices(hasattr(self, _READY)),
             weight=lambda tenant: settings.weights.get(base if tenant is None else tenant, 1.0),
             room=Room(slots, most, pinned_of(self)) if most else None,
             adapter_of=adapter_of,
             line_of=_adapter_id,
-            goes_on_elsewhere=hasattr(self, _READY),
+            idle=_idle,
         )
         self.waiting = tenants.queue()
         if hasattr(self, "skipped_waiting"):
@@ -140,7 +157,7 @@ def _count_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
     return schedule
 
 
-def _ready(scheduler: Any) -> Iterable[Any]:
+def _ready(scheduler: Any) -> Collection[Any]:
     """Requests that began, wait in a queue that is not exchanged, and may go on at any step."""
     return getattr(scheduler, _READY, ())
 
