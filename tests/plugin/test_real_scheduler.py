@@ -381,6 +381,27 @@ def test_what_waits_for_a_slot_is_counted_by_vllm_itself(make: Make) -> None:
     engine.finish()
 
 
+def test_what_waits_for_a_slot_does_not_end_the_balance_of_data_parallel_ranks(make: Make) -> None:
+    """As what waits for a place among max-loras in stock vLLM does not, which is the first of these."""
+    for settings, direct, tasks in ((Settings(), False, "abc"), (Settings(slots=1), True, "a")):
+        engine = make(settings, direct=direct)
+        scheduler = engine.scheduler
+        if not hasattr(scheduler, "prefill_capacity_bound"):
+            pytest.skip("this vLLM balances nothing")
+        engine.send(*(engine.request(f"holds {task}", task, answer=100) for task in tasks))
+        for _ in range(3):
+            engine.step()
+        engine.send(engine.request("waits", "z"))
+        engine.step()
+        assert not scheduler.prefill_capacity_bound
+        engine.send(engine.request("next", None))
+        assert "next" not in scheduler.schedule(True).num_scheduled_tokens
+        # A step without room for all who could begin.
+        engine.send(*(engine.request(f"more {number}", None) for number in range(ROOM)))
+        scheduler.schedule()
+        assert scheduler.prefill_capacity_bound
+
+
 def test_what_waits_for_a_slot_counts_against_the_bound_of_its_task(make: Make) -> None:
     limits = importlib.import_module("vllm_vlora.plugin.limits")
     bound = 5

@@ -33,6 +33,9 @@ _TENANTS = "_vlora_tenants"
 _ONE_CALLER = "_vlora_one_caller"
 # vLLM's own queue of requests that hold memory of the cache and wait, from 0.31 or 0.32 on.
 _READY = "kv_holding_waiting"
+# From the same on: whether a step left requests waiting that had no room in it, and those that could not
+# begin for another reason.
+_BOUND, _DEFERRED = "prefill_capacity_bound", "deferred_waiting"
 
 
 def limit_tasks(
@@ -148,6 +151,7 @@ def _count_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         tenants.begin_step(self.running, _ready(self))
         output = original(self, *args, **kwargs)
+        _note_who_could_begin(self)
         for new in output.scheduled_new_reqs:
             found = PROMPT_TOKEN * new.num_computed_tokens
             if found:
@@ -155,6 +159,18 @@ def _count_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return schedule
+
+
+def _note_who_could_begin(scheduler: Any) -> None:
+    """Correct what vLLM takes for a full step: it has not seen whom our queue passed over.
+
+    Data-parallel ranks compute prompts in the same steps, but for a rank with a full step behind it.
+    """
+    deferred = getattr(scheduler, _DEFERRED, None)
+    if deferred is None or not getattr(scheduler, _BOUND, False):
+        return
+    could = bool(scheduler.waiting) or any(one not in deferred for one in _ready(scheduler))
+    setattr(scheduler, _BOUND, could)
 
 
 def _ready(scheduler: Any) -> Collection[Any]:

@@ -915,6 +915,9 @@ def _limits() -> Iterator[Seam]:
     )
     why = "requests that go on without asking our queue; from 0.31 or 0.32 on"
     yield Seam(_SCHEDULER, "Scheduler.kv_holding_waiting", why, optional=True)
+    why = "data-parallel ranks that compute prompts in the same steps; from 0.31 or 0.32 on"
+    for name in ("prefill_capacity_bound", "deferred_waiting"):
+        yield Seam(_SCHEDULER, f"Scheduler.{name}", why, optional=True)
     yield Seam(
         _SCHEDULER,
         "Scheduler.update_from_output",
