@@ -16,6 +16,7 @@ from vllm_vlora.tools.common_options import (
     Names,
     Originals,
     Quantize,
+    SkipUnreadable,
     Timeout,
     Tokenizers,
     force_option,
@@ -63,6 +64,7 @@ def add(
     checkpoint: CheckpointRef,
     adapters: AdapterRefs = None,
     name: Names = None,
+    skip_unreadable: SkipUnreadable = False,
     task_id: Annotated[
         str | None,
         typer.Option(metavar="ID", help="The task id of a single adapter.", show_default=False),
@@ -151,7 +153,7 @@ def add(
         messages = open_console(stderr=True)
         # A rebuild may also come without new adapters, after some were removed.
         inputs = (
-            collect_shown(adapters or [], named, messages)
+            collect_shown(adapters or [], named, messages, skip_unreadable)
             if adapters or named or not rebuild
             else Inputs({}, {}, {})
         )

@@ -101,6 +101,13 @@ Names = Annotated[
     list[str] | None,
     names_option("Give the adapter at PATH the task id ID instead of its folder's name."),
 ]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable",
+        help="Leave adapters out that cannot be opened, and say which; without it nothing is done.",
+    ),
+]
 Originals = Annotated[
     Path | None,
     typer.Option(

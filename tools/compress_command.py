@@ -16,6 +16,7 @@ from vllm_vlora.tools.common_options import (
     MaxBytes,
     Names,
     Quantize,
+    SkipUnreadable,
     Timeout,
     Tokenizers,
     base_option,
@@ -93,6 +94,7 @@ class CompressFlags:
     adapters: AdapterRefs = None
     output: Annotated[Path | None, output_option(metavar="CKPT")] = None
     name: Names = None
+    skip_unreadable: SkipUnreadable = False
     ratio: Annotated[
         float | None,
         typer.Option(metavar="R", help="Be at least R times smaller than the adapters at 16 bits."),
@@ -241,7 +243,9 @@ def compress(flags: CompressFlags) -> None:
         _check_unused(flags)
         options = _options(flags)
         messages = open_console(stderr=True)
-        inputs = collect_shown(flags.adapters or [], flags.name or [], messages)
+        inputs = collect_shown(
+            flags.adapters or [], flags.name or [], messages, flags.skip_unreadable
+        )
         collected = inputs.adapters
         if flags.calibration is not None:
             options = _calibrated(options, flags.calibration, flags.base, collected, messages)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm_vlora.adapters.peft_folder import Adapter
 
 _MOST_SHOWN = 20
+_SKIP = "; or give --skip-unreadable, which compresses the others"
 
 
 def parse_name(text: str) -> tuple[str, str]:
@@ -53,7 +54,11 @@ class Inputs:
         return [{"path": path, "why": why} for path, why in self.passed_over.items()]
 
 
-def collect(refs: Iterable[str], names: Iterable[str | tuple[str, str]]) -> Inputs:
+def collect(
+    refs: Iterable[str],
+    names: Iterable[str | tuple[str, str]],
+    skip_unreadable: bool | None = None,
+) -> Inputs:
     """Open every adapter and give each a task id.
 
     Args:
@@ -61,6 +66,8 @@ def collect(refs: Iterable[str], names: Iterable[str | tuple[str, str]]) -> Inpu
             the part of the path that tells the adapters of a folder apart.
         names: ``ID=PATH``, or the two apart. A path that is also among ``refs`` or in a folder of theirs
             gets the id instead of its own name, any other is one more adapter.
+        skip_unreadable: leave folders out whose adapter cannot be opened, if there are others; None for
+            a command without that option.
 
     Raises:
         AdapterError: adapters cannot be opened; all are named that are folders here.
@@ -81,7 +88,7 @@ def collect(refs: Iterable[str], names: Iterable[str | tuple[str, str]]) -> Inpu
     chosen += [(paths[key], None, task_id) for key, ids in named.items() for task_id in ids]
 
     refs_by_id: dict[str, str] = {}
-    refused: list[AdapterError] = []
+    refused: dict[str, AdapterError] = {}
     for ref, own, given in chosen:
         try:
             opened = open_adapter(ref)
@@ -89,7 +96,7 @@ def collect(refs: Iterable[str], names: Iterable[str | tuple[str, str]]) -> Inpu
             # Of a Hub that cannot be reached, every further one would take as long to say the same.
             if not os.path.isdir(Path(ref).expanduser()):
                 raise
-            refused.append(error)
+            refused[ref] = error
             continue
         adapter = opened if own is None else replace(opened, name=own)
         task_id = validate_task_id(given) if given is not None else _own_id(adapter.name, ref)
@@ -97,18 +104,22 @@ def collect(refs: Iterable[str], names: Iterable[str | tuple[str, str]]) -> Inpu
             raise _collision(task_id, refs_by_id[task_id], ref)
         found.adapters[task_id] = adapter
         refs_by_id[task_id] = ref
-    if refused:
-        raise _all_of(refused, len(chosen))
+    if refused and not (skip_unreadable and found.adapters):
+        offered = skip_unreadable is not None and found.adapters
+        raise _all_of([*refused.values()], len(chosen), _SKIP if offered else "")
+    found.passed_over.update({ref: str(error) for ref, error in refused.items()})
     if not found.adapters:
         raise AdapterError("no adapter given; name at least one folder or Hub id")
     return found
 
 
-def _all_of(refused: list[AdapterError], count: int) -> AdapterError:
+def _all_of(refused: list[AdapterError], count: int, advice: str) -> AdapterError:
     """One error that says of every adapter why it cannot be read."""
-    if len(refused) == 1:
+    if len(refused) == 1 and not advice:
         return refused[0]
-    said = "; ".join(map(str, refused))
+    said = "; ".join(map(str, refused)) + advice
+    if len(refused) == 1:
+        return AdapterError(said)
     return AdapterError(f"{len(refused)} of {count_of(count, 'adapter')} cannot be read: {said}")
 
 
@@ -163,12 +174,15 @@ def _identity(ref: str) -> str:
 
 
 def collect_shown(
-    given: Iterable[str], names: Iterable[str | tuple[str, str]], messages: Console
+    given: Iterable[str],
+    names: Iterable[str | tuple[str, str]],
+    messages: Console,
+    skip_unreadable: bool | None = None,
 ) -> Inputs:
     """As :func:`collect`; says how many adapters a folder stands for, and what there was left out."""
     from vllm_vlora.tools.summary import line
 
-    found = collect(given, names)
+    found = collect(given, names, skip_unreadable)
     for ref, count in found.folders.items():
         line(messages, f"{ref} is a folder of adapters: {count} found")
     shown = list(found.passed_over.items())[:_MOST_SHOWN]

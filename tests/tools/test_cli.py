@@ -990,6 +990,22 @@ def test_every_adapter_that_cannot_be_read_is_named(adapters: Path, tmp_path: Pa
     assert str(folder / "dora") in line
     assert str(folder / "broken") in line
     assert str(folder / "good") not in line
+    skipped = ("compress", folder, "-o", tmp_path / "some", "--skip-unreadable")
+    result = invoke(*skipped, "--json")
+    assert list(Checkpoint.open(tmp_path / "some").tasks) == ["good"]
+    left_out = {Path(one["path"]).name: one["why"] for one in json.loads(result.stdout)["left_out"]}
+    assert set(left_out) == {"broken", "dora"}
+    assert "DoRA" in left_out["dora"]
+    assert f"Left out {folder / 'broken'}" in result.stderr.replace("\n", "")
+    more = ("add", tmp_path / "some", folder / "broken", f"--name=more={folder / 'good'}")
+    line = error_line(*more)
+    assert str(folder / "broken") in line
+    assert line.endswith("; or give --skip-unreadable, which compresses the others")
+    invoke(*more, "--skip-unreadable")
+    assert list(Checkpoint.open(tmp_path / "some").tasks) == ["good", "more"]
+    assert "dora" in error_line(
+        "compress", folder / "dora", "-o", tmp_path / "n", "--skip-unreadable"
+    )
     shutil.rmtree(folder / "broken")
     assert "cannot be read" not in error_line("compress", folder, "-o", tmp_path / "ckpt")
 
