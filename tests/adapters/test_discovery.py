@@ -282,6 +282,17 @@ def test_a_folder_without_any_adapter_says_what_it_holds(tmp_path: Path) -> None
     assert f"{tmp_path}: no adapter in it; sql: it holds only adapter_model.bin" in line
 
 
+def test_what_lies_too_deep_to_be_searched_is_named(tmp_path: Path) -> None:
+    for name in ("a/b/c/d/e/f", "1/2/3/4/5/6/7", "g"):
+        adapter(tmp_path / name)
+    found = find_adapters(tmp_path)
+    assert set(found.adapters.values()) == {tmp_path / "a/b/c/d/e/f", tmp_path / "g"}
+    (place,) = found.passed_over
+    assert place == tmp_path / "1/2/3/4/5/6"
+    assert "6 levels down, deeper is not searched; give it by itself" in found.passed_over[place]
+    assert list(find_adapters(place).adapters.values()) == [place / "7"]
+
+
 def test_an_id_may_be_given_to_an_adapter_that_lies_deeper(tmp_path: Path) -> None:
     inner = adapter(tmp_path / "sql" / "adapter")
     adapter(tmp_path / "chat" / "adapter")

@@ -119,7 +119,12 @@ def _walk(folder: Path, search: _Search, level: int, inside: bool = False) -> No
     if cached is not None and _is_adapter(cached):
         search.found.append(folder)
         return
-    children = _folders(folder) if level < _MOST_LEVELS else []
+    children = _folders(folder)
+    if children and level == _MOST_LEVELS:
+        search.passed_over[folder] = (
+            f"{level} levels down, deeper is not searched; give it by itself"
+        )
+        children = []
     kept, others = _of_one_run(children)
     _walk_into(kept, search, level + 1, inside)
     search.passed_over |= others
