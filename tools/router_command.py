@@ -216,7 +216,7 @@ def ask(
         )
         policy = RoutePolicy(blend) if threshold is None else RoutePolicy(blend, threshold)
         known = {*opened.tasks, *opened.aliases}
-        prompts = [typer.get_text_stream("stdin").read() if one == "-" else one for one in text]
+        prompts = [_from_stdin() if one == "-" else one for one in text]
         rows = [_describe_pick(asked, prompt, known, policy) for prompt in prompts]
         data = {"checkpoint": checkpoint, "threshold": policy.threshold, "prompts": rows}
         print_result(data, _print_picks, as_json)
@@ -246,6 +246,11 @@ def _record_of(checkpoint: Checkpoint, ref: str) -> RouterRecord:
     if checkpoint.router is None:
         raise CheckpointError(f"{ref} has no router; train one: vllm-vlora router train")
     return checkpoint.router
+
+
+def _from_stdin() -> str:
+    """Bytes that are no UTF-8 tell the router nothing."""
+    return typer.get_binary_stream("stdin").read().decode(errors="replace")
 
 
 # --- what is said ---------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import torch
 
 from vllm_vlora.narrow_rows import NARROW_FORMAT, NarrowMatrix
 from vllm_vlora.quantize import FLOAT_DTYPES, PackedMatrix, unpack
-from vllm_vlora.triton_kernels.codebook import load_codebook
+from vllm_vlora.triton_kernels.codebook import CODEBOOK
 
 # One int64 record a slot and slice; zeros mean "no update". Kernels read these fields by number.
 CORE = 0  # address of the core
@@ -205,7 +205,7 @@ class SlotTable:
             (slots + 1, slices, RECORD_FIELDS), dtype=torch.int64, device=device
         )
         self.tasks: list[DirectTask | None] = [None] * (slots + 1)
-        self.codebook = load_codebook(device)
+        self.codebook = torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
 
     def release(self, slot: int) -> None:
         """Let go of a slot's task. Its record stays on the device, which no token refers to any more.

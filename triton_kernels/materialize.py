@@ -195,8 +195,8 @@ def check_outs(jobs: Sequence[MaterializeJob], outs: OutTable) -> None:
             )
 
 
-def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Integers as a tensor on ``device``; the host does not wait for a GPU."""
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers as a tensor on ``device``; the host does not wait for a GPU."""
     tensor = torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return tensor

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from vllm_vlora.narrow_rows import NARROW_FORMAT, NarrowMatrix
 from vllm_vlora.quantize import FLOAT_DTYPES
-from vllm_vlora.triton_kernels.codebook import load_codebook
+from vllm_vlora.triton_kernels.codebook import CODEBOOK
 from vllm_vlora.triton_kernels.dequantise import load_block
 from vllm_vlora.triton_kernels.device import aligned_pointer, low_precision, multiply, on_amd
 from vllm_vlora.triton_kernels.materialize import (
@@ -207,9 +207,18 @@ class KernelPlan:
         self._fitting: WeakKeyDictionary[OutTable, bool] = WeakKeyDictionary()
         # Kept, since the tables hold addresses only.
         self._reads = [_read(job) for job in jobs]
+        groups = _by_kind(self._jobs, self._reads)
+        # The plan's own: what one of an engine that sleeps had put on the device is not there.
+        book = None
+        if any(map(_has_codes, groups)):
+            book = to_device(CODEBOOK, torch.float32, jobs[0].out.device)
         self.launches = [
-            _make_launch(kind, [(place, self._jobs[place], self._reads[place]) for place in places])
-            for kind, places in _by_kind(self._jobs, self._reads).items()
+            _make_launch(
+                kind,
+                [(place, self._jobs[place], self._reads[place]) for place in places],
+                book if _has_codes(kind) else None,
+            )
+            for kind, places in groups.items()
         ]
 
     def warm_up(self) -> None:
@@ -357,7 +366,13 @@ def _order(out: torch.Tensor) -> str:
     return "columns" if out.stride(0) == 1 or out.shape[0] == 1 else "any"
 
 
-def _make_launch(kind: Kind, jobs: Sequence[tuple[int, MaterializeJob, _Read]]) -> Launch:
+def _has_codes(kind: Kind) -> bool:
+    return kind.format not in ("float", "int8")
+
+
+def _make_launch(
+    kind: Kind, jobs: Sequence[tuple[int, MaterializeJob, _Read]], book: torch.Tensor | None
+) -> Launch:
     # One set of tile sizes for all: a rank below the greatest leaves rows of its tiles unused, which
     # costs less than another launch.
     rank = max(job.rank for _, job, _ in jobs) or max(job.out.shape[0] for _, job, _ in jobs)
@@ -377,7 +392,7 @@ def _make_launch(kind: Kind, jobs: Sequence[tuple[int, MaterializeJob, _Read]]) 
     return Launch(
         to_device(table, torch.int64, device),
         to_device(tiles, torch.int32, device),
-        None if kind.format in ("float", "int8") else load_codebook(device),
+        book,
         constants,
     )
 
@@ -401,7 +416,9 @@ def _is_aligned_out(job: MaterializeJob, order: str) -> bool:
 def _row(place: int, first_tile: int, job: MaterializeJob, read: _Read) -> list[int]:
     n_rows, n_cols = job.out.shape
     (scale,) = struct.unpack("<i", struct.pack("<f", job.scale))
-    sizes = [place, first_tile, n_rows, n_cols, job.rank, job.matrix.rows, job.start, job.width]
+    sizes = [place, first_tile, n_rows, n_cols]
+    # In another kind's launch nothing must be read.
+    sizes += [0] * 4 if _is_idle(job) else [job.rank, job.matrix.rows, job.start, job.width]
     row = [*sizes, scale, *job.out.stride()]
     for tensor in (read.left, read.codes, read.scales, read.ranges):
         row += (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
@@ -428,8 +445,14 @@ def kernel_constants(
         block_m = min(triton.next_power_of_2(max(rank, 16)), 64 if tensor_cores else 32)
         block_n = 128 if block_m == 16 else 64
     # A float32 product runs on the FMA units with its operands in registers. With 64 rows of out,
-    # 32 rows of the matrix, or loads kept in flight, the compiler spills some of them.
-    block_k = min(triton.next_power_of_2(max(k, 16)), 32) if tensor_cores else 16
+    # 32 rows of the matrix, or loads kept in flight, the compiler spills some of them. A product in
+    # TF32 has 32: of what was joined from bytes each thread holds 8 neighbours along k, and where there
+    # are less than 4 times as many, Triton 3.6 and 3.7 multiply some twice and others never.
+    block_k = 16
+    if native:
+        block_k = min(triton.next_power_of_2(max(k, 16)), 32)
+    elif tensor_cores:
+        block_k = 32
     return {
         "OUT": _TRITON_DTYPES[kind.out],
         "LEFT": None if kind.left is None else _TRITON_DTYPES[kind.left],

@@ -220,6 +220,7 @@ def case(**changes: object) -> dict[str, object]:
 @example(case=case(format="nf4", start=64, width=192, d=320, k=33, layout="transposed slot"))
 @example(case=case(format=NARROW_FORMAT, start=8, width=96, d=128, k=33, left_dtype=torch.float16))
 @example(case=case(format="trellis", start=8, width=96, d=128, k=70, left_dtype=torch.bfloat16))
+@example(case=case(format="nf4-dq", k=10, left_dtype=torch.bfloat16, out_dtype=torch.bfloat16))
 @example(case=case(format="int8", rank=70, k=100, extra_rows=58, extra_cols=3))
 @example(case=case(format="nf4", left_dtype=None, rank=7, k=7, layout="transposed slot", scale=2.0))
 @example(case=case(format="nf4-dq", left_dtype=None, k=16, layout="slot", scale=2.0**-140))
@@ -296,13 +297,23 @@ def test_fewer_rows_of_a_packed_factor_are_a_smaller_rank(run_jobs: Runner, form
     assert out[3:].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("others", [False, True])
 @pytest.mark.parametrize(("rank", "k", "width"), [(0, 5, 30), (4, 0, 30), (4, 5, 0), (0, 0, 0)])
 @each_way
-def test_nothing_to_write_leaves_zeros(run_jobs: Runner, rank: int, k: int, width: int) -> None:
+def test_nothing_to_write_leaves_zeros(
+    run_jobs: Runner, rank: int, k: int, width: int, others: bool
+) -> None:
     out = torch.full((6, 40), float("nan"), device=DEVICE)
     matrix = make_matrix(k, 40, "int8", wide=False)
-    run_jobs([MaterializeJob(out, matrix, torch.ones(rank, k, device=DEVICE), 1.0, 10, width)])
+    jobs = [MaterializeJob(out, matrix, torch.ones(rank, k, device=DEVICE), 1.0, 10, width)]
+    if others:
+        # Whose launch it joins.
+        job = MaterializeJob(out.clone(), make_matrix(6, 40, "nf4", wide=False), None, 1.0, 0, 40)
+        jobs.append(job)
+    run_jobs(jobs)
     assert out.count_nonzero() == 0
+    for job in jobs[1:]:
+        assert_job_result(job)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import time
 import weakref
 from collections.abc import Callable
@@ -578,6 +579,27 @@ def test_flattened_tokens_and_beams_have_their_row_s_task(
     close(model(**{name: x}), torch.cat(wanted))
 
 
+class Windows(TinyModel):
+    """Tokens of a row in windows, each a row of what layers see, as of Swin's images."""
+
+    main_input_name = ("pixels", "texts")
+
+    def forward(self, mask: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        rows, tokens, width = pixels.shape
+        return super().forward(pixels.view(4 * rows, tokens // 4, width)).view(rows, tokens, -1)
+
+
+def test_windows_of_a_row_have_its_task(either: SharedSubspace) -> None:
+    model = VLoRAModel(Windows(), either)
+    mask, x = torch.ones(8, 8), torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(1))
+    wanted = []
+    for task, row in zip(("task_0", "task_1"), x.split(1)):
+        model.set_task(task)
+        wanted.append(model(mask=mask, pixels=row))
+    model.set_tasks(["task_0", "task_1"])
+    close(model(mask=mask, pixels=x), torch.cat(wanted))
+
+
 def test_a_layer_that_sees_gathered_tokens_is_refused_rows(joint: SharedSubspace) -> None:
     """As experts of a mixture do: nothing tells whose tokens these are, even where their number fits."""
     x = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(1))
@@ -589,7 +611,7 @@ def test_a_layer_that_sees_gathered_tokens_is_refused_rows(joint: SharedSubspace
     ):
         for count in (4, 6, 8):
             mixture()
-            with pytest.raises(ModelMismatchError, match=f"{count} rows, .* batch of 2 rows"):
+            with pytest.raises(ModelMismatchError, match=f"{count} tokens, .* batch of 2 rows"):
                 model(x)
             # One row is everybody's.
             model.set_blend(torch.tensor([[0.0, 1.0]]), ["task_0", "task_1"])
@@ -869,7 +891,16 @@ def test_weights_are_not_loaded_below_a_merged_task(either: SharedSubspace, assi
         with pytest.raises(ModelStateError, match=r"'task_0' is merged.*unmerge\(\)"):
             module.load_state_dict(tensors, assign=assign)
         assert torch.equal(base(X), wanted)
+    # What lies beside is loaded.
+    base.more = nn.Linear(2, 2)
+    more = {"more.weight": torch.ones(2, 2), "more.bias": torch.ones(2)}
+    base.load_state_dict(more, strict=False, assign=assign)
+    assert torch.equal(base.more.weight, torch.ones(2, 2))
+    assert torch.equal(base(X), wanted)
+    del base.more
     twin = copy.deepcopy(model)
+    with pytest.raises(ModelStateError, match="'task_0' is merged"):
+        twin.base_model.load_state_dict(state, assign=assign)
     for one in (model, twin):
         one.unmerge()
         one.base_model.load_state_dict(state, assign=assign)
@@ -891,6 +922,40 @@ def test_a_weight_that_was_exchanged_below_a_merged_task_is_not_lost(
     layer.weight = merged
     model.unmerge()
     assert torch.equal(base(X), TinyModel()(X))
+
+
+def test_an_exchanged_weight_is_kept_by_unload_and_all_else_goes(either: SharedSubspace) -> None:
+    base = TinyModel()
+    model = VLoRAModel(base, either)
+    model.merge("task_0")
+    base.get_submodule("layers.0.v_proj").weight = nn.Parameter(torch.ones(6, 12))
+    with pytest.raises(ModelStateError, match=r"layers\.0\.v_proj got another weight.*keeps it"):
+        model.unload()
+    wanted = TinyModel()
+    wanted.get_submodule("layers.0.v_proj").weight = nn.Parameter(torch.ones(6, 12))
+    assert torch.equal(base(X), wanted(X))
+    base.load_state_dict(wanted.state_dict())
+    VLoRAModel(base, either).set_task("task_1")
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_a_merged_base_model_is_a_base_model_of_its_own(
+    either: SharedSubspace, way: str
+) -> None:
+    base = TinyModel()
+    model = VLoRAModel(base, either)
+    model.merge("task_0")
+    twin = copy.deepcopy(base) if way == "deepcopy" else pickle.loads(pickle.dumps(base))
+    assert torch.equal(twin(X), base(X))
+    wrapped = VLoRAModel(twin, either)
+    wrapped.set_task("task_1")
+    assert not torch.equal(wrapped(X), base(X))
+    wrapped.unload()
+    twin.load_state_dict(TinyModel().state_dict())
+    with pytest.raises(OptionError, match="another VLoRAModel"):
+        VLoRAModel(base, either)
+    model.unmerge()
+    assert torch.equal(base(X), twin(X))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])

@@ -109,9 +109,9 @@ def test_it_says_what_answers_a_prompt(checkpoint: Path, tmp_path: Path) -> None
 
     both = " ".join(texts[:2])
     asked = ("router", "ask", checkpoint, "-", "--blend", 2, "--threshold", 0.9, "--json")
-    result = CliRunner().invoke(app, [str(arg) for arg in asked], input=both)
+    result = CliRunner().invoke(app, [str(arg) for arg in asked], input=both.encode() + b"\xff")
     (row,) = json.loads(result.stdout)["prompts"]
-    assert row["prompt"] == both
+    assert row["prompt"] == both + "\ufffd"
     assert sorted(term[:-4] for term in row["model"].split("+")) == sorted(tasks[:2])
     result = CliRunner().invoke(
         app, ["router", "ask", str(checkpoint), both, "--threshold", "1", "--json"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +44,7 @@ class AdaptedLayer:
         reader: the module that reads the layer's weight and never calls the layer, so that hooks see
             nothing; None of any other layer.
         update: applied to the layer's input; None leaves the output as it is.
-        merged: whether a task is in the layer's weight.
+        merged_by: who put a task into the layer's weight, and will take it out again.
     """
 
     name: str
@@ -49,7 +52,19 @@ class AdaptedLayer:
     kind: str
     reader: nn.Module | None = None
     update: Update | None = None
-    merged: bool = False
+    merged_by: weakref.ref[object] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"merged_by": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedLayer:
+        """A copy of the model alone is a base model of its own: nobody will take a task out of it."""
+        made = memo[id(self)] = copy.copy(self)
+        vars(made).update(copy.deepcopy(vars(made), memo))
+        owner = self.merged_by and self.merged_by()
+        twin = None if owner is None else memo.get(id(owner))
+        made.merged_by = None if twin is None else weakref.ref(twin)
+        return made
 
     def install(self) -> torch.utils.hooks.RemovableHandle:
         """Add the hook; the handle removes it."""
@@ -83,7 +98,12 @@ class AdaptedLayer:
     @property
     def is_running(self) -> bool:
         """Whether a task changes what the layer returns."""
-        return self.merged or self.update is not None
+        return self.is_merged or self.update is not None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether a task is in the layer's weight, and will be taken out again."""
+        return self.merged_by is not None and self.merged_by() is not None
 
     def refuse_to_run(self, instead: str) -> None:
         """Raise ModelStateError, with what to do ``instead``, if no update reaches the layer."""

@@ -13,22 +13,20 @@ from torch import nn
 from vllm_vlora.errors import ModelMismatchError
 from vllm_vlora.wording import count_of
 
-_INPUTS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds")
-"""Arguments of transformers' models whose first dimension is the batch, beside a ``main_input_name``."""
-
 
 class Batch:
-    """What a model's forward is given while it runs: its rows, against which layers hold what they see.
+    """What a model's forward is given while it runs: against it layers hold the tokens that they see.
 
     Attributes:
-        rows: B; 0 outside the model's forward, as in an encoder that ``generate`` calls by itself, and
-            where no argument is a tensor.
-        flattened: every B * T, of arguments of B rows of T tokens.
+        rows: B, of the first argument with two dimensions; 0 outside the model's forward, as in an
+            encoder that ``generate`` calls by itself, and where no argument is such a tensor.
+        counts: what else of whole rows a layer may see: the first dimension of every other tensor, and
+            of each the B * T of B rows of T tokens.
     """
 
     def __init__(self) -> None:
         self.rows = 0
-        self.flattened: tuple[int, ...] = ()
+        self.counts: tuple[int, ...] = ()
 
     def install(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         """Watch the model's forward until the handles are removed."""
@@ -38,7 +36,7 @@ class Batch:
         ]
 
     def repeats(self, x: torch.Tensor, rows: int) -> int:
-        """How often each of ``rows`` tasks stands in ``x``: beams and flattened tokens repeat a row.
+        """How often each of ``rows`` tasks stands in ``x``: beams, windows and tokens repeat a row.
 
         Raises:
             ModelMismatchError: the layer sees no multiple of the rows, or a part of the batch's tokens.
@@ -49,28 +47,30 @@ class Batch:
                 f"a layer sees {count_of(count, 'row')} where {rows} tasks were set; "
                 "give one task for each row of the batch, and a model whose first dimension is the batch"
             )
-        # Tokens last: compiled code is compiled for every length that it is compared with.
-        if rows > 1 and count and self.rows and count != self.rows and count not in self.flattened:
+        # Tokens last: compiled code is compiled for every length that it is compared with. What has more
+        # dimensions keeps rows together, as windows of an image do.
+        if (
+            x.ndim == 2
+            and rows > 1
+            and count
+            and self.rows
+            and count != self.rows
+            and count not in self.counts
+        ):
             raise ModelMismatchError(
-                f"a layer sees {count} rows, neither the rows nor the tokens of the model's batch of "
+                f"a layer sees {count} tokens, neither one a row nor all of the model's batch of "
                 f"{self.rows} rows, as experts see some of the tokens, and nothing tells whose they are; "
                 "use set_task"
             )
         return count // rows
 
     def _see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = (getattr(model, "main_input_name", None), *_INPUTS)
-        named = [kwargs[name] for name in names if name in kwargs]
-        # Others of one dimension are positions rather than rows.
-        others = [x for x in kwargs.values() if isinstance(x, torch.Tensor) and x.ndim > 1]
-        tensors = [x for x in (*args, *named, *others) if isinstance(x, torch.Tensor) and x.ndim]
-        self.rows = tensors[0].shape[0] if tensors else 0
-        self.flattened = tuple(
-            x.shape[0] * x.shape[1] for x in tensors if x.ndim > 1 and x.shape[0] == self.rows
-        )
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim > 1]
+        self.rows = given[0].shape[0] if given else 0
+        self.counts = tuple(count for x in given for count in (x.shape[0], x.shape[0] * x.shape[1]))
 
     def _forget(self, *_: Any) -> None:
-        self.rows, self.flattened = 0, ()
+        self.rows, self.counts = 0, ()
 
 
 class RowLayer:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from operator import is_
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from vllm_vlora.model.row_layers import Batch
 from vllm_vlora.model.updates import LowRankUpdate, MixedUpdate, check_scaling, open_source
 from vllm_vlora.quantize import is_finite
 from vllm_vlora.subspace.shared import SharedSubspace
-from vllm_vlora.wording import count_of
+from vllm_vlora.wording import count_of, some_of
 
 _NO_HEADS: Heads = {}
 
@@ -352,16 +352,26 @@ class VLoRAModel(nn.Module):
 
         No task can be set afterwards.
 
+        Raises:
+            ModelStateError: a layer got another weight while a task was merged. It keeps that; all else
+                is as it was, and the hooks are off.
+
         Examples:
             >>> VLoRAModel(base_model, subspace).unload() is base_model
             True
         """
-        if self._merged is not None:
-            self.unmerge()
+        exchanged, task_id = self._exchanged(), self._merged
+        if task_id is not None:
+            self._undo_merge()
         self.clear_task()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if exchanged:
+            raise ModelStateError(
+                f"{some_of(exchanged)} got another weight while task {task_id!r} was merged, and keeps "
+                "it; all else is as it was"
+            )
         return self.base_model
 
     @property
@@ -425,14 +435,16 @@ class VLoRAModel(nn.Module):
                 weight = layer.module.weight
                 assert isinstance(weight, nn.Parameter)
                 self._originals.append((layer, weight, weight.detach().clone()))
-                layer.merged = True
+                layer.merged_by = weakref.ref(self)
                 # Not the factors that run, which have the layer's dtype.
                 _add_to_weight(layer, weight, self._scaling(task_id) * updates[layer.name].delta())
         self._active = self._merged = task_id
         # The base model's own comes first, before anything is loaded; the others see a load of a part.
-        for module in (self.base_model, *(layer.module for layer in changed)):
-            hook = partial(_refuse_to_load, task_id)
-            self._guards.append(module.register_load_state_dict_pre_hook(hook))
+        names = {module: name for name, module in self.base_model.named_modules()}
+        whole = _LoadGuard(task_id, [(f"{names[one.module]}.weight", one) for one in changed])
+        parts = [(one.module, _LoadGuard(task_id, [("weight", one)])) for one in changed]
+        for module, guard in ((self.base_model, whole), *parts):
+            self._guards.append(module.register_load_state_dict_pre_hook(guard))
 
     def unmerge(self) -> None:
         """Put the original weights back, bit by bit; nothing is active then.
@@ -442,24 +454,34 @@ class VLoRAModel(nn.Module):
         """
         if self._merged is None:
             raise ModelStateError("the model is not merged, so there is nothing to unmerge")
-        for layer, weight, _ in self._originals:
-            if layer.module.weight is not weight:
-                raise ModelStateError(
-                    f"layer {layer.name} got another weight while task {self._merged!r} was merged, so "
-                    "that it cannot be unmerged; load the base model again and make a new VLoRAModel"
-                )
+        if exchanged := self._exchanged():
+            raise ModelStateError(
+                f"{some_of(exchanged)} got another weight while task {self._merged!r} was merged, so "
+                "that it cannot be unmerged; unload() takes it out of the others"
+            )
+        self._undo_merge()
+        self.clear_task()
+
+    def _exchanged(self) -> list[str]:
+        """The layers whose weight is no longer the one that was merged into."""
+        return [
+            f"layer {layer.name}"
+            for layer, weight, _ in self._originals
+            if layer.module.weight is not weight
+        ]
+
+    def _undo_merge(self) -> None:
         self._restore_weights()
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
         self._merged = None
-        self.clear_task()
 
     def _restore_weights(self) -> None:
         with torch.no_grad():
             for layer, weight, original in self._originals:
                 weight.copy_(original)
-                layer.merged = False
+                layer.merged_by = None
         self._originals.clear()
 
     @property
@@ -671,11 +693,26 @@ def _same_objects(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return len(one) == len(other) and all(map(is_, one, other))
 
 
-def _refuse_to_load(task_id: str, *_: Any) -> None:
-    """A hook before ``load_state_dict``: ``unmerge`` would put the weights of before over the loaded."""
-    raise ModelStateError(
-        f"task {task_id!r} is merged into the weights; call unmerge() before load_state_dict()"
-    )
+@dataclass(eq=False)
+class _LoadGuard:
+    """Before ``load_state_dict``: ``unmerge`` would put the weights of before over what is loaded.
+
+    Attributes:
+        task_id: what is merged.
+        layers: the name of each merged weight in the module that is guarded, and its layer.
+    """
+
+    task_id: str
+    layers: list[tuple[str, AdaptedLayer]]
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+    ) -> None:
+        if any(layer.is_merged and prefix + name in state_dict for name, layer in self.layers):
+            raise ModelStateError(
+                f"task {self.task_id!r} is merged into the weights; call unmerge() before "
+                "load_state_dict()"
+            )
 
 
 def _add_to_weight(layer: AdaptedLayer, weight: nn.Parameter, delta: torch.Tensor) -> None:
