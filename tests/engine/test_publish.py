@@ -38,7 +38,7 @@ def test_new_tasks_come_changed_ones_change_and_removed_ones_go(world2: Publishe
         running: dict[Future[list[str]], str] = {
             pool.submit(world2.long, name): name for name in before for _ in range(8)
         }
-        time.sleep(0.3)
+        world2.server.wait_until_begun(running)
         world2.publish(SECOND)
         waited = world2.wait_until_listed(set(SECOND))
         for future, name in running.items():
